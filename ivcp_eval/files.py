@@ -1,0 +1,107 @@
+"""Files that are either whole or absent: write beside the target, flush to disk, rename.
+
+Results, reports and data sets are all written through :func:`atomic_write`, so a crash, a kill or a full disk never
+leaves a half-written file under its final name and never harms the file that was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["DiskFullError", "atomic_write", "commit_file", "disk_full_as_clear_error", "file_digest", "write_json"]
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class DiskFullError(OSError):
+    """No space (or no quota) was left while a file was being written; nothing was kept of it."""
+
+
+@contextlib.contextmanager
+def disk_full_as_clear_error(target: Path, temporary: Path) -> Iterator[None]:
+    """Turn "no space left" into :class:`DiskFullError` and remove ``temporary``, which would keep the disk full.
+
+    Other errors pass through unchanged and leave ``temporary`` to the caller.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE or isinstance(error, DiskFullError):
+            raise
+        temporary.unlink(missing_ok=True)
+        raise DiskFullError(
+            error.errno,
+            f"the disk (or quota) is full: {target} was not written and its partial data was removed; "
+            f"free some space in {target.parent} or choose another folder, then run again",
+        ) from error
+
+
+def commit_file(temporary: Path, target: Path) -> None:
+    """Give a closed, complete file its final name; the rename itself is made durable."""
+    temporary.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def atomic_write(
+    path: str | os.PathLike[str], mode: str = "w", *, encoding: str = "utf-8", newline: str | None = ""
+) -> Iterator[IO[Any]]:
+    """Open a file that appears under ``path`` only if the ``with`` block ends without an error.
+
+    Args:
+        path: final name; its folder must exist. A symbolic link is followed, not replaced.
+        mode: ``"w"`` for text or ``"wb"`` for bytes.
+        encoding: for text.
+        newline: for text; the default writes ``"\\n"`` as it is on every system.
+
+    Raises:
+        ValueError: for any other mode.
+        DiskFullError: the disk filled up; the temporary file is gone, an older file under ``path`` is untouched.
+        OSError: anything else that goes wrong with the file; same guarantee.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"atomic_write replaces a whole file: mode must be 'w' or 'wb', got {mode!r}")
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    text_options: dict[str, Any] = {} if mode == "wb" else {"encoding": encoding, "newline": newline}
+    try:
+        with disk_full_as_clear_error(target, temporary):
+            with temporary.open(mode.replace("w", "x"), **text_options) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            commit_file(temporary, target)
+    except BaseException:
+        # Also on KeyboardInterrupt: a stray temporary file of several hundred MB is nobody's friend.
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically.
+
+    Raises:
+        ValueError: ``value`` holds NaN or infinity, which JSON does not know.
+        TypeError: ``value`` holds something JSON cannot express.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as stream:
+        stream.write(text + "\n")
+
+
+def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
+    """Hexadecimal digest of a file's bytes, read in pieces (memory does not grow with the file)."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()

@@ -1,0 +1,28 @@
+"""Prune the visual tokens of any supported LVLM, and measure against the unpruned baseline what it costs.
+
+>>> with ivcp_eval.prune(model, "ivc_prune", ratio=0.5) as run:  # doctest: +SKIP
+...     out = model.generate(**inputs)
+
+Importing this package imports neither torch, transformers nor vlmeval.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ivcp_eval.engine import prune as prune
+    from ivcp_eval.vlmeval_bridge import register as register
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "prune", "register"]
+
+_LAZY = {"prune": "ivcp_eval.engine", "register": "ivcp_eval.vlmeval_bridge"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ivcp_eval' has no attribute {name!r}; it offers {', '.join(sorted(__all__))}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,109 @@
+"""`prune`: run any supported transformers model with fewer visual tokens, inside a ``with`` block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ivcp_eval.engine.hooks import Engine
+from ivcp_eval.engine.run import Run
+from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
+from ivcp_eval.registry import adapter as load_adapter
+from ivcp_eval.registry import family_of, make_method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Run", "check_ratio", "prune"]
+
+
+@contextmanager
+def prune(
+    model: nn.Module,
+    method: str | AbstractMethod,
+    ratio: float = 1.0,
+    *,
+    family: str | None = None,
+    image_mask: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    tiles: tuple[int, int] | None = None,
+    padding: Sequence[int] | None = None,
+    seed: int = 0,
+    **parameters: Any,
+) -> Iterator[Run]:
+    """Prune visual tokens in every prefill of ``model`` inside the block.
+
+    Works with ``generate`` (greedy, sampled, beams, prompt lookup), bare forwards, batches with left padding, several
+    images, text-only rows (untouched) and a second turn on the pruned cache. After the block, also after an
+    exception, the model is as before.
+
+    Args:
+        model: a stock transformers model of a supported family, in eval mode.
+        method: registered name (see ``ivcp list``) or a method instance.
+        ratio: share of each image's visual tokens alive after the last cut, in (0, 1]; ``round(ratio * N)``, at
+            least 1.
+        family: adapter name; found from ``model.config.model_type`` if not given.
+        image_mask: (B, S) bool, the visual tokens of the prompt, for models that get ``inputs_embeds`` or language
+            models alone. Overrides what the adapter finds.
+        grid, tiles, padding: layout of the image(s) where there is no outer model to ask: (rows, columns) of a grid,
+            (w, h) high-resolution tiles, and indices of tokens that show padding only.
+        seed: of methods that draw; a row draws the same in any batch.
+        **parameters: of the method, e.g. ``layer=16``, ``preset="official"``.
+
+    Yields:
+        The `Run`, filled by each prefill.
+
+    Raises:
+        ValueError: unknown method, parameter or model family, ratio outside (0, 1], a layer the model has not, or
+            (inside the block) something unsupported: static or quantised caches, training, labels, torch.compile,
+            videos, a new image on a filled cache.
+    """
+    check_ratio(ratio)
+    name = method if isinstance(method, str) else type(method).__module__.rsplit(".", 1)[-1]
+    if isinstance(method, str):
+        method = make_method(method, parameters)
+    elif parameters:
+        raise ValueError(f"parameters {sorted(parameters)} were given beside a ready method; set them on the method")
+    family = family or family_of(getattr(model.config, "model_type", type(model).__name__))
+    adapter = load_adapter(family)
+    facts = adapter.facts(model, family)
+    cuts = method.cuts(facts, ratio) if ratio < 1 else ()
+    _check_cuts(cuts, facts, name)
+    options = {"grid": grid, "tiles": tiles, "padding": None if padding is None else tuple(int(p) for p in padding)}
+    engine = Engine(
+        model=model,
+        adapter=adapter,
+        family=family,
+        method=method,
+        cuts=cuts,
+        run=Run(method=name, ratio=ratio),
+        image_mask=image_mask,
+        span_options={key: value for key, value in options.items() if value is not None},
+        seed=seed,
+    )
+    try:
+        engine.attach()
+        yield engine.run
+    finally:
+        engine.detach()
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise ValueError unless ``ratio`` is a number in (0, 1]."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or math.isnan(ratio) or not 0 < ratio <= 1:
+        raise ValueError(f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half of the visual tokens, 1 all")
+
+
+def _check_cuts(cuts: tuple[Cut, ...], facts: ModelFacts, method: str) -> None:
+    layers = [cut.layer for cut in cuts]
+    if layers != sorted(set(layers)):
+        raise ValueError(f"method {method!r} cuts at layers {layers}; they must increase strictly")
+    for cut in cuts:
+        check_ratio(cut.ratio)
+        if not facts.first_cut <= cut.layer < facts.n_layers:
+            raise ValueError(
+                f"layer {cut.layer} of method {method!r} is outside {facts.first_cut}..{facts.n_layers - 1}, "
+                f"the decoder layers of this {facts.family} model that can be cut"
+            )

@@ -1,0 +1,398 @@
+"""The engine: hooks on an unmodified transformers model that cut the sequence where a method says.
+
+One forward is either a prefill (nothing cached, images present) or a continuation. In a prefill the layers run
+untouched up to a cut; there the method chooses, hidden states, position embeddings and the caches of earlier layers
+are gathered once, and every later layer gets the shorter mask and embeddings in place of the ones the model loop
+keeps passing. In a continuation on a pruned cache every layer gets a mask that fits its own cache. Why each step is
+needed: docs/design/engine.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ivcp_eval.engine.cache import PrunedLayer, Record, check_cache, gather_slots
+from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
+from ivcp_eval.engine.run import Run
+from ivcp_eval.engine.signals import SignalSource
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ImageSpan, Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers.cache_utils import Cache
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """What one decoder layer's keys stand for: its alive rows, their padded matrix, and a re-numbering shift."""
+
+    rows: Rows
+    matrix: Tensor  # (B, n) prompt column of each physical slot; -1 pads. Before any cut simply 0..S-1.
+    shift: Tensor | None = None
+
+
+class Prefill:
+    """State of one pruned prefill."""
+
+    def __init__(self, mask: Tensor, spans: list[list[ImageSpan]], alive: Rows, n_layers: int) -> None:
+        self.image_mask = mask  # (B, S) bool, CPU
+        self.spans = spans
+        self.now = LayerSlots(alive, torch.arange(mask.shape[1]).expand(mask.shape[0], -1))
+        self.layers = [self.now] * n_layers
+        self.captured: dict[str, Tensor] = {}
+        self.memory: list[dict[str, Any]] = [{} for _ in spans]
+        self.stage = 0
+        self.cache: Cache | None = None
+        self.mask: Tensor | None = None
+        self.position_embeddings: Any = None
+
+
+class Continuation:
+    """State of one forward on a pruned cache."""
+
+    def __init__(self, cache: Cache, mask: Tensor | None) -> None:
+        self.cache = cache
+        self.mask = mask  # the caller's (B, columns) mask, or None
+        self.built: dict[tuple[int, int], Tensor | None] = {}
+
+
+class Engine:
+    """Hooks for one model, method and ratio. `attach` and `detach`; `ivcp_eval.prune` does both."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: AbstractAdapter,
+        family: str,
+        method: AbstractMethod,
+        cuts: tuple[Cut, ...],
+        run: Run,
+        image_mask: Tensor | None = None,
+        span_options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.adapter, self.family, self.method, self.run = model, adapter, family, method, run
+        self.cuts = {cut.layer: cut for cut in cuts}
+        self.text_model: Any = adapter.text_model(model)
+        self.given_mask, self.span_options, self.seed = image_mask, dict(span_options or {}), seed
+        self._handles: list[Any] = []
+        self._image_mask: Tensor | None = None
+        self._inputs: dict[str, Any] = {}
+        self._pass: Prefill | Continuation | None = None
+        self._position_ids: Tensor | None = None
+        self._rotating = False
+
+    # -- life cycle ---------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Register every hook."""
+        before = functools.partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
+        keep = self._handles.append
+        keep(before(self.model, self._refuse_labels))
+        keep(before(self.adapter.multimodal_model(self.model), self._before_model))
+        keep(before(self.text_model, self._before_text_model))
+        keep(before(self.text_model.rotary_emb, self._before_rotary))
+        for cut in self.cuts.values():
+            if cut.layer > 0:
+                self._capture(self.text_model.layers[cut.layer - 1])
+        for index, layer in enumerate(self.text_model.layers):
+            keep(before(layer, functools.partial(self._before_layer, index)))
+        keep(self.text_model.register_forward_hook(self._after_text_model, with_kwargs=True, always_call=True))
+
+    def detach(self) -> None:
+        """Remove every hook and forget every tensor."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pass, self._image_mask, self._position_ids, self._inputs = None, None, None, {}
+
+    def _capture(self, layer: Any) -> None:
+        for signal in self.method.needs - {"vision"}:
+            module, heads = self.adapter.projection(layer, signal)
+
+            def store(_m: Any, _a: Any, output: Tensor, name: str = signal, split: Any = heads) -> None:
+                if isinstance(self._pass, Prefill):
+                    self._pass.captured[name] = split(output)
+
+            self._handles.append(module.register_forward_hook(store))
+
+    # -- before the text model ----------------------------------------------------------------------------------
+
+    def _refuse_labels(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "got labels: a pruned prefill has fewer logits than tokens. Leave the prune block to train."
+            )
+
+    def _before_model(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._inputs = dict(kwargs)
+        if args:
+            self._inputs.setdefault("input_ids", args[0])
+        self._image_mask = self.adapter.image_mask(self.model, self._inputs)
+
+    def _before_text_model(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._pass = None
+        embeds = kwargs.get("inputs_embeds")
+        states = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        if states is None:
+            raise ValueError("pass input_ids or inputs_embeds")
+        self._refuse_unsupported(kwargs)
+        batch, length = states.shape[:2]
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if cache is not None and cache.get_seq_length() > 0:
+            if self._image_mask is not None:
+                raise ValueError(
+                    "got an image on a cache that already holds a prompt (a second turn with a new image, or chunked "
+                    "prefill). Prefill the whole conversation on a new cache instead."
+                )
+            if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
+                self._pass = Continuation(cache, mask)
+            return
+        valid = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        if valid.shape != (batch, length):
+            raise ValueError(f"got an attention_mask of shape {tuple(valid.shape)}, expected {(batch, length)}")
+        alive = Rows(tuple(row.nonzero().flatten() for row in valid))
+        visual = self._visual_mask(batch, length).cpu() & valid
+        spans = self.adapter.image_spans(self.model, visual, self._inputs) if bool(visual.any()) else []
+        self._start_record(visual, alive)
+        if self.cuts and spans:
+            spans = [[replace(span, **self.span_options) for span in row] for row in spans]
+            self._pass = Prefill(visual, spans, alive, len(self.text_model.layers))
+
+    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise ValueError("torch.compile cannot trace pruning hooks; compile outside the prune block or not at all")
+        if self.text_model.training:
+            raise ValueError(
+                "the model is in training mode; call model.eval() first (pruning has no backward contract)"
+            )
+        implementation = self.text_model.config._attn_implementation
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention implementation {implementation!r} is not supported; use one of {', '.join(IMPLEMENTATIONS)}"
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+            kind = type(mask).__name__ if not isinstance(mask, torch.Tensor) else f"{mask.ndim}-dimensional"
+            raise ValueError(f"got a {kind} attention_mask; pass the 2-D padding mask of the tokenizer")
+        check_cache(kwargs.get("past_key_values"))
+
+    def _visual_mask(self, batch: int, length: int) -> Tensor:
+        """(B, S) bool: the mask given to `prune`, else the adapter's; all False where no image is passed."""
+        mask = self._image_mask if self.given_mask is None else self.given_mask.bool()
+        if mask is None:
+            return torch.zeros(batch, length, dtype=torch.bool)
+        if batch % mask.shape[0] or mask.shape[1] > length:
+            raise ValueError(f"image_mask has shape {tuple(mask.shape)}, the prompt is {(batch, length)}")
+        # Beams repeat every row; without a cache the prompt grows by the generated tokens.
+        mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)
+        return torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
+
+    def _start_record(self, visual: Tensor, alive: Rows) -> None:
+        run, n_layers = self.run, len(self.text_model.layers)
+        run.kept = list(alive.columns)
+        run.visual_prompt = run.visual_kept = visual.sum(1).tolist()
+        run.visual_per_layer = [run.visual_prompt] * n_layers
+        run.visual_cached = [run.visual_prompt] * n_layers
+        run.prefills += 1
+
+    # -- layers -------------------------------------------------------------------------------------------------
+
+    def _before_rotary(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self._rotating:
+            self._position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+
+    def _before_layer(self, index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        state = self._pass
+        if state is None:
+            return None
+        if isinstance(state, Continuation):
+            return args, self._continue_layer(state, index, args[0], kwargs)
+        if state.cache is None:
+            state.cache = kwargs.get("past_key_values")
+            check_cache(state.cache)
+        if index in self.cuts:
+            args = (self._cut(state, self.cuts[index], args[0], kwargs), *args[1:])
+        if state.stage == 0:
+            return None
+        return args, {
+            **kwargs,
+            "attention_mask": state.mask,
+            "position_embeddings": state.position_embeddings,
+            "position_ids": None,
+        }
+
+    def _cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        if state.stage == 0:
+            state.position_embeddings = kwargs["position_embeddings"]
+        assert self._position_ids is not None
+        source = SignalSource(
+            self.adapter,
+            self.family,
+            self.text_model,
+            cut,
+            state.stage,
+            hidden,
+            state.captured,
+            self._position_ids,
+            state.position_embeddings,
+        )
+        here = state.now.rows.slots_in(state.now.matrix)
+        columns: list[Tensor] = []
+        for row, alive in enumerate(state.now.rows.columns):
+            slots = here[row, here.shape[1] - alive.numel() :]
+            keep, hidden = self._select_row(state, source, row, alive, slots, hidden)
+            columns.append(alive[keep])
+        state.captured = {}
+        after = Rows(tuple(columns))
+        slots = after.slots_in(state.now.matrix)
+        hidden = take_sequence(hidden, slots)
+        state.now = LayerSlots(after, after.matrix())
+        self._cut_caches(state, cut)
+        if cut.renumber:
+            state.now = self._renumber(state, hidden)
+        else:
+            state.position_embeddings = take_position_embeddings(state.position_embeddings, slots)
+        state.layers[cut.layer :] = [state.now] * (len(state.layers) - cut.layer)
+        state.mask = self._prefill_mask(state, hidden)
+        state.stage += 1
+        return hidden
+
+    def _select_row(
+        self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the row's alive tokens survive, (n,) bool on CPU; and the hidden states, merged where asked."""
+        is_visual = state.image_mask[row, alive]
+        if not bool(is_visual.any()):
+            return torch.ones(alive.numel(), dtype=torch.bool), hidden
+        signals = source.row(
+            row, alive, slots, is_visual, state.spans[row], {}, state.memory[row], self._row_seed(row, alive)
+        )
+        selection: Selection = self.method.select(signals)
+        selection.check(signals, self.run.method)
+        keep = ~is_visual
+        keep[signals.visual.cpu()[selection.keep.cpu()]] = True
+        if selection.merge is not None:
+            at = slots.to(hidden.device)[signals.visual]
+            merged = selection.merge.float() @ hidden[row, at].float()
+            hidden = hidden.clone()
+            hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
+        return keep, hidden
+
+    def _row_seed(self, row: int, alive: Tensor) -> int:
+        """A seed from the row's own tokens, so that a row draws the same in any batch."""
+        ids = self._inputs.get("input_ids")
+        content = alive.numel() if ids is None else ids[row].cpu()[alive].tolist()
+        return zlib.crc32(f"{self.seed}/{content}".encode())
+
+    def _cut_caches(self, state: Prefill, cut: Cut) -> None:
+        if cut.cache == "from_cut":
+            return
+        for layer in range(1 if cut.cache == "all_but_first" else 0, cut.layer):
+            if state.cache is not None:
+                gather_slots(state.cache.layers[layer], state.now.rows.slots_in(state.layers[layer].matrix))
+            state.layers[layer] = replace(state.now, shift=state.layers[layer].shift)
+
+    def _renumber(self, state: Prefill, hidden: Tensor) -> LayerSlots:
+        """Number the survivors 0..n-1; appended tokens move down by as much as the last survivor did."""
+        ids = self._position_ids
+        assert ids is not None
+        new = ((state.now.matrix >= 0).cumsum(1) - 1).clamp_min(0).to(ids.device)
+        last = ids[..., -1] if ids.ndim == 2 else ids[..., -1].amax(0)
+        state.position_embeddings = self._embed(hidden, new if ids.ndim == 2 else new.expand(ids.shape[0], -1, -1))
+        return replace(state.now, shift=last[:, None] - new[:, -1:])
+
+    def _embed(self, hidden: Tensor, position_ids: Tensor) -> Any:
+        self._rotating = True
+        try:
+            return self.text_model.rotary_emb(hidden, position_ids)
+        finally:
+            self._rotating = False
+
+    def _prefill_mask(self, state: Prefill, hidden: Tensor) -> Tensor | None:
+        if not state.now.rows.padded and self.text_model.config._attn_implementation != "eager":
+            return None  # sdpa and flash attention are causal by themselves where the keys are the queries
+        return self._mask(state.now.matrix.to(hidden.device), hidden.shape[1], hidden)
+
+    def _mask(self, key_columns: Tensor, query_length: int, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:
+        implementation = self.text_model.config._attn_implementation
+        return attention_mask(
+            key_columns, query_length, implementation=implementation, dtype=hidden.dtype, allowed=allowed
+        )
+
+    def _continue_layer(
+        self, state: Continuation, index: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        layer = state.cache.layers[index]
+        if not isinstance(layer, PrunedLayer):
+            return kwargs
+        record, q = layer.record, hidden.shape[1]
+        length = layer.keys.shape[-2] + q
+        key = (id(record), length)
+        if key not in state.built:
+            state.built[key] = self._continuation_mask(state, record, length, hidden)
+        kwargs = {**kwargs, "attention_mask": state.built[key]}
+        if record.shift is not None:
+            assert self._position_ids is not None
+            kwargs["position_embeddings"] = self._embed(hidden, self._position_ids - record.shift)
+        return kwargs
+
+    def _continuation_mask(self, state: Continuation, record: Record, length: int, hidden: Tensor) -> Tensor | None:
+        q = hidden.shape[1]
+        implementation = self.text_model.config._attn_implementation
+        if state.mask is None and not record.padded and (q == 1 or "flash" in implementation):
+            return None
+        columns = record.key_columns(length).to(hidden.device)
+        allowed = None
+        if state.mask is not None:
+            allowed = state.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
+        return self._mask(columns, q, hidden, allowed)
+
+    # -- after the text model -----------------------------------------------------------------------------------
+
+    def _after_text_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        state = self._pass
+        try:
+            if output is None:  # the forward raised
+                return
+            if isinstance(state, Prefill) and state.stage:
+                self._finish_prefill(state)
+            cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
+            layers = [] if cache is None else cache.layers
+            self.run.kv_lengths = [0 if la.keys is None else la.keys.shape[-2] for la in layers]
+        finally:
+            self._forget()
+
+    def _finish_prefill(self, state: Prefill) -> None:
+        run = self.run
+        counts: dict[int, list[int]] = {}
+        records: dict[int, Record] = {}
+        for slots in state.layers:
+            alive_columns = enumerate(slots.rows.columns)
+            counts[id(slots)] = [int(state.image_mask[i, row].sum()) for i, row in alive_columns]
+        run.kept = list(state.now.rows.columns)
+        run.visual_kept = counts[id(state.now)]
+        run.visual_cached = [counts[id(slots)] for slots in state.layers]
+        first = min(self.cuts)
+        run.visual_per_layer = [run.visual_prompt] * first + run.visual_cached[first:]
+        if state.cache is None:
+            return
+        for slots, (index, layer) in zip(state.layers, enumerate(state.cache.layers), strict=True):
+            if id(slots) not in records:
+                alive = torch.stack([torch.isin(m, r) for m, r in zip(slots.matrix, slots.rows.columns, strict=True)])
+                columns = torch.where(alive, slots.matrix, -1)
+                records[id(slots)] = Record(
+                    columns.to(layer.keys.device), state.image_mask.shape[1], not bool(alive.all()), slots.shift
+                )
+            state.cache.layers[index] = PrunedLayer(layer, records[id(slots)])

@@ -1,0 +1,55 @@
+"""What a prune block reports: which tokens survived, and what was really processed and cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Run:
+    """Measured facts of the last prefill inside a `prune` block, and of the cache as it grew since.
+
+    Attributes:
+        method: registered name. ratio: the retention ratio asked for.
+        kept: per batch row, the sorted columns of ``input_ids`` (int64, CPU) of every token that survived the last
+            cut, text included, padding not. Rows are those of the prefill, so beams count separately.
+        visual_prompt: visual tokens per row in the prompt.
+        visual_kept: visual tokens per row after the last cut.
+        visual_per_layer: per decoder layer, visual tokens per row that it processed in the prefill.
+        visual_cached: per decoder layer, visual tokens per row in its KV cache after the prefill.
+        kv_lengths: physical length of each layer's cache, appended tokens and padding slots included; empty
+            without a cache.
+        prefills: how many pruned or image-bearing prefills ran in the block.
+    """
+
+    method: str
+    ratio: float
+    kept: list[Tensor] = field(default_factory=list)
+    visual_prompt: list[int] = field(default_factory=list)
+    visual_kept: list[int] = field(default_factory=list)
+    visual_per_layer: list[list[int]] = field(default_factory=list)
+    visual_cached: list[list[int]] = field(default_factory=list)
+    kv_lengths: list[int] = field(default_factory=list)
+    prefills: int = 0
+
+    @property
+    def layer_mean_ratio(self) -> float:
+        """Measured visual tokens processed, averaged over layers and rows, over those of the prompt."""
+        return _mean_share(self.visual_per_layer, self.visual_prompt)
+
+    @property
+    def cache_ratio(self) -> float:
+        """Measured visual tokens in the cache, averaged over layers and rows, over those of the prompt."""
+        return _mean_share(self.visual_cached, self.visual_prompt)
+
+    @property
+    def kept_ratio(self) -> float:
+        """Measured visual tokens after the last cut over those of the prompt."""
+        return _mean_share([self.visual_kept], self.visual_prompt)
+
+
+def _mean_share(per_layer: list[list[int]], prompt: list[int]) -> float:
+    total = sum(prompt) * len(per_layer)
+    return sum(map(sum, per_layer)) / total if total else float("nan")

@@ -1,0 +1,152 @@
+"""Builds what a method sees (`ivcp_eval.interface.Signals`) from what the hooks captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
+from ivcp_eval.ops import budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ivcp_eval.interface import AbstractAdapter
+
+
+def images_at_cut(spans: list[ImageSpan], visual_columns: Tensor, ratio: float) -> tuple[Image, ...]:
+    """The images of a row with their alive tokens and budgets.
+
+    The budget of an image is `ops.budget` of its *prompt* tokens, so staged ratios do not compound, and at most
+    what is alive.
+    """
+    images = []
+    for span in spans:
+        tokens = torch.isin(visual_columns, span.columns).nonzero().flatten()
+        allowed = min(budget(ratio, span.columns.numel()), tokens.numel())
+        images.append(Image(tokens=tokens, budget=allowed, n_prompt=span.columns.numel(), span=span))
+    return tuple(images)
+
+
+def question_tokens(columns: Tensor, visual: Tensor, text: Tensor, closing_tokens: int) -> Tensor:
+    """Text tokens after the last image and its closing marker; all text tokens where there are none.
+
+    Args:
+        columns: (n,) prompt columns of the row's alive tokens.
+        visual: (V,) indices of its visual tokens. text: (T,) of its text tokens.
+        closing_tokens: marker tokens that close an image.
+    """
+    after = text[columns[text] > columns[visual[-1]] + closing_tokens]
+    return after if after.numel() else text
+
+
+def rotary_spectrum(inv_freq: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 (cos, sin), each (A, n, R), of position ids (A, n), over the full spectrum of every axis."""
+    angles = position_ids.float()[..., None] * inv_freq.float()
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def attention_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> Tensor:
+    """Causal softmax attention of the query rows only: (H, n, D), (G, n, D), (r,) -> float32 (H, r, n).
+
+    Memory is linear in n for a fixed number of rows, so no attention map is ever asked of the model.
+    """
+    groups = query.shape[0] // key.shape[0]
+    asked = query[:, rows].float().unflatten(0, (key.shape[0], groups))  # (G, H/G, r, D)
+    logits = torch.einsum("ghrd,gnd->ghrn", asked, key.float()).flatten(0, 1) * scaling
+    future = torch.arange(key.shape[1], device=key.device)[None, :] > rows[:, None]
+    return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
+
+
+def _at(states: Tensor, slots: Tensor) -> Tensor:
+    """The sequence positions ``slots`` of (..., n, F); the tensor itself where that is all of them."""
+    return states if slots.numel() == states.shape[-2] else states.index_select(-2, slots.to(states.device))
+
+
+class SignalSource:
+    """Row views on one prefill's captured tensors, at one cut."""
+
+    def __init__(
+        self,
+        adapter: AbstractAdapter,
+        family: str,
+        text_model: Any,
+        cut: Cut,
+        stage: int,
+        hidden: Tensor,
+        captured: dict[str, Tensor],
+        position_ids: Tensor,
+        position_embeddings: Any,
+    ) -> None:
+        self.adapter, self.family, self.text_model = adapter, family, text_model
+        self.cut, self.stage = cut, stage
+        self.hidden, self.captured = hidden, captured
+        self.position_ids, self.position_embeddings = position_ids, position_embeddings
+
+    def row(
+        self,
+        index: int,
+        columns: Tensor,
+        slots: Tensor,
+        is_visual: Tensor,
+        spans: list[ImageSpan],
+        vision: dict[str, Tensor],
+        memory: dict[str, Any],
+        seed: int,
+    ) -> Signals:
+        """The signals of batch row ``index``, whose alive prompt ``columns`` (n,) stand at ``slots`` (n,)."""
+        device = self.hidden.device
+        slots = slots.to(device)
+        visual, text = is_visual.nonzero().flatten(), (~is_visual).nonzero().flatten()
+        images = images_at_cut(spans, columns[visual], self.cut.ratio)
+        question = question_tokens(columns, visual, text, self.adapter.closing_tokens)
+        states = {name: _at(tensor[index], slots) for name, tensor in self.captured.items()}
+
+        def rope() -> tuple[Tensor, Tensor]:
+            ids = self.position_ids if self.position_ids.ndim == 3 else self.position_ids[None]
+            # (1, S) ids are shared by all rows (language models alone build them without a batch).
+            ids = ids[:, min(index, ids.shape[1] - 1), columns.to(ids.device)]
+            return rotary_spectrum(self.text_model.rotary_emb.inv_freq.to(device), ids.to(device))
+
+        return Signals(
+            images=tuple(Image(image.tokens.to(device), image.budget, image.n_prompt, image.span) for image in images),
+            visual=visual.to(device),
+            text=text.to(device),
+            question=question.to(device),
+            hidden=_at(self.hidden[index], slots),
+            rope=rope,
+            attention=self._attention(index, slots, states),
+            value=states.get("value"),
+            key=states.get("key"),
+            query=states.get("query"),
+            vision=vision,
+            stage=self.stage,
+            family=self.family,
+            generator=torch.Generator().manual_seed(seed),
+            memory=memory,
+        )
+
+    def _attention(self, index: int, slots: Tensor, states: dict[str, Tensor]) -> Callable[..., Tensor]:
+        def rotated(tensor: Tensor) -> Tensor:
+            parts = self.position_embeddings
+            single = isinstance(parts, torch.Tensor)
+            row = [_at(p[..., [min(index, p.shape[-3] - 1)], :, :], slots) for p in ([parts] if single else parts)]
+            return self.adapter.rotate(tensor, row[0] if single else tuple(row))
+
+        def attention(rows: Tensor, entering: bool = False) -> Tensor:
+            layer = self.text_model.layers[self.cut.layer if entering else self.cut.layer - 1]
+            if entering:
+                normed = layer.input_layernorm(_at(self.hidden[index], slots)[None])
+                query, key = (self._project(layer, name, normed) for name in ("query", "key"))
+            else:
+                query, key = states["query"], states["key"]
+            return attention_rows(rotated(query), rotated(key), rows, layer.self_attn.scaling)
+
+        return attention
+
+    def _project(self, layer: Any, name: Any, normed: Tensor) -> Tensor:
+        module, heads = self.adapter.projection(layer, name)
+        return heads(module(normed))[0]

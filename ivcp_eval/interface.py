@@ -1,0 +1,235 @@
+"""The seam: everything a pruning method sees (`Signals`), returns (`Selection`), and what a model family provides.
+
+Shape legend used in every file:
+    B batch rows, S prompt columns (padding included), n tokens of one row alive at a cut, V visual tokens of one row
+    alive at a cut, K kept, T text tokens, H query heads, G key/value heads, D head size, E hidden size,
+    A rotary axes (3 for M-RoPE, else 1), R rotary dimensions.
+
+A method handles one row (one sample) at a time and thinks in visual tokens 0..V-1. It never sees padding, the
+cache, position ids to be edited, or the batch: `ivcp_eval.engine` applies what it chose. See docs/design/engine.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Signal = Literal["value", "key", "query", "vision"]
+"""What must be captured for a method: projections of the decoder layer before the cut, or of the vision tower."""
+
+CachePolicy = Literal["all_layers", "from_cut", "all_but_first"]
+"""Whose KV cache loses the dropped tokens: every layer, only the layers from the cut on, or all but layer 0."""
+
+Faithfulness = Literal["faithful", "from_formula", "variant", "control"]
+"""Checked against the authors' code | transcribed from the paper | gaps filled by us (each named) | a control."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a method may know of the model when it lays out its cuts."""
+
+    family: str  # file name of the adapter
+    n_layers: int  # decoder layers
+    first_cut: int = 0  # lowest layer whose input may be cut (Qwen3-VL adds visual features to its first layers)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut: the hidden states entering decoder layer ``layer`` (0-based) lose tokens.
+
+    ``ratio`` is the share of the *prompt's* visual tokens alive afterwards, in (0, 1].
+    ``renumber`` re-numbers the positions of the survivors 0..n-1 from this layer on; otherwise they keep theirs.
+    """
+
+    layer: int
+    ratio: float
+    cache: CachePolicy = "all_layers"
+    renumber: bool = False
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """One image of one row, in prompt columns, as an adapter finds it.
+
+    Attributes:
+        columns: (N,) int64 on CPU, increasing: the prompt columns of its visual tokens.
+        grid: (rows, columns) if the tokens form one row-major grid, else None.
+        tiles: (w, h) tiles of the high-resolution view, for families that tile.
+        padding: prompt-independent indices (0..N-1) of tokens that show padding only.
+    """
+
+    columns: Tensor
+    grid: tuple[int, int] | None = None
+    tiles: tuple[int, int] | None = None
+    padding: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image as a method sees it at one cut.
+
+    Attributes:
+        tokens: (N,) int64: its alive tokens, as indices into the row's visual tokens 0..V-1.
+        budget: how many of them may survive this cut.
+        n_prompt: how many visual tokens it had in the prompt.
+        span: where it came from.
+    """
+
+    tokens: Tensor
+    budget: int
+    n_prompt: int
+    span: ImageSpan
+
+
+@dataclass
+class Signals:
+    """What a method sees of one row at one cut before layer k. Tensors live on the model's device.
+
+    Attributes:
+        images: the row's images with their budgets; every visual token belongs to exactly one.
+        visual: (V,) int64: where the visual tokens stand among the row's n alive tokens.
+        text: (T,) int64: where the text tokens stand.
+        question: (Q,) int64: text tokens after the last image (closing marker excluded), which in a causal model
+            have seen every image and the whole prompt; all text tokens where nothing follows the last image.
+        hidden: (n, E) hidden states entering layer k.
+        value, key, query: (G, n, D), (G, n, D), (H, n, D) projections of layer k-1 before RoPE; only if in `needs`.
+        rope: ``rope()`` gives float32 (cos, sin) of the row's positions, each (A, n, R): the full spectrum of every
+            axis, as the rotary embedding computes it before M-RoPE sections are joined.
+        attention: ``attention(rows, entering=False)`` gives (H, len(rows), n) float32 causal softmax rows of layer
+            k-1 (needs query and key), or of layer k on the entering hidden states with ``entering=True``.
+        vision: per visual token signals of the vision tower, e.g. ``received`` (V,), ``key`` (V, D), ``feature``
+            (V, F); only if "vision" is in `needs`.
+        stage: 0 for the first cut, 1 for the second, ...
+        family: the adapter's name, for presets that reproduce one family's released code.
+        generator: CPU generator seeded from (method seed, row), the only source of randomness.
+        memory: kept from one cut of this row to the next.
+    """
+
+    images: tuple[Image, ...]
+    visual: Tensor
+    text: Tensor
+    question: Tensor
+    hidden: Tensor
+    rope: Callable[[], tuple[Tensor, Tensor]]
+    attention: Callable[..., Tensor]
+    value: Tensor | None = None
+    key: Tensor | None = None
+    query: Tensor | None = None
+    vision: Mapping[str, Tensor] = field(default_factory=dict)
+    stage: int = 0
+    family: str = ""
+    generator: torch.Generator | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_visual(self) -> int:
+        """V, the visual tokens alive before the cut."""
+        return int(self.visual.numel())
+
+    @property
+    def budget(self) -> int:
+        """How many visual tokens of the row may survive this cut."""
+        return sum(image.budget for image in self.images)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method returns for one row.
+
+    Attributes:
+        keep: (K,) int64 indices into the row's visual tokens, strictly increasing.
+        merge: optional (K, V) weights; survivor i continues as ``merge[i] @ hidden[visual]`` (float32, then cast).
+        exact: False if the method's own rule overrides the budget (a released rule without one).
+    """
+
+    keep: Tensor
+    merge: Tensor | None = None
+    exact: bool = True
+
+    def check(self, signals: Signals, method: str) -> None:
+        """Raise ValueError if indices are not strictly increasing, leave 0..V-1, or miss the budget."""
+        keep = self.keep
+        if keep.ndim != 1 or (keep.numel() and not bool((keep[1:] > keep[:-1]).all())):
+            raise ValueError(f"method {method!r} returned indices that are not a strictly increasing vector: {keep}")
+        if keep.numel() and (int(keep[0]) < 0 or int(keep[-1]) >= signals.n_visual):
+            raise ValueError(f"method {method!r} returned indices outside 0..{signals.n_visual - 1}: {keep}")
+        if self.exact and keep.numel() != signals.budget:
+            raise ValueError(f"method {method!r} kept {keep.numel()} visual tokens, its budget is {signals.budget}")
+        if self.merge is not None and tuple(self.merge.shape) != (keep.numel(), signals.n_visual):
+            raise ValueError(
+                f"method {method!r} returned merge weights {tuple(self.merge.shape)}, "
+                f"expected {(keep.numel(), signals.n_visual)}"
+            )
+
+
+class AbstractMethod(ABC):
+    """A pruning method: a frozen dataclass whose fields are its parameters. It chooses; the engine applies.
+
+    The class is named ``Method`` and lives in ``ivcp_eval/methods/<name>.py``; the file name is its only name.
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    faithfulness: ClassVar[Faithfulness] = "variant"
+
+    @abstractmethod
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """Where to cut, in increasing layer order. Called once per `prune`, never for ratio 1."""
+
+    @abstractmethod
+    def select(self, signals: Signals) -> Selection:
+        """Choose the surviving visual tokens of one row at one cut. Must not modify the signals (but `memory`)."""
+
+
+class AbstractScorer(AbstractMethod):
+    """A method that ranks visual tokens: the best of each image within its budget survive."""
+
+    @abstractmethod
+    def score(self, signals: Signals) -> Tensor:
+        """(V,) scores, higher survives. NaN counts as lowest; ties fall to the lower index."""
+
+    def select(self, signals: Signals) -> Selection:
+        """Keep the ``budget`` best-scored tokens of each image."""
+        from ivcp_eval.ops import top_of_each_image
+
+        return Selection(top_of_each_image(self.score(signals), signals.images))
+
+
+class AbstractAdapter(ABC):
+    """How one model family is wired. The class is named ``Adapter`` and lives in ``model_adapters/<family>.py``."""
+
+    model_types: ClassVar[tuple[str, ...]]  # `config.model_type` of the models it handles
+    closing_tokens: ClassVar[int] = 0  # marker tokens that close an image span (Qwen: <|vision_end|>)
+
+    def facts(self, model: Any, family: str) -> ModelFacts:
+        """Layer counts for `AbstractMethod.cuts`."""
+        return ModelFacts(family=family, n_layers=len(self.text_model(model).layers))
+
+    @abstractmethod
+    def multimodal_model(self, model: Any) -> Any:
+        """The module whose forward receives ``input_ids`` and ``pixel_values`` and calls the text model."""
+
+    @abstractmethod
+    def text_model(self, model: Any) -> Any:
+        """The decoder with ``layers`` and ``rotary_emb``."""
+
+    @abstractmethod
+    def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """(B, S) bool: visual tokens of images among ``inputs['input_ids']``; None if no image is passed."""
+
+    @abstractmethod
+    def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
+        """For each row its images in order. ``mask``: (B, S) bool on CPU."""
+
+    @abstractmethod
+    def projection(self, layer: Any, signal: Signal) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        """The module of a decoder layer whose output carries ``signal``, and (B, S, *) -> (B, heads, S, D) for it."""
+
+    @abstractmethod
+    def rotate(self, states: Tensor, position_embeddings: Any) -> Tensor:
+        """Apply RoPE to (heads, n, D) states, with the position embeddings of that one row (batch axis kept)."""

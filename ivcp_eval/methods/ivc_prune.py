@@ -1,0 +1,132 @@
+"""Keeps the implicit visual coordinates that RoPE creates, a few semantic seeds, and the foreground of the question.
+
+Paper: https://arxiv.org/abs/2602.03060 (Algorithm 1: V(m), U(m), semantic seeds, contextual refinement).
+Reference: https://github.com/FireRedTeam/IVC-Prune @ 03afd9c
+
+One cut in the middle of the decoder; the same tokens leave the KV cache of every layer; position ids stay.
+
+The general rule, for any ratio, any number of images, text on both sides:
+
+* Budget per image, ``round(ratio * N)`` of its N tokens: every image must stay usable, and the total is exact.
+* IVC per image: the best tokens by the mean of cos (real axis) and of sin (imaginary axis) of their rotary angles,
+  each ``ivc`` N of them but at most ``ivc_share`` of the budget. With the published ivc=0.1 and ivc_share=0.2 that is
+  the released set at ratio 0.5 and above, and the same proportions below, where the released code overruns its budget.
+* Queries are the text tokens after the last image: in a causal model only they have seen every image *and* the whole
+  question, wherever the question stands. The closing marker is no query.
+* Seeds: ``seeds`` N of the image's tokens that the queries' values match best (softmax over that image, mean over
+  heads and queries); then text and seeds together rank the rest, which fills the budget.
+
+Differs: Algorithm 1 joins an IVC set and a foreground set of fixed sizes; the released code fills up to the budget
+instead, and so do we. The paper's V(m) sums over one axis; on M-RoPE the released code averages all three axes over
+the full spectrum, and so do we. Scores are float32 (released: bfloat16, where a third of the IVC set is ties).
+``preset="official"`` reproduces the released code of each family with its quirks instead; see ivcp_eval.ivc_official.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.ops import ranking, top
+
+PUBLISHED_LAYER = {
+    ("qwen2_5_vl", 28): 16,  # 7B
+    ("qwen2_5_vl", 36): 22,  # 3B
+    ("llava", 32): 16,
+    ("internvl", 32): 16,
+    ("deepseek_vl2", 27): 17,
+}
+
+
+@dataclass(frozen=True)
+class Method(AbstractMethod):
+    """IVC-Prune.
+
+    Attributes:
+        layer: decoder layer whose input is cut; None takes the released layer of the model, elsewhere 4/7 of the depth
+            (16 of 28). Values come from the layer before it.
+        ivc: share of an image's tokens kept for each of the two coordinate scores; 0 switches the part off.
+        ivc_share: upper bound of each, as a share of the image's budget.
+        seeds: share of an image's tokens that become semantic seeds (at least one); 0 switches them off.
+        foreground: fill by the value similarity to the question; False fills at random (an ablation).
+        preset: "general", or "official" for the released code of the family.
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({"value"})
+    faithfulness: ClassVar[Faithfulness] = "faithful"
+
+    layer: int | None = None
+    ivc: float = 0.1
+    ivc_share: float = 0.2
+    seeds: float = 0.01
+    foreground: bool = True
+    preset: Literal["general", "official"] = "general"
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can mean."""
+        if self.preset not in ("general", "official"):
+            raise ValueError(f"preset {self.preset!r} is unknown; use 'general' or 'official'")
+        if self.layer is not None and self.layer < 1:
+            raise ValueError(f"layer {self.layer} has no layer before it to take values from; use 1 or more")
+        for name in ("ivc", "ivc_share", "seeds"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside 0..1")
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """One cut for all layers' caches (the official LLaVA and DeepSeek code leaves layer 0's whole)."""
+        layer = self.layer
+        if layer is None:
+            layer = PUBLISHED_LAYER.get((model.family, model.n_layers), round(model.n_layers * 4 / 7))
+            layer = max(layer, model.first_cut, 1)
+        if self.preset == "official":
+            from ivcp_eval.ivc_official import cache_policy
+
+            return (Cut(layer, ratio, cache=cache_policy(model.family)),)
+        return (Cut(layer, ratio),)
+
+    def select(self, signals: Signals) -> Selection:
+        """Algorithm 1 on every image of the row."""
+        if self.preset == "official":
+            from ivcp_eval.ivc_official import select
+
+            return select(signals)
+        cos, sin = (part.mean(dim=(0, 2)) for part in signals.rope())  # (n,)
+        kept = [self._select_image(signals, image, cos, sin) for image in signals.images]
+        return Selection(torch.cat(kept).sort().values)
+
+    def _select_image(self, signals: Signals, image: Image, cos: Tensor, sin: Tensor) -> Tensor:
+        at = signals.visual[image.tokens]  # (N,) among the row's tokens
+        n, budget = at.numel(), image.budget
+        each = min(round(self.ivc * image.n_prompt), round(self.ivc_share * budget))
+        kept = torch.zeros(n, dtype=torch.bool, device=at.device)
+        kept[top(cos[at], each)] = True
+        kept[top(sin[at], each)] = True
+        if self.foreground:
+            n_seeds = min(max(1, round(self.seeds * image.n_prompt)), budget - int(kept.sum())) if self.seeds else 0
+            assert signals.value is not None
+            seeds = top(value_similarity(signals.value, signals.question, at), n_seeds)
+            kept[seeds] = True
+            fill = value_similarity(signals.value, torch.cat((signals.question, at[seeds])), at)
+        else:
+            fill = torch.rand(n, generator=signals.generator).to(at.device)
+        fill = fill.masked_fill(kept, -torch.inf)
+        kept[ranking(fill)[: budget - int(kept.sum())]] = True
+        return image.tokens[kept]
+
+
+def value_similarity(value: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Mean over heads and queries of softmax over ``keys`` of V_q V_k^T / sqrt(D) (Algorithm 1, lines 3 and 5).
+
+    Args:
+        value: (G, n, D) value states. queries: (Q,) and keys: (N,) indices into n.
+
+    Returns:
+        (N,) float32.
+    """
+    states = value.float()
+    logits = states[:, queries] @ states[:, keys].transpose(1, 2) / states.shape[-1] ** 0.5
+    return logits.softmax(dim=-1).mean(dim=(0, 1))

@@ -1,0 +1,148 @@
+"""Reading MDETR's ``finetune_*.json``: COCO-like JSON with one ``images`` entry per referring expression.
+
+Layout (ashkamath/mdetr@8cbe208, scripts/fine-tuning/refexp_coco_format.py): ``images`` = ``{id, file_name, height,
+width, caption, dataset_name, original_id, ...}``, ``annotations`` = ``{id, image_id, bbox: [x, y, w, h],
+original_id, ...}``; exactly one annotation per entry, and entries of one picture share their ``file_name``.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.refcoco.records import BadRecord, ConversionError, Problem, Record, check_box, clean_caption
+
+__all__ = ["MdetrFile", "read_mdetr"]
+
+
+@dataclass(frozen=True)
+class MdetrFile:
+    """Contents of one annotation file: usable records in file order, problems, number of ``images`` entries."""
+
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
+    entries: int
+    dataset_names: frozenset[str]
+
+
+def read_mdetr(path: Path) -> MdetrFile:
+    """Read and check one annotation file (not the pictures).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConversionError: the file is not JSON or not in MDETR's layout at all. Single bad entries are not raised but
+            returned as problems.
+    """
+    images, annotations = _load(path)
+    problems: list[Problem] = []
+    by_image = _annotations_by_image(images, annotations, problems)
+    counts = Counter(_id_text(entry) for entry in images)
+    records: list[Record] = []
+    for position, entry in enumerate(images):
+        where, index = f"images[{position}]", _id_text(entry)
+        try:
+            if counts[index] > 1:
+                raise BadRecord(f"the id is used by {counts[index]} entries")
+            records.append(_record(where, entry, by_image.get(index, [])))
+        except BadRecord as error:
+            name = str(entry.get("file_name", "?")) if isinstance(entry, Mapping) else "?"
+            problems.append(Problem(where, index, name, str(error)))
+    names = {str(entry["dataset_name"]) for entry in images if isinstance(entry, Mapping) and "dataset_name" in entry}
+    return MdetrFile(tuple(records), tuple(problems), len(images), frozenset(names))
+
+
+def _load(path: Path) -> tuple[list[Any], list[Any]]:
+    expected = "expected MDETR's layout: an object with the lists 'images' (with captions) and 'annotations'"
+    try:
+        with path.open(encoding="utf-8") as stream:
+            content = json.load(stream)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConversionError(f"{path} is not JSON ({error}); {expected}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}; {expected}")
+    for key in ("images", "annotations"):
+        if not isinstance(content.get(key), list):
+            raise ConversionError(f"{path} has no list {key!r}, only {sorted(content)[:10]}; {expected}")
+    images, annotations = content["images"], content["annotations"]
+    if not images:
+        raise ConversionError(f"{path}: 'images' is empty; {expected}")
+    if not any(isinstance(entry, dict) and "caption" in entry for entry in images):
+        raise ConversionError(f"{path}: no entry of 'images' has a 'caption' (plain COCO file?); {expected}")
+    return images, annotations
+
+
+def _id_text(entry: Any) -> str:
+    value = entry.get("id") if isinstance(entry, Mapping) else None
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else f"invalid:{value!r}"
+
+
+def _annotations_by_image(
+    images: Sequence[Any], annotations: Sequence[Any], problems: list[Problem]
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Annotations per image id; those that belong nowhere are problems of their own."""
+    known = {_id_text(entry) for entry in images}
+    counts = Counter(_id_text(annotation) for annotation in annotations)
+    by_image: dict[str, list[Mapping[str, Any]]] = {}
+    for position, annotation in enumerate(annotations):
+        where, index = f"annotations[{position}]", _id_text(annotation)
+        owner = str(annotation.get("image_id")) if isinstance(annotation, Mapping) else "?"
+        if not isinstance(annotation, Mapping) or owner not in known:
+            problems.append(Problem(where, index, "?", f"its image_id {owner} is the id of no entry of 'images'"))
+            continue
+        if counts[index] > 1:
+            annotation = {**annotation, "bbox": None, "shared": counts[index]}
+        by_image.setdefault(owner, []).append(annotation)
+    return by_image
+
+
+def _record(where: str, entry: Any, annotations: Sequence[Mapping[str, Any]]) -> Record:
+    if not isinstance(entry, Mapping):
+        raise BadRecord(f"the entry must be an object, got {type(entry).__name__}")
+    index = _id_text(entry)
+    if index.startswith("invalid:"):
+        raise BadRecord(f"the id must be a whole number, got {entry.get('id')!r}")
+    width, height = (_side(entry, key) for key in ("width", "height"))
+    image_id = _file_name(entry.get("file_name"))
+    if "caption" not in entry:
+        raise BadRecord("the caption is missing")
+    question = clean_caption(entry["caption"])
+    if len(annotations) != 1:
+        raise BadRecord(f"a referring expression has exactly one annotation, this one has {len(annotations)}")
+    annotation = annotations[0]
+    if "shared" in annotation:
+        raise BadRecord(f"its annotation's id {annotation['id']} is used by {annotation['shared']} annotations")
+    bbox = annotation.get("bbox")
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        raise BadRecord(f"the bbox must be [x, y, width, height], got {bbox!r}")
+    x, y, w, h = bbox
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in bbox):
+        raise BadRecord(f"the bbox needs four numbers, got {bbox!r}")
+    box = check_box(x, y, x + w, y + h, width, height)
+    object_id = annotation.get("original_id", "")
+    return Record(
+        where, index, image_id, question, box, width, height, str(object_id) if isinstance(object_id, int) else ""
+    )
+
+
+def _side(entry: Mapping[str, Any], key: str) -> int:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise BadRecord(f"{key} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _file_name(name: Any) -> str:
+    """The name relative to the images folder; annotation files come from elsewhere and are not trusted."""
+    if not isinstance(name, str) or not name.strip():
+        raise BadRecord(f"file_name must be text, got {name!r}")
+    if any(character in name for character in "\\\x00\t\r\n"):
+        raise BadRecord(f"file_name {name!r} holds a backslash or a control character")
+    normal = posixpath.normpath(name)
+    if posixpath.isabs(name) or normal in (".", "..") or normal.startswith("../"):
+        raise BadRecord(f"file_name {name!r} leaves the images folder")
+    return normal

@@ -1,0 +1,94 @@
+"""Names are file names: methods live in ivcp_eval/methods, families in model_adapters, benchmarks in datasets/."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ivcp_eval.interface import AbstractAdapter, AbstractMethod
+
+METHOD_ENTRY_POINT = "ivcp_eval.methods"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error's first sentence: ``; did you mean 'fastv'?``, or a full stop."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else "."
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for an unknown name: what was got, what is allowed, the nearest match."""
+    names = sorted(known)
+    return ValueError(f"unknown {kind} {name!r}{nearest(name, names)} Known: {', '.join(names)}.")
+
+
+def module_names(package: str) -> tuple[str, ...]:
+    """Public module names of a package, sorted, without importing any of them."""
+    folder = Path(str(import_module(package).__file__)).parent
+    files = [path.stem for path in folder.glob("*.py")] + [path.parent.name for path in folder.glob("*/__init__.py")]
+    return tuple(sorted(name for name in files if not name.startswith("_")))
+
+
+def _plugins() -> dict[str, Any]:
+    return {entry.name: entry for entry in entry_points(group=METHOD_ENTRY_POINT)}
+
+
+def method_names() -> tuple[str, ...]:
+    """Every registered method, those of installed plug-ins (entry point group ``ivcp_eval.methods``) included."""
+    return tuple(sorted({*module_names("ivcp_eval.methods"), *_plugins()}))
+
+
+def method_class(name: str) -> type[AbstractMethod]:
+    """The ``Method`` class of a registered method.
+
+    Raises:
+        ValueError: unknown name; the message suggests the nearest one.
+    """
+    if name in module_names("ivcp_eval.methods"):
+        loaded: type[AbstractMethod] = import_module(f"ivcp_eval.methods.{name}").Method
+        return loaded
+    plugins = _plugins()
+    if name not in plugins:
+        raise unknown("method", name, method_names())
+    target = plugins[name].load()
+    return getattr(target, "Method", target)
+
+
+def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> AbstractMethod:
+    """A method with its parameters set; raises ValueError for an unknown name or parameter."""
+    cls = method_class(name)
+    allowed = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for parameter in parameters or {}:
+        if parameter not in allowed:
+            names = ", ".join(sorted(allowed)) or "none"
+            raise ValueError(
+                f"method {name!r} has no parameter {parameter!r}{nearest(parameter, allowed)} Parameters: {names}."
+            )
+    return cls(**(parameters or {}))
+
+
+def family_names() -> tuple[str, ...]:
+    """Every model family: the file names in ``model_adapters``."""
+    return module_names("model_adapters")
+
+
+def adapter(family: str) -> AbstractAdapter:
+    """The adapter of a family, by its file name."""
+    if family not in family_names():
+        raise unknown("model family", family, family_names())
+    made: AbstractAdapter = import_module(f"model_adapters.{family}").Adapter()
+    return made
+
+
+def family_of(model_type: str) -> str:
+    """The family that handles a ``config.model_type``; ValueError if none does."""
+    types = {kind: name for name in family_names() for kind in adapter(name).model_types}
+    if model_type not in types:
+        raise unknown("model type", model_type, types)
+    return types[model_type]

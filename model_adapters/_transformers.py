@@ -1,0 +1,68 @@
+"""What families on native transformers share: projections by name, RoPE, image runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ivcp_eval.interface import AbstractAdapter, ImageSpan, Signal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def split_heads(states: Tensor, head_dim: int) -> Tensor:
+    """(B, S, heads * D) -> (B, heads, S, D)."""
+    batch, length, _ = states.shape
+    return states.view(batch, length, -1, head_dim).transpose(1, 2)
+
+
+def rotate_half(states: Tensor) -> Tensor:
+    """The RoPE partner of each dimension: (-x2, x1) of the two halves of the last axis."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def image_runs(mask: Tensor) -> list[Tensor]:
+    """The runs of True in one row's mask (S,) bool on CPU, each as its columns (int64, increasing)."""
+    columns = mask.nonzero().flatten()
+    if not columns.numel():
+        return []
+    breaks = ((columns[1:] - columns[:-1]) > 1).nonzero().flatten() + 1
+    return list(torch.tensor_split(columns, breaks.tolist()))
+
+
+class AbstractTransformersAdapter(AbstractAdapter):
+    """A family whose decoder layers have ``self_attn.{q,k,v}_proj`` and Llama-like (cos, sin) position embeddings."""
+
+    def multimodal_model(self, model: Any) -> Any:
+        """``model.model`` of a ...ForConditionalGeneration."""
+        return model.model
+
+    def text_model(self, model: Any) -> Any:
+        """``model.model.language_model``."""
+        return model.model.language_model
+
+    def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Where the image placeholder token stands, if image pixels (or encoded images) come with the ids."""
+        ids = inputs.get("input_ids")
+        if ids is None or (inputs.get("pixel_values") is None and inputs.get("mm_encoder_outputs") is None):
+            return None
+        return ids == model.config.image_token_id
+
+    def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
+        """One image per run of placeholder tokens."""
+        return [[ImageSpan(run) for run in image_runs(row)] for row in mask]
+
+    def projection(self, layer: Any, signal: Signal) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        """``self_attn.<q|k|v>_proj``, split into heads."""
+        attention = layer.self_attn
+        module = getattr(attention, {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[signal])
+        return module, lambda states: split_heads(states, attention.head_dim)
+
+    def rotate(self, states: Tensor, position_embeddings: Any) -> Tensor:
+        """``x cos + rotate_half(x) sin`` with (1, n, R) embeddings."""
+        cos, sin = (part[0].to(states.dtype) for part in position_embeddings)
+        return states * cos + rotate_half(states) * sin

@@ -1,0 +1,63 @@
+"""Qwen2.5-VL: M-RoPE, windowed vision tower, native resolution with a 2x2 patch merger.
+
+Paper: https://arxiv.org/abs/2502.13923
+Classes: transformers' Qwen2_5_VLForConditionalGeneration (5.14 to 5.23 tested).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ivcp_eval.interface import ImageSpan
+from model_adapters._transformers import AbstractTransformersAdapter, image_runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Adapter(AbstractTransformersAdapter):
+    """Wiring of Qwen2.5-VL."""
+
+    model_types = ("qwen2_5_vl",)
+    closing_tokens = 1  # <|vision_end|>
+
+    def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """As the base class; videos are refused rather than counted as text."""
+        if inputs.get("pixel_values_videos") is not None:
+            raise ValueError("got a video; only images can be pruned. Pass images, or leave the prune block.")
+        return super().image_mask(model, inputs)
+
+    def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
+        """Runs of <|image_pad|>; ``image_grid_thw`` lists the images of the whole batch in the same order."""
+        merge = model.config.vision_config.spatial_merge_size
+        runs = [image_runs(row) for row in mask]
+        thw = inputs.get("image_grid_thw")
+        if thw is None:
+            return [[ImageSpan(run) for run in row] for row in runs]
+        grids = iter(_in_row_order([(t, h // merge, w // merge) for t, h, w in thw.tolist()], runs))
+        return [[ImageSpan(run, grid=next(grids)[1:]) for run in row] for row in runs]
+
+
+def _in_row_order(sizes: list[tuple[int, int, int]], runs: list[list[Tensor]]) -> list[tuple[int, int, int]]:
+    """(t, h, w) of every run, row by row.
+
+    Beam search repeats each row R times and, depending on the transformers release, repeats the grids image by image
+    or not at all; both are undone here.
+    """
+
+    def fits(candidate: list[tuple[int, int, int]], rows: list[list[Tensor]]) -> bool:
+        return [t * h * w for t, h, w in candidate] == [run.numel() for row in rows for run in row]
+
+    if fits(sizes, runs):
+        return sizes
+    for repeats in (r for r in range(2, len(runs) + 1) if len(runs) % r == 0):
+        for candidate in (sizes[::repeats], sizes):
+            if fits(candidate, runs[::repeats]):
+                unread = iter(candidate)
+                rows = [[next(unread) for _ in row] for row in runs[::repeats]]
+                return [size for row in rows for _ in range(repeats) for size in row]
+    raise ValueError(
+        f"image_grid_thw asks for images of {[t * h * w for t, h, w in sizes]} tokens, "
+        f"the prompt holds runs of {[run.numel() for row in runs for run in row]}"
+    )

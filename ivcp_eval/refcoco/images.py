@@ -6,8 +6,9 @@ import base64
 import io
 import multiprocessing
 import os
+import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(function: Callable[[_In], _Out], items: Iterable[_In], workers: int) -> Iterator[_Out]:
+def ordered_map(function: Callable[[_In], _Out], items: Iterable[_In], workers: int) -> Generator[_Out, None, None]:
     """Like ``map``, over ``workers`` processes, with at most four results per worker waiting.
 
     ``ProcessPoolExecutor.map`` submits everything at once, and finished images pile up whenever the disk is slower
@@ -80,7 +81,10 @@ def ordered_map(function: Callable[[_In], _Out], items: Iterable[_In], workers: 
         yield from map(function, items)
         return
     # "spawn": forking would copy the progress bar's thread in an undefined state.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    # Ctrl-C goes to the whole process group; only this process shall report it.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore) as pool:
         waiting: deque[Future[_Out]] = deque()
         try:
             for item in items:

@@ -10,14 +10,24 @@ from __future__ import annotations
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.refcoco.records import BadRecord, ConversionError, Problem, Record, check_box, clean_caption
+from ivcp_eval.refcoco.records import (
+    BadRecord,
+    ConversionError,
+    Problem,
+    Record,
+    check_box,
+    clean_caption,
+    finite_number,
+)
 
 __all__ = ["MdetrFile", "read_mdetr"]
+
+_MAX_SIDE = 65_535  # of a JPEG
 
 
 @dataclass(frozen=True)
@@ -40,15 +50,16 @@ def read_mdetr(path: Path) -> MdetrFile:
     """
     images, annotations = _load(path)
     problems: list[Problem] = []
-    by_image = _annotations_by_image(images, annotations, problems)
     counts = Counter(_id_text(entry) for entry in images)
+    annotation_counts = Counter(_id_text(annotation) for annotation in annotations)
+    by_image = _annotations_by_image(counts, annotations, problems)
     records: list[Record] = []
     for position, entry in enumerate(images):
         where, index = f"images[{position}]", _id_text(entry)
         try:
-            if counts[index] > 1:
+            if counts[index] > 1 and not index.startswith("invalid:"):
                 raise BadRecord(f"the id is used by {counts[index]} entries")
-            records.append(_record(where, entry, by_image.get(index, [])))
+            records.append(_record(where, entry, by_image.get(index, []), annotation_counts))
         except BadRecord as error:
             name = str(entry.get("file_name", "?")) if isinstance(entry, Mapping) else "?"
             problems.append(Problem(where, index, name, str(error)))
@@ -82,25 +93,23 @@ def _id_text(entry: Any) -> str:
 
 
 def _annotations_by_image(
-    images: Sequence[Any], annotations: Sequence[Any], problems: list[Problem]
+    known: Container[str], annotations: Sequence[Any], problems: list[Problem]
 ) -> dict[str, list[Mapping[str, Any]]]:
     """Annotations per image id; those that belong nowhere are problems of their own."""
-    known = {_id_text(entry) for entry in images}
-    counts = Counter(_id_text(annotation) for annotation in annotations)
     by_image: dict[str, list[Mapping[str, Any]]] = {}
     for position, annotation in enumerate(annotations):
-        where, index = f"annotations[{position}]", _id_text(annotation)
         owner = str(annotation.get("image_id")) if isinstance(annotation, Mapping) else "?"
-        if not isinstance(annotation, Mapping) or owner not in known:
-            problems.append(Problem(where, index, "?", f"its image_id {owner} is the id of no entry of 'images'"))
-            continue
-        if counts[index] > 1:
-            annotation = {**annotation, "bbox": None, "shared": counts[index]}
-        by_image.setdefault(owner, []).append(annotation)
+        if isinstance(annotation, Mapping) and owner in known:
+            by_image.setdefault(owner, []).append(annotation)
+        else:
+            reason = f"its image_id {owner} is the id of no entry of 'images'"
+            problems.append(Problem(f"annotations[{position}]", _id_text(annotation), "?", reason))
     return by_image
 
 
-def _record(where: str, entry: Any, annotations: Sequence[Mapping[str, Any]]) -> Record:
+def _record(
+    where: str, entry: Any, annotations: Sequence[Mapping[str, Any]], annotation_counts: Mapping[str, int]
+) -> Record:
     if not isinstance(entry, Mapping):
         raise BadRecord(f"the entry must be an object, got {type(entry).__name__}")
     index = _id_text(entry)
@@ -114,25 +123,23 @@ def _record(where: str, entry: Any, annotations: Sequence[Mapping[str, Any]]) ->
     if len(annotations) != 1:
         raise BadRecord(f"a referring expression has exactly one annotation, this one has {len(annotations)}")
     annotation = annotations[0]
-    if "shared" in annotation:
-        raise BadRecord(f"its annotation's id {annotation['id']} is used by {annotation['shared']} annotations")
+    uses = annotation_counts[_id_text(annotation)]
+    if uses > 1:
+        raise BadRecord(f"its annotation's id {annotation.get('id')} is used by {uses} annotations")
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4:
         raise BadRecord(f"the bbox must be [x, y, width, height], got {bbox!r}")
-    x, y, w, h = bbox
-    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in bbox):
-        raise BadRecord(f"the bbox needs four numbers, got {bbox!r}")
+    x, y, w, h = (finite_number(value, "the bbox") for value in bbox)
     box = check_box(x, y, x + w, y + h, width, height)
-    object_id = annotation.get("original_id", "")
-    return Record(
-        where, index, image_id, question, box, width, height, str(object_id) if isinstance(object_id, int) else ""
-    )
+    object_id = annotation.get("original_id")
+    object_text = str(object_id) if isinstance(object_id, int) else ""
+    return Record(where, index, image_id, question, box, width, height, object_text)
 
 
 def _side(entry: Mapping[str, Any], key: str) -> int:
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise BadRecord(f"{key} must be a positive whole number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_SIDE:
+        raise BadRecord(f"{key} must be a whole number of pixels from 1 to {_MAX_SIDE}, got {value!r}")
     return value
 
 

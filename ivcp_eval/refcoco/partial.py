@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ivcp_eval.files import commit_file, disk_full_as_clear_error, file_digest, write_json
+from ivcp_eval.files import DiskFullError, commit_file, disk_full_as_clear_error, file_digest, write_json
 from ivcp_eval.refcoco.images import MIN_BASE64
 from ivcp_eval.refcoco.records import COLUMNS, ConversionError
 
@@ -24,12 +24,16 @@ def report_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.report.json")
 
 
-def is_up_to_date(target: Path, fingerprint: str) -> bool:
-    """Whether ``target`` is whole and was made from exactly these inputs (``fingerprint``), by its report."""
+def is_up_to_date(target: Path, fingerprint: str, skip_bad: bool) -> bool:
+    """Whether ``target`` is whole and was made from exactly these inputs (``fingerprint``), by its report.
+
+    A file that lacks entries only counts if leaving them out is still asked for (``skip_bad``).
+    """
     report = _read_json(report_path(target))
     return (
         target.is_file()
         and report.get("fingerprint") == fingerprint
+        and (skip_bad or report.get("skipped") == 0)
         and report.get("bytes") == target.stat().st_size
         and report.get("md5") == file_digest(target, "md5")
     )
@@ -74,12 +78,13 @@ class PartialTsv:
         if _read_json(self._note).get("fingerprint") == self._fingerprint:
             self._keep_whole_lines(self._stream)
         if not self.done:
-            # First empty the file, then say what it belongs to: the other order could adopt foreign rows.
-            self._stream.seek(0)
-            self._stream.truncate()
-            self._stream.write(_HEADER)
-            self._stream.flush()
-            write_json(self._note, {"fingerprint": self._fingerprint})
+            with disk_full_as_clear_error(self.target, self._part):
+                # First empty the file, then say what it belongs to: the other order could adopt foreign rows.
+                self._stream.seek(0)
+                self._stream.truncate()
+                self._stream.write(_HEADER)
+                self._stream.flush()
+                write_json(self._note, {"fingerprint": self._fingerprint})
         return self
 
     def _keep_whole_lines(self, stream: IO[bytes]) -> None:
@@ -129,11 +134,12 @@ class PartialTsv:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._stream is not None
-        if not self._part.exists() and error is not None:
-            self._note.unlink(missing_ok=True)  # the disk was full
         try:
             with disk_full_as_clear_error(self.target, self._part):
                 self._stream.close()
         except OSError:
             if error is None:
                 raise
+        if isinstance(error, DiskFullError):  # perhaps for another file of the same run: make room for all
+            self._part.unlink(missing_ok=True)
+            self._note.unlink(missing_ok=True)

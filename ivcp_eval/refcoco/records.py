@@ -12,7 +12,17 @@ from typing import Any
 
 from ivcp_eval.boxes import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS, Box, Frame, smart_resize
 
-__all__ = ["COLUMNS", "BadRecord", "ConversionError", "FrameRule", "Problem", "Record", "check_box", "clean_caption"]
+__all__ = [
+    "COLUMNS",
+    "BadRecord",
+    "ConversionError",
+    "FrameRule",
+    "Problem",
+    "Record",
+    "check_box",
+    "clean_caption",
+    "finite_number",
+]
 
 COLUMNS = (
     "index",  # the source's own id of the expression
@@ -32,7 +42,27 @@ COLUMNS = (
 _BORDER_PIXELS = 1.0
 # pandas.read_csv, with which VLMEvalKit loads the file, turns exactly these cells into "missing" (pandas 3.1 docs).
 _READ_AS_MISSING = frozenset(
-    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
+    [
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    ]
 )
 
 
@@ -209,19 +239,28 @@ def clean_caption(caption: object) -> str:
     return f"{line} " if line in _READ_AS_MISSING else line
 
 
-def check_box(x1: Any, y1: Any, x2: Any, y2: Any, width: int, height: int) -> Box:
-    """The box as floats, if it is one and lies in an image of ``width`` x ``height`` pixels.
+def finite_number(value: Any, what: str) -> float:
+    """``value`` as a float; :class:`BadRecord` if it is text, a truth value, NaN, infinite or too large."""
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRecord(f"{what} must hold finite numbers, got {str(value)[:40]!r}")
+    return number
+
+
+def check_box(x1: float, y1: float, x2: float, y2: float, width: int, height: int) -> Box:
+    """The box (pixels), if it is one and lies in an image of ``width`` x ``height`` pixels.
 
     It may overshoot the border by one pixel (COCO's rounding); such a box is kept as it is.
 
     Raises:
-        BadRecord: a coordinate is no finite number, the area is zero, or the box leaves the image.
+        BadRecord: the area is zero, or the box leaves the image.
     """
     values = (x1, y1, x2, y2)
-    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
-        raise BadRecord(f"the box needs four finite numbers, got {list(values)}")
     if x2 <= x1 or y2 <= y1:
         raise BadRecord(f"the box {list(values)} (x1, y1, x2, y2) has zero area")
     if min(x1, y1) < -_BORDER_PIXELS or x2 > width + _BORDER_PIXELS or y2 > height + _BORDER_PIXELS:
         raise BadRecord(f"the box {list(values)} (x1, y1, x2, y2) leaves the image of {width}x{height} pixels")
-    return float(x1), float(y1), float(x2), float(y2)
+    return values

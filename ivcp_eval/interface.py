@@ -200,11 +200,46 @@ class AbstractScorer(AbstractMethod):
         return Selection(top_of_each_image(self.score(signals), signals.images))
 
 
+QuestionKind = Literal["grounding", "mcq", "yes_no", "short_answer"]
+"""Kinds of benchmark question for which a family may have a published prompt of its own."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One published checkpoint of a family.
+
+    Attributes:
+        name: short name users type (``qwen25``).
+        hub: repository id on the Hugging Face hub; empty for a model shipped with this repository.
+        revision: commit or tag; "main" where no commit is known to us (it is resolved and recorded at run time).
+        local: folder inside the ``ivcp_eval`` package, for a shipped model.
+        methods: parameters of a method that were tuned for this checkpoint, by method name; users' values win.
+        note: one line for ``ivcp list``.
+    """
+
+    name: str
+    hub: str = ""
+    revision: str = "main"
+    local: str = ""
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    note: str = ""
+
+
 class AbstractAdapter(ABC):
-    """How one model family is wired. The class is named ``Adapter`` and lives in ``model_adapters/<family>.py``."""
+    """How one model family is wired. The class is named ``Adapter`` and lives in ``model_adapters/<family>.py``.
+
+    The first half serves pruning, the second (from `checkpoints` on) evaluation. Baseline and pruned runs go through
+    the same methods with the same arguments, so nothing but the pruning can differ.
+    """
 
     model_types: ClassVar[tuple[str, ...]]  # `config.model_type` of the models it handles
     closing_tokens: ClassVar[int] = 0  # marker tokens that close an image span (Qwen: <|vision_end|>)
+
+    checkpoints: ClassVar[tuple[Checkpoint, ...]] = ()
+    box_format: ClassVar[str] = ""  # key of ivcp_eval.boxes.FORMATS; empty if the family was not trained to ground
+    min_pixels: ClassVar[int | None] = None  # limits of the published evaluation, where the processor has such
+    max_pixels: ClassVar[int | None] = None
+    generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 512, "do_sample": False}
 
     def facts(self, model: Any, family: str) -> ModelFacts:
         """Layer counts for `AbstractMethod.cuts`."""
@@ -233,3 +268,37 @@ class AbstractAdapter(ABC):
     @abstractmethod
     def rotate(self, states: Tensor, position_embeddings: Any) -> Tensor:
         """Apply RoPE to (heads, n, D) states, with the position embeddings of that one row (batch axis kept)."""
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load(
+        self,
+        source: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: str,
+        attention: str,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> tuple[Any, Any]:
+        """(model in eval mode, processor) from a local folder or hub id. ``device="auto"`` spreads over all GPUs."""
+
+    def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
+        """The family's published wording of a question; None leaves the benchmark's own."""
+        return None
+
+    @abstractmethod
+    def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+        """Model inputs for a batch, padded on the left.
+
+        Args:
+            processor: as returned by `load`.
+            conversations: per sample the ordered parts of one user turn, ``{"image": PIL.Image}`` or ``{"text": str}``.
+        """
+
+    def box_frame(self, processor: Any, inputs: Mapping[str, Tensor], sample: int) -> tuple[int, int] | None:
+        """(width, height) of the picture that pixel boxes of ``sample`` refer to; None where boxes are relative."""
+        return None

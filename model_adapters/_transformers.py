@@ -66,3 +66,43 @@ class AbstractTransformersAdapter(AbstractAdapter):
         """``x cos + rotate_half(x) sin`` with (1, n, R) embeddings."""
         cos, sin = (part[0].to(states.dtype) for part in position_embeddings)
         return states * cos + rotate_half(states) * sin
+
+    def load(
+        self,
+        source: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: str,
+        attention: str,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> tuple[Any, Any]:
+        """``AutoModelForImageTextToText`` and ``AutoProcessor`` of the checkpoint."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        limits = {key: value for key, value in limits.items() if value is not None}
+        processor = AutoProcessor.from_pretrained(source, **common, **limits)
+        placement = {"device_map": "auto"} if device == "auto" else {}
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attention, **placement, **common
+        )
+        return (model if placement else model.to(device)).eval(), processor
+
+    def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+        """The checkpoint's own chat template and processor, padded on the left."""
+        texts, images = [], []
+        for parts in conversations:
+            content = [
+                {"type": "image"} if "image" in part else {"type": "text", "text": part["text"]} for part in parts
+            ]
+            turn = [{"role": "user", "content": content}]
+            texts.append(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            images += [part["image"] for part in parts if "image" in part]
+        encoded: Mapping[str, Tensor] = processor(
+            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return encoded

@@ -2,6 +2,7 @@
 
 Paper: https://arxiv.org/abs/2502.13923
 Classes: transformers' Qwen2_5_VLForConditionalGeneration (5.14 to 5.23 tested).
+Prompts: VLMEvalKit's Qwen2VLPromptMixin, and https://github.com/FireRedTeam/IVC-Prune @ 03afd9c for grounding.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.interface import ImageSpan
+from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
 
 if TYPE_CHECKING:
@@ -21,6 +22,19 @@ class Adapter(AbstractTransformersAdapter):
 
     model_types = ("qwen2_5_vl",)
     closing_tokens = 1  # <|vision_end|>
+    checkpoints = (
+        Checkpoint(
+            "tiny", local="tiny/model", note="laboratory model trained on generated scenes; says nothing of LVLMs"
+        ),
+        Checkpoint("qwen25", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        Checkpoint("qwen25_3b", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        Checkpoint("qwen25_32b", "Qwen/Qwen2.5-VL-32B-Instruct"),
+        Checkpoint("qwen25_72b", "Qwen/Qwen2.5-VL-72B-Instruct"),
+    )
+    box_format = "qwen2_5_vl"
+    # The limits of the released grounding configuration (config.py:1112-1134 of the reference below).
+    min_pixels = 4 * 28 * 28
+    max_pixels = 16384 * 28 * 28
 
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """As the base class; videos are refused rather than counted as text."""
@@ -37,6 +51,32 @@ class Adapter(AbstractTransformersAdapter):
             return [[ImageSpan(run) for run in row] for row in runs]
         grids = iter(_in_row_order([(t, h // merge, w // merge) for t, h, w in thw.tolist()], runs))
         return [[ImageSpan(run, grid=next(grids)[1:]) for run in row] for row in runs]
+
+    def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
+        """The wording of Qwen's published evaluation."""
+        return qwen_prompt(kind, question, options, hint)
+
+    def box_frame(self, processor: Any, inputs: Mapping[str, Tensor], sample: int) -> tuple[int, int] | None:
+        """Boxes are pixels of the resized image; exact for one image per sample, which grounding has."""
+        _, rows, columns = inputs["image_grid_thw"][sample].tolist()
+        patch = processor.image_processor.patch_size
+        return columns * patch, rows * patch
+
+
+def qwen_prompt(kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
+    """Qwen2-VL's and Qwen2.5-VL's evaluation prompts."""
+    if kind == "grounding":
+        return f"\nLocate {question} and output the bbox coordinates in JSON format."
+    if kind == "mcq":
+        lines = [f"Hint: {hint}"] if hint else []
+        lines.append(f"Question: {question}")
+        if options:
+            lines += ["Options:", *(f"{letter}. {text}" for letter, text in options.items())]
+            lines.append("Please select the correct answer from the options above.")
+        return "\n".join(lines)
+    if kind == "yes_no":
+        return f"{question} Please answer yes or no."
+    return f"{question}\nPlease try to answer the question with short words or phrases if possible."
 
 
 def _in_row_order(sizes: list[tuple[int, int, int]], runs: list[list[Tensor]]) -> list[tuple[int, int, int]]:

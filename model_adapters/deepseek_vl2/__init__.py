@@ -1,0 +1,11 @@
+"""DeepSeek-VL2: SigLIP tiles, MLP projector, a DeepSeekMoE language model with multi-head latent attention (MLA).
+
+Paper: https://arxiv.org/abs/2412.10302
+Facts: https://github.com/deepseek-ai/DeepSeek-VL2 @ ef9f91e
+"""
+
+from __future__ import annotations
+
+from model_adapters.deepseek_vl2.adapter import Adapter
+
+__all__ = ["Adapter"]

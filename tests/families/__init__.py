@@ -1,0 +1,1 @@
+"""One tiny random model per family, in ``tests/families/<family>.py``; see `tests.tiny_models`."""

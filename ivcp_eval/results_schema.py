@@ -1,0 +1,231 @@
+"""The one schema of results: what each column of a results CSV and of a per-sample CSV means, and what may stand in it.
+
+`results.py` reads and writes the files. Missing values are empty cells: ``""`` for text, ``None`` for everything else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["COLUMNS", "COLUMN_NAMES", "SAMPLE_COLUMNS", "SAMPLE_COLUMN_NAMES", "STATUSES", "Column", "schema_markdown"]
+
+Kind = Literal["text", "integer", "number", "boolean", "json", "sha256", "date", "status"]
+STATUSES = ("ok", "incomplete", "skipped", "failed")
+
+_KIND_WORDS: dict[str, str] = {
+    "text": "text",
+    "integer": "a whole number",
+    "number": "a finite number",
+    "boolean": "true or false",
+    "json": "a JSON object",
+    "sha256": "64 hexadecimal digits",
+    "date": "an ISO 8601 date or time",
+    "status": "one of " + ", ".join(STATUSES),
+}
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        name: header, with the unit where there is one.
+        kind: what its cells hold.
+        description: for people; `results/README.md` is generated from it.
+        required: an empty cell is an error.
+        low, high: limits of a number, both allowed.
+    """
+
+    name: str
+    kind: Kind
+    description: str
+    required: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def allowed(self) -> str:
+        """What a cell may hold, in words."""
+        limits = [f">= {self.low:g}"] if self.low is not None else []
+        limits += [f"<= {self.high:g}"] if self.high is not None else []
+        empty = [] if self.required else ["may be empty"]
+        return ", ".join([" and ".join([_KIND_WORDS[self.kind], *limits]), *empty])
+
+    def parse(self, text: str) -> Any:
+        """A cell's value; raises ValueError (its message says what is allowed) for a bad one."""
+        if text == "" or (self.kind != "text" and text.strip() == ""):
+            return self._checked("" if self.kind == "text" else None)
+        try:
+            return self._checked(_PARSERS[self.kind](text))
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{text[:80]!r} is not {self.allowed}") from None
+
+    def cell(self, value: Any) -> str:
+        """The text of a value; NaN and None are empty. Raises ValueError for a value that `parse` would refuse."""
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            text = ""
+        elif self.kind == "boolean" and not isinstance(value, str):
+            text = "true" if value else "false"
+        elif self.kind == "json" and not isinstance(value, str):
+            text = canonical_json(value)
+        elif self.kind == "number" and not isinstance(value, str):
+            text = repr(float(value))
+        elif self.kind == "integer" and not isinstance(value, str):
+            text = str(int(value)) if int(value) == value else repr(value)
+        else:
+            text = str(value)
+        self.parse(text)
+        return text
+
+    def _checked(self, value: Any) -> Any:
+        if value in ("", None):
+            if self.required:
+                raise ValueError(f"an empty cell is not {self.allowed}")
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            below = self.low is not None and value < self.low
+            if below or (self.high is not None and value > self.high):
+                raise ValueError(f"{value!r} is not {self.allowed}")
+        return value
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """The one text of a JSON object: sorted keys, no spaces, so that equal parameters are equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _json(text: str) -> str:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return canonical_json(value)
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError
+    return text
+
+
+def _date(text: str) -> str:
+    datetime.datetime.fromisoformat(text)
+    return text
+
+
+def _status(text: str) -> str:
+    if text not in STATUSES:
+        raise ValueError
+    return text
+
+
+_PARSERS: dict[str, Any] = {
+    "text": str,
+    "integer": int,
+    "number": _number,
+    "boolean": lambda text: _BOOLEANS[text.lower()],
+    "json": _json,
+    "sha256": _sha256,
+    "date": _date,
+    "status": _status,
+}
+
+COLUMNS: tuple[Column, ...] = (
+    Column("model", "text", "short model name, e.g. `qwen25`", required=True),
+    Column("checkpoint", "text", "hub repository or folder name of the weights"),
+    Column("revision", "text", "commit of the checkpoint, or a hash of local weights"),
+    Column("family", "text", "model family (file name in `model_adapters/`)"),
+    Column("method", "text", "pruning method; `none` is the unpruned baseline", required=True),
+    Column("method_parameters", "json", "all parameters of the method; keys sorted, no spaces"),
+    Column("faithfulness", "text", "`faithful`, `from_formula`, `variant` or `control` (see `ivcp list`)"),
+    Column("preset", "text", "named set of method parameters, e.g. `official`"),
+    Column("seed", "integer", "seed of the method's random choices"),
+    Column("ratio_asked", "number", "share of the visual tokens that was asked for, in (0, 1]", low=0, high=1),
+    Column("ratio_kept_final", "number", "measured share alive after the last cut, mean over samples", low=0, high=1),
+    Column(
+        "ratio_layer_mean", "number", "measured share alive, mean over decoder layers of the prefill", low=0, high=1
+    ),
+    Column(
+        "ratio_kv_cache", "number", "measured share of visual tokens in the KV cache, mean over layers", low=0, high=1
+    ),
+    Column("visual_tokens_prompt_mean", "number", "visual tokens of the unpruned prompt, mean over samples", low=0),
+    Column(
+        "benchmark", "text", "VLMEvalKit's name, e.g. `MMStar`; `RefCOCO_val`, `RefCOCO+_testA`, ...", required=True
+    ),
+    Column("benchmark_sha256", "sha256", "checksum of the benchmark file"),
+    Column("metric", "text", "name of the metric, e.g. `Overall`, `Acc@0.5`", required=True),
+    Column("score", "number", "the metric's value as the benchmark's own evaluation gives it"),
+    Column("score_scale", "number", "the metric's largest possible value, e.g. 100 (percent) or 2800 (MME)", low=0),
+    Column("n_samples", "integer", "samples that the score is made of", low=0),
+    Column("n_clusters", "integer", "independent groups of samples (images, question groups)", low=0),
+    Column("n_failed", "integer", "samples without a usable answer (counted as wrong, never dropped)", low=0),
+    Column("status", "status", "`ok`, or why there is no comparable score", required=True),
+    Column("reason", "text", "in words, if the status is not `ok`; else a remark"),
+    Column("prefill_ms_median", "number", "prefill of the language model, selection included, milliseconds", low=0),
+    Column("decode_ms_per_token_median", "number", "one decode step, milliseconds", low=0),
+    Column("vision_ms_median", "number", "vision encoder, milliseconds", low=0),
+    Column("new_tokens_mean", "number", "generated tokens per sample", low=0),
+    Column("prompt_sha256", "sha256", "hash of the set of prompt templates"),
+    Column("min_pixels", "integer", "lower pixel limit of an image; empty: the processor's own", low=0),
+    Column("max_pixels", "integer", "upper pixel limit of an image; empty: the processor's own", low=0),
+    Column("max_new_tokens", "integer", "generation limit", low=1),
+    Column("judge", "text", "`name@snapshot`, `exact_matching`, or `none` where nothing is judged"),
+    Column("judge_failures", "integer", "answers that the judge could not rate", low=0),
+    Column("ivcp_commit", "text", "commit of ivcp-eval"),
+    Column("ivcp_dirty", "boolean", "the working tree had uncommitted changes"),
+    Column("torch_version", "text", "PyTorch"),
+    Column("transformers_version", "text", "transformers"),
+    Column("vlmeval_version", "text", "VLMEvalKit (distribution and version, or commit)"),
+    Column("dtype", "text", "weights and activations, e.g. `bfloat16`"),
+    Column("device", "text", "accelerator name, or `cpu`"),
+    Column("attention", "text", "attention kernel: `sdpa`, `eager`, `flash_attention_2`"),
+    Column("trained_weights", "boolean", "false: random weights, whose accuracies mean nothing"),
+    Column("run_id", "text", "hash of everything that can change the row; empty for published numbers"),
+    Column("predictions", "text", "per-sample CSV, relative to this file's folder; empty: totals only"),
+    Column("source", "text", "citation of a published number, and how far to trust it; empty for own runs"),
+    Column("date", "date", "when the row was made or published"),
+)
+
+SAMPLE_COLUMNS: tuple[Column, ...] = (
+    Column("index", "text", "the benchmark's own index of the sample", required=True),
+    Column("cluster", "text", "samples of one cluster are not independent (same image, same question group)"),
+    Column("category", "text", "the benchmark's category"),
+    Column("prompt_sha256", "sha256", "hash of the text and images that the model was given"),
+    Column("prediction", "text", "the generated answer, unchanged"),
+    Column("answer", "text", "the true answer"),
+    Column("score", "number", "score of this sample in [0, 1]; empty if it cannot be scored alone", low=0, high=1),
+    Column("visual_tokens", "integer", "visual tokens in the unpruned prompt", low=0),
+    Column("visual_kept", "integer", "visual tokens alive after the last cut", low=0),
+    Column("layer_mean_ratio", "number", "share of them alive, mean over layers of the prefill", low=0, high=1),
+    Column("kv_ratio", "number", "share of them in the KV cache, mean over layers", low=0, high=1),
+    Column("prefill_ms", "number", "milliseconds", low=0),
+    Column("decode_ms", "number", "milliseconds per generated token", low=0),
+    Column("new_tokens", "integer", "generated tokens", low=0),
+    Column("error", "text", "why there is no answer; empty if there is one"),
+)
+
+COLUMN_NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
+SAMPLE_COLUMN_NAMES: tuple[str, ...] = tuple(column.name for column in SAMPLE_COLUMNS)
+
+
+def _table(columns: Sequence[Column]) -> list[str]:
+    rows = [f"| `{column.name}` | {column.allowed} | {column.description} |" for column in columns]
+    return ["| column | cell | meaning |", "| --- | --- | --- |", *rows]
+
+
+def schema_markdown() -> str:
+    """Both schemas as Markdown tables: the generated part of `results/README.md`."""
+    return "\n".join(["## Results CSV", "", *_table(COLUMNS), "", "## Per-sample CSV", "", *_table(SAMPLE_COLUMNS), ""])

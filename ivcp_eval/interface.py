@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Signal = Literal["value", "key", "query", "vision"]
-"""What must be captured for a method: projections of the decoder layer before the cut, or of the vision tower."""
+Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key"]
+"""What must be captured for a method: projections of the decoder layer before the cut, or of the vision tower.
+
+``raw_value`` is the value projection of the hidden states entering that layer, without its input norm; ``cached_key``
+are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`.
+"""
 
 CachePolicy = Literal["all_layers", "from_cut", "all_but_first"]
 """Whose KV cache loses the dropped tokens: every layer, only the layers from the cut on, or all but layer 0."""
@@ -43,14 +47,17 @@ class ModelFacts:
 class Cut:
     """One cut: the hidden states entering decoder layer ``layer`` (0-based) lose tokens.
 
-    ``ratio`` is the share of the *prompt's* visual tokens alive afterwards, in (0, 1].
+    ``ratio`` is the share of the *prompt's* visual tokens alive afterwards, in (0, 1]. With ratio 1 it is a look: the
+    method sees the signals and may remember something, nothing is removed or merged.
     ``renumber`` re-numbers the positions of the survivors 0..n-1 from this layer on; otherwise they keep theirs.
+    ``needs`` are signals to capture for this cut beyond those of the method (what a preset of one family asks for).
     """
 
     layer: int
     ratio: float
     cache: CachePolicy = "all_layers"
     renumber: bool = False
+    needs: frozenset[Signal] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,16 @@ class Signals:
             have seen every image and the whole prompt; all text tokens where nothing follows the last image.
         hidden: (n, E) hidden states entering layer k.
         value, key, query: (G, n, D), (G, n, D), (H, n, D) projections of layer k-1 before RoPE; only if in `needs`.
+        raw_value: (G, n, D) value projection of layer k-1 on its input as it is, not normalised; only if in `needs`.
         rope: ``rope()`` gives float32 (cos, sin) of the row's positions, each (A, n, R): the full spectrum of every
             axis, as the rotary embedding computes it before M-RoPE sections are joined.
         attention: ``attention(rows, entering=False)`` gives (H, len(rows), n) float32 causal softmax rows of layer
             k-1 (needs query and key), or of layer k on the entering hidden states with ``entering=True``.
-        vision: per visual token signals of the vision tower, e.g. ``received`` (V,), ``key`` (V, D), ``feature``
-            (V, F); only if "vision" is in `needs`.
+        rotate: ``rotate(states)`` applies RoPE at the row's positions to (heads, n, D) queries or keys of layer k-1.
+        vision: per visual token signals of the vision tower (see `VisionTap`), only if "vision" is in `needs`:
+            ``received`` (V,) float32 attention that the token receives inside its image, summed over queries; ``cls``
+            (V,) float32 attention of the class token, where the tower has one; ``key`` (V, D) keys, mean over heads;
+            ``feature`` (V, F) hidden states of the tapped block.
         stage: 0 for the first cut, 1 for the second, ...
         family: the adapter's name, for presets that reproduce one family's released code.
         generator: CPU generator seeded from (method seed, row), the only source of randomness.
@@ -118,9 +129,11 @@ class Signals:
     hidden: Tensor
     rope: Callable[[], tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
+    rotate: Callable[[Tensor], Tensor]
     value: Tensor | None = None
     key: Tensor | None = None
     query: Tensor | None = None
+    raw_value: Tensor | None = None
     vision: Mapping[str, Tensor] = field(default_factory=dict)
     stage: int = 0
     family: str = ""
@@ -136,6 +149,23 @@ class Signals:
     def budget(self) -> int:
         """How many visual tokens of the row may survive this cut."""
         return sum(image.budget for image in self.images)
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """What a method that edits cached keys sees of one row in one decoder layer, after the prefill.
+
+    Attributes:
+        layer: decoder layer, 0-based.
+        key: (G, V, D) keys of the visual tokens as they lie in the cache, RoPE applied.
+        query: (H, W, D) queries of the row's last W prompt tokens, RoPE applied.
+        ratio: what the user asked for, in (0, 1).
+    """
+
+    layer: int
+    key: Tensor
+    query: Tensor
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -176,6 +206,7 @@ class AbstractMethod(ABC):
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
     faithfulness: ClassVar[Faithfulness] = "variant"
+    query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
 
     @abstractmethod
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
@@ -184,6 +215,18 @@ class AbstractMethod(ABC):
     @abstractmethod
     def select(self, signals: Signals) -> Selection:
         """Choose the surviving visual tokens of one row at one cut. Must not modify the signals (but `memory`)."""
+
+    def edit_keys(self, cached: CachedKeys) -> Tensor:
+        """(G, V, D) keys that replace ``cached.key`` for decoding; called for "cached_key" in `needs` only."""
+        raise NotImplementedError
+
+    def pixel_share(self, ratio: float) -> float | None:
+        """Share of its visual tokens to which an image is shrunk before the processor; None leaves images alone."""
+        return None
+
+    def key_share(self, ratio: float) -> float:
+        """Share of the key channels that a real implementation would store for visual tokens (analytic)."""
+        return 1.0
 
 
 class AbstractScorer(AbstractMethod):
@@ -223,6 +266,44 @@ class Checkpoint:
     local: str = ""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""
+
+
+@dataclass(frozen=True)
+class PatchStates:
+    """Queries and keys of one attention call of a vision tower, all images packed one after the other.
+
+    Attributes:
+        query, key: (H, P, D) as they meet in the attention, position embedding applied.
+        segments: lengths of the stretches that attend to themselves only; they add up to P.
+        scaling: of the logits.
+        class_token: whether each segment begins with a class token.
+    """
+
+    query: Tensor
+    key: Tensor
+    segments: tuple[int, ...]
+    scaling: float
+    class_token: bool = False
+
+
+@dataclass(frozen=True)
+class VisionTap:
+    """Where the engine listens in a vision tower, and how patches become visual tokens.
+
+    Attributes:
+        attention: the attention module whose queries and keys are wanted; the one VisionZip reads.
+        block: the module around it whose output is ``feature``.
+        tower: the module whose forward ends the encoding of one set of images.
+        states: ``states(module, args, kwargs)`` gives the `PatchStates` of one call of `attention`.
+        images: ``images(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
+            the visual-token tensors (N, *) of each image, in the order of the call.
+    """
+
+    attention: Any
+    block: Any
+    tower: Any
+    states: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], PatchStates]
+    images: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], list[dict[str, Tensor]]]
 
 
 class AbstractAdapter(ABC):
@@ -268,6 +349,23 @@ class AbstractAdapter(ABC):
     @abstractmethod
     def rotate(self, states: Tensor, position_embeddings: Any) -> Tensor:
         """Apply RoPE to (heads, n, D) states, with the position embeddings of that one row (batch axis kept)."""
+
+    def vision_tap(self, model: Any) -> VisionTap | None:
+        """Where to listen in the vision tower; None where that is not wired."""
+        return None
+
+    def unsupported(self, model: Any, signal: Signal) -> str | None:
+        """Why the family cannot give a signal, in words; None if it can."""
+        if signal == "vision" and self.vision_tap(model) is None:
+            return "its vision tower is not wired (AbstractAdapter.vision_tap)"
+        return None
+
+    def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
+        """(width, height) at which an image of ``size`` costs ``share`` of its visual tokens, never more.
+
+        None where the number of visual tokens does not follow the image's size.
+        """
+        return None
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

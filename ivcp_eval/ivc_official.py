@@ -2,6 +2,10 @@
 
 Reference: https://github.com/FireRedTeam/IVC-Prune @ 03afd9c. Nothing here is copied; the rules were read off the
 code and are held to recorded outputs of it in tests/oracle. Where a quirk is a bug, it is named as such.
+
+Common to all: only the row's first image is pruned (further images count as text), and ties fall as ``torch.topk``
+lets them, which is what makes the recorded choices reproducible. Numbers are float32; the published runs took the
+coordinate scores in bfloat16, where ties are many.
 """
 
 from __future__ import annotations
@@ -9,53 +13,232 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from ivcp_eval.interface import CachePolicy, Selection, Signals
+from ivcp_eval.interface import Cut, Image, ModelFacts, Selection, Signals
 from ivcp_eval.methods.ivc_prune import value_similarity
 from ivcp_eval.ops import ranking, top
 
+FIXED_RATIO = 0.5  # the ratio under which families with literals instead of a ratio are run
+TILE = 256  # InternVL: tokens of a tile, 16 x 16
+GLOBAL_ROWS, GLOBAL_COLUMNS = 14, 15  # DeepSeek-VL2: the global view, the last column being newline tokens
+GLOBAL = GLOBAL_ROWS * GLOBAL_COLUMNS
 
-def cache_policy(family: str) -> CachePolicy:
-    """Which caches the released code of a family cuts."""
-    _rule(family)
-    return "all_layers"
+
+def cut(model: ModelFacts, layer: int, ratio: float) -> Cut:
+    """The cut of a family's released code.
+
+    LLaVA and DeepSeek leave layer 0's cache whole: they read the length of the prompt off it. InternVL's values come
+    from hidden states that were not normalised.
+
+    Raises:
+        ValueError: a family without released code, or a ratio other than 0.5 where the code has literals instead.
+    """
+    _rule(model.family)
+    if model.family != "qwen2_5_vl" and ratio != FIXED_RATIO:
+        raise ValueError(
+            f"ratio {ratio} with preset='official' on {model.family!r}: its released code has fixed numbers and no "
+            f"retention ratio. Pass ratio={FIXED_RATIO} to run it as it is, or preset='general' for other ratios."
+        )
+    if model.family == "internvl":
+        return Cut(layer, ratio, needs=frozenset({"raw_value"}))
+    if model.family in ("llava", "deepseek_vl2"):
+        return Cut(layer, ratio, cache="all_but_first")
+    return Cut(layer, ratio)
 
 
 def select(signals: Signals) -> Selection:
-    """The released rule of the signals' family."""
-    return _rule(signals.family)(signals)
+    """The released rule of the signals' family, on the first image of the row."""
+    image = signals.images[0]
+    kept = torch.ones(signals.n_visual, dtype=torch.bool, device=signals.visual.device)
+    kept[image.tokens] = _rule(signals.family)(signals, image)
+    return Selection(kept.nonzero().flatten(), exact=False)
 
 
-def _rule(family: str) -> Callable[[Signals], Selection]:
+def _rule(family: str) -> Callable[[Signals, Image], Tensor]:
     if family not in RULES:
         raise ValueError(f"there is no released IVC-Prune code for {family!r}; only for {', '.join(sorted(RULES))}")
     return RULES[family]
 
 
-def _qwen2_5_vl(signals: Signals) -> Selection:
+def _columns(signals: Signals) -> Tensor:
+    """0..n-1, every alive token of the row."""
+    return torch.arange(signals.hidden.shape[0], device=signals.visual.device)
+
+
+def _after(signals: Signals, last: Tensor, skipped: int) -> Tensor:
+    """The queries: everything behind the image's last token but the first ``skipped`` tokens.
+
+    Raises:
+        ValueError: nothing is left (the released code averages an empty set to NaN, or crashes).
+    """
+    queries = _columns(signals)[int(last) + 1 + skipped :]
+    if not queries.numel():
+        raise ValueError(
+            f"preset='official' of {signals.family!r} ranks by the text from {skipped + 1} tokens behind the image on, "
+            f"and this prompt has none. Put the question behind the image, or use preset='general'."
+        )
+    return queries
+
+
+def _coordinates(signals: Signals, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cos and mean sin over all axes and rotary dimensions, each (N,)."""
+    cos, sin = (part[:, at].mean(dim=(0, 2)) for part in signals.rope())
+    return cos, sin
+
+
+def _mask(n: int, *indices: Tensor) -> Tensor:
+    kept = torch.zeros(n, dtype=torch.bool, device=indices[0].device)
+    kept[torch.cat(indices)] = True
+    return kept
+
+
+def _qwen2_5_vl(signals: Signals, image: Image) -> Tensor:
     """Qwen2.5-VL (modeling_qwen2_5_vl.py:1355-1551).
 
-    Quirks: only the row's first image is pruned, and tokens of later images act as text queries; queries begin two
-    tokens after the image, which skips <|vision_end|> and the first question token; the budget is exceeded where
-    coordinates and seeds alone are more (ratios below about 0.21).
+    Quirks: tokens of later images act as text queries; queries begin two tokens after the image, which skips
+    <|vision_end|> and the first question token; the budget is exceeded where coordinates and seeds alone are more
+    (ratios below about 0.21).
     """
-    image = signals.images[0]
     at = signals.visual[image.tokens]
     n = at.numel()
-    every = torch.arange(int(signals.visual.numel() + signals.text.numel()), device=at.device)
-    queries = every[every >= at[-1] + 3]
+    queries = _after(signals, at[-1], skipped=2)
     assert signals.value is not None
     seeds = top(value_similarity(signals.value, queries, at), max(1, round(0.01 * n)))
     refined = value_similarity(signals.value, torch.cat((queries, at[seeds])), at)
-    kept = torch.zeros(n, dtype=torch.bool, device=at.device)
-    for part in signals.rope():
-        kept[torch.topk(part[:, at].mean(dim=(0, 2)), round(0.1 * n)).indices] = True
-    kept[seeds] = True
+    kept = _mask(n, *(torch.topk(part, round(0.1 * n)).indices for part in _coordinates(signals, at)), seeds)
     fill = ranking(refined.masked_fill(kept, -torch.inf))
     kept[fill[: max(0, image.budget - int(kept.sum()))]] = True
-    others = torch.ones(signals.n_visual, dtype=torch.bool, device=at.device)
-    others[image.tokens] = kept
-    return Selection(others.nonzero().flatten(), exact=False)
+    return kept
 
 
-RULES: dict[str, Callable[[Signals], Selection]] = {"qwen2_5_vl": _qwen2_5_vl}
+def _llava(signals: Signals, image: Image) -> Tensor:
+    """LLaVA-1.5 (llama/modeling_llama.py:860-1045).
+
+    Quirks: a plain union of 5 % + 5 % coordinates, 1 % seeds and 20 % foreground, without a budget (28 % remain);
+    similarities are normalised over the whole sequence, not the image; queries skip two text tokens; layer 0 keeps
+    its cache. The published configuration starts the image at column 5, which is right only without a system prompt:
+    pass that span as ``image_mask`` to reproduce it.
+    """
+    at = signals.visual[image.tokens]
+    n = at.numel()
+    queries, everything = _after(signals, at[-1], skipped=2), _columns(signals)
+    assert signals.value is not None
+    text_score = value_similarity(signals.value, queries, everything)[at]
+    seeds = torch.topk(text_score, max(1, round(0.01 * n))).indices
+    refined = value_similarity(signals.value, torch.cat((at[seeds], queries)), everything)[at]
+    foreground = torch.topk(refined, round(0.2 * n)).indices
+    ivc = [torch.topk(part, round(0.05 * n)).indices for part in _coordinates(signals, at)]
+    return _mask(n, foreground, seeds, *ivc)
+
+
+def _internvl(signals: Signals, image: Image) -> Tensor:
+    """InternVL2.5 on InternLM2 (internvl/modeling_internlm2.py:924-991, 1258-1491); thumbnail last.
+
+    Quirks: values are projected from hidden states without the layer's norm; similarities are normalised over the
+    whole sequence; seeds and foreground come from the thumbnail alone, whose foreground is mapped to the tiles; what
+    is missing to half of all tokens is filled from the thumbnail alone, so that many tiles fall short of it; over
+    budget, the highest indices (the thumbnail's) would go first.
+    """
+    at = signals.visual[image.tokens]
+    n = at.numel()
+    if n % TILE:
+        raise ValueError(f"preset='official' of 'internvl' needs tiles of {TILE} tokens, got an image of {n} tokens")
+    tail = n - TILE
+    queries, everything = _after(signals, at[-1], skipped=2), _columns(signals)
+    value = signals.raw_value
+    assert value is not None
+    text_score = value_similarity(value, queries, everything)[at[tail:]]
+    seeds = torch.topk(text_score, max(1, round(0.01 * TILE))).indices
+    refined = value_similarity(value, torch.cat((at[tail:][seeds], queries)), everything)[at[tail:]]
+    best = torch.topk(refined, TILE).indices + tail  # thumbnail tokens, as indices of the image, best first
+
+    kept = torch.zeros(n, dtype=torch.bool, device=at.device)
+    for part in _coordinates(signals, at):
+        kept.view(-1, TILE).scatter_(1, torch.topk(part.view(-1, TILE), round(0.1 * TILE), dim=-1).indices, True)
+    missing = max(0, round(0.5 * TILE) - int(kept[tail:].sum()))
+    foreground = best[~kept[best]][:missing]
+    kept[foreground] = True
+    kept[seeds + tail] = True
+    if tail:
+        kept[_thumbnail_to_tiles(foreground - tail, _tiles(image, n // TILE - 1))] = True
+    missing = round(0.5 * n) - int(kept.sum())
+    if missing >= 0:
+        kept[best[~kept[best]][:missing]] = True
+        return kept
+    return _mask(n, kept.nonzero().flatten()[:missing])
+
+
+def _tiles(image: Image, n_tiles: int | None = None) -> tuple[int, int]:
+    """(w, h) of the image, checked against the number of tiles its tokens stand for."""
+    tiles = image.span.tiles
+    if tiles is None or (n_tiles is not None and tiles[0] * tiles[1] != n_tiles):
+        need = "its tile grid" if n_tiles is None else f"a tile grid of {n_tiles} tiles"
+        raise ValueError(f"preset='official' needs {need} of the image, got {tiles}. Pass `tiles=(w, h)` to prune.")
+    return tiles
+
+
+def _thumbnail_to_tiles(tokens: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """Tokens of the 16 x 16 thumbnail -> all tokens of the (w, h) tiles that show the same place, row-major tiles."""
+    width, height = tiles
+    side = int(TILE**0.5)
+    dy, dx = torch.meshgrid(
+        torch.arange(height, device=tokens.device), torch.arange(width, device=tokens.device), indexing="ij"
+    )
+    rows = (tokens // side)[:, None] * height + dy.flatten()
+    columns = (tokens % side)[:, None] * width + dx.flatten()
+    tile = (rows // side) * width + columns // side
+    return (tile * TILE + (rows % side) * side + columns % side).flatten()
+
+
+def _deepseek_vl2(signals: Signals, image: Image) -> Tensor:
+    """DeepSeek-VL2 (DeepSeek-VL2/deepseek_vl2/models/modeling_deepseek.py:1740-1801, 2230-2380); global view first.
+
+    Quirks: scores see the global view only (its newline column and padding excluded), whose foreground is mapped to
+    the tiles; coordinates are 10 % + 10 % of the global view and 15 % + 15 % of every text row of the tiled view; all
+    newline and separator tokens stay; there may be no seed at all; layer 0 keeps its cache; no budget (50 to 54 %
+    remain).
+    """
+    at = signals.visual[image.tokens]
+    n, device = at.numel(), at.device
+    width, height = _tiles(image)
+    row, n_rows = width * GLOBAL_ROWS + 1, height * GLOBAL_ROWS
+    if n != GLOBAL + 1 + n_rows * row:
+        raise ValueError(
+            f"preset='official' of 'deepseek_vl2': an image of {width} x {height} tiles has {GLOBAL + 1 + n_rows * row} "
+            f"tokens, got {n}. Check `tiles=(w, h)`."
+        )
+    queries, overview = _after(signals, at[-1], skipped=1), at[:GLOBAL]
+    valid = torch.ones(GLOBAL, dtype=torch.bool, device=device)
+    valid[GLOBAL_COLUMNS - 1 :: GLOBAL_COLUMNS] = False
+    valid[list(image.span.padding)] = False
+    candidates = valid.nonzero().flatten()
+
+    assert signals.value is not None
+    text_score = value_similarity(signals.value, queries, overview)
+    seeds = candidates[torch.topk(text_score[candidates], round(0.01 * candidates.numel())).indices]
+    refined = value_similarity(signals.value, torch.cat((queries, overview[seeds])), overview)
+
+    local = torch.zeros(n_rows, row, dtype=torch.bool, device=device)
+    kept = torch.zeros(GLOBAL, dtype=torch.bool, device=device)
+    for part in _coordinates(signals, at):
+        kept[torch.topk(part[:GLOBAL], round(0.1 * GLOBAL)).indices] = True
+        tiled = part[GLOBAL + 1 :].view(n_rows, row)
+        local.scatter_(1, torch.topk(tiled, round(0.15 * row), dim=-1).indices, True)
+    best = candidates[refined[candidates].argsort(descending=True)]
+    missing = max(1, round(0.5 * GLOBAL) - int(kept.sum()))
+    foreground = torch.cat((seeds, best[~kept[best]][:missing]))
+    kept[foreground] = True
+    kept[GLOBAL_COLUMNS - 1 :: GLOBAL_COLUMNS] = True
+    seen = _mask(GLOBAL, foreground).view(GLOBAL_ROWS, GLOBAL_COLUMNS)[:, :-1]
+    local[:, :-1] |= seen.repeat_interleave(height, dim=0).repeat_interleave(width, dim=1)
+    local[:, -1] = True
+    return torch.cat((kept, kept.new_ones(1), local.flatten()))
+
+
+RULES: dict[str, Callable[[Signals, Image], Tensor]] = {
+    "qwen2_5_vl": _qwen2_5_vl,
+    "llava": _llava,
+    "internvl": _internvl,
+    "deepseek_vl2": _deepseek_vl2,
+}

@@ -38,12 +38,12 @@ class AbstractTransformersAdapter(AbstractAdapter):
     """A family whose decoder layers have ``self_attn.{q,k,v}_proj`` and Llama-like (cos, sin) position embeddings."""
 
     def multimodal_model(self, model: Any) -> Any:
-        """``model.model`` of a ...ForConditionalGeneration."""
+        """``model.model`` of a ...ForConditionalGeneration, or of a language model alone (...ForCausalLM)."""
         return model.model
 
     def text_model(self, model: Any) -> Any:
-        """``model.model.language_model``."""
-        return model.model.language_model
+        """``model.model.language_model``; of a language model alone ``model.model``."""
+        return getattr(model.model, "language_model", model.model)
 
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """Where the image placeholder token stands, if image pixels (or encoded images) come with the ids."""

@@ -21,7 +21,7 @@ from ivcp_eval.engine.cache import PrunedLayer, Record, check_cache, gather_slot
 from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals import SignalSource
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ImageSpan, Selection
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ImageSpan, Selection, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Engine:
         keep(before(self.text_model.rotary_emb, self._before_rotary))
         for cut in self.cuts.values():
             if cut.layer > 0:
-                self._capture(self.text_model.layers[cut.layer - 1])
+                self._capture(self.text_model.layers[cut.layer - 1], self.method.needs | cut.needs)
         for index, layer in enumerate(self.text_model.layers):
             keep(before(layer, functools.partial(self._before_layer, index)))
         keep(self.text_model.register_forward_hook(self._after_text_model, with_kwargs=True, always_call=True))
@@ -117,8 +117,10 @@ class Engine:
     def _forget(self) -> None:
         self._pass, self._image_mask, self._position_ids, self._inputs = None, None, None, {}
 
-    def _capture(self, layer: Any) -> None:
-        for signal in self.method.needs - {"vision"}:
+    def _capture(self, layer: Any, needs: frozenset[Signal]) -> None:
+        if "raw_value" in needs:
+            self._capture_raw_value(layer)
+        for signal in needs - {"vision", "raw_value"}:
             module, heads = self.adapter.projection(layer, signal)
 
             def store(_m: Any, _a: Any, output: Tensor, name: str = signal, split: Any = heads) -> None:
@@ -126,6 +128,15 @@ class Engine:
                     self._pass.captured[name] = split(output)
 
             self._handles.append(module.register_forward_hook(store))
+
+    def _capture_raw_value(self, layer: Any) -> None:
+        module, heads = self.adapter.projection(layer, "value")
+
+        def store(_m: Any, args: Any) -> None:
+            if isinstance(self._pass, Prefill):
+                self._pass.captured["raw_value"] = heads(module(args[0]))
+
+        self._handles.append(layer.input_layernorm.register_forward_pre_hook(store))
 
     # -- before the text model ----------------------------------------------------------------------------------
 

@@ -111,6 +111,7 @@ class SignalSource:
             ids = ids[:, min(index, ids.shape[1] - 1), columns.to(ids.device)]
             return rotary_spectrum(self.text_model.rotary_emb.inv_freq.to(device), ids.to(device))
 
+        rotated = self._rotator(index, slots)
         return Signals(
             images=tuple(Image(image.tokens.to(device), image.budget, image.n_prompt, image.span) for image in images),
             visual=visual.to(device),
@@ -118,10 +119,12 @@ class SignalSource:
             question=question.to(device),
             hidden=_at(self.hidden[index], slots),
             rope=rope,
-            attention=self._attention(index, slots, states),
+            attention=self._attention(index, slots, states, rotated),
+            rotate=rotated,
             value=states.get("value"),
             key=states.get("key"),
             query=states.get("query"),
+            raw_value=states.get("raw_value"),
             vision=vision,
             stage=self.stage,
             family=self.family,
@@ -129,13 +132,18 @@ class SignalSource:
             memory=memory,
         )
 
-    def _attention(self, index: int, slots: Tensor, states: dict[str, Tensor]) -> Callable[..., Tensor]:
+    def _rotator(self, index: int, slots: Tensor) -> Callable[[Tensor], Tensor]:
         def rotated(tensor: Tensor) -> Tensor:
             parts = self.position_embeddings
             single = isinstance(parts, torch.Tensor)
             row = [_at(p[..., [min(index, p.shape[-3] - 1)], :, :], slots) for p in ([parts] if single else parts)]
             return self.adapter.rotate(tensor, row[0] if single else tuple(row))
 
+        return rotated
+
+    def _attention(
+        self, index: int, slots: Tensor, states: dict[str, Tensor], rotated: Callable[[Tensor], Tensor]
+    ) -> Callable[..., Tensor]:
         def attention(rows: Tensor, entering: bool = False) -> Tensor:
             layer = self.text_model.layers[self.cut.layer if entering else self.cut.layer - 1]
             if entering:

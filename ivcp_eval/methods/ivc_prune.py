@@ -83,9 +83,9 @@ class Method(AbstractMethod):
             layer = PUBLISHED_LAYER.get((model.family, model.n_layers), round(model.n_layers * 4 / 7))
             layer = max(layer, model.first_cut, 1)
         if self.preset == "official":
-            from ivcp_eval.ivc_official import cache_policy
+            from ivcp_eval.ivc_official import cut
 
-            return (Cut(layer, ratio, cache=cache_policy(model.family)),)
+            return (cut(model, layer, ratio),)
         return (Cut(layer, ratio),)
 
     def select(self, signals: Signals) -> Selection:

@@ -57,7 +57,7 @@ def select(signals: Signals) -> Selection:
 
 def _rule(family: str) -> Callable[[Signals, Image], Tensor]:
     if family not in RULES:
-        raise ValueError(f"there is no released IVC-Prune code for {family!r}; only for {', '.join(sorted(RULES))}")
+        raise Unsupported(f"there is no released IVC-Prune code for {family!r}; only for {', '.join(sorted(RULES))}")
     return RULES[family]
 
 
@@ -203,10 +203,11 @@ def _deepseek_vl2(signals: Signals, image: Image) -> Tensor:
     n, device = at.numel(), at.device
     width, height = _tiles(image)
     row, n_rows = width * GLOBAL_ROWS + 1, height * GLOBAL_ROWS
-    if n != GLOBAL + 1 + n_rows * row:
+    expected = GLOBAL + 1 + n_rows * row
+    if n != expected:
         raise ValueError(
-            f"preset='official' of 'deepseek_vl2': an image of {width} x {height} tiles has {GLOBAL + 1 + n_rows * row} "
-            f"tokens, got {n}. Check `tiles=(w, h)`."
+            f"preset='official' of 'deepseek_vl2': an image of {width} x {height} tiles has {expected} tokens, got {n}. "
+            "Check `tiles=(w, h)`."
         )
     queries, overview = _after(signals, at[-1], skipped=1), at[:GLOBAL]
     valid = torch.ones(GLOBAL, dtype=torch.bool, device=device)

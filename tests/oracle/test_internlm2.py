@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 from model_adapters._internvl_checkpoint import language_tensors
 from tests.oracle.replay import Case, cases, check
 
-COMMON = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "pad_token_id"]
+COMMON = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *("bos_token_id", "pad_token_id"),
+]
 
 
 @functools.lru_cache

@@ -34,9 +34,11 @@ def disk_full_as_clear_error(target: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE or isinstance(error, DiskFullError):
+        if error.errno not in _NO_SPACE:
             raise
         temporary.unlink(missing_ok=True)
+        if isinstance(error, DiskFullError):  # another file, written within the block, said it already
+            raise
         raise DiskFullError(
             error.errno,
             f"the disk (or quota) is full: {target} was not written and its partial data was removed; "

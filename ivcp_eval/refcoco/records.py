@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -246,7 +247,7 @@ def finite_number(value: Any, what: str) -> float:
     except (TypeError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise BadRecord(f"{what} must hold finite numbers, got {str(value)[:40]!r}")
+        raise BadRecord(f"{what} must hold finite numbers, got {reprlib.repr(value)}")
     return number
 
 

@@ -153,6 +153,11 @@ class SplitWriter:
 
 def log_report(target: Path, report: dict[str, Any]) -> None:
     _log.info("%s: %d expressions, %d images, md5 %s", target, report["rows"], report["images"], report["md5"])
+    if report["expected_rows"] not in (None, report["entries_in_source"]):
+        _log.warning(
+            "WARNING: the source has %d of the %d expressions of %s; scores on it are not comparable",
+            report["entries_in_source"], report["expected_rows"], report["name"],
+        )  # fmt: skip
     if report["skipped"]:
         _log.warning(
             "WARNING: %d of %d entries were LEFT OUT of %s; scores on it are not comparable. Listed in %s",

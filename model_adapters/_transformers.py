@@ -83,14 +83,19 @@ class AbstractTransformersAdapter(AbstractAdapter):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        limits = {key: value for key, value in limits.items() if value is not None}
+        limits = self.pixel_options(min_pixels, max_pixels)
         processor = AutoProcessor.from_pretrained(source, **common, **limits)
         placement = {"device_map": "auto"} if device == "auto" else {}
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation=attention, **placement, **common
         )
         return (model if placement else model.to(device)).eval(), processor
+
+    def pixel_options(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+        """Processor options that set the pixel limits; refused by families whose processor has none."""
+        if min_pixels is not None or max_pixels is not None:
+            raise ValueError(f"{type(self).__module__} has no pixel limits; leave min_pixels and max_pixels unset")
+        return {}
 
     def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
         """The checkpoint's own chat template and processor, padded on the left."""

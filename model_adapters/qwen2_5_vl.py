@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
+from ivcp_eval.boxes import smart_resize
+from ivcp_eval.downsample import shrunk_grid
+from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
+from model_adapters._vision import qwen_tap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +54,30 @@ class Adapter(AbstractTransformersAdapter):
             return [[ImageSpan(run) for run in row] for row in runs]
         grids = iter(_in_row_order([(t, h // merge, w // merge) for t, h, w in thw.tolist()], runs))
         return [[ImageSpan(run, grid=next(grids)[1:]) for run in row] for row in runs]
+
+    def pixel_options(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+        """``size`` of the image processor, whose edges are areas in spite of their names."""
+        if min_pixels is None or max_pixels is None:
+            raise ValueError("set both min_pixels and max_pixels, or neither for the published limits")
+        return {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+
+    def vision_tap(self, model: Any) -> VisionTap | None:
+        """The last full-attention block: a window block's attention says nothing of the whole image."""
+        tower = getattr(model.model, "visual", None)
+        if tower is None:
+            return None
+        config = tower.config
+        window = config.window_size // config.spatial_merge_size // config.patch_size
+        return qwen_tap(tower, max(config.fullatt_block_indexes), window)
+
+    def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
+        """Whole merge units, so that the processor leaves the result as it is (if above its ``min_pixels``)."""
+        images = processor.image_processor
+        unit = images.patch_size * images.merge_size
+        limits = images.size
+        height, width = smart_resize(size[1], size[0], unit, limits["shortest_edge"], limits["longest_edge"])
+        rows, columns = shrunk_grid(height // unit, width // unit, share)
+        return columns * unit, rows * unit
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
         """The wording of Qwen's published evaluation."""

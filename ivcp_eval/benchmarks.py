@@ -1,0 +1,147 @@
+"""Benchmarks as data: one small file each under ``datasets/``; the file name is the only name.
+
+A file says what VLMEvalKit calls the data set, where the score stands in what VLMEvalKit writes, how samples cluster,
+and whether a judge is needed. `load` reads one; any other VLMEvalKit name works too, through `undeclared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from ivcp_eval.interface import QuestionKind
+from ivcp_eval.registry import nearest, unknown
+
+FOLDER = Path(__file__).resolve().parent.parent / "datasets"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Where VLMEvalKit's evaluator leaves one number.
+
+    Attributes:
+        name: as in the CSV.
+        file: how the file name ends, e.g. ``_acc.csv``; ``{judge}`` stands for the judge's name.
+        column: its column. rows: the columns and values that pick the row; all rows if empty.
+        combine: "only" if one row must match, "sum" over columns listed with ``+`` (MME's total), "mean" over rows.
+        factor: what the number is multiplied by to stand on ``scale``.
+        scale: the best possible score.
+    """
+
+    name: str
+    file: str
+    column: str
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    combine: str = "only"
+    factor: float = 1.0
+    scale: float = 100.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where VLMEvalKit's evaluator leaves the per-sample scores: file ending and column; ``factor`` to 0..1."""
+
+    file: str
+    column: str
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        name: file name without suffix; the name in every CSV.
+        title: one line for people.
+        kind: kind of question, which decides the family's prompt; None leaves the data set's own prompt.
+        prompt: "family" or "dataset": whose wording is sent.
+        vlmeval: VLMEvalKit's data set name.
+        group: "embedded" (ships here), "matrix" (the twenty) or "more".
+        file: TSV inside ``datasets/`` for embedded sets, else empty.
+        sha256: of that file.
+        metrics: the first is the headline.
+        samples: per-sample scores; None if the evaluator leaves none.
+        cluster: column whose equal values belong together in statistics (image, circular group); empty for the index.
+        judge: "none", "optional" (only unparsable answers) or "required".
+        n_samples: rows of the full set, None if unknown.
+        abilities: tags. source, licence, note: provenance.
+    """
+
+    name: str
+    title: str = ""
+    kind: QuestionKind | None = None
+    prompt: str = "family"
+    vlmeval: str = ""
+    group: str = "more"
+    file: str = ""
+    sha256: str = ""
+    metrics: tuple[Metric, ...] = ()
+    samples: Samples | None = None
+    cluster: str = ""
+    judge: str = "none"
+    n_samples: int | None = None
+    abilities: tuple[str, ...] = ()
+    source: str = ""
+    licence: str = ""
+    note: str = ""
+
+    @property
+    def path(self) -> Path | None:
+        """The embedded TSV, or None for sets that VLMEvalKit keeps in its data root."""
+        return FOLDER / self.file if self.file else None
+
+
+def names(group: str | None = None) -> tuple[str, ...]:
+    """Declared benchmarks, sorted; only those of a group if one is named."""
+    found = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return tuple(name for name in found if group is None or load(name).group == group)
+
+
+@cache
+def load(name: str) -> Benchmark:
+    """Read ``datasets/<name>.yaml``.
+
+    Raises:
+        ValueError: there is no such file, or it has a wrong key or value; the message names both.
+    """
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown("benchmark", name, names())
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path.name}: expected a mapping of fields, got {type(raw).__name__}")
+    values = {"vlmeval": name, **raw}
+    values["metrics"] = tuple(_build(Metric, entry, path.name) for entry in raw.get("metrics", ()))
+    values["samples"] = _build(Samples, raw["samples"], path.name) if raw.get("samples") else None
+    values["abilities"] = tuple(raw.get("abilities", ()))
+    benchmark: Benchmark = _build(Benchmark, {**values, "name": name}, path.name)
+    if benchmark.kind not in (None, *get_args(QuestionKind)):
+        raise ValueError(f"{path.name}: kind {benchmark.kind!r}; allowed: {', '.join(get_args(QuestionKind))} or none")
+    if benchmark.judge not in ("none", "optional", "required"):
+        raise ValueError(f"{path.name}: judge {benchmark.judge!r}; allowed: none, optional, required")
+    return benchmark
+
+
+def undeclared(name: str) -> Benchmark:
+    """A VLMEvalKit data set without a file here: its own prompt, every number its evaluator returns."""
+    return Benchmark(name=name, title="not declared under datasets/", vlmeval=name, prompt="dataset")
+
+
+def _build(cls: Any, values: Any, file: str) -> Any:
+    allowed = {f.name for f in fields(cls)}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{file}: expected fields of a {cls.__name__.lower()}, got {values!r}")
+    for key in values:
+        if key not in allowed:
+            raise ValueError(
+                f"{file}: unknown field {key!r}{nearest(key, allowed)} Allowed: {', '.join(sorted(allowed))}."
+            )
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{file}: {error}") from error

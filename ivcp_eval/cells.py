@@ -1,0 +1,132 @@
+"""A cell is one variant on one benchmark: its content hash, its folder, and whether it is done. No torch.
+
+The hash covers everything that can change a prediction or a verdict, the source of the code that makes them included.
+Two runs with the same hash are the same measurement, so finished cells are reused and killed ones are continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.variants import Variant
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "results" / "runs"
+
+# Source files whose change can change a prediction or a score. Reports and commands are not among them.
+_CODE = (
+    "model_adapters/**/*.py",
+    "ivcp_eval/engine/*.py",
+    "ivcp_eval/methods/*.py",
+    "ivcp_eval/vlmeval_bridge/*.py",
+    *(f"ivcp_eval/{name}.py" for name in ("boxes", "grounding", "interface", "ops", "session", "scores")),
+    "ivcp_eval/ivc_official*",
+    "ivcp_eval/ivc_official/*.py",
+)
+_DISTRIBUTIONS = {"torch": "torch", "transformers": "transformers", "vlmeval": "ms-vlmeval"}
+
+
+@cache
+def code_hash() -> str:
+    """Hash of the source that makes predictions and scores; 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _CODE for path in ROOT.glob(pattern) if path.is_file()}):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed versions of what takes part in a prediction; "missing" if it is not installed."""
+    return {name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()}
+
+
+def _version(distribution: str) -> str:
+    for candidate in (distribution, distribution.removeprefix("ms-")):
+        try:
+            return f"{candidate} {version(candidate)}" if "vlmeval" in candidate else version(candidate)
+        except PackageNotFoundError:
+            continue
+    return "missing"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that can change a cell's result.
+
+    Attributes:
+        variant: model, method, ratio, parameters, seed.
+        method_parameters: all of the method's fields, defaults included.
+        weights: revision or fingerprint of the checkpoint.
+        benchmark, data: name and SHA-256 of its file. limit: first rows only, or None.
+        prompt: SHA-256 of the prompt templates.
+        judge: who rates. limits: pixels and answer length. placement: device kind, dtype, attention.
+        versions, code: of the libraries and of our own source.
+    """
+
+    variant: Variant
+    method_parameters: Mapping[str, Any]
+    weights: str
+    benchmark: str
+    data: str
+    limit: int | None
+    prompt: str
+    judge: str
+    limits: Mapping[str, Any]
+    placement: Mapping[str, str]
+    versions: Mapping[str, str]
+    code: str
+
+    @property
+    def canonical(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), default=str)
+
+    @property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant on one benchmark, and its files."""
+
+    identity: Identity
+    runs: Path = RUNS
+
+    @property
+    def folder(self) -> Path:
+        """``<runs>/<model>/<benchmark>/<variant>-<hash>``."""
+        variant = self.identity.variant
+        label = "none" if variant.method == "none" else f"{variant.method}-r{variant.ratio:g}"
+        return self.runs / variant.model / self.identity.benchmark / f"{label}-{self.identity.hash}"
+
+    @property
+    def journal(self) -> Path:
+        """Append-only answers."""
+        return self.folder / "journal.jsonl"
+
+    @property
+    def predictions(self) -> Path:
+        """Per-sample CSV."""
+        return self.folder / "predictions.csv"
+
+    @property
+    def record(self) -> Path:
+        """``run.json``, renamed into place last: its presence means the cell is whole."""
+        return self.folder / "run.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of a whole cell, or None."""
+        if not self.record.is_file():
+            return None
+        record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        return record if record["status"] == "ok" else None

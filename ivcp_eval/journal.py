@@ -1,0 +1,82 @@
+"""An append-only file of per-sample records that survives a kill at any moment."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.files import disk_full_as_clear_error
+
+
+class Journal:
+    """Records by key, one JSON line each. The last record of a key counts.
+
+    A line that a kill cut short is dropped when the file is opened again; the records before it are whole, since each
+    is written and flushed at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        self._file: Any = None
+
+    @contextmanager
+    def open(self) -> Iterator[Journal]:
+        """Read what is there and hold the file, alone, for appending.
+
+        Raises:
+            RuntimeError: another process holds it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(
+                    f"another process is evaluating this cell ({self.path.parent}); wait for it, or stop it and run again"
+                ) from error
+            file.seek(0)
+            whole = self._read(file.read())
+            file.truncate(whole)
+            self._file = file
+            try:
+                yield self
+            finally:
+                self._file = None
+
+    def _read(self, content: bytes) -> int:
+        """Fill `records`; returns the length of the readable part."""
+        self.records = {}
+        whole = 0
+        for line in content.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            self.records[record["key"]] = record
+            whole += len(line)
+        return whole
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record (with its "key") and flush it to the operating system.
+
+        Raises:
+            DiskFullError: no space is left; what was written of the record is removed.
+        """
+        line = (json.dumps(dict(record), ensure_ascii=False, sort_keys=True) + "\n").encode()
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            with disk_full_as_clear_error(self.path, self.path.with_suffix(".partial")):
+                self._file.write(line)
+                self._file.flush()
+        except OSError:
+            self._file.truncate(start)
+            raise
+        self.records[record["key"]] = dict(record)

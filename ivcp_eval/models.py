@@ -1,0 +1,135 @@
+"""Short model names, their checkpoints, and where the weights are on this machine. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ivcp_eval.interface import Checkpoint
+from ivcp_eval.registry import adapter, family_names, unknown
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class MissingWeights(RuntimeError):
+    """The weights of a model are not on this machine; the message says how to get them."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint found on disk.
+
+    Attributes:
+        checkpoint, family: what it is.
+        source: folder with config and weights.
+        revision: commit on the hub, or the fingerprint of local files.
+        trained: False for random stand-in weights, whose accuracies mean nothing.
+    """
+
+    checkpoint: Checkpoint
+    family: str
+    source: Path
+    revision: str
+    trained: bool = True
+
+
+def checkpoints() -> dict[str, tuple[str, Checkpoint]]:
+    """Every short name with its family and checkpoint, in family order."""
+    found: dict[str, tuple[str, Checkpoint]] = {}
+    for family in family_names():
+        for checkpoint in adapter(family).checkpoints:
+            if checkpoint.name in found:
+                raise ValueError(f"model {checkpoint.name!r} is declared by {found[checkpoint.name][0]} and {family}")
+            found[checkpoint.name] = (family, checkpoint)
+    return found
+
+
+def find(name: str, path: str | os.PathLike[str] | None = None) -> tuple[str, Checkpoint]:
+    """(family, checkpoint) of a short name.
+
+    Raises:
+        ValueError: unknown name; the message suggests the nearest.
+    """
+    known = checkpoints()
+    if name not in known:
+        raise unknown("model", name, known)
+    return known[name]
+
+
+def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool | None = None) -> Weights:
+    """Find (or download, where the hub can be reached) the weights of a model.
+
+    Args:
+        name: short name. path: local folder that overrides the checkpoint's hub id.
+        offline: never ask the hub; default: as ``HF_HUB_OFFLINE`` says.
+
+    Raises:
+        ValueError: unknown name. MissingWeights: nothing usable here; the message says what to do.
+    """
+    family, checkpoint = find(name)
+    if path is not None:
+        folder = Path(path).expanduser()
+        return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
+    if checkpoint.local:
+        folder = PACKAGE / checkpoint.local
+        return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
+    return Weights(checkpoint, family, *_from_hub(checkpoint, offline))
+
+
+def _is_trained(folder: Path) -> bool:
+    return not (folder / "RANDOM_WEIGHTS").exists()
+
+
+def _checked(folder: Path, name: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise MissingWeights(
+            f"model {name!r}: {folder} holds no config.json. Point MODEL_PATH (--model-path) at the folder of a "
+            "downloaded checkpoint, with config.json, tokenizer and *.safetensors files."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise MissingWeights(f"model {name!r}: {folder} holds no *.safetensors weights; download the checkpoint whole.")
+    return folder
+
+
+def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        folder = Path(
+            snapshot_download(
+                checkpoint.hub,
+                revision=checkpoint.revision,
+                allow_patterns=wanted,
+                local_files_only=bool(offline),
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise MissingWeights(
+            f"model {checkpoint.name!r}: the weights of {checkpoint.hub} (revision {checkpoint.revision}) are not on this "
+            f"machine and could not be fetched ({type(error).__name__}). Either run "
+            f"`hf download {checkpoint.hub} --revision {checkpoint.revision}` where the hub can be reached, or pass a "
+            "local copy: MODEL_PATH=/path/to/folder (--model-path)."
+        ) from error
+    return _checked(folder, checkpoint.name), folder.name
+
+
+def fingerprint(folder: Path) -> str:
+    """A content hash of a checkpoint folder: configuration files whole, weights by size, head and tail.
+
+    The head of a safetensors file is its index of tensors. 12 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json" or path.suffix in (".model", ".txt", ".jinja"):
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                digest.update(f"{path.name}/{size}".encode() + file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,153 @@
+"""A loaded model that answers conversations under any variant, and says what each answer cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ivcp_eval import measure
+from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
+from ivcp_eval.engine import prune
+from ivcp_eval.models import Weights
+from ivcp_eval.registry import adapter
+from ivcp_eval.variants import Variant
+
+NO_BOX = "no box"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model runs. `resolve` fills what was left to be found."""
+
+    device: str = ""
+    dtype: str = ""
+    attention: str = ""
+
+    def resolve(self) -> Placement:
+        """CUDA with bfloat16 (and FlashAttention-2 if it is installed) where there is a GPU, else CPU and float32.
+
+        Raises:
+            ValueError: a device or dtype that torch does not know or have.
+        """
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+        dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+        attention = self.attention or ("flash_attention_2" if device != "cpu" and _has_flash_attention() else "sdpa")
+        return Placement(device, dtype, attention)
+
+
+def _has_flash_attention() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Pixel limits and answer length of a run."""
+
+    min_pixels: int | None
+    max_pixels: int | None
+    max_new_tokens: int
+
+
+class Session:
+    """One model in memory."""
+
+    def __init__(self, weights: Weights, placement: Placement, limits: Limits, trust_remote_code: bool = False) -> None:
+        self.weights, self.placement, self.limits = weights, placement, limits
+        self.adapter = adapter(weights.family)
+        self.model, self.processor = self.adapter.load(
+            str(weights.source),
+            revision=None,
+            dtype=getattr(torch, placement.dtype),
+            device=placement.device,
+            attention=placement.attention,
+            min_pixels=limits.min_pixels,
+            max_pixels=limits.max_pixels,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def check(self, variant: Variant) -> None:
+        """Raise ValueError now if the variant can not run on this model (unknown parameter, layer out of range)."""
+        with self._pruned(variant):
+            pass
+
+    def answer(self, parts: Sequence[Mapping[str, Any]], variant: Variant, grounding: bool = False) -> dict[str, Any]:
+        """Answer one conversation greedily.
+
+        Args:
+            parts: ``{"image": PIL.Image or path}`` and ``{"text": str}`` in order.
+            grounding: turn the answer into a canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or
+                "no box" where the answer holds none in the family's declared format.
+
+        Returns:
+            prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
+            kv_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first).
+        """
+        conversation = [{"image": _image(part["image"])} if "image" in part else part for part in parts]
+        inputs = self.adapter.encode(self.processor, [conversation])
+        device = next(self.model.parameters()).device
+        tensors = {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+        options = {**self.adapter.generation, "max_new_tokens": self.limits.max_new_tokens}
+        with (
+            torch.inference_mode(),
+            self._pruned(variant) as run,
+            measure.phases(self.model, self.adapter) as phases,
+        ):
+            out = self.model.generate(**tensors, **options)
+        new = out[0, tensors["input_ids"].shape[1] :]
+        raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
+        return {
+            "prediction": self._box(raw, inputs) if grounding else raw,
+            "raw": raw,
+            "new_tokens": int(new.numel()),
+            "visual_tokens": run.visual_prompt[0],
+            "visual_kept": run.visual_kept[0],
+            "layer_mean_ratio": _round(run.layer_mean_ratio),
+            "kv_ratio": _round(run.cache_ratio),
+            "vision_ms": _round(phases.vision_ms),
+            "prefill_ms": _round(phases.prefill_ms),
+            "decode_ms": _round(phases.decode_ms_per_token),
+        }
+
+    def _pruned(self, variant: Variant) -> Any:
+        return prune(self.model, variant.method, variant.ratio, seed=variant.seed, **variant.parameters)
+
+    def _box(self, raw: str, inputs: Mapping[str, Any]) -> str:
+        if not self.adapter.box_format:
+            return NO_BOX
+        frame = self.adapter.box_frame(self.processor, inputs, 0)
+        box = parse_answer(raw, FORMATS[self.adapter.box_format], frame)
+        return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
+
+
+def _image(source: Any) -> Any:
+    """A PIL image in RGB, from a path where needed; raises OSError naming the file if it cannot be decoded."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not isinstance(source, str | Path):
+        return source.convert("RGB")
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise OSError(f"image {source} cannot be decoded: {error}") from error
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None or value != value else round(value, 4)
+
+
+def timed_load(*args: Any, **kwargs: Any) -> tuple[Session, float]:
+    """A `Session` and the seconds it took to load."""
+    start = time.perf_counter()
+    return Session(*args, **kwargs), time.perf_counter() - start

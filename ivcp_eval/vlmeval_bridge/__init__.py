@@ -1,0 +1,38 @@
+"""The only package that imports VLMEvalKit, and only when one of these functions is called.
+
+Importing VLMEvalKit takes about ten seconds and changes its process (TLS defaults, gradients, logging, environment).
+`environment.entered` does it once, and undoes what would reach our own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["register", "run_vlmeval"]
+
+
+def register(models: Sequence[str] = ()) -> list[str]:
+    """Make our models and benchmarks known to VLMEvalKit in this process (idempotent).
+
+    Afterwards ``vlmeval``'s own runner, ``build_dataset`` and ``supported_VLM`` know every benchmark under
+    ``datasets/`` that ships here, and every model as ``MODEL``, ``MODEL__METHOD`` and ``MODEL__METHOD__rRATIO``.
+
+    Args:
+        models: further variant names, for ratios that are not registered by default.
+
+    Returns:
+        The registered model names.
+
+    Raises:
+        ValueError: a variant name that cannot be understood. ImportError: VLMEvalKit is not installed.
+    """
+    from ivcp_eval.vlmeval_bridge.registration import register as register_all
+
+    return register_all(models)
+
+
+def run_vlmeval(arguments: Sequence[str]) -> int:
+    """Call VLMEvalKit's own runner with its own arguments, our models and benchmarks registered."""
+    from ivcp_eval.vlmeval_bridge.registration import run
+
+    return run(arguments)

@@ -1,0 +1,161 @@
+"""Our benchmarks as VLMEvalKit data sets: stock classes where they fit, one of our own for grounding.
+
+The module imports VLMEvalKit; go through `ivcp_eval.vlmeval_bridge`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from vlmeval.dataset.image_base import ImageBaseDataset
+from vlmeval.dataset.image_mcq import ImageMCQDataset
+from vlmeval.dataset.image_vqa import ImageVQADataset
+from vlmeval.dataset.image_yorn import ImageYORNDataset
+from vlmeval.dataset.utils.vqa_eval import process_line
+from vlmeval.smp import dump, get_intermediate_file_path
+from vlmeval.smp import load as load_table
+
+from ivcp_eval import benchmarks
+from ivcp_eval.boxes import FORMATS
+from ivcp_eval.files import file_digest
+from ivcp_eval.grounding import ground_truth, score
+
+REQUIRED = {
+    "grounding": ("index", "image", "question", "answer", "width", "height"),
+    "mcq": ("index", "image", "question", "answer", "A", "B"),
+    "yes_no": ("index", "image", "question", "answer"),
+    "short_answer": ("index", "image", "question", "answer"),
+}
+
+
+def read_tsv(path: Path, kind: str) -> pd.DataFrame:
+    """A benchmark TSV with its columns checked; every cell as text, nothing turned into NaN.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: columns missing, no rows, or an index twice; the message says which.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; see `ivcp data` for where it comes from")
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    missing = [column for column in REQUIRED[kind] if column not in table]
+    if missing:
+        raise ValueError(
+            f"{path}: a {kind} benchmark needs the columns {', '.join(REQUIRED[kind])}; missing: {', '.join(missing)}; "
+            f"found: {', '.join(table.columns)}"
+        )
+    if table.empty:
+        raise ValueError(f"{path}: the table has no rows")
+    twice = table["index"][table["index"].duplicated()]
+    if len(twice):
+        raise ValueError(f"{path}: {len(twice)} index values occur twice, e.g. {twice.iloc[0]!r}; they must be unique")
+    return table
+
+
+class _Shipped(ImageBaseDataset):
+    """Reads the TSV that a declared benchmark names, from ``datasets/`` or from VLMEvalKit's data root."""
+
+    KIND: ClassVar[str]
+
+    # VLMEvalKit filters keyword arguments by signature, so the parameter must be named.
+    def __init__(self, dataset: str, skip_noimg: bool = True, **kwargs: Any) -> None:
+        super().__init__(dataset=dataset, skip_noimg=skip_noimg)
+
+    @classmethod
+    def supported_datasets(cls) -> list[str]:
+        """Declared benchmarks of this kind that VLMEvalKit itself does not know."""
+        loaded = [benchmarks.load(name) for name in benchmarks.names()]
+        return [b.vlmeval for b in loaded if b.kind == cls.KIND and (b.file or b.kind == "grounding")]
+
+    def load_data(self, dataset: str) -> pd.DataFrame:
+        """The TSV; images are cached under its checksum, so another version of the file never meets stale pictures."""
+        from ivcp_eval.vlmeval_bridge.environment import data_root
+
+        benchmark = benchmarks.load(dataset)
+        path = benchmark.path or data_root() / f"{dataset}.tsv"
+        table = read_tsv(path, self.KIND)
+        self.img_root = str(data_root() / "images" / f"{dataset}-{file_digest(path)[:12]}")
+        return table
+
+
+class ShippedMCQ(_Shipped, ImageMCQDataset):
+    """Multiple choice, scored by VLMEvalKit's own evaluator."""
+
+    KIND = "mcq"
+
+
+class ShippedYesNo(_Shipped, ImageYORNDataset):
+    """Yes/no, scored by VLMEvalKit's own evaluator."""
+
+    KIND = "yes_no"
+
+
+class ShippedShortAnswer(_Shipped, ImageVQADataset):
+    """One-word answers: VLMEvalKit's case-insensitive exact match, which its own class ties to data set names."""
+
+    KIND = "short_answer"
+
+    def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
+        """Accuracy in percent, overall and per category."""
+        data = load_table(eval_file)
+        data["prediction"] = ["" if pd.isna(p) else str(p) for p in data["prediction"]]
+        data["answer"] = data["answer"].astype(str)
+        results = [process_line(row, method="accuracy") for _, row in data.iterrows()]
+        data["eval_score"] = [float(np.max(result["match"])) for result in results]
+        dump(data, get_intermediate_file_path(eval_file, "_results", "csv"))
+        totals = {"Overall": 100 * data["eval_score"].mean()}
+        if "category" in data:
+            totals |= (100 * data.groupby("category")["eval_score"].mean()).to_dict()
+        table = pd.DataFrame([totals])
+        dump(table, get_intermediate_file_path(eval_file, "_acc", "csv"))
+        return table
+
+
+class Grounding(_Shipped):
+    """Referring expressions: the model's adapter returns canonical boxes, nothing is guessed.
+
+    A prediction is ``[x1, y1, x2, y2]`` as fractions of the original image, or any other text, which is one miss.
+    """
+
+    TYPE = "GROUNDING"
+    KIND = "grounding"
+
+    def build_prompt(self, line: Any) -> list[dict[str, str]]:
+        """For models without a grounding prompt of their own."""
+        message = super().build_prompt(line)
+        message[-1]["value"] = (
+            f"Give the bounding box of {message[-1]['value']} as [x1, y1, x2, y2], fractions of the image's width and height."
+        )
+        return message
+
+    def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, Any]:
+        """Acc@0.5/0.75/0.9, mean IoU, per object size, and how many answers held no box."""
+        data = load_table(eval_file)
+        for frame, side in (("answer_width", "width"), ("answer_height", "height")):
+            if frame not in data:
+                data[frame] = data[side]
+        rows = data.to_dict("records")
+        scored = score([(ground_truth(row), row["prediction"]) for row in rows], FORMATS["unit"])
+        per_sample = pd.DataFrame(scored.rows())
+        dump(per_sample, get_intermediate_file_path(eval_file, "_results", "csv"))
+        summary = scored.summary()
+        flat = {key: value for key, value in summary.items() if not isinstance(value, dict)}
+        dump(pd.DataFrame([flat]), get_intermediate_file_path(eval_file, "_acc", "csv"))
+        return summary
+
+
+CLASSES: tuple[type[ImageBaseDataset], ...] = (Grounding, ShippedMCQ, ShippedYesNo, ShippedShortAnswer)
+
+
+def message_key(message: list[dict[str, str]]) -> str:
+    """Content hash of a prompt: its texts and the bytes of its images, in order."""
+    digest = hashlib.sha256()
+    for part in message:
+        value = part["value"]
+        content = file_digest(value) if part["type"] == "image" else value
+        digest.update(json.dumps([part["type"], content]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""Import VLMEvalKit without letting its import reach beyond what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import ssl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MISSING = (
+    "VLMEvalKit is not installed. `make setup` installs the tested set; by hand: "
+    "pip install --no-deps ms-vlmeval==0.0.20 (see CONTRIBUTING.md for what it needs)."
+)
+
+
+def import_vlmeval() -> None:
+    """Import VLMEvalKit once and undo its process-wide side effects.
+
+    Its import turns TLS verification off for urllib, turns gradients off, reseeds torch, configures the root logger
+    and overwrites environment variables; the first four are put back. LLaVABench's evaluator imports a module path
+    that does not exist in either tree (``vlmeval.dataset.smp``); the alias makes it work without editing a file.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    if "vlmeval" in sys.modules and hasattr(sys.modules["vlmeval"], "dataset"):
+        return
+    if importlib.util.find_spec("vlmeval") is None:
+        raise ImportError(MISSING)
+    import torch
+
+    from ivcp_eval import cpu_torchvision
+
+    cpu_torchvision.install()
+    context, grad = ssl._create_default_https_context, torch.is_grad_enabled()
+    state, handlers = torch.get_rng_state(), list(logging.getLogger().handlers)
+    level = logging.getLogger().level
+    try:
+        import vlmeval.dataset
+        import vlmeval.smp
+    finally:
+        ssl._create_default_https_context = context
+        torch.set_grad_enabled(grad)
+        torch.set_rng_state(state)
+        logging.getLogger().handlers[:] = handlers
+        logging.getLogger().setLevel(level)
+    sys.modules.setdefault("vlmeval.dataset.smp", vlmeval.smp)
+    sys.modules.setdefault("vlmeval.dataset.smp.log", sys.modules["vlmeval.smp.log"])
+    # Its judge wrapper logs the API key in clear text.
+    logging.getLogger("vlmeval.api.gpt").setLevel(logging.WARNING)
+
+
+@contextmanager
+def lossless_files() -> Iterator[None]:
+    """Have VLMEvalKit write TSV predictions while the block runs (its only switch is the environment).
+
+    The default, xlsx, evaluates cells like ``=1+1`` and cuts long answers; json breaks most evaluators.
+    """
+    before = {name: os.environ.get(name) for name in ("PRED_FORMAT", "EVAL_FORMAT")}
+    os.environ["PRED_FORMAT"], os.environ["EVAL_FORMAT"] = "tsv", "csv"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def data_root() -> Path:
+    """Where VLMEvalKit keeps its TSV files: ``$LMUData``, else ``~/LMUData``; found without importing it."""
+    return Path(os.environ.get("LMUData") or Path.home() / "LMUData")

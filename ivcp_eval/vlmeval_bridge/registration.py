@@ -1,0 +1,72 @@
+"""Registration with VLMEvalKit: three of its containers are filled in place; nothing of it is patched."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from ivcp_eval import models, variants
+from ivcp_eval.registry import method_names, unknown
+from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
+
+DEFAULT_RATIOS = (0.9, 0.75, 0.5, 0.35, 0.25, 0.11, 0.1)
+
+
+def register(extra: Sequence[str] = ()) -> list[str]:
+    """See `ivcp_eval.vlmeval_bridge.register`."""
+    import_vlmeval()
+    import vlmeval.dataset
+    import vlmeval.vlm
+    from vlmeval.config import supported_VLM
+
+    from ivcp_eval.vlmeval_bridge.datasets import CLASSES
+    from ivcp_eval.vlmeval_bridge.model import PrunedVLM, from_variant_name
+
+    names = default_names()
+    for name in extra:
+        _check(variants.parse(name))
+        names.append(name)
+    for name in names:
+        supported_VLM[name] = partial(from_variant_name, name)
+    for cls in CLASSES:
+        if cls not in vlmeval.dataset.DATASET_CLASSES:
+            vlmeval.dataset.DATASET_CLASSES.insert(0, cls)
+            vlmeval.dataset.SUPPORTED_DATASETS.extend(cls.supported_datasets())
+        setattr(vlmeval.dataset, cls.__name__, cls)
+    vlmeval.vlm.PrunedVLM = PrunedVLM
+    return names
+
+
+def default_names() -> list[str]:
+    """Every model unpruned, and with every method at the default ratio and a few others."""
+    names = []
+    for model in models.checkpoints():
+        names.append(model)
+        for method in method_names():
+            if method != variants.BASELINE:
+                names.append(variants.SEPARATOR.join((model, method)))
+                names += [variants.Variant(model, method, ratio).name for ratio in DEFAULT_RATIOS]
+    return names
+
+
+def _check(variant: variants.Variant) -> None:
+    models.find(variant.model)
+    if variant.method.removesuffix("+ivc") not in method_names():
+        raise unknown("method", variant.method, method_names())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``python -m vlmeval.run`` in this process with our names registered; returns its exit code."""
+    asked = [a for a in arguments if variants.SEPARATOR in a]
+    register(asked)
+    before = sys.argv
+    sys.argv = ["vlmeval", *arguments]
+    try:
+        runpy.run_module("vlmeval.run", run_name="__main__", alter_sys=False)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv = before
+    return 0

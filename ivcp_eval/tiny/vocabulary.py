@@ -40,22 +40,130 @@ PHRASES = (
 )
 
 #: Words that are one token with and without a leading space.
-WORDS = (
-    "red green blue yellow purple orange cyan white black gray "
-    "circle square triangle star cross ring diamond sign "
-    "circles squares triangles stars crosses rings diamonds signs "
-    "solid striped small large big objects object shape shapes number image picture colour color plate "
-    "left right above below of the a an is are there in on this it many how what which that has with "
-    "Is Are How What Which Where Locate Please Question Options List all none "
-    "answer yes no Yes No true false one two three four five six seven eight nine ten zero "
-    "shown written drawn read and or to from at by not visible see "
-    "system user assistant You helpful "
-    "A B C D E F"
-).split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "purple",
+    "orange",
+    "cyan",
+    "white",
+    "black",
+    "gray",
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "cross",
+    "ring",
+    "diamond",
+    "sign",
+    "circles",
+    "squares",
+    "triangles",
+    "stars",
+    "crosses",
+    "rings",
+    "diamonds",
+    "signs",
+    "solid",
+    "striped",
+    "small",
+    "large",
+    "big",
+    "objects",
+    "object",
+    "shape",
+    "shapes",
+    "number",
+    "image",
+    "picture",
+    "colour",
+    "color",
+    "plate",
+    "left",
+    "right",
+    "above",
+    "below",
+    "of",
+    "the",
+    "a",
+    "an",
+    "is",
+    "are",
+    "there",
+    "in",
+    "on",
+    "this",
+    "it",
+    "many",
+    "how",
+    "what",
+    "which",
+    "that",
+    "has",
+    "with",
+    "Is",
+    "Are",
+    "How",
+    "What",
+    "Which",
+    "Where",
+    "Locate",
+    "Please",
+    "Question",
+    "Options",
+    "List",
+    "all",
+    "none",
+    "answer",
+    "yes",
+    "no",
+    "Yes",
+    "No",
+    "true",
+    "false",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "zero",
+    "shown",
+    "written",
+    "drawn",
+    "read",
+    "and",
+    "or",
+    "to",
+    "from",
+    "at",
+    "by",
+    "not",
+    "visible",
+    "see",
+    "system",
+    "user",
+    "assistant",
+    "You",
+    "helpful",
+    "A",
+    "B",
+    "C",
+    "D",
+    "E",
+    "F",
+]
 
-#: Digits are always single tokens; ", " before a digit is one token too, so that a box stays short.
+#: Digits are always single tokens; ", " or ". " before a digit is one token too, so that a box stays short.
 PRETOKENIZER_PATTERN = (
-    r", (?=\p{N})"
+    r"[,.] (?=\p{N})"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
     r"|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -64,7 +172,7 @@ PRETOKENIZER_PATTERN = (
     r"|\s+"
 )
 
-_PUNCTUATION = (", ", "?\n", ".\n", " \n", "\n\n", " ?", "??", "...")
+_PUNCTUATION = (", ", ". ", "?\n", ".\n", " \n", "\n\n", " ?", "??", "...")
 
 
 def _byte_level(text: str) -> str:

@@ -1,0 +1,209 @@
+"""Training batches: scenes of one size, questions packed into slots, dense targets for every image cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivcp_eval.tiny import tasks
+from ivcp_eval.tiny.fast import TextLayout, text_layout
+from ivcp_eval.tiny.processor import CELL, SYSTEM_PROMPT
+from ivcp_eval.tiny.scenes import COLOURS, SHAPES, SIGN, Scene, render, sample_scene, scene_rng
+from ivcp_eval.tiny.vocabulary import build_tokenizer
+
+BEFORE_IMAGE = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+AFTER_IMAGE = "<|vision_end|>"
+BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
+#: (questions, tokens) of the two groups of slots: boxes and multiple choice; yes/no and short answers.
+SLOTS = ((4, 37), (5, 21))
+#: Total weight of one grounding answer; every other answer weighs 1.
+GROUNDING_WEIGHT = 2.0
+SHAPE_CLASSES = ("background", *SHAPES, SIGN)
+COLOUR_CLASSES = ("background", *COLOURS, "white")
+IGNORED = -100
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@lru_cache(maxsize=100_000)
+def encode(text: str) -> tuple[int, ...]:
+    """Token ids of ``text``."""
+    return tuple(_tokenizer().encode(text).ids)
+
+
+@dataclass
+class Batch:
+    """One training batch of equal-sized images.
+
+    Attributes:
+        images: (batch, height, width, 3) uint8.
+        ids: (batch, tokens) int64, the image tokens included.
+        labels: (batch, slot tokens) next token of every slot token, or -100.
+        weights: (batch, slot tokens) weight of each label.
+        shape, colour: (batch, cells) classes of the object under each cell, 0 for background.
+        boxes: (batch, cells, 4) box in pixels of the object under the cell (0 where none).
+        digits: (batch, cells, 2) digits of the sign under the cell, -100 elsewhere.
+        layout: layout of the sequence.
+    """
+
+    images: Tensor
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    shape: Tensor
+    colour: Tensor
+    boxes: Tensor
+    digits: Tensor
+    layout: TextLayout
+
+
+@lru_cache(maxsize=64)
+def layout_for(width: int, height: int, slots: tuple[tuple[int, int], ...] = SLOTS) -> TextLayout:
+    """Layout of a training sequence for images of ``width`` x ``height`` pixels."""
+    return text_layout(len(encode(BEFORE_IMAGE)), height // CELL, width // CELL, len(encode(AFTER_IMAGE)), slots)
+
+
+def prefix_ids(width: int, height: int) -> list[int]:
+    """Token ids of everything before the question."""
+    cells = (width // CELL) * (height // CELL)
+    return [*encode(BEFORE_IMAGE), *encode("<|image_pad|>") * cells, *encode(AFTER_IMAGE)]
+
+
+def make_batch(split: str, first: int, count: int, size: tuple[int, int], objects: tuple[int, int]) -> Batch:
+    """Build a batch from the scenes ``first`` .. ``first + count - 1`` of ``split``."""
+    scenes, rows = [], []
+    for index in range(first, first + count):
+        rng = scene_rng(split, index)
+        scene = sample_scene(rng, size, objects)
+        scenes.append(scene)
+        rows.append(pack(*choose_questions(rng, scene)))
+    prefix = prefix_ids(*size)
+    cells = [cell_targets(scene) for scene in scenes]
+    return Batch(
+        images=torch.from_numpy(np.stack([render(scene) for scene in scenes])),
+        ids=torch.tensor([prefix + row[0] for row in rows]),
+        labels=torch.tensor([row[1] for row in rows]),
+        weights=torch.tensor([row[2] for row in rows]),
+        shape=torch.from_numpy(np.stack([c[0] for c in cells])),
+        colour=torch.from_numpy(np.stack([c[1] for c in cells])),
+        boxes=torch.from_numpy(np.stack([c[2] for c in cells])),
+        digits=torch.from_numpy(np.stack([c[3] for c in cells])),
+        layout=layout_for(*size),
+    )
+
+
+def choose_questions(rng: np.random.Generator, scene: Scene) -> tuple[list[tasks.Sample], list[tasks.Sample]]:
+    """Pick questions for the long and the short slots of one scene; fewer than slots if the scene offers fewer."""
+    plain, related = tasks.plain_references(scene), tasks.relation_references(scene)
+    long: list[tasks.Sample] = [related[i] for i in rng.permutation(len(related))[:2]]
+    long += [plain[i] for i in rng.permutation(len(plain))[: SLOTS[0][0] - len(long) - 1]]
+    for category in rng.permutation(tasks.MCQ_CATEGORIES).tolist() * 2:
+        if len(long) == SLOTS[0][0]:
+            break
+        question = tasks.mcq_question(rng, scene, category)
+        if question:
+            long.append(question)
+    short = [q for _ in range(2) if (q := tasks.yes_no_question(rng, scene))]
+    for category in ["number", *rng.permutation(("colour", "shape", "count", "count")).tolist()]:
+        if len(short) < SLOTS[1][0] and (q := tasks.short_question(rng, scene, category)):
+            short.append(q)
+    return long, short
+
+
+def varied_prompt(rng_value: int, sample: tasks.Sample) -> str:
+    """Prompt of ``sample`` with the harmless variations seen in practice, chosen by ``rng_value``."""
+    prompt = tasks.build_prompt(sample)
+    if sample.task == "grounding":
+        if rng_value % 5 == 0:
+            return "\n" + prompt
+        if rng_value % 5 == 1:
+            return prompt.replace("Locate ", "Locate the ", 1)
+    if sample.task == "mcq" and rng_value % 3 == 0:
+        return prompt.rstrip()
+    return prompt
+
+
+def answer_tokens(sample: tasks.Sample) -> tuple[list[int], list[float]]:
+    """Token ids of the answer and their weights: equal per answer, not per token, and digits before brackets."""
+    ids = list(encode(sample.answer))
+    if sample.task != "grounding":
+        return [*ids, *encode(END)], [1.0 / len(ids)] * len(ids) + [0.1]
+    weights = [0.1]
+    for value in sample.box or ():
+        # The units are noise below the resolution that IoU 0.5 asks for.
+        digits = len(str(value))
+        weights += [1.0] * (digits - 1) + [0.4 if digits > 1 else 1.0, 0.1]
+    total = sum(weights)
+    return [*ids, *encode(END)], [GROUNDING_WEIGHT * w / total for w in weights] + [0.1]
+
+
+def pack(long: Sequence[tasks.Sample], short: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[float]]:
+    """Place questions in the slots: (ids, labels, weights) over all slot tokens.
+
+    Raises:
+        ValueError: if a question does not fit its slot or there are more questions than slots.
+    """
+    pad = encode("<|endoftext|>")[0]
+    ids: list[int] = []
+    labels: list[int] = []
+    weights: list[float] = []
+    for (count, length), samples in zip(SLOTS, (long, short), strict=True):
+        if len(samples) > count:
+            raise ValueError(f"{len(samples)} questions for {count} slots of {length} tokens")
+        for slot in range(count):
+            row, row_labels, row_weights = [pad] * length, [IGNORED] * length, [0.0] * length
+            if slot < len(samples):
+                sample = samples[slot]
+                question = encode(varied_prompt(hash_of(sample), sample) + BEFORE_ANSWER)
+                answer, answer_weights = answer_tokens(sample)
+                used = len(question) + len(answer) - 1
+                if used > length:
+                    raise ValueError(f"question of {used} tokens in a slot of {length}: {sample.question!r}")
+                row[:used] = [*question, *answer[:-1]]
+                row_labels[len(question) - 1 : used] = answer
+                row_weights[len(question) - 1 : used] = answer_weights
+            ids += row
+            labels += row_labels
+            weights += row_weights
+    return ids, labels, weights
+
+
+def hash_of(sample: tasks.Sample) -> int:
+    """Small number that depends on the sample only (Python's own hash differs from run to run)."""
+    return sum(ord(c) for c in sample.question + sample.answer)
+
+
+def cell_targets(
+    scene: Scene,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Dense targets of one scene: shape and colour class, box and sign digits of the object under each cell.
+
+    A cell belongs to the object whose box covers most of it, if that is at least a fifth of the cell.
+    """
+    columns, rows = scene.width // CELL, scene.height // CELL
+    best = np.full((rows, columns), 0.2 * CELL * CELL)
+    owner = np.full((rows, columns), -1)
+    left, top = np.arange(columns) * CELL, np.arange(rows) * CELL
+    for index, item in enumerate(scene.objects):
+        x1, y1, x2, y2 = item.box
+        overlap_x = np.clip(np.minimum(left + CELL, x2) - np.maximum(left, x1), 0, CELL)
+        overlap_y = np.clip(np.minimum(top + CELL, y2) - np.maximum(top, y1), 0, CELL)
+        overlap = overlap_y[:, None] * overlap_x[None, :]
+        owner[overlap > best] = index
+        best = np.maximum(best, overlap)
+    flat = owner.ravel()
+    shape = np.array([*(SHAPE_CLASSES.index(o.shape) for o in scene.objects), 0])
+    colour = np.array([*(COLOUR_CLASSES.index(o.colour) for o in scene.objects), 0])
+    boxes = np.array([*(o.box for o in scene.objects), (0, 0, 0, 0)])
+    digits = np.array([*([int(d) for d in o.number] or [IGNORED] * 2 for o in scene.objects), [IGNORED] * 2])
+    return shape[flat], colour[flat], boxes[flat], digits[flat]

@@ -38,7 +38,7 @@ class Journal:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RuntimeError(
-                    f"another process is evaluating this cell ({self.path.parent}); wait for it, or stop it and run again"
+                    f"another process is evaluating this cell ({self.path.parent}); wait for it, or stop it"
                 ) from error
             file.seek(0)
             whole = self._read(file.read())

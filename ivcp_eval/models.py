@@ -109,8 +109,8 @@ def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise MissingWeights(
-            f"model {checkpoint.name!r}: the weights of {checkpoint.hub} (revision {checkpoint.revision}) are not on this "
-            f"machine and could not be fetched ({type(error).__name__}). Either run "
+            f"model {checkpoint.name!r}: the weights of {checkpoint.hub} (revision {checkpoint.revision}) are not on "
+            f"this machine and could not be fetched ({type(error).__name__}). Either run "
             f"`hf download {checkpoint.hub} --revision {checkpoint.revision}` where the hub can be reached, or pass a "
             "local copy: MODEL_PATH=/path/to/folder (--model-path)."
         ) from error

@@ -116,8 +116,8 @@ def _plan(request: Request) -> _Plan:
     placement = asked.resolve()
     if placement.device == "cpu" and not request.device and not weights.checkpoint.local:
         raise ValueError(
-            f"no CUDA device was found and {weights.checkpoint.name} is a full-size model. Run on a GPU machine, or pass "
-            "DEVICE=cpu (--device cpu) to wait for it here."
+            f"no CUDA device was found and {weights.checkpoint.name} is a full-size model. Run on a GPU machine, or "
+            "pass DEVICE=cpu (--device cpu) to wait for it here."
         )
     limits = Limits(
         request.min_pixels if request.min_pixels is not None else wired.min_pixels,

@@ -37,7 +37,7 @@ def read_tsv(path: Path, kind: str) -> pd.DataFrame:
     """A benchmark TSV with its columns checked; every cell as text, nothing turned into NaN.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: columns missing, no rows, or an index twice; the message says which.
+        FileNotFoundError: no such file. ValueError: columns missing, no rows, or an index twice; it says which.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; see `ivcp data` for where it comes from")
@@ -128,7 +128,8 @@ class Grounding(_Shipped):
         """For models without a grounding prompt of their own."""
         message = super().build_prompt(line)
         message[-1]["value"] = (
-            f"Give the bounding box of {message[-1]['value']} as [x1, y1, x2, y2], fractions of the image's width and height."
+            f"Give the bounding box of {message[-1]['value']} as [x1, y1, x2, y2], "
+            "in fractions of the image's width and height."
         )
         return message
 

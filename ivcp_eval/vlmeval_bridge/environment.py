@@ -74,4 +74,4 @@ def lossless_files() -> Iterator[None]:
 
 def data_root() -> Path:
     """Where VLMEvalKit keeps its TSV files: ``$LMUData``, else ``~/LMUData``; found without importing it."""
-    return Path(os.environ.get("LMUData") or Path.home() / "LMUData")
+    return Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112 (VLMEvalKit's name)

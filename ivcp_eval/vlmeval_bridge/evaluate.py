@@ -46,8 +46,8 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
         from ivcp_eval.vlmeval_bridge.environment import data_root
 
         raise DataMissing(
-            f"benchmark {benchmark.name!r}: the data is not here and could not be fetched ({reason}). Put "
-            f"{benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder). {benchmark.source}".strip()
+            f"benchmark {benchmark.name!r}: the data is not here and could not be fetched ({reason}). "
+            f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder). {benchmark.source}"
         )
     if limit:
         dataset.data = dataset.data.iloc[:limit]
@@ -122,9 +122,9 @@ def score(
 def _all_numbers(returned: Any) -> dict[str, tuple[float, float]]:
     if isinstance(returned, pd.DataFrame):
         returned = {
-            f"{'/'.join(str(v) for v in row if not _is_number(v))}/{column}".strip("/"): row[column]
-            for _, row in returned.iterrows()
-            for column in returned
+            "/".join([*(str(v) for v in row.values() if not _is_number(v)), str(column)]): value
+            for row in returned.to_dict("records")
+            for column, value in row.items()
         }
     flat = {str(k): float(v) for k, v in dict(returned).items() if _is_number(v)}
     if not flat:

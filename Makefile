@@ -1,0 +1,60 @@
+# make eval | test | check | bench | compare | list ; everything installs itself into .venv on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+MODEL  ?= tiny
+METHOD ?= ivc_prune
+RATIO  ?= 0.5
+# Optional: DATA="POPE MME", SET="layer=16", MODEL_PATH=, LIMIT=, JUDGE=, DEVICE=, DTYPE=, ATTENTION=, SEED=, ARGS=
+OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(SET),--set $(SET)) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") \
+          $(if $(LIMIT),--limit $(LIMIT)) $(if $(JUDGE),--judge $(JUDGE)) $(if $(DEVICE),--device $(DEVICE)) \
+          $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+.PHONY: setup eval compare list bench test check format smoke clean
+.DEFAULT_GOAL := eval
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c 'import sysconfig, pathlib; pathlib.Path(sysconfig.get_path("purelib"), "ivcp_cpu_torchvision.pth").write_text("import ivcp_eval.cpu_torchvision; ivcp_eval.cpu_torchvision.install()\n")'
+	touch $(READY)
+
+eval: $(READY)
+	@$(BIN)/ivcp eval --model $(MODEL) --method $(METHOD) --ratio $(RATIO) $(OPTIONS)
+
+# RESULTS defaults to the CSV that `make eval` with the same variables wrote.
+RESULTS ?= results/eval/$(MODEL)__$(METHOD)__r$(RATIO).csv
+compare: $(READY)
+	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(ARGS)
+
+list: $(READY)
+	@$(BIN)/ivcp list
+
+SIZE ?= small
+bench: $(READY)
+	@$(BIN)/python -m ivcp_eval.bench --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+smoke: $(READY)
+	@$(BIN)/ivcp eval --limit 4
+
+clean:
+	rm -rf $(VENV) results/runs results/cache results/eval

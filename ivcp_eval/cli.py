@@ -1,0 +1,205 @@
+"""The ``ivcp`` command. Verbs import what they need when they run, so that ``--help`` and ``list`` stay light."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import ivcp_eval
+
+# Verbs that live in a module of their own with `add_arguments(parser)` and `run(args) -> int`.
+_MODULES: dict[str, tuple[str, str]] = {}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 some cells are not whole, 2 the request cannot be carried out."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["vlmeval"]:
+        # Everything after it belongs to VLMEvalKit, whose options argparse must not interpret.
+        arguments = arguments[1:]
+        return _guarded(lambda: _vlmeval(arguments[1:] if arguments[:1] == ["--"] else arguments))
+    args = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = args.run
+    return _guarded(lambda: run(args))
+
+
+def _guarded(verb: Callable[[], int]) -> int:
+    from ivcp_eval.models import MissingWeights
+
+    try:
+        return verb()
+    except (ValueError, MissingWeights, FileNotFoundError, ImportError) as error:
+        print(f"ivcp: {error}", file=sys.stderr)  # noqa: T201
+    except (OSError, RuntimeError) as error:
+        print(f"ivcp: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt:
+        print("ivcp: interrupted; run the same command again to continue", file=sys.stderr)  # noqa: T201
+        return 130
+    return 2
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+# -- parser ---------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ivcp", description=(ivcp_eval.__doc__ or "").split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"ivcp-eval {ivcp_eval.__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    verb = verbs.add_parser("eval", help="run a model unpruned and pruned, and compare")
+    _add_eval(verb)
+    verb.set_defaults(run=_eval)
+
+    verb = verbs.add_parser("list", help="show models, methods and benchmarks")
+    for what in ("models", "methods", "benchmarks"):
+        verb.add_argument(f"--{what}", action="store_true", help=f"only the {what}")
+    verb.set_defaults(run=_list)
+
+    verb = verbs.add_parser("compare", help="compare a results CSV with a baseline CSV")
+    verb.add_argument("results", type=Path, help="results CSV")
+    verb.add_argument("baseline", type=Path, nargs="?", help="baseline CSV; default: the unpruned rows of RESULTS")
+    verb.add_argument("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
+    verb.add_argument("--output", type=Path, help="also write the comparison as CSV")
+    verb.set_defaults(run=_compare)
+
+    verb = verbs.add_parser("bench", help="time pruning beside its FLOP bound", add_help=False)
+    verb.add_argument("rest", nargs=argparse.REMAINDER)
+    verb.set_defaults(run=_bench)
+
+    verb = verbs.add_parser("vlmeval", help="VLMEvalKit's own runner, our models and benchmarks registered")
+    for name, (module, text) in _MODULES.items():
+        verb = verbs.add_parser(name, help=text)
+        import_module(module).add_arguments(verb)
+        verb.set_defaults(run=import_module(module).run)
+    return parser
+
+
+def _add_eval(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("--model", default="tiny", help="short name, see `ivcp list` (default: %(default)s)")
+    add("--method", default="ivc_prune", help="pruning method (default: %(default)s)")
+    add("--ratio", type=float, default=0.5, help="share of the visual tokens kept, in (0, 1] (default: %(default)s)")
+    add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks or groups; default: the shipped sets for a "
+        "shipped model, else the matrix of twenty")  # fmt: skip
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
+    add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
+    add("--model-path", help="local folder with the checkpoint")
+    add("--limit", type=int, help="only the first N rows of each benchmark")
+    add("--judge", default="exact_matching", help="judge model (default: %(default)s)")
+    add("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs; default: cuda if there is one")
+    add("--dtype", default="", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--attention", default="", help="sdpa, eager, flash_attention_2; default: the fastest installed")
+    add("--min-pixels", type=int, help="default: the family's published limit")
+    add("--max-pixels", type=int, help="default: the family's published limit")
+    add("--max-new-tokens", type=int, help="default: the family's published limit")
+    add("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")
+    add("--output", type=Path, help="results CSV (default: results/eval/<variant>.csv)")
+    add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
+    add("--no-timing", action="store_true", help="leave times and dates out: equal runs are then equal bytes")
+
+
+# -- verbs ----------------------------------------------------------------------------------------------------------
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from ivcp_eval import cells
+    from ivcp_eval.engine import check_ratio
+    from ivcp_eval.registry import make_method
+    from ivcp_eval.runner import Request, evaluate
+    from ivcp_eval.variants import Variant
+
+    check_ratio(args.ratio)
+    parameters = dict(_parameter(text) for text in args.set)
+    make_method(args.method, parameters)
+    request = Request(
+        variant=Variant(args.model, args.method, args.ratio, parameters, args.seed),
+        data=tuple(args.data),
+        model_path=args.model_path,
+        limit=args.limit,
+        judge=args.judge,
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        max_new_tokens=args.max_new_tokens,
+        trust_remote_code=args.trust_remote_code,
+        runs=args.runs or cells.RUNS,
+        output=args.output,
+        timing=not args.no_timing,
+    )
+    outcome = evaluate(request, _say)
+    for problem in outcome.problems:
+        _say(f"NOT WHOLE: {problem}")
+    if outcome.problems:
+        _say("run the same command again to retry what failed; finished cells are reused")
+    from ivcp_eval.compare import compare
+
+    _say(f"\n{compare(outcome.csv).to_text()}\n\nresults: {outcome.csv}")
+    return 1 if outcome.problems else 0
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """``key=value``; the value is JSON where it is JSON, else text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"parameter {text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from ivcp_eval import benchmarks, catalogue, models
+
+    every = not (args.models or args.methods or args.benchmarks)
+    if args.models or every:
+        rows = [
+            (name, family, c.hub or "shipped", c.revision if c.hub else "", c.note)
+            for name, (family, c) in models.checkpoints().items()
+        ]
+        _say(tabulate(rows, ("model", "family", "checkpoint", "revision", "note")) + "\n")
+    if args.methods or every:
+        _say(tabulate(catalogue.rows(), headers="keys", maxcolwidths=[24, 14, 90]) + "\n")
+    if args.benchmarks or every:
+        loaded = [benchmarks.load(name) for name in benchmarks.names()]
+        rows = [
+            (b.name, b.group, b.kind or "", b.metrics[0].name if b.metrics else "", b.judge, b.title) for b in loaded
+        ]
+        _say(tabulate(rows, ("benchmark", "group", "kind", "metric", "judge", "title")))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from ivcp_eval.compare import compare
+
+    comparison = compare(args.results, args.baseline, force=args.force)
+    _say(comparison.to_text())
+    if args.output:
+        comparison.write_csv(args.output)
+        _say(f"\ncomparison: {args.output}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from ivcp_eval.bench import main as bench
+
+    return bench(args.rest)
+
+
+def _vlmeval(arguments: list[str]) -> int:
+    from ivcp_eval.vlmeval_bridge import run_vlmeval
+
+    return run_vlmeval(arguments)

@@ -56,7 +56,7 @@ class Column:
         limits = [f">= {self.low:g}"] if self.low is not None else []
         limits += [f"<= {self.high:g}"] if self.high is not None else []
         empty = [] if self.required else ["may be empty"]
-        return ", ".join([" and ".join([_KIND_WORDS[self.kind], *limits]), *empty])
+        return ", ".join([f"{_KIND_WORDS[self.kind]} {' and '.join(limits)}".strip(), *empty])
 
     def parse(self, text: str) -> Any:
         """A cell's value; raises ValueError (its message says what is allowed) for a bad one."""
@@ -203,7 +203,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("index", "text", "the benchmark's own index of the sample", required=True),
     Column("cluster", "text", "samples of one cluster are not independent (same image, same question group)"),
     Column("category", "text", "the benchmark's category"),
-    Column("prompt_sha256", "sha256", "hash of the text and images that the model was given"),
+    Column("prompt_sha256", "sha256", "hash of the text and images of the question, before any resizing"),
     Column("prediction", "text", "the generated answer, unchanged"),
     Column("answer", "text", "the true answer"),
     Column("score", "number", "score of this sample in [0, 1]; empty if it cannot be scored alone", low=0, high=1),

@@ -1,0 +1,279 @@
+"""The results schema: round trips, refusals that name the place, merging, and the published baselines."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivcp_eval import benchmarks, results
+from ivcp_eval.results import COLUMN_NAMES, ResultsError, make_row, merge_rows, read_results, write_results
+
+RESULTS = Path(__file__).parents[1] / "results"
+PUBLISHED = sorted((RESULTS / "baselines").glob("*.csv"))
+
+
+def make(**values):
+    common = {"model": "tiny", "benchmark": "dev", "metric": "accuracy", "method": "none", "status": "ok"}
+    return make_row(**{**common, "score": 80.0, "score_scale": 100, "run_id": "r1", **values})
+
+
+class TestRoundTrip:
+    def test_every_kind_of_value(self, tmp_path):
+        rows = [
+            make(
+                method="ivc_prune",
+                method_parameters={"layer": 2, "cosine": 0.1},
+                ratio_asked=0.1 + 0.2,
+                seed=7,
+                ivcp_dirty=False,
+                trained_weights=True,
+                benchmark_sha256="0f" * 32,
+                date="2026-02-03T04:05:06+00:00",
+                judge='odd "quoted", name\nwith a line break\r\nand umlauts äöü 中',
+                min_pixels=np.int64(3136),
+                score=np.float32(0.5),
+                prefill_ms_median=math.nan,
+            ),
+            make(status="failed", reason="out of memory", score=None),
+        ]
+        write_results(tmp_path / "new" / "r.csv", rows)
+        back = read_results(tmp_path / "new" / "r.csv")
+        assert back == rows
+        assert tuple(back[0]) == COLUMN_NAMES
+        assert back[0]["method_parameters"] == '{"cosine":0.1,"layer":2}'
+        assert back[0]["ratio_asked"] == 0.1 + 0.2
+        assert back[0]["ivcp_dirty"] is False
+        assert back[0]["prefill_ms_median"] is None
+        assert (back[0]["source"], back[0]["preset"]) == ("", "")
+        assert (type(back[0]["min_pixels"]), type(back[0]["score"])) == (int, float)
+
+    @settings(max_examples=60, deadline=None)
+    @given(text=st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x00"), max_size=40))
+    def test_any_answer_survives(self, tmp_path_factory, text):
+        path = tmp_path_factory.mktemp("any") / "s.csv"
+        results.write_samples(path, [{"index": "1", "prediction": text, "answer": text, "score": 1}])
+        back = results.read_samples(path)[0]
+        assert (back["prediction"], back["answer"]) == (text, text)
+
+    def test_a_runaway_answer(self, tmp_path):
+        limit = csv.field_size_limit()
+        results.write_samples(tmp_path / "s.csv", [{"index": "1", "prediction": "x" * 300_000}])
+        assert len(results.read_samples(tmp_path / "s.csv")[0]["prediction"]) == 300_000
+        assert csv.field_size_limit() == limit
+
+    def test_a_missing_sample_score_is_nan(self, tmp_path):
+        results.write_samples(tmp_path / "s.csv", [{"index": "1", "score": math.nan}, {"index": "2", "score": True}])
+        assert [row["score"] for row in results.read_samples(tmp_path / "s.csv")] == [
+            pytest.approx(math.nan, nan_ok=True),
+            1.0,
+        ]
+
+    def test_a_byte_order_mark_and_other_column_orders_are_read(self, tmp_path):
+        write_results(tmp_path / "r.csv", [make()])
+        lines = list(csv.reader((tmp_path / "r.csv").open(newline="")))
+        with (tmp_path / "odd.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+            csv.writer(stream).writerows([line[::-1] for line in lines])
+        assert read_results(tmp_path / "odd.csv") == [make()]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"ratio": 0.5}, r"no column 'ratio'"),
+            ({"ratio_aksed": 0.5}, r"did you mean 'ratio_asked'"),
+            ({"ratio_asked": 1.5}, r"'ratio_asked'.*1\.5.*<= 1"),
+            ({"ratio_asked": 0}, r"ratio_asked must be above 0"),
+            ({"status": "done"}, r"'status'.*ok, incomplete, skipped, failed"),
+            ({"score": None}, r"status is ok, so score"),
+            ({"score_scale": None}, r"score_scale"),
+            ({"score": math.inf}, r"'score'.*finite"),
+            ({"status": "failed"}, r"reason must say why"),
+            ({"run_id": ""}, r"run_id .* source"),
+            ({"source": "a paper"}, r"run_id .* source"),
+            ({"model": ""}, r"'model'.*empty"),
+            ({"seed": 1.5}, r"'seed'.*whole number"),
+            ({"ivcp_dirty": "maybe"}, r"'ivcp_dirty'.*true or false"),
+            ({"method_parameters": "[1]"}, r"'method_parameters'.*JSON object"),
+            ({"method_parameters": {"x": math.nan}}, r"'method_parameters'"),
+            ({"prompt_sha256": "abc"}, r"'prompt_sha256'.*64 hexadecimal"),
+            ({"date": "yesterday"}, r"'date'.*ISO 8601"),
+            ({"n_samples": -1}, r"'n_samples'.*>= 0"),
+        ],
+    )
+    def test_a_bad_row(self, values, said):
+        with pytest.raises(ResultsError, match=said):
+            make(**values)
+
+    def test_a_bad_row_harms_no_file(self, tmp_path):
+        write_results(tmp_path / "r.csv", [make()])
+        before = (tmp_path / "r.csv").read_bytes()
+        with pytest.raises(ResultsError, match=r"r\.csv was not written: row 2: column 'score'"):
+            write_results(tmp_path / "r.csv", [make(), {**make(), "score": "good"}])
+        assert (tmp_path / "r.csv").read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["r.csv"]
+
+    def test_missing_and_unknown_columns(self, tmp_path):
+        write_results(tmp_path / "r.csv", [make()])
+        text = (tmp_path / "r.csv").read_text()
+        (tmp_path / "r.csv").write_text(text.replace("ratio_kept_final", "ratio_kept_finl"))
+        with pytest.raises(ResultsError, match=r"r\.csv lacks .*'ratio_kept_final'; did you mean 'ratio_kept_finl'"):
+            read_results(tmp_path / "r.csv")
+        (tmp_path / "r.csv").write_text("\n".join(line + ",mehtod" for line in text.splitlines()))
+        with pytest.raises(ResultsError, match=r"unknown column\(s\) 'mehtod'; did you mean 'method'"):
+            read_results(tmp_path / "r.csv")
+        (tmp_path / "r.csv").write_text("\n".join(line + ",model" for line in text.splitlines()))
+        with pytest.raises(ResultsError, match="twice"):
+            read_results(tmp_path / "r.csv")
+
+    def test_bad_values_are_named_by_line(self, tmp_path):
+        write_results(tmp_path / "r.csv", [make(judge="two\nlines"), make(score=12.5, metric="b"), make(metric="c")])
+        text = (tmp_path / "r.csv").read_text()
+        (tmp_path / "r.csv").write_text(text.replace("12.5", "many"))
+        with pytest.raises(ResultsError, match=r"line 4: column 'score': 'many' is not a finite number"):
+            read_results(tmp_path / "r.csv")
+
+    def test_a_cut_off_file(self, tmp_path):
+        write_results(tmp_path / "r.csv", [make(), make(metric="b")])
+        text = (tmp_path / "r.csv").read_text()
+        (tmp_path / "r.csv").write_text(text[:-20])
+        with pytest.raises(ResultsError, match=r"line 3: \d+ cells, but the header has"):
+            read_results(tmp_path / "r.csv")
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'model,"unclosed'])
+    def test_not_a_results_file(self, tmp_path, content):
+        (tmp_path / "r.csv").write_bytes(content)
+        with pytest.raises(ResultsError, match=r"r\.csv"):
+            read_results(tmp_path / "r.csv")
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            read_results(tmp_path / "none.csv")
+
+    def test_a_sample_twice(self, tmp_path):
+        with pytest.raises(ResultsError, match="'7' occurs twice"):
+            results.write_samples(tmp_path / "s.csv", [{"index": 7}, {"index": 7}])
+        assert not (tmp_path / "s.csv").exists()
+
+    def test_a_score_out_of_range(self, tmp_path):
+        with pytest.raises(ResultsError, match=r"row 1: column 'score': .*<= 1"):
+            results.write_samples(tmp_path / "s.csv", [{"index": 7, "score": 100}])
+
+
+class TestMerge:
+    def test_same_key_is_replaced_in_place(self):
+        rows = merge_rows([make(), make(metric="b")], [make(score=81.0, run_id="r2"), make(metric="c")])
+        assert [(row["metric"], row["score"]) for row in rows] == [("accuracy", 81.0), ("b", 80.0), ("c", 80.0)]
+
+    @pytest.mark.parametrize(
+        "unlike",
+        [
+            {"method": "fastv"},
+            {"ratio_asked": 0.5},
+            {"seed": 1},
+            {"judge": "x"},
+            {"max_pixels": 9},
+            {"method_parameters": "{}"},
+        ],
+    )
+    def test_another_question_is_another_row(self, unlike):
+        assert len(merge_rows([make()], [make(**unlike)])) == 2
+
+    def test_a_finished_row_outlives_a_failure_of_the_same_run(self):
+        failed = make(status="failed", reason="killed", score=None)
+        assert merge_rows([make()], [failed]) == [make()]
+        assert merge_rows([failed], [make()]) == [make()]
+        newer = {**failed, "run_id": "r2"}
+        assert merge_rows([make()], [newer]) == [newer]
+
+    def test_update(self, tmp_path):
+        results.update_results(tmp_path / "r.csv", [make()])
+        results.update_results(tmp_path / "r.csv", [make(score=70.0), make(metric="b")])
+        assert [row["score"] for row in read_results(tmp_path / "r.csv")] == [70.0, 80.0]
+
+
+class TestPublished:
+    def test_there_are_some(self):
+        assert {path.stem for path in PUBLISHED} >= {"ivc_prune_paper", "internvl25_report", "angelslim_qwen25"}
+
+    @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+    def test_every_row_has_a_source_and_its_own_key(self, path):
+        rows = read_results(path)
+        assert all(row["source"] and "trust" in row["source"] for row in rows if "third-party m" not in row["source"])
+        assert all(row["n_samples"] is None and not row["predictions"] for row in rows)
+        assert len({results.row_key(row) for row in rows}) == len(rows)
+
+    @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+    def test_the_file_is_what_would_be_written(self, path, tmp_path):
+        write_results(tmp_path / "again.csv", read_results(path))
+        assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
+
+    @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+    def test_metrics_are_named_as_in_datasets(self, path):
+        for row in read_results(path):
+            if row["benchmark"] in benchmarks.names() and row["metric"] != "unstated":
+                declared = [metric.name for metric in benchmarks.load(row["benchmark"]).metrics]
+                assert row["metric"] in declared, f"{row['benchmark']} declares {declared}"
+
+    def test_the_papers_headline(self):
+        rows = read_results(RESULTS / "baselines" / "ivc_prune_paper.csv")
+        found = {
+            (row["model"], row["benchmark"]): row["score"]
+            for row in rows
+            if row["method"] == "ivc_prune" and row["metric"] == "retained_percent"
+        }
+        assert found["qwen25", "average_8_grounding"] == 99.6
+        assert found["llava15", "average_9_vqa"] == 101.3
+        assert len(found) == 7
+
+    def test_angelslims_averages_follow_from_its_rows(self):
+        rows = read_results(RESULTS / "baselines" / "angelslim_qwen25.csv")
+        full = {row["benchmark"]: row["score"] for row in rows if row["method"] == "none"}
+        assert len(full) == 11
+        checked = 0
+        for average in (row for row in rows if row["metric"] == "retained_percent"):
+            own = [r for r in rows if (r["method"], r["ratio_asked"]) == (average["method"], average["ratio_asked"])]
+            shares = [100 * r["score"] / full[r["benchmark"]] for r in own if r is not average]
+            assert len(shares) == 11
+            assert np.mean(shares) == pytest.approx(average["score"], abs=0.02)
+            checked += 1
+        assert checked == 18
+
+
+class TestReadme:
+    def test_is_current(self, tmp_path):
+        text = (RESULTS / "README.md").read_text(encoding="utf-8")
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        assert results.update_readme(tmp_path / "README.md") == text, "run `python -m ivcp_eval.results`"
+        for name in (*COLUMN_NAMES, *results.SAMPLE_COLUMN_NAMES):
+            assert f"| `{name}` |" in text
+
+    def test_restores_a_stale_one(self, tmp_path):
+        text = (RESULTS / "README.md").read_text(encoding="utf-8")
+        (tmp_path / "README.md").write_text(text.replace("ratio_kv_cache", "ratio_cache"), encoding="utf-8")
+        assert "| `ratio_kv_cache` |" in results.update_readme(tmp_path / "README.md")
+
+    def test_names_what_a_readme_lacks(self, tmp_path):
+        (tmp_path / "README.md").write_text("nothing")
+        with pytest.raises(ResultsError, match="needs the two lines"):
+            results.update_readme(tmp_path / "README.md")
+
+    def test_every_file_of_the_folder_is_described(self):
+        text = (RESULTS / "README.md").read_text(encoding="utf-8")
+        assert all(f"baselines/{path.name}" in text for path in PUBLISHED)
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, ivcp_eval.results; print([m for m in ('torch', 'pandas', 'numpy', 'vlmeval') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

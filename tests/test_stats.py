@@ -1,0 +1,322 @@
+"""Statistics against known values, slow independent references and simulations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from ivcp_eval import stats
+from ivcp_eval.stats import Interval, Sample
+
+
+def make_scores(n: int, n_clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """0/1 scores whose clusters share their difficulty, so that clustering matters."""
+    generator = np.random.default_rng(seed)
+    clusters = generator.integers(0, n_clusters, n)
+    difficulty = generator.random(n_clusters)[clusters]
+    baseline = (generator.random(n) < difficulty).astype(float)
+    pruned = np.where(generator.random(n) < 0.15, generator.random(n) < 0.3 * difficulty, baseline).astype(float)
+    return baseline, pruned, clusters
+
+
+def slow_bootstrap(baseline, pruned, clusters, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Differences and ratios of resampled means with dicts, lists and Python's own generator."""
+    generator = random.Random(7)
+    members: dict[int, list[tuple[float, float]]] = {}
+    for before, after, cluster in zip(baseline, pruned, clusters, strict=True):
+        members.setdefault(int(cluster), []).append((before, after))
+    names = sorted(members)
+    differences, ratios = [], []
+    for _ in range(resamples):
+        pairs = [pair for name in generator.choices(names, k=len(names)) for pair in members[name]]
+        before, after = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+        differences.append(after - before)
+        ratios.append(after / before)
+    return np.array(differences), np.array(ratios)
+
+
+class TestPairedBootstrap:
+    def test_equals_a_slow_independent_bootstrap(self):
+        baseline, pruned, clusters = make_scores(300, 60)
+        differences, ratios = slow_bootstrap(baseline, pruned, clusters, 4000)
+        result = stats.paired_bootstrap(baseline, pruned, clusters)
+        assert result.standard_error == pytest.approx(differences.std(), rel=0.05)
+        # 60 clusters: the expansion moves the tail from 2.5 % to 2.2 %, as Hesterberg's formula says.
+        tail = scipy_stats.norm.cdf(-math.sqrt(60 / 59) * scipy_stats.t.ppf(0.975, 59))
+        assert 0.021 < tail < 0.0225
+        for interval, values in ((result.difference_interval, differences), (result.retained_interval, ratios)):
+            low, high = np.quantile(values, [tail, 1 - tail])
+            assert interval.low == pytest.approx(low, abs=0.1 * (high - low))
+            assert interval.high == pytest.approx(high, abs=0.1 * (high - low))
+
+    def test_point_estimates_are_exact(self):
+        result = stats.paired_bootstrap([1, 1, 0, 1], [1, 0, 0, 1], scale=100, resamples=50)
+        assert (result.baseline, result.pruned, result.difference) == (75, 50, -25)
+        assert result.retained == pytest.approx(2 / 3)
+        assert (result.n_samples, result.n_clusters) == (4, 4)
+
+    def test_standard_error_is_the_analytic_clustered_one(self):
+        baseline, pruned, clusters = make_scores(2000, 150, seed=3)
+        difference = pruned - baseline
+        residual = np.bincount(clusters, weights=difference - difference.mean())
+        analytic = math.sqrt((residual**2).sum()) / difference.size
+        assert stats.paired_bootstrap(baseline, pruned, clusters).standard_error == pytest.approx(analytic, rel=0.03)
+
+    def test_copies_of_a_sample_in_one_cluster_add_no_certainty(self):
+        baseline, pruned, _ = make_scores(80, 80, seed=1)
+        alone = stats.paired_bootstrap(baseline, pruned, seed=5)
+        copied = stats.paired_bootstrap(
+            np.repeat(baseline, 9), np.repeat(pruned, 9), np.repeat(np.arange(80), 9), seed=5
+        )
+        assert copied.difference_interval.low == pytest.approx(alone.difference_interval.low)
+        assert copied.p_value == pytest.approx(alone.p_value)
+        ignored = stats.paired_bootstrap(np.repeat(baseline, 9), np.repeat(pruned, 9), seed=5)
+        assert ignored.standard_error == pytest.approx(alone.standard_error / 3, rel=0.05)
+
+    def test_pairing_is_narrower_than_totals(self):
+        baseline, pruned, _ = make_scores(1000, 1000, seed=2)
+        paired = stats.paired_bootstrap(baseline, pruned, resamples=2000).difference_interval
+        totals = stats.unpaired_interval(baseline.mean(), 1000, pruned.mean(), 1000).difference_interval
+        assert paired.high - paired.low < 0.7 * (totals.high - totals.low)
+
+    def test_covers_the_truth_with_few_clusters(self):
+        generator = np.random.default_rng(11)
+        covered, plain = 0, 0
+        for trial in range(400):
+            difference = generator.normal(0.3, 1, 8)
+            result = stats.paired_bootstrap(np.zeros(8), difference, resamples=800, seed=trial)
+            covered += result.difference_interval.low <= 0.3 <= result.difference_interval.high
+            means = generator.choice(difference, (800, 8)).mean(axis=1)
+            low, high = np.quantile(means, [0.025, 0.975])
+            plain += low <= 0.3 <= high
+        assert 0.92 <= covered / 400 <= 0.98
+        assert plain / 400 < 0.92, "plain percentiles are too narrow here; else this test proves nothing"
+
+    def test_general_path_agrees_with_the_fast_one(self):
+        baseline, pruned, clusters = make_scores(200, 40, seed=4)
+        fast = stats.paired_bootstrap(baseline, pruned, clusters, scale=100)
+        general = stats.paired_bootstrap(
+            baseline, pruned, clusters, aggregate=lambda sample: 100 * float(sample.scores.mean()), resamples=3000
+        )
+        width = fast.difference_interval.high - fast.difference_interval.low
+        assert general.difference == fast.difference
+        assert general.difference_interval.low == pytest.approx(fast.difference_interval.low, abs=0.08 * width)
+        assert general.difference_interval.high == pytest.approx(fast.difference_interval.high, abs=0.08 * width)
+        assert general.p_value == pytest.approx(fast.p_value, abs=0.03)
+
+    def test_an_aggregate_sees_whole_clusters_each_draw_of_its_own(self):
+        clusters = np.array(["a", "b", "a", "c", "b", "a"])
+        size = {"a": 3, "b": 2, "c": 1}
+
+        def check(sample: Sample) -> float:
+            assert np.unique(sample.clusters).tolist() == [0, 1, 2]
+            for number in range(3):
+                names = sample.columns["name"][sample.clusters == number]
+                assert len(set(names)) == 1
+                assert len(names) == size[names[0]]
+            return float(sample.scores.sum())
+
+        result = stats.paired_bootstrap(
+            np.ones(6), np.arange(6.0), clusters, aggregate=check, columns={"name": clusters}, resamples=200
+        )
+        assert (result.baseline, result.pruned) == (6, 15)
+
+    def test_permutations_carry_the_pruned_models_own_columns(self):
+        baseline, pruned = np.array([0.0, 0.0, 0.0]), np.array([1.0, 1.0, 1.0])
+
+        def consistent(sample: Sample) -> float:
+            assert (sample.columns["said"] == sample.scores).all()
+            return float(sample.scores.mean())
+
+        stats.paired_bootstrap(
+            baseline,
+            pruned,
+            aggregate=consistent,
+            columns={"said": baseline},
+            pruned_columns={"said": pruned},
+            resamples=50,
+        )
+
+    @pytest.mark.parametrize("general", [False, True])
+    def test_permutation_test_equals_full_enumeration(self, general: bool):
+        difference = np.array([0.9, 0.1, -0.3, 0.7, 0.4, -0.1, 0.5, 0.2])
+        extreme = sum(
+            abs(np.dot(signs, difference)) >= abs(difference.sum()) - 1e-12
+            for signs in itertools.product((-1, 1), repeat=8)
+        )
+        aggregate = (lambda sample: float(sample.scores.mean())) if general else None
+        result = stats.paired_bootstrap(np.zeros(8), difference, aggregate=aggregate, resamples=6000)
+        assert result.p_value == pytest.approx(extreme / 2**8, abs=0.012)
+
+    def test_is_deterministic_and_follows_the_seed(self):
+        scores = make_scores(100, 30)
+        one, two, other = (stats.paired_bootstrap(*scores, resamples=500, seed=seed) for seed in (1, 1, 2))
+        assert one == two
+        assert one.difference_interval != other.difference_interval
+
+    def test_order_of_samples_does_not_matter(self):
+        baseline, pruned, clusters = make_scores(100, 30)
+        order = np.random.default_rng(0).permutation(100)
+        one = stats.paired_bootstrap(baseline, pruned, clusters, resamples=500)
+        two = stats.paired_bootstrap(baseline[order], pruned[order], clusters[order], resamples=500)
+        assert two.difference_interval.low == pytest.approx(one.difference_interval.low)
+        assert two.p_value == one.p_value
+
+    def test_one_cluster_has_no_interval_and_says_so(self):
+        result = stats.paired_bootstrap([1, 0, 1], [0, 0, 1], ["same image"] * 3)
+        assert result.difference == pytest.approx(-1 / 3)
+        assert not result.difference_interval.defined
+        assert not result.retained_interval.defined
+        assert math.isnan(result.p_value)
+        assert any("one cluster" in note for note in result.notes)
+
+    def test_no_difference_at_all_is_not_certainty(self):
+        result = stats.paired_bootstrap([1, 0, 1, 1] * 25, [1, 0, 1, 1] * 25, resamples=200)
+        assert (result.difference_interval.low, result.difference_interval.high) == (0, 0)
+        assert result.p_value == 1
+        assert any("0.03 of all clusters" in note for note in result.notes)
+
+    def test_zero_baseline_leaves_retained_undefined(self):
+        result = stats.paired_bootstrap([0] * 30, [0, 1] * 15, resamples=200)
+        assert math.isnan(result.retained)
+        assert not result.retained_interval.defined
+        assert result.difference_interval.low > 0
+        assert any("zero" in note for note in result.notes)
+
+    def test_a_baseline_that_can_be_zero_has_no_ratio_interval(self):
+        result = stats.paired_bootstrap([1, 0, 0, 0], [1, 1, 0, 0], resamples=500)
+        assert result.retained == 2
+        assert not result.retained_interval.defined
+        assert any("resamples" in note for note in result.notes)
+
+    def test_a_constant_ratio_is_exact(self):
+        baseline = np.linspace(0.1, 1, 40)
+        result = stats.paired_bootstrap(baseline, 0.5 * baseline, resamples=300)
+        assert result.retained_interval.low == pytest.approx(0.5)
+        assert result.retained_interval.high == pytest.approx(0.5)
+
+    @pytest.mark.parametrize(
+        ("baseline", "pruned", "clusters", "level", "said"),
+        [
+            ([], [], None, 0.95, "no samples"),
+            ([1, 0], [1], None, 0.95, "one length"),
+            ([1, 0], [1, 0], ["a"], 0.95, "one length"),
+            ([1, math.nan], [1, 0], None, 0.95, "finite"),
+            ([1, 0], [1, 0], None, 95, "level"),
+        ],
+    )
+    def test_refuses(self, baseline, pruned, clusters, level, said):
+        with pytest.raises(ValueError, match=said):
+            stats.paired_bootstrap(baseline, pruned, clusters, level=level)
+
+
+class TestTestsAndFlips:
+    def test_mcnemar_known_value(self):
+        baseline = [1] * 15 + [0] * 5 + [1] * 40
+        pruned = [0] * 15 + [1] * 5 + [1] * 40
+        result = stats.mcnemar(baseline, pruned)
+        assert (result.right_to_wrong, result.wrong_to_right) == (15, 5)
+        # 2 * sum of C(20, k) for k <= 5, over 2^20.
+        assert result.p_value == pytest.approx(2 * 21700 / 2**20)
+
+    def test_mcnemar_without_a_change(self):
+        assert stats.mcnemar([1, 0], [1, 0]).p_value == 1
+
+    def test_mcnemar_refuses_graded_scores(self):
+        with pytest.raises(ValueError, match="0 and 1"):
+            stats.mcnemar([0.3, 1], [1, 1])
+
+    def test_flips(self):
+        found = stats.flips([1, 0, 1, 0], [0, 1, 1, 0], ["a", "b", "c", "d"], ["x", "y", "c ", "e"])
+        assert (found.right_to_wrong, found.wrong_to_right, found.answers_changed, found.n) == (1, 1, 3, 4)
+        assert not found.graded
+        assert stats.flips([0.3], [0.6], ["a"], ["a"]).graded
+        with pytest.raises(ValueError, match="length"):
+            stats.flips([1], [1, 0], ["a"], ["a"])
+
+
+class TestUnpaired:
+    def test_newcombe_1998_published_example(self):
+        # Newcombe 1998, table II (a): 56/70 against 48/80, method 10.
+        result = stats.unpaired_interval(48 / 80, 80, 56 / 70, 70)
+        assert result.difference == pytest.approx(0.2)
+        assert result.difference_interval.low == pytest.approx(0.0524, abs=5e-5)
+        assert result.difference_interval.high == pytest.approx(0.3339, abs=5e-5)
+
+    def test_p_value_is_that_of_the_chi_square_test(self):
+        table = [[48, 32], [56, 14]]
+        expected = scipy_stats.chi2_contingency(table, correction=False).pvalue
+        assert stats.unpaired_interval(0.6, 80, 0.8, 70).p_value == pytest.approx(expected)
+
+    def test_ratio_is_scipys_relative_risk(self):
+        risk = scipy_stats.contingency.relative_risk(56, 70, 48, 80)
+        result = stats.unpaired_interval(60, 80, 80, 70, scale=100)
+        assert result.retained == pytest.approx(risk.relative_risk)
+        known = risk.confidence_interval(0.95)
+        assert (result.retained_interval.low, result.retained_interval.high) == pytest.approx((known.low, known.high))
+
+    def test_scale(self):
+        small, large = (stats.unpaired_interval(s * 0.6, 50, s * 0.5, 50, scale=s) for s in (1, 100))
+        assert large.difference_interval.low == pytest.approx(100 * small.difference_interval.low)
+        assert large.standard_error == pytest.approx(100 * small.standard_error)
+        assert large.p_value == pytest.approx(small.p_value)
+
+    def test_edges(self):
+        zero = stats.unpaired_interval(0, 10, 0.5, 10)
+        assert math.isnan(zero.retained)
+        assert not zero.retained_interval.defined
+        assert zero.difference_interval.defined
+        assert stats.unpaired_interval(1, 10, 1, 10).p_value == 1
+        with pytest.raises(ValueError, match="numbers of samples"):
+            stats.unpaired_interval(0.5, 0, 0.5, 10)
+        with pytest.raises(ValueError, match=r"\[0, 100\]"):
+            stats.unpaired_interval(101.3, 10, 90, 10, scale=100)
+
+
+class TestCorrections:
+    def test_holm_by_hand(self):
+        adjusted = stats.holm([0.01, 0.04, math.nan, 0.03, 0.005])
+        assert adjusted == pytest.approx([0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True)
+
+    def test_benjamini_hochberg_is_scipys(self):
+        values = np.random.default_rng(0).random(30) ** 3
+        assert stats.benjamini_hochberg(values) == pytest.approx(scipy_stats.false_discovery_control(values))
+        with_hole = stats.benjamini_hochberg([*values, math.nan])
+        assert with_hole[:-1] == pytest.approx(scipy_stats.false_discovery_control(values))
+        assert math.isnan(with_hole[-1])
+
+    def test_never_above_one_and_empty(self):
+        assert stats.holm([0.9, 0.8]).max() == 1
+        assert stats.holm([]).size == 0
+        assert stats.benjamini_hochberg([math.nan]).size == 1
+
+
+class TestPower:
+    @pytest.mark.parametrize(("n", "points"), [(951, 2.9), (1000, 2.8), (2017, 2.0), (9000, 0.9)])
+    def test_published_sizes_at_ten_percent_discordance(self, n: int, points: float):
+        error = stats.discordance_standard_error(0.1, n)
+        assert 100 * stats.minimal_detectable_effect(error) == pytest.approx(points, abs=0.06)
+
+    def test_the_effect_is_found_with_the_stated_power(self):
+        effect = stats.minimal_detectable_effect(1.0)
+        drawn = np.random.default_rng(0).normal(effect, 1, 20000)
+        assert np.mean(np.abs(drawn) > 1.96) == pytest.approx(0.8, abs=0.01)
+
+    def test_nothing_varied(self):
+        assert math.isnan(stats.minimal_detectable_effect(0.0))
+
+    @pytest.mark.parametrize(
+        ("low", "high", "verdict"),
+        [(-0.5, 0.2, "not worse"), (-3, -1.5, "worse"), (-2, 0.5, "undecided"), (math.nan, math.nan, "undecided")],
+    )
+    def test_non_inferiority(self, low: float, high: float, verdict: str):
+        assert stats.non_inferiority(Interval(low, high), 1.0) == verdict
+
+    def test_a_margin_is_positive(self):
+        with pytest.raises(ValueError, match="margin"):
+            stats.non_inferiority(Interval(-1, 1), 0)

@@ -11,6 +11,7 @@ A layout names segments in order: ``tN`` is N text tokens, ``iK`` the family's i
   token if the family can. A layout's K is taken modulo their number.
 * ``model(attn) -> nn.Module``: a stock class with at least 6 small decoder layers, float32, for that attention
   implementation. Weights are drawn here.
+* ``IMAGE``: the id of the image placeholder token.
 * ``inputs(rows, seed) -> dict``: what ``forward`` and ``generate`` take, for rows of ("text", N) and ("image", K)
   segments: at least ``input_ids`` and ``attention_mask``, left-padded (`pad_left`), and image tensors if there are any.
 * optionally ``SECOND_TURN_DROPS``: inputs not to be passed again on a filled cache.
@@ -18,6 +19,7 @@ A layout names segments in order: ``tN`` is N text tokens, ``iK`` the family's i
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from importlib import import_module
@@ -27,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ivcp_eval import registry
 
 Segment = tuple[str, int]
 Rows = list[list[Segment]]
@@ -60,6 +64,19 @@ def _model(name: str, seed: int, attn: str) -> nn.Module:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model
+
+
+def half(name: str, attn: str = "sdpa") -> nn.Module:
+    """A bfloat16 copy of the tiny model; buffers (rotary frequencies) stay float32, as loading a checkpoint does."""
+    model = copy.deepcopy(_model(name, 0, attn))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def text_model(name: str, model: nn.Module) -> Any:
+    """The decoder of any instance of the family."""
+    return registry.adapter(name).text_model(model)
 
 
 def make_inputs(name: str, *layouts: str, seed: int = 0) -> dict[str, Any]:

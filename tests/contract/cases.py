@@ -1,0 +1,141 @@
+"""Every (method, family) pair of the registries, and how a check runs one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ivcp_eval
+from ivcp_eval import registry
+from ivcp_eval.interface import AbstractMethod, Cut, Selection, Signals
+from tests import tiny_models
+from tests.contract.reference import Plan, make_plan
+from tests.contract.toys import TOYS
+
+SINGLE = ("t5 i0 t9",)
+RAGGED = ("t5 i0 t9", "t4 i1 t3 i2 t6", "t12")  # one image; two; text only: three lengths, left-padded
+PARAMETERS: dict[str, tuple[dict[str, Any], ...]] = {"ivc_prune": ({"preset": "official"},)}
+"""Further parameter sets of a registered method that the whole contract must hold for."""
+
+
+@dataclass
+class Recording:
+    """What a method was asked and answered in a prune block, and the block's `Run`."""
+
+    run: ivcp_eval.engine.Run  # type: ignore[name-defined]
+    method: AbstractMethod
+    cuts: tuple[Cut, ...]
+    calls: list[tuple[Signals, Selection]] = field(default_factory=list)
+
+    def plan(self, inputs: dict[str, Any], image_token: int) -> Plan:
+        """The reference's plan of the last prefill, which `inputs` was; forgets the calls."""
+        calls = [(signals.stage, selection) for signals, selection in self.calls]
+        self.calls.clear()
+        return make_plan(inputs, image_token, self.cuts, calls)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one family."""
+
+    family: str
+    method: str
+    parameters: tuple[tuple[str, Any], ...] = ()
+    ratio: float = 0.5
+    attn: str = "sdpa"
+
+    def __str__(self) -> str:
+        extra = "".join(f"-{value}" for _, value in self.parameters)
+        return f"{self.method}{extra}-{self.family}"
+
+    def but(self, **changes: Any) -> Case:
+        """The case with another ratio or attention."""
+        return replace(self, **changes)
+
+    @property
+    def model(self) -> nn.Module:
+        """The family's tiny model."""
+        return tiny_models.build(self.family, attn=self.attn)[0]
+
+    @property
+    def text_model(self) -> Any:
+        """Its decoder."""
+        return registry.adapter(self.family).text_model(self.model)
+
+    @property
+    def image_token(self) -> int:
+        """The placeholder's id."""
+        return int(tiny_models.family(self.family).IMAGE)
+
+    def inputs(self, *layouts: str, seed: int = 0) -> dict[str, Any]:
+        """Prompts; see `tests.tiny_models`."""
+        return tiny_models.make_inputs(self.family, *layouts, seed=seed)
+
+    def image_sizes(self, layout: str) -> list[int]:
+        """Visual tokens of each image of a layout."""
+        sizes = tiny_models.family(self.family).N_TOKENS
+        return [sizes[number % len(sizes)] for kind, number in tiny_models.parse(layout) if kind == "image"]
+
+    def make(self) -> AbstractMethod:
+        """A fresh instance of the method."""
+        if self.method in TOYS:
+            return replace(TOYS[self.method])
+        return registry.make_method(self.method, dict(self.parameters))
+
+    @cached_property
+    def facts(self) -> Any:
+        """What the method may know of the model."""
+        return registry.adapter(self.family).facts(self.model, self.family)
+
+    @contextmanager
+    def prune(self, model: nn.Module | None = None, seed: int = 0) -> Iterator[Recording]:
+        """`ivcp_eval.prune` with every call of ``select`` recorded."""
+        method = self.make()
+        cuts = method.cuts(self.facts, self.ratio) if self.ratio < 1 else ()
+        select, calls = method.select, []
+
+        def recording(signals: Signals) -> Selection:
+            calls.append((signals, select(signals)))
+            return calls[-1][1]
+
+        object.__setattr__(method, "select", recording)  # the instance is a frozen dataclass
+        layout = getattr(tiny_models.family(self.family), "PRUNE", {})
+        with ivcp_eval.prune(self.model if model is None else model, method, self.ratio, seed=seed, **layout) as run:
+            yield Recording(run, method, cuts, calls)
+
+    def forward(self, inputs: dict[str, Any], model: nn.Module | None = None, **options: Any) -> Any:
+        """One bare forward."""
+        with torch.no_grad():
+            return (self.model if model is None else model)(**inputs, **options)
+
+    def generate(self, inputs: dict[str, Any], n: int = 4, model: nn.Module | None = None, **options: Any) -> Any:
+        """``n`` new tokens with their raw logits and the cache; greedy unless asked otherwise."""
+        options = {"do_sample": False} | options
+        return (self.model if model is None else model).generate(
+            **inputs,
+            max_new_tokens=n,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+
+
+def all_cases() -> list[Case]:
+    """Every registered method (with its further parameter sets) and every toy, on every family."""
+    methods: list[tuple[str, tuple[tuple[str, Any], ...]]] = [(name, ()) for name in registry.method_names()]
+    methods += [(name, tuple(chosen.items())) for name, sets in PARAMETERS.items() for chosen in sets]
+    methods += [(name, ()) for name in TOYS]
+    return [Case(family, *method) for family in tiny_models.names() for method in methods]
+
+
+def image_columns(ids: Tensor, image_token: int, sizes: list[int]) -> list[list[int]]:
+    """The columns of each image of one row (S,): its placeholders, dealt out in order."""
+    columns = [c for c, token in enumerate(ids.tolist()) if token == image_token]
+    assert len(columns) == sum(sizes)
+    return [[columns.pop(0) for _ in range(size)] for size in sizes]

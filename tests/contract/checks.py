@@ -1,0 +1,434 @@
+"""The promises, one function each. A check raises AssertionError where its promise is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny_models
+from tests.contract.cases import RAGGED, SINGLE, Case, Recording, image_columns
+from tests.contract.reference import Plan, reference
+
+TOLERANCE = 1e-4  # absolute, on logits of scale 1 to 10
+Check = Callable[[Case], None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    """Register a promise under its name."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def close(got: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    """Fail with the largest difference."""
+    assert got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    assert bool(torch.isfinite(got).all()), f"{what}: not finite"
+    worst = float((got.float() - wanted.float()).abs().max())
+    assert worst <= tolerance, f"{what}: off by {worst:.2e}"
+
+
+def same_generation(got: Any, wanted: Any, what: str) -> None:
+    """Equal tokens, and logits of every step within the tolerance."""
+    assert torch.equal(got.sequences, wanted.sequences), f"{what}: {got.sequences} instead of {wanted.sequences}"
+    for step, (a, b) in enumerate(zip(got.logits, wanted.logits, strict=True)):
+        close(a, b, f"{what}, step {step}")
+
+
+def by_reference(case: Case, inputs: dict[str, Any], plan: Plan, n: int = 4, **options: Any) -> Any:
+    """``generate`` of the masked, cache-less model."""
+    with reference(case.text_model, plan):
+        return case.generate(inputs, n, use_cache=False, **options)
+
+
+def run_both(case: Case, layouts: tuple[str, ...], n: int = 4, **options: Any) -> tuple[Recording, Plan, Any]:
+    """A pruned generation, held against the reference."""
+    inputs = case.inputs(*layouts)
+    with case.prune() as recording:
+        pruned = case.generate(inputs, n, **options)
+    plan = recording.plan(inputs, case.image_token)
+    same_generation(pruned, by_reference(case, inputs, plan, n, **options), f"{case} on {layouts}")
+    return recording, plan, pruned
+
+
+# -- nothing to prune -------------------------------------------------------------------------------------------
+
+
+@check
+def ratio_one_is_bit_equal(case: Case) -> None:
+    """Ratio 1, and the method `none` at any ratio, change nothing at all."""
+    inputs = case.inputs(*RAGGED)
+    plain, tokens = case.forward(inputs).logits, case.generate(inputs)
+    for ratio in (1.0, 0.5) if case.method == "none" else (1.0,):
+        with case.but(ratio=ratio).prune() as recording:
+            assert torch.equal(case.forward(inputs).logits, plain)
+            got = case.generate(inputs)
+        assert torch.equal(got.sequences, tokens.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(got.logits, tokens.logits, strict=True))
+        assert recording.run.visual_kept == recording.run.visual_prompt
+        assert recording.run.kept_ratio == recording.run.cache_ratio == recording.run.layer_mean_ratio == 1
+
+
+@check
+def text_only_is_untouched(case: Case) -> None:
+    """A prompt without an image is bit-equal, in a batch of its own."""
+    inputs = case.inputs("t12", "t7")
+    plain = case.generate(inputs)
+    with case.prune() as recording:
+        got = case.generate(inputs)
+    assert torch.equal(got.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, plain.logits, strict=True))
+    assert [len(row) for row in recording.run.kept] == [12, 7]
+    assert not recording.calls
+
+
+# -- against the reference --------------------------------------------------------------------------------------
+
+
+@check
+def prefill_equals_reference(case: Case) -> None:
+    """The logits of every surviving token, padded rows too, with and without a cache."""
+    for layouts in (SINGLE, RAGGED):
+        inputs = case.inputs(*layouts)
+        for use_cache in (True, False):
+            with case.prune() as recording:
+                got = case.forward(inputs, use_cache=use_cache).logits
+            plan = recording.plan(inputs, case.image_token)
+            with reference(case.text_model, plan):
+                wanted = case.forward(inputs, use_cache=False).logits
+            assert [row.tolist() for row in recording.run.kept] == plan.kept, "run.kept is not what survived"
+            for row, columns in enumerate(plan.kept):
+                if case.ratio < 1 and plan.stages:
+                    assert got.shape[1] == max(map(len, plan.kept))
+                else:
+                    columns = list(range(plan.prompt))[-len(columns) :]
+                close(got[row, -len(columns) :], wanted[row, columns], f"{case}, row {row} of {layouts}")
+
+
+@check
+def decode_equals_reference(case: Case) -> None:
+    """Prefill and every decode step of greedy generation, one row and a left-padded batch."""
+    for layouts in (SINGLE, RAGGED):
+        run_both(case, layouts)
+
+
+@check
+def question_before_image_equals_reference(case: Case) -> None:
+    """Text on one side only, and images side by side."""
+    run_both(case, ("t9 i0 t1",), n=3)
+    run_both(case, ("i0 t5",), n=3)
+    run_both(case, ("t2 i1 i0 i1 t4",), n=3)
+
+
+@check
+def beams_equal_reference(case: Case) -> None:
+    """Beam search on a padded batch: same sequences, scores and survivors in every beam."""
+    inputs = case.inputs(*RAGGED)
+    with case.prune() as recording:
+        got = case.generate(inputs, 4, num_beams=2, output_scores=True)
+    kept = [row.tolist() for row in recording.run.kept]
+    with case.prune() as one:
+        case.generate(inputs, 1)
+    assert kept == [row.tolist() for row in one.run.kept for _ in range(2)]
+    plan = one.plan(inputs, case.image_token)
+    wanted = by_reference(case, inputs, plan, 4, num_beams=2, output_scores=True)
+    assert torch.equal(got.sequences, wanted.sequences)
+    close(got.sequences_scores, wanted.sequences_scores, f"{case}, beam scores")
+
+
+@check
+def sampling_equals_reference(case: Case) -> None:
+    """Sampling from the same seed draws the same tokens; pruning leaves the global generator alone."""
+    inputs = case.inputs(*RAGGED)
+    with case.prune() as recording:
+        torch.manual_seed(3)
+        got = case.generate(inputs, do_sample=True)
+        state = torch.get_rng_state()
+    plan = recording.plan(inputs, case.image_token)
+    torch.manual_seed(3)
+    same_generation(got, by_reference(case, inputs, plan, do_sample=True), str(case))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@check
+def uncached_equals_reference(case: Case) -> None:
+    """Without a cache every step prunes the whole sequence anew, generated tokens counting as text."""
+    inputs = case.inputs(*RAGGED)
+    with case.prune() as recording:
+        got = case.generate(inputs, 3, use_cache=False)
+    assert recording.run.kv_lengths == []
+    ids = inputs["input_ids"]
+    for step, logits in enumerate(got.logits):
+        longer = tiny_models.extend(inputs, ids)
+        with case.prune() as recording:
+            case.generate(longer, 1)
+        wanted = by_reference(case, longer, recording.plan(longer, case.image_token), 1)
+        close(logits, wanted.logits[0], f"{case}, uncached step {step}")
+        ids = torch.cat([ids, wanted.sequences[:, -1:]], dim=1)
+    assert torch.equal(got.sequences, ids)
+
+
+@check
+def second_turn_equals_reference(case: Case) -> None:
+    """A question asked on the returned cache, in the same block, in a new one, and by bare forwards."""
+    for layouts in (SINGLE, RAGGED):
+        inputs = case.inputs(*layouts)
+        for same_block in (True, False):
+            with case.prune() as recording:
+                first = case.generate(inputs, 3)
+                plan = recording.plan(inputs, case.image_token)
+                more = torch.arange(20, 24).repeat(len(layouts), 1)
+                ids = torch.cat([first.sequences, more], dim=1)
+                turn = tiny_models.second_turn(case.family, inputs, ids)
+                if same_block:
+                    got = case.generate(turn, 3, past_key_values=first.past_key_values)
+            if not same_block:
+                with case.prune():
+                    got = case.generate(turn, 3, past_key_values=first.past_key_values)
+            wanted = by_reference(case, tiny_models.extend(inputs, ids), plan, 3)
+            same_generation(got, wanted, f"{case}, second turn on {layouts}, same block: {same_block}")
+
+
+@check
+def manual_decoding_equals_reference(case: Case) -> None:
+    """Bare forwards on the returned cache, of one token and of several, continue at the right position."""
+    inputs = case.inputs(*SINGLE)
+    prompt = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    with case.prune() as recording, torch.no_grad():
+        out = case.model(**prompt)
+        plan = recording.plan(inputs, case.image_token)
+        ids, steps = inputs["input_ids"], [out.logits[:, -1:]]
+        for new in ([[21]], [[22, 23, 24]], [[25]]):
+            ids = torch.cat([ids, torch.tensor(new)], dim=1)
+            out = case.model(input_ids=torch.tensor(new), past_key_values=out.past_key_values)
+            steps.append(out.logits)
+    with reference(case.text_model, plan):
+        wanted = case.forward(tiny_models.extend(inputs, ids), use_cache=False).logits
+    close(torch.cat(steps, 1), wanted[:, inputs["input_ids"].shape[1] - 1 :], f"{case}, manual decoding")
+
+
+@check
+def prompt_lookup_equals_greedy(case: Case) -> None:
+    """Drafts from the prompt are verified on the pruned cache, some accepted, some rejected."""
+    inputs = case.inputs("t5 i0 t24")
+    few = torch.tensor([31, 32, 33])  # only these may be generated, so that drafts are found and sometimes right
+    inputs["input_ids"][0, -24:] = few.repeat(8)
+    options = {"suppress_tokens": sorted(set(range(tiny_models.VOCABULARY)) - set(few.tolist()))}
+    lengths: list[int] = []
+    with case.prune() as recording:
+        greedy = case.generate(inputs, 12, **options)
+        spy = case.text_model.layers[0].register_forward_pre_hook(lambda _m, args: lengths.append(args[0].shape[1]))
+        try:
+            got = case.generate(inputs, 12, prompt_lookup_num_tokens=3, max_matching_ngram_size=2, **options)
+        finally:
+            spy.remove()
+    drafts = [length - 1 for length in lengths[1:] if length > 1]
+    assert drafts, f"no draft was ever verified: {lengths}"
+    assert torch.equal(got.sequences, greedy.sequences)
+    assert recording.run.kv_lengths, "the run lost sight of the cache"
+
+
+# -- budgets and bookkeeping ------------------------------------------------------------------------------------
+
+
+@check
+def budget_is_exact_per_image(case: Case) -> None:
+    """round(ratio * N) of every image, at least 1, whatever else the batch holds; all text survives."""
+    layouts = (*RAGGED, "t2 i1 i0 i1 t4")
+    inputs = case.inputs(*layouts)
+    ids = inputs["input_ids"]
+    for ratio in (0.01, 0.25, 0.5, 0.9):
+        with case.but(ratio=ratio).prune() as recording:
+            case.forward(inputs)
+        run = recording.run
+        exact = all(selection.exact for _, selection in recording.calls) and bool(recording.cuts)
+        for row, layout in enumerate(layouts):
+            kept = set(run.kept[row].tolist())
+            text = (inputs["attention_mask"][row].bool() & (ids[row] != case.image_token)).nonzero().flatten()
+            assert kept >= set(text.tolist()), "a text token was dropped"
+            images = image_columns(ids[row], case.image_token, case.image_sizes(layout))
+            counts = [len(kept & set(columns)) for columns in images]
+            assert run.visual_prompt[row] == sum(map(len, images))
+            assert run.visual_kept[row] == sum(counts) == len(kept) - len(text)
+            if exact:
+                wanted = [max(1, round(ratio * len(columns))) for columns in images]
+                assert counts == wanted, f"ratio {ratio}, {layout!r}: kept {counts} of each image, wanted {wanted}"
+
+
+@check
+def cache_lengths_are_as_declared(case: Case) -> None:
+    """Physical KV length of every layer by the cuts' cache policies; logical length unchanged; `Run` measures it."""
+    for layouts in (SINGLE, RAGGED):
+        inputs = case.inputs(*layouts)
+        with case.prune() as recording:
+            out = case.generate(inputs, 3)
+            plan = recording.plan(inputs, case.image_token)
+        cache, run, rows = out.past_key_values, recording.run, range(len(layouts))
+        n_visual = [sum(case.image_sizes(layout)) for layout in layouts]
+        n_text = [len(plan.valid[row]) - n_visual[row] for row in rows]
+        for index, layer in enumerate(cache.layers):
+            cached = [len(plan.cached(index, row)) for row in rows]
+            # Layers that keep everything keep the left padding too.
+            cut = [s for s in plan.stages if s.cut.layer <= index or _cuts_cache(s.cut.cache, index)]
+            wanted = (max(cached) if cut else plan.prompt) + 2  # the last token is never fed
+            assert layer.keys.shape[-2] == layer.values.shape[-2] == wanted == run.kv_lengths[index], f"layer {index}"
+            assert layer.get_seq_length() == plan.prompt + 2, "positions would no longer count the whole prompt"
+            assert run.visual_cached[index] == [cached[row] - n_text[row] for row in rows]
+            processed = [len(plan.processed(index, row)) - n_text[row] for row in rows]
+            assert run.visual_per_layer[index] == processed
+        assert run.visual_prompt == n_visual
+
+
+def _cuts_cache(policy: str, layer: int) -> bool:
+    return policy == "all_layers" or (policy == "all_but_first" and layer > 0)
+
+
+@check
+def earlier_caches_hold_the_survivors(case: Case) -> None:
+    """Below the first cut, every cached key and value is the unpruned model's at its original position."""
+    for layouts in (SINGLE, RAGGED):
+        inputs = case.inputs(*layouts)
+        plain = case.forward(inputs).past_key_values
+        with case.prune() as recording:
+            pruned = case.forward(inputs).past_key_values
+            plan = recording.plan(inputs, case.image_token)
+        for index in range(plan.stages[0].cut.layer if plan.stages else len(plain.layers)):
+            got, all_of_it = pruned.layers[index], plain.layers[index]
+            for row in range(len(layouts)):
+                columns = sorted(plan.cached(index, row))
+                for name in ("keys", "values"):
+                    wanted = getattr(all_of_it, name)[row][:, columns]
+                    close(getattr(got, name)[row][:, -len(columns) :], wanted, f"{name} of layer {index}", 1e-5)
+
+
+# -- invariance -------------------------------------------------------------------------------------------------
+
+
+@check
+def eager_equals_sdpa(case: Case) -> None:
+    """Both attention implementations choose and compute the same."""
+    for layouts in (SINGLE, RAGGED):
+        inputs = case.inputs(*layouts)
+        outputs = []
+        for attn in ("sdpa", "eager"):
+            this = case.but(attn=attn)
+            with this.prune() as recording:
+                outputs.append((this.generate(inputs), [row.tolist() for row in recording.run.kept]))
+        assert outputs[0][1] == outputs[1][1], "survivors differ"
+        same_generation(outputs[1][0], outputs[0][0], f"{case}, eager against sdpa")
+
+
+@check
+def batch_equals_its_rows(case: Case) -> None:
+    """Left padding, other images and a text-only row in the batch change nothing for a row."""
+    inputs = case.inputs(*RAGGED)
+    length = inputs["input_ids"].shape[1]
+    with case.prune() as recording:
+        batch, kept = case.generate(inputs), [row.tolist() for row in recording.run.kept]
+    for row, layout in enumerate(RAGGED):
+        alone = case.inputs(layout)
+        with case.prune() as recording:
+            single = case.generate(alone)
+        shift = length - alone["input_ids"].shape[1]
+        assert kept[row] == [column + shift for column in recording.run.kept[0].tolist()], f"row {row}: survivors"
+        assert batch.sequences[row, length:].tolist() == single.sequences[0, length - shift :].tolist()
+        for step, (a, b) in enumerate(zip(batch.logits, single.logits, strict=True)):
+            close(a[row], b[0], f"{case}, row {row}, step {step}")
+
+
+@check
+def repeatable(case: Case) -> None:
+    """The same seed gives the same bits, in one block and in two; the global generator has no say."""
+    inputs = case.inputs(*RAGGED)
+    seen = []
+    for block in range(2):
+        torch.manual_seed(block)
+        with case.prune() as recording:
+            for _ in range(2):
+                logits = case.forward(inputs).logits
+                seen.append((logits, [row.tolist() for row in recording.run.kept]))
+    assert all(torch.equal(logits, seen[0][0]) and kept == seen[0][1] for logits, kept in seen)
+
+
+@check
+def half_precision_runs(case: Case) -> None:
+    """bfloat16: exact budgets, bfloat16 caches, and logits near the bfloat16 reference."""
+    model = tiny_models.half(case.family, case.attn)
+    inputs = case.inputs(*RAGGED)
+    with case.prune(model) as recording:
+        out = case.forward(inputs, model)
+    plan = recording.plan(inputs, case.image_token)
+    assert {layer.keys.dtype for layer in out.past_key_values.layers} == {torch.bfloat16}
+    with reference(tiny_models.text_model(case.family, model), plan):
+        wanted = case.forward(inputs, model, use_cache=False).logits
+    for row, columns in enumerate(plan.kept):
+        last = wanted[row, -1].float()
+        error = (out.logits[row, -1].float() - last).norm() / last.norm()
+        assert error < 0.05, f"row {row}: relative error {error:.3f}"
+        assert len(columns) == len(recording.run.kept[row])
+
+
+@check
+def one_token_image(case: Case) -> None:
+    """An image of a single token survives any ratio."""
+    sizes = tiny_models.family(case.family).N_TOKENS
+    if 1 not in sizes:
+        pytest.skip(f"{case.family} has no image of one token")
+    layout = f"t3 i{sizes.index(1)} t4"
+    case = case.but(ratio=0.1)
+    _, plan, _ = run_both(case, (layout,), n=3)
+    assert plan.kept == plan.valid
+    run_both(case, (f"{layout} i0 t3", "t4"), n=3)
+
+
+# -- leaving no trace -------------------------------------------------------------------------------------------
+
+
+def hooks_of(model: Any) -> list[tuple[str, str, int]]:
+    """Every hook on every module."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    return [(n, kind, len(getattr(m, kind))) for n, m in model.named_modules() for kind in kinds if getattr(m, kind)]
+
+
+@check
+def nothing_is_left_behind(case: Case) -> None:
+    """After the block, after an exception inside a forward and inside the block, the model is as before."""
+    inputs = case.inputs(*RAGGED)
+    hooks, attributes = hooks_of(case.model), sorted(vars(case.model))
+    plain = case.generate(inputs)
+
+    def as_before() -> None:
+        assert hooks_of(case.model) == hooks, "hooks are left on the model"
+        assert sorted(vars(case.model)) == attributes
+        again = case.generate(inputs)
+        assert all(torch.equal(a, b) for a, b in zip(again.logits, plain.logits, strict=True))
+
+    with case.prune():
+        case.generate(inputs)
+    as_before()
+    with pytest.raises(ZeroDivisionError), case.prune():
+        case.forward(inputs)
+        raise ZeroDivisionError
+    as_before()
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    for index in (0, len(case.text_model.layers) - 1):
+        handle = case.text_model.layers[index].mlp.register_forward_hook(fail)
+        try:
+            with case.prune() as recording:
+                with pytest.raises(ZeroDivisionError):
+                    case.forward(inputs)
+                handle.remove()
+                recording.calls.clear()
+                out = case.generate(inputs)  # the failed forward must not leak into this one
+                plan = recording.plan(inputs, case.image_token)
+        finally:
+            handle.remove()
+        as_before()
+        same_generation(out, by_reference(case, inputs, plan), f"{case}, after a failed forward")

@@ -1,0 +1,163 @@
+"""A slow, independent reference of a pruned run: nothing is removed, forbidden columns are masked.
+
+Every forward sees the whole sequence, prompt and generated tokens, without a cache. At each decoder layer a 4-D mask
+forbids the columns that the pruned run has dropped there. Nothing of ``ivcp_eval.engine`` is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivcp_eval.interface import Cut, Selection
+
+
+@dataclass
+class Stage:
+    """One cut as it was made: per row the surviving columns, and how survivors were merged."""
+
+    cut: Cut
+    alive: list[list[int]]
+    merges: list[tuple[list[int], list[int], Tensor] | None]  # columns merged from, columns merged into, weights
+
+
+@dataclass
+class Plan:
+    """What a pruned prefill dropped, in prompt columns."""
+
+    prompt: int  # S
+    valid: list[list[int]]  # columns that are no padding
+    stages: list[Stage]
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Columns alive after the last cut."""
+        return self.stages[-1].alive if self.stages else self.valid
+
+    def processed(self, layer: int, row: int) -> set[int]:
+        """Prompt columns that a layer computes in the prefill."""
+        alive = set(self.valid[row])
+        for stage in self.stages:
+            if stage.cut.layer <= layer:
+                alive &= set(stage.alive[row])
+        return alive
+
+    def cached(self, layer: int, row: int) -> set[int]:
+        """Prompt columns that a layer's cache holds after the prefill."""
+        alive = self.processed(layer, row)
+        for stage in self.stages:
+            if stage.cut.cache == "all_layers" or (stage.cut.cache == "all_but_first" and layer > 0):
+                alive &= set(stage.alive[row])
+        return alive
+
+    def mask(self, layer: int, length: int) -> Tensor:
+        """(B, length, length) bool: may query see key?"""
+        mask = torch.zeros(len(self.valid), length, length, dtype=torch.bool)
+        for row in range(len(self.valid)):
+            processed, cached = self.processed(layer, row), self.cached(layer, row)
+            for query in range(length):
+                allowed = processed if query < self.prompt else cached
+                keys = [c for c in range(query + 1) if c >= self.prompt or c in allowed]
+                mask[row, query, keys] = True
+                mask[row, query, query] = True  # dropped queries are never looked at; a row without a key is NaN
+        return mask
+
+
+def make_plan(
+    inputs: dict[str, Any], image_token: int, cuts: Sequence[Cut], calls: Sequence[tuple[int, Selection]]
+) -> Plan:
+    """The plan of one prefill from what the method answered, row after row, stage after stage."""
+    ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
+    alive = [row.nonzero().flatten().tolist() for row in valid]
+    plan = Plan(ids.shape[1], [list(row) for row in alive], [])
+    unread = list(calls)
+    for number, cut in enumerate(cuts):
+        merges: list[Any] = []
+        for row, columns in enumerate(alive):
+            visual = [c for c in columns if int(ids[row, c]) == image_token]
+            if not visual:
+                merges.append(None)
+                continue
+            stage, selection = unread.pop(0)
+            assert stage == number, "select was called out of order"
+            survivors = [visual[i] for i in selection.keep.tolist()]
+            merges.append(None if selection.merge is None else (visual, survivors, selection.merge))
+            alive[row] = [c for c in columns if c not in visual or c in survivors]
+        plan.stages.append(Stage(cut, [list(row) for row in alive], merges))
+    assert not unread, f"select was called {len(unread)} times too often"
+    return plan
+
+
+@contextmanager
+def reference(text_model: Any, plan: Plan) -> Iterator[None]:
+    """Every cache-less forward inside the block computes what the pruned run should."""
+    state: dict[str, Any] = {"positions": None, "embedding": False}
+    handles = []
+
+    def before_rotary(_module: Any, args: Any, kwargs: Any) -> None:
+        if not state["embedding"]:
+            state["positions"] = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+
+    def before_layer(layer: int, _module: Any, args: Any, kwargs: Any) -> Any:
+        assert kwargs.get("past_key_values") is None or kwargs["past_key_values"].get_seq_length(layer) == 0
+        hidden, repeats = args[0], args[0].shape[0] // len(plan.valid)
+        mask = _mask(plan, layer, hidden.shape[1]).repeat_interleave(repeats, 0)[:, None]
+        additive = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        kwargs = {**kwargs, "attention_mask": additive, "position_ids": None}
+        for stage in plan.stages:
+            if stage.cut.layer == layer:
+                hidden = _merge(hidden, stage, repeats)
+            if stage.cut.layer <= layer and stage.cut.renumber:
+                positions = _renumbered(state["positions"], plan, stage, hidden, repeats)
+                state["embedding"] = True
+                kwargs["position_embeddings"] = text_model.rotary_emb(hidden, positions)
+                state["embedding"] = False
+        return (hidden, *args[1:]), kwargs
+
+    handles.append(text_model.rotary_emb.register_forward_pre_hook(before_rotary, with_kwargs=True))
+    for index, module in enumerate(text_model.layers):
+        hook = functools.partial(before_layer, index)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask(plan: Plan, layer: int, length: int) -> Tensor:
+    cache = plan.__dict__.setdefault("_masks", {})
+    if (layer, length) not in cache:
+        cache[layer, length] = plan.mask(layer, length)
+    return cache[layer, length]
+
+
+def _merge(hidden: Tensor, stage: Stage, repeats: int) -> Tensor:
+    hidden = hidden.clone()
+    for row, merge in enumerate(stage.merges):
+        if merge is None:
+            continue
+        sources, targets, weights = merge
+        for copy in range(row * repeats, (row + 1) * repeats):
+            hidden[copy, targets] = (weights.float() @ hidden[copy, sources].float()).to(hidden.dtype)
+    return hidden
+
+
+def _renumbered(positions: Tensor, plan: Plan, stage: Stage, hidden: Tensor, repeats: int) -> Tensor:
+    """Survivors are 0..n-1, the first generated token is n, and so on."""
+    batch, length = hidden.shape[:2]
+    positions = positions.expand(*positions.shape[:-2], batch, length).clone()
+    for row in range(batch):
+        alive = stage.alive[row // repeats]
+        after = positions[..., row, plan.prompt :].clone()
+        positions[..., row, :] = 0
+        positions[..., row, alive] = torch.arange(len(alive))
+        if after.shape[-1]:
+            positions[..., row, plan.prompt :] = after - after[..., :1] + len(alive)
+    return positions

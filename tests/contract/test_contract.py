@@ -1,0 +1,58 @@
+"""Every check of the contract on every method and family."""
+
+from __future__ import annotations
+
+import pytest
+
+from ivcp_eval import registry
+from ivcp_eval.interface import Unsupported
+from tests import tiny_models
+from tests.contract.cases import Case, all_cases
+from tests.contract.checks import CHECKS
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+@pytest.mark.parametrize("name", CHECKS)
+def test_contract(name: str, case: Case) -> None:
+    try:
+        with case.prune():
+            pass
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    CHECKS[name](case)
+
+
+@pytest.mark.parametrize("family", registry.family_names())
+def test_every_family_has_a_tiny_model(family: str) -> None:
+    assert family in tiny_models.names(), f"write tests/families/{family}.py; see tests/tiny_models.py"
+
+
+@pytest.mark.parametrize("family", tiny_models.names())
+def test_tiny_model_fits_the_contract(family: str) -> None:
+    case = Case(family, "none")
+    sizes = tiny_models.family(family).N_TOKENS
+    assert family in registry.family_names()
+    assert sizes[0] == max(sizes) >= 12
+    assert len(case.text_model.layers) >= 6
+    logits = case.forward(case.inputs("t5 i0 t9")).logits
+    assert 0.3 < float(logits.std()) < 10, "errors would not show, or drown, in logits of this scale"
+    other = case.forward(case.inputs("t5 i0 t9", seed=1)).logits
+    assert float((logits - other).abs().mean()) > 0.1
+
+
+@pytest.mark.parametrize("method", registry.method_names())
+def test_every_method_runs_somewhere(method: str) -> None:
+    for family in tiny_models.names():
+        try:
+            with Case(family, method).prune():
+                return
+        except Unsupported:
+            continue
+    pytest.fail(f"method {method!r} supports no family with a tiny model")
+
+
+@pytest.mark.parametrize("family", tiny_models.names())
+@pytest.mark.parametrize("method", ["none", "ivc_prune"])
+def test_the_main_method_runs_everywhere(method: str, family: str) -> None:
+    with Case(family, method).prune() as recording:
+        assert recording.run.method

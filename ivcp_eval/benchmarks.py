@@ -31,6 +31,7 @@ class Metric:
         combine: "only" if one row must match, "sum" over columns listed with ``+`` (MME's total), "mean" over rows.
         factor: what the number is multiplied by to stand on ``scale``.
         scale: the best possible score.
+        optional: its column may be absent (a category without samples in a run cut by ``--limit``).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Metric:
     combine: str = "only"
     factor: float = 1.0
     scale: float = 100.0
+    optional: bool = False
 
 
 @dataclass(frozen=True)

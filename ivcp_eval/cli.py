@@ -144,7 +144,7 @@ def _eval(args: argparse.Namespace) -> int:
         _say("run the same command again to retry what failed; finished cells are reused")
     from ivcp_eval.compare import compare
 
-    _say(f"\n{compare(outcome.csv).to_text()}\n\nresults: {outcome.csv}")
+    _say(f"\n{compare(outcome.csv).to_terminal()}\n\nresults: {outcome.csv}")
     return 1 if outcome.problems else 0
 
 
@@ -186,7 +186,7 @@ def _compare(args: argparse.Namespace) -> int:
     from ivcp_eval.compare import compare
 
     comparison = compare(args.results, args.baseline, force=args.force)
-    _say(comparison.to_text())
+    _say(comparison.to_terminal())
     if args.output:
         comparison.write_csv(args.output)
         _say(f"\ncomparison: {args.output}")

@@ -25,7 +25,14 @@ def read_metrics(benchmark: Benchmark, folder: Path, stem: str, judge: str) -> d
     Raises:
         ScoreMissing: a file, row, column or number is not there; the message names it and what there is.
     """
-    return {metric.name: (_read_metric(metric, folder, stem, judge), metric.scale) for metric in benchmark.metrics}
+    found = {}
+    for metric in benchmark.metrics:
+        try:
+            found[metric.name] = (_read_metric(metric, folder, stem, judge), metric.scale)
+        except ScoreMissing:
+            if not metric.optional:
+                raise
+    return found
 
 
 def read_samples(samples: Samples, folder: Path, stem: str, judge: str) -> dict[str, float]:

@@ -1,0 +1,167 @@
+"""``ivcp eval`` through VLMEvalKit, on the tiny model with random weights and the shipped benchmarks."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ivcp_eval import runner
+from ivcp_eval.results import read_samples
+from tests.e2e.conftest import Lab
+
+ALL = ("tiny_grounding", "tiny_mcq", "tiny_short", "tiny_yes_no")
+
+
+def test_pruned_and_baseline_land_in_one_csv_and_are_reused(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lab.eval("--ratio", "0.5", "--limit", "4") == 0
+    rows = lab.rows()
+    assert {row["benchmark"] for row in rows} == set(ALL)
+    for name in ALL:
+        baseline, pruned = (
+            next(r for r in rows if r["benchmark"] == name and r["method"] == method) for method in ("none", "ivc_prune")
+        )
+        assert baseline["status"] == pruned["status"] == "ok"
+        assert baseline["n_samples"] == pruned["n_samples"] == 4
+        assert baseline["ratio_kept_final"] == baseline["ratio_kv_cache"] == 1
+        assert pruned["ratio_kept_final"] == pytest.approx(0.5, abs=0.01)
+        assert pruned["ratio_kv_cache"] == pytest.approx(pruned["ratio_kept_final"], abs=1e-3)
+        assert pruned["ratio_kept_final"] < pruned["ratio_layer_mean"] < 1
+        assert baseline["prompt_sha256"] == pruned["prompt_sha256"]
+        assert not pruned["trained_weights"]
+        samples = read_samples(lab.csv.parent / pruned["predictions"])
+        before = read_samples(lab.csv.parent / baseline["predictions"])
+        assert [s["prompt_sha256"] for s in samples] == [s["prompt_sha256"] for s in before]
+        assert all(s["visual_kept"] < s["visual_tokens"] for s in samples)
+        assert pruned["score"] / pruned["score_scale"] == pytest.approx(sum(s["score"] for s in samples) / 4)
+    out = capsys.readouterr().out
+    assert "accuracies mean nothing" in out.lower()
+
+    first = lab.csv.read_bytes()
+    monkeypatch.setattr(runner, "_run_pending", lambda *_: pytest.fail("a finished cell was run again"))
+    assert lab.eval("--ratio", "0.5", "--limit", "4") == 0
+    assert "reusing 8 finished of 8 cells" in capsys.readouterr().out
+    assert lab.csv.read_bytes() == first
+
+
+def test_anything_that_changes_a_prediction_changes_the_cell(lab: Lab) -> None:
+    assert lab.eval("--data", "tiny_mcq", "--limit", "2") == 0
+    before = {(row["method"], row["run_id"]) for row in lab.rows()}
+    assert lab.eval("--data", "tiny_mcq", "--limit", "2", "--set", "layer=1") == 0
+    after = {(row["method"], row["run_id"]) for row in lab.rows()}
+    assert {entry for entry in before & after} == {entry for entry in before if entry[0] == "none"}
+
+
+@pytest.mark.slow
+def test_killed_runs_end_in_the_same_bytes(lab: Lab, random_model: Path) -> None:
+    """SIGKILL at random moments, then a run to the end: the CSVs of an undisturbed run."""
+    options = ("--data", "tiny_mcq", "tiny_yes_no", "--limit", "12")
+    assert lab.eval(*options) == 0
+    undisturbed = lab.csv.read_bytes()
+    samples = [(lab.csv.parent / row["predictions"]).read_bytes() for row in lab.rows()]
+
+    disturbed = Lab(random_model, lab.folder / "disturbed")
+    command = [sys.executable, "-m", "ivcp_eval", *disturbed.arguments(*options)]
+    environment = {**os.environ, "LMUData": str(lab.folder / "LMUData"), "OMP_NUM_THREADS": "1"}
+    draw = random.Random(0)
+    cut_short = 0
+    for wanted in (1, draw.randint(13, 20), draw.randint(26, 40)):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and _answers(disturbed) < wanted:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        cut_short += _answers(disturbed) < 48
+        assert not disturbed.csv.exists()
+    assert cut_short, "no run was killed before its end; the test proves nothing"
+    assert disturbed.eval(*options) == 0
+    assert disturbed.csv.read_bytes() == undisturbed
+    assert [(disturbed.csv.parent / row["predictions"]).read_bytes() for row in disturbed.rows()] == samples
+    assert _answers(disturbed) == 48, "a sample was answered twice"
+
+
+def _answers(lab: Lab) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in lab.folder.glob("runs/**/journal.jsonl"))
+
+
+YAML = """
+kind: mcq
+prompt: dataset
+file: {name}.tsv
+metrics: [{{name: accuracy, file: _acc.csv, column: Overall, factor: 100}}]
+samples: {{file: "_{{judge}}_result.tsv", column: hit}}
+"""
+
+
+def _png(colour: str) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (112, 112), colour).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_corrupt_image_is_counted_and_marks_the_cell_incomplete(
+    lab: Lab, declared: Callable[[str, str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, corrupt = _png("red"), base64.b64encode(b"not an image at all, though long enough to be one" * 3).decode()
+    lines = ["index\timage\tquestion\tA\tB\tanswer"]
+    lines += [f"{i}\t{image}\tWhich?\tyes\tno\tA" for i, image in enumerate((whole, corrupt, whole))]
+    declared("broken", YAML.format(name="broken"), "\n".join(lines) + "\n")
+    assert lab.eval("--data", "broken") == 1
+    for row in lab.rows():
+        assert row["status"] == "incomplete"
+        assert (row["n_samples"], row["n_failed"]) == (3, 1)
+        assert "1 of 3 samples failed" in row["reason"]
+        samples = read_samples(lab.csv.parent / row["predictions"])
+        assert [bool(sample["error"]) for sample in samples] == [False, True, False]
+    assert "NOT WHOLE" in capsys.readouterr().out
+
+
+def test_missing_columns_are_named(
+    lab: Lab, declared: Callable[[str, str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared("bare", YAML.format(name="bare"), f"index\timage\tquestion\n0\t{_png('red')}\tWhich?\n")
+    assert lab.eval("--data", "bare") == 2
+    error = capsys.readouterr().err
+    assert "missing: answer, A, B" in error
+    assert not lab.csv.exists()
+
+
+def test_changed_data_is_refused(
+    lab: Lab, declared: Callable[[str, str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared("changed", YAML.format(name="changed") + f"sha256: {'0' * 64}\n", "index\n0\n")
+    assert lab.eval("--data", "changed") == 2
+    assert "checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "ivc_prun"), "did you mean 'ivc_prune'?"),
+        (("--model", "tinny"), "did you mean 'tiny'?"),
+        (("--data", "tiny_groundin"), "did you mean 'tiny_grounding'?"),
+        (("--set", "leyer=3"), "did you mean 'layer'?"),
+        (("--ratio", "0"), "outside (0, 1]"),
+        (("--ratio", "1.5"), "outside (0, 1]"),
+        (("--set", "layer=99", "--data", "tiny_mcq"), "layer 99"),
+        (("--model-path", "nowhere"), "no config.json"),
+    ],
+)
+def test_bad_requests_say_what_to_do(
+    lab: Lab, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    assert lab.eval("--limit", "1", *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not lab.csv.exists()

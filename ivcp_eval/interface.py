@@ -34,6 +34,13 @@ Faithfulness = Literal["faithful", "from_formula", "variant", "control"]
 """Checked against the authors' code | transcribed from the paper | gaps filled by us (each named) | a control."""
 
 
+class Unsupported(ValueError):
+    """This method cannot work on this model; the message says why.
+
+    Raised by `AbstractMethod.cuts` or an adapter, never for bad input. The contract tests skip such a pair.
+    """
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a method may know of the model when it lays out its cuts."""
@@ -69,12 +76,15 @@ class ImageSpan:
         grid: (rows, columns) if the tokens form one row-major grid, else None.
         tiles: (w, h) tiles of the high-resolution view, for families that tile.
         padding: prompt-independent indices (0..N-1) of tokens that show padding only.
+        views: lengths of the consecutive stretches that each show the picture or a tile of it on their own (tiles,
+            thumbnail, overview), adding up to N; empty if the image is one view.
     """
 
     columns: Tensor
     grid: tuple[int, int] | None = None
     tiles: tuple[int, int] | None = None
     padding: tuple[int, ...] = ()
+    views: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,14 @@ class Image:
         budget: how many of them may survive this cut.
         n_prompt: how many visual tokens it had in the prompt.
         span: where it came from.
+        view: (N,) int64: to which of the span's views each alive token belongs; None if the image is one view.
     """
 
     tokens: Tensor
     budget: int
     n_prompt: int
     span: ImageSpan
+    view: Tensor | None = None
 
 
 @dataclass
@@ -129,11 +141,11 @@ class Signals:
     hidden: Tensor
     rope: Callable[[], tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
-    rotate: Callable[[Tensor], Tensor]
     value: Tensor | None = None
     key: Tensor | None = None
     query: Tensor | None = None
     raw_value: Tensor | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
     vision: Mapping[str, Tensor] = field(default_factory=dict)
     stage: int = 0
     family: str = ""
@@ -295,15 +307,15 @@ class VisionTap:
         block: the module around it whose output is ``feature``.
         tower: the module whose forward ends the encoding of one set of images.
         states: ``states(module, args, kwargs)`` gives the `PatchStates` of one call of `attention`.
-        images: ``images(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
-            the visual-token tensors (N, *) of each image, in the order of the call.
+        tokens: ``tokens(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
+            the same of the visual tokens, (N, *), all images one after the other in prompt order.
     """
 
     attention: Any
     block: Any
     tower: Any
     states: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], PatchStates]
-    images: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], list[dict[str, Tensor]]]
+    tokens: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]
 
 
 class AbstractAdapter(ABC):

@@ -1,4 +1,4 @@
-"""Tensor helpers that methods share: budgets, ranking with one tie rule."""
+"""Tensor helpers that methods share: budgets, ranking with one tie rule, attention rows, merge weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivcp_eval.interface import Image
+    from ivcp_eval.interface import Image, Signals
 
 
 def budget(ratio: float, n_tokens: int) -> int:
@@ -36,3 +36,112 @@ def top_of_each_image(score: Tensor, images: Sequence[Image]) -> Tensor:
     """Indices into the visual tokens, increasing: of each image its ``budget`` best by ``score`` (V,)."""
     kept = [image.tokens[top(score[image.tokens], image.budget)] for image in images]
     return torch.cat(kept).sort().values
+
+
+def first_best(score: Tensor) -> Tensor:
+    """() int64: the lowest index of the maximum of ``score`` (N,), without a transfer to the host; NaN is worst."""
+    clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    places = torch.arange(clean.numel(), device=clean.device)
+    return torch.where(clean == clean.amax(), places, clean.numel()).amin()
+
+
+def mean_attention(signals: Signals, rows: Tensor, *, entering: bool = False, chunk: int = 64) -> Tensor:
+    """(V,) float32: attention from the query ``rows`` (r,) to each visual token, mean over rows and heads.
+
+    ``chunk`` rows at a time, so that long questions on long prompts stay small.
+    """
+    total = torch.zeros(signals.n_visual, device=signals.visual.device)
+    for part in rows.split(chunk):
+        total += signals.attention(part, entering=entering)[:, :, signals.visual].mean(dim=0).sum(dim=0)
+    return total / max(1, rows.numel())
+
+
+def last_token(signals: Signals) -> Tensor:
+    """(1,) int64: the row's last token, whose attention many methods rank by."""
+    return torch.tensor([signals.hidden.shape[0] - 1], device=signals.visual.device)
+
+
+def evenly(n: int, k: int) -> Tensor:
+    """``k`` <= n distinct indices spread evenly over 0..n-1, increasing: the middles of k nearly equal stretches.
+
+    Stretch j holds the indices i with ``i * k // n == j``; of two middles the lower is taken.
+    """
+    edges = -(-torch.arange(k + 1) * n // max(1, k))
+    return (edges[:-1] + edges[1:] - 1) // 2
+
+
+def partition(rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Cut a row-major grid into ``groups`` compact, evenly spread cells of nearly equal size.
+
+    Bands of rows, about as many as keep the cells in the grid's own proportions; each band is cut into stretches of
+    columns. Every group has at least one token.
+
+    Returns:
+        (group, centre): (rows * columns,) group of each token; (groups,) token in the middle of each group,
+        increasing with the group.
+    """
+    bands = max(1, round(rows * (groups / (rows * columns)) ** 0.5))
+    bands = min(rows, groups, max(bands, -(-groups // columns)))
+    band_of_row = torch.arange(rows) * bands // rows
+    per_band = torch.diff(torch.arange(bands + 1) * groups // bands)  # stretches in each band
+    first_group = torch.cumsum(per_band, 0) - per_band
+    widths = per_band[band_of_row][:, None]
+    group = first_group[band_of_row][:, None] + torch.arange(columns)[None] * widths // columns
+    middles = evenly(rows, bands).tolist()
+    centres = [row * columns + evenly(columns, k) for row, k in zip(middles, per_band.tolist(), strict=True)]
+    return group.flatten(), torch.cat(centres)
+
+
+def image_partition(image: Image) -> tuple[Tensor, Tensor]:
+    """`partition` of an image's alive tokens into ``budget`` groups; in one line where they form no full grid."""
+    n, device = image.tokens.numel(), image.tokens.device
+    rows, columns = image.span.grid or (1, n)
+    if rows * columns != n:
+        rows, columns = 1, n
+    group, centre = partition(rows, columns, image.budget)
+    return group.to(device), centre.to(device)
+
+
+def group_means(group: Tensor, n_groups: int) -> Tensor:
+    """(n_groups, N) float32 weights that average the members of each group; ``group``: (N,), -1 for no group."""
+    weights = (group[None, :] == torch.arange(n_groups, device=group.device)[:, None]).float()
+    return weights / weights.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def merged_selection(
+    kept: Sequence[Tensor], weights: Sequence[Tensor], images: Sequence[Image]
+) -> tuple[Tensor, Tensor]:
+    """(keep, merge) of a `Selection` from each image's kept tokens (K_i,) and weights (K_i, N_i), both image-local."""
+    n_visual = sum(image.tokens.numel() for image in images)
+    keep = torch.cat([image.tokens[local] for image, local in zip(images, kept, strict=True)])
+    merge = torch.zeros(keep.numel(), n_visual, device=keep.device)
+    row = 0
+    for image, local, weight in zip(images, kept, weights, strict=True):
+        merge[row : row + local.numel(), image.tokens] = weight.to(merge)
+        row += local.numel()
+    order = keep.argsort()
+    return keep[order], merge[order]
+
+
+def farthest_points(states: Tensor, k: int, chunk: int = 1024) -> Tensor:
+    """``k`` indices of ``states`` (N, E), increasing: greedy max-min selection by cosine distance.
+
+    Starts with the state whose nearest neighbour is farthest; ties fall to the lower index. Similarities are computed
+    one row (at the start ``chunk`` rows) at a time: no N x N matrix is held.
+    """
+    unit = torch.nn.functional.normalize(states.float(), dim=-1)
+    n = unit.shape[0]
+    places = torch.arange(n, device=unit.device)
+    nearest = []
+    for rows in places.split(chunk):
+        similarity = unit[rows] @ unit.T
+        similarity[rows - rows[0], rows] = -torch.inf  # itself
+        nearest.append(similarity.amax(dim=1))
+    chosen = [first_best(-torch.cat(nearest))]
+    covered = torch.full((n,), -torch.inf, device=unit.device)  # largest similarity to any chosen state
+    taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
+    for _ in range(k - 1):
+        taken[chosen[-1]] = True
+        covered = torch.maximum(covered, unit @ unit[chosen[-1]])
+        chosen.append(first_best((-covered).masked_fill(taken, -torch.inf)))
+    return torch.stack(chosen).sort().values

@@ -8,7 +8,7 @@ Prompts: VLMEvalKit's Qwen2VLPromptMixin, and https://github.com/FireRedTeam/IVC
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivcp_eval.boxes import smart_resize
 from ivcp_eval.downsample import shrunk_grid
@@ -25,7 +25,7 @@ class Adapter(AbstractTransformersAdapter):
 
     model_types = ("qwen2_5_vl",)
     closing_tokens = 1  # <|vision_end|>
-    checkpoints = (
+    checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint(
             "tiny", local="tiny/model", note="laboratory model trained on generated scenes; says nothing of LVLMs"
         ),
@@ -62,13 +62,9 @@ class Adapter(AbstractTransformersAdapter):
         return {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
 
     def vision_tap(self, model: Any) -> VisionTap | None:
-        """The last full-attention block: a window block's attention says nothing of the whole image."""
+        """The last block with full attention: a window's attention says nothing of the whole image."""
         tower = getattr(model.model, "visual", None)
-        if tower is None:
-            return None
-        config = tower.config
-        window = config.window_size // config.spatial_merge_size // config.patch_size
-        return qwen_tap(tower, max(config.fullatt_block_indexes), window)
+        return None if tower is None else qwen_tap(tower)
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
         """Whole merge units, so that the processor leaves the result as it is (if above its ``min_pixels``)."""

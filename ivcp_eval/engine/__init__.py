@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Unsupported
 from ivcp_eval.registry import adapter as load_adapter
 from ivcp_eval.registry import family_of, make_method
 
@@ -56,6 +56,7 @@ def prune(
         The `Run`, filled by each prefill.
 
     Raises:
+        Unsupported: the method cannot run on the family, with the reason.
         ValueError: unknown method, parameter or model family, ratio outside (0, 1], a layer the model has not, or
             (inside the block) something unsupported: static or quantised caches, training, labels, torch.compile,
             videos, a new image on a filled cache.
@@ -70,6 +71,8 @@ def prune(
     adapter = load_adapter(family)
     facts = adapter.facts(model, family)
     cuts = method.cuts(facts, ratio) if ratio < 1 else ()
+    if ratio < 1:
+        _check_signals(method, adapter, model, family, name)
     _check_cuts(cuts, facts, name)
     options = {"grid": grid, "tiles": tiles, "padding": None if padding is None else tuple(int(p) for p in padding)}
     engine = Engine(
@@ -96,13 +99,21 @@ def check_ratio(ratio: float) -> None:
         raise ValueError(f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half of the visual tokens, 1 all")
 
 
+def _check_signals(method: AbstractMethod, adapter: AbstractAdapter, model: Any, family: str, name: str) -> None:
+    for signal in sorted(method.needs):
+        reason = adapter.unsupported(model, signal)
+        if reason:
+            raise Unsupported(f"method {name!r} needs the signal {signal!r}, which {family!r} cannot give: {reason}")
+
+
 def _check_cuts(cuts: tuple[Cut, ...], facts: ModelFacts, method: str) -> None:
     layers = [cut.layer for cut in cuts]
     if layers != sorted(set(layers)):
         raise ValueError(f"method {method!r} cuts at layers {layers}; they must increase strictly")
     for cut in cuts:
         check_ratio(cut.ratio)
-        if not facts.first_cut <= cut.layer < facts.n_layers:
+        lowest = facts.first_cut if cut.ratio < 1 else 0
+        if not lowest <= cut.layer < facts.n_layers:
             raise ValueError(
                 f"layer {cut.layer} of method {method!r} is outside {facts.first_cut}..{facts.n_layers - 1}, "
                 f"the decoder layers of this {facts.family} model that can be cut"

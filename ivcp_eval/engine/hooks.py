@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.engine.cache import PrunedLayer, Record, check_cache, gather_slots
+from ivcp_eval.engine.drafts import Drafts
 from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
+from ivcp_eval.engine.keys import KeyEditor
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals import SignalSource
+from ivcp_eval.engine.vision import VisionListener
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ImageSpan, Selection, Signal
 
 if TYPE_CHECKING:
@@ -46,10 +49,13 @@ class Prefill:
         self.image_mask = mask  # (B, S) bool, CPU
         self.spans = spans
         self.now = LayerSlots(alive, torch.arange(mask.shape[1]).expand(mask.shape[0], -1))
-        self.layers = [self.now] * n_layers
+        self.layers = [self.now] * n_layers  # what each layer's cache holds
+        self.processed = [self.now] * n_layers  # what each layer computed
         self.captured: dict[str, Tensor] = {}
         self.memory: list[dict[str, Any]] = [{} for _ in spans]
-        self.stage = 0
+        self.vision: list[dict[str, Tensor]] = [{} for _ in spans]
+        self.stage = 0  # cuts and looks so far
+        self.shorter = False  # whether anything was removed so far
         self.cache: Cache | None = None
         self.mask: Tensor | None = None
         self.position_embeddings: Any = None
@@ -83,6 +89,9 @@ class Engine:
         self.cuts = {cut.layer: cut for cut in cuts}
         self.text_model: Any = adapter.text_model(model)
         self.given_mask, self.span_options, self.seed = image_mask, dict(span_options or {}), seed
+        self.vision = VisionListener(adapter.vision_tap(model)) if "vision" in method.needs and cuts else None
+        edits = "cached_key" in method.needs and run.ratio < 1
+        self.keys = KeyEditor(adapter, method, run.ratio) if edits else None
         self._handles: list[Any] = []
         self._image_mask: Tensor | None = None
         self._inputs: dict[str, Any] = {}
@@ -93,18 +102,33 @@ class Engine:
     # -- life cycle ---------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Register every hook."""
+        """Register every hook.
+
+        Raises:
+            ValueError: the model is inside another prune block.
+        """
+        # The hooks themselves are the only mark, so that none can be left behind.
+        hooks = self.text_model._forward_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in hooks):
+            raise ValueError("the model is already inside a prune block; leave that block before entering another")
         before = functools.partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
         keep = self._handles.append
         keep(before(self.model, self._refuse_labels))
+        if self.cuts or self.keys is not None:
+            self._handles += Drafts(self.model, self._has_images).attach()
         keep(before(self.adapter.multimodal_model(self.model), self._before_model))
         keep(before(self.text_model, self._before_text_model))
         keep(before(self.text_model.rotary_emb, self._before_rotary))
         for cut in self.cuts.values():
             if cut.layer > 0:
                 self._capture(self.text_model.layers[cut.layer - 1], self.method.needs | cut.needs)
+        if self.vision is not None:
+            self._handles += self.vision.attach()
         for index, layer in enumerate(self.text_model.layers):
             keep(before(layer, functools.partial(self._before_layer, index)))
+            if self.keys is not None:
+                after = functools.partial(self._after_attention, index)
+                keep(layer.self_attn.register_forward_hook(after, with_kwargs=True))
         keep(self.text_model.register_forward_hook(self._after_text_model, with_kwargs=True, always_call=True))
 
     def detach(self) -> None:
@@ -116,11 +140,13 @@ class Engine:
 
     def _forget(self) -> None:
         self._pass, self._image_mask, self._position_ids, self._inputs = None, None, None, {}
+        if self.keys is not None:
+            self.keys.forget()
 
     def _capture(self, layer: Any, needs: frozenset[Signal]) -> None:
         if "raw_value" in needs:
             self._capture_raw_value(layer)
-        for signal in needs - {"vision", "raw_value"}:
+        for signal in needs - {"vision", "raw_value", "cached_key"}:
             module, heads = self.adapter.projection(layer, signal)
 
             def store(_m: Any, _a: Any, output: Tensor, name: str = signal, split: Any = heads) -> None:
@@ -146,11 +172,17 @@ class Engine:
                 "got labels: a pruned prefill has fewer logits than tokens. Leave the prune block to train."
             )
 
+    def _has_images(self, inputs: Mapping[str, Any]) -> bool:
+        mask = self.given_mask if self.given_mask is not None else self.adapter.image_mask(self.model, inputs)
+        return mask is not None and bool(mask.any())
+
     def _before_model(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._inputs = dict(kwargs)
         if args:
             self._inputs.setdefault("input_ids", args[0])
         self._image_mask = self.adapter.image_mask(self.model, self._inputs)
+        if self.vision is not None and self._inputs.get("pixel_values") is not None:
+            self.vision.clear()  # the tower runs inside this forward; `generate` may have run it before instead
 
     def _before_text_model(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._pass = None
@@ -162,7 +194,7 @@ class Engine:
         batch, length = states.shape[:2]
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if cache is not None and cache.get_seq_length() > 0:
-            if self._image_mask is not None:
+            if self._image_mask is not None and bool(self._image_mask.any()):
                 raise ValueError(
                     "got an image on a cache that already holds a prompt (a second turn with a new image, or chunked "
                     "prefill). Prefill the whole conversation on a new cache instead."
@@ -177,9 +209,15 @@ class Engine:
         visual = self._visual_mask(batch, length).cpu() & valid
         spans = self.adapter.image_spans(self.model, visual, self._inputs) if bool(visual.any()) else []
         self._start_record(visual, alive)
-        if self.cuts and spans:
+        if self.cuts and bool(visual[:, -1].any()):
+            raise ValueError(
+                "a prompt ends with a visual token, whose logits a cut may drop. Put text after the last image."
+            )
+        if (self.cuts or self.keys) and spans:
             spans = [[replace(span, **self.span_options) for span in row] for row in spans]
             self._pass = Prefill(visual, spans, alive, len(self.text_model.layers))
+            if self.vision is not None:
+                self._pass.vision = self.vision.rows(visual.sum(1).tolist())
 
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -233,9 +271,11 @@ class Engine:
         if state.cache is None:
             state.cache = kwargs.get("past_key_values")
             check_cache(state.cache)
+            if state.cache is None and self.keys is not None:
+                raise ValueError(f"method {self.run.method!r} edits cached keys; it cannot run with use_cache=False")
         if index in self.cuts:
             args = (self._cut(state, self.cuts[index], args[0], kwargs), *args[1:])
-        if state.stage == 0:
+        if not state.shorter:
             return None
         return args, {
             **kwargs,
@@ -245,7 +285,7 @@ class Engine:
         }
 
     def _cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        if state.stage == 0:
+        if not state.shorter:
             state.position_embeddings = kwargs["position_embeddings"]
         assert self._position_ids is not None
         source = SignalSource(
@@ -261,23 +301,28 @@ class Engine:
         )
         here = state.now.rows.slots_in(state.now.matrix)
         columns: list[Tensor] = []
+        entering = hidden
         for row, alive in enumerate(state.now.rows.columns):
             slots = here[row, here.shape[1] - alive.numel() :]
             keep, hidden = self._select_row(state, source, row, alive, slots, hidden)
             columns.append(alive[keep])
         state.captured = {}
+        state.stage += 1
+        if cut.ratio == 1:
+            return entering
         after = Rows(tuple(columns))
         slots = after.slots_in(state.now.matrix)
         hidden = take_sequence(hidden, slots)
-        state.now = LayerSlots(after, after.matrix())
-        self._cut_caches(state, cut)
+        state.now = LayerSlots(after, after.matrix(), state.now.shift)
+        self._cut_caches(state, cut, hidden.device)
         if cut.renumber:
             state.now = self._renumber(state, hidden)
         else:
             state.position_embeddings = take_position_embeddings(state.position_embeddings, slots)
         state.layers[cut.layer :] = [state.now] * (len(state.layers) - cut.layer)
+        state.processed[cut.layer :] = state.layers[cut.layer :]
         state.mask = self._prefill_mask(state, hidden)
-        state.stage += 1
+        state.shorter = True
         return hidden
 
     def _select_row(
@@ -287,8 +332,12 @@ class Engine:
         is_visual = state.image_mask[row, alive]
         if not bool(is_visual.any()):
             return torch.ones(alive.numel(), dtype=torch.bool), hidden
+        # Vision signals cover the prompt's visual tokens; some may be gone by now.
+        prompt_visual = state.image_mask[row].nonzero().flatten()
+        among = torch.searchsorted(prompt_visual, alive[is_visual])
+        vision = {name: signal[among.to(signal.device)] for name, signal in state.vision[row].items()}
         signals = source.row(
-            row, alive, slots, is_visual, state.spans[row], {}, state.memory[row], self._row_seed(row, alive)
+            row, alive, slots, is_visual, state.spans[row], vision, state.memory[row], self._row_seed(row, alive)
         )
         selection: Selection = self.method.select(signals)
         selection.check(signals, self.run.method)
@@ -307,13 +356,28 @@ class Engine:
         content = alive.numel() if ids is None else ids[row].cpu()[alive].tolist()
         return zlib.crc32(f"{self.seed}/{content}".encode())
 
-    def _cut_caches(self, state: Prefill, cut: Cut) -> None:
+    def _after_attention(self, index: int, _module: nn.Module, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        state = self._pass
+        if isinstance(state, Prefill) and self.keys is not None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            slots = state.now.rows.slots_in(state.now.matrix)
+            layer = self.text_model.layers[index]
+            self.keys.remember(index, layer, hidden, kwargs["position_embeddings"], slots)
+
+    def _cut_caches(self, state: Prefill, cut: Cut, device: torch.device) -> None:
         if cut.cache == "from_cut":
             return
+        # Layers that held the same slots go on sharing one object: slots, records and masks are made once for all.
+        moved: dict[int, tuple[LayerSlots, Tensor]] = {}
+        earlier = list(state.layers)
         for layer in range(1 if cut.cache == "all_but_first" else 0, cut.layer):
+            before = earlier[layer]
+            if id(before) not in moved:
+                now = state.now if before.shift is state.now.shift else replace(state.now, shift=before.shift)
+                moved[id(before)] = now, state.now.rows.slots_in(before.matrix).to(device)
+            state.layers[layer], slots = moved[id(before)]
             if state.cache is not None:
-                gather_slots(state.cache.layers[layer], state.now.rows.slots_in(state.layers[layer].matrix))
-            state.layers[layer] = replace(state.now, shift=state.layers[layer].shift)
+                gather_slots(state.cache.layers[layer], slots)
 
     def _renumber(self, state: Prefill, hidden: Tensor) -> LayerSlots:
         """Number the survivors 0..n-1; appended tokens move down by as much as the last survivor did."""
@@ -362,12 +426,16 @@ class Engine:
     def _continuation_mask(self, state: Continuation, record: Record, length: int, hidden: Tensor) -> Tensor | None:
         q = hidden.shape[1]
         implementation = self.text_model.config._attn_implementation
-        if state.mask is None and not record.padded and (q == 1 or "flash" in implementation):
+        maskless = not record.padded and (q == 1 or "flash" in implementation)
+        if maskless and state.mask is None:
             return None
         columns = record.key_columns(length).to(hidden.device)
         allowed = None
         if state.mask is not None:
             allowed = state.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
+            # As stock code does: any mask costs sdpa its flash kernel and a copy of the cache per query head.
+            if maskless and bool(allowed.all()):
+                return None
         return self._mask(columns, q, hidden, allowed)
 
     # -- after the text model -----------------------------------------------------------------------------------
@@ -377,26 +445,39 @@ class Engine:
         try:
             if output is None:  # the forward raised
                 return
-            if isinstance(state, Prefill) and state.stage:
-                self._finish_prefill(state)
+            if isinstance(state, Prefill):
+                if self.keys is not None:
+                    self._edit_keys(state)
+                if state.shorter:
+                    self._finish_prefill(state)
             cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
             layers = [] if cache is None else cache.layers
             self.run.kv_lengths = [0 if la.keys is None else la.keys.shape[-2] for la in layers]
         finally:
             self._forget()
 
+    def _edit_keys(self, state: Prefill) -> None:
+        assert self.keys is not None
+        assert state.cache is not None
+        for index, (slots, layer) in enumerate(zip(state.layers, state.cache.layers, strict=True)):
+            visual = []
+            for row, alive in enumerate(slots.rows.columns):
+                columns = alive[state.image_mask[row, alive]]
+                visual.append(torch.searchsorted(slots.matrix[row].contiguous(), columns))
+            self.keys.edit(index, layer, visual)
+
     def _finish_prefill(self, state: Prefill) -> None:
         run = self.run
         counts: dict[int, list[int]] = {}
         records: dict[int, Record] = {}
-        for slots in state.layers:
-            alive_columns = enumerate(slots.rows.columns)
-            counts[id(slots)] = [int(state.image_mask[i, row].sum()) for i, row in alive_columns]
+        for slots in (*state.layers, *state.processed):
+            if id(slots) not in counts:
+                alive_columns = enumerate(slots.rows.columns)
+                counts[id(slots)] = [int(state.image_mask[i, row].sum()) for i, row in alive_columns]
         run.kept = list(state.now.rows.columns)
         run.visual_kept = counts[id(state.now)]
         run.visual_cached = [counts[id(slots)] for slots in state.layers]
-        first = min(self.cuts)
-        run.visual_per_layer = [run.visual_prompt] * first + run.visual_cached[first:]
+        run.visual_per_layer = [counts[id(slots)] for slots in state.processed]
         if state.cache is None:
             return
         for slots, (index, layer) in zip(state.layers, enumerate(state.cache.layers), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +27,18 @@ def images_at_cut(spans: list[ImageSpan], visual_columns: Tensor, ratio: float) 
     for span in spans:
         tokens = torch.isin(visual_columns, span.columns).nonzero().flatten()
         allowed = min(budget(ratio, span.columns.numel()), tokens.numel())
-        images.append(Image(tokens=tokens, budget=allowed, n_prompt=span.columns.numel(), span=span))
+        view = None
+        if span.views:
+            first = torch.tensor(span.views).cumsum(0)  # first token behind each view
+            places = torch.searchsorted(span.columns, visual_columns[tokens])
+            view = torch.searchsorted(first, places, right=True)
+        images.append(Image(tokens=tokens, budget=allowed, n_prompt=span.columns.numel(), span=span, view=view))
     return tuple(images)
+
+
+def _image_to(image: Image, device: torch.device) -> Image:
+    view = None if image.view is None else image.view.to(device)
+    return replace(image, tokens=image.tokens.to(device), view=view)
 
 
 def question_tokens(columns: Tensor, visual: Tensor, text: Tensor, closing_tokens: int) -> Tensor:
@@ -113,7 +124,7 @@ class SignalSource:
 
         rotated = self._rotator(index, slots)
         return Signals(
-            images=tuple(Image(image.tokens.to(device), image.budget, image.n_prompt, image.span) for image in images),
+            images=tuple(_image_to(image, device) for image in images),
             visual=visual.to(device),
             text=text.to(device),
             question=question.to(device),

@@ -1,0 +1,56 @@
+"""Edits of the cached visual keys after a prefill, for methods that compress key channels instead of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ivcp_eval.engine.geometry import take_position_embeddings, take_sequence
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, CachedKeys
+
+
+class KeyEditor:
+    """Remembers the last queries of every layer, and hands them with the cached keys to the method."""
+
+    def __init__(self, adapter: AbstractAdapter, method: AbstractMethod, ratio: float) -> None:
+        self.adapter, self.method, self.ratio = adapter, method, ratio
+        self._queries: dict[int, list[Tensor]] = {}
+
+    def remember(self, index: int, layer: Any, hidden: Tensor, embeddings: Any, slots: Tensor) -> None:
+        """Queries (H, W, D) of each row's last tokens in one layer.
+
+        They are projected again for these few tokens, so that the whole prompt's queries of every layer need not be
+        kept.
+
+        Args:
+            hidden: (B, m, E) what the attention got. embeddings: its position embeddings.
+            slots: (B, n) where each row's alive tokens stand in it, -1 pads on the left.
+        """
+        last = slots[:, -self.method.query_window :]
+        module, heads = self.adapter.projection(layer, "query")
+        states = heads(module(take_sequence(hidden, last)))
+        positions = take_position_embeddings(embeddings, last)
+        self._queries[index] = []
+        for row, counted in enumerate((last >= 0).sum(1).tolist()):
+            own = _row(positions, row)
+            self._queries[index].append(self.adapter.rotate(states[row], own)[:, last.shape[1] - counted :])
+
+    def forget(self) -> None:
+        """Drop every query, for a prefill that did not end."""
+        self._queries = {}
+
+    def edit(self, index: int, layer: Any, visual: list[Tensor]) -> None:
+        """Replace the keys of a cache layer at each row's visual slots."""
+        for row, (slots, query) in enumerate(zip(visual, self._queries.pop(index), strict=True)):
+            if slots.numel():
+                at = slots.to(layer.keys.device)
+                key = layer.keys[row][:, at]
+                edited = self.method.edit_keys(CachedKeys(index, key, query.to(key.device), self.ratio))
+                layer.keys[row][:, at] = edited.to(key.dtype)
+
+
+def _row(embeddings: Any, row: int) -> Any:
+    if isinstance(embeddings, Tensor):
+        return embeddings[..., [row], :, :]
+    return tuple(part[..., [row], :, :] for part in embeddings)

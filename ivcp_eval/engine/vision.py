@@ -1,0 +1,97 @@
+"""Signals of the vision tower: what its patches attended to, per visual token of the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivcp_eval.interface import PatchStates, VisionTap
+
+CHUNK = 256  # query rows whose attention exists at a time
+
+
+class VisionListener:
+    """Hooks on a vision tower. What it hears is kept until a prefill asks for it.
+
+    `generate` of transformers 5.20+ encodes the images before the first forward of the multimodal model, older
+    releases and bare forwards inside it; both end here.
+    """
+
+    def __init__(self, tap: VisionTap | None) -> None:
+        assert tap is not None  # `prune` asked the adapter before
+        self.tap = tap
+        self._patches: dict[str, Tensor] = {}
+        self._heard: list[dict[str, Tensor]] = []
+
+    def attach(self) -> list[Any]:
+        """Register the hooks and return their handles."""
+        return [
+            self.tap.attention.register_forward_hook(self._after_attention, with_kwargs=True),
+            self.tap.block.register_forward_hook(self._after_block),
+            self.tap.tower.register_forward_hook(self._after_tower, with_kwargs=True),
+        ]
+
+    def clear(self) -> None:
+        """Forget every image."""
+        self._patches, self._heard = {}, []
+
+    def rows(self, sizes: list[int]) -> list[dict[str, Tensor]]:
+        """Per row the signals of its visual tokens; what was heard is forgotten.
+
+        Args:
+            sizes: visual tokens of each row. Beams repeat rows, and `generate` may have encoded the images once for
+                all of them.
+
+        Raises:
+            ValueError: the images that were encoded are not those of the prompt.
+        """
+        heard, self._heard = self._heard, []
+        total = sum(next(iter(part.values())).shape[0] for part in heard)
+        for repeats in (r for r in range(1, len(sizes) + 1) if len(sizes) % r == 0):
+            distinct = sizes[::repeats]
+            if sum(distinct) == total and [n for n in distinct for _ in range(repeats)] == sizes:
+                joined = {name: torch.cat([part[name] for part in heard]).split(distinct) for name in heard[0]}
+                return [{name: parts[row // repeats] for name, parts in joined.items()} for row in range(len(sizes))]
+        raise ValueError(
+            f"the vision tower encoded {total} visual tokens, the rows of the prompt hold {sizes}. Pass pixel_values "
+            "with the prompt (not inputs_embeds or cached image features)."
+        )
+
+    def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        with torch.no_grad():
+            self._patches.update(patch_signals(self.tap.states(module, args, kwargs)))
+
+    def _after_block(self, _module: Any, _args: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        self._patches["feature"] = states.detach().flatten(0, -2)
+
+    def _after_tower(self, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        if self._patches:
+            patches, self._patches = self._patches, {}
+            self._heard.append(self.tap.tokens(patches, args, kwargs))
+
+
+def patch_signals(states: PatchStates) -> dict[str, Tensor]:
+    """``received`` (P,), ``key`` (P, D) and, with a class token, ``cls`` (P,) of every patch, float32.
+
+    ``received`` is the attention a patch gets, mean over heads, summed over the queries of its segment, which
+    `CHUNK` at a time are compared with all keys: no map of the whole image ever exists.
+    """
+    query, key = states.query.float() * states.scaling, states.key.float()
+    received, cls = [], []
+    start = 0
+    for length in states.segments:
+        q, k = query[:, start : start + length], key[:, start : start + length]
+        total = torch.zeros(length, device=q.device)
+        for rows in q.split(CHUNK, dim=1):
+            total += (rows @ k.transpose(1, 2)).softmax(dim=-1).mean(dim=0).sum(dim=0)
+        received.append(total)
+        if states.class_token:
+            cls.append((q[:, :1] @ k.transpose(1, 2)).softmax(dim=-1).mean(dim=0)[0])
+        start += length
+    signals = {"received": torch.cat(received), "key": key.mean(dim=0)}
+    if states.class_token:
+        signals["cls"] = torch.cat(cls)
+    return signals

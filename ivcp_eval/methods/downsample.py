@@ -1,0 +1,34 @@
+"""Shrinks the image itself, before the processor, until it costs the share of visual tokens.
+
+Paper: https://arxiv.org/abs/2510.07143 (VTC-Bench: plain down-sampling beats several pruning methods).
+Differs: nothing to differ from; a control. The size comes from the family (`AbstractAdapter.shrunk_size`) and never
+costs more tokens than allowed; `ivcp_eval.downsample.shrink` applies it, before and outside of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signals
+
+
+@dataclass(frozen=True)
+class Method(AbstractMethod):
+    """A smaller image; the model runs whole on it."""
+
+    faithfulness: ClassVar[Faithfulness] = "control"
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """None: everything happened before the model."""
+        return ()
+
+    def select(self, signals: Signals) -> Selection:
+        """Everything (never called by the engine, which cuts nowhere)."""
+        return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)
+
+    def pixel_share(self, ratio: float) -> float | None:
+        """The retention ratio itself."""
+        return ratio

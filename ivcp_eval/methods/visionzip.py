@@ -1,0 +1,91 @@
+"""Keeps the visual tokens that dominate the vision tower's attention, and merges the others into a few by likeness.
+
+Paper: https://arxiv.org/abs/2412.04467 (section 3.2: dominant token selection and contextual token merging).
+Reference: https://github.com/dvlab-research/VisionZip @ 3151f6d (visionzip/clip_encoder.py), and its port to
+Qwen2.5-VL in https://github.com/beomseokg/rotatek @ 71ef5f1 (attention of the last tower block, merged embeddings).
+
+Dominant: the class token's attention in the tapped block where there is a class token, else the attention that a
+token receives inside its image. Of the rest, every step-th token in order is a target; each other token joins the
+target whose key (mean over heads) is nearest in cosine, and a target becomes itself plus the mean of its group.
+
+Differs: the class token itself is not kept (LLaVA's projector never sees it). Merging happens on the language model's
+input embeddings, as in the Qwen2.5-VL port, not before the projector. Tokens keep their place in the prompt; the
+LLaVA code puts contextual tokens last. Each image has its own budget, and attention stays inside an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.ops import merged_selection, top
+
+
+@dataclass(frozen=True)
+class Method(AbstractMethod):
+    """VisionZip.
+
+    Attributes:
+        contextual: share of an image's budget that merged tokens take; 10 of 64 is published.
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({"vision"})
+    faithfulness: ClassVar[Faithfulness] = "faithful"
+
+    contextual: float = 10 / 64
+
+    def __post_init__(self) -> None:
+        """Refuse a share that leaves no dominant token."""
+        if not 0 <= self.contextual < 1:
+            raise ValueError(f"contextual={self.contextual} is outside [0, 1)")
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """One cut for every layer's cache, at the model's input where the family allows it."""
+        return (Cut(model.first_cut, ratio),)
+
+    def select(self, signals: Signals) -> Selection:
+        """Dominant and contextual tokens of every image."""
+        vision = signals.vision
+        importance = vision["cls"] if "cls" in vision else vision["received"]
+        kept, weights = [], []
+        for image in signals.images:
+            n_contextual = min(round(self.contextual * image.budget), image.budget - 1)
+            dominant = top(importance[image.tokens], image.budget - n_contextual)
+            places, merge = contextual_tokens(vision["key"][image.tokens], dominant, n_contextual)
+            kept.append(torch.cat((dominant, places)))
+            own = torch.zeros(dominant.numel(), merge.shape[1], device=merge.device)
+            own[torch.arange(dominant.numel()), dominant] = 1
+            weights.append(torch.cat((own, merge)))
+        return Selection(*merged_selection(kept, weights, signals.images))
+
+
+def contextual_tokens(key: Tensor, dominant: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` targets among the tokens that are not dominant, and their merge weights.
+
+    Args:
+        key: (N, D). dominant: indices into N.
+
+    Returns:
+        (count,) indices into N; (count, N): 1 for the target, 1/size for each member of its group.
+    """
+    n = key.shape[0]
+    rest = torch.ones(n, dtype=torch.bool, device=key.device)
+    rest[dominant] = False
+    others = rest.nonzero().flatten()
+    weights = torch.zeros(count, n, device=key.device)
+    if not count:
+        return others[:0], weights
+    step = max(1, others.numel() // count)
+    targets = others[::step][:count]
+    rest[targets] = False
+    members = rest.nonzero().flatten()
+    unit = torch.nn.functional.normalize(key.float(), dim=-1)
+    assigned = (unit[members] @ unit[targets].T).argmax(dim=1)
+    sizes = torch.bincount(assigned, minlength=count).clamp_min(1)
+    weights[assigned, members] = 1 / sizes[assigned].float()
+    weights[torch.arange(count), targets] = 1
+    return targets, weights

@@ -1,0 +1,104 @@
+"""Where to listen in the vision towers that families share: plain ViTs, and Qwen's packed and windowed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ivcp_eval.interface import PatchStates, VisionTap
+from model_adapters._transformers import rotate_half
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def vit_tap(tower: Any, layer: Any, attention: Any, *, class_token: bool, pool: int = 1) -> VisionTap:
+    """A ViT on a batch of equal images or tiles (CLIP, SigLIP, InternViT).
+
+    Args:
+        tower: its forward encodes one batch. layer: the block whose output becomes features.
+        attention: of that block, with ``q_proj``, ``k_proj`` and, where it has them, ``q_norm``, ``k_norm``.
+        class_token: whether token 0 is one; it is no visual token.
+        pool: patches per side that become one visual token.
+    """
+
+    def states(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PatchStates:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        batch, length, _ = hidden.shape
+        parts = []
+        for name in ("q", "k"):
+            projected = getattr(module, f"{name}_proj")(hidden)
+            norm = getattr(module, f"{name}_norm", None)
+            projected = projected if norm is None else norm(projected)
+            parts.append(projected.view(batch * length, -1, module.head_dim).transpose(0, 1))
+        return PatchStates(parts[0], parts[1], (length,) * batch, module.scale, class_token)
+
+    def tokens(patches: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        batch = (kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]).shape[0]
+        made = {}
+        for name, values in patches.items():
+            grid = values.unflatten(0, (batch, -1))[:, int(class_token) :]
+            side = round(grid.shape[1] ** 0.5)
+            if pool > 1:
+                blocks = grid.unflatten(1, (side // pool, pool, side // pool, pool))
+                grid = blocks.float().mean(dim=(2, 4)).flatten(1, 2)
+            made[name] = grid.flatten(0, 1)
+        return made
+
+    return VisionTap(attention=attention, block=layer, tower=tower, states=states, tokens=tokens)
+
+
+def vit_layers(tower: Any) -> Any:
+    """The blocks of a CLIP, SigLIP or InternVL vision model (transformers before 5.20 nests CLIP's deeper)."""
+    encoder: Any = getattr(tower, "vision_model", tower).encoder
+    return encoder.layer if hasattr(encoder, "layer") else encoder.layers
+
+
+def qwen_tap(tower: Any) -> VisionTap:
+    """The tower of Qwen's families: images packed in one sequence, patches grouped by merge unit, 2-D RoPE.
+
+    Listens to the last block, in Qwen2.5-VL to the last one whose attention is not windowed (published: also the
+    last). The signals of a merge unit's patches are averaged, as in VisionZip's port to Qwen2.5-VL.
+    """
+    windowed = getattr(tower, "fullatt_block_indexes", None) is not None
+    block = max(tower.fullatt_block_indexes) if windowed else len(tower.blocks) - 1
+    window = tower.window_size // tower.spatial_merge_size // tower.patch_size if windowed else None
+
+    def states(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PatchStates:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        lengths = kwargs["cu_seqlens"] if "cu_seqlens" in kwargs else args[1]
+        query, key, _ = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).permute(1, 2, 0, 3).unbind(0)
+        cos, sin = (part.float() for part in kwargs["position_embeddings"])
+        query, key = (x.float() * cos + rotate_half(x.float()) * sin for x in (query, key))
+        segments = tuple((lengths[1:] - lengths[:-1]).tolist())
+        return PatchStates(query, key, segments, query.shape[-1] ** -0.5)
+
+    def tokens(patches: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        merge = tower.spatial_merge_size
+        units = {name: v.float().view(-1, merge * merge, *v.shape[1:]).mean(dim=1) for name, v in patches.items()}
+        if window is None:
+            return units
+        order = window_order([(t, h // merge, w // merge) for t, h, w in grids.tolist()], window)
+        back = order.argsort().to(grids.device)
+        return {name: value[back.to(value.device)] for name, value in units.items()}
+
+    attention = tower.blocks[block].attn
+    return VisionTap(attention=attention, block=tower.blocks[block], tower=tower, states=states, tokens=tokens)
+
+
+def window_order(grids: list[tuple[int, int, int]], side: int) -> Tensor:
+    """(N,) merge units of images (t, rows, columns) in the order of Qwen2.5-VL's windows.
+
+    Frame by frame, windows of ``side`` x ``side`` units row by row, units inside a window row by row.
+    """
+    order, start = [], 0
+    for frames, rows, columns in grids:
+        t, r, c = torch.meshgrid(*(torch.arange(n) for n in (frames, rows, columns)), indexing="ij")
+        place = torch.stack((t, r // side, c // side, r % side, c % side)).flatten(1)
+        weight = torch.tensor([rows * columns * side * side, columns * side * side, side * side, side, 1])
+        order.append((place * weight[:, None]).sum(0).argsort() + start)
+        start += frames * rows * columns
+    return torch.cat(order)

@@ -10,17 +10,18 @@ coordinate scores in bfloat16, where ties are many.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import Cut, Image, ModelFacts, Selection, Signals
+from ivcp_eval.interface import Cut, Image, ModelFacts, Selection, Signals, Unsupported
 from ivcp_eval.methods.ivc_prune import value_similarity
 from ivcp_eval.ops import ranking, top
 
 FIXED_RATIO = 0.5  # the ratio under which families with literals instead of a ratio are run
-TILE = 256  # InternVL: tokens of a tile, 16 x 16
+TILE = 256  # InternVL: tokens of a tile, 16 x 16, where the model does not say
 GLOBAL_ROWS, GLOBAL_COLUMNS = 14, 15  # DeepSeek-VL2: the global view, the last column being newline tokens
 GLOBAL = GLOBAL_ROWS * GLOBAL_COLUMNS
 
@@ -69,16 +70,12 @@ def _columns(signals: Signals) -> Tensor:
 def _after(signals: Signals, last: Tensor, skipped: int) -> Tensor:
     """The queries: everything behind the image's last token but the first ``skipped`` tokens.
 
-    Raises:
-        ValueError: nothing is left (the released code averages an empty set to NaN, or crashes).
+    Where nothing is left, the row's last token, so that the choice is defined: the released code averages an empty
+    set to NaN there, or crashes.
     """
-    queries = _columns(signals)[int(last) + 1 + skipped :]
-    if not queries.numel():
-        raise ValueError(
-            f"preset='official' of {signals.family!r} ranks by the text from {skipped + 1} tokens behind the image on, "
-            f"and this prompt has none. Put the question behind the image, or use preset='general'."
-        )
-    return queries
+    columns = _columns(signals)
+    queries = columns[int(last) + 1 + skipped :]
+    return queries if queries.numel() else columns[-1:]
 
 
 def _coordinates(signals: Signals, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,27 +138,27 @@ def _internvl(signals: Signals, image: Image) -> Tensor:
     budget, the highest indices (the thumbnail's) would go first.
     """
     at = signals.visual[image.tokens]
-    n = at.numel()
-    if n % TILE:
-        raise ValueError(f"preset='official' of 'internvl' needs tiles of {TILE} tokens, got an image of {n} tokens")
-    tail = n - TILE
+    n, tile = at.numel(), image.span.views[-1] if image.span.views else TILE
+    if n % tile:
+        raise ValueError(f"preset='official' of 'internvl' needs tiles of {tile} tokens, got an image of {n} tokens")
+    tail = n - tile
     queries, everything = _after(signals, at[-1], skipped=2), _columns(signals)
     value = signals.raw_value
     assert value is not None
     text_score = value_similarity(value, queries, everything)[at[tail:]]
-    seeds = torch.topk(text_score, max(1, round(0.01 * TILE))).indices
+    seeds = torch.topk(text_score, max(1, round(0.01 * tile))).indices
     refined = value_similarity(value, torch.cat((at[tail:][seeds], queries)), everything)[at[tail:]]
-    best = torch.topk(refined, TILE).indices + tail  # thumbnail tokens, as indices of the image, best first
+    best = torch.topk(refined, tile).indices + tail  # thumbnail tokens, as indices of the image, best first
 
     kept = torch.zeros(n, dtype=torch.bool, device=at.device)
     for part in _coordinates(signals, at):
-        kept.view(-1, TILE).scatter_(1, torch.topk(part.view(-1, TILE), round(0.1 * TILE), dim=-1).indices, True)
-    missing = max(0, round(0.5 * TILE) - int(kept[tail:].sum()))
+        kept.view(-1, tile).scatter_(1, torch.topk(part.view(-1, tile), round(0.1 * tile), dim=-1).indices, True)
+    missing = max(0, round(0.5 * tile) - int(kept[tail:].sum()))
     foreground = best[~kept[best]][:missing]
     kept[foreground] = True
     kept[seeds + tail] = True
     if tail:
-        kept[_thumbnail_to_tiles(foreground - tail, _tiles(image, n // TILE - 1))] = True
+        kept[_thumbnail_to_tiles(foreground - tail, tile, _tiles(image, n // tile - 1))] = True
     missing = round(0.5 * n) - int(kept.sum())
     if missing >= 0:
         kept[best[~kept[best]][:missing]] = True
@@ -178,17 +175,17 @@ def _tiles(image: Image, n_tiles: int | None = None) -> tuple[int, int]:
     return tiles
 
 
-def _thumbnail_to_tiles(tokens: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """Tokens of the 16 x 16 thumbnail -> all tokens of the (w, h) tiles that show the same place, row-major tiles."""
+def _thumbnail_to_tiles(tokens: Tensor, tile: int, tiles: tuple[int, int]) -> Tensor:
+    """Tokens of the square thumbnail -> all tokens of the (w, h) tiles that show the same place, row-major tiles."""
     width, height = tiles
-    side = int(TILE**0.5)
+    side = math.isqrt(tile)
     dy, dx = torch.meshgrid(
         torch.arange(height, device=tokens.device), torch.arange(width, device=tokens.device), indexing="ij"
     )
     rows = (tokens // side)[:, None] * height + dy.flatten()
     columns = (tokens % side)[:, None] * width + dx.flatten()
-    tile = (rows // side) * width + columns // side
-    return (tile * TILE + (rows % side) * side + columns % side).flatten()
+    number = (rows // side) * width + columns // side
+    return (number * tile + (rows % side) * side + columns % side).flatten()
 
 
 def _deepseek_vl2(signals: Signals, image: Image) -> Tensor:
@@ -206,8 +203,8 @@ def _deepseek_vl2(signals: Signals, image: Image) -> Tensor:
     expected = GLOBAL + 1 + n_rows * row
     if n != expected:
         raise ValueError(
-            f"preset='official' of 'deepseek_vl2': an image of {width} x {height} tiles has {expected} tokens, got {n}. "
-            "Check `tiles=(w, h)`."
+            f"preset='official' of 'deepseek_vl2': an image of {width} x {height} tiles has {expected} tokens, "
+            f"got {n}. Check `tiles=(w, h)`."
         )
     queries, overview = _after(signals, at[-1], skipped=1), at[:GLOBAL]
     valid = torch.ones(GLOBAL, dtype=torch.bool, device=device)

@@ -111,3 +111,36 @@ class AbstractTransformersAdapter(AbstractAdapter):
             text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
         )
         return encoded
+
+
+def images_by_length(mask: Tensor, lengths: list[int]) -> list[list[int]] | None:
+    """Which images each row holds, as indices into ``lengths``, or None if the lengths do not add up to the rows.
+
+    Args:
+        mask: (B, S) bool, image tokens. lengths: tokens of every image of the batch, row by row.
+
+    Beam search repeats each row R times and, depending on the transformers release, repeats the images too (each R
+    times in place) or not at all; both are undone here.
+    """
+    totals = mask.sum(1).tolist()
+    for repeats in (r for r in range(1, len(totals) + 1) if len(totals) % r == 0):
+        for step in {1, repeats}:
+            rows = _deal(totals[::repeats], lengths[::step])
+            if rows is not None:
+                return [[i * step for i in row] for row in rows for _ in range(repeats)]
+    return None
+
+
+def _deal(totals: list[int], lengths: list[int]) -> list[list[int]] | None:
+    """Consecutive images that add up to each row's total, all used; None if that does not come out."""
+    rows, start = [], 0
+    for total in totals:
+        end = start
+        while total > 0 and end < len(lengths):
+            total -= lengths[end]
+            end += 1
+        if total:
+            return None
+        rows.append(list(range(start, end)))
+        start = end
+    return rows if start == len(lengths) else None

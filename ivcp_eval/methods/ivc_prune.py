@@ -8,9 +8,11 @@ One cut in the middle of the decoder; the same tokens leave the KV cache of ever
 The general rule, for any ratio, any number of images, text on both sides:
 
 * Budget per image, ``round(ratio * N)`` of its N tokens: every image must stay usable, and the total is exact.
-* IVC per image: the best tokens by the mean of cos (real axis) and of sin (imaginary axis) of their rotary angles,
-  each ``ivc`` N of them but at most ``ivc_share`` of the budget. With the published ivc=0.1 and ivc_share=0.2 that is
-  the released set at ratio 0.5 and above, and the same proportions below, where the released code overruns its budget.
+* IVC per view of an image (each tile, the thumbnail or overview; most families have one view): the best tokens by the
+  mean of cos (real axis) and of sin (imaginary axis) of their rotary angles, each ``ivc`` of the view's tokens but at
+  most ``ivc_share`` of its part of the budget. With the published ivc=0.1 and ivc_share=0.2 that is the released set
+  at ratio 0.5 and above, and the same proportions below, where the released code overruns its budget. Per view,
+  because positions run on from tile to tile: the best of the whole image would leave most tiles without any.
 * Queries are the text tokens after the last image: in a causal model only they have seen every image *and* the whole
   question, wherever the question stands. The closing marker is no query.
 * Seeds: ``seeds`` N of the image's tokens that the queries' values match best (softmax over that image, mean over
@@ -101,10 +103,14 @@ class Method(AbstractMethod):
     def _select_image(self, signals: Signals, image: Image, cos: Tensor, sin: Tensor) -> Tensor:
         at = signals.visual[image.tokens]  # (N,) among the row's tokens
         n, budget = at.numel(), image.budget
-        each = min(round(self.ivc * image.n_prompt), round(self.ivc_share * budget))
         kept = torch.zeros(n, dtype=torch.bool, device=at.device)
-        kept[top(cos[at], each)] = True
-        kept[top(sin[at], each)] = True
+        for number, n_view in enumerate(image.span.views or (image.n_prompt,)):
+            inside = (image.view == number).nonzero().flatten() if image.view is not None else slice(None)
+            each = min(round(self.ivc * n_view), round(self.ivc_share * budget * n_view / image.n_prompt))
+            for score in (cos[at], sin[at]):
+                chosen = torch.zeros_like(kept[inside])
+                chosen[top(score[inside], each)] = True
+                kept[inside] |= chosen
         if self.foreground:
             n_seeds = min(max(1, round(self.seeds * image.n_prompt)), budget - int(kept.sum())) if self.seeds else 0
             assert signals.value is not None

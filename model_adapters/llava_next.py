@@ -1,0 +1,62 @@
+"""LLaVA-NeXT (1.6): an overview of the image, then its tiles as one unpadded grid with a newline token per row.
+
+Source: https://llava-vl.github.io/blog/2024-01-30-llava-next/
+Classes: transformers' LlavaNextForConditionalGeneration with the ``llava-hf`` checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ivcp_eval.interface import ImageSpan
+from model_adapters._transformers import AbstractTransformersAdapter, image_runs, images_by_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Views = tuple[int, ...]
+
+
+class Adapter(AbstractTransformersAdapter):
+    """Wiring of LLaVA-NeXT."""
+
+    model_types = ("llava_next",)
+
+    def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
+        """Images by their lengths, which follow from ``image_sizes``; nothing stands between consecutive ones.
+
+        Newline tokens count as the image's: they stand for its rows.
+        """
+        views = self.views(model.config, inputs)
+        rows = images_by_length(mask, [sum(view) for view in views])
+        if rows is None:  # a mask given by the user
+            return [[ImageSpan(run) for run in image_runs(row)] for row in mask]
+        spans = []
+        for row, images in zip(mask, rows, strict=True):
+            columns = torch.split(row.nonzero().flatten(), [sum(views[i]) for i in images])
+            spans.append([ImageSpan(c, views=views[i]) for c, i in zip(columns, images, strict=True)])
+        return spans
+
+    def views(self, config: Any, inputs: Mapping[str, Any]) -> list[Views]:
+        """Tokens of the overview and of the tiled view, newlines included, of every image of the batch."""
+        overview = _side(config) ** 2
+        sizes = inputs.get("image_sizes")
+        grids = [tiled_grid(config, size) for size in ([] if sizes is None else sizes.tolist())]
+        return [(overview, rows * (columns + 1)) for rows, columns in grids]
+
+
+def _side(config: Any) -> int:
+    return int(config.vision_config.image_size // config.vision_config.patch_size)
+
+
+def tiled_grid(config: Any, size: list[int]) -> tuple[int, int]:
+    """(rows, columns) of the tiled view of an image of ``size`` (height, width), padding removed."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    shape = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    side = _side(config)
+    _, rows, columns = unpad_image(torch.empty(0, shape[0] * side, shape[1] * side), size).shape
+    return rows, columns

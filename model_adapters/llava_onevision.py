@@ -1,0 +1,51 @@
+"""LLaVA-OneVision: SigLIP tiles like LLaVA-NeXT's (single images), one overview each for several images, Qwen2.
+
+Paper: https://arxiv.org/abs/2408.03326
+Classes: transformers' LlavaOnevisionForConditionalGeneration with the ``llava-hf`` checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from model_adapters.llava_next import Adapter as LlavaNextAdapter
+from model_adapters.llava_next import Views, _side, tiled_grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Adapter(LlavaNextAdapter):
+    """Wiring of LLaVA-OneVision."""
+
+    model_types = ("llava_onevision",)
+
+    def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """As the base class; videos are refused rather than counted as text."""
+        if inputs.get("pixel_values_videos") is not None:
+            raise ValueError("got a video; only images can be pruned. Pass images, or leave the prune block.")
+        return super().image_mask(model, inputs)
+
+    def views(self, config: Any, inputs: Mapping[str, Any]) -> list[Views]:
+        """As LLaVA-NeXT, the tiled view shrunk to at most N tiles' worth of tokens (``anyres_max_N``).
+
+        In a sample of several images each is an overview and one newline, which is what ``batch_num_images`` tells.
+        """
+        sizes = inputs.get("image_sizes")
+        sizes = [] if sizes is None else sizes.tolist()
+        counts = inputs.get("batch_num_images")
+        alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
+        overview = _side(config) ** 2
+        views: list[Views] = []
+        for size, tiled in zip(sizes, alone, strict=True):
+            rows, columns = _shrunk(config, *tiled_grid(config, size)) if tiled else (1, 0)
+            views.append((overview, rows * (columns + 1)))
+        return views
+
+
+def _shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * _side(config) ** 2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)

@@ -1,0 +1,40 @@
+"""Tiny Qwen3-VL: DeepStack behind the first two decoder layers, interleaved M-RoPE, heads wider than E / H."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from tests.families import _qwen
+from tests.families._qwen import N_TOKENS, TOKEN_IDS
+from tests.families._shared import IMAGE, TEXT_CONFIG
+from tests.tiny_models import Rows
+
+__all__ = ["IMAGE", "N_TOKENS", "inputs", "model"]
+
+
+def model(attn: str) -> nn.Module:
+    """The stock class, small."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=TEXT_CONFIG | {"head_dim": 24, "rope_parameters": rope},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        tie_word_embeddings=False,
+        **TOKEN_IDS,
+    )
+    return Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attn)
+
+
+def inputs(rows: Rows, seed: int) -> dict[str, Any]:
+    """Patches of 16 x 16."""
+    return _qwen.inputs(rows, seed, patch_size=16)

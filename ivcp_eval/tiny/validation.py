@@ -13,6 +13,7 @@ from ivcp_eval.tiny.fast import EAGER, Kernels
 from ivcp_eval.tiny.losses import answer_logits
 from ivcp_eval.tiny.scenes import Box, sample_scene, scene_rng
 
+BOX_START = '{"bbox_2d": ['
 _NUMBERS = re.compile(r"\d+")
 
 
@@ -69,6 +70,7 @@ def _score_row(
             right = bool((labels[place] == got[place])[mask].all())
             if sample.task == "grounding":
                 text = _tokenizer().decode(got[place][mask].tolist())
-                right = overlap(parse_box(text), sample.box) >= 0.5
+                # The format counts too: an untrained model that repeats its input repeats the right box, too late.
+                right = text.startswith(BOX_START) and overlap(parse_box(text), sample.box) >= 0.5
             hits.setdefault(f"{sample.task}_{sample.category}", []).append(float(right))
         start += count * length

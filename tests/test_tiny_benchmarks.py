@@ -1,0 +1,77 @@
+"""The embedded benchmarks are what the generator writes, bit for bit, and are held out."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ivcp_eval.tiny import build_benchmarks
+from ivcp_eval.tiny.build_benchmarks import BENCHMARKS, CHECKSUMS, DATASETS, encode_png
+from ivcp_eval.tiny.evaluate import read_benchmark
+from ivcp_eval.tiny.scenes import render, sample_scene, scene_rng
+from ivcp_eval.tiny.tasks import build_prompt
+
+csv.field_size_limit(sys.maxsize)
+
+
+def test_committed_files_are_regenerated_bit_equal() -> None:
+    assert build_benchmarks.main(["--check"]) == 0
+
+
+def test_check_fails_on_a_changed_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    for name in (*BENCHMARKS, CHECKSUMS):
+        (tmp_path / name).write_bytes((DATASETS / name).read_bytes())
+    path = tmp_path / "tiny_mcq.tsv"
+    path.write_bytes(path.read_bytes().replace(b"red", b"rad", 1))
+    assert build_benchmarks.main(["--check", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "tiny_mcq.tsv" in error
+    assert "tiny_short.tsv" not in error
+
+
+def test_checksums_describe_the_files() -> None:
+    table = json.loads((DATASETS / CHECKSUMS).read_text())
+    assert set(table) == set(BENCHMARKS)
+    for name, entry in table.items():
+        data = (DATASETS / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        assert entry["rows"] == sum(BENCHMARKS[name].quotas.values()) == len(read_benchmark(DATASETS / name))
+        assert 200 <= entry["rows"] <= 500
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_rows_point_at_their_picture_and_fill_their_quota(name: str) -> None:
+    with (DATASETS / name).open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle, delimiter="\t"))
+    by_index = {row["index"]: row for row in rows}
+    assert len(by_index) == len(rows)
+    for row in rows:
+        if len(row["image"]) < 64:
+            assert by_index[row["image"]]["image_id"] == row["image_id"]
+            assert len(by_index[row["image"]]["image"]) >= 64
+    categories = [row["category"] for row in rows]
+    assert {c: categories.count(c) for c in set(categories)} == BENCHMARKS[name].quotas
+
+
+def test_pictures_are_the_scenes_pixels() -> None:
+    question = read_benchmark(DATASETS / "tiny_grounding.tsv", 1)[0]
+    expected = render(sample_scene(scene_rng("test", 0)))
+    np.testing.assert_array_equal(np.asarray(question.image), expected)
+    assert question.sample.box is not None
+    assert build_prompt(question.sample).startswith("Locate ")
+
+
+def test_png_survives_any_palette() -> None:
+    image = np.random.default_rng(0).integers(0, 6, (17, 23, 3)).astype(np.uint8)
+    decoded = Image.open(io.BytesIO(encode_png(image))).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decoded), image)
+    noisy = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    with pytest.raises(ValueError, match="at most 256"):
+        encode_png(noisy)

@@ -48,6 +48,29 @@ def _lines(grid: Tensor, newline: Tensor) -> Tensor:
     return torch.cat((grid, newline.expand(grid.shape[0], 1, -1)), dim=1).flatten(0, 1)
 
 
+def spread(values: Tensor, tiles: tuple[int, int], head: bool) -> Tensor:
+    """Per-cell signals of one image as signals of its tokens: a newline gets the mean of its row.
+
+    Args:
+        values: (1 + w h, g g, *): of the cells of its views.
+
+    Returns:
+        (N, *) float32. The separator, where no row precedes it, gets the mean of the image.
+    """
+    flat = values.flatten(0, 1).float()
+    cells = torch.arange(flat.shape[0], device=flat.device).view(*values.shape[:2], 1)
+    token = assemble(cells, tiles, cells.new_tensor([-1]), cells.new_tensor([-1]), head)[:, 0]
+    marker = token < 0
+    line = marker.cumsum(0) - marker.long()  # a marker ends its line
+    size = int(line[-1]) + 1
+    totals = flat.new_zeros(size, *flat.shape[1:]).index_add(0, line[~marker], flat[token[~marker]])
+    counts = line[~marker].bincount(minlength=size)
+    counts = counts.view(-1, *[1] * (flat.ndim - 1))
+    means = torch.where(counts > 0, totals / counts.clamp_min(1), flat.mean(0))
+    chosen = marker.view(-1, *[1] * (flat.ndim - 1))
+    return torch.where(chosen, means[line], flat[token.clamp_min(0)])
+
+
 def padding_cells(size: tuple[int, int], side: int, image_size: int, cell: int) -> tuple[int, ...]:
     """Thumbnail tokens that show padding only, as indices into the thumbnail's g (g + 1) tokens; newlines never count.
 

@@ -66,9 +66,31 @@ class DeepseekVL2PreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DeepseekVL2Model):
-            for token in (module.image_newline, module.view_separator):
+        if isinstance(module, DeepseekVL2TileLayout):
+            for token in (module.newline, module.separator):
                 init.normal_(token, mean=0.0, std=token.numel() ** -0.5)
+
+
+class DeepseekVL2TileLayout(nn.Module):
+    """Puts the views of each image in a line, with the learned newline and separator tokens."""
+
+    def __init__(self, config: DeepseekVL2Config) -> None:
+        super().__init__()
+        self.newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+        self.separator = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+        self.config = config
+
+    def forward(self, views: Tensor, images_spatial_crop: Tensor) -> list[Tensor]:
+        """Per row the tokens of its images (N, E), from all views (V, g g, E) and (B, I, 2) tiles (w, h)."""
+        newline, separator = self.newline.to(views), self.separator.to(views)
+        head = self.config.global_view_pos == "head"
+        crops = [[(w, h) for w, h in row if w and h] for row in images_spatial_crop.tolist()]
+        unread = iter(views.split([1 + w * h for row in crops for w, h in row]))
+        rows = []
+        for row in crops:
+            images = [assemble(next(unread), tiles, newline, separator, head) for tiles in row]
+            rows.append(torch.cat(images) if images else views.new_zeros(0, views.shape[-1]))
+        return rows
 
 
 def _language_model(config: Any) -> PreTrainedModel:
@@ -88,8 +110,7 @@ class DeepseekVL2Model(DeepseekVL2PreTrainedModel):
         super().__init__(config)
         self.vision_tower = SiglipVisionModel(config.vision_config)
         self.projector = DeepseekVL2Projector(config)
-        self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
-        self.view_separator = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+        self.layout = DeepseekVL2TileLayout(config)
         self.language_model = _language_model(config.text_config)
         self.post_init()
 
@@ -104,23 +125,14 @@ class DeepseekVL2Model(DeepseekVL2PreTrainedModel):
 
     def get_image_features(self, pixel_values: Tensor, images_spatial_crop: Tensor) -> list[Tensor]:
         """Per row the tokens of all its images, (N, E); shapes as in `forward`."""
-        tiles = images_spatial_crop.tolist()
-        views = [[1 + w * h for w, h in row if w and h] for row in tiles]
-        used = [pixels[: sum(counts)] for pixels, counts in zip(pixel_values, views, strict=True)]
-        for pixels, counts in zip(used, views, strict=True):
-            if pixels.shape[0] != sum(counts):
-                raise ValueError(
-                    f"images_spatial_crop asks for {sum(counts)} views in a row, pixel_values has {pixels.shape[0]}"
-                )
-        patches = self.vision_tower(torch.cat(used)).last_hidden_state
-        projected = self.projector(patches)
-        newline, separator = (token.to(projected) for token in (self.image_newline, self.view_separator))
-        head = self.config.global_view_pos == "head"
-        unread = iter(projected.split([count for row in views for count in row]))
-        rows = []
-        for row in tiles:
-            images = [assemble(next(unread), (w, h), newline, separator, head) for w, h in row if w and h]
-            rows.append(torch.cat(images) if images else projected.new_zeros(0, projected.shape[-1]))
+        counts = [sum(1 + w * h for w, h in row if w and h) for row in images_spatial_crop.tolist()]
+        used = [pixels[:count] for pixels, count in zip(pixel_values, counts, strict=True)]
+        if [pixels.shape[0] for pixels in used] != counts:
+            raise ValueError(
+                f"images_spatial_crop asks for {counts} views in the rows, pixel_values holds {pixel_values.shape[1]}"
+            )
+        projected = self.projector(self.vision_tower(torch.cat(used)).last_hidden_state)
+        rows: list[Tensor] = self.layout(projected, images_spatial_crop)
         return rows
 
     def forward(

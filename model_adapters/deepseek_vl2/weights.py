@@ -22,8 +22,8 @@ _RENAMED = (
     (r"^vision\.blocks\.", f"{_TOWER}.encoder.layers."),
     (r"^vision\.norm\.", f"{_TOWER}.post_layernorm."),
     (r"^projector\.", "model.projector."),
-    (r"^image_newline", "model.image_newline"),
-    (r"^view_seperator", "model.view_separator"),  # sic
+    (r"^image_newline", "model.layout.newline"),
+    (r"^view_seperator", "model.layout.separator"),  # sic
     (r"^language\.model\.", "model.language_model."),
     (r"^language\.lm_head\.", "lm_head."),
 )

@@ -46,11 +46,19 @@ class Metric:
 
 @dataclass(frozen=True)
 class Samples:
-    """Where VLMEvalKit's evaluator leaves the per-sample scores: file ending and column; ``factor`` to 0..1."""
+    """Where VLMEvalKit's evaluator leaves the per-sample scores, or the rule that finds them.
 
-    file: str
-    column: str
+    Attributes:
+        file, column: file ending and column. factor: to 0..1.
+        rows: only rows with these values have a score of their own.
+        rule: a function of `vlmeval_bridge.sample_scores`, for evaluators that leave no score per sample.
+    """
+
+    file: str = ""
+    column: str = ""
     factor: float = 1.0
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,14 @@ class Benchmark:
         sha256: of that file.
         metrics: the first is the headline.
         samples: per-sample scores; None if the evaluator leaves none.
-        cluster: column whose equal values belong together in statistics (image, circular group); empty for the index.
+        cluster: column whose equal values belong together in statistics; ``image`` compares the pictures themselves;
+            empty for the index.
+        category: column of the per-sample categories.
         judge: "none", "optional" (only unparsable answers) or "required".
         n_samples: rows of the full set, None if unknown.
-        abilities: tags. source, licence, note: provenance.
+        abilities: tags.
+        url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
+        source, licence, note: provenance, and what to know of the prompt and the score.
     """
 
     name: str
@@ -85,9 +97,12 @@ class Benchmark:
     metrics: tuple[Metric, ...] = ()
     samples: Samples | None = None
     cluster: str = ""
+    category: str = "category"
     judge: str = "none"
     n_samples: int | None = None
     abilities: tuple[str, ...] = ()
+    url: str = ""
+    md5: str = ""
     source: str = ""
     licence: str = ""
     note: str = ""
@@ -121,9 +136,16 @@ def load(name: str) -> Benchmark:
     values["metrics"] = tuple(_build(Metric, entry, path.name) for entry in raw.get("metrics", ()))
     values["samples"] = _build(Samples, raw["samples"], path.name) if raw.get("samples") else None
     values["abilities"] = tuple(raw.get("abilities", ()))
+    samples = values["samples"]
+    if samples and bool(samples.rule) == bool(samples.file and samples.column):
+        raise ValueError(f"{path.name}: samples need either a rule, or a file and a column")
     benchmark: Benchmark = _build(Benchmark, {**values, "name": name}, path.name)
     if benchmark.kind not in (None, *get_args(QuestionKind)):
         raise ValueError(f"{path.name}: kind {benchmark.kind!r}; allowed: {', '.join(get_args(QuestionKind))} or none")
+    if benchmark.prompt not in ("family", "dataset"):
+        raise ValueError(f"{path.name}: prompt {benchmark.prompt!r}; allowed: family, dataset")
+    if not isinstance(benchmark.sha256, str) or len(benchmark.sha256) not in (0, 64):
+        raise ValueError(f"{path.name}: sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
     if benchmark.judge not in ("none", "optional", "required"):
         raise ValueError(f"{path.name}: judge {benchmark.judge!r}; allowed: none, optional, required")
     return benchmark

@@ -144,7 +144,12 @@ def _eval(args: argparse.Namespace) -> int:
         _say("run the same command again to retry what failed; finished cells are reused")
     from ivcp_eval.compare import compare
 
-    _say(f"\n{compare(outcome.csv).to_terminal()}\n\nresults: {outcome.csv}")
+    try:
+        _say(f"\n{compare(outcome.csv).to_terminal()}")
+    except ValueError as error:
+        # Where every cell has a problem (said above), or only the baseline was asked for, there is no table.
+        _say(f"\nno comparison: {error}")
+    _say(f"\nresults: {outcome.csv}")
     return 1 if outcome.problems else 0
 
 

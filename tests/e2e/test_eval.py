@@ -141,7 +141,7 @@ def test_missing_columns_are_named(
 def test_changed_data_is_refused(
     lab: Lab, declared: Callable[[str, str, str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    declared("changed", YAML.format(name="changed") + f"sha256: {'0' * 64}\n", "index\n0\n")
+    declared("changed", YAML.format(name="changed") + f"sha256: {'f' * 64}\n", "index\n0\n")
     assert lab.eval("--data", "changed") == 2
     assert "checksum" in capsys.readouterr().err
 

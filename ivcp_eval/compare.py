@@ -193,7 +193,8 @@ def _skeleton(baseline: Row, pruned: Row) -> ComparedRow:
 def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) -> ComparedRow | str:
     """The row with its paired statistics, or why the per-sample scores do not give this metric."""
     before, after = samples
-    scored = [i for i in before if not (math.isnan(before[i]["score"]) or math.isnan(after[i]["score"]))]
+    of_metric = _of_category(before, row.metric)
+    scored = [i for i in of_metric if not (math.isnan(before[i]["score"]) or math.isnan(after[i]["score"]))]
     if not scored:
         return "no sample has a score of its own"
     texts = [_columns(one, scored) for one in samples]
@@ -220,8 +221,12 @@ def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) 
     # McNemar's test needs independent samples and an average of their verdicts.
     independent = result.n_clusters == result.n_samples and rule.aggregate is None
     exact = independent and not changed.graded
-    unscored = len(before) - len(scored)
-    notes = (*row.notes, *result.notes, *([f"{unscored} samples without a score left out"] if unscored else []))
+    unscored = len(of_metric) - len(scored)
+    notes = (
+        *row.notes,
+        *result.notes,
+        *([f"{unscored} samples without a score of their own left out"] if unscored else []),
+    )
     return replace(
         row,
         paired=True,
@@ -240,6 +245,12 @@ def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) 
         p_value=stats.mcnemar(old, new).p_value if exact else result.p_value,
         notes=notes,
     )
+
+
+def _of_category(samples: Samples, metric: str) -> list[str]:
+    """Indices of the samples that a metric is about: those of the category it is named after, else all."""
+    named = [index for index, row in samples.items() if row["category"].lower() == metric.lower()]
+    return named or list(samples)
 
 
 def _columns(samples: Samples, indices: Sequence[str]) -> dict[str, np.ndarray]:
@@ -269,7 +280,7 @@ def _unpaired(row: ComparedRow, baseline: Row, pruned: Row, why: str) -> Compare
         n_samples=pruned["n_samples"] or known,
         n_clusters=pruned["n_clusters"],
         standard_error=result.standard_error,
-        test="z, unpaired",
+        test="unpaired z",
         p_value=result.p_value,
         notes=tuple(notes),
     )

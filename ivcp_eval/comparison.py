@@ -221,7 +221,7 @@ def _noise(rows: Sequence[ComparedRow]) -> list[str]:
     shares = [share for share in shares if not math.isnan(share)]
     if not shares:
         return []
-    span = f"{min(shares):.2g}" if len(shares) == 1 else f"{min(shares):.2g} to {max(shares):.2g}"
+    span = " to ".join(dict.fromkeys(f"{share:.2g}" for share in (min(shares), max(shares))))
     return [
         f"Noise: a true difference below {span} % of the scale would have been missed more often than in one run of "
         "five (80 % power). Intervals cover the choice of samples; not the judge's, the clock's or sampling's noise."

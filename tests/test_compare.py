@@ -1,0 +1,423 @@
+"""Comparisons: joining, pairing, refusals, and a table that says what it does not know."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ivcp_eval import stats
+from ivcp_eval.compare import compare
+from ivcp_eval.comparison import LOUD
+from ivcp_eval.results import make_row, write_results, write_samples
+
+BASELINES = Path(__file__).parents[1] / "results" / "baselines"
+N = 60
+
+
+def make(method: str = "none", **values):
+    ratio = 1.0 if method == "none" else 0.5
+    own = {
+        "model": "qwen25",
+        "benchmark": "dev",
+        "metric": "accuracy",
+        "method": method,
+        "ratio_asked": ratio,
+        "ratio_kept_final": ratio,
+        "ratio_layer_mean": (1 + ratio) / 2,
+        "ratio_kv_cache": ratio,
+        "status": "ok",
+        "score": 80.0,
+        "score_scale": 100,
+        "n_samples": N,
+        "run_id": f"run-{method}",
+        "judge": "exact_matching",
+        "vlmeval_version": "ms-vlmeval 0.0.20",
+        "prompt_sha256": "a" * 64,
+        "benchmark_sha256": "b" * 64,
+        "max_pixels": 1000,
+        "trained_weights": True,
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "sdpa",
+    }
+    if values.get("source"):
+        own = {name: own[name] for name in ("model", "benchmark", "metric", "method", "status", "score", "score_scale")}
+    return make_row(**{**own, **values})
+
+
+def samples(scores, *, answers="yes", start: int = 0, **values):
+    return [
+        {"index": i + start, "cluster": i // 2, "prediction": f"{score}", "answer": answers, "score": score, **values}
+        for i, score in enumerate(scores)
+    ]
+
+
+@pytest.fixture
+def scores() -> tuple[np.ndarray, np.ndarray]:
+    """48 of 60 right; pruned loses ten of them and gains four."""
+    baseline = np.array([1.0] * 48 + [0.0] * 12)
+    pruned = baseline.copy()
+    pruned[:10], pruned[-4:] = 0, 1
+    return baseline, pruned
+
+
+@pytest.fixture
+def folder(tmp_path, scores) -> Path:
+    """results.csv with an unpruned and a pruned row and their per-sample files."""
+    write_samples(tmp_path / "runs" / "none.csv", samples(scores[0]))
+    write_samples(tmp_path / "runs" / "ivc.csv", samples(scores[1]))
+    rows = [
+        make(predictions="runs/none.csv", prefill_ms_median=200, decode_ms_per_token_median=10),
+        make("ivc_prune", score=70.0, predictions="runs/ivc.csv", prefill_ms_median=150, decode_ms_per_token_median=9),
+    ]
+    write_results(tmp_path / "results.csv", rows)
+    return tmp_path
+
+
+def write(folder: Path, *rows, name: str = "results.csv") -> Path:
+    write_results(folder / name, rows)
+    return folder / name
+
+
+class TestPaired:
+    def test_against_the_files_own_baseline(self, folder, scores):
+        (row,) = compare(folder / "results.csv").rows
+        expected = stats.paired_bootstrap(*scores, np.arange(N) // 2, scale=100)
+        assert row.paired
+        assert (row.score_baseline, row.score_pruned, row.difference) == (80, 70, -10)
+        assert row.retained_percent == 87.5
+        assert (row.right_to_wrong, row.wrong_to_right, row.answers_changed) == (10, 4, 14)
+        assert (row.n_samples, row.n_clusters, row.test) == (N, N // 2, "permutation")
+        width = expected.difference_interval.high - expected.difference_interval.low
+        assert row.difference_low == pytest.approx(expected.difference_interval.low, abs=0.08 * width)
+        assert row.difference_high == pytest.approx(expected.difference_interval.high, abs=0.08 * width)
+        assert row.p_value == pytest.approx(expected.p_value, abs=0.02)
+        assert row.minimal_detectable_effect == pytest.approx(2.8 * row.standard_error, rel=0.01)
+        assert (row.prefill_time_ratio, row.decode_time_ratio) == (0.75, 0.9)
+        assert row.notes == ()
+
+    def test_mcnemar_for_independent_verdicts(self, folder, scores):
+        for name, values in zip(("none", "ivc"), scores, strict=True):
+            write_samples(folder / "runs" / f"{name}.csv", [{**row, "cluster": ""} for row in samples(values)])
+        (row,) = compare(folder / "results.csv").rows
+        assert row.test == "McNemar"
+        assert row.p_value == stats.mcnemar(*scores).p_value
+        assert row.n_clusters == N
+
+    def test_order_of_samples_and_rows_does_not_matter(self, folder, scores):
+        before = compare(folder / "results.csv").rows
+        write_samples(folder / "runs" / "ivc.csv", samples(scores[1])[::-1])
+        other = make("fastv", score=70.0, predictions="runs/ivc.csv", run_id="f")
+        rows = [other, make("ivc_prune", score=70.0, predictions="runs/ivc.csv"), make(predictions="runs/none.csv")]
+        after = compare(write(folder, *rows)).rows[1]
+        assert (after.difference_low, after.p_value) == (before[0].difference_low, before[0].p_value)
+
+    def test_two_files(self, folder):
+        elsewhere = folder / "other" / "base.csv"
+        (folder / "other" / "runs").mkdir(parents=True)
+        (folder / "other" / "runs" / "none.csv").write_bytes((folder / "runs" / "none.csv").read_bytes())
+        write_results(elsewhere, [make(predictions="runs/none.csv")])
+        write(folder, make("ivc_prune", score=70.0, predictions="runs/ivc.csv"))
+        comparison = compare(folder / "results.csv", elsewhere)
+        assert comparison.rows[0].paired
+        assert str(elsewhere) in comparison.to_terminal()
+
+    def test_holm_over_all_rows(self, folder):
+        methods = ("ivc_prune", "fastv", "random")
+        rows = [make(m, score=70.0, predictions="runs/ivc.csv", run_id=m) for m in methods]
+        compared = compare(write(folder, make(predictions="runs/none.csv"), *rows)).rows
+        assert [row.p_holm for row in compared] == pytest.approx(stats.holm([row.p_value for row in compared]).tolist())
+        assert max(row.p_holm for row in compared) > max(row.p_value for row in compared)
+
+    def test_samples_without_a_score_leave_both_sides(self, folder, scores):
+        baseline = [*scores[0], math.nan]
+        pruned = [*scores[1], 1.0]
+        write_samples(folder / "runs" / "none.csv", samples(baseline))
+        write_samples(folder / "runs" / "ivc.csv", samples(pruned))
+        (row,) = compare(folder / "results.csv").rows
+        assert row.paired
+        assert row.n_samples == N
+        assert any("1 samples without a score" in note for note in row.notes)
+
+    def test_circular_questions(self, tmp_path):
+        """Twenty questions of two rotations each; one wrong rotation makes the question wrong."""
+
+        def rotations(wrong):
+            rows = []
+            for question in range(20):
+                for turn in range(2):
+                    index = question + 1_000_000 * turn
+                    rows.append(
+                        {"index": index, "cluster": index, "score": float(index not in wrong), "prediction": ""}
+                    )
+            return rows
+
+        write_samples(tmp_path / "none.csv", rotations({0}))
+        write_samples(tmp_path / "ivc.csv", rotations({0, 1_000_000, 3, 1_000_007}))
+        name = {"benchmark": "MMBench_DEV_EN_V11"}
+        rows = [make(score=95.0, predictions="none.csv", **name)]
+        rows += [make("ivc_prune", score=85.0, predictions="ivc.csv", **name)]
+        (row,) = compare(write(tmp_path, *rows), resamples=500).rows
+        assert row.paired
+        assert (row.n_samples, row.n_clusters) == (40, 20)
+        assert row.difference_low < -10 < row.difference_high
+
+
+class TestUnpaired:
+    def test_totals_only(self, folder):
+        rows = [make(), make("ivc_prune", score=70.0)]
+        comparison = compare(write(folder, *rows))
+        (row,) = comparison.rows
+        known = stats.unpaired_interval(80, N, 70, N, scale=100)
+        assert not row.paired
+        assert (row.difference_low, row.difference_high) == (
+            known.difference_interval.low,
+            known.difference_interval.high,
+        )
+        assert row.right_to_wrong is None
+        assert "unpaired: totals only" in row.notes
+        assert "unpaired" in comparison.to_terminal()
+        assert "Unpaired: 1 of 1 rows" in comparison.to_terminal()
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda f: (f / "runs" / "none.csv").unlink(), r"none\.csv is missing"),
+            (
+                lambda f: write_samples(f / "runs" / "none.csv", samples([1.0] * N, start=1)),
+                "not the same samples: 1 only",
+            ),
+            (lambda f: write_samples(f / "runs" / "none.csv", samples([1.0] * N)), "give 100, not the reported 80"),
+            (lambda f: write_samples(f / "runs" / "none.csv", samples([math.nan] * N)), "no sample has a score"),
+        ],
+    )
+    def test_why_not_paired(self, folder, change, said):
+        change(folder)
+        (row,) = compare(folder / "results.csv").rows
+        assert not row.paired
+        assert not math.isnan(row.difference_low)
+        assert any(re.search(f"^unpaired: .*{said}", note) for note in row.notes)
+
+    def test_a_category_is_compared_on_its_own_samples(self, folder, scores):
+        for name, values in zip(("none", "ivc"), scores, strict=True):
+            rows = [{**row, "category": "Colour" if i < 20 else "shape"} for i, row in enumerate(samples(values))]
+            write_samples(folder / "runs" / f"{name}.csv", rows)
+        rows = [make(metric="colour", score=100.0, predictions="runs/none.csv")]
+        rows += [make("ivc_prune", metric="colour", score=50.0, predictions="runs/ivc.csv")]
+        (row,) = compare(write(folder, *rows)).rows
+        assert row.paired
+        assert (row.n_samples, row.right_to_wrong, row.wrong_to_right) == (20, 10, 0)
+
+    def test_a_metric_that_samples_do_not_determine(self, folder):
+        rows = [
+            make(metric="mean_iou", score=0.71, score_scale=1, predictions="runs/none.csv"),
+            make("ivc_prune", metric="mean_iou", score=0.66, score_scale=1, predictions="runs/ivc.csv"),
+        ]
+        (row,) = compare(write(folder, *rows)).rows
+        assert not row.paired
+        assert row.right_to_wrong is None
+
+    def test_a_sum_has_no_interval_from_totals(self, folder):
+        rows = [make(benchmark="MME", score=2300, score_scale=2800, n_samples=2374)]
+        rows += [make("ivc_prune", benchmark="MME", score=2250, score_scale=2800, n_samples=2374)]
+        comparison = compare(write(folder, *rows))
+        assert math.isnan(comparison.rows[0].difference_low)
+        assert any("not a mean of shares" in note for note in comparison.rows[0].notes)
+        assert "none unpaired" in comparison.to_terminal()
+        assert "No row could be tested" in comparison.to_terminal()
+
+    def test_a_broken_sample_file_is_no_reason_to_go_on(self, folder):
+        (folder / "runs" / "ivc.csv").write_text("index,score\n1,1\n")
+        with pytest.raises(ValueError, match=r"ivc\.csv lacks the column"):
+            compare(folder / "results.csv")
+
+
+class TestPublished:
+    def test_a_reproduction_against_the_paper(self, tmp_path):
+        name = {"benchmark": "RefCOCO_testA", "metric": "Acc@0.5", "n_samples": 5657}
+        results = write(tmp_path, make(score=92.0, **name), make("ivc_prune", score=91.8, **name))
+        comparison = compare(results, BASELINES / "ivc_prune_paper.csv")
+        unpruned, pruned = comparison.rows
+        assert (unpruned.method, unpruned.score_baseline) == ("none", 92.2)
+        assert (pruned.method, pruned.score_baseline) == ("ivc_prune", 92.2)
+        assert not pruned.paired
+        assert "arXiv 2602.03060" in pruned.baseline_source
+        assert any("5657 assumed" in note for note in pruned.notes)
+        assert any("not stated by the published row: judge, vlmeval_version" in note for note in pruned.notes)
+        assert math.isnan(pruned.prefill_time_ratio), "times of unknown devices are not compared"
+        same = compare(results, BASELINES / "ivc_prune_paper.csv", against="same_method").rows
+        assert [(row.method, row.score_baseline) for row in same] == [("none", 92.2), ("ivc_prune", 92.0)]
+
+    def test_published_against_published(self):
+        path = BASELINES / "angelslim_qwen25.csv"
+        comparison = compare(path)
+        assert len(comparison.rows) == 18 * 11
+        assert all(math.isnan(row.p_value) for row in comparison.rows)
+        assert "Mean retained, qwen25 idpruner 0.25: 95.2 % over 11 benchmarks." in comparison.to_terminal()
+
+    def test_another_harness_is_refused(self, tmp_path):
+        results = write(tmp_path, make("ivc_prune", benchmark="MMStar", score=60.0))
+        with pytest.raises(ValueError, match="vlmeval_version: baseline lmms-eval, not VLMEvalKit, results ms-vlmeval"):
+            compare(results, BASELINES / "angelslim_qwen25.csv")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("column", "value"),
+        [
+            ("judge", "gpt-4o-mini@2024-07-18"),
+            ("vlmeval_version", "vlmeval e8e78f0"),
+            ("prompt_sha256", "c" * 64),
+            ("min_pixels", 3136),
+            ("max_pixels", None),
+            ("max_new_tokens", 64),
+            ("benchmark_sha256", "d" * 64),
+            ("revision", "other"),
+            ("trained_weights", False),
+        ],
+    )
+    def test_unlike_makings(self, folder, column, value):
+        unlike = make("ivc_prune", score=70.0, predictions="runs/ivc.csv", **{column: value})
+        write(folder, make(predictions="runs/none.csv"), unlike)
+        with pytest.raises(ValueError, match=f"(?s)dev accuracy ivc_prune 0.5: {column}: baseline .*force"):
+            compare(folder / "results.csv")
+        forced = compare(folder / "results.csv", force=True)
+        assert forced.rows[0].paired
+        assert f"FORCED although unlike: qwen25 dev accuracy ivc_prune 0.5: {column}: baseline" in forced.to_terminal()
+        assert f"differs, forced: {column}" in forced.to_frame()["notes"][0]
+
+    def test_every_difference_is_named(self, folder):
+        unlike = make("ivc_prune", score=70.0, judge="x", max_pixels=7)
+        write(folder, make(), unlike)
+        with pytest.raises(ValueError, match=r"(?s)judge: baseline exact_matching, results x.*max_pixels: .*1000.*7"):
+            compare(folder / "results.csv")
+
+    @pytest.mark.parametrize(
+        ("what", "said"),
+        [({"answers": "no", "prompt_sha256": "f" * 64}, "true answers"), ({"prompt_sha256": "e" * 64}, "prompts")],
+    )
+    def test_other_questions_under_the_same_index(self, folder, scores, what, said):
+        write_samples(folder / "runs" / "none.csv", samples(scores[0], prompt_sha256="f" * 64))
+        write_samples(folder / "runs" / "ivc.csv", samples(scores[1], **what))
+        with pytest.raises(ValueError, match=f"{said} of 60 of 60 samples differ"):
+            compare(folder / "results.csv")
+
+    def test_what_may_differ_is_remarked(self, folder):
+        other = make("ivc_prune", score=70.0, device="NVIDIA H100", prefill_ms_median=1)
+        write(folder, make(prefill_ms_median=2), other)
+        (row,) = compare(folder / "results.csv").rows
+        assert "differs: device: baseline cpu, results NVIDIA H100" in row.notes
+        assert math.isnan(row.prefill_time_ratio)
+
+    def test_scales(self, folder):
+        write(folder, make(), make("ivc_prune", score=0.7, score_scale=1))
+        with pytest.raises(ValueError, match="scales of the scores differ, 100 and 1"):
+            compare(folder / "results.csv", force=True)
+
+    def test_of_several_baselines_the_alike_one_is_taken(self, folder):
+        small = make(max_pixels=500, score=60.0, run_id="small")
+        write(folder, small, make(), make("ivc_prune", score=70.0))
+        assert compare(folder / "results.csv").rows[0].score_baseline == 80
+
+    def test_two_equal_baselines_are_ambiguous(self, folder):
+        write(folder, make(), make(checkpoint="copy", run_id="other", score=79.0), make("ivc_prune", score=70.0))
+        with pytest.raises(ValueError, match=r"2 baseline rows fit .* differ in checkpoint, score, run_id"):
+            compare(folder / "results.csv")
+
+    def test_unfinished_rows_are_named_not_compared(self, folder):
+        failed = make("fastv", status="failed", score=None, reason="out of memory")
+        lonely = make("ivc_prune", benchmark="lonely")
+        rows = [
+            make(predictions="runs/none.csv"),
+            make("ivc_prune", score=70.0, predictions="runs/ivc.csv"),
+            failed,
+            lonely,
+        ]
+        comparison = compare(write(folder, *rows))
+        assert len(comparison.rows) == 1
+        text = comparison.to_terminal()
+        assert "Not compared: qwen25 dev accuracy fastv 0.5: failed (out of memory)" in text
+        assert "Not compared: qwen25 lonely accuracy ivc_prune 0.5: no baseline row" in text
+
+    def test_nothing_to_compare(self, folder):
+        with pytest.raises(ValueError, match=r"nothing to compare .*\n  .*no pruned row"):
+            compare(write(folder, make()))
+        with pytest.raises(ValueError, match="the baseline file knows the models deepseek_vl2_small, internvl25"):
+            compare(write(folder, make("ivc_prune", model="tiny")), BASELINES / "ivc_prune_paper.csv")
+        unfinished = make(status="incomplete", reason="killed", score=None)
+        with pytest.raises(ValueError, match=r"its baseline is incomplete \(killed\)"):
+            compare(write(folder, unfinished, make("ivc_prune")))
+        with pytest.raises(FileNotFoundError):
+            compare(folder / "absent.csv")
+
+
+class TestTable:
+    def test_terminal(self, folder):
+        text = compare(folder / "results.csv").to_terminal()
+        line = next(line for line in text.splitlines() if "ivc_prune 0.5" in line)
+        for cell in ("qwen25", "dev", "80.0", "70.0", "87.5", "10 / 4", "0.50 / 0.50 / 0.75 / 0.50", "0.75x"):
+            assert cell in line
+        assert "its unpruned rows" in text
+        assert "Paired: 1 of 1 rows" in text
+        assert "Holm" in text
+        assert "80 % power" in text
+        assert LOUD not in text
+
+    def test_markdown(self, folder):
+        text = compare(folder / "results.csv").to_markdown()
+        assert "| qwen25  | dev" in text
+        assert "\n- Paired: 1 of 1" in text
+
+    def test_a_significant_loss_is_marked(self, folder, scores):
+        write_samples(folder / "runs" / "ivc.csv", samples([0.0] * 30 + [1.0] * 18 + [0.0] * 12))
+        write(folder, make(predictions="runs/none.csv"), make("ivc_prune", score=30.0, predictions="runs/ivc.csv"))
+        assert "30.0*" in compare(folder / "results.csv").to_terminal()
+
+    @pytest.mark.parametrize("untrained", ["none", "ivc_prune"])
+    def test_random_weights_are_loud(self, folder, untrained):
+        rows = [make(trained_weights=untrained != "none"), make("ivc_prune", trained_weights=untrained != "ivc_prune")]
+        assert compare(write(folder, *rows), force=True).to_terminal().count(LOUD) == 2
+
+    def test_csv(self, folder, tmp_path):
+        import pandas as pd
+
+        comparison = compare(folder / "results.csv", margin=1)
+        comparison.write_csv(tmp_path / "comparison.csv")
+        frame = pd.read_csv(tmp_path / "comparison.csv")
+        assert len(frame) == 1
+        assert frame.loc[0, "difference"] == -10
+        assert bool(frame.loc[0, "paired"])
+        assert list(frame) == list(comparison.to_frame())
+
+    def test_mean_retained_counts_each_benchmark_once(self, folder):
+        rows = []
+        for benchmark, retained in (("a", 0.9), ("b", 0.7)):
+            rows += [make(benchmark=benchmark), make(benchmark=benchmark, metric="other")]
+            rows += [make("ivc_prune", benchmark=benchmark, score=80 * retained)]
+            rows += [make("ivc_prune", benchmark=benchmark, metric="other", score=0.0)]
+        text = compare(write(folder, *rows)).to_terminal()
+        assert "Mean retained, qwen25 ivc_prune 0.5: 80.0 % over 2 benchmarks." in text
+
+
+class TestVerdict:
+    @pytest.mark.parametrize(("margin", "verdict"), [(50, "not worse"), (0.01, "worse"), (20, "undecided")])
+    def test_margin(self, folder, scores, margin, verdict):
+        pruned = scores[0].copy()
+        pruned[:12] = 0
+        write_samples(folder / "runs" / "ivc.csv", samples(pruned))
+        write(folder, make(predictions="runs/none.csv"), make("ivc_prune", score=60.0, predictions="runs/ivc.csv"))
+        comparison = compare(folder / "results.csv", margin=margin)
+        assert comparison.rows[0].verdict == verdict
+        assert verdict in comparison.to_terminal()
+
+    @pytest.mark.parametrize(("margin", "verdict"), [(5, "undecided"), (11, "not worse")])
+    def test_no_difference_in_few_samples_proves_little(self, folder, margin, verdict):
+        """Thirty clusters without a difference exclude a loss of 10 % (rule of three), not one of 5 %."""
+        write(folder, make(predictions="runs/none.csv"), make("ivc_prune", predictions="runs/none.csv"))
+        (row,) = compare(folder / "results.csv", margin=margin).rows
+        assert (row.difference_low, row.difference_high) == (0, 0)
+        assert row.verdict == verdict

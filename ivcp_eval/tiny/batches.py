@@ -21,8 +21,8 @@ BEFORE_IMAGE = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user
 AFTER_IMAGE = "<|vision_end|>"
 BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
-#: (questions, tokens) of the two groups of slots: boxes and multiple choice; yes/no and short answers.
-SLOTS = ((4, 37), (5, 21))
+#: (questions, tokens) of the three groups of slots: boxes; multiple choice; yes/no and short answers.
+SLOTS = ((3, 33), (1, 37), (5, 18))
 #: Total weight of one grounding answer; every other answer weighs 1.
 GROUNDING_WEIGHT = 2.0
 SHAPE_CLASSES = ("background", *SHAPES, SIGN)
@@ -102,22 +102,18 @@ def make_batch(split: str, first: int, count: int, size: tuple[int, int], object
     )
 
 
-def choose_questions(rng: np.random.Generator, scene: Scene) -> tuple[list[tasks.Sample], list[tasks.Sample]]:
-    """Pick questions for the long and the short slots of one scene; fewer than slots if the scene offers fewer."""
+def choose_questions(rng: np.random.Generator, scene: Scene) -> tuple[list[tasks.Sample], ...]:
+    """Pick questions for each group of slots of one scene; fewer than slots if the scene offers fewer."""
     plain, related = tasks.plain_references(scene), tasks.relation_references(scene)
-    long: list[tasks.Sample] = [related[i] for i in rng.permutation(len(related))[:2]]
-    long += [plain[i] for i in rng.permutation(len(plain))[: SLOTS[0][0] - len(long) - 1]]
-    for category in rng.permutation(tasks.MCQ_CATEGORIES).tolist() * 2:
-        if len(long) == SLOTS[0][0]:
-            break
-        question = tasks.mcq_question(rng, scene, category)
-        if question:
-            long.append(question)
+    boxes = [related[i] for i in rng.permutation(len(related))[:2]]
+    boxes += [plain[i] for i in rng.permutation(len(plain))[: SLOTS[0][0] - len(boxes)]]
+    asked = (tasks.mcq_question(rng, scene, c) for c in rng.permutation(tasks.MCQ_CATEGORIES).tolist())
+    choices = [q for q in asked if q][: SLOTS[1][0]]
     short = [q for _ in range(2) if (q := tasks.yes_no_question(rng, scene))]
     for category in ["number", *rng.permutation(("colour", "shape", "count", "count")).tolist()]:
-        if len(short) < SLOTS[1][0] and (q := tasks.short_question(rng, scene, category)):
+        if len(short) < SLOTS[2][0] and (q := tasks.short_question(rng, scene, category)):
             short.append(q)
-    return long, short
+    return boxes, choices, short
 
 
 def varied_prompt(rng_value: int, sample: tasks.Sample) -> str:
@@ -147,8 +143,8 @@ def answer_tokens(sample: tasks.Sample) -> tuple[list[int], list[float]]:
     return [*ids, *encode(END)], [GROUNDING_WEIGHT * w / total for w in weights] + [0.1]
 
 
-def pack(long: Sequence[tasks.Sample], short: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[float]]:
-    """Place questions in the slots: (ids, labels, weights) over all slot tokens.
+def pack(*groups: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[float]]:
+    """Place questions in the groups of slots: (ids, labels, weights) over all slot tokens.
 
     Raises:
         ValueError: if a question does not fit its slot or there are more questions than slots.
@@ -157,7 +153,7 @@ def pack(long: Sequence[tasks.Sample], short: Sequence[tasks.Sample]) -> tuple[l
     ids: list[int] = []
     labels: list[int] = []
     weights: list[float] = []
-    for (count, length), samples in zip(SLOTS, (long, short), strict=True):
+    for (count, length), samples in zip(SLOTS, groups, strict=True):
         if len(samples) > count:
             raise ValueError(f"{len(samples)} questions for {count} slots of {length} tokens")
         for slot in range(count):

@@ -59,9 +59,7 @@ def teacher_forced(
     return {name: sum(values) / len(values) for name, values in sorted(hits.items())}
 
 
-def _score_row(
-    hits: dict[str, list[float]], questions: tuple[list[Any], list[Any]], labels: Tensor, got: Tensor
-) -> None:
+def _score_row(hits: dict[str, list[float]], questions: tuple[list[Any], ...], labels: Tensor, got: Tensor) -> None:
     start = 0
     for (count, length), samples in zip(SLOTS, questions, strict=True):
         for slot, sample in enumerate(samples):

@@ -26,6 +26,7 @@ _CODE = (
     "ivcp_eval/engine/*.py",
     "ivcp_eval/methods/*.py",
     "ivcp_eval/vlmeval_bridge/*.py",
+    *(f"ivcp_eval/judge/{name}.py" for name in ("client", "questions")),
     *(f"ivcp_eval/{name}.py" for name in ("boxes", "grounding", "interface", "ops", "session", "scores")),
     "ivcp_eval/ivc_official*",
     "ivcp_eval/ivc_official/*.py",

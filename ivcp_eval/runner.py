@@ -22,12 +22,14 @@ from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cells import Cell, Identity
 from ivcp_eval.files import file_digest, write_json
 from ivcp_eval.journal import Journal
+from ivcp_eval.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
 from ivcp_eval.registry import adapter, make_method
 from ivcp_eval.results import write_results, write_samples
 from ivcp_eval.variants import BASELINE, Variant
 
 if TYPE_CHECKING:
     from ivcp_eval.session import Limits, Placement, Session
+    from ivcp_eval.vlmeval_bridge.evaluate import Scored
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Request:
         variant: the pruned variant; its unpruned baseline runs too.
         data: benchmark names or a group; empty takes the shipped sets for a shipped model, else the matrix.
         model_path: local weights. limit: first rows of each benchmark only.
-        judge: who rates where a benchmark needs a rating.
+        judge: model that rates; empty takes the default where a benchmark needs one, and exact matching elsewhere.
+        judge_url: its endpoint; empty takes ``$OPENAI_BASE_URL``, else OpenAI's.
         device, dtype, attention: empty to find. min_pixels, max_pixels, max_new_tokens: None for the published ones.
         runs: where cells live. output: the CSV; None puts it beside the cells.
         timing: False leaves all times and dates out, so that equal runs are equal bytes.
@@ -48,7 +51,8 @@ class Request:
     data: tuple[str, ...] = ()
     model_path: str | None = None
     limit: int | None = None
-    judge: str = "exact_matching"
+    judge: str = ""
+    judge_url: str = ""
     device: str = ""
     dtype: str = ""
     attention: str = ""
@@ -210,8 +214,21 @@ def _cell(
     return Cell(identity, request.runs)
 
 
+def _judge_config(request: Request, benchmark: Benchmark) -> JudgeConfig | None:
+    asked = asked_judge(request.judge, benchmark.judge)
+    return None if asked in ("none", EXACT_MATCHING) else JudgeConfig(asked, request.judge_url)
+
+
 def _judge_name(request: Request, benchmark: Benchmark) -> str:
-    return "none" if benchmark.judge == "none" else request.judge
+    config = _judge_config(request, benchmark)
+    return config.identity if config else asked_judge(request.judge, benchmark.judge)
+
+
+def _judges(request: Request, pending: Sequence[tuple[Benchmark, Cell]]) -> dict[str, Judge]:
+    """One judge per identity, so that each is probed once and shares its connections."""
+    folder = cache_folder(request.runs)
+    configs = [config for benchmark, _ in pending if (config := _judge_config(request, benchmark))]
+    return {config.identity: Judge(config, folder) for config in configs}
 
 
 def _prompt_digest(family: str, benchmark: Benchmark) -> str:
@@ -250,16 +267,20 @@ def _run_pending(
     say(f"loaded {request.variant.model} in {seconds:.1f} s ({place.dtype}, {place.attention}, {place.device})")
     for _, cell in pending:
         session.check(cell.identity.variant)
+    judges = _judges(request, pending)
     for number, (benchmark, cell) in enumerate(pending, 1):
         say(f"[{number}/{len(pending)}] {cell.identity.variant.name} on {benchmark.name}")
-        record = _run_cell(request, session, benchmark, cell)
+        record = _run_cell(request, session, benchmark, cell, judges.get(cell.identity.judge))
         if record["status"] == "ok":
             outcome.computed += 1
         else:
             outcome.problems.append(f"{cell.identity.variant.name} on {benchmark.name}: {record['reason']}")
 
 
-def _run_cell(request: Request, session: Session, benchmark: Benchmark, cell: Cell) -> dict[str, Any]:
+def _run_cell(
+    request: Request, session: Session, benchmark: Benchmark, cell: Cell, judge: Judge | None
+) -> dict[str, Any]:
+    from ivcp_eval.judge import JudgeError
     from ivcp_eval.scores import ScoreMissing
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
     from ivcp_eval.vlmeval_bridge.model import PrunedVLM
@@ -267,16 +288,15 @@ def _run_cell(request: Request, session: Session, benchmark: Benchmark, cell: Ce
     dataset = bridge.build(benchmark, request.limit)
     with Journal(cell.journal).open() as journal:
         model = PrunedVLM(session, cell.identity.variant, journal)
-        keys, broken = bridge.prompts(dataset, model)
+        prompts = bridge.prompts(dataset, model)
         work = cell.folder / "vlmeval"
-        predictions = bridge.infer(dataset, model, work, broken)
-        judge = {"model": "exact_matching" if cell.identity.judge == "none" else cell.identity.judge}
+        predictions = bridge.infer(dataset, model, work, prompts.broken)
+        problem = bridge.data_problem(benchmark)
         try:
-            metrics, sample_scores = bridge.score(benchmark, dataset, predictions, judge)
-            problem = ""
-        except ScoreMissing as error:
-            metrics, sample_scores, problem = {}, {}, f"no score: {error}"
-        samples = bridge.sample_rows(benchmark, dataset, keys, broken, journal, sample_scores)
+            scored = bridge.score(benchmark, dataset, predictions, judge)
+        except (JudgeError, ScoreMissing) as error:
+            scored, problem = bridge.Scored({}, {}), f"no score: {error}"
+        samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored.samples)
         failed = [row for row in samples if row["error"]]
         if failed and not problem:
             problem = f"{len(failed)} of {len(samples)} samples failed, e.g. {failed[0]['index']}: {failed[0]['error']}"
@@ -284,7 +304,7 @@ def _run_cell(request: Request, session: Session, benchmark: Benchmark, cell: Ce
             samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
         write_samples(cell.predictions, samples)
         used = [journal.records[row["prompt_sha256"]] for row in samples if not row["error"]]
-        record = _record(cell, metrics, samples, used, problem, request.timing)
+        record = _record(cell, scored, samples, used, problem, request.timing)
         write_json(cell.record, record)
     if record["status"] == "ok":
         shutil.rmtree(work)
@@ -293,13 +313,13 @@ def _run_cell(request: Request, session: Session, benchmark: Benchmark, cell: Ce
 
 def _record(
     cell: Cell,
-    metrics: Mapping[str, tuple[float, float]],
+    scored: Scored,
     samples: Sequence[Mapping[str, Any]],
     used: Sequence[Mapping[str, Any]],
     problem: str,
     timing: bool,
 ) -> dict[str, Any]:
-    status = "ok" if not problem else ("incomplete" if metrics else "failed")
+    status = "ok" if not problem else ("incomplete" if scored.metrics else "failed")
     prompt = sum(u["visual_tokens"] for u in used)
 
     def share(key: str) -> float | None:
@@ -310,9 +330,10 @@ def _record(
 
     return {
         "status": status,
-        "reason": problem,
+        "reason": problem or scored.remark,
         "identity": json.loads(cell.identity.canonical),
-        "metrics": {name: {"score": score, "scale": scale} for name, (score, scale) in metrics.items()},
+        "metrics": {name: {"score": score, "scale": scale} for name, (score, scale) in scored.metrics.items()},
+        "judge_failures": scored.judge_failures,
         "n_samples": len(samples),
         "n_clusters": len({row["cluster"] for row in samples}),
         "n_failed": sum(bool(row["error"]) for row in samples),
@@ -365,7 +386,8 @@ def _rows(request: Request, plan: _Plan, benchmark: Benchmark, cell: Cell, csv: 
     record = json.loads(cell.record.read_text(encoding="utf-8"))
     method = make_method(variant.method, variant.parameters)
     measured = (
-        *("n_samples", "n_clusters", "n_failed", "status", "reason", "visual_tokens_prompt_mean", "ratio_kept_final"),
+        *("n_samples", "n_clusters", "n_failed", "judge_failures", "status", "reason"),
+        *("visual_tokens_prompt_mean", "ratio_kept_final"),
         *("ratio_layer_mean", "ratio_kv_cache", "new_tokens_mean", "prefill_ms_median", "decode_ms_per_token_median"),
         *("vision_ms_median", "ivcp_commit", "ivcp_dirty", "device", "date"),
     )

@@ -37,17 +37,19 @@ def read_metrics(benchmark: Benchmark, folder: Path, stem: str, judge: str) -> d
 
 def read_samples(samples: Samples, folder: Path, stem: str, judge: str) -> dict[str, float]:
     """Per-sample scores in 0..1 by index; NaN where the evaluator gave none."""
-    table = _table(folder, stem, samples.file.format(judge=judge))
-    for column in ("index", samples.column):
+    table = read_table(folder, stem, samples.file.format(judge=judge))
+    for column in ("index", samples.column, *samples.rows):
         if column not in table:
             raise ScoreMissing(f"{stem}{samples.file} has no column {column!r}; it has {', '.join(map(str, table))}")
+    for column, wanted in samples.rows.items():
+        table = table[table[column].astype(str) == str(wanted)]
     values = table[samples.column].map(_number)
     return {str(index): value * samples.factor for index, value in zip(table["index"], values, strict=True)}
 
 
 def _read_metric(metric: Metric, folder: Path, stem: str, judge: str) -> float:
     file = metric.file.format(judge=judge)
-    table = _table(folder, stem, file)
+    table = read_table(folder, stem, file)
     columns = metric.column.split("+") if metric.combine == "sum" else [metric.column]
     for column in [*metric.rows, *columns]:
         if column not in table:
@@ -73,7 +75,8 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
-def _table(folder: Path, stem: str, ending: str) -> pd.DataFrame:
+def read_table(folder: Path, stem: str, ending: str) -> pd.DataFrame:
+    """The file ``<folder>/<stem><ending>`` as a table; raises ScoreMissing, naming what there is, if it is not there."""
     import pandas as pd
 
     path = folder / f"{stem}{ending}"

@@ -124,6 +124,12 @@ class Grounding(_Shipped):
     TYPE = "GROUNDING"
     KIND = "grounding"
 
+    def load_data(self, dataset: str) -> pd.DataFrame:
+        """As the base class; the expressions lose the outer spaces that many annotations have."""
+        table = super().load_data(dataset)
+        table["question"] = table["question"].str.strip()
+        return table
+
     def build_prompt(self, line: Any) -> list[dict[str, str]]:
         """For models without a grounding prompt of their own."""
         message = super().build_prompt(line)
@@ -160,3 +166,9 @@ def message_key(message: list[dict[str, str]]) -> str:
         content = file_digest(value) if part["type"] == "image" else value
         digest.update(json.dumps([part["type"], content]).encode())
     return digest.hexdigest()
+
+
+def image_key(message: list[dict[str, str]]) -> str:
+    """Content hash of a prompt's images, equal for all questions on the same pictures; 16 hexadecimal digits."""
+    content = [file_digest(part["value"]) for part in message if part["type"] == "image"]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

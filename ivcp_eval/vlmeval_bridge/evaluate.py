@@ -6,8 +6,10 @@ and would hand one run's verdicts to another. What survives a kill is our journa
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,14 @@ from vlmeval.inference import infer_data_job
 from ivcp_eval import scores
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.journal import Journal
-from ivcp_eval.vlmeval_bridge.datasets import message_key
-from ivcp_eval.vlmeval_bridge.environment import lossless_files
+from ivcp_eval.judge import Judge
+from ivcp_eval.registry import unknown
+from ivcp_eval.scores import ScoreMissing
+from ivcp_eval.vlmeval_bridge import judging
+from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
+from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.model import PrunedVLM
+from ivcp_eval.vlmeval_bridge.sample_scores import RULES
 
 
 class DataMissing(RuntimeError):
@@ -43,8 +50,6 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
     else:
         reason = "VLMEvalKit does not know it, and no such TSV is in its data root"
     if dataset is None:
-        from ivcp_eval.vlmeval_bridge.environment import data_root
-
         raise DataMissing(
             f"benchmark {benchmark.name!r}: the data is not here and could not be fetched ({reason}). "
             f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder). {benchmark.source}"
@@ -54,24 +59,34 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
     return dataset
 
 
-def prompts(dataset: Any, model: PrunedVLM) -> tuple[dict[str, str], dict[str, str]]:
-    """Build every prompt as VLMEvalKit's loop will.
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of a data set.
 
-    Returns:
-        (index -> prompt key) and (index -> error) for rows whose prompt cannot be built, e.g. a corrupt image.
+    Attributes:
+        keys: index -> content hash of the prompt. pictures: index -> content hash of its images alone.
+        broken: index -> error, for rows whose prompt cannot be built, e.g. because of a corrupt image.
     """
+
+    keys: dict[str, str]
+    pictures: dict[str, str]
+    broken: dict[str, str]
+
+
+def prompts(dataset: Any, model: PrunedVLM) -> Prompts:
+    """Build every prompt as VLMEvalKit's loop will."""
     model.set_dump_image(dataset.dump_image)
     custom = model.use_custom_prompt(dataset.dataset_name) and not getattr(dataset, "force_use_dataset_prompt", False)
-    keys: dict[str, str] = {}
-    broken: dict[str, str] = {}
+    found = Prompts({}, {}, {})
     for i in range(len(dataset.data)):
         line = dataset.data.iloc[i]
         try:
             message = model.build_prompt(line, dataset=dataset.dataset_name) if custom else dataset.build_prompt(line)
-            keys[str(line["index"])] = message_key(message)
+            index = str(line["index"])
+            found.keys[index], found.pictures[index] = message_key(message), image_key(message)
         except (OSError, ValueError, AssertionError, SyntaxError) as error:
-            broken[str(line["index"])] = f"{type(error).__name__}: {error}"
-    return keys, broken
+            found.broken[str(line["index"])] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Mapping[str, str]) -> Path:
@@ -101,22 +116,97 @@ def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Mapping[str, str
     return path
 
 
-def score(
-    benchmark: Benchmark, dataset: Any, predictions: Path, judge: Mapping[str, Any]
-) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """VLMEvalKit's own evaluation, and the numbers it left: (metric -> (score, scale), index -> sample score).
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation left.
 
-    For an undeclared data set every number of the returned table is a metric on an unknown scale of 100.
+    Attributes:
+        metrics: name -> (score, scale). samples: index -> score in 0..1; without an entry: not scored alone.
+        judge_failures: answers that the judge could not rate, which are left out of the score; None if none was asked.
+        remark: what else should be known, in words.
     """
+
+    metrics: dict[str, tuple[float, float]]
+    samples: dict[str, float]
+    judge_failures: int | None = None
+    remark: str = ""
+
+
+def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | None = None) -> Scored:
+    """VLMEvalKit's own evaluation, and the numbers it left.
+
+    VLMEvalKit's judge is never asked: what has to be judged is rated by ours first (see `judging`), and VLMEvalKit
+    then evaluates by exact matching or from the finished ratings. For an undeclared data set every number of the
+    returned table is a metric on an unknown scale of 100.
+
+    Raises:
+        ScoreMissing: the evaluator failed or left no number, or the benchmark needs a judge and has none.
+        JudgeError: the judge cannot be reached, refuses or does not make sense.
+    """
+    unrated: list[str] | None = None
+    evaluator = "exact_matching"
+    if benchmark.judge == "required":
+        evaluator = "judged"
+        if judge is None:
+            raise ScoreMissing(
+                f"{benchmark.name} is rated by a judge, which exact matching cannot replace; name one (JUDGE=gpt-4o)"
+            )
     with lossless_files():
-        returned = dataset.evaluate(str(predictions), **judge)
-    name = str(judge.get("model", "exact_matching"))
-    stem, folder = predictions.stem, predictions.parent
-    metrics = scores.read_metrics(benchmark, folder, stem, name)
-    if not benchmark.metrics:
-        metrics = _all_numbers(returned)
-    samples = scores.read_samples(benchmark.samples, folder, stem, name) if benchmark.samples else {}
-    return metrics, samples
+        if judge is not None and benchmark.judge != "none":
+            predictions, unrated = judging.rate(benchmark, dataset, predictions, judge, evaluator)
+        try:
+            returned = dataset.evaluate(str(predictions), model=evaluator)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            raise ScoreMissing(f"VLMEvalKit's evaluator of {benchmark.vlmeval} failed: {error!r}") from error
+    metrics = scores.read_metrics(benchmark, predictions.parent, predictions.stem, evaluator)
+    samples = _samples(benchmark, dataset, predictions, evaluator)
+    left_out = set(unrated or ())
+    return Scored(
+        metrics or _all_numbers(returned),
+        {index: value for index, value in samples.items() if index not in left_out},
+        None if unrated is None else len(unrated),
+        _remark(benchmark, predictions, unrated or ()),
+    )
+
+
+def _samples(benchmark: Benchmark, dataset: Any, predictions: Path, evaluator: str) -> dict[str, float]:
+    if benchmark.samples is None:
+        return {}
+    if not benchmark.samples.rule:
+        return scores.read_samples(benchmark.samples, predictions.parent, predictions.stem, evaluator)
+    if benchmark.samples.rule not in RULES:
+        raise unknown("rule of per-sample scores", benchmark.samples.rule, RULES)
+    return RULES[benchmark.samples.rule](dataset, predictions, evaluator)
+
+
+def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> str:
+    remarks = []
+    if unrated:
+        remarks.append(f"the judge could not rate {len(unrated)} answers, which are left out")
+    if benchmark.kind == "grounding":
+        table = scores.read_table(predictions.parent, predictions.stem, "_acc.csv")
+        boxless, n = int(table["unparsable"].iloc[0]), int(table["n"].iloc[0])
+        if boxless:
+            remarks.append(f"{boxless} of {n} answers hold no box and count as misses")
+    return "; ".join(remarks)
+
+
+def data_problem(benchmark: Benchmark) -> str:
+    """Why the benchmark's file is not the whole test set, by the report that its converter left; empty if it is."""
+    path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
+    report_path = path.with_name(f"{path.name}.report.json")
+    if not report_path.is_file():
+        return ""
+    report = json.loads(report_path.read_text(encoding="utf-8"))
+    if report["bytes"] != path.stat().st_size:
+        return f"{report_path.name} is not the report of {path.name}; convert the data set again"
+    if report["complete"]:
+        return ""
+    expected = report["expected_rows"] if report["expected_rows"] is not None else "an unknown number of"
+    return (
+        f"the test set is not whole: {report['rows']} of {expected} expressions, {report['skipped']} skipped as "
+        f"unusable (see {report_path.name})"
+    )
 
 
 def _all_numbers(returned: Any) -> dict[str, tuple[float, float]]:
@@ -141,8 +231,7 @@ def _is_number(value: Any) -> bool:
 def sample_rows(
     benchmark: Benchmark,
     dataset: Any,
-    keys: Mapping[str, str],
-    broken: Mapping[str, str],
+    prompts: Prompts,
     journal: Journal,
     sample_scores: Mapping[str, float],
 ) -> list[dict[str, Any]]:
@@ -151,19 +240,20 @@ def sample_rows(
     fields = ("visual_tokens", "visual_kept", "layer_mean_ratio", "kv_ratio", "prefill_ms", "decode_ms", "new_tokens")
     for line in dataset.data.to_dict("records"):
         index = str(line["index"])
-        key = keys.get(index, "")
+        key = prompts.keys.get(index, "")
         answer = journal.records.get(key, {})
+        cluster = prompts.pictures.get(index) if benchmark.cluster == "image" else line.get(benchmark.cluster)
         rows.append(
             {
                 "index": index,
-                "cluster": str(line.get(benchmark.cluster) or index) if benchmark.cluster else index,
-                "category": str(line.get("category", "")),
+                "cluster": str(cluster or index),
+                "category": str(line.get(benchmark.category, "")),
                 "prompt_sha256": key,
                 "prediction": answer.get("raw", answer.get("prediction", "")),
                 "answer": str(line.get("answer", "")),
                 "score": sample_scores.get(index),
                 **{name: answer.get(name) for name in fields},
-                "error": broken.get(index) or answer.get("error", ""),
+                "error": prompts.broken.get(index) or answer.get("error", ""),
             }
         )
     return rows

@@ -1,0 +1,31 @@
+"""Rating answers with a language model: one client, one cache, and errors that cannot be mistaken for scores.
+
+A judge that cannot be reached, refuses, or answers nonsense raises `JudgeError`; its place is never taken by string
+matching or chance. Every verdict is kept in a cache that all runs share. See docs/design/judge.md.
+"""
+
+from __future__ import annotations
+
+from ivcp_eval.judge.cache import VerdictCache
+from ivcp_eval.judge.client import Judge, JudgeError, JudgeRateLimited, JudgeRefused, JudgeUnreachable, JudgeUnusable
+from ivcp_eval.judge.config import DEFAULT, EXACT_MATCHING, JudgeConfig, asked_judge, cache_folder
+from ivcp_eval.judge.estimate import Estimate, estimate
+from ivcp_eval.judge.questions import Question
+
+__all__ = [
+    "DEFAULT",
+    "EXACT_MATCHING",
+    "Estimate",
+    "Judge",
+    "JudgeConfig",
+    "JudgeError",
+    "JudgeRateLimited",
+    "JudgeRefused",
+    "JudgeUnreachable",
+    "JudgeUnusable",
+    "Question",
+    "VerdictCache",
+    "asked_judge",
+    "cache_folder",
+    "estimate",
+]

@@ -1,0 +1,82 @@
+"""Verdicts by content, in one append-only file per judge, shared by all runs and by processes that run at once."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.files import disk_full_as_clear_error
+
+
+class VerdictCache:
+    """Records with a "key" and a "verdict", one JSON line each; the first record of a key counts.
+
+    Each line is appended whole under a lock that is held only for that moment. A line that a kill cut short stays
+    behind as one unreadable line and costs one verdict.
+    """
+
+    def __init__(self, folder: Path, judge: str) -> None:
+        self.path = folder / f"{re.sub(r'[^A-Za-z0-9._@-]+', '_', judge)}.jsonl"
+        self.unreadable = 0
+        self._records: dict[str, dict[str, Any]] = {}
+        self._read_to = 0
+        self._lock = threading.Lock()
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, key: str) -> str | None:
+        """The verdict, or None if there is none yet."""
+        record = self._records.get(key)
+        return None if record is None else str(record["verdict"])
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        if not self.path.is_file():
+            return
+        with self._lock, self.path.open("rb") as file:
+            file.seek(self._read_to)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1  # an unfinished line may be another process's, still being written
+            for line in content[:whole].splitlines():
+                self._take(line)
+            self._read_to += whole
+
+    def _take(self, line: bytes) -> None:
+        if not line.strip():
+            return
+        try:
+            record = json.loads(line)
+            self._records.setdefault(record["key"], record)
+        except (ValueError, KeyError, TypeError):
+            self.unreadable += 1
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append one record (with "key" and "verdict") and flush it to the operating system.
+
+        Raises:
+            DiskFullError: no space is left; what was written of the record is removed.
+        """
+        line = (json.dumps(dict(record), ensure_ascii=False, sort_keys=True) + "\n").encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, 2)
+            if size:
+                file.seek(size - 1)
+                if file.read(1) != b"\n":  # a killed process's stump: end it, so that it spoils only itself
+                    line = b"\n" + line
+            try:
+                with disk_full_as_clear_error(self.path, self.path.with_suffix(".partial")):
+                    file.write(line)
+                    file.flush()
+            except OSError:
+                file.truncate(size)
+                raise
+            self._records.setdefault(record["key"], dict(record))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -226,9 +227,15 @@ def _unique_indices(path: Path, rows: Sequence[Row]) -> None:
 def _write(path: Path, columns: Sequence[Column], rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([column.name for column in columns])
-        writer.writerows([column.cell(row[column.name]) for column in columns] for row in rows)
+        stream.write(_line([column.name for column in columns]))
+        stream.writelines(_line([column.cell(row[column.name]) for column in columns]) for row in rows)
+
+
+def _line(cells: Sequence[str]) -> str:
+    # The csv module quotes a lone "\r" only if it is part of the line terminator (before Python 3.13).
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _read(path: Path, columns: Sequence[Column], contradiction: Callable[[Row], str]) -> list[Row]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ivcp_eval import benchmarks, results
@@ -55,7 +55,9 @@ class TestRoundTrip:
         assert (back[0]["source"], back[0]["preset"]) == ("", "")
         assert (type(back[0]["min_pixels"]), type(back[0]["score"])) == (int, float)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @example(text="\r")
+    @example(text='a"\r\n,\n"')
     @given(text=st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x00"), max_size=40))
     def test_any_answer_survives(self, tmp_path_factory, text):
         path = tmp_path_factory.mktemp("any") / "s.csv"

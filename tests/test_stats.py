@@ -60,6 +60,11 @@ class TestPairedBootstrap:
         assert result.retained == pytest.approx(2 / 3)
         assert (result.n_samples, result.n_clusters) == (4, 4)
 
+    def test_a_constant_difference_has_no_spread_whatever_the_sizes_of_clusters(self):
+        clusters = np.repeat(np.arange(12), np.arange(1, 13))
+        result = stats.paired_bootstrap(np.ones(78), np.full(78, 0.5), clusters, resamples=200)
+        assert (result.difference_interval.low, result.difference_interval.high) == (-0.5, -0.5)
+
     def test_standard_error_is_the_analytic_clustered_one(self):
         baseline, pruned, clusters = make_scores(2000, 150, seed=3)
         difference = pruned - baseline

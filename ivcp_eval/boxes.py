@@ -91,9 +91,11 @@ def smart_resize(
 _NUMBER = r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))"
 _FOUR = r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]"
 _PLAIN = re.compile(_FOUR)
+_POINT = r"\(\s*" + _NUMBER + r"\s*,\s*" + _NUMBER + r"\s*\)"
 _SYNTAX: dict[str, tuple[re.Pattern[str], ...]] = {
     "json": (re.compile(r'"bbox_2d"\s*:\s*' + _FOUR),),
     "plain": (_PLAIN,),
+    "points": (re.compile(_POINT + r"\s*,\s*" + _POINT),),
     # A tokenizer that skips special tokens drops the <|det|> pair and leaves the brackets.
     "det": (re.compile(r"<\|det\|>\s*\[?\s*" + _FOUR), _PLAIN),
 }
@@ -106,7 +108,7 @@ class BoxFormat:
     Attributes:
         name: key in :data:`FORMATS`.
         syntax: ``"json"`` = ``"bbox_2d": [x1, y1, x2, y2]``; ``"plain"`` = ``[x1, y1, x2, y2]``, also in double
-            brackets; ``"det"`` = the same between ``<|det|>`` and ``<|/det|>``.
+            brackets; ``"det"`` = the same between ``<|det|>`` and ``<|/det|>``; ``"points"`` = ``(x1,y1),(x2,y2)``.
         full_scale: the number that stands for the right or bottom edge of the image; ``None`` = coordinates are
             pixels of a frame that the caller names (for Qwen2.5-VL the resized image).
     """
@@ -125,6 +127,8 @@ FORMATS: dict[str, BoxFormat] = {
     for fmt in (
         # QwenLM/Qwen2.5-VL README "JSON format": absolute pixels of the resized image.
         BoxFormat("qwen2_5_vl", "json", None),
+        # QwenLM/Qwen2-VL README: <|box_start|>(x1,y1),(x2,y2)<|box_end|>, 0 to 1000.
+        BoxFormat("qwen2_vl", "points", 1000.0),
         # QwenLM/Qwen3-VL, cookbooks/2d_grounding: relative coordinates, 0 to 1000.
         BoxFormat("qwen3_vl", "json", 1000.0),
         # OpenGVLab/InternVL, internvl_chat/eval/refcoco: [[x1, y1, x2, y2]], 0 to 1000.
@@ -199,6 +203,9 @@ def format_answer(box: Box, fmt: BoxFormat, frame: Frame | None = None) -> str:
     inner = ", ".join(f"{v:.6f}" if fmt.full_scale == 1.0 else str(round(v)) for v in values)
     if fmt.syntax == "json":
         return f'```json\n[\n\t{{"bbox_2d": [{inner}], "label": "object"}}\n]\n```'
+    if fmt.syntax == "points":
+        x1, y1, x2, y2 = inner.split(", ")
+        return f"<|object_ref_start|>object<|object_ref_end|><|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
     if fmt.syntax == "det":
         return f"<|ref|>object<|/ref|><|det|>[[{inner}]]<|/det|>"
     return f"[{inner}]" if fmt.full_scale == 1.0 else f"[[{inner}]]"

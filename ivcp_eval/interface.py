@@ -409,6 +409,10 @@ class AbstractAdapter(ABC):
             conversations: per sample the ordered parts of one user turn, ``{"image": PIL.Image}`` or ``{"text": str}``.
         """
 
+    def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
+        """Options of `prune` that only the pictures tell, such as InternVL's ``tiles``; as `encode` is called."""
+        return {}
+
     def box_frame(self, processor: Any, inputs: Mapping[str, Tensor], sample: int) -> tuple[int, int] | None:
         """(width, height) of the picture that pixel boxes of ``sample`` refer to; None where boxes are relative."""
         return None

@@ -79,17 +79,26 @@ class AbstractTransformersAdapter(AbstractAdapter):
         max_pixels: int | None = None,
         trust_remote_code: bool = False,
     ) -> tuple[Any, Any]:
-        """``AutoModelForImageTextToText`` and ``AutoProcessor`` of the checkpoint."""
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
+        """`load_model` and `load_processor` of the checkpoint."""
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        limits = self.pixel_options(min_pixels, max_pixels)
-        processor = AutoProcessor.from_pretrained(source, **common, **limits)
+        processor = self.load_processor(source, **common, **self.pixel_options(min_pixels, max_pixels))
+        return self.load_model(source, dtype=dtype, device=device, attention=attention, **common), processor
+
+    def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
+        """``AutoModelForImageTextToText``, in eval mode, on ``device`` ("auto": spread over all GPUs)."""
+        from transformers import AutoModelForImageTextToText
+
         placement = {"device_map": "auto"} if device == "auto" else {}
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, **placement, **common
+            source, dtype=dtype, attn_implementation=attention, **placement, **options
         )
-        return (model if placement else model.to(device)).eval(), processor
+        return (model if placement else model.to(device)).eval()
+
+    def load_processor(self, source: str, **options: Any) -> Any:
+        """``AutoProcessor``."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(source, **options)
 
     def pixel_options(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
         """Processor options that set the pixel limits; refused by families whose processor has none."""

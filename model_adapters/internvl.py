@@ -2,22 +2,38 @@
 
 Papers: https://arxiv.org/abs/2412.05271, https://arxiv.org/abs/2504.10479
 Classes: transformers' InternVLForConditionalGeneration; InternLM2 runs as Llama, of which it is a renaming with fused
-query, key and value weights.
+query, key and value weights. The original checkpoints and the ``-hf`` conversions both load, without remote code.
+Prompts: VLMEvalKit's InternVLChat (V2.0) with the conversation template "internvl2_5", and
+https://github.com/FireRedTeam/IVC-Prune @ 03afd9c for grounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivcp_eval.interface import ImageSpan, VisionTap
+from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
+from model_adapters import _internvl_checkpoint as original
+from model_adapters import _internvl_processor
+from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
-from model_adapters._vision import vit_layers, vit_tap
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 TILE = 256  # tokens of a tile in every published model
+MAX_TILES = 6  # of one image in the published evaluation; text-heavy benchmarks used 12 to 24 there
+SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
+SINGLE_WORD = "Answer the question using a single word or phrase."
+
+
+def _originals(prefix: str, hub: str, sizes: str, plain: str) -> tuple[Checkpoint, ...]:
+    return tuple(
+        Checkpoint(prefix if size == plain else f"{prefix}_{size.lower()}", f"OpenGVLab/{hub}-{size}")
+        for size in sizes.split()
+    )
 
 
 class Adapter(AbstractTransformersAdapter):
@@ -25,23 +41,77 @@ class Adapter(AbstractTransformersAdapter):
 
     model_types = ("internvl", "llama", "qwen2")
     closing_tokens = 1  # </img>
+    checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
+        *_originals("internvl25", "InternVL2_5", "1B 2B 4B 8B 26B 38B 78B", plain="8B"),
+        *_originals("internvl3", "InternVL3", "1B 2B 8B 14B 38B 78B", plain="8B"),
+    )
+    box_format = "internvl"
+    generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 4096, "do_sample": False}
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """One image per run of <IMG_CONTEXT>: its tiles, row by row, and the thumbnail last.
 
-        How the tiles lie, (w, h), is not among the model's inputs; `tile_grid` finds it from the image's size.
+        How the tiles lie, (w, h), is not among the model's inputs; `layout` finds it from the picture.
         """
         tile = getattr(model.config, "image_seq_length", TILE)
         return [[_span(run, tile) for run in image_runs(row)] for row in mask]
 
-    def vision_tap(self, model: Any) -> VisionTap | None:
-        """The block whose output goes to pixel shuffle; a visual token is a square of its patches."""
-        tower, index = getattr(model.model, "vision_tower", None), getattr(model.config, "vision_feature_layer", None)
-        if tower is None or not isinstance(index, int):
-            return None
-        layer = vit_layers(tower)[index if index < 0 else index - 1]
-        pool = round(1 / model.config.downsample_ratio)
-        return vit_tap(tower, layer, layer.attention, class_token=True, pool=pool)
+    def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
+        """An original checkpoint is converted as it is read; an ``-hf`` one is transformers' own."""
+        folder = _folder(source, options.get("revision"))
+        if not original.is_original(folder):
+            return super().load_model(str(folder), dtype=dtype, device=device, attention=attention, **options)
+        placement = {"device_map": "auto"} if device == "auto" else {}
+        model = original.load_model(folder, dtype, attention, **placement)
+        return (model if placement else model.to(device)).eval()
+
+    def load_processor(self, source: str, **options: Any) -> Any:
+        """As `load_model`; images are cut into at most `MAX_TILES` tiles."""
+        folder = _folder(source, options.get("revision"))
+        if original.is_original(folder):
+            processor = _internvl_processor.load(folder)
+        else:
+            processor = super().load_processor(str(folder), **options)
+        processor.image_processor.max_patches = MAX_TILES
+        return processor
+
+    def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
+        """The published wording; yes/no questions get HallusionBench's, without asking twice for yes or no."""
+        if kind == "grounding":
+            request = "Please provide the bounding box coordinate of the region this sentence describes"
+            return f"{request}: <ref>{question}</ref>"
+        if kind == "mcq":
+            return letter_question(question, options, hint)
+        if kind == "yes_no":
+            asked = question if "yes or no" in question.lower() else f"{question} Please answer yes or no."
+            return f"{asked} {SINGLE_WORD}"
+        return f"{question}\n{SINGLE_WORD}"
+
+    def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+        """Images first, numbered if several, then the text, in the originals' conversation template."""
+        texts, images = [], []
+        for parts in conversations:
+            pictures = [part["image"] for part in parts if "image" in part]
+            texts.append(conversation(parts, processor.image_token))
+            images += pictures
+        encoded: Mapping[str, Tensor] = processor(
+            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return encoded
+
+    def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
+        """The tile grid of a single image, all that the released pruning code can use."""
+        images = [part["image"] for parts in conversations for part in parts if "image" in part]
+        return {"tiles": tile_grid(processor.image_processor, images[0].size)} if len(images) == 1 else {}
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
 
 
 def _span(run: Tensor, tile: int) -> ImageSpan:
@@ -50,6 +120,23 @@ def _span(run: Tensor, tile: int) -> ImageSpan:
         return ImageSpan(run)
     side = round(tile**0.5)
     return ImageSpan(run, views=(tile,) * (n // tile), grid=(side, side) if n == tile == side * side else None)
+
+
+def conversation(parts: list[Mapping[str, Any]], image_token: str) -> str:
+    """One user turn; with several images "Image-1: ...", and "<Image-1>" where one stood among the text.
+
+    As VLMEvalKit's ``reorganize_prompt``: the marks are dropped where all images stand together.
+    """
+    texts = [part["text"] for part in parts if "text" in part]
+    n = len(parts) - len(texts)
+    if n <= 1:
+        question = (f"{image_token}\n" if n else "") + "\n".join(texts)
+    else:
+        marks = [f"<Image-{i + 1}>" for i in range(n)]
+        unread = iter(marks)
+        marked = "".join(part["text"] if "text" in part else next(unread) for part in parts)
+        question = "".join(f"Image-{i + 1}: {image_token}\n" for i in range(n)) + marked.replace("".join(marks), "")
+    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def tile_grid(image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:

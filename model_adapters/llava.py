@@ -2,27 +2,38 @@
 
 Paper: https://arxiv.org/abs/2310.03744
 Classes: transformers' LlavaForConditionalGeneration with the ``llava-hf`` checkpoints.
+Prompts: VLMEvalKit's LLaVA class, and https://github.com/FireRedTeam/IVC-Prune @ 03afd9c, which agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ivcp_eval.interface import ImageSpan, VisionTap
+from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
+from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
-from model_adapters._vision import vit_layers, vit_tap
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
 
 
 class Adapter(AbstractTransformersAdapter):
     """Wiring of LLaVA-1.5."""
 
     model_types = ("llava",)
+    checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
+        Checkpoint("llava15", "llava-hf/llava-1.5-7b-hf"),
+        Checkpoint("llava15_13b", "llava-hf/llava-1.5-13b-hf"),
+    )
+    generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 2048, "do_sample": False}
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """Images of the fixed number of tokens; nothing stands between consecutive ones (``<image><image>``)."""
@@ -31,14 +42,21 @@ class Adapter(AbstractTransformersAdapter):
         grid = (side, side) if n == side * side else None
         return [[span for run in image_runs(row) for span in _split(run, n, grid)] for row in mask]
 
-    def vision_tap(self, model: Any) -> VisionTap | None:
-        """The block whose output goes to the projector, the last but one of CLIP: the one VisionZip reads."""
-        tower, index = getattr(model.model, "vision_tower", None), getattr(model.config, "vision_feature_layer", None)
-        if tower is None or not isinstance(index, int):
-            return None
-        layer = vit_layers(tower)[index if index < 0 else index - 1]
-        class_token = model.config.vision_feature_select_strategy == "default"
-        return vit_tap(tower, layer, layer.self_attn, class_token=class_token)
+    def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
+        """Multiple choice has a wording of its own; LLaVA-1.5 was not trained to ground."""
+        return letter_question(question, options, hint) if kind == "mcq" else None
+
+    def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+        """Vicuna's system sentence and ``USER: ... ASSISTANT:``, which the chat template of ``llava-hf`` leaves out."""
+        texts, images = [], []
+        for parts in conversations:
+            content = "".join(" <image> " if "image" in part else part["text"] for part in parts)
+            texts.append(f"{SYSTEM}USER: {content} ASSISTANT: ")
+            images += [part["image"] for part in parts if "image" in part]
+        encoded: Mapping[str, Tensor] = processor(
+            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return encoded
 
 
 def _split(run: Tensor, n: int, grid: tuple[int, int] | None) -> list[ImageSpan]:

@@ -2,16 +2,18 @@
 
 Source: https://llava-vl.github.io/blog/2024-01-30-llava-next/
 Classes: transformers' LlavaNextForConditionalGeneration with the ``llava-hf`` checkpoints.
+Prompts: VLMEvalKit's LLaVA_Next class, in the chat template of the checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ivcp_eval.interface import ImageSpan
+from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
+from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs, images_by_length
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ class Adapter(AbstractTransformersAdapter):
     """Wiring of LLaVA-NeXT."""
 
     model_types = ("llava_next",)
+    checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
+        Checkpoint("llava_next", "llava-hf/llava-v1.6-vicuna-7b-hf"),
+        Checkpoint("llava_next_13b", "llava-hf/llava-v1.6-vicuna-13b-hf"),
+        Checkpoint("llava_next_mistral", "llava-hf/llava-v1.6-mistral-7b-hf"),
+        Checkpoint("llava_next_34b", "llava-hf/llava-v1.6-34b-hf"),
+        Checkpoint("llava_next_llama3", "llava-hf/llama3-llava-next-8b-hf"),
+    )
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """Images by their lengths, which follow from ``image_sizes``; nothing stands between consecutive ones.
@@ -39,6 +48,10 @@ class Adapter(AbstractTransformersAdapter):
             columns = torch.split(row.nonzero().flatten(), [sum(views[i]) for i in images])
             spans.append([ImageSpan(c, views=views[i]) for c, i in zip(columns, images, strict=True)])
         return spans
+
+    def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
+        """Multiple choice has a wording of its own."""
+        return letter_question(question, options, hint) if kind == "mcq" else None
 
     def views(self, config: Any, inputs: Mapping[str, Any]) -> list[Views]:
         """Tokens of the overview and of the tiled view, newlines included, of every image of the batch."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ivcp_eval.interface import Checkpoint
 from model_adapters.llava_next import Adapter as LlavaNextAdapter
 from model_adapters.llava_next import Views, _side, tiled_grid
 
@@ -21,6 +22,11 @@ class Adapter(LlavaNextAdapter):
     """Wiring of LLaVA-OneVision."""
 
     model_types = ("llava_onevision",)
+    checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
+        Checkpoint("llava_ov", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+        Checkpoint("llava_ov_05b", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"),
+        Checkpoint("llava_ov_72b", "llava-hf/llava-onevision-qwen2-72b-ov-hf"),
+    )
 
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """As the base class; videos are refused rather than counted as text."""

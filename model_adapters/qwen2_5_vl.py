@@ -36,8 +36,8 @@ class Adapter(AbstractTransformersAdapter):
     )
     box_format = "qwen2_5_vl"
     # The limits of the released grounding configuration (config.py:1112-1134 of the reference below).
-    min_pixels = 4 * 28 * 28
-    max_pixels = 16384 * 28 * 28
+    min_pixels: ClassVar[int | None] = 4 * 28 * 28
+    max_pixels: ClassVar[int | None] = 16384 * 28 * 28
 
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """As the base class; videos are refused rather than counted as text."""

@@ -38,6 +38,26 @@ def top_of_each_image(score: Tensor, images: Sequence[Image]) -> Tensor:
     return torch.cat(kept).sort().values
 
 
+def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: float) -> Tensor:
+    """(N,) bool: the implicit visual coordinates of IVC-Prune among an image's alive tokens.
+
+    In every view of the image the best tokens by ``cos`` and the best by ``sin``, each ``ivc`` of the view's tokens
+    but at most ``share`` of its part of the budget.
+
+    Args:
+        cos, sin: (N,) mean of the tokens' rotary cosines and sines over the spectrum.
+    """
+    kept = torch.zeros(cos.numel(), dtype=torch.bool, device=cos.device)
+    for number, n_view in enumerate(image.span.views or (image.n_prompt,)):
+        inside = (image.view == number).nonzero().flatten() if image.view is not None else slice(None)
+        each = min(round(ivc * n_view), round(share * image.budget * n_view / image.n_prompt))
+        for score in (cos, sin):
+            chosen = torch.zeros_like(kept[inside])
+            chosen[top(score[inside], each)] = True
+            kept[inside] |= chosen
+    return kept
+
+
 def first_best(score: Tensor) -> Tensor:
     """() int64: the lowest index of the maximum of ``score`` (N,), without a transfer to the host; NaN is worst."""
     clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -145,3 +165,22 @@ def farthest_points(states: Tensor, k: int, chunk: int = 1024) -> Tensor:
         covered = torch.maximum(covered, unit @ unit[chosen[-1]])
         chosen.append(first_best((-covered).masked_fill(taken, -torch.inf)))
     return torch.stack(chosen).sort().values
+
+
+def density_peaks(states: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """DPC-kNN clusters of ``states`` (N, E): (k,) centres, and (N,) the cluster of each state.
+
+    Density is exp of minus the mean squared distance (divided by sqrt(E)) to the k nearest states, itself included.
+    Centres have the largest product of density and distance to the nearest denser state; every other state joins the
+    nearest centre. Of equally dense states the lower index counts as denser; ties fall to the lower index.
+    """
+    distance = torch.cdist(states.float(), states.float()) / states.shape[1] ** 0.5
+    density = (-(distance.topk(min(k, len(states)), dim=1, largest=False).values ** 2).mean(dim=1)).exp()
+    place = torch.empty_like(order := ranking(density))
+    place[order] = torch.arange(len(order), device=order.device)
+    denser = place[None, :] < place[:, None]
+    parent = torch.where(denser, distance, distance.max()).amin(dim=1)
+    centres = ranking(parent * density)[:k]
+    cluster = distance[:, centres].argmin(dim=1)
+    cluster[centres] = torch.arange(k, device=cluster.device)
+    return centres, cluster

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter, AbstractMethod
 
 METHOD_ENTRY_POINT = "ivcp_eval.methods"
+PLUS_IVC = "+ivc"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -61,16 +62,35 @@ def method_class(name: str) -> type[AbstractMethod]:
 
 
 def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> AbstractMethod:
-    """A method with its parameters set; raises ValueError for an unknown name or parameter."""
-    cls = method_class(name)
-    allowed = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    """A method with its parameters set.
+
+    ``NAME+ivc`` is the scorer NAME with the implicit visual coordinates forced in; it takes the parameters of both.
+
+    Raises:
+        ValueError: an unknown name or parameter, or ``+ivc`` on a method that has no scores.
+    """
+    base, plus, _ = name.partition(PLUS_IVC)
+    if plus and base + plus != name:
+        raise unknown("method", name, method_names())
+    cls = method_class(base)
+    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    wrapper = import_module("ivcp_eval.methods._plus_ivc").PlusIvc if plus else None
+    added = {f.name for f in dataclasses.fields(wrapper)} - {"inner"} if wrapper else set()
     for parameter in parameters or {}:
-        if parameter not in allowed:
-            names = ", ".join(sorted(allowed)) or "none"
+        if parameter not in own | added:
+            names = ", ".join(sorted(own | added)) or "none"
             raise ValueError(
-                f"method {name!r} has no parameter {parameter!r}{nearest(parameter, allowed)} Parameters: {names}."
+                f"method {name!r} has no parameter {parameter!r}{nearest(parameter, own | added)} Parameters: {names}."
             )
-    return cls(**(parameters or {}))
+    given = dict(parameters or {})
+    outer = {key: given.pop(key) for key in added & given.keys()}
+    method: AbstractMethod = cls(**given)
+    return wrapper(method, **outer) if wrapper else method
+
+
+def method_name(method: AbstractMethod) -> str:
+    """The registered name of an instance: its module's, or what the instance itself says (wrappers, plug-ins)."""
+    return str(getattr(method, "name", type(method).__module__.rsplit(".", 1)[-1]))
 
 
 def family_names() -> tuple[str, ...]:

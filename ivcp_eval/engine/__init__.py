@@ -11,7 +11,7 @@ from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Unsupported
 from ivcp_eval.registry import adapter as load_adapter
-from ivcp_eval.registry import family_of, make_method
+from ivcp_eval.registry import family_of, make_method, method_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +62,7 @@ def prune(
             videos, a new image on a filled cache.
     """
     check_ratio(ratio)
-    name = method if isinstance(method, str) else type(method).__module__.rsplit(".", 1)[-1]
+    name = method if isinstance(method, str) else method_name(method)
     if isinstance(method, str):
         method = make_method(method, parameters)
     elif parameters:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import ranking, top
+from ivcp_eval.ops import coordinate_set, ranking, top
 
 PUBLISHED_LAYER = {
     ("qwen2_5_vl", 28): 16,  # 7B
@@ -103,14 +103,7 @@ class Method(AbstractMethod):
     def _select_image(self, signals: Signals, image: Image, cos: Tensor, sin: Tensor) -> Tensor:
         at = signals.visual[image.tokens]  # (N,) among the row's tokens
         n, budget = at.numel(), image.budget
-        kept = torch.zeros(n, dtype=torch.bool, device=at.device)
-        for number, n_view in enumerate(image.span.views or (image.n_prompt,)):
-            inside = (image.view == number).nonzero().flatten() if image.view is not None else slice(None)
-            each = min(round(self.ivc * n_view), round(self.ivc_share * budget * n_view / image.n_prompt))
-            for score in (cos[at], sin[at]):
-                chosen = torch.zeros_like(kept[inside])
-                chosen[top(score[inside], each)] = True
-                kept[inside] |= chosen
+        kept = coordinate_set(cos[at], sin[at], image, self.ivc, self.ivc_share)
         if self.foreground:
             n_seeds = min(max(1, round(self.seeds * image.n_prompt)), budget - int(kept.sum())) if self.seeds else 0
             assert signals.value is not None

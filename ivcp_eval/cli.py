@@ -13,7 +13,9 @@ from typing import Any
 import ivcp_eval
 
 # Verbs that live in a module of their own with `add_arguments(parser)` and `run(args) -> int`.
-_MODULES: dict[str, tuple[str, str]] = {}
+_MODULES: dict[str, tuple[str, str]] = {
+    "check-model": ("ivcp_eval.check_model", "check a model's wiring on its real weights"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,9 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Everything after it belongs to VLMEvalKit, whose options argparse must not interpret.
         arguments = arguments[1:]
         return _guarded(lambda: _vlmeval(arguments[1:] if arguments[:1] == ["--"] else arguments))
+    if arguments[:1] and arguments[0] in _MODULES:
+        return _guarded(lambda: _module_verb(arguments[0], arguments[1:]))
     args = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = args.run
     return _guarded(lambda: run(args))
+
+
+def _module_verb(name: str, arguments: list[str]) -> int:
+    module = import_module(_MODULES[name][0])
+    parser = argparse.ArgumentParser(prog=f"ivcp {name}", description=_MODULES[name][1])
+    module.add_arguments(parser)
+    done: int = module.run(parser.parse_args(arguments))
+    return done
 
 
 def _guarded(verb: Callable[[], int]) -> int:
@@ -76,10 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_bench)
 
     verb = verbs.add_parser("vlmeval", help="VLMEvalKit's own runner, our models and benchmarks registered")
-    for name, (module, text) in _MODULES.items():
-        verb = verbs.add_parser(name, help=text)
-        import_module(module).add_arguments(verb)
-        verb.set_defaults(run=import_module(module).run)
+    for name, (_, text) in _MODULES.items():
+        verbs.add_parser(name, help=text)  # handled before this parser is used, so that --help imports nothing
     return parser
 
 
@@ -94,7 +104,8 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
     add("--limit", type=int, help="only the first N rows of each benchmark")
-    add("--judge", default="exact_matching", help="judge model (default: %(default)s)")
+    add("--judge", default="", help="judge model, or exact_matching; default: gpt-4o where a benchmark needs a judge")
+    add("--judge-url", default="", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, else OpenAI's)")
     add("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs; default: cuda if there is one")
     add("--dtype", default="", help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--attention", default="", help="sdpa, eager, flash_attention_2; default: the fastest installed")
@@ -126,6 +137,7 @@ def _eval(args: argparse.Namespace) -> int:
         model_path=args.model_path,
         limit=args.limit,
         judge=args.judge,
+        judge_url=args.judge_url,
         device=args.device,
         dtype=args.dtype,
         attention=args.attention,

@@ -12,9 +12,10 @@ import torch
 
 from ivcp_eval import measure
 from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
+from ivcp_eval.downsample import shrink
 from ivcp_eval.engine import prune
 from ivcp_eval.models import Weights
-from ivcp_eval.registry import adapter
+from ivcp_eval.registry import adapter, make_method
 from ivcp_eval.variants import Variant
 
 NO_BOX = "no box"
@@ -94,6 +95,14 @@ class Session:
             kv_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first).
         """
         conversation = [{"image": _image(part["image"])} if "image" in part else part for part in parts]
+        whole = None
+        share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
+        if share is not None:
+            whole = self._visual_tokens(conversation)
+            conversation = [
+                {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
+                for part in conversation
+            ]
         inputs = self.adapter.encode(self.processor, [conversation])
         device = next(self.model.parameters()).device
         tensors = {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
@@ -106,18 +115,24 @@ class Session:
             out = self.model.generate(**tensors, **options)
         new = out[0, tensors["input_ids"].shape[1] :]
         raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
+        # A smaller image saves its tokens everywhere, against those of the image as it was.
+        scale = run.visual_prompt[0] / whole if whole else 1.0
         return {
             "prediction": self._box(raw, inputs) if grounding else raw,
             "raw": raw,
             "new_tokens": int(new.numel()),
-            "visual_tokens": run.visual_prompt[0],
+            "visual_tokens": whole or run.visual_prompt[0],
             "visual_kept": run.visual_kept[0],
-            "layer_mean_ratio": _round(run.layer_mean_ratio),
-            "kv_ratio": _round(run.cache_ratio),
+            "layer_mean_ratio": _round(run.layer_mean_ratio * scale),
+            "kv_ratio": _round(run.cache_ratio * scale),
             "vision_ms": _round(phases.vision_ms),
             "prefill_ms": _round(phases.prefill_ms),
             "decode_ms": _round(phases.decode_ms_per_token),
         }
+
+    def _visual_tokens(self, conversation: Sequence[Mapping[str, Any]]) -> int:
+        mask = self.adapter.image_mask(self.model, self.adapter.encode(self.processor, [list(conversation)]))
+        return 0 if mask is None else int(mask.sum())
 
     def _pruned(self, variant: Variant) -> Any:
         return prune(self.model, variant.method, variant.ratio, seed=variant.seed, **variant.parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -67,7 +67,7 @@ def check_model(session: Session, say: Callable[[str], None]) -> list[str]:
             failures.append(f"{name}: {problem}")
 
     model, wired = session.model, session.adapter
-    parts = [{"image": picture()}, {"text": QUESTION}]
+    parts: list[Mapping[str, Any]] = [{"image": picture()}, {"text": QUESTION}]
     inputs = wired.encode(session.processor, [parts])
     device = next(model.parameters()).device
     tensors = {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}

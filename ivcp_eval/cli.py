@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("results", type=Path, help="results CSV")
     verb.add_argument("baseline", type=Path, nargs="?", help="baseline CSV; default: the unpruned rows of RESULTS")
     verb.add_argument("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
+    verb.add_argument("--against", choices=("none", "same_method"), default="none", help="which rows of BASELINE count")
+    verb.add_argument("--margin", type=float, help="points that may be lost; adds a verdict per row")
     verb.add_argument("--output", type=Path, help="also write the comparison as CSV")
     verb.set_defaults(run=_compare)
 
@@ -192,17 +194,17 @@ def _list(args: argparse.Namespace) -> int:
         _say(tabulate(catalogue.rows(), headers="keys", maxcolwidths=[24, 14, 90]) + "\n")
     if args.benchmarks or every:
         loaded = [benchmarks.load(name) for name in benchmarks.names()]
-        rows = [
+        declared = [
             (b.name, b.group, b.kind or "", b.metrics[0].name if b.metrics else "", b.judge, b.title) for b in loaded
         ]
-        _say(tabulate(rows, ("benchmark", "group", "kind", "metric", "judge", "title")))
+        _say(tabulate(declared, ("benchmark", "group", "kind", "metric", "judge", "title")))
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
     from ivcp_eval.compare import compare
 
-    comparison = compare(args.results, args.baseline, force=args.force)
+    comparison = compare(args.results, args.baseline, force=args.force, against=args.against, margin=args.margin)
     _say(comparison.to_terminal())
     if args.output:
         comparison.write_csv(args.output)

@@ -62,7 +62,7 @@ def test_a_signal_of_the_wrong_shape_is_named(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(type(session.adapter), "projection", unsplit)
     failures = check_model(session, lambda text: None)
-    assert any(failure.startswith("signal value: shape") for failure in failures), failures
+    assert any(failure.startswith("signal query: shape") for failure in failures), failures
 
 
 def test_an_adapter_that_finds_no_image_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ def _model(name: str, seed: int, attn: str) -> nn.Module:
     return model
 
 
+@functools.lru_cache(maxsize=2)
 def half(name: str, attn: str = "sdpa") -> nn.Module:
     """A bfloat16 copy of the tiny model; buffers (rotary frequencies) stay float32, as loading a checkpoint does."""
     model = copy.deepcopy(_model(name, 0, attn))

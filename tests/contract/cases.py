@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ivcp_eval
 from ivcp_eval import registry
-from ivcp_eval.interface import AbstractMethod, Cut, Selection, Signals
+from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Selection, Signals
 from tests import tiny_models
 from tests.contract.reference import Plan, make_plan
 from tests.contract.toys import TOYS
@@ -32,12 +32,20 @@ class Recording:
     method: AbstractMethod
     cuts: tuple[Cut, ...]
     calls: list[tuple[Signals, Selection]] = field(default_factory=list)
+    edits: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def plan(self, inputs: dict[str, Any], image_token: int) -> Plan:
         """The reference's plan of the last prefill, which `inputs` was; forgets the calls."""
         calls = [(signals.stage, selection) for signals, selection in self.calls]
+        edits = list(self.edits)
         self.calls.clear()
-        return make_plan(inputs, image_token, self.cuts, calls)
+        self.edits.clear()
+        cuts = [cut for cut in self.cuts if cut.ratio < 1]  # the others only look
+        looks = {stage for stage, cut in enumerate(self.cuts) if cut.ratio == 1}
+        renumbered = [
+            (stage - sum(look < stage for look in looks), selection) for stage, selection in calls if stage not in looks
+        ]
+        return make_plan(inputs, image_token, cuts, renumbered, edits)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,11 @@ class Case:
             return replace(TOYS[self.method])
         return registry.make_method(self.method, dict(self.parameters))
 
+    @property
+    def edits_keys(self) -> bool:
+        """Whether the method edits cached keys, so that it needs a cache."""
+        return "cached_key" in self.make().needs
+
     @cached_property
     def facts(self) -> Any:
         """What the method may know of the model."""
@@ -98,23 +111,28 @@ class Case:
         """`ivcp_eval.prune` with every call of ``select`` recorded."""
         method = self.make()
         cuts = method.cuts(self.facts, self.ratio) if self.ratio < 1 else ()
-        select, calls = method.select, []
+        select, edit, calls, edits = method.select, method.edit_keys, [], []
 
         def recording(signals: Signals) -> Selection:
             calls.append((signals, select(signals)))
             return calls[-1][1]
 
+        def editing(cached: CachedKeys) -> Tensor:
+            edits.append((cached.layer, edit(cached)))
+            return edits[-1][1]
+
         object.__setattr__(method, "select", recording)  # the instance is a frozen dataclass
+        object.__setattr__(method, "edit_keys", editing)
         layout = getattr(tiny_models.family(self.family), "PRUNE", {})
         with ivcp_eval.prune(self.model if model is None else model, method, self.ratio, seed=seed, **layout) as run:
-            yield Recording(run, method, cuts, calls)
+            yield Recording(run, method, cuts, calls, edits)
 
     def forward(self, inputs: dict[str, Any], model: nn.Module | None = None, **options: Any) -> Any:
         """One bare forward."""
         with torch.no_grad():
             return (self.model if model is None else model)(**inputs, **options)
 
-    def generate(self, inputs: dict[str, Any], n: int = 4, model: nn.Module | None = None, **options: Any) -> Any:
+    def generate(self, inputs: dict[str, Any], n: int = 3, model: nn.Module | None = None, **options: Any) -> Any:
         """``n`` new tokens with their raw logits and the cache; greedy unless asked otherwise."""
         options = {"do_sample": False} | options
         return (self.model if model is None else model).generate(
@@ -127,11 +145,18 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every registered method (with its further parameter sets) and every toy, on every family."""
+    """Every registered method (with its further parameter sets) on every family, and the toys.
+
+    Toys exercise the engine, not the families: all of them run on one family with M-RoPE and one without, a few that
+    touch what families differ in (masks, position embeddings, cached states) on the others.
+    """
     methods: list[tuple[str, tuple[tuple[str, Any], ...]]] = [(name, ()) for name in registry.method_names()]
     methods += [(name, tuple(chosen.items())) for name, sets in PARAMETERS.items() for chosen in sets]
-    methods += [(name, ()) for name in TOYS]
-    return [Case(family, *method) for family in tiny_models.names() for method in methods]
+    cases = [Case(family, *method) for family in tiny_models.names() for method in methods]
+    for family in tiny_models.names():
+        toys = list(TOYS) if family in ("qwen2_5_vl", "llava") else ["toy_stages_mixed", "toy_merge", "toy_renumber_once"]
+        cases += [Case(family, name) for name in toys]
+    return cases
 
 
 def image_columns(ids: Tensor, image_token: int, sizes: list[int]) -> list[list[int]]:

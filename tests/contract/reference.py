@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Plan:
     prompt: int  # S
     valid: list[list[int]]  # columns that are no padding
     stages: list[Stage]
+    edits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, row) -> keys of its visual columns
+    visual: list[list[int]] = field(default_factory=list)
 
     @property
     def kept(self) -> list[list[int]]:
@@ -58,24 +60,34 @@ class Plan:
 
     def mask(self, layer: int, length: int) -> Tensor:
         """(B, length, length) bool: may query see key?"""
-        mask = torch.zeros(len(self.valid), length, length, dtype=torch.bool)
+        past = torch.ones(length, length, dtype=torch.bool).tril()
+        rows = []
         for row in range(len(self.valid)):
-            processed, cached = self.processed(layer, row), self.cached(layer, row)
-            for query in range(length):
-                allowed = processed if query < self.prompt else cached
-                keys = [c for c in range(query + 1) if c >= self.prompt or c in allowed]
-                mask[row, query, keys] = True
-                mask[row, query, query] = True  # dropped queries are never looked at; a row without a key is NaN
-        return mask
+            keys = torch.ones(2, length, dtype=torch.bool)  # for prompt queries; for generated ones
+            for kind, alive in enumerate((self.processed(layer, row), self.cached(layer, row))):
+                keys[kind, : self.prompt] = False
+                keys[kind, sorted(alive)] = True
+            generated = torch.arange(length) >= self.prompt
+            # Dropped queries are never looked at, but a row without any key would be NaN.
+            rows.append(past & keys[generated.long()] | torch.eye(length, dtype=torch.bool))
+        return torch.stack(rows)
 
 
 def make_plan(
-    inputs: dict[str, Any], image_token: int, cuts: Sequence[Cut], calls: Sequence[tuple[int, Selection]]
+    inputs: dict[str, Any],
+    image_token: int,
+    cuts: Sequence[Cut],
+    calls: Sequence[tuple[int, Selection]],
+    edits: Sequence[tuple[int, Tensor]] = (),
 ) -> Plan:
     """The plan of one prefill from what the method answered, row after row, stage after stage."""
     ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
     alive = [row.nonzero().flatten().tolist() for row in valid]
     plan = Plan(ids.shape[1], [list(row) for row in alive], [])
+    plan.visual = [[c for c in row if int(ids[i, c]) == image_token] for i, row in enumerate(alive)]
+    with_images = [row for row, columns in enumerate(plan.visual) if columns]
+    for number, (layer, keys) in enumerate(edits):
+        plan.edits[layer, with_images[number % len(with_images)]] = keys
     unread = list(calls)
     for number, cut in enumerate(cuts):
         merges: list[Any] = []
@@ -129,6 +141,27 @@ def reference(text_model: Any, plan: Plan) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def edited_keys(text_model: Any, plan: Plan) -> Iterator[None]:
+    """For methods that cut nothing but edit cached keys: the stock model with those keys put into its stock cache."""
+    assert not plan.stages
+
+    def after(_module: Any, _args: Any, output: Any) -> None:
+        cache = output.past_key_values
+        if cache.get_seq_length() != plan.prompt:
+            return
+        repeats = cache.layers[0].keys.shape[0] // len(plan.valid)
+        for (layer, row), keys in plan.edits.items():
+            for copy in range(row * repeats, (row + 1) * repeats):
+                cache.layers[layer].keys[copy][:, plan.visual[row]] = keys.to(cache.layers[layer].keys.dtype)
+
+    handle = text_model.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _mask(plan: Plan, layer: int, length: int) -> Tensor:

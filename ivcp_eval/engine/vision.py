@@ -13,10 +13,10 @@ CHUNK = 256  # query rows whose attention exists at a time
 
 
 class VisionListener:
-    """Hooks on a vision tower. What it hears is kept until a prefill asks for it.
+    """Hooks on a vision tower. What it hears is kept until other images are encoded.
 
-    `generate` of transformers 5.20+ encodes the images before the first forward of the multimodal model, older
-    releases and bare forwards inside it; both end here.
+    `generate` of transformers 5.20+ encodes the images once, before the first forward of the multimodal model (without
+    a cache every step is a prefill on these images); older releases and bare forwards encode them inside it.
     """
 
     def __init__(self, tap: VisionTap | None) -> None:
@@ -24,6 +24,7 @@ class VisionListener:
         self.tap = tap
         self._patches: dict[str, Tensor] = {}
         self._heard: list[dict[str, Tensor]] = []
+        self._read = False  # whether a prefill used what was heard
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -35,10 +36,10 @@ class VisionListener:
 
     def clear(self) -> None:
         """Forget every image."""
-        self._patches, self._heard = {}, []
+        self._patches, self._heard, self._read = {}, [], False
 
     def rows(self, sizes: list[int]) -> list[dict[str, Tensor]]:
-        """Per row the signals of its visual tokens; what was heard is forgotten.
+        """Per row the signals of its visual tokens.
 
         Args:
             sizes: visual tokens of each row. Beams repeat rows, and `generate` may have encoded the images once for
@@ -47,7 +48,7 @@ class VisionListener:
         Raises:
             ValueError: the images that were encoded are not those of the prompt.
         """
-        heard, self._heard = self._heard, []
+        heard, self._read = self._heard, True
         total = sum(next(iter(part.values())).shape[0] for part in heard)
         for repeats in (r for r in range(1, len(sizes) + 1) if len(sizes) % r == 0):
             distinct = sizes[::repeats]
@@ -60,6 +61,8 @@ class VisionListener:
         )
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        if self._read:
+            self.clear()
         with torch.no_grad():
             self._patches.update(patch_signals(self.tap.states(module, args, kwargs)))
 

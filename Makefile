@@ -42,7 +42,7 @@ bench: $(READY)
 	@$(BIN)/python -m ivcp_eval.bench --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

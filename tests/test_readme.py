@@ -1,0 +1,18 @@
+"""README.md is current, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+
+from ivcp_eval.readme import ROOT, render
+
+
+def test_generated_parts_are_current() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert render(text) == text, "run `python -m ivcp_eval.readme`"
+
+
+def test_relative_links_exist() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
+from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters import _internvl_checkpoint as original
 from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
+from model_adapters._vision import vit_layers, vit_tap
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,14 @@ class Adapter(AbstractTransformersAdapter):
         """
         tile = getattr(model.config, "image_seq_length", TILE)
         return [[_span(run, tile) for run in image_runs(row)] for row in mask]
+
+    def vision_tap(self, model: Any) -> VisionTap | None:
+        """InternViT's last block; pixel shuffle joins patches to tokens, whose signals are averaged."""
+        tower = getattr(model.model, "vision_tower", None)
+        if tower is None:
+            return None
+        layer = vit_layers(tower)[-1]
+        return vit_tap(tower, layer, layer.attention, class_token=True, pool=round(1 / model.config.downsample_ratio))
 
     def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
         """An original checkpoint is converted as it is read; an ``-hf`` one is transformers' own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from itertools import pairwise
 from pathlib import Path
 
 GROUPS = (
@@ -25,7 +26,7 @@ def plot(source: Path, target: Path) -> None:
         for column in (c for c in rows[0] if c.startswith(prefix)):
             points = [(int(row["images"]), 100 * float(row[column])) for row in rows if row[column]]
             axis.plot(*zip(*points, strict=True), marker=".", label=column.removeprefix(prefix))
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in pairwise(rows):
             if before["phase"] != after["phase"]:
                 axis.axvline(int(before["images"]), color="grey", linestyle="--", linewidth=0.8)
         axis.set(title=title, ylim=(0, 102), xlabel="images", ylabel="% right (teacher-forced, validation)")

@@ -11,6 +11,8 @@ import csv
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ class Run:
         self.heads = DenseHeads(self.model.config.text_config.hidden_size)
         self.optimizers = build_optimizers(self.model, self.heads, config)
         self.progress = {"phase": 0, "phase_images": 0, "images": 0, "steps": 0, "seconds": 0.0}
+        self.average = [p.detach().clone() for p in self.model.parameters()]
         self.base_rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
 
     def parameters(self) -> list[Tensor]:
@@ -84,6 +87,7 @@ class Run:
         """Write the state; the old one stays whole until the new one is."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         tensors |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
+        tensors |= {f"average.{index}": v for index, v in enumerate(self.average)}
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{k}": v for k, v in state.items()}
@@ -106,6 +110,9 @@ class Run:
             self.progress = json.loads(handle.metadata()["progress"])
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
         self.heads.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("heads.")})
+        self.average = [
+            tensors.get(f"average.{index}", p.detach()).clone() for index, p in enumerate(self.model.parameters())
+        ]
         for number, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
@@ -116,15 +123,29 @@ class Run:
         return True
 
     def export(self, folder: Path) -> None:
-        """Write the model in bfloat16 with its processor, loadable with ``from_pretrained``."""
+        """Write the averaged model in bfloat16 with its processor, loadable with ``from_pretrained``."""
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         copy = Qwen2_5_VLForConditionalGeneration(self.model.config)
-        copy.load_state_dict(self.model.state_dict())
+        with self.averaged():
+            copy.load_state_dict(self.model.state_dict())
         copy = copy.to(torch.bfloat16)
         finish_generation_config(copy)
         copy.save_pretrained(folder)
         save_processor(folder)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the running average of the weights in place of the weights inside the ``with`` block."""
+        parameters = list(self.model.parameters())
+        raw = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, self.average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, raw)
 
     def set_rates(self, factor: float) -> None:
         """Set every learning rate to ``factor`` times its configured value."""
@@ -155,6 +176,9 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        # The average forgets what lies more than a tenth of the run, or 200 steps, back.
+        forget = max(1 / 200, 1 / (1 + 0.1 * self.progress["steps"]))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], forget)
         self.progress["steps"] += 1
         self.progress["images"] += count * world
         self.progress["phase_images"] += count * world
@@ -231,9 +255,9 @@ def validate(run: Run, phase: dict[str, Any]) -> None:
 
     row = {k: run.progress[k] for k in ("images", "steps", "seconds")}
     row |= {"phase": run.progress["phase"]}
-    row |= teacher_forced(
-        run.model, tuple(phase["objects"]), [tuple(size) for size in phase["sizes"]], kernels=run.kernels
-    )
+    sizes = [tuple(size) for size in phase["sizes"]]
+    with run.averaged():
+        row |= teacher_forced(run.model, tuple(phase["objects"]), sizes, 120 // len(sizes), run.kernels)
     path = run.out / "curve.csv"
     fresh = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as handle:

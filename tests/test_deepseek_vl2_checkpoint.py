@@ -152,6 +152,68 @@ def test_one_dimensional_tile_tags_are_refused() -> None:
         DeepseekVL2ForConditionalGeneration.config_class.from_dict({**published.config("small"), "tile_tag": "1D"})
 
 
+PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "kv_lora_rank": 512,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 16,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": 102400,
+    },
+    "tiny": {
+        "hidden_size": 1280,
+        "intermediate_size": 6848,
+        "moe_intermediate_size": 896,
+        "n_routed_experts": 64,
+        "num_attention_heads": 10,
+        "num_hidden_layers": 12,
+        "num_key_value_heads": 10,
+        "vocab_size": 129280,
+    },
+    "27b": {
+        "hidden_size": 2560,
+        "intermediate_size": 12288,
+        "kv_lora_rank": 512,
+        "moe_intermediate_size": 1536,
+        "n_routed_experts": 72,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 32,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+    },
+}
+
+
+@pytest.mark.parametrize(("variant", "billions"), [("tiny", 3.37), ("small", 16.15), ("27b", 27.48)])
+def test_published_sizes_have_the_published_number_of_parameters(variant: str, billions: float) -> None:
+    """3.37, 16.1 and 27.5 billion (README of the release), the tower's unused pooling head included."""
+    config = published.config(variant)
+    config["language_config"] |= {**PUBLISHED_SIZES[variant], "num_experts_per_tok": 6}
+    config["projector_config"] = {"model_type": "mlp_projector", "n_embed": PUBLISHED_SIZES[variant]["hidden_size"]}
+    config["vision_config"] = {
+        "layers": 27,
+        "mlp_ratio": 3.7362,
+        "model_type": "vision",
+        "patch_size": 14,
+        "width": 1152,
+    }
+    with torch.device("meta"):
+        model = DeepseekVL2ForConditionalGeneration(DeepseekVL2ForConditionalGeneration.config_class.from_dict(config))
+    width, hidden = 1152, 4304
+    pooling = 4 * width * (width + 1) + 2 * width * hidden + hidden + width + 3 * width
+    assert (sum(p.numel() for p in model.parameters()) + pooling) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
 def test_what_published_configurations_leave_out() -> None:
     config = published.config("27b")
     for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "kv_lora_rank"):

@@ -78,6 +78,13 @@ def rule_for(benchmark: str, metric: str, scale: float) -> Rule:
             # Questions are grouped across the figures of one set (place 3).
             lambda columns: _hallusion_names(columns, 3),
         )
+    if benchmark == "CV-Bench-2D":
+        return Rule(lambda sample: scale * _mean_of_means(sample), _category_numbers)
+    if benchmark == "ChartQA_TEST" and name in ("human", "augmented"):
+        return Rule(
+            lambda sample: scale * _mean_of(sample, "wanted"),
+            lambda columns: {"wanted": columns["category"] == f"test_{name}"},
+        )
     if _CIRCULAR.search(benchmark):
         return Rule(
             lambda sample: scale * _all_right(sample), lambda columns: {"group": _questions(columns)}, _questions
@@ -96,6 +103,23 @@ def _all_right(sample: Sample) -> float:
     worst = np.full(int(ids.max()) + 1, np.inf)
     np.minimum.at(worst, ids, sample.scores)
     return float(worst.mean())
+
+
+def _category_numbers(columns: Mapping[str, NDArray]) -> Columns:
+    return {"category": _numbered(columns["category"].astype(str))}
+
+
+def _mean_of_means(sample: Sample) -> float:
+    """CV-Bench-2D's mean over its sources (here categories) of the mean in each."""
+    categories = sample.columns["category"]
+    sizes = np.bincount(categories)
+    sums = np.bincount(categories, weights=sample.scores)
+    return float((sums[sizes > 0] / sizes[sizes > 0]).mean())
+
+
+def _mean_of(sample: Sample, mask: str) -> float:
+    chosen = sample.scores[sample.columns[mask]]
+    return float(chosen.mean()) if chosen.size else float("nan")
 
 
 def _mme_columns(columns: Mapping[str, NDArray], categories: tuple[str, ...]) -> Columns:

@@ -46,12 +46,15 @@ class Adapter(AbstractTransformersAdapter):
         return super().image_mask(model, inputs)
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
-        """Runs of <|image_pad|>; ``image_grid_thw`` lists the images of the whole batch in the same order."""
+        """Runs of <|image_pad|>; ``image_grid_thw`` lists the images of the whole batch in the same order.
+
+        Where `generate` has encoded the images before the forward, only the M-RoPE positions still show the grids.
+        """
         merge = model.config.vision_config.spatial_merge_size
         runs = [image_runs(row) for row in mask]
         thw = inputs.get("image_grid_thw")
         if thw is None:
-            return [[ImageSpan(run) for run in row] for row in runs]
+            return _spans_by_position(runs, inputs.get("position_ids"))
         grids = iter(_in_row_order([(t, h // merge, w // merge) for t, h, w in thw.tolist()], runs))
         return [[ImageSpan(run, grid=next(grids)[1:]) for run in row] for row in runs]
 
@@ -95,11 +98,27 @@ def qwen_prompt(kind: QuestionKind, question: str, options: Mapping[str, str], h
         lines.append(f"Question: {question}")
         if options:
             lines += ["Options:", *(f"{letter}. {text}" for letter, text in options.items())]
-            lines.append("Please select the correct answer from the options above.")
+            chinese = any("\u4e00" <= character <= "\u9fff" for character in "".join(lines))
+            lines.append(
+                "请直接回答选项字母。" if chinese else "Please select the correct answer from the options above."
+            )
         return "\n".join(lines)
     if kind == "yes_no":
         return f"{question} Please answer yes or no."
     return f"{question}\nPlease try to answer the question with short words or phrases if possible."
+
+
+def _spans_by_position(runs: list[list[Tensor]], position_ids: Tensor | None) -> list[list[ImageSpan]]:
+    """Images with the grid that their positions (3 or 4, B, S) span; None where there are none, or only text's."""
+    if position_ids is None or position_ids.ndim != 3 or position_ids.shape[0] < 3:
+        return [[ImageSpan(run) for run in row] for row in runs]
+    positions, spans = position_ids[-2:].cpu(), []  # rows, columns
+    for index, row in enumerate(runs):
+        seen = [positions[:, index, run] for run in row]
+        sizes = [tuple(int(n) for n in (at.amax(1) - at.amin(1) + 1)) for at in seen]
+        grids = [(h, w) if h * w == run.numel() else None for (h, w), run in zip(sizes, row, strict=True)]
+        spans.append([ImageSpan(run, grid=grid) for run, grid in zip(row, grids, strict=True)])
+    return spans
 
 
 def _in_row_order(sizes: list[tuple[int, int, int]], runs: list[list[Tensor]]) -> list[tuple[int, int, int]]:

@@ -28,6 +28,7 @@ def import_vlmeval() -> None:
         ImportError: it is not installed; the message says how to install it.
     """
     if "vlmeval" in sys.modules and hasattr(sys.modules["vlmeval"], "dataset"):
+        _mend()  # somebody else may have imported it
         return
     if importlib.util.find_spec("vlmeval") is None:
         raise ImportError(MISSING)
@@ -40,15 +41,18 @@ def import_vlmeval() -> None:
     state, handlers = torch.get_rng_state(), list(logging.getLogger().handlers)
     level = logging.getLogger().level
     try:
-        import vlmeval.dataset
-        import vlmeval.smp
+        pass
     finally:
         ssl._create_default_https_context = context
         torch.set_grad_enabled(grad)
         torch.set_rng_state(state)
         logging.getLogger().handlers[:] = handlers
         logging.getLogger().setLevel(level)
-    sys.modules.setdefault("vlmeval.dataset.smp", vlmeval.smp)
+    _mend()
+
+
+def _mend() -> None:
+    sys.modules.setdefault("vlmeval.dataset.smp", sys.modules["vlmeval.smp"])
     sys.modules.setdefault("vlmeval.dataset.smp.log", sys.modules["vlmeval.smp.log"])
     # Its judge wrapper logs the API key in clear text.
     logging.getLogger("vlmeval.api.gpt").setLevel(logging.WARNING)

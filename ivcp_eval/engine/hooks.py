@@ -19,7 +19,7 @@ import torch
 
 from ivcp_eval.engine.cache import PrunedLayer, Record, check_cache, gather_slots
 from ivcp_eval.engine.drafts import Drafts
-from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
+from ivcp_eval.engine.geometry import Rows, attention_mask, is_member, take_position_embeddings, take_sequence
 from ivcp_eval.engine.keys import KeyEditor
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals import SignalSource
@@ -181,8 +181,9 @@ class Engine:
         if args:
             self._inputs.setdefault("input_ids", args[0])
         self._image_mask = self.adapter.image_mask(self.model, self._inputs)
-        if self.vision is not None and self._inputs.get("pixel_values") is not None:
-            self.vision.clear()  # the tower runs inside this forward; `generate` may have run it before instead
+        encoded = self._inputs.get("mm_encoder_outputs") is not None
+        if self.vision is not None and self._inputs.get("pixel_values") is not None and not encoded:
+            self.vision.clear()  # the tower runs inside this forward
 
     def _before_text_model(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._pass = None
@@ -353,8 +354,8 @@ class Engine:
     def _row_seed(self, row: int, alive: Tensor) -> int:
         """A seed from the row's own tokens, so that a row draws the same in any batch."""
         ids = self._inputs.get("input_ids")
-        content = alive.numel() if ids is None else ids[row].cpu()[alive].tolist()
-        return zlib.crc32(f"{self.seed}/{content}".encode())
+        content = torch.tensor(alive.numel()) if ids is None else ids[row].cpu()[alive]
+        return zlib.crc32(content.long().numpy().tobytes(), zlib.crc32(str(self.seed).encode()))
 
     def _after_attention(self, index: int, _module: nn.Module, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         state = self._pass
@@ -482,7 +483,7 @@ class Engine:
             return
         for slots, (index, layer) in zip(state.layers, enumerate(state.cache.layers), strict=True):
             if id(slots) not in records:
-                alive = torch.stack([torch.isin(m, r) for m, r in zip(slots.matrix, slots.rows.columns, strict=True)])
+                alive = torch.stack([is_member(*pair) for pair in zip(slots.matrix, slots.rows.columns, strict=True)])
                 columns = torch.where(alive, slots.matrix, -1)
                 records[id(slots)] = Record(
                     columns.to(layer.keys.device), state.image_mask.shape[1], not bool(alive.all()), slots.shift

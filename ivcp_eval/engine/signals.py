@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ivcp_eval.engine.geometry import is_member
 from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
 from ivcp_eval.ops import budget
 
@@ -25,7 +26,7 @@ def images_at_cut(spans: list[ImageSpan], visual_columns: Tensor, ratio: float) 
     """
     images = []
     for span in spans:
-        tokens = torch.isin(visual_columns, span.columns).nonzero().flatten()
+        tokens = is_member(visual_columns, span.columns).nonzero().flatten()
         allowed = min(budget(ratio, span.columns.numel()), tokens.numel())
         view = None
         if span.views:

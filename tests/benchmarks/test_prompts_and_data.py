@@ -134,16 +134,7 @@ def test_addresses_and_checksums_are_vlmevalkits(laboratory: Laboratory):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_say_what_a_reader_needs(name: str):
     benchmark = benchmarks.load(name)
-    for name_of_field in (
-        "title",
-        "source",
-        "licence",
-        "note",
-        "abilities",
-        "n_samples",
-        "metrics",
-        "samples",
-        "cluster",
-    ):
-        assert getattr(benchmark, name_of_field), name_of_field
+    needed = ("title", "source", "licence", "note", "abilities", "n_samples", "metrics", "samples", "cluster")
+    for wanted in needed:
+        assert getattr(benchmark, wanted), wanted
     assert bool(benchmark.url) != (name in GROUNDING)

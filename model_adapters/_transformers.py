@@ -122,6 +122,15 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return encoded
 
 
+def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of every image, where `generate` has encoded them before the forward (transformers 5.20 and later).
+
+    The forward then gets neither pixels nor image sizes, only the features of each image.
+    """
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    return None if encoded is None else [features.shape[:-1].numel() for features in encoded.pooler_output]
+
+
 def images_by_length(mask: Tensor, lengths: list[int]) -> list[list[int]] | None:
     """Which images each row holds, as indices into ``lengths``, or None if the lengths do not add up to the rows.
 

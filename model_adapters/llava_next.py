@@ -14,7 +14,7 @@ import torch
 
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
 from model_adapters._prompts import letter_question
-from model_adapters._transformers import AbstractTransformersAdapter, image_runs, images_by_length
+from model_adapters._transformers import AbstractTransformersAdapter, encoded_lengths, image_runs, images_by_length
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +35,12 @@ class Adapter(AbstractTransformersAdapter):
     )
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
-        """Images by their lengths, which follow from ``image_sizes``; nothing stands between consecutive ones.
+        """Images by their lengths (of ``image_sizes``, or already encoded); nothing stands between consecutive ones.
 
         Newline tokens count as the image's: they stand for its rows.
         """
-        views = self.views(model.config, inputs)
+        lengths, overview = encoded_lengths(inputs), _side(model.config) ** 2
+        views = self.views(model.config, inputs) if lengths is None else [(overview, n - overview) for n in lengths]
         rows = images_by_length(mask, [sum(view) for view in views])
         if rows is None:  # a mask given by the user
             return [[ImageSpan(run) for run in image_runs(row)] for row in mask]

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ivcp_eval.tiny import batches, train
+from ivcp_eval.tiny import batches, tasks, train
 from ivcp_eval.tiny.fast import vision_forward
 from ivcp_eval.tiny.losses import answer_logits
 from ivcp_eval.tiny.processor import build_config, build_processor
@@ -21,7 +21,7 @@ from ivcp_eval.tiny.validation import overlap, parse_box
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "num_heads": 2,
-    "num_layers": 3,
+    "num_layers": 4,
     "intermediate_size": 96,
     "mrope_section": (2, 6, 8),
     "vision_hidden_size": 64,
@@ -96,6 +96,8 @@ def test_cell_targets_point_at_the_object_under_the_cell() -> None:
     for item in scene.objects:
         x, y = item.centre
         cell = int(y) // 28 * columns + int(x) // 28
+        plain = tasks.Sample("grounding", "plain", tasks.name_of(item), "", box=item.box)
+        assert batches.looked_at(scene, ([plain], [], []))[0, cell]
         assert tuple(boxes[cell]) == item.box
         assert batches.SHAPE_CLASSES[shape[cell]] == item.shape
         assert [str(d) for d in digits[cell] if d >= 0] == list(item.number)
@@ -169,3 +171,25 @@ def test_boxes_are_read_and_compared() -> None:
     assert overlap((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
     assert overlap((0, 0, 10, 10), None) == 0
     assert overlap((10, 10, 0, 0), (0, 0, 10, 10)) == 0
+
+
+def test_questions_look_at_the_objects_they_are_about() -> None:
+    seen = set()
+    for index in range(40):
+        rng = scene_rng("train", index)
+        scene = sample_scene(rng, SIZES[0], (3, 8))
+        for sample in (q for group in batches.choose_questions(rng, scene) for q in group):
+            found = batches.subjects(scene, sample)
+            seen.add(sample.category)
+            right = sample.options[tasks.LETTERS.index(sample.answer)] if sample.options else sample.answer
+            if sample.category == "count":
+                assert len(found) == int(right)
+            elif sample.answer == "No":
+                assert found == []
+            elif sample.category in ("present", "presence"):
+                assert len({tasks.name_of(scene.objects[i]) for i in found}) == 1
+            else:
+                assert len(found) == 1
+                item = scene.objects[found[0]]
+                assert sample.task == "grounding" or right in (item.colour, item.shape, item.number)
+    assert {"plain", "relation", "count", "number", "present", "presence", "adversarial"} <= seen

@@ -53,6 +53,8 @@ class Batch:
         shape, colour: (batch, cells) classes of the object under each cell, 0 for background.
         boxes: (batch, cells, 4) box in pixels of the object under the cell (0 where none).
         digits: (batch, cells, 2) digits of the sign under the cell, -100 elsewhere.
+        looked_at: (batch, questions, cells) true for the cells of the objects a question is about; all false
+            for a question about nothing in the picture.
         layout: layout of the sequence.
     """
 
@@ -64,6 +66,7 @@ class Batch:
     colour: Tensor
     boxes: Tensor
     digits: Tensor
+    looked_at: Tensor
     layout: TextLayout
 
 
@@ -81,12 +84,14 @@ def prefix_ids(width: int, height: int) -> list[int]:
 
 def make_batch(split: str, first: int, count: int, size: tuple[int, int], objects: tuple[int, int]) -> Batch:
     """Build a batch from the scenes ``first`` .. ``first + count - 1`` of ``split``."""
-    scenes, rows = [], []
+    scenes, rows, asked = [], [], []
     for index in range(first, first + count):
         rng = scene_rng(split, index)
         scene = sample_scene(rng, size, objects)
         scenes.append(scene)
-        rows.append(pack(*choose_questions(rng, scene)))
+        groups = choose_questions(rng, scene)
+        rows.append(pack(*groups))
+        asked.append(groups)
     prefix = prefix_ids(*size)
     cells = [cell_targets(scene) for scene in scenes]
     return Batch(
@@ -98,6 +103,7 @@ def make_batch(split: str, first: int, count: int, size: tuple[int, int], object
         colour=torch.from_numpy(np.stack([c[1] for c in cells])),
         boxes=torch.from_numpy(np.stack([c[2] for c in cells])),
         digits=torch.from_numpy(np.stack([c[3] for c in cells])),
+        looked_at=torch.from_numpy(np.stack([looked_at(*pair) for pair in zip(scenes, asked, strict=True)])),
         layout=layout_for(*size),
     )
 
@@ -179,10 +185,35 @@ def hash_of(sample: tasks.Sample) -> int:
     return sum(ord(c) for c in sample.question + sample.answer)
 
 
-def cell_targets(
-    scene: Scene,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Dense targets of one scene: shape and colour class, box and sign digits of the object under each cell.
+def subjects(scene: Scene, sample: tasks.Sample) -> list[int]:
+    """Indices of the objects that ``sample`` is about (none if it asks for something absent)."""
+    objects = list(enumerate(scene.objects))
+    if sample.box:
+        return [i for i, o in objects if o.box == sample.box]
+    if sample.category == "number":
+        return [i for i, o in objects if o.shape == SIGN]
+    if sample.category in ("present", "presence"):
+        text = sample.options[tasks.LETTERS.index(sample.answer)] if sample.options else sample.question
+        return [i for i, o in objects if tasks.name_of(o) in text]
+    if sample.answer == "No":
+        return []
+    return [i for i, o in objects if f" {o.shape}" in sample.question or f" {o.colour} " in sample.question]
+
+
+def looked_at(scene: Scene, groups: Sequence[Sequence[tasks.Sample]]) -> np.ndarray[Any, Any]:
+    """Return the (questions, cells) mask of the cells each question of ``groups`` is about."""
+    owner = cell_owner(scene)
+    mask = np.zeros((sum(count for count, _ in SLOTS), owner.size), dtype=bool)
+    start = 0
+    for (count, _), samples in zip(SLOTS, groups, strict=True):
+        for slot, sample in enumerate(samples):
+            mask[start + slot] = np.isin(owner, subjects(scene, sample))
+        start += count
+    return mask
+
+
+def cell_owner(scene: Scene) -> np.ndarray[Any, Any]:
+    """Return (cells,) the index of the object under each cell, -1 for background.
 
     A cell belongs to the object whose box covers most of it, if that is at least a fifth of the cell.
     """
@@ -197,7 +228,14 @@ def cell_targets(
         overlap = overlap_y[:, None] * overlap_x[None, :]
         owner[overlap > best] = index
         best = np.maximum(best, overlap)
-    flat = owner.ravel()
+    return owner.ravel()
+
+
+def cell_targets(
+    scene: Scene,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Dense targets of one scene: shape and colour class, box and sign digits of the object under each cell."""
+    flat = cell_owner(scene)
     shape = np.array([*(SHAPE_CLASSES.index(o.shape) for o in scene.objects), 0])
     colour = np.array([*(COLOUR_CLASSES.index(o.colour) for o in scene.objects), 0])
     boxes = np.array([*(o.box for o in scene.objects), (0, 0, 0, 0)])

@@ -187,9 +187,30 @@ def text_layout(
     return TextLayout(before + len(cells) + after, slots, torch.cat(pieces, dim=1))
 
 
+@dataclass
+class TextOutput:
+    """What the decoder returns to the trainer.
+
+    Attributes:
+        hidden: (batch, slot tokens, hidden) after the final norm.
+        layers: output (batch, tokens, hidden) of each layer asked for.
+        attention: for each layer asked for and each group of slots, the first head's attention to the prefix,
+            (batch, slots, tokens of a slot, prefix).
+    """
+
+    hidden: Tensor
+    layers: dict[int, Tensor]
+    attention: dict[int, list[Tensor]]
+
+
 def text_forward(
-    text: Any, embeddings: Tensor, layout: TextLayout, keep: Sequence[int] = (), kernels: Kernels = EAGER
-) -> tuple[Tensor, dict[int, Tensor]]:
+    text: Any,
+    embeddings: Tensor,
+    layout: TextLayout,
+    keep: Sequence[int] = (),
+    watch: Sequence[int] = (),
+    kernels: Kernels = EAGER,
+) -> TextOutput:
     """Run the decoder layers and the final norm.
 
     Args:
@@ -197,26 +218,24 @@ def text_forward(
         embeddings: (batch, tokens, hidden) token embeddings with the visual tokens in place.
         layout: the sequence's layout.
         keep: layers (but the last) whose output is wanted too.
+        watch: layers whose attention is wanted too.
         kernels: element-wise steps, plain or compiled.
-
-    Returns:
-        Final hidden states of the question slots (batch, slot tokens, hidden), and the outputs of the layers
-        in ``keep`` (batch, tokens, hidden).
     """
     cos, sin = text.rotary_emb(embeddings, layout.positions[:, None])
     cos, sin = cos[0, :, None], sin[0, :, None]
-    x, kept = embeddings, {}
+    x = embeddings
+    kept: dict[int, Tensor] = {}
+    watched: dict[int, list[Tensor]] = {index: [] for index in watch}
     for index, layer in enumerate(text.layers):
         # Nothing reads the prefix behind the last layer, so that layer computes only its keys and values.
         last = index == len(text.layers) - 1
-        mixed = _text_attention(
-            layer.self_attn, _norm(x, layer.input_layernorm, kernels), cos, sin, layout, last, kernels
-        )
+        y = _norm(x, layer.input_layernorm, kernels)
+        mixed = _text_attention(layer.self_attn, y, cos, sin, layout, last, kernels, watched.get(index))
         x = (x[:, layout.prefix :] if last else x) + mixed
         x = x + _mlp(layer.mlp, _norm(x, layer.post_attention_layernorm, kernels), kernels)
         if index in keep:
             kept[index] = x
-    return _norm(x, text.norm, kernels), kept
+    return TextOutput(_norm(x, text.norm, kernels), kept, watched)
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +244,14 @@ def _causal(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _text_attention(
-    attention: Any, x: Tensor, cos: Tensor, sin: Tensor, layout: TextLayout, last: bool, kernels: Kernels
+    attention: Any,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: TextLayout,
+    last: bool,
+    kernels: Kernels,
+    watched: list[Tensor] | None,
 ) -> Tensor:
     """Attention of every token to the prefix and, in a slot, to the slot; the slots' outputs only if ``last``."""
     size, key_heads = attention.head_dim, attention.num_key_value_heads
@@ -251,6 +277,8 @@ def _text_attention(
         own = _fold(split_q, own_k.unflatten(2, (count, slot)).transpose(-1, -2)) + _causal(slot, x.dtype)
         shared = _fold(own_q, k_prefix.transpose(-1, -2)).unflatten(3, (count, slot)).transpose(2, 3)
         weights = torch.softmax(torch.cat((shared, own), dim=-1), dim=-1)
+        if watched is not None:
+            watched.append(weights[:, 0, :, 0, :, : layout.prefix])
         to_prefix, to_own = weights.split((layout.prefix, slot), dim=-1)
         from_own = _fold(to_own, own_v.unflatten(2, (count, slot))).transpose(2, 3).flatten(3, 4)
         outputs.append(from_own + _fold(to_prefix.transpose(2, 3).flatten(3, 4), v_prefix))

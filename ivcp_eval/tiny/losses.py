@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ivcp_eval.tiny.batches import BEFORE_IMAGE, COLOUR_CLASSES, IGNORED, SHAPE_CLASSES, Batch, encode
-from ivcp_eval.tiny.fast import EAGER, Kernels, text_forward, vision_forward
+from ivcp_eval.tiny.batches import BEFORE_IMAGE, COLOUR_CLASSES, IGNORED, SHAPE_CLASSES, SLOTS, Batch, encode
+from ivcp_eval.tiny.fast import EAGER, Kernels, TextOutput, text_forward, vision_forward
 from ivcp_eval.tiny.processor import CELL
 
 #: Decoder layers whose output the dense heads read: the cell's own place, then its object's box.
 PLACE_LAYER, BOX_LAYER = 0, 2
+#: Decoder layers whose first head is shown where to look while answering.
+LOOK_LAYERS = (3, 4)
 #: Longest side of an image in cells.
 MAX_CELLS = 16
 
@@ -80,26 +82,50 @@ def place_losses(heads: DenseHeads, kept: dict[int, Tensor], batch: Batch) -> di
 
 def answer_logits(
     model: Any, batch: Batch, dtype: torch.dtype, kernels: Kernels = EAGER
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Logits at the labelled slot tokens (labels, vocabulary), the visual tokens, and the kept layers."""
+) -> tuple[Tensor, Tensor, TextOutput]:
+    """Logits at the labelled slot tokens (labels, vocabulary), the visual tokens, and the decoder's output."""
     tokens = vision_forward(model.model.visual, batch.images, dtype, kernels)
     embeddings = model.get_input_embeddings()(batch.ids).to(tokens.dtype)
     start = len(encode(BEFORE_IMAGE))
     embeddings = torch.cat((embeddings[:, :start], tokens, embeddings[:, start + tokens.shape[1] :]), dim=1)
-    keep = (PLACE_LAYER, BOX_LAYER)
-    hidden, kept = text_forward(model.model.language_model, embeddings, batch.layout, keep, kernels)
-    return model.lm_head(hidden[batch.labels != IGNORED]).float(), tokens, kept
+    text = model.model.language_model
+    look = [layer for layer in LOOK_LAYERS if layer < len(text.layers)]
+    output = text_forward(text, embeddings, batch.layout, (PLACE_LAYER, BOX_LAYER), look, kernels)
+    return model.lm_head(output.hidden[batch.labels != IGNORED]).float(), tokens, output
+
+
+def look_losses(output: TextOutput, batch: Batch) -> dict[str, Tensor]:
+    """Loss of looking elsewhere: minus the log of the attention that answer tokens pay to the cells in question."""
+    start, cells = len(encode(BEFORE_IMAGE)), batch.shape.shape[1]
+    losses = {}
+    for layer, groups in output.attention.items():
+        parts, question, token = [], 0, 0
+        for (count, length), weights in zip(SLOTS, groups, strict=True):
+            mask = batch.looked_at[:, question : question + count, None]
+            paid = (weights[..., start : start + cells].float() * mask).sum(-1)
+            labels = batch.labels[:, token : token + count * length].unflatten(1, (count, length))
+            chosen = (labels != IGNORED) & mask.any(-1)
+            # Mean over the answer's tokens first, so that a box counts as much as a word.
+            loss = (-torch.log(paid + 1e-3) * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)
+            parts.append(loss[chosen.any(-1)])
+            question, token = question + count, token + count * length
+        losses[f"look_{layer}"] = torch.cat(parts).mean()
+    return losses
 
 
 def all_losses(
     model: Any, heads: DenseHeads, batch: Batch, dense_weight: float, dtype: torch.dtype, kernels: Kernels = EAGER
 ) -> tuple[Tensor, dict[str, float]]:
     """Total training loss of one batch and its parts."""
-    logits, tokens, kept = answer_logits(model, batch, dtype, kernels)
+    logits, tokens, output = answer_logits(model, batch, dtype, kernels)
     chosen = batch.labels != IGNORED
     weight = batch.weights[chosen]
     answers = (F.cross_entropy(logits, batch.labels[chosen], reduction="none") * weight).sum() / weight.sum()
-    parts = {**vision_losses(heads, tokens, batch), **place_losses(heads, kept, batch)}
+    parts = {
+        **vision_losses(heads, tokens, batch),
+        **place_losses(heads, output.layers, batch),
+        **look_losses(output, batch),
+    }
     total = answers + dense_weight * torch.stack(list(parts.values())).sum()
     return total, {"answers": answers.item(), **{name: value.item() for name, value in parts.items()}}
 

@@ -22,8 +22,7 @@ from ivcp_eval.ops import ranking, top
 
 FIXED_RATIO = 0.5  # the ratio under which families with literals instead of a ratio are run
 TILE = 256  # InternVL: tokens of a tile, 16 x 16, where the model does not say
-GLOBAL_ROWS, GLOBAL_COLUMNS = 14, 15  # DeepSeek-VL2: the global view, the last column being newline tokens
-GLOBAL = GLOBAL_ROWS * GLOBAL_COLUMNS
+SIDE = 14  # DeepSeek-VL2: rows of the global view, where the model does not say; each ends in a newline token
 
 
 def cut(model: ModelFacts, layer: int, ratio: float) -> Cut:
@@ -33,11 +32,11 @@ def cut(model: ModelFacts, layer: int, ratio: float) -> Cut:
     from hidden states that were not normalised.
 
     Raises:
-        ValueError: a family without released code, or a ratio other than 0.5 where the code has literals instead.
+        Unsupported: a family without released code, or a ratio other than 0.5 where the code has literals instead.
     """
     _rule(model.family)
     if model.family != "qwen2_5_vl" and ratio != FIXED_RATIO:
-        raise ValueError(
+        raise Unsupported(
             f"ratio {ratio} with preset='official' on {model.family!r}: its released code has fixed numbers and no "
             f"retention ratio. Pass ratio={FIXED_RATIO} to run it as it is, or preset='general' for other ratios."
         )
@@ -199,16 +198,18 @@ def _deepseek_vl2(signals: Signals, image: Image) -> Tensor:
     at = signals.visual[image.tokens]
     n, device = at.numel(), at.device
     width, height = _tiles(image)
-    row, n_rows = width * GLOBAL_ROWS + 1, height * GLOBAL_ROWS
-    expected = GLOBAL + 1 + n_rows * row
+    side = math.isqrt(image.span.views[0] - 1) if image.span.views else SIDE
+    n_global = side * (side + 1)
+    row, n_rows = width * side + 1, height * side
+    expected = n_global + 1 + n_rows * row
     if n != expected:
         raise ValueError(
             f"preset='official' of 'deepseek_vl2': an image of {width} x {height} tiles has {expected} tokens, "
             f"got {n}. Check `tiles=(w, h)`."
         )
-    queries, overview = _after(signals, at[-1], skipped=1), at[:GLOBAL]
-    valid = torch.ones(GLOBAL, dtype=torch.bool, device=device)
-    valid[GLOBAL_COLUMNS - 1 :: GLOBAL_COLUMNS] = False
+    queries, overview = _after(signals, at[-1], skipped=1), at[:n_global]
+    valid = torch.ones(n_global, dtype=torch.bool, device=device)
+    valid[side :: side + 1] = False
     valid[list(image.span.padding)] = False
     candidates = valid.nonzero().flatten()
 
@@ -218,17 +219,17 @@ def _deepseek_vl2(signals: Signals, image: Image) -> Tensor:
     refined = value_similarity(signals.value, torch.cat((queries, overview[seeds])), overview)
 
     local = torch.zeros(n_rows, row, dtype=torch.bool, device=device)
-    kept = torch.zeros(GLOBAL, dtype=torch.bool, device=device)
+    kept = torch.zeros(n_global, dtype=torch.bool, device=device)
     for part in _coordinates(signals, at):
-        kept[torch.topk(part[:GLOBAL], round(0.1 * GLOBAL)).indices] = True
-        tiled = part[GLOBAL + 1 :].view(n_rows, row)
+        kept[torch.topk(part[:n_global], round(0.1 * n_global)).indices] = True
+        tiled = part[n_global + 1 :].view(n_rows, row)
         local.scatter_(1, torch.topk(tiled, round(0.15 * row), dim=-1).indices, True)
     best = candidates[refined[candidates].argsort(descending=True)]
-    missing = max(1, round(0.5 * GLOBAL) - int(kept.sum()))
+    missing = max(1, round(0.5 * n_global) - int(kept.sum()))
     foreground = torch.cat((seeds, best[~kept[best]][:missing]))
     kept[foreground] = True
-    kept[GLOBAL_COLUMNS - 1 :: GLOBAL_COLUMNS] = True
-    seen = _mask(GLOBAL, foreground).view(GLOBAL_ROWS, GLOBAL_COLUMNS)[:, :-1]
+    kept[side :: side + 1] = True
+    seen = _mask(n_global, foreground).view(side, side + 1)[:, :-1]
     local[:, :-1] |= seen.repeat_interleave(height, dim=0).repeat_interleave(width, dim=1)
     local[:, -1] = True
     return torch.cat((kept, kept.new_ones(1), local.flatten()))

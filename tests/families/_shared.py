@@ -69,3 +69,9 @@ def prompts(
         ids.append(line)
     padded, mask = pad_left(ids)
     return {"input_ids": padded, "attention_mask": mask}, pixels, kinds
+
+
+def without_images(model: Any) -> Any:
+    """Never generates the placeholder, which a forward without a cache would take for an image."""
+    model.generation_config.suppress_tokens = [IMAGE]
+    return model

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, prompts
+from tests.families._shared import IMAGE, TEXT_CONFIG, prompts, without_images
 from tests.tiny_models import Rows
 
 TILES = (3, 1)  # of each kind of image, thumbnail included
@@ -35,7 +35,7 @@ def model(attn: str) -> nn.Module:
         image_seq_length=16,
         tie_word_embeddings=False,
     )
-    return InternVLForConditionalGeneration._from_config(config, attn_implementation=attn)
+    return without_images(InternVLForConditionalGeneration._from_config(config, attn_implementation=attn))
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts
+from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
 from tests.tiny_models import Rows
 
 N_TOKENS = (16,)
@@ -24,7 +24,7 @@ def model(attn: str) -> nn.Module:
         image_token_index=IMAGE,
         image_seq_length=N_TOKENS[0],
     )
-    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
+    return without_images(LlavaForConditionalGeneration._from_config(config, attn_implementation=attn))
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts
+from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
 from tests.tiny_models import Rows
 
 # (height, width), tiles: overview 4, then rows * (columns + 1). The last image keeps 2 of its 4 rows.
@@ -27,7 +27,7 @@ def model(attn: str) -> nn.Module:
         image_token_index=IMAGE,
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
     )
-    return LlavaNextForConditionalGeneration._from_config(config, attn_implementation=attn)
+    return without_images(LlavaNextForConditionalGeneration._from_config(config, attn_implementation=attn))
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:

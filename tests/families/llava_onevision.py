@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts
+from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
 from tests.tiny_models import Rows
 
 # (height, width), tiles: overview 4; 4 x 4 patches are more than 1.1^2 times two tiles and become 2 x 2.
@@ -29,7 +29,7 @@ def model(attn: str) -> nn.Module:
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
         vision_aspect_ratio="anyres_max_2",
     )
-    return LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation=attn)
+    return without_images(LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation=attn))
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from tests.families import _qwen
 from tests.families._qwen import MROPE_TEXT_CONFIG, N_TOKENS, TOKEN_IDS
-from tests.families._shared import IMAGE
+from tests.families._shared import IMAGE, without_images
 from tests.tiny_models import Rows
 
 __all__ = ["IMAGE", "N_TOKENS", "inputs", "model"]
@@ -23,7 +23,7 @@ def model(attn: str) -> nn.Module:
         tie_word_embeddings=False,
         **TOKEN_IDS,
     )
-    return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attn)
+    return without_images(Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attn))
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:

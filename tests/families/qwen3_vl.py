@@ -9,7 +9,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tests.families import _qwen
 from tests.families._qwen import N_TOKENS, TOKEN_IDS
-from tests.families._shared import IMAGE, TEXT_CONFIG
+from tests.families._shared import IMAGE, TEXT_CONFIG, without_images
 from tests.tiny_models import Rows
 
 __all__ = ["IMAGE", "N_TOKENS", "inputs", "model"]
@@ -32,7 +32,7 @@ def model(attn: str) -> nn.Module:
         tie_word_embeddings=False,
         **TOKEN_IDS,
     )
-    return Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attn)
+    return without_images(Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attn))
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:

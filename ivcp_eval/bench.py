@@ -1,0 +1,297 @@
+"""What pruning costs and saves: untouched, ratio 1 and pruned models side by side, beside the bound of the cut.
+
+``python -m ivcp_eval.bench --size small`` (CPU, a minute) or ``--size qwen25_7b --device cuda``. Weights are random:
+only speed and memory are measured. How to read the table: docs/bench.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ivcp_eval.bench_models import Size
+    from ivcp_eval.measure import HookTime, Phases
+
+METHOD = "ivc_prune"
+MAX_OVERHEAD = 0.03  # of ratio 1 over the untouched model
+MAX_OVER_BOUND = 0.05  # of a pruned prefill over the FLOP bound of its cut
+#: Prompts of more tokens (all rows) than this are not warmed up: they take seconds, their first-call costs do not.
+WARM_UP_TOKENS = 50_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing that is timed: ``ratio`` None is the model without any hook of the engine."""
+
+    name: str
+    ratio: float | None = None
+    layer: int | None = None
+    visual_tokens: int | None = None  # a shorter prompt, of which the layer bound is made
+
+
+@dataclass
+class Sample:
+    """One generate call of one variant."""
+
+    phases: Phases
+    cut: HookTime
+    tokens_per_layer: list[int]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells of one run share."""
+
+    model: Any
+    adapter: Any
+    size: Size
+    device: str
+    attention: str
+    dtype: Any
+    cpu_time: bool = False
+
+
+def variants(size: Size, visual_tokens: int) -> list[Variant]:
+    """Everything timed in one cell; the untouched model first, shorter prompts last."""
+    from ivcp_eval.ops import budget
+
+    cuts = [Variant(f"{ratio:g} @ layer {layer}", ratio, layer) for ratio, layer in size.cuts]
+    shorter = sorted({budget(ratio, visual_tokens) for ratio, _ in size.cuts}, reverse=True)
+    return [
+        Variant("untouched"),
+        Variant("ratio 1", 1.0),
+        *cuts,
+        *(Variant(f"untouched, {n} visual", visual_tokens=n) for n in shorter),
+    ]
+
+
+def _run_once(setup: Setup, inputs: dict[str, Any], variant: Variant) -> Sample:
+    from ivcp_eval import measure
+    from ivcp_eval.engine import prune
+
+    text = setup.adapter.text_model(setup.model)
+    text_tokens = setup.size.text_tokens
+    steps = 1 if variant.visual_tokens else setup.size.new_tokens
+    per_layer = [inputs["input_ids"].shape[1]] * len(text.layers)
+    cut = measure.HookTime()
+    with contextlib.ExitStack() as stack:
+        if variant.ratio is not None:
+            parameters: dict[str, Any] = {} if variant.layer is None else {"layer": variant.layer}
+            run = stack.enter_context(prune(setup.model, METHOD, variant.ratio, **parameters))
+        if variant.layer is not None:
+            cut = stack.enter_context(measure.hook_time(text.layers[variant.layer], cpu_time=setup.cpu_time))
+        phases = stack.enter_context(measure.phases(setup.model, setup.adapter, cpu_time=setup.cpu_time))
+        setup.model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
+    if variant.ratio is not None:
+        per_layer = [max(rows) + text_tokens for rows in run.visual_per_layer]
+    return Sample(phases, cut, per_layer)
+
+
+def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -> list[dict[str, Any]]:
+    """Rows of one (visual tokens, batch): every variant, interleaved, for ``seconds`` or all rounds."""
+    from ivcp_eval.bench_models import make_inputs
+    from ivcp_eval.measure import interleave
+
+    every = variants(setup.size, visual_tokens)
+    make = partial(make_inputs, setup.model.config, batch=batch, text_tokens=setup.size.text_tokens)
+    lengths = {v.visual_tokens or visual_tokens for v in every}
+    inputs = {n: make(n, dtype=setup.dtype, device=setup.device) for n in lengths}
+    calls = {v.name: partial(_run_once, setup, inputs[v.visual_tokens or visual_tokens], v) for v in every}
+    end = time.monotonic() + seconds
+    warmup = 1 if visual_tokens * batch <= WARM_UP_TOKENS else 0
+    samples = interleave(calls, setup.size.rounds, warmup, keep_going=lambda: time.monotonic() < end)
+    common = {
+        "attention": setup.attention,
+        "visual_tokens": visual_tokens,
+        "text_tokens": setup.size.text_tokens,
+        "batch": batch,
+    }
+    return [{**common, **_row(setup, v, visual_tokens, samples)} for v in every]
+
+
+def _row(setup: Setup, variant: Variant, visual_tokens: int, samples: dict[str, list[Sample]]) -> dict[str, Any]:
+    from ivcp_eval.measure import Spread
+    from ivcp_eval.ops import budget
+
+    def prefills(name: str) -> list[float]:
+        return [sample.phases.prefill_ms for sample in samples[name]]
+
+    mine, stock = samples[variant.name], samples["untouched"]
+    prefill = Spread.of(prefills(variant.name))
+    ratio = Spread.of_ratios(prefills(variant.name), prefills("untouched"))
+    row: dict[str, Any] = {
+        "variant": variant.name,
+        "ratio": variant.ratio,
+        "layer": variant.layer,
+        "rounds": prefill.n,
+        "prefill_ms": prefill.median,
+        "prefill_q1": prefill.q1,
+        "prefill_q3": prefill.q3,
+        "prefill_ratio": ratio.median,
+        "kv_bytes": mine[0].phases.kv_bytes,
+        "kv_ratio": mine[0].phases.kv_bytes / stock[0].phases.kv_bytes,
+        "peak_bytes": mine[0].phases.peak_bytes,
+        "prefill_ms_rounds": prefills(variant.name),
+    }
+    if variant.visual_tokens is None:
+        decode = [sample.phases.decode_ms_per_token or 0.0 for sample in mine]
+        row["decode_ms_per_token"] = Spread.of(decode).median
+        row["decode_ratio"] = Spread.of_ratios(decode, [s.phases.decode_ms_per_token or 0.0 for s in stock]).median
+        row["decode_ms_rounds"] = decode
+    if variant.ratio is not None:
+        row |= _against_bound(setup, mine[0], ratio.median, variant.ratio)
+    if variant.layer is not None and variant.ratio is not None:
+        n_layers = len(mine[0].tokens_per_layer)
+        short = prefills(f"untouched, {budget(variant.ratio, visual_tokens)} visual")
+        shares = [
+            (variant.layer + (n_layers - variant.layer) * s / full) / n_layers
+            for s, full in zip(short, prefills("untouched"), strict=True)
+        ]
+        row["layer_bound"] = Spread.of(shares).median
+        row["cut_ms"] = Spread.of([sample.cut.ms[0] for sample in mine]).median
+    return row
+
+
+def _against_bound(setup: Setup, sample: Sample, measured: float, ratio: float) -> dict[str, Any]:
+    from ivcp_eval.flops import DecoderShape
+
+    shape = DecoderShape.of(setup.model.config.text_config)
+    pruned = shape.prefill_flops(sample.tokens_per_layer)
+    full = shape.prefill_flops([sample.tokens_per_layer[0]] * shape.layers)
+    over = measured / (pruned / full) - 1
+    allowed = MAX_OVERHEAD if ratio == 1 else MAX_OVER_BOUND
+    return {"flop_bound": pruned / full, "over_bound": over, "target": allowed, "met": over <= allowed}
+
+
+def measure_vision(size: Size, device: str, dtype: Any, attention: str, cells: Sequence[tuple[int, int]]) -> Iterator:
+    """One row per (visual tokens, batch): the whole vision tower, stock code, once (after a small warm-up)."""
+    import torch
+
+    from ivcp_eval.bench_models import build_model, configuration, make_inputs
+    from ivcp_eval.measure import phases
+    from ivcp_eval.registry import adapter
+
+    model = build_model(configuration(size, layers=1), device, dtype, attention)
+
+    def encode(tokens: int, batch: int) -> dict[str, Any]:
+        inputs = make_inputs(model.config, tokens, batch, size.text_tokens, dtype, device)
+        with torch.inference_mode(), phases(model, adapter("qwen2_5_vl")) as measured:
+            model.get_image_features(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+        row = {"variant": "vision encoder", "attention": attention, "visual_tokens": tokens, "batch": batch}
+        return {**row, "rounds": 1, "vision_ms": measured.vision_ms, "peak_bytes": measured.peak_bytes}
+
+    encode(*cells[0])
+    for tokens, batch in cells:
+        yield partial(encode, tokens, batch), {"variant": "vision encoder", "visual_tokens": tokens, "batch": batch}
+
+
+# -- one run --------------------------------------------------------------------------------------------------------
+
+
+def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Every cell in order of size, then the vision tower; ``report`` gets the rows of each as they are ready."""
+    import torch
+
+    from ivcp_eval.bench_models import build_model, configuration
+    from ivcp_eval.registry import adapter
+
+    dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
+    end = time.monotonic() + options.limit_s
+    cells = sorted(((n, b) for n in size.visual_tokens for b in size.batches), key=lambda cell: cell[0] * cell[1])
+
+    def attempt(row: dict[str, Any], work: Callable[[], list[dict[str, Any]]]) -> None:
+        if time.monotonic() > end:
+            report([{**row, "note": f"skipped: --limit-s {options.limit_s:g} was reached"}])
+            return
+        try:
+            report(work())
+        except torch.OutOfMemoryError as error:
+            report([{**row, "note": f"out of memory: {str(error).splitlines()[0]}"}])
+        if options.device != "cpu":
+            torch.cuda.empty_cache()
+
+    for attention in _attentions(options.device, report):
+        # A vision tower without blocks: here it only has to deliver embeddings of the right shape.
+        model = build_model(configuration(size, vision_depth=0), options.device, dtype, attention)
+        setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
+        for tokens, batch in cells:
+            row = {"attention": attention, "visual_tokens": tokens, "batch": batch}
+            attempt(row, partial(measure_cell, setup, tokens, batch, options.cell_s))
+        del setup, model
+        for call, row in measure_vision(size, options.device, dtype, attention, cells):
+            attempt({**row, "attention": attention}, lambda call=call: [call()])  # type: ignore[misc]
+
+
+def _attentions(device: str, report: Callable[[list[dict[str, Any]]], None]) -> list[str]:
+    from transformers.utils import is_flash_attn_2_available
+
+    if device == "cpu":
+        return ["sdpa"]
+    if is_flash_attn_2_available():
+        return ["sdpa", "flash_attention_2"]
+    report([{"attention": "flash_attention_2", "note": "flash_attn is not installed"}])
+    return ["sdpa"]
+
+
+#: Field of `Size` -> option that overrides it.
+_OPTIONS = {"visual_tokens": "tokens", "batches": "batch", "rounds": "rounds", "new_tokens": "new_tokens"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of ``ivcp bench``."""
+    made = argparse.ArgumentParser(prog="ivcp bench", description=__doc__.splitlines()[0])
+    made.add_argument("--size", default="small", help="tiny, small or qwen25_7b (default: small)")
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
+    made.add_argument("--tokens", type=int, nargs="+", help="visual tokens per image; default: those of the size")
+    made.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: those of the size")
+    made.add_argument("--rounds", type=int, help="interleaved rounds; default: those of the size")
+    made.add_argument("--new-tokens", type=int, help="tokens to decode; default: those of the size")
+    made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
+    made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
+    made.add_argument("--cell-s", type=float, default=120, help="start no round after that many seconds of a cell")
+    made.add_argument("--limit-s", type=float, default=3600, help="start no cell after that many seconds")
+    made.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
+    made.add_argument("--note", help="recorded in OUT.json (the commit, say, where there is no git checkout)")
+    made.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench; 0, or 1 if ``--check`` found a missed target."""
+    options = parser().parse_args(argv)
+    import torch
+
+    from ivcp_eval.bench_models import size as find_size
+    from ivcp_eval.bench_report import Report, environment
+
+    chosen = find_size(options.size)
+    for name, option in _OPTIONS.items():
+        value = getattr(options, option)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None:
+            chosen = replace(chosen, **{name: value})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or threads)
+    try:
+        command = " ".join(["ivcp bench", *(sys.argv[1:] if argv is None else argv)])
+        before = {**environment(options.device, command), "note": options.note}
+        report = Report(options.out, before, sys.stdout)
+        measure_all(options, chosen, report.add)
+    finally:
+        torch.set_num_threads(threads)
+    report.finish(environment(options.device, command))
+    return 1 if options.check and report.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

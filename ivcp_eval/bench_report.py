@@ -1,0 +1,165 @@
+"""Where a bench's rows go: a table on the terminal, CSV and JSON beside it, and what they were measured on."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+from ivcp_eval.files import atomic_write, write_json
+
+GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+COLUMNS = (
+    "attention",
+    "visual_tokens",
+    "text_tokens",
+    "batch",
+    "variant",
+    "ratio",
+    "layer",
+    "rounds",
+    "vision_ms",
+    "prefill_ms",
+    "prefill_q1",
+    "prefill_q3",
+    "prefill_ratio",
+    "flop_bound",
+    "layer_bound",
+    "over_bound",
+    "target",
+    "met",
+    "cut_ms",
+    "decode_ms_per_token",
+    "decode_ratio",
+    "kv_bytes",
+    "kv_ratio",
+    "peak_bytes",
+    "note",
+)
+
+
+def environment(device: str, command: str) -> dict[str, Any]:
+    """Command, commit, versions, processor, and the GPU with its clocks at this moment."""
+    import torch
+    import transformers
+
+    return {
+        "command": command,
+        "commit": _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": None if device == "cpu" else _gpu(),
+    }
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints; None if there is no such program or it fails (no git checkout, no driver)."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def _gpu() -> dict[str, str] | None:
+    line = _output(["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"])
+    if not line:
+        return None
+    return dict(zip(GPU_FIELDS, (part.strip() for part in line.splitlines()[0].split(",")), strict=True))
+
+
+class Report:
+    """Collects rows, prints each group at once, and rewrites the files after each, so that a killed run keeps them."""
+
+    def __init__(self, out: Path | None, before: dict[str, Any], stream: IO[str]) -> None:
+        self.out, self.before, self.stream = out, before, stream
+        self.after: dict[str, Any] | None = None
+        self.rows: list[dict[str, Any]] = []
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        where = (before["gpu"] or {}).get("name") or f"{before['processor']}, {before['threads']} thread(s)"
+        stream.write(f"{where}; torch {before['torch']}, transformers {before['transformers']}\n")
+
+    @property
+    def missed(self) -> bool:
+        """Whether any row missed its target."""
+        return any(row.get("met") is False for row in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Take the rows of one cell."""
+        self.rows += rows
+        self.stream.write(f"\n{table(rows)}\n")
+        self.stream.flush()
+        self._write()
+
+    def finish(self, after: dict[str, Any]) -> None:
+        """Record the clocks after the load too."""
+        self.after = after
+        self._write()
+
+    def _write(self) -> None:
+        if self.out is None:
+            return
+        write_json(self.out.with_name(f"{self.out.name}.json"), {**self.before, "after": self.after, "rows": self.rows})
+        with atomic_write(self.out.with_name(f"{self.out.name}.csv")) as stream:
+            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of one cell as text: ratios beside their bounds."""
+    from tabulate import tabulate
+
+    first = rows[0]
+    title = ", ".join(f"{first[key]} {word}" for key, word in _TITLE.items() if key in first)
+    shown = [{head: _show(row.get(key), style) for head, (key, style) in _SHOWN.items()} for row in rows]
+    used = [head for head in _SHOWN if any(line[head] for line in shown)]
+    body = tabulate([[line[head] for head in used] for line in shown], headers=used, disable_numparse=True)
+    return f"{title}\n{body}" if title else body
+
+
+_TITLE = {"attention": "attention", "visual_tokens": "visual tokens", "batch": "rows"}
+_SHOWN = {
+    "variant": ("variant", "{}"),
+    "vision ms": ("vision_ms", "{:.1f}"),
+    "prefill ms": ("prefill_ms", "{:.1f}"),
+    "x untouched": ("prefill_ratio", "{:.3f}"),
+    "FLOP bound": ("flop_bound", "{:.3f}"),
+    "layer bound": ("layer_bound", "{:.3f}"),
+    "over FLOP bound": ("over_bound", "{:+.1%}"),
+    "target": ("target", "<= {:.0%}"),
+    "met": ("met", "{}"),
+    "cut ms": ("cut_ms", "{:.2f}"),
+    "decode ms/token": ("decode_ms_per_token", "{:.2f}"),
+    "x stock": ("decode_ratio", "{:.3f}"),
+    "KV": ("kv_ratio", "{:.3f}"),
+    "peak GiB": ("peak_bytes", "GiB"),
+    "note": ("note", "{}"),
+}
+
+
+def _show(value: Any, style: str) -> str:
+    if value is None:
+        return ""
+    if style == "GiB":
+        return f"{value / 2**30:.2f}"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return style.format(value)

@@ -131,7 +131,7 @@ class SplitWriter:
             {
                 "name": self.name,
                 "source": source,
-                "complete": self._rows == entries == expected,
+                "complete": self._rows == entries and expected in (None, entries),
                 "rows": self._rows,
                 "expected_rows": expected,
                 "entries_in_source": entries,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -46,14 +47,25 @@ def _mdetr(folder: Path) -> Path:
             images.append({**entry, "original_id": number, "dataset_name": "refcoco"})
             area = box[2] * box[3]
             annotations.append({"id": number, "image_id": number, "bbox": list(box), "area": area, "category_id": 1})
-    path = folder / "finetune_refcoco_val.json"
+    path = folder / "photographs.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]}))
     return path
 
 
+YAML = """
+kind: grounding
+metrics: [{name: Acc@0.5, file: _acc.csv, column: Acc@0.5}]
+samples: {file: _results.csv, column: hit}
+cluster: image_id
+"""
+
+
 @pytest.mark.slow
 def test_photographs_go_the_whole_way(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lab: Lab,
+    declared: Callable[[str, str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pictures = lab.folder / "pictures"
     pictures.mkdir()
@@ -65,9 +77,10 @@ def test_photographs_go_the_whole_way(
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(REPOSITORY / "convert_to_tsv.py"), run_name="__main__")
     assert not stop.value.code
-    assert (lab.folder / "LMUData" / "RefCOCO_val.tsv").is_file()
+    assert (lab.folder / "LMUData" / "photographs.tsv").is_file()
 
-    assert lab.eval("--data", "RefCOCO_val", "--ratio", "0.25") == 0
+    declared("photographs", YAML, "").unlink()  # its TSV is the converter's, in the data root
+    assert lab.eval("--data", "photographs", "--ratio", "0.25") == 0
     rows = {(row["method"], row["metric"]): row for row in lab.rows()}
     baseline, pruned = rows["none", "Acc@0.5"], rows["ivc_prune", "Acc@0.5"]
     assert baseline["n_samples"] == pruned["n_samples"] == 6

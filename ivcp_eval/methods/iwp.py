@@ -108,7 +108,8 @@ class Method(AbstractMethod):
         duplicates = torch.full_like(relevance, -torch.inf)
         edges = [image.budget * c // self.chunks for c in range(self.chunks + 1)]
         for size in (high - low for low, high in pairwise(edges) if high > low):
-            score = relevance if not bool(chosen.any()) else relevance - self.trade * duplicates
+            # Before the first chunk nothing is a duplicate; minus infinity times a trade of 0 would be NaN.
+            score = relevance - self.trade * duplicates.clamp_min(-1) if self.trade else relevance
             new = top(score.masked_fill(chosen, -torch.inf), size)
             chosen[new] = True
             if self.trade:

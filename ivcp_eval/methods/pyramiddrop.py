@@ -40,7 +40,8 @@ class Method(AbstractScorer):
     def __post_init__(self) -> None:
         """Refuse depths that are no places in a decoder."""
         object.__setattr__(self, "depths", tuple(self.depths))
-        if not self.depths or list(self.depths) != sorted(set(self.depths)) or not 0 <= min(self.depths) < 1:
+        inside = all(0 <= depth < 1 for depth in self.depths)
+        if not self.depths or not inside or list(self.depths) != sorted(set(self.depths)):
             raise ValueError(f"depths {self.depths} must be increasing shares of the decoder's depth in [0, 1)")
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:

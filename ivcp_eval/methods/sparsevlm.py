@@ -64,7 +64,8 @@ class Method(AbstractMethod):
         object.__setattr__(self, "depths", tuple(self.depths))
         if self.counts not in ("ratio", "rank"):
             raise ValueError(f"counts {self.counts!r} is unknown; use 'ratio' or 'rank'")
-        if not 1 <= len(self.depths) <= 3 or list(self.depths) != sorted(set(self.depths)) or self.depths[-1] >= 1:
+        inside = 1 <= len(self.depths) <= 3 and all(0 <= depth < 1 for depth in self.depths)
+        if not inside or list(self.depths) != sorted(set(self.depths)):
             raise ValueError(f"depths {self.depths} must be one to three increasing shares of the depth below 1")
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:

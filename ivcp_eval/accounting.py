@@ -1,0 +1,144 @@
+"""What a method's cuts cost, before any model runs, and the retention ratio that makes methods cost the same.
+
+Papers count differently: FastV's "50 %" processes 53.6 % of the visual tokens on average over layers, PyramidDrop's
+46.9 %, IVC-Prune's 78.6 % while caching 50 %. Here every method has the same numbers, all shares of the unpruned
+model: visual tokens after the last cut, visual tokens processed in the prefill and cached (means over layers), and
+decoder FLOPs of the prefill (`ivcp_eval.flops`: grouped-query attention, gated MLP, causal pairs only). The CSV
+carries what was measured; this module predicts it, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ivcp_eval.flops import DecoderShape
+from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
+
+BudgetKind = Literal["final", "layer_mean", "flops"]
+KINDS: tuple[BudgetKind, ...] = ("final", "layer_mean", "flops")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt that FLOPs are counted for: visual and text tokens of one row, and the decoder's shape."""
+
+    shape: DecoderShape
+    n_visual: int
+    n_text: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Shares of the unpruned model, in 0..1.
+
+    Attributes:
+        final: visual tokens after the last cut.
+        layer_mean: visual tokens processed in the prefill, mean over layers.
+        cached: visual tokens in the KV cache, mean over layers.
+        cached_bytes: bytes of the visual part of the KV cache. Below ``cached`` only for methods that compress
+            channels, and then analytic: their saving is not realised here.
+        flops: decoder FLOPs of the prefill, or None where no prompt was given.
+    """
+
+    final: float
+    layer_mean: float
+    cached: float
+    cached_bytes: float
+    flops: float | None
+
+
+def processed(cuts: Sequence[Cut], n_layers: int) -> list[float]:
+    """Share of the prompt's visual tokens that each decoder layer processes in the prefill."""
+    shares = [1.0] * n_layers
+    for cut in cuts:
+        shares[cut.layer :] = [min(cut.ratio, shares[cut.layer])] * (n_layers - cut.layer)
+    return shares
+
+
+def cached(cuts: Sequence[Cut], n_layers: int) -> list[float]:
+    """Share of the prompt's visual tokens in the KV cache of each decoder layer after the prefill."""
+    shares = processed(cuts, n_layers)
+    for cut in (cut for cut in cuts if cut.cache != "from_cut"):
+        for layer in range(1 if cut.cache == "all_but_first" else 0, cut.layer):
+            shares[layer] = min(shares[layer], cut.ratio)
+    return shares
+
+
+def cost(method: AbstractMethod, facts: ModelFacts, ratio: float, prompt: Prompt | None = None) -> Cost:
+    """What ``method`` costs at a retention ratio in (0, 1], without rounding."""
+    shrunk = method.pixel_share(ratio) if ratio < 1 else None
+    cuts = method.cuts(facts, ratio) if ratio < 1 else ()
+    scale = 1.0 if shrunk is None else shrunk
+    layers = [scale * share for share in processed(cuts, facts.n_layers)]
+    slots = [scale * share for share in cached(cuts, facts.n_layers)]
+    key_share = method.key_share(ratio) if ratio < 1 else 1.0
+    mean_slots = sum(slots) / len(slots)
+    return Cost(
+        final=layers[-1],
+        layer_mean=sum(layers) / len(layers),
+        cached=mean_slots,
+        cached_bytes=mean_slots * (1 + key_share) / 2,
+        flops=None if prompt is None else _flops(layers, prompt),
+    )
+
+
+def _flops(layers: Sequence[float], prompt: Prompt) -> float:
+    tokens = [round(share * prompt.n_visual) + prompt.n_text for share in layers]
+    whole = [prompt.n_visual + prompt.n_text] * len(layers)
+    return prompt.shape.prefill_flops(tokens) / prompt.shape.prefill_flops(whole)
+
+
+def solve_ratio(
+    method: AbstractMethod, facts: ModelFacts, target: float, kind: BudgetKind, prompt: Prompt | None = None
+) -> float:
+    """The retention ratio at which a method costs ``target`` of the unpruned model, by bisection.
+
+    Args:
+        kind: which of its costs. "flops" needs a ``prompt``.
+
+    Returns:
+        A ratio in (0, 1]; its cost differs from the target by less than 1e-4, or by one token of the prompt.
+
+    Raises:
+        ValueError: unknown kind, target outside (0, 1], no prompt for FLOPs, a cost that does not follow the ratio,
+            or a target below what the method costs with hardly any token left (its first cut comes too late).
+    """
+    if kind not in KINDS:
+        raise ValueError(f"budget kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    if not 0 < target <= 1:
+        raise ValueError(f"target {target!r} is outside (0, 1]: it is a share of the unpruned model's cost")
+    if kind == "flops" and prompt is None:
+        raise ValueError(
+            "equal FLOPs need the prompt they are counted for; pass prompt=Prompt(shape, n_visual, n_text)"
+        )
+
+    def at(ratio: float) -> float:
+        value = getattr(cost(method, facts, ratio, prompt), kind)
+        assert isinstance(value, float)
+        return value
+
+    if target == 1:
+        return 1.0
+    smallest = 1e-6
+    lowest = at(smallest)
+    if lowest >= 1:
+        raise ValueError(f"this method's {kind} cost does not follow its retention ratio, so none gives {target:g}")
+    if target < lowest:
+        raise ValueError(
+            f"this method costs at least {lowest:.3g} of the unpruned model ({kind}) on {facts.n_layers} layers, "
+            f"however few tokens it keeps; {target:g} needs an earlier cut"
+        )
+    return _bisect(at, target, smallest)
+
+
+def _bisect(at: Callable[[float], float], target: float, low: float) -> float:
+    high = 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if at(middle) < target:
+            low = middle
+        else:
+            high = middle
+    return high

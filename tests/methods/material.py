@@ -1,0 +1,82 @@
+"""Random signals of one row, and what an oracle needs to know of a tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ivcp_eval
+from ivcp_eval.interface import Image, ImageSpan, Signals
+from ivcp_eval.ops import budget
+from tests import tiny_models
+
+HEADS, GROUPS, SIZE, HIDDEN = 4, 2, 8, 12
+
+
+def random_signals(
+    *grids: tuple[int, int], ratio: float = 0.5, seed: int = 0, stage: int = 0, lead: int = 3, question: int = 5
+) -> Signals:
+    """A row of ``lead`` text tokens, the images one after the other (row-major grids), and the question."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sizes = [rows * columns for rows, columns in grids]
+    n = lead + sum(sizes) + question
+    visual = torch.arange(lead, lead + sum(sizes))
+    text = torch.cat((torch.arange(lead), torch.arange(lead + sum(sizes), n)))
+    images, start = [], 0
+    for grid, size in zip(grids, sizes, strict=True):
+        tokens = torch.arange(start, start + size)
+        images.append(Image(tokens, budget(ratio, size), size, ImageSpan(tokens + lead, grid=grid)))
+        start += size
+    maps = {entering: draw(HEADS, n, n).softmax(dim=-1) for entering in (False, True)}
+    angles = draw(1, n, SIZE)
+    return Signals(
+        images=tuple(images),
+        visual=visual,
+        text=text,
+        question=text[lead:],
+        hidden=draw(n, HIDDEN),
+        rope=lambda: (angles.cos(), angles.sin()),
+        attention=lambda rows, entering=False: maps[entering][:, rows],
+        rotate=lambda states: states * angles[0].cos() + states.flip(-1) * angles[0].sin(),
+        value=draw(GROUPS, n, SIZE),
+        key=draw(GROUPS, n, SIZE),
+        query=draw(HEADS, n, SIZE),
+        vision={"received": draw(sum(sizes)).abs(), "key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6)},
+        stage=stage,
+        family="qwen2_5_vl",
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def best(scores: list[float], k: int) -> list[int]:
+    """Indices of the k largest, increasing; ties to the lower index."""
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k])
+
+
+def pruned_columns(
+    method: str, family: str, inputs: dict[str, Any], ratio: float, **parameters: Any
+) -> list[list[int]]:
+    """Per row the prompt columns that survive a prefill of the family's tiny model."""
+    model, _ = tiny_models.build(family)
+    with ivcp_eval.prune(model, method, ratio, **parameters) as run, torch.no_grad():
+        model(**inputs)
+    return [columns.tolist() for columns in run.kept]
+
+
+def image_columns(family: str, inputs: dict[str, Any], row: int = 0) -> list[int]:
+    """The prompt columns of a row's visual tokens."""
+    token = tiny_models.family(family).IMAGE
+    return [column for column, value in enumerate(inputs["input_ids"][row].tolist()) if value == token]
+
+
+def stock_attention(family: str, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Every layer's attention map of the unpruned eager model, as transformers itself returns it."""
+    model, _ = tiny_models.build(family, attn="eager")
+    with torch.no_grad():
+        return tuple(model(**inputs, output_attentions=True).attentions)

@@ -1,0 +1,84 @@
+"""Costs against hand counts from the papers, against a measured run, and solved ratios."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ivcp_eval
+from ivcp_eval.accounting import Prompt, cached, cost, processed, solve_ratio
+from ivcp_eval.flops import DecoderShape
+from ivcp_eval.interface import Cut, ModelFacts
+from ivcp_eval.registry import adapter, make_method
+from tests import tiny_models
+
+SEVEN_B = ModelFacts("qwen2_5_vl", 28)
+THIRTY_TWO = ModelFacts("llava", 32)
+SHAPE = DecoderShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944)
+
+
+def test_published_budgets() -> None:
+    fastv = cost(make_method("fastv"), SEVEN_B, 0.5)
+    assert fastv.layer_mean == pytest.approx((2 + 26 * 0.5) / 28)
+    assert fastv.cached == fastv.layer_mean
+    pyramid = cost(make_method("pyramiddrop"), THIRTY_TWO, 0.125)
+    assert (pyramid.final, pyramid.layer_mean) == pytest.approx((0.125, (8 + 4 + 2 + 1) / 32))
+    ivc = cost(make_method("ivc_prune"), SEVEN_B, 0.5)
+    assert (ivc.final, ivc.layer_mean, ivc.cached) == pytest.approx((0.5, (16 + 12 * 0.5) / 28, 0.5))
+    sparse = cost(make_method("sparsevlm"), THIRTY_TWO, 113 / 576)
+    assert sparse.layer_mean * 576 == pytest.approx((3 * 576 + 4 * 309 + 9 * 204 + 16 * 113) / 32)
+
+
+def test_cache_policies() -> None:
+    cuts = (Cut(1, 0.8, cache="from_cut"), Cut(2, 0.5, cache="all_but_first"))
+    assert processed(cuts, 4) == [1, 0.8, 0.5, 0.5]
+    assert cached(cuts, 4) == [1, 0.5, 0.5, 0.5]
+    assert cached((Cut(2, 0.5),), 4) == [0.5] * 4
+
+
+def test_flops_are_those_of_the_formula() -> None:
+    prompt = Prompt(SHAPE, n_visual=1000, n_text=60)
+
+    def layer(n: int) -> int:  # multiply-adds: q, o; k, v; gate, up, down; scores and weighted values on n(n+1)/2 pairs
+        return n * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 2 * (n * (n + 1) // 2) * 3584
+
+    got = cost(make_method("fastv"), SEVEN_B, 0.5, prompt).flops
+    assert got == pytest.approx((2 * layer(1060) + 26 * layer(560)) / (28 * layer(1060)))
+
+
+@pytest.mark.parametrize("name", ["random", "downsample", "fastv", "pyramiddrop", "sparsevlm", "ivc_prune", "iwp"])
+@pytest.mark.parametrize("kind", ["final", "layer_mean", "flops"])
+def test_solved_ratio_hits_the_target(name: str, kind: str) -> None:
+    prompt, method = Prompt(SHAPE, 1000, 60), make_method(name)
+    for target in (0.7, 0.95):
+        ratio = solve_ratio(method, SEVEN_B, target, kind, prompt)  # type: ignore[arg-type]
+        assert getattr(cost(method, SEVEN_B, ratio, prompt), kind) == pytest.approx(target, abs=1e-3)
+
+
+def test_targets_that_cannot_be_met_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 0\.571"):
+        solve_ratio(make_method("ivc_prune"), SEVEN_B, 0.5, "layer_mean")
+    with pytest.raises(ValueError, match="does not follow"):
+        solve_ratio(make_method("rotatek"), SEVEN_B, 0.5, "final")
+    with pytest.raises(ValueError, match="prompt"):
+        solve_ratio(make_method("fastv"), SEVEN_B, 0.5, "flops")
+    with pytest.raises(ValueError, match="layer_mean"):
+        solve_ratio(make_method("fastv"), SEVEN_B, 0.5, "layers")  # type: ignore[arg-type]
+    assert solve_ratio(make_method("rotatek"), SEVEN_B, 1.0, "final") == 1
+
+
+def test_compressed_channels_count_as_bytes_only() -> None:
+    got = cost(make_method("rotatek"), SEVEN_B, 0.25)
+    assert (got.final, got.layer_mean, got.cached, got.cached_bytes) == (1, 1, 1, (1 + 0.25) / 2)
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "ivc_prune", "sparsevlm", "divprune"])
+def test_prediction_equals_measurement(name: str) -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    with ivcp_eval.prune(model, name, 0.5) as run, torch.no_grad():
+        model(**make_inputs("t5 i0 t9"))
+    predicted = cost(make_method(name), adapter("qwen2_5_vl").facts(model, "qwen2_5_vl"), 0.5)
+    one_token = 1 / run.visual_prompt[0]
+    assert run.kept_ratio == pytest.approx(predicted.final, abs=one_token)
+    assert run.layer_mean_ratio == pytest.approx(predicted.layer_mean, abs=one_token)
+    assert run.cache_ratio == pytest.approx(predicted.cached, abs=one_token)

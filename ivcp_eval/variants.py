@@ -49,8 +49,8 @@ def parse(name: str) -> Variant:
     Raises:
         ValueError: another form, or a ratio outside (0, 1].
     """
-    model, _, rest = name.partition(SEPARATOR)
-    if not rest:
+    model, separator, rest = name.partition(SEPARATOR)
+    if model and not separator:
         return Variant(model)
     method, _, ratio = rest.partition(SEPARATOR)
     try:

@@ -31,7 +31,8 @@ def test_pruned_and_baseline_land_in_one_csv_and_are_reused(
     assert {row["benchmark"] for row in rows} == set(ALL)
     for name in ALL:
         baseline, pruned = (
-            next(r for r in rows if r["benchmark"] == name and r["method"] == method) for method in ("none", "ivc_prune")
+            next(row for row in rows if (row["benchmark"], row["method"]) == (name, method))
+            for method in ("none", "ivc_prune")
         )
         assert baseline["status"] == pruned["status"] == "ok"
         assert baseline["n_samples"] == pruned["n_samples"] == 4

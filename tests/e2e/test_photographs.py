@@ -29,7 +29,10 @@ PHOTOGRAPHS: dict[Path, list[tuple[str, tuple[int, int, int, int]]]] = {
         ("the pagoda with the golden roof", (10, 20, 560, 330)),
         ("the trees on the right", (560, 200, 75, 150)),
     ],
-    SKLEARN / "flower.jpg": [("the big flower", (150, 60, 330, 330)), ("the dark background on the left", (0, 0, 140, 426))],
+    SKLEARN / "flower.jpg": [
+        ("the big flower", (150, 60, 330, 330)),
+        ("the dark background on the left", (0, 0, 140, 426)),
+    ],
     MATPLOTLIB / "grace_hopper.jpg": [("the woman in uniform", (60, 20, 420, 560)), ("her cap", (140, 20, 230, 130))],
 }
 

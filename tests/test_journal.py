@@ -1,0 +1,96 @@
+"""The journal survives kills, a full disk and a second writer."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval.files import DiskFullError
+from ivcp_eval.journal import Journal
+
+
+def _records(path: Path) -> dict[str, dict[str, object]]:
+    with Journal(path).open() as journal:
+        return dict(journal.records)
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_any_cut_of_the_last_line_loses_that_line_only(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path).open() as journal:
+        journal.append({"key": "a", "prediction": "first"})
+        whole = path.stat().st_size
+        journal.append({"key": "b", "prediction": "second, the longer one"})
+    end = path.stat().st_size
+    cut = min(cut, end - whole)
+    with path.open("r+b") as file:
+        file.truncate(end - cut)
+    assert set(_records(path)) == {"a"}
+    with Journal(path).open() as journal:
+        journal.append({"key": "c", "prediction": "after"})
+    assert set(_records(path)) == {"a", "c"}
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_last_record_of_a_key_counts(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path).open() as journal:
+        journal.append({"key": "a", "prediction": "", "error": "OSError"})
+        journal.append({"key": "a", "prediction": "yes\u2028\r", "error": ""})
+    assert _records(path)["a"]["prediction"] == "yes\u2028\r"
+
+
+class _FullDisk:
+    """A file whose writes stop in the middle, as on a full disk."""
+
+    def __init__(self, file: object, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        self.file.write(data[: self.room])  # type: ignore[attr-defined]
+        if len(data) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 1, 12])
+def test_full_disk_is_said_and_harms_nothing(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path).open() as journal:
+        journal.append({"key": "a", "prediction": "first"})
+        real = journal._file
+        journal._file = _FullDisk(real, room)
+        with pytest.raises(DiskFullError, match="full"):
+            journal.append({"key": "b", "prediction": "second"})
+        assert "b" not in journal.records
+        journal._file = real
+        journal.append({"key": "c", "prediction": "third"})
+    assert set(_records(path)) == {"a", "c"}
+
+
+def _hold(path: Path, ready: object, release: object) -> None:
+    with Journal(path).open():
+        ready.set()  # type: ignore[attr-defined]
+        release.wait(30)  # type: ignore[attr-defined]
+
+
+def test_second_writer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(path, ready, release))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(RuntimeError, match="another process"), Journal(path).open():
+            pass
+    finally:
+        release.set()
+        holder.join(30)
+    assert _records(path) == {}

@@ -1,0 +1,75 @@
+"""Variant names, method parameters on the command line, and what a cell's hash covers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ivcp_eval import variants
+from ivcp_eval.cells import Identity
+from ivcp_eval.cli import _parameter
+from ivcp_eval.variants import Variant
+
+
+@pytest.mark.parametrize(
+    "variant", [Variant("tiny"), Variant("qwen25", "ivc_prune", 0.5), Variant("x_1", "fastv+ivc", 0.11)]
+)
+def test_names_come_back(variant: Variant) -> None:
+    assert variants.parse(variant.name) == variant
+
+
+def test_ratio_defaults_to_a_half() -> None:
+    assert variants.parse("tiny__fastv") == Variant("tiny", "fastv", 0.5)
+
+
+@pytest.mark.parametrize("name", ["tiny__", "tiny__fastv__0.5", "tiny__fastv__r0", "tiny__fastv__r2", "__fastv__r0.5"])
+def test_other_forms_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="MODEL__METHOD__rRATIO"):
+        variants.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("layer=16", ("layer", 16)),
+        ("ivc=0.2", ("ivc", 0.2)),
+        ("preset=official", ("preset", "official")),
+        ("foreground=false", ("foreground", False)),
+        ("foreground=False", ("foreground", False)),
+        ("layer=null", ("layer", None)),
+    ],
+)
+def test_parameters_are_json_or_text(text: str, expected: tuple[str, object]) -> None:
+    assert _parameter(text) == expected
+
+
+IDENTITY = Identity(
+    variant=Variant("tiny", "fastv", 0.5),
+    method_parameters={"layer": 2},
+    weights="abc",
+    benchmark="tiny_mcq",
+    data="0" * 64,
+    limit=None,
+    prompt="1" * 64,
+    judge="none",
+    limits={"min_pixels": None},
+    placement={"device": "cpu"},
+    versions={"torch": "2.13.0"},
+    code="deadbeef",
+)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Identity)])
+def test_every_field_changes_the_hash(field: str) -> None:
+    value = getattr(IDENTITY, field)
+    changed = {
+        "variant": Variant("tiny", "fastv", 0.5, seed=1),
+        "limit": 3,
+    }.get(field, {**value, "new": 1} if isinstance(value, dict) else f"{value}x")
+    assert dataclasses.replace(IDENTITY, **{field: changed}).hash != IDENTITY.hash
+
+
+def test_equal_content_has_equal_hash() -> None:
+    again = dataclasses.replace(IDENTITY, versions={"torch": "2.13.0"}, method_parameters={"layer": 2})
+    assert again.hash == IDENTITY.hash

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ivcp_eval.registry import adapter
-from model_adapters._internvl_checkpoint import is_original, native_tensors
+from model_adapters._internvl_checkpoint import is_original, native_config, native_tensors
 from tests import published_layout
 
 E, H, G, D, LAYERS, VOCABULARY = 64, 4, 2, 16, 3, 300  # of the language model
@@ -319,3 +319,40 @@ def test_an_unknown_language_model_is_refused(tmp_path: Path) -> None:
     folder = published_layout.write(tmp_path, published, published_layout.draw(shapes(internlm2_shapes(), False)))
     with pytest.raises(ValueError, match="Phi3ForCausalLM"):
         adapter("internvl").load_model(str(folder), revision=None, dtype=torch.float32, device="cpu", attention="eager")
+
+
+def test_the_published_8b_index_is_covered() -> None:
+    """Every name of InternVL2.5-8B's index maps onto the native model one to one, and the sizes add up to its total."""
+    from transformers import InternVLForConditionalGeneration
+
+    published = config("internlm2", False)
+    published["llm_config"] |= {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 92553,
+    }
+    published["vision_config"] |= {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 448,
+    }
+    published["force_image_size"] = 448
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(native_config(published, {}))
+        tiny = shapes(internlm2_shapes(), large_tower=False)
+        names = [name for name in tiny if ".layers." not in name]
+        for part, depth in (("language_model.model.layers.", 32), ("vision_model.encoder.layers.", 24)):
+            ends = {name.removeprefix(f"{part}0.") for name in tiny if name.startswith(f"{part}0.")}
+            names += [f"{part}{layer}.{end}" for layer in range(depth) for end in ends]
+        native = [new for name in names for new, _ in native_tensors(name, torch.empty(48 * 3, 2), 32, 8)]
+    parameters = model.state_dict()
+    assert sorted(native) == sorted(parameters)
+    assert len(names) == 32 * 7 + 24 * 14 + 3 + 4 + 6
+    assert 2 * sum(p.numel() for p in parameters.values()) == 16150730752  # metadata.total_size, bfloat16
+    assert model.config.image_seq_length == 256
+    assert model.config.image_token_id == 92546

@@ -109,7 +109,7 @@ class Session:
         options = {**self.adapter.generation, "max_new_tokens": self.limits.max_new_tokens}
         with (
             torch.inference_mode(),
-            self._pruned(variant) as run,
+            self._pruned(variant, self.adapter.layout(self.processor, [conversation])) as run,
             measure.phases(self.model, self.adapter) as phases,
         ):
             out = self.model.generate(**tensors, **options)
@@ -134,8 +134,9 @@ class Session:
         mask = self.adapter.image_mask(self.model, self.adapter.encode(self.processor, [list(conversation)]))
         return 0 if mask is None else int(mask.sum())
 
-    def _pruned(self, variant: Variant) -> Any:
-        return prune(self.model, variant.method, variant.ratio, seed=variant.seed, **variant.parameters)
+    def _pruned(self, variant: Variant, layout: Mapping[str, Any] | None = None) -> Any:
+        options = {**(layout or {}), **variant.parameters}
+        return prune(self.model, variant.method, variant.ratio, seed=variant.seed, **options)
 
     def _box(self, raw: str, inputs: Mapping[str, Any]) -> str:
         if not self.adapter.box_format:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig
-from transformers.configuration_utils import SubConfigSpec
 
 LANGUAGE_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 102400,
@@ -100,10 +99,8 @@ class DeepseekVL2Config(PreTrainedConfig):
     """
 
     model_type = "deepseek_vl_v2"
-    sub_configs_defaults = {  # noqa: RUF012 (read by the base class, which declares it a ClassVar)
-        "vision_config": SiglipVisionConfig,
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="deepseek_v2"),
-    }
+    has_no_defaults_at_init = True  # older releases of transformers would otherwise build one without arguments
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}  # noqa: RUF012 (as the base class)
 
     vision_config: Any = None
     text_config: Any = None
@@ -117,8 +114,12 @@ class DeepseekVL2Config(PreTrainedConfig):
     def __post_init__(self, language_config: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if language_config is not None:
             self.text_config = native_text_config(language_config)
-        if isinstance(self.vision_config, Mapping) and self.vision_config.get("model_type") != "siglip_vision_model":
-            self.vision_config = native_vision_config(self.vision_config)
+        elif isinstance(self.text_config, Mapping):
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        if self.text_config is None:
+            raise ValueError("config.json has no language_config (published layout) and no text_config (ours)")
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = _vision_config(self.vision_config or {})
         self.projector_config = {**PROJECTOR_DEFAULTS, **(self.projector_config or {})}
         super().__post_init__(**kwargs)
         if self.image_token_id is None:
@@ -145,6 +146,11 @@ class DeepseekVL2Config(PreTrainedConfig):
         """g: each view of ``image_size`` pixels becomes g x g tokens (14 as published)."""
         patches = self.vision_config.image_size // self.vision_config.patch_size
         return -(-patches // self.projector_config["downsample_ratio"])
+
+
+def _vision_config(given: Mapping[str, Any]) -> SiglipVisionConfig:
+    ours = given.get("model_type") == "siglip_vision_model"
+    return SiglipVisionConfig(**given) if ours else native_vision_config(given)
 
 
 def native_vision_config(published: Mapping[str, Any]) -> SiglipVisionConfig:

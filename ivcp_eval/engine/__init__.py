@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ivcp_eval.registry import family_of, make_method, method_name
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Run", "check_ratio", "prune"]
+__all__ = ["Run", "check_ratio", "prune", "resolve"]
 
 
 @contextmanager
@@ -61,19 +61,9 @@ def prune(
             (inside the block) something unsupported: static or quantised caches, training, labels, torch.compile,
             videos, a new image on a filled cache.
     """
-    check_ratio(ratio)
-    name = method if isinstance(method, str) else method_name(method)
-    if isinstance(method, str):
-        method = make_method(method, parameters)
-    elif parameters:
+    if not isinstance(method, str) and parameters:
         raise ValueError(f"parameters {sorted(parameters)} were given beside a ready method; set them on the method")
-    family = family or family_of(getattr(model.config, "model_type", type(model).__name__))
-    adapter = load_adapter(family)
-    facts = adapter.facts(model, family)
-    cuts = method.cuts(facts, ratio) if ratio < 1 else ()
-    if ratio < 1:
-        _check_signals(method, adapter, model, family, name)
-    _check_cuts(cuts, facts, name)
+    adapter, family, method, name, cuts = resolve(model, method, ratio, family, parameters)
     options = {"grid": grid, "tiles": tiles, "padding": None if padding is None else tuple(int(p) for p in padding)}
     engine = Engine(
         model=model,
@@ -91,6 +81,24 @@ def prune(
         yield engine.run
     finally:
         engine.detach()
+
+
+def resolve(
+    model: nn.Module, method: str | AbstractMethod, ratio: float, family: str | None, parameters: Mapping[str, Any]
+) -> tuple[AbstractAdapter, str, AbstractMethod, str, tuple[Cut, ...]]:
+    """(adapter, family, method, its name, its cuts) of a request, checked; raises as `prune`."""
+    check_ratio(ratio)
+    name = method if isinstance(method, str) else method_name(method)
+    if isinstance(method, str):
+        method = make_method(method, parameters)
+    family = family or family_of(getattr(model.config, "model_type", type(model).__name__))
+    adapter = load_adapter(family)
+    facts = adapter.facts(model, family)
+    cuts = method.cuts(facts, ratio) if ratio < 1 else ()
+    if ratio < 1:
+        _check_signals(method, adapter, model, family, name)
+    _check_cuts(cuts, facts, name)
+    return adapter, family, method, name, cuts
 
 
 def check_ratio(ratio: float) -> None:

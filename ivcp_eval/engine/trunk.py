@@ -1,0 +1,212 @@
+"""Engines of a one-pass fork: the shared unpruned prefill, one variant's own layers, and the common decoding.
+
+All three are the `Engine` itself, so a variant in a fork goes through the code of `ivcp_eval.prune`.
+See docs/design/fork.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from ivcp_eval.engine.cache import PrunedLayer
+from ivcp_eval.engine.geometry import Rows
+from ivcp_eval.engine.hooks import Engine, LayerSlots, Prefill
+from ivcp_eval.engine.run import Run
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class TrunkDone(Exception):
+    """Ends a prefill whose upper layers no variant needs."""
+
+
+@dataclass(frozen=True)
+class _Listener(AbstractMethod):
+    """Chooses nothing; it only has needs."""
+
+    needs: frozenset[Signal]  # type: ignore[misc] # a class variable of the base; here it is the variants' union
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        return ()
+
+    def select(self, signals: Signals) -> Selection:
+        raise AssertionError("a trunk never selects")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What enters one decoder layer of the trunk; tensors are references."""
+
+    hidden: Tensor  # (B, S, E)
+    kwargs: Mapping[str, Any]
+    captured: Mapping[str, Tensor]  # projections of the layer before
+    position_ids: Tensor
+
+
+@dataclass
+class End:
+    """One variant after its prefill.
+
+    Attributes:
+        run: what was measured. hidden: (B, 1, E) normed states of the last tokens.
+        cache: its keys and values. slots: per layer what they stand for.
+    """
+
+    run: Run
+    hidden: Tensor
+    cache: Cache
+    slots: list[LayerSlots]
+
+
+class Trunk(Engine):
+    """The unpruned prefill of B rows, which keeps references at the layers where variants look or cut.
+
+    Attributes:
+        snapshots: by layer. cache: the prompt's keys and values, never written by anyone. hidden: (B, 1, E), None if
+            the prefill ended early. position_ids: what the rotary embedding got.
+        prompt: the rows' images; None without any.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: AbstractAdapter,
+        family: str,
+        layers: Mapping[int, frozenset[Signal]],
+        whole: bool,
+        layout: Mapping[str, Any],
+    ) -> None:
+        needs = frozenset().union(*layers.values()) & {"vision"}
+        options = {key: value for key, value in layout.items() if value is not None}
+        super().__init__(
+            model=model,
+            adapter=adapter,
+            family=family,
+            method=_Listener(needs),
+            cuts=tuple(Cut(layer, 1.0, needs=wanted) for layer, wanted in layers.items()),
+            run=Run(method="none", ratio=1.0),
+            image_mask=options.pop("image_mask", None),
+            span_options=options,
+        )
+        self.last = None if whole else max(layers)
+        self.snapshots: dict[int, Snapshot] = {}
+        self.prompt: Prefill | None = None
+        self.prompt_inputs: dict[str, Any] = {}
+        self.position_ids: Tensor | None = None
+        self.cache: Cache | None = None
+        self.hidden: Tensor | None = None
+
+    def prefill(self, inputs: Mapping[str, Any]) -> None:
+        """Run it through ``generate``, so that the model prepares everything as it does for a variant alone."""
+        try:
+            self.attach()
+            model: Any = self.model
+            model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        except TrunkDone:
+            pass
+        finally:
+            self.detach()
+
+    def end(self) -> End:
+        """The unpruned row, which every variant that cuts nothing shares."""
+        assert self.cache is not None
+        assert self.hidden is not None
+        run = replace(self.run)
+        length = self.cache.layers[0].keys.shape[-2]
+        slots = LayerSlots(Rows(tuple(run.kept)), torch.arange(length).expand(len(run.kept), -1))
+        return End(run, self.hidden, _shared(self.cache, len(self.cache.layers)), [slots] * len(self.cache.layers))
+
+    def _before_layer(self, index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        changed = super()._before_layer(index, layer, args, kwargs)
+        if index == self.last and isinstance(self._pass, Prefill):
+            self._keep(kwargs["past_key_values"])
+            raise TrunkDone
+        return changed
+
+    def _cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert self._position_ids is not None
+        self.prompt, self.prompt_inputs = state, self._inputs
+        self.snapshots[cut.layer] = Snapshot(hidden, dict(kwargs), state.captured, self._position_ids)
+        state.captured = {}
+        return hidden
+
+    def _keep(self, cache: Cache) -> None:
+        self.position_ids = self._position_ids
+        self.cache = _shared(cache, len(cache.layers))
+
+    def _after_text_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self.cache is None and output is not None:
+            self._keep(output.past_key_values)
+            self.hidden = output.last_hidden_state[:, -1:]
+        super()._after_text_model(module, args, kwargs, output)
+
+
+class Branch(Engine):
+    """One variant: layers k..L-1 alone on its own, unpadded sequence, k being its first cut."""
+
+    def prefill(self, trunk: Trunk, first: int) -> End:
+        """Run it; the trunk's tensors stay as they are.
+
+        Args:
+            trunk: after its prefill. first: k.
+        """
+        assert trunk.prompt is not None
+        assert trunk.cache is not None
+        prompt, layers = trunk.prompt, self.text_model.layers
+        cache = _shared(trunk.cache, first)
+        self.attach()
+        try:
+            self._start_record(prompt.image_mask, prompt.now.rows)
+            state = Prefill(prompt.image_mask, prompt.spans, prompt.now.rows, len(layers))
+            state.vision, state.cache = prompt.vision, cache
+            self._pass, self._inputs = state, trunk.prompt_inputs
+            for index in (layer for layer in self.cuts if layer < first):
+                # Looks before the first cut remember what they saw in the trunk.
+                self._enter(state, trunk.snapshots[index])
+                self._cut(state, self.cuts[index], trunk.snapshots[index].hidden, dict(trunk.snapshots[index].kwargs))
+            snapshot = trunk.snapshots[first]
+            self._enter(state, snapshot)
+            hidden, kwargs = snapshot.hidden, {**snapshot.kwargs, "past_key_values": cache}
+            for layer in layers[first:]:
+                hidden = layer(hidden, **kwargs)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            self._finish_prefill(state)
+            self.run.kv_lengths = [layer.keys.shape[-2] for layer in cache.layers]
+            return End(self.run, self.text_model.norm(hidden[:, -1:]), cache, state.layers)
+        finally:
+            self.detach()
+
+    def _enter(self, state: Prefill, snapshot: Snapshot) -> None:
+        state.captured, self._position_ids = dict(snapshot.captured), snapshot.position_ids
+
+
+class Joined(Engine):
+    """Decoding of all rows: the first step of ``generate`` is answered from the prefills, the others are computed."""
+
+    def __init__(self, trunk: Trunk, hidden: Tensor, layers: Sequence[PrunedLayer]) -> None:
+        super().__init__(trunk.model, trunk.adapter, trunk.family, _Listener(frozenset()), (), Run("none", 1.0))
+        self._hidden: Tensor | None = hidden
+        self._layers = list(layers)
+
+    def _after_text_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        super()._after_text_model(module, args, kwargs, output)
+        if self._hidden is not None and output is not None:
+            output.last_hidden_state = self._hidden
+            output.past_key_values.layers[:] = self._layers
+            self._hidden, self._layers = None, []
+
+
+def _shared(cache: Cache, first: int) -> Cache:
+    """A cache whose layers below ``first`` refer to the same tensors, and whose other layers are empty."""
+    shared = DynamicCache()
+    # Growing and gathering a `DynamicLayer` replaces its tensors, so a shallow copy is enough.
+    shared.layers = [copy.copy(layer) if i < first else type(layer)() for i, layer in enumerate(cache.layers)]
+    return shared

@@ -1,0 +1,239 @@
+"""A fork gives every variant the tokens and the facts of its own single run, in any company and at any memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from ivcp_eval.engine import fork as module
+from ivcp_eval.engine import prune
+from ivcp_eval.engine.fork import Answer, fork
+from ivcp_eval.engine.trunk import Branch, Trunk
+from ivcp_eval.interface import Unsupported
+from ivcp_eval.variants import Variant
+from tests import tiny_models
+
+RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
+IVC = tuple(Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in RATIOS)
+# No cut; cuts at the input, early, in the middle; several; a look before the first cut; renumbered positions; edits
+# of the cache, which share nothing; two variants that differ only in their seed.
+MIX = (
+    Variant(""),
+    Variant("", "random", 0.5),
+    Variant("", "random", 0.5, seed=1),
+    Variant("", "fastv", 0.5),
+    Variant("", "pyramiddrop", 0.3),
+    Variant("", "pyramiddrop", 0.3, {"renumber": True}),
+    Variant("", "sparsevlm", 0.4),
+    Variant("", "visionzip", 0.4),
+    Variant("", "rotatek", 0.5),
+    Variant("", "ivc_prune", 0.3, {"layer": 3}),
+    Variant("", "ivc_prune", 1.0, {"layer": 3}),
+)
+PROMPTS = {
+    "one image": ("t5 i0 t9",),
+    "two images": ("t4 i1 t3 i2 t6",),
+    "text only": ("t12",),
+    "three samples": ("t5 i0 t9", "t4 i1 t3 i2 t6", "t12"),
+}
+FACTS = ("method", "ratio", "visual_prompt", "visual_kept", "visual_per_layer", "visual_cached")
+
+
+def layout(family: str) -> dict[str, Any]:
+    return getattr(tiny_models.family(family), "PRUNE", {})
+
+
+def supported(family: str, variants: tuple[Variant, ...]) -> list[Variant]:
+    model, _ = tiny_models.build(family)
+    found = []
+    for variant in variants:
+        try:
+            with prune(model, variant.method, variant.ratio, **variant.parameters):
+                found.append(variant)
+        except Unsupported:
+            continue
+    return found
+
+
+def alone(model: Any, variant: Variant, inputs: dict[str, Any], extra: dict[str, Any], **options: Any) -> Answer:
+    """The reference: a plain `prune` block, rows cut after their first end token."""
+    with prune(model, variant.method, variant.ratio, seed=variant.seed, **variant.parameters, **extra) as run:
+        out = model.generate(**inputs, do_sample=False, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+    end = options.get("eos_token_id")
+    rows = [row[: row.index(end) + 1] if end in row else row for row in out]
+    return Answer(tuple(torch.tensor(row) for row in rows), run)
+
+
+def tokens(answer: Answer) -> list[list[int]]:
+    return [row.tolist() for row in answer.tokens]
+
+
+def same(forked: list[Answer], wanted: list[Answer]) -> None:
+    for got, reference in zip(forked, wanted, strict=True):
+        assert tokens(got) == tokens(reference), got.run.method
+        assert [row.tolist() for row in got.run.kept] == [row.tolist() for row in reference.run.kept]
+        for fact in FACTS:
+            assert getattr(got.run, fact) == getattr(reference.run, fact), fact
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("family", tiny_models.names())
+def test_every_row_is_its_single_run(family: str, prompt: str) -> None:
+    model, make_inputs = tiny_models.build(family)
+    inputs, extra = make_inputs(*PROMPTS[prompt]), layout(family)
+    for variants in (supported(family, IVC), supported(family, MIX)):
+        assert len(variants) >= 7
+        wanted = [alone(model, variant, inputs, extra, max_new_tokens=6) for variant in variants]
+        same(fork(model, variants, inputs, layout=extra, max_new_tokens=6), wanted)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_ends_of_sequence_and_logits_processors(attention: str) -> None:
+    """Rows stop at different times and are penalised for their own tokens only."""
+    model, make_inputs = tiny_models.build("qwen2_5_vl", attn=attention)
+    inputs = make_inputs("t5 i0 t9")
+    free = fork(model, MIX, inputs, max_new_tokens=12, repetition_penalty=1.3)
+    end = next(t for t in tokens(free[1])[0] if t != tokens(free[4])[0][0])  # early for one, elsewhere for others
+    options = {"max_new_tokens": 12, "repetition_penalty": 1.3, "eos_token_id": end, "pad_token_id": 0}
+    answers = fork(model, MIX, inputs, **options)
+    same(answers, [alone(model, variant, inputs, {}, **options) for variant in MIX])
+    assert len({len(tokens(answer)[0]) for answer in answers}) > 1, "all rows stopped together: the test proves nothing"
+    plain = fork(model, MIX, inputs, max_new_tokens=12)
+    assert [tokens(a) for a in plain] != [tokens(a) for a in free], "the penalty changed nothing"
+
+
+def test_without_the_baseline_the_trunk_ends_at_the_last_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    inputs, variants = make_inputs("t5 i0 t9"), list(IVC[1:])
+    wanted = [alone(model, variant, inputs, {}, max_new_tokens=4) for variant in variants]
+    ran: list[int] = []
+    handles = [
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, layer in enumerate(tiny_models.text_model("qwen2_5_vl", model).layers)
+    ]
+    prefill = Trunk.prefill
+    monkeypatch.setattr(Trunk, "prefill", lambda self, inputs: (prefill(self, inputs), ran.append(-1)))
+    try:
+        same(fork(model, variants, inputs, max_new_tokens=4), wanted)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran[: ran.index(-1)] == [0, 1, 2]
+
+
+def test_the_trunk_and_the_vision_tower_run_once() -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    calls = {"vision": 0, "lower": 0}
+    text = tiny_models.text_model("qwen2_5_vl", model)
+    handles = [
+        model.model.visual.register_forward_hook(lambda *_: calls.__setitem__("vision", calls["vision"] + 1)),
+        text.layers[2].mlp.register_forward_hook(
+            lambda _m, args, _o: calls.__setitem__("lower", calls["lower"] + (args[0].shape[1] > 1))
+        ),
+    ]
+    try:
+        fork(model, IVC, make_inputs("t5 i0 t9"), max_new_tokens=3)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == {"vision": 1, "lower": 1}
+
+
+def test_half_precision_agrees_and_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.half("qwen2_5_vl")
+    _, make_inputs = tiny_models.build("qwen2_5_vl")
+    agree = total = 0
+    for seed in range(4):
+        inputs = make_inputs("t5 i0 t9", seed=seed)
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        wanted = [alone(model, variant, inputs, {}, max_new_tokens=6) for variant in IVC]
+        same(fork(model, IVC, inputs, exact=True, max_new_tokens=6), wanted)
+        for got, reference in zip(fork(model, IVC, inputs, max_new_tokens=6), wanted, strict=True):
+            assert tokens(got)[0][0] == tokens(reference)[0][0], "the first token comes from unbatched numbers"
+            agree += tokens(got) == tokens(reference)
+            total += 1
+    with capsys.disabled():
+        print(f"\nbfloat16: {agree} of {total} forked answers equal their single runs token for token")  # noqa: T201
+    assert agree / total > 0.7
+
+
+@contextmanager
+def limited_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int]]:
+    """Decoding more than ``most`` rows runs out of memory; yields the sizes that were tried."""
+    tried: list[int] = []
+    join = module.join
+
+    def tight(ends: Any, length: int) -> Any:
+        tried.append(len(ends))
+        if len(ends) > most:
+            raise torch.OutOfMemoryError("injected")
+        return join(ends, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "join", tight)
+        yield tried
+
+
+def test_out_of_memory_halves_the_group_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    inputs = make_inputs("t5 i0 t9")
+    wanted = fork(model, IVC, inputs, max_new_tokens=4)
+    with limited_memory(monkeypatch, 2) as tried:
+        same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
+    assert tried == [7, 3, 1, 2, 4, 2, 2]
+    with limited_memory(monkeypatch, 0):  # not even one fits beside the trunk: they run alone
+        same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Branch, "prefill", fail)
+        same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
+        patch.setattr(Trunk, "prefill", fail)
+        same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
+        patch.setattr(module, "prune", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="injected"):
+            fork(model, IVC, inputs, max_new_tokens=4)
+
+
+def test_groups_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    inputs = make_inputs("t5 i0 t9")
+    wanted = fork(model, IVC, inputs, max_new_tokens=4)
+    # 6 layers, keys and values, 2 heads of 16 float32: what one variant adds, twice, and four new tokens.
+    length = inputs["input_ids"].shape[1]
+    per_variant = 6 * 2 * 2 * 16 * 4 * (2 * length + 4)
+    monkeypatch.setattr(module, "free_memory", lambda _model: int(3.5 * per_variant / module.SHARE))
+    with limited_memory(monkeypatch, 7) as tried:
+        same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
+    assert tried == [3, 3, 1]
+    monkeypatch.setattr(module, "free_memory", lambda _model: 0)
+    with limited_memory(monkeypatch, 7) as tried:
+        same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
+    assert tried == [1] * 7
+    with limited_memory(monkeypatch, 7) as tried:
+        fork(model, IVC, inputs, max_new_tokens=4, at_once=5)
+    assert tried == [4, 3]
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"do_sample": True}, {"stop_strings": ["x"]}, {"use_cache": False}]
+)
+def test_what_a_batch_of_variants_cannot_honour_is_refused(options: dict[str, Any]) -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    with pytest.raises(ValueError, match=next(iter(options))):
+        fork(model, IVC, make_inputs("t5 i0 t9"), max_new_tokens=2, **options)
+
+
+def test_changed_pictures_are_refused_and_nothing_is_left_behind() -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    with pytest.raises(ValueError, match="changes the picture"):
+        fork(model, [*IVC, Variant("", "downsample", 0.5)], make_inputs("t5 i0 t9"), max_new_tokens=2)
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    fork(model, IVC, make_inputs("t5 i0 t9"), max_new_tokens=2)
+    assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == hooks

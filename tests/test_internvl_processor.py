@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 import ivcp_eval
+from ivcp_eval.models import locate
 from ivcp_eval.registry import adapter
+from ivcp_eval.session import Limits, Placement, Session
+from ivcp_eval.variants import Variant
 from model_adapters._internvl_processor import read_sentencepiece
 from model_adapters.internvl import SYSTEM, conversation
 from tests import published_layout
@@ -134,3 +137,19 @@ def test_a_broken_tokenizer_file_is_named() -> None:
         list(read_sentencepiece(whole[:-6]))
     with pytest.raises(ValueError, match="SentencePiece"):
         list(read_sentencepiece(b"\x0b<html>"))
+
+
+@pytest.mark.parametrize("preset", ["general", "official"])
+def test_a_session_answers_with_the_official_preset(preset: str, tmp_path: Path) -> None:
+    """The tile grid reaches `prune` from the picture, which the model's inputs do not show."""
+    folder = published_layout.write(
+        tmp_path, config("qwen2", False), published_layout.draw(shapes(qwen2_shapes(), large_tower=False))
+    )
+    size = qwen2_files(folder)
+    (folder / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(ADDED)}))
+    session = Session(
+        locate("internvl25_1b", path=folder), Placement(device="cpu").resolve(), Limits(None, None, max_new_tokens=3)
+    )
+    variant = Variant("internvl25_1b", "ivc_prune", 0.5, {"preset": preset, "layer": 1})
+    answer = session.answer([{"image": Image.new("RGB", (60, 30))}, {"text": "cat"}], variant)
+    assert (answer["visual_tokens"], answer["visual_kept"], answer["new_tokens"]) == (12, 6, 3)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ivcp_eval.interface import Cut, Image, ModelFacts, Selection, Signals, Unsupported
 from ivcp_eval.methods.ivc_prune import value_similarity
-from ivcp_eval.ops import ranking, top
 
 FIXED_RATIO = 0.5  # the ratio under which families with literals instead of a ratio are run
 TILE = 256  # InternVL: tokens of a tile, 16 x 16, where the model does not say
@@ -100,11 +99,11 @@ def _qwen2_5_vl(signals: Signals, image: Image) -> Tensor:
     n = at.numel()
     queries = _after(signals, at[-1], skipped=2)
     assert signals.value is not None
-    seeds = top(value_similarity(signals.value, queries, at), max(1, round(0.01 * n)))
+    seeds = torch.topk(value_similarity(signals.value, queries, at), max(1, round(0.01 * n))).indices
     refined = value_similarity(signals.value, torch.cat((queries, at[seeds])), at)
     kept = _mask(n, *(torch.topk(part, round(0.1 * n)).indices for part in _coordinates(signals, at)), seeds)
-    fill = ranking(refined.masked_fill(kept, -torch.inf))
-    kept[fill[: max(0, image.budget - int(kept.sum()))]] = True
+    best = torch.topk(refined, n).indices
+    kept[best[~kept[best]][: max(0, image.budget - int(kept.sum()))]] = True
     return kept
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import re
@@ -58,14 +60,14 @@ class VerdictCache:
             self.unreadable += 1
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append one record (with "key" and "verdict") and flush it to the operating system.
+        """Append one record (with "key" and "verdict") and hand it to the operating system.
 
         Raises:
-            DiskFullError: no space is left; what was written of the record is removed.
+            DiskFullError: no space is left; the records before it are whole.
         """
         line = (json.dumps(dict(record), ensure_ascii=False, sort_keys=True) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, self.path.open("a+b") as file:
+        with self._lock, self.path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             size = file.seek(0, 2)
             if size:
@@ -74,9 +76,10 @@ class VerdictCache:
                     line = b"\n" + line
             try:
                 with disk_full_as_clear_error(self.path, self.path.with_suffix(".partial")):
-                    file.write(line)
-                    file.flush()
+                    if file.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, "only part of the line was written")
             except OSError:
-                file.truncate(size)
+                with contextlib.suppress(OSError):  # a stump that stays is as harmless as a killed process's
+                    file.truncate(size)
                 raise
             self._records.setdefault(record["key"], dict(record))

@@ -132,7 +132,11 @@ class Judge:
         for temperature in TEMPERATURES:
             if self._stop.is_set():
                 return False
-            reply = self._complete(question.messages, question.max_tokens, temperature)
+            try:
+                reply = self._complete(question.messages, question.max_tokens, temperature)
+            except JudgeError:
+                self._stop.set()  # here, so that no other thread sends one more
+                raise
             verdict = question.parse(reply) if reply else None
             if verdict is not None:
                 self.cache.add(

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import vlmeval.dataset
 from vlmeval.inference import infer_data_job
+from vlmeval.smp import dump
 
 from ivcp_eval import scores
 from ivcp_eval.benchmarks import Benchmark
@@ -113,6 +114,16 @@ def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Mapping[str, str
         order = {str(index): i for i, index in enumerate(whole["index"])}
         joined = pd.concat([answered, lost]).sort_values("index", key=lambda c: c.astype(str).map(order))
         joined.to_csv(path, sep="\t", index=False)
+    return path
+
+
+def stored(dataset: Any, answers: Mapping[str, str], folder: Path) -> Path:
+    """A prediction file as `infer` leaves it, from answers that were kept (index -> answer)."""
+    table = dataset.data.drop(columns="image", errors="ignore").copy()
+    table["prediction"] = [answers[str(index)] for index in table["index"]]
+    path = folder / f"stored_{dataset.dataset_name}.tsv"
+    with lossless_files():
+        dump(table, str(path))
     return path
 
 

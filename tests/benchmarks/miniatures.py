@@ -286,20 +286,20 @@ def _ocrbench() -> Miniature:
 
 
 def _mmvet() -> Miniature:
-    kinds = ["rec,know", "ocr,math", "rec,gen", "spat"]
-    truths = ["x <AND> y", "4", "a <OR> b", "left"]
+    kinds = ["rec,know", "ocr,math", "rec,gen", "spat", "rec,spat"]
+    truths = ["x <AND> y", "4", "a <OR> b", "left", "right"]
     rows = [
         {"index": f"v1_{i}", "image": picture(1100 + i), "question": f"Tell me about {i}.", "answer": truths[i],
          "category": kinds[i]}
-        for i in range(4)
+        for i in range(5)
     ]  # fmt: skip
-    right, wrong = [f"good {i}" for i in range(4)], [f"bad {i}" for i in range(4)]
-    half = ["good 0", "middling 1", "bad 2", "middling 3"]
+    right, wrong = [f"good {i}" for i in range(5)], [f"bad {i}" for i in range(5)]
+    half = ["good 0", "middling 1", "bad 2", "middling 3", "bad 4"]
 
     def judge(answer: str) -> str:
         return {"good": "1.0", "bad": "0.0", "middling": "0.4"}[answer.split()[0]]
 
-    return Miniature(**_models(rows, right, wrong, half), scores={"score": (100, 0, 45)}, judge=judge)
+    return Miniature(**_models(rows, right, wrong, half), scores={"score": (100, 0, 36)}, judge=judge)
 
 
 def _llavabench() -> Miniature:

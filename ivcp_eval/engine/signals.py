@@ -57,8 +57,9 @@ def question_tokens(columns: Tensor, visual: Tensor, text: Tensor, closing_token
 def rotary_spectrum(inv_freq: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 (cos, sin), each (A, n, R), of position ids (A, n), over the full spectrum of every axis."""
     angles = position_ids.float()[..., None] * inv_freq.float()
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    # Both halves of the rotary dimensions turn by the same angles: half the trigonometry.
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def attention_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> Tensor:

@@ -97,7 +97,9 @@ def test_cell_targets_point_at_the_object_under_the_cell() -> None:
         x, y = item.centre
         cell = int(y) // 28 * columns + int(x) // 28
         plain = tasks.Sample("grounding", "plain", tasks.name_of(item), "", box=item.box)
-        assert batches.looked_at(scene, ([plain], [], []))[0, cell]
+        looked, counted = batches.look_targets(scene, ([plain], [], []))
+        assert looked[0, 1 + cell] == 1
+        assert looked[1:].sum() == counted.sum() == 0
         assert tuple(boxes[cell]) == item.box
         assert batches.SHAPE_CLASSES[shape[cell]] == item.shape
         assert [str(d) for d in digits[cell] if d >= 0] == list(item.number)
@@ -184,8 +186,11 @@ def test_questions_look_at_the_objects_they_are_about() -> None:
             right = sample.options[tasks.LETTERS.index(sample.answer)] if sample.options else sample.answer
             if sample.category == "count":
                 assert len(found) == int(right)
+                counted = batches.look_targets(scene, ([], [], [sample]))[1][4]
+                assert sorted(counted[counted > 0].tolist()) == pytest.approx([1 / (len(found) + 1)] * (len(found) + 1))
             elif sample.answer == "No":
                 assert found == []
+                assert batches.look_targets(scene, ([], [], [sample]))[0][4].nonzero()[0].tolist() == [0]
             elif sample.category in ("present", "presence"):
                 assert len({tasks.name_of(scene.objects[i]) for i in found}) == 1
             else:

@@ -53,8 +53,10 @@ class Batch:
         shape, colour: (batch, cells) classes of the object under each cell, 0 for background.
         boxes: (batch, cells, 4) box in pixels of the object under the cell (0 where none).
         digits: (batch, cells, 2) digits of the sign under the cell, -100 elsewhere.
-        looked_at: (batch, questions, cells) true for the cells of the objects a question is about; all false
-            for a question about nothing in the picture.
+        looked_at: (batch, questions, 1 + cells) where to look for an answer: the cells of the object asked
+            about, or the token before the image (first) if it is absent; all zero for counting.
+        counted: (batch, questions, 1 + cells) how to spread attention for counting: evenly over the token before
+            the image and the centre cell of every object counted; all zero for other questions.
         layout: layout of the sequence.
     """
 
@@ -67,6 +69,7 @@ class Batch:
     boxes: Tensor
     digits: Tensor
     looked_at: Tensor
+    counted: Tensor
     layout: TextLayout
 
 
@@ -94,6 +97,7 @@ def make_batch(split: str, first: int, count: int, size: tuple[int, int], object
         asked.append(groups)
     prefix = prefix_ids(*size)
     cells = [cell_targets(scene) for scene in scenes]
+    looks = [look_targets(*pair) for pair in zip(scenes, asked, strict=True)]
     return Batch(
         images=torch.from_numpy(np.stack([render(scene) for scene in scenes])),
         ids=torch.tensor([prefix + row[0] for row in rows]),
@@ -103,7 +107,8 @@ def make_batch(split: str, first: int, count: int, size: tuple[int, int], object
         colour=torch.from_numpy(np.stack([c[1] for c in cells])),
         boxes=torch.from_numpy(np.stack([c[2] for c in cells])),
         digits=torch.from_numpy(np.stack([c[3] for c in cells])),
-        looked_at=torch.from_numpy(np.stack([looked_at(*pair) for pair in zip(scenes, asked, strict=True)])),
+        looked_at=torch.from_numpy(np.stack([look[0] for look in looks])),
+        counted=torch.from_numpy(np.stack([look[1] for look in looks])),
         layout=layout_for(*size),
     )
 
@@ -201,16 +206,27 @@ def subjects(scene: Scene, sample: tasks.Sample) -> list[int]:
     return [i for i, o in objects if f" {o.shape}" in sample.question or f" {o.colour} " in sample.question]
 
 
-def looked_at(scene: Scene, groups: Sequence[Sequence[tasks.Sample]]) -> np.ndarray[Any, Any]:
-    """Return the (questions, cells) mask of the cells each question of ``groups`` is about."""
-    owner = cell_owner(scene)
-    mask = np.zeros((sum(count for count, _ in SLOTS), owner.size), dtype=bool)
+def look_targets(
+    scene: Scene, groups: Sequence[Sequence[tasks.Sample]]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return ``Batch.looked_at`` and ``Batch.counted`` of one scene, each (questions, 1 + cells) float32."""
+    owner, columns = cell_owner(scene), scene.width // CELL
+    looked = np.zeros((sum(count for count, _ in SLOTS), 1 + owner.size), dtype=np.float32)
+    counted = np.zeros_like(looked)
     start = 0
     for (count, _), samples in zip(SLOTS, groups, strict=True):
         for slot, sample in enumerate(samples):
-            mask[start + slot] = np.isin(owner, subjects(scene, sample))
+            found = subjects(scene, sample)
+            if sample.category == "count":
+                centres = [scene.objects[i].centre for i in found]
+                places = [0, *(1 + int(y) // CELL * columns + int(x) // CELL for x, y in centres)]
+                counted[start + slot, places] = 1 / len(places)
+            elif found:
+                looked[start + slot, 1:] = np.isin(owner, found)
+            else:
+                looked[start + slot, 0] = 1
         start += count
-    return mask
+    return looked, counted
 
 
 def cell_owner(scene: Scene) -> np.ndarray[Any, Any]:

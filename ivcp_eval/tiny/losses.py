@@ -95,19 +95,26 @@ def answer_logits(
 
 
 def look_losses(output: TextOutput, batch: Batch) -> dict[str, Tensor]:
-    """Loss of looking elsewhere: minus the log of the attention that answer tokens pay to the cells in question."""
+    """Loss of looking elsewhere while answering.
+
+    Minus the log of the attention paid to the right place; for counting, the divergence from an even spread over
+    the objects and a token outside the image, whose share then tells their number.
+    """
     start, cells = len(encode(BEFORE_IMAGE)), batch.shape.shape[1]
     losses = {}
     for layer, groups in output.attention.items():
         parts, question, token = [], 0, 0
         for (count, length), weights in zip(SLOTS, groups, strict=True):
-            mask = batch.looked_at[:, question : question + count, None]
-            paid = (weights[..., start : start + cells].float() * mask).sum(-1)
+            paid = weights[..., start - 1 : start + cells].float()
+            looked = batch.looked_at[:, question : question + count, None]
+            spread = batch.counted[:, question : question + count, None]
+            away = -torch.log((paid * looked).sum(-1) + 1e-3)
+            uneven = (spread * (torch.log(spread + 1e-3) - torch.log(paid + 1e-3))).sum(-1)
             labels = batch.labels[:, token : token + count * length].unflatten(1, (count, length))
-            chosen = (labels != IGNORED) & mask.any(-1)
+            chosen = labels != IGNORED
+            loss = torch.where(spread.any(-1), uneven, away) * chosen
             # Mean over the answer's tokens first, so that a box counts as much as a word.
-            loss = (-torch.log(paid + 1e-3) * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)
-            parts.append(loss[chosen.any(-1)])
+            parts.append((loss.sum(-1) / chosen.sum(-1).clamp(min=1))[chosen.any(-1)])
             question, token = question + count, token + count * length
         losses[f"look_{layer}"] = torch.cat(parts).mean()
     return losses

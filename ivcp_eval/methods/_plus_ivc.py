@@ -1,4 +1,4 @@
-"""``NAME+ivc``: a scoring method with IVC-Prune's coordinate tokens forced into what it keeps.
+"""A scoring method with IVC-Prune's coordinate tokens forced into what it keeps.
 
 Paper: https://arxiv.org/abs/2602.03060 (ablation: FastV + IVC, PyramidDrop + IVC).
 Reference: https://github.com/FireRedTeam/IVC-Prune @ 03afd9c has no code for it.

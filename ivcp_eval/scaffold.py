@@ -1,0 +1,199 @@
+"""`ivcp method new NAME` and `ivcp method check NAME`: a first file with its test, and the contract in words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from ivcp_eval.files import atomic_write
+from ivcp_eval.registry import method_names
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACEHOLDERS = ("0000.00000", "OWNER/REPOSITORY")
+
+METHOD = '''\
+"""Keeps the visual tokens whose hidden states are longest. (One sentence: what stays, and why.)
+
+Paper: https://arxiv.org/abs/0000.00000 (eq. 1)
+Reference: https://github.com/OWNER/REPOSITORY @ 0000000
+
+Differs: name here whatever your code does unlike the paper or its code, or delete this paragraph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ivcp_eval.interface import AbstractScorer, Cut, Faithfulness, ModelFacts, Signal, Signals
+
+
+@dataclass(frozen=True)
+class Method(AbstractScorer):
+    """{title}.
+
+    Attributes:
+        layer: decoder layer whose input is cut.
+    """
+
+    # "query", "key", "value": projections of the layer before the cut; "vision": signals of the vision tower.
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    faithfulness: ClassVar[Faithfulness] = "variant"  # "faithful" once checked against the authors' code
+
+    layer: int = 2
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """Where to cut, and whose caches lose the tokens."""
+        return (Cut(max(self.layer, model.first_cut), ratio, cache="from_cut"),)
+
+    def score(self, signals: Signals) -> Tensor:
+        """(V,) one number per visual token; the best of each image stay. `AbstractMethod.select` chooses sets."""
+        return signals.hidden[signals.visual].float().norm(dim=-1)
+'''
+
+TEST = '''\
+"""Oracle: the formula with Python loops. It shares no code with the method."""
+
+from __future__ import annotations
+
+from ivcp_eval.registry import make_method
+from tests.methods.material import best, random_signals
+
+
+def test_formula() -> None:
+    signals = random_signals((3, 5), (2, 4), ratio=0.4)
+    scores = [float(signals.hidden[v].double().norm()) for v in signals.visual.tolist()]
+    wanted = best(scores[:15], 6) + [15 + i for i in best(scores[15:], 3)]  # 40 % of each image
+    assert make_method("{name}").select(signals).keep.tolist() == wanted
+'''
+
+
+def new_method(name: str, folder: str | Path = ROOT) -> tuple[Path, Path]:
+    """Write a method that runs, and its test, into a checkout.
+
+    Args:
+        name: what users will type. folder: root of the checkout.
+
+    Returns:
+        Paths of the method and of its test.
+
+    Raises:
+        ValueError: the name cannot be a file of Python, or is taken; nothing is written.
+    """
+    if not name.isidentifier() or name != name.lower() or name.startswith("_"):
+        raise ValueError(f"method name {name!r} must be lower-case letters, digits and underscores, such as 'fastv'")
+    root = Path(folder)
+    method, test = root / "ivcp_eval" / "methods" / f"{name}.py", root / "tests" / "methods" / f"test_{name}.py"
+    if name in method_names() or method.exists() or test.exists():
+        raise ValueError(f"method {name!r} exists already; choose another name")
+    for path, text in ((method, METHOD.replace("{title}", name)), (test, TEST.replace("{name}", name))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as stream:
+            stream.write(text)
+    return method, test
+
+
+@dataclass
+class CheckReport:
+    """What the contract said of one method.
+
+    Attributes:
+        passed: checks that held. failures: one sentence each. unsupported: families it cannot run on, with reasons.
+    """
+
+    passed: int = 0
+    failures: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+
+    def to_text(self) -> str:
+        """For the terminal."""
+        lines = [f"not run: {reason}" for reason in self.unsupported]
+        lines += [f"FAILED: {failure}" for failure in self.failures]
+        lines.append(f"{self.passed} checks passed, {len(self.failures)} failed")
+        return "\n".join(lines)
+
+
+def check_method(
+    name: str, families: Sequence[str] | None = None, progress: Callable[[str], None] | None = None
+) -> CheckReport:
+    """Run the correctness contract for one method (``+ivc`` too) on tiny models of every family, or of ``families``.
+
+    Args:
+        progress: called with each family's name before it is checked.
+
+    Raises:
+        ValueError: unknown method or family.
+        FileNotFoundError: not in a checkout; the contract is not part of the installed package.
+    """
+    if not (ROOT / "tests" / "contract").is_dir():
+        raise FileNotFoundError(
+            "the contract is in tests/contract of a checkout; clone the repository and run it there"
+        )
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    import_module("tests.conftest")
+    from ivcp_eval.registry import make_method, unknown
+
+    make_method(name)
+    known = import_module("tests.tiny_models").names()
+    for family in families or ():
+        if family not in known:
+            raise unknown("family with a tiny model", family, known)
+    report = CheckReport()
+    _check_docstring(name, report)
+    for family in families or known:
+        if progress is not None:
+            progress(family)
+        _check_on(name, family, report)
+    return report
+
+
+def _check_docstring(name: str, report: CheckReport) -> None:
+    from ivcp_eval.docs import MethodCard
+
+    file = ROOT / "ivcp_eval" / "methods" / f"{name}.py"
+    if not file.exists():
+        return  # a plug-in's or a wrapper's
+    card = MethodCard.read(file, name)
+    for placeholder in PLACEHOLDERS:
+        if placeholder in card.paper + card.reference:
+            report.failures.append(f"the docstring still holds the template's {placeholder!r}")
+    if card.faithfulness != "control" and not card.paper:
+        report.failures.append("the docstring has no 'Paper:' line with a URL and an equation")
+    if not (ROOT / "tests" / "methods" / f"test_{name}.py").exists():
+        report.failures.append(f"there is no oracle: tests/methods/test_{name}.py")
+
+
+def _check_on(name: str, family: str, report: CheckReport) -> None:
+    from ivcp_eval.interface import Unsupported
+
+    case = import_module("tests.contract.cases").Case(family, name)
+    try:
+        with case.prune():
+            pass
+    except Unsupported as reason:
+        report.unsupported.append(f"{family}: {reason}")
+        return
+    except Exception as error:  # whatever the method does wrong is what the user asked to see
+        report.failures.append(f"{family}: `cuts` raised {_words(error)}")
+        return
+    skipped = import_module("pytest").skip.Exception
+    for check, function in import_module("tests.contract.checks").CHECKS.items():
+        promise = " ".join((function.__doc__ or check).split())
+        try:
+            function(case)
+            report.passed += 1
+        except skipped:
+            continue
+        except Exception as error:  # as above
+            report.failures.append(f"{family}, {check} ({promise}): {_words(error)}")
+
+
+def _words(error: BaseException) -> str:
+    first = (str(error).strip() or "no message").split("\n", 1)[0]
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,92 @@
+"""Every system has a row; every row that promises a method keeps the promise; docstrings have their fixed form."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval import catalogue
+from ivcp_eval.docs import MethodCard, method_cards, method_table
+from ivcp_eval.registry import make_method, method_class, method_names
+
+NAMED = (
+    "IVC-Prune, IWP, PyramidDrop, EventPrune, RotateK, LearnPruner, VisPCO, DSTP, DualComp, AdaSpark, SPpruner, LRCP, "
+    "COAST, LLaVA-UHD v4, VideoRouter, Counterfactual prompting, Geo3DPruner, QUOTA, POINTS-Long, DeSAP, HAWK, "
+    "CodecSight, ForestPrune, FastOCR, OmniRefine, EvoComp, AOT"
+)
+
+
+def test_every_named_system_has_one_entry() -> None:
+    listed = [entry["system"] for entry in catalogue.systems()]
+    for system in NAMED.split(", "):
+        assert sum(name.split(" (")[0] == system for name in listed) == 1, system
+    papers = [entry["paper"] for entry in catalogue.systems() if "state" in entry and entry["paper"]]
+    assert len(papers) == len(set(papers))
+
+
+def test_promised_methods_exist_and_all_methods_are_listed() -> None:
+    for entry in catalogue.systems():
+        if "method" in entry:
+            make_method(entry["method"])
+    shown = {row["method or system"]: row for row in catalogue.rows()}
+    for name in method_names():
+        assert shown[name]["use"] == getattr(method_class(name), "faithfulness", "plug-in")
+    assert shown["NAME+ivc"]["use"] == "variant"
+    assert all(row["use"] and row["note"] for row in shown.values())
+
+
+def test_a_row_without_reason_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, message in (
+        ("- {system: X, paper: '', state: gaps, why: y}", "expected"),
+        ("- {system: X, paper: '', state: someday, why: y, needs: z}", "none of"),
+    ):
+        file = tmp_path / "catalogue.yaml"
+        file.write_text(text)
+        monkeypatch.setattr(catalogue, "FILE", file)
+        catalogue.systems.cache_clear()
+        with pytest.raises(ValueError, match=message):
+            catalogue.systems()
+    catalogue.systems.cache_clear()
+
+
+def test_listing_stays_light() -> None:
+    code = "import sys; from ivcp_eval import catalogue; catalogue.rows(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("card", method_cards(), ids=lambda card: card.name)
+def test_docstring_form(card: MethodCard) -> None:
+    assert card.keeps.endswith(".")
+    assert card.faithfulness in ("faithful", "from_formula", "variant", "control")
+    if card.faithfulness != "control":
+        assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{5}", card.paper)
+        assert re.search(r"https://github\.com/\S+ @ [0-9a-f]{7}", card.reference)
+    if card.faithfulness == "variant":
+        assert card.differs, "a variant names its gaps"
+
+
+def test_the_card_is_what_the_class_says() -> None:
+    for card in method_cards():
+        if not card.name.startswith("NAME"):
+            assert card.faithfulness == method_class(card.name).faithfulness
+            assert card.keeps.split()[0] in str(sys.modules[method_class(card.name).__module__].__doc__)
+
+
+def test_table() -> None:
+    lines = method_table().splitlines()
+    assert lines[0].count("|") == 5
+    assert len(lines) == 2 + len(method_cards())
+    fastv = next(line for line in lines if line.startswith("| `fastv`"))
+    assert "[2403.06764](https://arxiv.org/abs/2403.06764)" in fastv
+    assert fastv.endswith("| faithful |")
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_has_an_oracle(name: str) -> None:
+    if method_class(name).__module__.startswith("ivcp_eval.") and name not in ("none", "ivc_prune"):
+        source = (Path(__file__).parent / "methods" / f"test_{name}.py").read_text()
+        assert re.match(r'"""Oracle: ', source), "its docstring must say what the oracle is"

@@ -80,3 +80,22 @@ def lossless_files() -> Iterator[None]:
 def data_root() -> Path:
     """Where VLMEvalKit keeps its TSV files: ``$LMUData``, else ``~/LMUData``; found without importing it."""
     return Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112 (VLMEvalKit's name)
+
+
+def download(url: str, path: Path) -> str:
+    """VLMEvalKit's download of one file; why it failed, or nothing. TLS certificates are verified."""
+    import_vlmeval()
+    fetch = import_module("vlmeval.smp").download_file
+    try:
+        fetch(url, str(path))
+    except Exception as error:  # VLMEvalKit raises nothing more precise
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def stock_address(name: str) -> tuple[str, str]:
+    """(URL, MD5) that VLMEvalKit notes for one of its own data sets."""
+    import_vlmeval()
+    classes = import_module("vlmeval.dataset").DATASET_CLASSES
+    owner = next(cls for cls in classes if name in getattr(cls, "DATASET_URL", {}))
+    return str(owner.DATASET_URL[name]), str(owner.DATASET_MD5.get(name) or "")

@@ -46,14 +46,15 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
         dataset = vlmeval.dataset.build_dataset(benchmark.vlmeval)
     except ValueError:
         raise
-    except (OSError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # a failed download is a bare Exception there
         dataset, reason = None, f"{type(error).__name__}: {error}"
     else:
         reason = "VLMEvalKit does not know it, and no such TSV is in its data root"
     if dataset is None:
         raise DataMissing(
             f"benchmark {benchmark.name!r}: the data is not here and could not be fetched ({reason}). "
-            f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder). {benchmark.source}"
+            f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder), or see `ivcp data`. "
+            f"{benchmark.source}"
         )
     if limit:
         dataset.data = dataset.data.iloc[:limit]

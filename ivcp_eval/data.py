@@ -1,0 +1,211 @@
+"""``ivcp data``: which benchmark files are here, whether they are the right ones, and how to get the others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ivcp_eval import benchmarks
+from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.files import commit_file, file_digest
+
+State = Literal["here", "not whole", "wrong checksum", "missing"]
+Say = Callable[[str], None]
+
+STOCK_GROUNDING = "RefCOCO"  # VLMEvalKit's one file with all eight referring-expression sets
+_ANNOTATIONS = "https://zenodo.org/record/4729015/files/mdetr_annotations.tar.gz"
+_IMAGES = "http://images.cocodataset.org/zips/train2014.zip"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One benchmark's file.
+
+    Attributes:
+        benchmark: which. path: where it is or belongs.
+        state: "not whole" is a converted test set that lacks entries, by the report beside it.
+        size: bytes, None if missing. checksum: ``algorithm:digest``, empty if it was not asked for.
+        how: what to do about it; empty if nothing.
+    """
+
+    benchmark: Benchmark
+    path: Path
+    state: State
+    size: int | None = None
+    checksum: str = ""
+    how: str = ""
+
+
+def state_of(benchmark: Benchmark, root: Path, verify: bool = True) -> FileState:
+    """Look at one file below VLMEvalKit's data root.
+
+    Args:
+        verify: compute checksums; without, a file that is there counts as right.
+    """
+    path = benchmark.path or root / f"{benchmark.vlmeval}.tsv"
+    if not path.is_file():
+        return FileState(benchmark, path, "missing", how=how_to_get(benchmark))
+    size = path.stat().st_size
+    wanted = f"sha256:{benchmark.sha256}" if benchmark.sha256 else f"md5:{benchmark.md5}" if benchmark.md5 else ""
+    checksum = ""
+    if verify:
+        algorithm = wanted.partition(":")[0] or "sha256"
+        checksum = f"{algorithm}:{file_digest(path, algorithm)}"
+        if wanted and checksum != wanted:
+            how = f"{wanted} is expected: remove it, then {how_to_get(benchmark)}"
+            return FileState(benchmark, path, "wrong checksum", size, checksum, how)
+    problem = _not_whole(path)
+    return FileState(benchmark, path, "not whole" if problem else "here", size, checksum, problem)
+
+
+def how_to_get(benchmark: Benchmark) -> str:
+    """In words."""
+    if benchmark.file:
+        return "restore it: git checkout datasets/"
+    if benchmark.url:
+        return f"`ivcp data prepare {benchmark.name}` fetches {benchmark.url}"
+    if benchmark.kind == "grounding":
+        return (
+            f"`ivcp data prepare {benchmark.name}` fetches and splits VLMEvalKit's {STOCK_GROUNDING}.tsv; from the "
+            f"sources: unpack {_ANNOTATIONS} and {_IMAGES}, then convert_to_tsv.py --annotations_files ... "
+            "--images_folder train2014 --output_dir $LMUData"
+        )
+    return f"by hand: {benchmark.source}"
+
+
+def _not_whole(path: Path) -> str:
+    report_path = path.with_name(f"{path.name}.report.json")
+    if not report_path.is_file():
+        return ""
+    report = json.loads(report_path.read_text(encoding="utf-8"))
+    return "" if report["complete"] else f"{report['rows']} of {report['expected_rows']} entries, see {report_path}"
+
+
+def prepare(names: Sequence[str], root: Path, say: Say = lambda text: None) -> list[FileState]:
+    """Fetch what is missing, where VLMEvalKit has an address for it; returns all files' states afterwards.
+
+    A file that is there is left alone, also a wrong one. A download gets its name only when it is whole and right.
+
+    Raises:
+        ValueError: an unknown name. ImportError: VLMEvalKit, which fetches, is not installed.
+    """
+    states = []
+    for benchmark in chosen(names):
+        state = state_of(benchmark, root)
+        if state.state == "missing":
+            say(f"{benchmark.name}: fetching")
+            problem = _get(benchmark, root, say)
+            state = state_of(benchmark, root)
+            if problem:
+                state = FileState(benchmark, state.path, state.state, state.size, state.checksum, problem)
+        states.append(state)
+    return states
+
+
+def chosen(names: Sequence[str]) -> list[Benchmark]:
+    """Benchmarks by name or group, each once; all of them without a name. Raises ValueError for an unknown name."""
+    every = [benchmarks.load(name) for name in benchmarks.names()]
+    groups = {benchmark.group for benchmark in every}
+    found: dict[str, Benchmark] = {}
+    for name in names or sorted(groups):
+        for member in benchmarks.names(name) if name in groups else (name,):
+            found[member] = benchmarks.load(member)
+    return list(found.values())
+
+
+def _get(benchmark: Benchmark, root: Path, say: Say) -> str:
+    """Why it could not be had; empty if it was."""
+    if benchmark.url:
+        return fetch(benchmark.url, benchmark.md5, root / f"{benchmark.vlmeval}.tsv")
+    if benchmark.kind == "grounding":
+        return _split_stock(root, say)
+    return how_to_get(benchmark)
+
+
+def fetch(url: str, md5: str, path: Path) -> str:
+    """VLMEvalKit's download, to a temporary name; why there is no file now, or nothing."""
+    from ivcp_eval.vlmeval_bridge.environment import download
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        problem = download(url, part)
+        if problem:
+            return f"{url} could not be fetched ({problem}); fetch it by hand and put it at {path}"
+        got = file_digest(part, "md5")
+        if md5 and got != md5:
+            return f"{url} gave a file with MD5 {got}, VLMEvalKit notes {md5}; not kept"
+        commit_file(part, path)
+        return ""
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _split_stock(root: Path, say: Say) -> str:
+    """All eight grounding sets from VLMEvalKit's one file."""
+    from ivcp_eval.refcoco.records import ConversionError
+    from ivcp_eval.refcoco.stock import convert_stock
+    from ivcp_eval.refcoco.writer import Options
+    from ivcp_eval.vlmeval_bridge.environment import stock_address
+
+    stock = root / f"{STOCK_GROUNDING}.tsv"
+    if not stock.is_file():
+        problem = fetch(*stock_address(STOCK_GROUNDING), stock)
+        if problem:
+            return problem
+    say(f"splitting {stock}")
+    try:
+        convert_stock(stock, root, Options())
+    except ConversionError as error:
+        return str(error)
+    return ""
+
+
+# -- command --------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ivcp data``."""
+    add = parser.add_argument
+    add("words", nargs="*", metavar="prepare NAME", help="names or groups to show; after the word prepare: to fetch")
+    add("--root", type=Path, help="VLMEvalKit's data root (default: $LMUData, else ~/LMUData)")
+    add("--quick", action="store_true", help="do not compute checksums")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show or fetch; 1 if something that was to be fetched is not here now."""
+    from ivcp_eval.vlmeval_bridge.environment import data_root
+
+    root = args.root or data_root()
+    if args.words[:1] != ["prepare"]:
+        _say(table([state_of(benchmark, root, not args.quick) for benchmark in chosen(args.words)]))
+        return 0
+    if not args.words[1:]:
+        raise ValueError("name what to prepare: benchmarks or groups, e.g. `ivcp data prepare POPE MME`")
+    states = prepare(args.words[1:], root, _say)
+    _say(table(states))
+    return int(any(state.state != "here" for state in states))
+
+
+def table(states: Sequence[FileState]) -> str:
+    """For people: one line per file, then what to do, equal advice once."""
+    from tabulate import tabulate
+
+    rows = [
+        (s.benchmark.name, s.benchmark.group, s.state, _megabytes(s.size), s.checksum[:14], str(s.path)) for s in states
+    ]
+    lines = [tabulate(rows, ("benchmark", "group", "state", "MB", "checksum", "file"), disable_numparse=True)]
+    advice = [f"{state.benchmark.name}: {state.how}" for state in states if state.how]
+    return "\n".join([*lines, *([""] if advice else []), *advice])
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.1f}"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201

@@ -55,7 +55,7 @@ def build(name: str, seed: int = 0, attn: str = "sdpa") -> tuple[nn.Module, Call
     return _model(name, seed, attn), functools.partial(make_inputs, name)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _model(name: str, seed: int, attn: str) -> nn.Module:
     model = family(name).model(attn)
     initialise(model, seed)
@@ -63,6 +63,8 @@ def _model(name: str, seed: int, attn: str) -> nn.Module:
     # No early stop: every test decodes exactly as many tokens as it asks for.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
+    # A random model would emit placeholders; only ordinary text is ever generated.
+    model.generation_config.suppress_tokens = [*range(TEXT_IDS[0]), *range(TEXT_IDS[1], VOCABULARY)]
     return model
 
 

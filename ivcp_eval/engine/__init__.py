@@ -91,7 +91,8 @@ def resolve(
     name = method if isinstance(method, str) else method_name(method)
     if isinstance(method, str):
         method = make_method(method, parameters)
-    family = family or family_of(getattr(model.config, "model_type", type(model).__name__))
+    config = getattr(model, "config", None)
+    family = family or family_of(getattr(config, "model_type", type(model).__name__))
     adapter = load_adapter(family)
     facts = adapter.facts(model, family)
     cuts = method.cuts(facts, ratio) if ratio < 1 else ()

@@ -105,12 +105,14 @@ class Engine:
         """Register every hook.
 
         Raises:
-            ValueError: the model is inside another prune block.
+            ValueError: the model is inside another prune block, or compiled (compiled code ignores later hooks).
         """
         # The hooks themselves are the only mark, so that none can be left behind.
         hooks = self.text_model._forward_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in hooks):
             raise ValueError("the model is already inside a prune block; leave that block before entering another")
+        if hasattr(self.model, "_orig_mod") or any(m._compiled_call_impl is not None for m in self.model.modules()):
+            raise ValueError("the model is compiled, so pruning hooks would be ignored; pass it without torch.compile")
         before = functools.partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
         keep = self._handles.append
         keep(before(self.model, self._refuse_labels))
@@ -181,6 +183,9 @@ class Engine:
         if args:
             self._inputs.setdefault("input_ids", args[0])
         self._image_mask = self.adapter.image_mask(self.model, self._inputs)
+        pixels = self._inputs.get("pixel_values") is not None
+        if self.cuts and pixels and self.given_mask is None and self._inputs.get("input_ids") is None:
+            raise ValueError("got pixel_values with inputs_embeds: pass input_ids, or prune(..., image_mask=...)")
         encoded = self._inputs.get("mm_encoder_outputs") is not None
         if self.vision is not None and self._inputs.get("pixel_values") is not None and not encoded:
             self.vision.clear()  # the tower runs inside this forward
@@ -232,11 +237,11 @@ class Engine:
             raise ValueError(
                 f"attention implementation {implementation!r} is not supported; use one of {', '.join(IMPLEMENTATIONS)}"
             )
+        check_cache(kwargs.get("past_key_values"))  # first: a static cache comes with a mask of another kind
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
             kind = type(mask).__name__ if not isinstance(mask, torch.Tensor) else f"{mask.ndim}-dimensional"
             raise ValueError(f"got a {kind} attention_mask; pass the 2-D padding mask of the tokenizer")
-        check_cache(kwargs.get("past_key_values"))
 
     def _visual_mask(self, batch: int, length: int) -> Tensor:
         """(B, S) bool: the mask given to `prune`, else the adapter's; all False where no image is passed."""
@@ -341,6 +346,8 @@ class Engine:
             row, alive, slots, is_visual, state.spans[row], vision, state.memory[row], self._row_seed(row, alive)
         )
         selection: Selection = self.method.select(signals)
+        if not isinstance(selection, Selection):
+            raise TypeError(f"method {self.run.method!r}: `select` returned {selection!r}, not a Selection")
         selection.check(signals, self.run.method)
         keep = ~is_visual
         keep[signals.visual.cpu()[selection.keep.cpu()]] = True

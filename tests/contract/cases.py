@@ -20,8 +20,11 @@ from tests.contract.toys import TOYS
 
 SINGLE = ("t5 i0 t9",)
 RAGGED = ("t5 i0 t9", "t4 i1 t3 i2 t6", "t12")  # one image; two; text only: three lengths, left-padded
-PARAMETERS: dict[str, tuple[dict[str, Any], ...]] = {"ivc_prune": ({"preset": "official"},)}
-"""Further parameter sets of a registered method that the whole contract must hold for."""
+PARAMETERS: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {
+    # The released DeepSeek code knows only 14 x 15 tiles, too many for a tiny model; tests/oracle replays it.
+    "ivc_prune": (({"preset": "official"}, ("qwen2_5_vl", "llava", "internvl")),),
+}
+"""Further parameters of a registered method that the whole contract must hold for, and on which families."""
 
 
 @dataclass
@@ -150,11 +153,13 @@ def all_cases() -> list[Case]:
     Toys exercise the engine, not the families: all of them run on one family with M-RoPE and one without, a few that
     touch what families differ in (masks, position embeddings, cached states) on the others.
     """
-    methods: list[tuple[str, tuple[tuple[str, Any], ...]]] = [(name, ()) for name in registry.method_names()]
-    methods += [(name, tuple(chosen.items())) for name, sets in PARAMETERS.items() for chosen in sets]
-    cases = [Case(family, *method) for family in tiny_models.names() for method in methods]
+    cases = [Case(family, method) for family in tiny_models.names() for method in registry.method_names()]
+    for method, sets in PARAMETERS.items():
+        cases += [Case(family, method, tuple(chosen.items())) for chosen, families in sets for family in families]
     for family in tiny_models.names():
-        toys = list(TOYS) if family in ("qwen2_5_vl", "llava") else ["toy_stages_mixed", "toy_merge", "toy_renumber_once"]
+        toys = (
+            list(TOYS) if family in ("qwen2_5_vl", "llava") else ["toy_stages_mixed", "toy_merge", "toy_renumber_once"]
+        )
         cases += [Case(family, name) for name in toys]
     return cases
 

@@ -15,8 +15,6 @@ import ivcp_eval
 # Verbs that live in a module of their own with `add_arguments(parser)` and `run(args) -> int`.
 _MODULES: dict[str, tuple[str, str]] = {
     "check-model": ("ivcp_eval.check_model", "check a model's wiring on its real weights"),
-    "data": ("ivcp_eval.data", "show which benchmark files are here, and fetch others"),
-    "rejudge": ("ivcp_eval.judge.command", "rate stored answers with another judge; needs no GPU"),
     "data": ("ivcp_eval.data", "show which benchmark files are here, or fetch them"),
     "method": ("ivcp_eval.method_command", "write a new method's template, or run the contract on a method"),
     "rejudge": ("ivcp_eval.judge.command", "score stored predictions with another judge, without a GPU"),

@@ -192,15 +192,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(states: Sequence[FileState]) -> str:
-    """For people: one line per file, then what to do, equal advice once."""
+    """For people: one line per file, then what to do; advice that differs in the name alone stands once."""
     from tabulate import tabulate
 
     rows = [
         (s.benchmark.name, s.benchmark.group, s.state, _megabytes(s.size), s.checksum[:14], str(s.path)) for s in states
     ]
     lines = [tabulate(rows, ("benchmark", "group", "state", "MB", "checksum", "file"), disable_numparse=True)]
-    advice = [f"{state.benchmark.name}: {state.how}" for state in states if state.how]
-    return "\n".join([*lines, *([""] if advice else []), *advice])
+    advice: dict[str, list[FileState]] = {}
+    for state in states:
+        if state.how:
+            advice.setdefault(state.how.replace(state.benchmark.name, "NAME"), []).append(state)
+    for general, members in advice.items():
+        names = ", ".join(state.benchmark.name for state in members)
+        lines += ["", f"{names}:", f"  {members[0].how if len(members) == 1 else general}"]
+    return "\n".join(lines)
 
 
 def _megabytes(size: int | None) -> str:

@@ -143,26 +143,31 @@ def merged_selection(
     return keep[order], merge[order]
 
 
-def farthest_points(states: Tensor, k: int, chunk: int = 1024) -> Tensor:
+def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
     """``k`` indices of ``states`` (N, E), increasing: greedy max-min selection by cosine distance.
 
-    Starts with the state whose nearest neighbour is farthest; ties fall to the lower index. Similarities are computed
-    one row (at the start ``chunk`` rows) at a time: no N x N matrix is held.
+    Starts with the state whose nearest neighbour is farthest; ties fall to the lower index. Up to ``whole`` states all
+    similarities are held, a quarter of a gigabyte at most; beyond, each step computes the ones it needs.
     """
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
     n = unit.shape[0]
     places = torch.arange(n, device=unit.device)
-    nearest = []
-    for rows in places.split(chunk):
+    nearest, parts = [], []
+    for rows in places.split(1024):
         similarity = unit[rows] @ unit.T
+        if n <= whole:
+            parts.append(similarity.clone())
         similarity[rows - rows[0], rows] = -torch.inf  # itself
         nearest.append(similarity.amax(dim=1))
+    held = torch.cat(parts) if parts else None
     chosen = [first_best(-torch.cat(nearest))]
     covered = torch.full((n,), -torch.inf, device=unit.device)  # largest similarity to any chosen state
     taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
     for _ in range(k - 1):
-        taken[chosen[-1]] = True
-        covered = torch.maximum(covered, unit @ unit[chosen[-1]])
+        last = chosen[-1][None]  # indexed with as a vector: a scalar would wait for the device at every step
+        taken |= places == last
+        row = held.index_select(0, last)[0] if held is not None else unit @ unit.index_select(0, last)[0]
+        covered = torch.maximum(covered, row)
         chosen.append(first_best((-covered).masked_fill(taken, -torch.inf)))
     return torch.stack(chosen).sort().values
 

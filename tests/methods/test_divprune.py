@@ -51,4 +51,4 @@ def test_duplicates_and_single_states() -> None:
     assert farthest_points(torch.randn(1, 3), 1).tolist() == [0]
     assert farthest_points(torch.zeros(3, 4), 3).tolist() == [0, 1, 2]
     states = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    assert farthest_points(states, 9, chunk=8).tolist() == farthest_points(states, 9).tolist() == algorithm_1(states, 9)
+    assert farthest_points(states, 9, whole=8).tolist() == farthest_points(states, 9).tolist() == algorithm_1(states, 9)

@@ -100,6 +100,18 @@ def test_cached_decoding_equals_full_forwards(loaded: Any) -> None:
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), atol=1e-4, rtol=1e-4)
 
 
+def test_embeddings_instead_of_ids(loaded: Any) -> None:
+    _, model, processor = loaded
+    inputs = dict(WIRED.encode(processor, ASKED))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        ids = inputs.pop("input_ids")
+        got = model(**inputs, inputs_embeds=model.get_input_embeddings()(ids)).logits
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(**inputs)
+
+
 def test_placeholders_and_images_must_match(loaded: Any) -> None:
     _, model, processor = loaded
     inputs = dict(WIRED.encode(processor, ASKED[:1]))

@@ -152,32 +152,35 @@ class DeepseekVL2Model(DeepseekVL2PreTrainedModel):
             images_spatial_crop: (B, I, 2) tiles (w, h) of each image, zeros where a row has fewer images.
             image_sizes: (B, I, 2) original (width, height); not used here but by whoever asks which tokens show
                 padding.
-            inputs_embeds: (B, S, E) instead of ``input_ids``, then without ``pixel_values``.
+            inputs_embeds: (B, S, E) instead of ``input_ids``; placeholders are then known by their embedding.
             **kwargs: as the native language model takes them.
 
         Raises:
-            ValueError: placeholders and image tokens do not match, or images came with ``inputs_embeds``.
+            ValueError: placeholders and image tokens do not match, or images came without their tiles.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            assert input_ids is not None
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if pixel_values is not None:
-                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, images_spatial_crop)
-        elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, which say where the images stand")
+        if pixel_values is not None:
+            inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, images_spatial_crop)
         output: BaseModelOutputWithPast = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         return output
 
-    def _with_images(self, input_ids: Tensor, embeds: Tensor, pixel_values: Tensor, crops: Tensor | None) -> Tensor:
+    def _with_images(
+        self, input_ids: Tensor | None, embeds: Tensor, pixel_values: Tensor, crops: Tensor | None
+    ) -> Tensor:
         if crops is None or self.config.image_token_id is None:
             raise ValueError(
                 "pixel_values came without images_spatial_crop, or config.image_token_id is not set: use the inputs "
                 "of DeepseekVL2Processor, and set model.config.image_token_id to its image_token_id"
             )
         features = self.get_image_features(pixel_values, crops)
-        mask = input_ids == self.config.image_token_id
+        if input_ids is None:
+            token = torch.tensor(self.config.image_token_id, device=embeds.device)
+            mask = (embeds == self.get_input_embeddings()(token).to(embeds)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
         wanted, got = mask.sum(1).tolist(), [row.shape[0] for row in features]
         if wanted != got:
             raise ValueError(f"the rows hold {wanted} image placeholders, their images make {got} tokens")

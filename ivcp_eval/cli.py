@@ -111,6 +111,7 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="only the first N rows of each benchmark")
     add("--judge", default="", help="judge model, or exact_matching; default: gpt-4o where a benchmark needs a judge")
     add("--judge-url", default="", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, else OpenAI's)")
+    add("--estimate", action="store_true", help="only say what the judge would cost at most; nothing is sent or run")
     add("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs; default: cuda if there is one")
     add("--dtype", default="", help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--attention", default="", help="sdpa, eager, flash_attention_2; default: the fastest installed")
@@ -134,6 +135,8 @@ def _eval(args: argparse.Namespace) -> int:
     from ivcp_eval.variants import Variant
 
     check_ratio(args.ratio)
+    if args.estimate:
+        return _estimate(args)
     parameters = dict(_parameter(text) for text in args.set)
     make_method(args.method, parameters)
     request = Request(
@@ -168,6 +171,22 @@ def _eval(args: argparse.Namespace) -> int:
         _say(f"\nno comparison: {error}")
     _say(f"\nresults: {outcome.csv}")
     return 1 if outcome.problems else 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from ivcp_eval import cells, data
+    from ivcp_eval.judge import cache_folder
+    from ivcp_eval.judge.rejudge import estimate_eval
+
+    names = [
+        benchmark.name for benchmark in data.chosen(args.data or ["embedded" if args.model == "tiny" else "matrix"])
+    ]
+    variants = 1 if args.method == "none" else 2
+    options = {"max_new_tokens": args.max_new_tokens, "limit": args.limit}
+    known = {name: value for name, value in options.items() if value is not None}
+    cache = cache_folder(args.runs or cells.RUNS)
+    _say(f"judge, at most: {estimate_eval(names, args.judge, cache, variants, **known)}")
+    return 0
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -17,7 +17,7 @@ State = Literal["here", "not whole", "wrong checksum", "missing"]
 Say = Callable[[str], None]
 
 STOCK_GROUNDING = "RefCOCO"  # VLMEvalKit's one file with all eight referring-expression sets
-_ANNOTATIONS = "https://zenodo.org/record/4729015/files/mdetr_annotations.tar.gz"
+_ANNOTATIONS = "https://zenodo.org/record/5519755/files/mdetr_annotations.tar.gz"
 _IMAGES = "http://images.cocodataset.org/zips/train2014.zip"
 
 

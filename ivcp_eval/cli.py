@@ -174,13 +174,12 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    from ivcp_eval import cells, data
+    from ivcp_eval import cells, data, models
     from ivcp_eval.judge import cache_folder
     from ivcp_eval.judge.rejudge import estimate_eval
 
-    names = [
-        benchmark.name for benchmark in data.chosen(args.data or ["embedded" if args.model == "tiny" else "matrix"])
-    ]
+    _, checkpoint = models.find(args.model)
+    names = [b.name for b in data.chosen(args.data or ["embedded" if checkpoint.local else "matrix"])]
     variants = 1 if args.method == "none" else 2
     options = {"max_new_tokens": args.max_new_tokens, "limit": args.limit}
     known = {name: value for name, value in options.items() if value is not None}

@@ -21,7 +21,7 @@ from ivcp_eval.tiny.validation import overlap, parse_box
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "num_heads": 2,
-    "num_layers": 4,
+    "num_layers": 6,
     "intermediate_size": 96,
     "mrope_section": (2, 6, 8),
     "vision_hidden_size": 64,
@@ -197,4 +197,8 @@ def test_questions_look_at_the_objects_they_are_about() -> None:
                 assert len(found) == 1
                 item = scene.objects[found[0]]
                 assert sample.task == "grounding" or right in (item.colour, item.shape, item.number)
+            if sample.task == "mcq":
+                question = batches.encode(tasks.build_prompt(sample))
+                text = [question[i] for i in batches.option_tokens(question, sample)]
+                assert batches._tokenizer().decode(text).strip() == right
     assert {"plain", "relation", "count", "number", "present", "presence", "adversarial"} <= seen

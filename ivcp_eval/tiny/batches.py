@@ -55,6 +55,7 @@ class Batch:
         digits: (batch, cells, 2) digits of the sign under the cell, -100 elsewhere.
         looked_at: (batch, questions, 1 + cells) where to look for an answer: the cells of the object asked
             about, or the token before the image (first) if it is absent; all zero for counting.
+        option: (batch, slot tokens) true on the text of the right option of a multiple-choice question.
         counted: (batch, questions, 1 + cells) how to spread attention for counting: evenly over the token before
             the image and the centre cell of every object counted; all zero for other questions.
         layout: layout of the sequence.
@@ -69,6 +70,7 @@ class Batch:
     boxes: Tensor
     digits: Tensor
     looked_at: Tensor
+    option: Tensor
     counted: Tensor
     layout: TextLayout
 
@@ -108,6 +110,7 @@ def make_batch(split: str, first: int, count: int, size: tuple[int, int], object
         boxes=torch.from_numpy(np.stack([c[2] for c in cells])),
         digits=torch.from_numpy(np.stack([c[3] for c in cells])),
         looked_at=torch.from_numpy(np.stack([look[0] for look in looks])),
+        option=torch.tensor([row[3] for row in rows]),
         counted=torch.from_numpy(np.stack([look[1] for look in looks])),
         layout=layout_for(*size),
     )
@@ -155,8 +158,8 @@ def answer_tokens(sample: tasks.Sample) -> tuple[list[int], list[float]]:
     return [*ids, *encode(END)], [whole * w / total for w in weights] + [0.1]
 
 
-def pack(*groups: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[float]]:
-    """Place questions in the groups of slots: (ids, labels, weights) over all slot tokens.
+def pack(*groups: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[float], list[bool]]:
+    """Place questions in the groups of slots: (ids, labels, weights, right option) over all slot tokens.
 
     Raises:
         ValueError: if a question does not fit its slot or there are more questions than slots.
@@ -165,11 +168,13 @@ def pack(*groups: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[fl
     ids: list[int] = []
     labels: list[int] = []
     weights: list[float] = []
+    option: list[bool] = []
     for (count, length), samples in zip(SLOTS, groups, strict=True):
         if len(samples) > count:
             raise ValueError(f"{len(samples)} questions for {count} slots of {length} tokens")
         for slot in range(count):
             row, row_labels, row_weights = [pad] * length, [IGNORED] * length, [0.0] * length
+            row_option = [False] * length
             if slot < len(samples):
                 sample = samples[slot]
                 question = encode(varied_prompt(hash_of(sample), sample) + BEFORE_ANSWER)
@@ -180,10 +185,25 @@ def pack(*groups: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[fl
                 row[:used] = [*question, *answer[:-1]]
                 row_labels[len(question) - 1 : used] = answer
                 row_weights[len(question) - 1 : used] = answer_weights
+                for place in option_tokens(question, sample):
+                    row_option[place] = True
             ids += row
             labels += row_labels
             weights += row_weights
-    return ids, labels, weights
+            option += row_option
+    return ids, labels, weights, option
+
+
+def option_tokens(question: Sequence[int], sample: tasks.Sample) -> range:
+    """Positions in ``question`` of the right option's text (empty unless multiple choice)."""
+    if sample.task != "mcq":
+        return range(0)
+    line_ends = {encode("\n")[0], encode("Options:\n")[0]}
+    letter = encode(sample.answer)[0]
+    start = next(i for i in range(1, len(question)) if question[i] == letter and question[i - 1] in line_ends)
+    end = next(i for i in range(start, len(question)) if question[i] in line_ends)
+    # The letter and its full stop are not the text.
+    return range(start + 2, end)
 
 
 def hash_of(sample: tasks.Sample) -> int:

@@ -194,8 +194,8 @@ class TextOutput:
     Attributes:
         hidden: (batch, slot tokens, hidden) after the final norm.
         layers: output (batch, tokens, hidden) of each layer asked for.
-        attention: for each layer asked for and each group of slots, the first head's attention to the prefix,
-            (batch, slots, tokens of a slot, prefix).
+        attention: for each layer asked for and each group of slots, every head's attention to the prefix and to
+            the slot, (batch, slots, heads, tokens of a slot, prefix + tokens of a slot).
     """
 
     hidden: Tensor
@@ -278,7 +278,7 @@ def _text_attention(
         shared = _fold(own_q, k_prefix.transpose(-1, -2)).unflatten(3, (count, slot)).transpose(2, 3)
         weights = torch.softmax(torch.cat((shared, own), dim=-1), dim=-1)
         if watched is not None:
-            watched.append(weights[:, 0, :, 0, :, : layout.prefix])
+            watched.append(weights.transpose(1, 2).flatten(2, 3))
         to_prefix, to_own = weights.split((layout.prefix, slot), dim=-1)
         from_own = _fold(to_own, own_v.unflatten(2, (count, slot))).transpose(2, 3).flatten(3, 4)
         outputs.append(from_own + _fold(to_prefix.transpose(2, 3).flatten(3, 4), v_prefix))

@@ -21,6 +21,8 @@ from ivcp_eval.tiny.processor import CELL
 PLACE_LAYER, BOX_LAYER = 0, 2
 #: Decoder layers whose first head is shown where to look while answering.
 LOOK_LAYERS = (3, 4)
+#: Decoder layer whose second head is shown the right option of a multiple-choice question.
+OPTION_LAYER = 5
 #: Longest side of an image in cells.
 MAX_CELLS = 16
 
@@ -89,7 +91,7 @@ def answer_logits(
     start = len(encode(BEFORE_IMAGE))
     embeddings = torch.cat((embeddings[:, :start], tokens, embeddings[:, start + tokens.shape[1] :]), dim=1)
     text = model.model.language_model
-    look = [layer for layer in LOOK_LAYERS if layer < len(text.layers)]
+    look = [layer for layer in (*LOOK_LAYERS, OPTION_LAYER) if layer < len(text.layers)]
     output = text_forward(text, embeddings, batch.layout, (PLACE_LAYER, BOX_LAYER), look, kernels)
     return model.lm_head(output.hidden[batch.labels != IGNORED]).float(), tokens, output
 
@@ -102,10 +104,11 @@ def look_losses(output: TextOutput, batch: Batch) -> dict[str, Tensor]:
     """
     start, cells = len(encode(BEFORE_IMAGE)), batch.shape.shape[1]
     losses = {}
-    for layer, groups in output.attention.items():
+    for layer in set(LOOK_LAYERS) & set(output.attention):
+        groups = output.attention[layer]
         parts, question, token = [], 0, 0
         for (count, length), weights in zip(SLOTS, groups, strict=True):
-            paid = weights[..., start - 1 : start + cells].float()
+            paid = weights[:, :, 0, :, start - 1 : start + cells].float()
             looked = batch.looked_at[:, question : question + count, None]
             spread = batch.counted[:, question : question + count, None]
             away = -torch.log((paid * looked).sum(-1) + 1e-3)
@@ -120,6 +123,20 @@ def look_losses(output: TextOutput, batch: Batch) -> dict[str, Tensor]:
     return losses
 
 
+def option_losses(output: TextOutput, batch: Batch) -> dict[str, Tensor]:
+    """Minus the log of the attention that a multiple-choice answer pays to the text of the right option."""
+    if OPTION_LAYER not in output.attention:
+        return {}
+    (_, weights, _), group = output.attention[OPTION_LAYER], 1
+    count, length = SLOTS[group]
+    first = SLOTS[0][0] * SLOTS[0][1]
+    place = slice(first, first + count * length)
+    option = batch.option[:, place].unflatten(1, (count, length))
+    paid = (weights[:, :, 1, :, batch.layout.prefix :].float() * option[:, :, None]).sum(-1)
+    chosen = (batch.labels[:, place].unflatten(1, (count, length)) != IGNORED) & option.any(-1, keepdim=True)
+    return {"option": -torch.log(paid[chosen] + 1e-3).mean()} if chosen.any() else {}
+
+
 def all_losses(
     model: Any, heads: DenseHeads, batch: Batch, dense_weight: float, dtype: torch.dtype, kernels: Kernels = EAGER
 ) -> tuple[Tensor, dict[str, float]]:
@@ -132,6 +149,7 @@ def all_losses(
         **vision_losses(heads, tokens, batch),
         **place_losses(heads, output.layers, batch),
         **look_losses(output, batch),
+        **option_losses(output, batch),
     }
     total = answers + dense_weight * torch.stack(list(parts.values())).sum()
     return total, {"answers": answers.item(), **{name: value.item() for name, value in parts.items()}}

@@ -176,8 +176,8 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        # The average forgets what lies more than a tenth of the run, or 200 steps, back.
-        forget = max(1 / 200, 1 / (1 + 0.1 * self.progress["steps"]))
+        # The average forgets what lies more than a tenth of the run, or 60 steps, back.
+        forget = max(1 / 60, 1 / (1 + 0.1 * self.progress["steps"]))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], forget)
         self.progress["steps"] += 1
         self.progress["images"] += count * world

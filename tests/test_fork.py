@@ -237,3 +237,24 @@ def test_changed_pictures_are_refused_and_nothing_is_left_behind() -> None:
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     fork(model, IVC, make_inputs("t5 i0 t9"), max_new_tokens=2)
     assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == hooks
+
+
+def test_bench_counts_and_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    """The smallest bench runs, its variants agree token for token, and sharing never costs more operations."""
+    from ivcp_eval import bench_fork
+
+    assert bench_fork.main(["--size", "tiny", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert all("7 of 7" in line for line in lines if "seven" in line)
+    case = bench_fork.Case("", *_bench_model(), bench_fork.seven(2), 4, None)
+    one_by_one, together = bench_fork.flops(case)
+    assert 1 < one_by_one / together < 7
+
+
+def _bench_model() -> tuple[Any, Any]:
+    from ivcp_eval.bench_models import build_model, configuration, make_inputs, size
+
+    shape = size("tiny")
+    model = build_model(configuration(shape), "cpu", torch.float32, "sdpa")
+    return model, make_inputs(model.config, 64, 1, 12, torch.float32, "cpu")

@@ -1,0 +1,269 @@
+"""``python -m ivcp_eval.bench_fork``: many variants in one pass against one by one, in one process, side by side.
+
+Rounds are interleaved and the median of the rounds' ratios is printed with its quartiles, beside the ratio of the
+floating-point operations. Decoding several rows together reads the weights once, so the measured ratio may be higher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ivcp_eval.variants import Variant
+
+RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
+TARGET, CEILING = 3.0, 1.05  # of seven variants; where nothing can be shared
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a prompt and variants.
+
+    Attributes:
+        name: what is compared. model, inputs: of ``generate``. variants: all of them.
+        new_tokens: decoded by every variant.
+        target: least ratio of times, one by one over one pass; None states no target.
+    """
+
+    name: str
+    model: Any
+    inputs: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+    new_tokens: int
+    target: float | None
+
+
+def seven(layer: int) -> tuple[Variant, ...]:
+    """IVC-Prune at seven ratios; the first is the unpruned model."""
+    return tuple(Variant("", "ivc_prune", ratio, {"layer": layer}) for ratio in RATIOS)
+
+
+def mixed(layers: int) -> tuple[Variant, ...]:
+    """The unpruned model and cuts at layers 0, 2, 8 and 16 of 28, scaled to the depth."""
+    early, middle, late = (max(1, round(depth * layers / 28)) for depth in (2, 8, 16))
+    return (
+        Variant(""),
+        Variant("", "random", 0.5, {"layer": 0}),
+        Variant("", "fastv", 0.5, {"layer": early}),
+        Variant("", "pyramiddrop", 0.3, {"depths": (middle / layers, late / layers)}),
+        Variant("", "ivc_prune", 0.5, {"layer": late}),
+        Variant("", "ivc_prune", 0.25, {"layer": late}),
+    )
+
+
+# -- floating-point operations --------------------------------------------------------------------------------------
+
+
+def vision_flops(config: Any, patches: int) -> int:
+    """Matrix products of a Qwen2.5-VL vision tower (windows of 112 pixels where a block has them) and its merger."""
+    hidden, blocks = config.hidden_size, config.depth
+    window = (config.window_size // config.patch_size) ** 2
+    linear = 2 * patches * (4 * hidden**2 + 3 * hidden * config.intermediate_size)
+    full = len([i for i in config.fullatt_block_indexes if i < blocks])
+    pairs = patches * (full * patches + (blocks - full) * min(window, patches))
+    merged = hidden * config.spatial_merge_size**2
+    merger = 2 * (patches // config.spatial_merge_size**2) * (merged**2 + merged * config.out_hidden_size)
+    return blocks * linear + 4 * pairs * hidden + merger
+
+
+def flops(case: Case) -> tuple[float, float]:
+    """(one by one, one pass) floating-point operations: vision, decoder prefill and decoding, vocabulary head too."""
+    from ivcp_eval.engine import resolve
+    from ivcp_eval.flops import DecoderShape
+
+    config = case.model.config
+    text = config.text_config
+    shape = DecoderShape.of(text)
+    visual = int((case.inputs["input_ids"] == config.image_token_id).sum())
+    other = case.inputs["input_ids"].shape[1] - visual
+    vision = vision_flops(config.vision_config, int(case.inputs["pixel_values"].shape[0]))
+    head = 2 * text.hidden_size * text.vocab_size
+
+    def tokens(variant: Variant) -> tuple[list[int], int]:
+        """Tokens per layer, and the layer of the first cut (all of them if there is none)."""
+        *_, cuts = resolve(case.model, variant.method, variant.ratio, None, variant.parameters)
+        counts = [visual] * shape.layers
+        for cut in cuts:
+            counts[cut.layer :] = [round(cut.ratio * visual)] * (shape.layers - cut.layer)
+        return [count + other for count in counts], cuts[0].layer if cuts else shape.layers
+
+    def decoding(counts: Sequence[int]) -> int:
+        # One token more each: a step is the difference of two prefills (every layer keeps what it processed).
+        step = shape.prefill_flops([n + 1 for n in counts]) - shape.prefill_flops(counts)
+        return (case.new_tokens - 1) * step + case.new_tokens * head
+
+    singles, passes, deepest = 0, vision, 0
+    for variant in case.variants:
+        counts, first = tokens(variant)
+        singles += vision + shape.prefill_flops(counts) + decoding(counts)
+        passes += sum(shape.layer_flops(n) for n in counts[first:]) + decoding(counts)
+        deepest = max(deepest, first)
+    return float(singles), float(passes + deepest * shape.layer_flops(visual + other))
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float, int]:
+    """(`Spread` of the rounds' ratios, milliseconds of one pass, variants whose tokens are those of their own run)."""
+    import torch
+
+    from ivcp_eval.engine.fork import fork
+    from ivcp_eval.measure import Spread, interleave
+
+    answers: dict[str, Any] = {}
+
+    def timed(name: str, exact: bool) -> float:
+        _wait(case.model)
+        start = clock()
+        with torch.inference_mode():
+            options: dict[str, Any] = {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens}
+            answers[name] = fork(case.model, case.variants, case.inputs, exact=exact, **options)
+        _wait(case.model)
+        return clock() - start
+
+    times = interleave({"one by one": lambda: timed("one", True), "one pass": lambda: timed("all", False)}, rounds)
+    equal = sum(
+        [row.tolist() for row in one.tokens] == [row.tolist() for row in together.tokens]
+        for one, together in zip(answers["one"], answers["all"], strict=True)
+    )
+    passes = Spread.of(times["one pass"]).median * 1e3
+    return Spread.of_ratios(times["one by one"], times["one pass"]), passes, equal
+
+
+def _wait(model: Any) -> None:
+    import torch
+
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+
+
+# -- cases ----------------------------------------------------------------------------------------------------------
+
+
+def cases(size: str, device: str, dtype: str, folder: Path) -> list[Case]:
+    """All comparisons: a random Qwen2.5-VL of a size, then the embedded model."""
+    import torch
+
+    from ivcp_eval.bench_models import build_model, make_inputs
+    from ivcp_eval.bench_models import size as find_size
+
+    if size == "mid":
+        shape, tokens, config = _mid()
+    else:
+        from ivcp_eval.bench_models import configuration
+
+        shape = find_size(size)
+        tokens, config = shape.visual_tokens[0], configuration(shape)
+    kind = getattr(torch, dtype)
+    model = build_model(config, device, kind, "sdpa")
+    layers = config.text_config.num_hidden_layers
+    inputs = make_inputs(config, tokens, 1, shape.text_tokens, kind, device)
+    late = max(1, round(16 * layers / 28))
+    found = [
+        Case(f"seven ratios, cut at {late} of {layers}, {new} new tokens", model, inputs, seven(late), new, TARGET)
+        for new in (4, 32)
+    ]
+    found.append(Case("mixed methods, 4 new tokens", model, inputs, mixed(layers), 4, None))
+    single = (Variant("", "ivc_prune", 0.5, {"layer": late}),)
+    found.append(Case("one variant, nothing to share", model, inputs, single, 4, 1 / CEILING))
+    inlet = tuple(Variant("", "random", 0.5, {"layer": 0}, seed) for seed in (0, 1))
+    found.append(Case("two variants cut at the input, only vision is shared", model, inputs, inlet, 4, 1 / CEILING))
+    return [*found, *_embedded(device, kind, folder)]
+
+
+def _mid() -> tuple[Any, int, Any]:
+    """Twelve layers, and a vision tower that costs about a third of the decoder's prefill, as in Qwen2.5-VL-7B."""
+    from dataclasses import replace
+
+    from ivcp_eval.bench_models import configuration, size
+
+    vision = {"depth": 6, "hidden_size": 256, "intermediate_size": 684, "num_heads": 4, "out_hidden_size": 512}
+    shape = replace(size("small"), vision={**vision, "window_size": 112, "fullatt_block_indexes": [2, 5]})
+    return shape, 576, configuration(shape)
+
+
+def _embedded(device: str, dtype: Any, folder: Path) -> list[Case]:
+    """The shipped model where its weights are here, else one of its shape with random weights."""
+    from transformers import AutoModelForImageTextToText
+
+    from ivcp_eval import models
+    from ivcp_eval.bench_models import make_inputs
+    from ivcp_eval.tiny.processor import build_random
+
+    try:
+        source, name = models.locate("tiny").source, "embedded model"
+    except models.MissingWeights:
+        build_random(folder, seed=0)
+        source, name = folder, "embedded model's shape, random"
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
+    model.generation_config.eos_token_id = None  # every variant decodes the same number of steps
+    model.generation_config.pad_token_id = 0
+    inputs = make_inputs(model.config, 256, 1, 40, dtype, device)
+    _into_vocabulary(inputs, model.config)
+    layers = model.config.text_config.num_hidden_layers
+    late = max(1, round(16 * layers / 28))
+    return [
+        Case(f"{name}: seven ratios, cut at {late} of {layers}, 4 new tokens", model, inputs, seven(late), 4, TARGET),
+        Case(f"{name}: mixed methods, 4 new tokens", model, inputs, mixed(layers), 4, None),
+    ]
+
+
+def _into_vocabulary(inputs: dict[str, Any], config: Any) -> None:
+    """Replace text tokens that a small vocabulary has not."""
+    import torch
+
+    ids = inputs["input_ids"]
+    special = [value for key, value in vars(config).items() if key.endswith("_token_id") and isinstance(value, int)]
+    special += [value for key, value in vars(config.text_config).items() if key.endswith("token_id") and value]
+    usual = [i for i in range(config.text_config.vocab_size) if i not in special]
+    text = torch.tensor(usual, device=ids.device)[ids % len(usual)]
+    inputs["input_ids"] = torch.where(torch.isin(ids, torch.tensor(special, device=ids.device)), ids, text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of the bench."""
+    made = argparse.ArgumentParser(prog="python -m ivcp_eval.bench_fork", description=__doc__.splitlines()[0])
+    made.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", default="float32")
+    made.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
+    made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
+    made.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench; 0, or 1 if ``--check`` found a missed target."""
+    options = parser().parse_args(arguments)
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    missed = False
+    with TemporaryDirectory() as folder:
+        for case in cases(options.size, options.device, options.dtype, Path(folder)):
+            spread, milliseconds, equal = measure(case, options.rounds, clock)
+            singles, together = flops(case)
+            hit = case.target is None or spread.median >= case.target
+            missed |= not hit
+            wanted = "" if case.target is None else f", target {case.target:.2f}: {'met' if hit else 'MISSED'}"
+            sys.stdout.write(
+                f"{case.name}: {spread.median:.2f}x (quartiles {spread.q1:.2f}-{spread.q3:.2f}, {spread.n} rounds), "
+                f"FLOPs allow {singles / together:.2f}x{wanted}; {milliseconds:.0f} ms a pass; "
+                f"{equal} of {len(case.variants)} variants token for token\n"
+            )
+            sys.stdout.flush()
+    return 1 if options.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

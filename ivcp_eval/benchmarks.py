@@ -6,6 +6,7 @@ and whether a judge is needed. `load` reads one; any other VLMEvalKit name works
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -18,6 +19,10 @@ from ivcp_eval.interface import QuestionKind
 from ivcp_eval.registry import nearest, unknown
 
 FOLDER = Path(__file__).resolve().parent.parent / "datasets"
+
+
+class DataMissing(RuntimeError):
+    """A benchmark's data is not on this machine and cannot be fetched; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,12 @@ class Benchmark:
     source: str = ""
     licence: str = ""
     note: str = ""
+
+    @property
+    def scoring(self) -> str:
+        """SHA-256 of what decides how predictions become numbers."""
+        parts = (self.metrics, self.samples, self.cluster, self.category, self.kind, self.vlmeval)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def path(self) -> Path | None:

@@ -67,6 +67,7 @@ class Identity:
         method_parameters: all of the method's fields, defaults included.
         weights: revision or fingerprint of the checkpoint.
         benchmark, data: name and SHA-256 of its file. limit: first rows only, or None.
+        scoring: SHA-256 of where its data file says that scores stand.
         prompt: SHA-256 of the prompt templates.
         judge: who rates. limits: pixels and answer length. placement: device kind, dtype, attention.
         versions, code: of the libraries and of our own source.
@@ -77,6 +78,7 @@ class Identity:
     weights: str
     benchmark: str
     data: str
+    scoring: str
     limit: int | None
     prompt: str
     judge: str

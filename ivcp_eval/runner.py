@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval import benchmarks, cells, models
-from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.cells import Cell, Identity
 from ivcp_eval.files import file_digest, write_json
 from ivcp_eval.journal import Journal
@@ -81,11 +81,14 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """What a request comes to on this machine: weights, placement, limits, and a cell for each variant and benchmark."""
+
     weights: models.Weights
     placement: Placement
     limits: Limits
     cells: list[tuple[Benchmark, Cell]]
+    missing: list[str] = field(default_factory=list)
 
 
 def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -> Outcome:
@@ -98,6 +101,7 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
     plan = _plan(request)
     pending = [(benchmark, cell) for benchmark, cell in plan.cells if cell.finished() is None]
     outcome = Outcome(csv=request.output or _output(request), reused=len(plan.cells) - len(pending))
+    outcome.problems += plan.missing
     if outcome.reused:
         say(f"reusing {outcome.reused} finished of {len(plan.cells)} cells (a cell is one variant on one benchmark)")
     if pending:
@@ -111,7 +115,7 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
 # -- plan -----------------------------------------------------------------------------------------------------------
 
 
-def _plan(request: Request) -> _Plan:
+def _plan(request: Request) -> Plan:
     from ivcp_eval.session import Limits, Placement
 
     weights = models.locate(request.variant.model, request.model_path)
@@ -131,11 +135,18 @@ def _plan(request: Request) -> _Plan:
     tuned = {**weights.checkpoint.methods.get(request.variant.method, {}), **request.variant.parameters}
     pruned = request.variant.with_parameters(tuned)
     variants = [pruned.baseline] if pruned.method == BASELINE else [pruned.baseline, pruned]
-    found = []
+    found: list[tuple[Benchmark, Cell]] = []
+    missing = []
     for benchmark in _benchmarks(request, weights):
-        data = _data_digest(benchmark)
+        try:
+            data = _data_digest(benchmark)
+        except DataMissing as error:
+            missing.append(str(error))
+            continue
         found += [(benchmark, _cell(request, weights, placement, limits, benchmark, data, v)) for v in variants]
-    return _Plan(weights, placement, limits, found)
+    if not found:
+        raise DataMissing("\n".join(missing))
+    return Plan(weights, placement, limits, found, missing)
 
 
 def _benchmarks(request: Request, weights: models.Weights) -> list[Benchmark]:
@@ -203,6 +214,7 @@ def _cell(
         weights=weights.revision,
         benchmark=benchmark.name,
         data=data,
+        scoring=benchmark.scoring,
         limit=request.limit,
         prompt=_prompt_digest(weights.family, benchmark),
         judge=_judge_name(request, benchmark),
@@ -252,7 +264,7 @@ def _output(request: Request) -> Path:
 
 def _run_pending(
     request: Request,
-    plan: _Plan,
+    plan: Plan,
     pending: Sequence[tuple[Benchmark, Cell]],
     outcome: Outcome,
     say: Callable[[str], None],
@@ -380,7 +392,7 @@ def _git() -> dict[str, Any]:
 # -- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(request: Request, plan: _Plan, benchmark: Benchmark, cell: Cell, csv: Path) -> list[dict[str, Any]]:
+def _rows(request: Request, plan: Plan, benchmark: Benchmark, cell: Cell, csv: Path) -> list[dict[str, Any]]:
     """The CSV rows of one cell: one for each metric, or one that says why there is none."""
     identity, variant = cell.identity, cell.identity.variant
     record = json.loads(cell.record.read_text(encoding="utf-8"))

@@ -50,6 +50,7 @@ IDENTITY = Identity(
     weights="abc",
     benchmark="tiny_mcq",
     data="0" * 64,
+    scoring="2" * 64,
     limit=None,
     prompt="1" * 64,
     judge="none",

@@ -20,7 +20,7 @@ from vlmeval.inference import infer_data_job
 from vlmeval.smp import dump
 
 from ivcp_eval import scores
-from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.journal import Journal
 from ivcp_eval.judge import Judge
 from ivcp_eval.registry import unknown
@@ -30,10 +30,6 @@ from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 from ivcp_eval.vlmeval_bridge.sample_scores import RULES
-
-
-class DataMissing(RuntimeError):
-    """A benchmark's data is not on this machine and cannot be fetched; the message says how to get it."""
 
 
 def build(benchmark: Benchmark, limit: int | None) -> Any:

@@ -147,6 +147,17 @@ def test_changed_data_is_refused(
     assert "checksum" in capsys.readouterr().err
 
 
+def test_missing_data_is_said_and_the_rest_is_run(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.eval("--data", "RefCOCO_val", "tiny_mcq", "--limit", "1") == 1
+    out = capsys.readouterr().out
+    assert "NOT WHOLE: benchmark 'RefCOCO_val': the data is not here" in out
+    assert "RefCOCO_val.tsv" in out
+    assert {row["benchmark"] for row in lab.rows()} == {"tiny_mcq"}
+    assert lab.eval("--data", "RefCOCO_val", "--output", str(lab.folder / "none.csv")) == 2
+    assert "the data is not here" in capsys.readouterr().err
+    assert not (lab.folder / "none.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -49,6 +49,12 @@ class Journal:
             finally:
                 self._file = None
 
+    def load(self) -> dict[str, dict[str, Any]]:
+        """The records as they are now, without holding the file, which another process may be writing."""
+        if self.path.is_file():
+            self._read(self.path.read_bytes())
+        return self.records
+
     def _read(self, content: bytes) -> int:
         """Fill `records`; returns the length of the readable part."""
         self.records = {}

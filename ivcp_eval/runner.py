@@ -14,6 +14,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from ivcp_eval.results import write_results, write_samples
 from ivcp_eval.variants import BASELINE, Variant
 
 if TYPE_CHECKING:
-    from ivcp_eval.session import Limits, Placement, Session
+    from ivcp_eval.session import Limits, Placement
     from ivcp_eval.vlmeval_bridge.evaluate import Scored
+    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request comes to on this machine: weights, placement, limits, and a cell for each variant and benchmark."""
+    """What a request comes to on this machine; a cell for each variant and benchmark whose data is here."""
 
     weights: models.Weights
     placement: Placement
@@ -98,7 +100,7 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
         ValueError: an unknown name or a bad parameter. MissingWeights, DataMissing: with how to get them.
         RuntimeError: another process evaluates the same cell. DiskFullError: nothing half-written is left.
     """
-    plan = _plan(request)
+    plan = make_plan(request)
     pending = [(benchmark, cell) for benchmark, cell in plan.cells if cell.finished() is None]
     outcome = Outcome(csv=request.output or _output(request), reused=len(plan.cells) - len(pending))
     outcome.problems += plan.missing
@@ -106,7 +108,7 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
         say(f"reusing {outcome.reused} finished of {len(plan.cells)} cells (a cell is one variant on one benchmark)")
     if pending:
         _run_pending(request, plan, pending, outcome, say)
-    rows = [row for benchmark, cell in plan.cells for row in _rows(request, plan, benchmark, cell, outcome.csv)]
+    rows = [row for benchmark, cell in plan.cells for row in cell_rows(request, plan, benchmark, cell, outcome.csv)]
     outcome.csv.parent.mkdir(parents=True, exist_ok=True)
     write_results(outcome.csv, rows)
     return outcome
@@ -115,7 +117,12 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
 # -- plan -----------------------------------------------------------------------------------------------------------
 
 
-def _plan(request: Request) -> Plan:
+def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Plan:
+    """Find weights and data, and hash every cell; raises as `evaluate`.
+
+    Args:
+        variants: of the request's model, in place of the request's own and its baseline.
+    """
     from ivcp_eval.session import Limits, Placement
 
     weights = models.locate(request.variant.model, request.model_path)
@@ -132,9 +139,10 @@ def _plan(request: Request) -> Plan:
         request.max_pixels if request.max_pixels is not None else wired.max_pixels,
         request.max_new_tokens or int(wired.generation["max_new_tokens"]),
     )
-    tuned = {**weights.checkpoint.methods.get(request.variant.method, {}), **request.variant.parameters}
-    pruned = request.variant.with_parameters(tuned)
-    variants = [pruned.baseline] if pruned.method == BASELINE else [pruned.baseline, pruned]
+    if variants is None:
+        own = request.variant
+        variants = [own.baseline] if own.method == BASELINE else [own.baseline, own]
+    tuned = [v.with_parameters({**weights.checkpoint.methods.get(v.method, {}), **v.parameters}) for v in variants]
     found: list[tuple[Benchmark, Cell]] = []
     missing = []
     for benchmark in _benchmarks(request, weights):
@@ -143,7 +151,7 @@ def _plan(request: Request) -> Plan:
         except DataMissing as error:
             missing.append(str(error))
             continue
-        found += [(benchmark, _cell(request, weights, placement, limits, benchmark, data, v)) for v in variants]
+        found += [(benchmark, _cell(request, weights, placement, limits, benchmark, data, v)) for v in tuned]
     if not found:
         raise DataMissing("\n".join(missing))
     return Plan(weights, placement, limits, found, missing)
@@ -236,7 +244,7 @@ def _judge_name(request: Request, benchmark: Benchmark) -> str:
     return config.identity if config else asked_judge(request.judge, benchmark.judge)
 
 
-def _judges(request: Request, pending: Sequence[tuple[Benchmark, Cell]]) -> dict[str, Judge]:
+def judges_for(request: Request, pending: Sequence[tuple[Benchmark, Cell]]) -> dict[str, Judge]:
     """One judge per identity, so that each is probed once and shares its connections."""
     folder = cache_folder(request.runs)
     configs = [config for benchmark, _ in pending if (config := _judge_config(request, benchmark))]
@@ -273,33 +281,43 @@ def _run_pending(
 
     register()
     from ivcp_eval.session import timed_load
+    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
     session, seconds = timed_load(plan.weights, plan.placement, plan.limits, request.trust_remote_code)
     place = plan.placement
     say(f"loaded {request.variant.model} in {seconds:.1f} s ({place.dtype}, {place.attention}, {place.device})")
     for _, cell in pending:
         session.check(cell.identity.variant)
-    judges = _judges(request, pending)
+    judges = judges_for(request, pending)
     for number, (benchmark, cell) in enumerate(pending, 1):
         say(f"[{number}/{len(pending)}] {cell.identity.variant.name} on {benchmark.name}")
-        record = _run_cell(request, session, benchmark, cell, judges.get(cell.identity.judge))
+        answers = partial(PrunedVLM, session, cell.identity.variant)
+        record = run_cell(request, answers, benchmark, cell, judges.get(cell.identity.judge))
         if record["status"] == "ok":
             outcome.computed += 1
         else:
             outcome.problems.append(f"{cell.identity.variant.name} on {benchmark.name}: {record['reason']}")
 
 
-def _run_cell(
-    request: Request, session: Session, benchmark: Benchmark, cell: Cell, judge: Judge | None
+def run_cell(
+    request: Request,
+    answers: Callable[[Journal], PrunedVLM],
+    benchmark: Benchmark,
+    cell: Cell,
+    judge: Judge | None,
 ) -> dict[str, Any]:
+    """Answer what the cell's journal lacks, score, and write the cell's files; returns the content of ``run.json``.
+
+    Args:
+        answers: makes the model that VLMEvalKit asks, from the open journal.
+    """
     from ivcp_eval.judge import JudgeError
     from ivcp_eval.scores import ScoreMissing
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
-    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
     dataset = bridge.build(benchmark, request.limit)
     with Journal(cell.journal).open() as journal:
-        model = PrunedVLM(session, cell.identity.variant, journal)
+        model = answers(journal)
         prompts = bridge.prompts(dataset, model)
         work = cell.folder / "vlmeval"
         predictions = bridge.infer(dataset, model, work, prompts.broken)
@@ -392,7 +410,7 @@ def _git() -> dict[str, Any]:
 # -- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(request: Request, plan: Plan, benchmark: Benchmark, cell: Cell, csv: Path) -> list[dict[str, Any]]:
+def cell_rows(request: Request, plan: Plan, benchmark: Benchmark, cell: Cell, csv: Path) -> list[dict[str, Any]]:
     """The CSV rows of one cell: one for each metric, or one that says why there is none."""
     identity, variant = cell.identity, cell.identity.variant
     record = json.loads(cell.record.read_text(encoding="utf-8"))

@@ -13,7 +13,8 @@ import torch
 from ivcp_eval import measure
 from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.downsample import shrink
-from ivcp_eval.engine import prune
+from ivcp_eval.engine import Run, prune
+from ivcp_eval.engine.fork import fork
 from ivcp_eval.models import Weights
 from ivcp_eval.registry import adapter, make_method
 from ivcp_eval.variants import Variant
@@ -94,7 +95,9 @@ class Session:
             prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
             kv_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first).
         """
-        conversation = [{"image": _image(part["image"])} if "image" in part else part for part in parts]
+        conversation: list[Mapping[str, Any]] = [
+            {"image": _image(part["image"])} if "image" in part else part for part in parts
+        ]
         whole = None
         share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
         if share is not None:
@@ -103,17 +106,80 @@ class Session:
                 {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
                 for part in conversation
             ]
-        inputs = self.adapter.encode(self.processor, [conversation])
-        device = next(self.model.parameters()).device
-        tensors = {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
-        options = {**self.adapter.generation, "max_new_tokens": self.limits.max_new_tokens}
+        inputs, tensors = self._encoded(conversation)
         with (
             torch.inference_mode(),
             self._pruned(variant, self.adapter.layout(self.processor, [conversation])) as run,
             measure.phases(self.model, self.adapter) as phases,
         ):
-            out = self.model.generate(**tensors, **options)
+            out = self.model.generate(**tensors, **self._options)
         new = out[0, tensors["input_ids"].shape[1] :]
+        return self._record(new, run, inputs, grounding, phases, whole)
+
+    def answer_all(
+        self,
+        parts: Sequence[Mapping[str, Any]],
+        variants: Sequence[Variant],
+        grounding: bool = False,
+        exact: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Answer one conversation under every variant, sharing what they share (`engine.fork`).
+
+        The picture is decoded, preprocessed and encoded once; variants that change the picture run on their own.
+
+        Args:
+            parts, grounding: as for `answer`. exact: one variant after the other, for half precision.
+
+        Returns:
+            Per variant what `answer` returns; the times are None, since no variant has any of its own.
+        """
+        conversation: list[Mapping[str, Any]] = [
+            {"image": _image(part["image"])} if "image" in part else part for part in parts
+        ]
+        own = {
+            i: {
+                **self.answer(conversation, variant, grounding),
+                "vision_ms": None,
+                "prefill_ms": None,
+                "decode_ms": None,
+            }
+            for i, variant in enumerate(variants)
+            if make_method(variant.method, variant.parameters).pixel_share(variant.ratio) is not None
+        }
+        inputs, tensors = self._encoded(conversation)
+        rest = [i for i in range(len(variants)) if i not in own]
+        with torch.inference_mode():
+            answers = fork(
+                self.model,
+                [variants[i] for i in rest],
+                tensors,
+                layout=self.adapter.layout(self.processor, [conversation]),
+                exact=exact,
+                **self._options,
+            )
+        for i, answer in zip(rest, answers, strict=True):
+            own[i] = self._record(answer.tokens[0], answer.run, inputs, grounding)
+        return [own[i] for i in range(len(variants))]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {**self.adapter.generation, "max_new_tokens": self.limits.max_new_tokens}
+
+    def _encoded(self, conversation: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """What the processor made, and the same on the model's device."""
+        inputs = self.adapter.encode(self.processor, [conversation])
+        device = next(self.model.parameters()).device
+        return inputs, {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+
+    def _record(
+        self,
+        new: torch.Tensor,
+        run: Run,
+        inputs: Mapping[str, Any],
+        grounding: bool,
+        phases: measure.Phases | None = None,
+        whole: int | None = None,
+    ) -> dict[str, Any]:
         raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
         # A smaller image saves its tokens everywhere, against those of the image as it was.
         scale = run.visual_prompt[0] / whole if whole else 1.0
@@ -125,9 +191,9 @@ class Session:
             "visual_kept": run.visual_kept[0],
             "layer_mean_ratio": _round(run.layer_mean_ratio * scale),
             "kv_ratio": _round(run.cache_ratio * scale),
-            "vision_ms": _round(phases.vision_ms),
-            "prefill_ms": _round(phases.prefill_ms),
-            "decode_ms": _round(phases.decode_ms_per_token),
+            "vision_ms": _round(phases.vision_ms) if phases else None,
+            "prefill_ms": _round(phases.prefill_ms) if phases else None,
+            "decode_ms": _round(phases.decode_ms_per_token) if phases else None,
         }
 
     def _visual_tokens(self, conversation: Sequence[Mapping[str, Any]]) -> int:

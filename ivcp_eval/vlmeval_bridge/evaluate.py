@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,18 +73,33 @@ class Prompts:
 
 def prompts(dataset: Any, model: PrunedVLM) -> Prompts:
     """Build every prompt as VLMEvalKit's loop will."""
+    found = Prompts({}, {}, {})
+    for index, message, key in messages(dataset, model):
+        if message is None:
+            found.broken[index] = key
+        else:
+            found.keys[index], found.pictures[index] = key, image_key(message)
+    return found
+
+
+def messages(
+    dataset: Any, model: PrunedVLM, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[str, list[dict[str, str]] | None, str]]:
+    """(index, prompt, its content hash) of the rows ``start`` to ``stop``, as VLMEvalKit's loop will build them.
+
+    A row whose prompt cannot be built gives (index, None, error).
+    """
     model.set_dump_image(dataset.dump_image)
     custom = model.use_custom_prompt(dataset.dataset_name) and not getattr(dataset, "force_use_dataset_prompt", False)
-    found = Prompts({}, {}, {})
-    for i in range(len(dataset.data)):
+    for i in range(*slice(start, stop).indices(len(dataset.data))):
         line = dataset.data.iloc[i]
         try:
             message = model.build_prompt(line, dataset=dataset.dataset_name) if custom else dataset.build_prompt(line)
-            index = str(line["index"])
-            found.keys[index], found.pictures[index] = message_key(message), image_key(message)
+            key = message_key(message)
         except (OSError, ValueError, AssertionError, SyntaxError) as error:
-            found.broken[str(line["index"])] = f"{type(error).__name__}: {error}"
-    return found
+            yield str(line["index"]), None, f"{type(error).__name__}: {error}"
+        else:
+            yield str(line["index"]), message, key
 
 
 def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Mapping[str, str]) -> Path:

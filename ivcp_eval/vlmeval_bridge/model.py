@@ -91,6 +91,25 @@ class PrunedVLM(BaseModel):
             }
 
 
+class RecordedVLM(PrunedVLM):
+    """Answers from a finished journal alone, failures included; needs no weights."""
+
+    def __init__(self, family: str, variant: Variant, journal: Journal) -> None:
+        from types import SimpleNamespace
+
+        from ivcp_eval.registry import adapter
+
+        super().__init__(SimpleNamespace(adapter=adapter(family)), variant, journal)  # type: ignore[arg-type]
+
+    def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+        """The recorded answer, empty for a sample that failed."""
+        assert self.journal is not None
+        key = message_key(message)
+        if key not in self.journal.records:
+            raise RuntimeError(f"{self.journal.path} holds no answer to a prompt of {dataset}; run the sweep again")
+        return str(self.journal.records[key]["prediction"])
+
+
 def _present(cell: Any) -> bool:
     return not pd.isna(cell) and str(cell) != ""
 

@@ -202,5 +202,5 @@ def test_embeddings_with_pixels_need_an_image_mask(case: Case) -> None:
     inputs = case.inputs(*SINGLE)
     ids = inputs.pop("input_ids")
     inputs["inputs_embeds"] = case.model.get_input_embeddings()(ids)
-    with pytest.raises(ValueError, match="image_mask|input_ids"), case.prune():
+    with pytest.raises(ValueError, match=r"image_mask|input_ids"), case.prune():
         case.forward(inputs)

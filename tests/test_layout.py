@@ -1,0 +1,133 @@
+"""Who may import whom, read from the source; and what importing the package must not pull in."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval import registry
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("ivcp_eval", "model_adapters")
+
+
+def sources(*parts: str) -> list[Path]:
+    """Python files under a path of the repository."""
+    path = ROOT.joinpath(*parts)
+    return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+
+
+def imported(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    """Modules that a file imports anywhere, type-checking blocks excluded."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for node in nodes:
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def offenders(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
+    """``file: module`` for every forbidden import."""
+    return [
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in files
+        for module in imported(path)
+        if any(module == name or module.startswith(name + ".") for name in forbidden)
+    ]
+
+
+def test_methods_know_neither_models_nor_benchmarks() -> None:
+    forbidden = ("transformers", "vlmeval", "model_adapters", "ivcp_eval.engine")
+    assert not offenders(sources("ivcp_eval", "methods"), forbidden)
+
+
+def test_adapters_know_neither_methods_nor_benchmarks() -> None:
+    forbidden = ("ivcp_eval.methods", "ivcp_eval.runner", "ivcp_eval.engine", "ivcp_eval.registry", "vlmeval")
+    assert not offenders(sources("model_adapters"), forbidden)
+
+
+def test_engine_knows_no_method_and_no_family() -> None:
+    forbidden = ("ivcp_eval.methods", "ivcp_eval.ivc_official", "model_adapters", "vlmeval", "transformers.models")
+    assert not offenders(sources("ivcp_eval", "engine"), forbidden)
+
+
+def test_only_the_bridge_imports_vlmeval() -> None:
+    bridge = {*sources("ivcp_eval", "vlmeval_bridge")}
+    files = [path for package in PACKAGES for path in sources(package) if path not in bridge]
+    assert not offenders(files, ("vlmeval",))
+
+
+@pytest.mark.parametrize("place", ["engine", "runner.py", "interface.py", "ops.py", "registry.py"])
+def test_shared_code_names_no_method_and_no_family(place: str) -> None:
+    """A new method or family needs no edit there, so none can be special-cased."""
+    names = ({*registry.method_names()} - {"none", "random"}) | {*registry.family_names()}
+    found = []
+    for path in sources("ivcp_eval", place):
+        tree = ast.parse(path.read_text())
+        docstrings = {
+            node.body[0].value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        found += [
+            f"{path.name}:{node.lineno}: {node.value!r}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and node not in docstrings and node.value in names
+        ]
+    assert not found
+
+
+def test_datasets_is_data_only() -> None:
+    """A package of that name would hide the `datasets` library."""
+    assert not list((ROOT / "datasets").rglob("*.py"))
+
+
+def test_importing_the_package_stays_light() -> None:
+    heavy = ("torch", "transformers", "vlmeval", "pandas", "numpy", "torchvision")
+    code = (
+        "import sys, ivcp_eval, ivcp_eval.interface, ivcp_eval.registry as r;"
+        "r.method_names(); r.family_names();"
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_unknown_attribute_says_what_there_is() -> None:
+    import ivcp_eval
+
+    with pytest.raises(AttributeError, match=r"it offers .*prune"):
+        ivcp_eval.prun  # noqa: B018
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_function_has_a_docstring(package: str) -> None:
+    missing = []
+    for path in sources(package):
+        tree = ast.parse(path.read_text())
+        if not ast.get_docstring(tree):
+            missing.append(f"{path.relative_to(ROOT)}")
+        for node in tree.body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                missing.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not missing

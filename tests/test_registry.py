@@ -1,0 +1,130 @@
+"""Names are file names; unknown ones are answered with the nearest; methods are well-formed."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ivcp_eval import registry
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, ModelFacts
+from ivcp_eval.methods import none
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_names_are_the_files() -> None:
+    files = {p.stem for p in (ROOT / "ivcp_eval" / "methods").glob("*.py") if p.stem[0] != "_"}
+    assert set(registry.method_names()) >= files >= {"none", "ivc_prune"}
+    folder = ROOT / "model_adapters"
+    families = {p.stem for p in folder.glob("*.py") if p.stem[0] != "_"} | {
+        p.parent.name for p in folder.glob("*/__init__.py")
+    }
+    assert set(registry.family_names()) == families
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("ivcprune", "ivc_prune"), ("fast_v", "fastv"), ("nnoe", "none"), ("zzz", None)]
+)
+def test_unknown_method(name: str, hint: str | None) -> None:
+    with pytest.raises(ValueError, match=f"unknown method '{name}'") as caught:
+        registry.make_method(name)
+    assert (f"did you mean '{hint}'?" in str(caught.value)) == (hint is not None)
+    assert "Known: " in str(caught.value)
+
+
+def test_unknown_parameter() -> None:
+    with pytest.raises(ValueError, match=r"has no parameter 'ivcs'; did you mean 'ivc'\? Parameters: .*layer"):
+        registry.make_method("ivc_prune", {"ivcs": 0.2})
+    with pytest.raises(ValueError, match=r"method 'none' has no parameter 'x'\. Parameters: none"):
+        registry.make_method("none", {"x": 1})
+
+
+def test_parameters_are_set_and_checked() -> None:
+    assert registry.make_method("ivc_prune", {"ivc": 0.2}).ivc == 0.2  # type: ignore[attr-defined]
+    for wrong in ({"ivc": 1.5}, {"layer": 0}, {"preset": "oficial"}):
+        with pytest.raises(ValueError):
+            registry.make_method("ivc_prune", wrong)
+
+
+def test_unknown_family_and_model_type() -> None:
+    with pytest.raises(ValueError, match="did you mean 'qwen2_5_vl'"):
+        registry.adapter("qwen25_vl")
+    with pytest.raises(ValueError, match="unknown model type 'bert'"):
+        registry.family_of("bert")
+
+
+def test_every_model_type_has_one_family() -> None:
+    seen: dict[str, str] = {}
+    for family in registry.family_names():
+        adapter = registry.adapter(family)
+        assert isinstance(adapter, AbstractAdapter)
+        for kind in adapter.model_types:
+            assert kind not in seen, f"{kind} is claimed by {seen.get(kind)} and {family}"
+            seen[kind] = family
+            assert registry.family_of(kind) == family
+
+
+def test_installed_plug_ins_are_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("some_plug_in")
+    module.Method = none.Method  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "some_plug_in", module)
+    entries = [
+        EntryPoint("from_a_module", "some_plug_in", registry.METHOD_ENTRY_POINT),
+        EntryPoint("from_a_class", "some_plug_in:Method", registry.METHOD_ENTRY_POINT),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.METHOD_ENTRY_POINT else [])
+    for name in ("from_a_module", "from_a_class"):
+        assert name in registry.method_names()
+        assert registry.method_class(name) is none.Method
+
+
+@pytest.mark.parametrize("name", registry.method_names())
+def test_method_is_well_formed(name: str) -> None:
+    cls = registry.method_class(name)
+    assert issubclass(cls, AbstractMethod)
+    assert cls.__dataclass_params__.frozen, "parameters belong to the identity of a run"  # type: ignore[attr-defined]
+    assert all(f.default is not dataclasses.MISSING for f in dataclasses.fields(cls)), "every parameter has a default"  # type: ignore[arg-type]
+    assert cls() == cls()
+    assert cls.faithfulness in ("faithful", "from_formula", "variant", "control")
+
+
+@pytest.mark.parametrize("name", registry.method_names())
+@pytest.mark.parametrize("n_layers", [6, 28, 36])
+def test_cuts_fit_any_depth(name: str, n_layers: int) -> None:
+    """Published layers of one model never leave a shallower one, and the last cut reaches the asked ratio."""
+    for first in (0, 3):
+        cuts = registry.make_method(name).cuts(ModelFacts("qwen2_5_vl", n_layers, first), 0.3)
+        layers = [cut.layer for cut in cuts]
+        assert layers == sorted(set(layers))
+        assert all((first if cut.ratio < 1 else 0) <= cut.layer < n_layers for cut in cuts)
+        assert all(0 < cut.ratio <= 1 for cut in cuts)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in registry.method_names() if n in registry.module_names("ivcp_eval.methods")]
+)
+def test_method_docstring_has_the_form(name: str) -> None:
+    """One line on what it keeps; where it comes from, unless it is a control; what differs."""
+    cls = registry.method_class(name)
+    text = inspect.getdoc(sys.modules[cls.__module__])
+    assert text, f"{name} has no docstring"
+    first = text.splitlines()[0]
+    assert first.endswith((".", ":"))
+    assert re.search(r"^Differs:", text, re.M), "name the gaps you filled, or say that nothing differs"
+    if cls.faithfulness != "control":
+        assert re.search(r"^Paper: https?://", text, re.M), "give the paper"
+    if cls.faithfulness == "faithful":
+        assert re.search(r"^Reference: https?://\S+ @ [0-9a-f]{7,40}", text, re.M), "give repository @ commit"
+    tree = ast.parse(inspect.getsource(cls))
+    assert ast.get_docstring(tree.body[0]), "the class says what its parameters mean"  # type: ignore[arg-type]
+    documented = ast.get_docstring(tree.body[0]) or ""  # type: ignore[arg-type]
+    for parameter in dataclasses.fields(cls):  # type: ignore[arg-type]
+        assert re.search(rf"\b{parameter.name}\b", documented), f"parameter {parameter.name} is not documented"

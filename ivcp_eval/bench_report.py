@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import shutil
 import subprocess
@@ -42,7 +43,7 @@ COLUMNS = (
 
 
 def environment(device: str, command: str) -> dict[str, Any]:
-    """Command, commit, versions, processor, and the GPU with its clocks at this moment."""
+    """Command, commit, versions, processor, its load, and the GPU with its clocks at this moment."""
     import torch
     import transformers
 
@@ -55,6 +56,7 @@ def environment(device: str, command: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "load": [round(value, 2) for value in os.getloadavg()],
         "gpu": None if device == "cpu" else _gpu(),
     }
 

@@ -23,8 +23,8 @@ BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 #: (questions, tokens) of the three groups of slots: boxes; multiple choice; yes/no and short answers.
 SLOTS = ((3, 33), (1, 37), (5, 18))
-#: Total weight of one answer, whatever its number of tokens; the slow learners weigh more.
-ANSWER_WEIGHTS = {"grounding": 3.0, "mcq": 2.0, "yes_no": 1.5, "short": 1.0}
+#: Total weight of one answer by task (or category), whatever its number of tokens; the slow learners weigh more.
+ANSWER_WEIGHTS = {"grounding": 3.0, "mcq": 2.0, "yes_no": 1.5, "short": 1.0, "count": 2.5}
 SHAPE_CLASSES = ("background", *SHAPES, SIGN)
 COLOUR_CLASSES = ("background", *COLOURS, "white")
 IGNORED = -100
@@ -146,7 +146,7 @@ def varied_prompt(rng_value: int, sample: tasks.Sample) -> str:
 def answer_tokens(sample: tasks.Sample) -> tuple[list[int], list[float]]:
     """Token ids of the answer and their weights: equal per answer, not per token, and digits before brackets."""
     ids = list(encode(sample.answer))
-    whole = ANSWER_WEIGHTS[sample.task]
+    whole = ANSWER_WEIGHTS.get(sample.category, ANSWER_WEIGHTS[sample.task])
     if sample.task != "grounding":
         return [*ids, *encode(END)], [whole / len(ids)] * len(ids) + [0.1]
     weights = [0.1]

@@ -108,7 +108,7 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
         say(f"reusing {outcome.reused} finished of {len(plan.cells)} cells (a cell is one variant on one benchmark)")
     if pending:
         _run_pending(request, plan, pending, outcome, say)
-    rows = [row for benchmark, cell in plan.cells for row in cell_rows(request, plan, benchmark, cell, outcome.csv)]
+    rows = [row for benchmark, cell in plan.cells for row in cell_rows(plan.weights, benchmark, cell, outcome.csv)]
     outcome.csv.parent.mkdir(parents=True, exist_ok=True)
     write_results(outcome.csv, rows)
     return outcome
@@ -175,12 +175,9 @@ def _benchmark(name: str) -> Benchmark:
     try:
         return benchmarks.load(name)
     except ValueError:
-        from ivcp_eval.vlmeval_bridge.environment import data_root, import_vlmeval
+        from ivcp_eval.vlmeval_bridge import knows
 
-        import_vlmeval()
-        import vlmeval.dataset
-
-        if name in vlmeval.dataset.SUPPORTED_DATASETS or (data_root() / f"{name}.tsv").is_file():
+        if knows(name):
             return benchmarks.undeclared(name)
         raise
 
@@ -341,6 +338,14 @@ def run_cell(
     return record
 
 
+def record_failure(cell: Cell, reason: str, timing: bool) -> None:
+    """Note in the cell's ``run.json`` why it cannot be measured at all."""
+    from ivcp_eval.vlmeval_bridge.evaluate import Scored
+
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_json(cell.record, _record(cell, Scored({}, {}), [], [], reason, timing))
+
+
 def _record(
     cell: Cell,
     scored: Scored,
@@ -410,7 +415,7 @@ def _git() -> dict[str, Any]:
 # -- rows -----------------------------------------------------------------------------------------------------------
 
 
-def cell_rows(request: Request, plan: Plan, benchmark: Benchmark, cell: Cell, csv: Path) -> list[dict[str, Any]]:
+def cell_rows(weights: models.Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> list[dict[str, Any]]:
     """The CSV rows of one cell: one for each metric, or one that says why there is none."""
     identity, variant = cell.identity, cell.identity.variant
     record = json.loads(cell.record.read_text(encoding="utf-8"))
@@ -423,9 +428,9 @@ def cell_rows(request: Request, plan: Plan, benchmark: Benchmark, cell: Cell, cs
     )
     common = {
         "model": variant.model,
-        "checkpoint": plan.weights.checkpoint.hub or plan.weights.source.name,
-        "revision": plan.weights.revision,
-        "family": plan.weights.family,
+        "checkpoint": weights.checkpoint.hub or weights.source.name,
+        "revision": weights.revision,
+        "family": weights.family,
         "method": variant.method,
         "method_parameters": identity.method_parameters,
         "faithfulness": method.faithfulness,
@@ -440,7 +445,7 @@ def cell_rows(request: Request, plan: Plan, benchmark: Benchmark, cell: Cell, cs
         **{f"{name}_version": number for name, number in identity.versions.items()},
         "dtype": identity.placement["dtype"],
         "attention": identity.placement["attention"],
-        "trained_weights": plan.weights.trained,
+        "trained_weights": weights.trained,
         "run_id": identity.hash,
         "predictions": Path(_relative(cell.predictions, csv.parent)).as_posix(),
         **{name: record[name] for name in measured},

@@ -24,6 +24,7 @@ Exit status: 0 all converted, 1 at least one file was not, 2 wrong usage."""
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of ``convert_to_tsv.py``."""
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -152,6 +152,7 @@ class SplitWriter:
 
 
 def log_report(target: Path, report: dict[str, Any]) -> None:
+    """Say what a finished file holds, and warn where it is not a whole split."""
     _log.info("%s: %d expressions, %d images, md5 %s", target, report["rows"], report["images"], report["md5"])
     if report["expected_rows"] not in (None, report["entries_in_source"]):
         _log.warning(

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["register", "run_vlmeval"]
+__all__ = ["knows", "register", "run_vlmeval"]
+
+
+def knows(name: str) -> bool:
+    """Whether VLMEvalKit has a data set of this name, or a TSV of it lies in its data root."""
+    from ivcp_eval.vlmeval_bridge.environment import data_root, import_vlmeval
+
+    import_vlmeval()
+    import vlmeval.dataset
+
+    return name in vlmeval.dataset.SUPPORTED_DATASETS or (data_root() / f"{name}.tsv").is_file()
 
 
 def register(models: Sequence[str] = ()) -> list[str]:

@@ -200,5 +200,5 @@ def test_questions_look_at_the_objects_they_are_about() -> None:
             if sample.task == "mcq":
                 question = batches.encode(tasks.build_prompt(sample))
                 text = [question[i] for i in batches.option_tokens(question, sample)]
-                assert batches._tokenizer().decode(text).strip() == right
+                assert batches.tokenizer().decode(text).strip() == right
     assert {"plain", "relation", "count", "number", "present", "presence", "adversarial"} <= seen

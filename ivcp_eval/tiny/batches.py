@@ -31,14 +31,15 @@ IGNORED = -100
 
 
 @lru_cache(maxsize=1)
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """The tiny tokenizer, built once."""
     return build_tokenizer()
 
 
 @lru_cache(maxsize=100_000)
 def encode(text: str) -> tuple[int, ...]:
     """Token ids of ``text``."""
-    return tuple(_tokenizer().encode(text).ids)
+    return tuple(tokenizer().encode(text).ids)
 
 
 @dataclass
@@ -123,8 +124,9 @@ def choose_questions(rng: np.random.Generator, scene: Scene) -> tuple[list[tasks
     boxes += [plain[i] for i in rng.permutation(len(plain))[: SLOTS[0][0] - len(boxes)]]
     asked = (tasks.mcq_question(rng, scene, c) for c in rng.permutation(tasks.MCQ_CATEGORIES).tolist())
     choices = [q for q in asked if q][: SLOTS[1][0]]
-    short = [q for _ in range(2) if (q := tasks.yes_no_question(rng, scene))]
-    for category in ["number", *rng.permutation(("colour", "shape", "count", "count")).tolist()]:
+    short = [q for q in [tasks.yes_no_question(rng, scene)] if q]
+    # Counting is learned last and so asked most.
+    for category in ["count", "count", *rng.permutation(("colour", "shape", "number")).tolist()]:
         if len(short) < SLOTS[2][0] and (q := tasks.short_question(rng, scene, category)):
             short.append(q)
     return boxes, choices, short

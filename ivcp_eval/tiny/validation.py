@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivcp_eval.tiny.batches import IGNORED, SLOTS, _tokenizer, choose_questions, make_batch
+from ivcp_eval.tiny.batches import IGNORED, SLOTS, choose_questions, make_batch, tokenizer
 from ivcp_eval.tiny.fast import EAGER, Kernels
 from ivcp_eval.tiny.losses import answer_logits
 from ivcp_eval.tiny.scenes import Box, sample_scene, scene_rng
@@ -67,7 +67,7 @@ def _score_row(hits: dict[str, list[float]], questions: tuple[list[Any], ...], l
             mask = labels[place] != IGNORED
             right = bool((labels[place] == got[place])[mask].all())
             if sample.task == "grounding":
-                text = _tokenizer().decode(got[place][mask].tolist())
+                text = tokenizer().decode(got[place][mask].tolist())
                 # The format counts too: an untrained model that repeats its input repeats the right box, too late.
                 right = text.startswith(BOX_START) and overlap(parse_box(text), sample.box) >= 0.5
             hits.setdefault(f"{sample.task}_{sample.category}", []).append(float(right))

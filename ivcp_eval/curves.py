@@ -1,0 +1,173 @@
+"""Score against retention ratio, with intervals, and which methods beat random: a CSV and a plot from a results CSV.
+
+``python -m ivcp_eval.curves results/tiny.csv`` writes ``results/tiny.curves.csv`` and ``results/tiny.curves.png``.
+Every point is paired, sample by sample and clustered, with the unpruned rows and with the rows of ``random`` (the mean of its
+seeds) at the same ratio. A method that is not significantly better than random there is marked as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ivcp_eval import benchmarks
+from ivcp_eval.files import atomic_write
+from ivcp_eval.resampling import PairedResult
+from ivcp_eval.results import Row, read_results, read_samples
+from ivcp_eval.stats import holm, paired_bootstrap
+from ivcp_eval.variants import BASELINE
+
+CONTROL = "random"
+COLUMNS = (
+    *("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "ratio_kept_final"),
+    *("ratio_layer_mean", "ratio_kv_cache", "score", "baseline", "difference", "difference_low", "difference_high"),
+    *("random", "over_random", "over_random_low", "over_random_high", "p_over_random_holm", "verdict", "n", "clusters"),
+)
+
+
+def curve_rows(results: Path, resamples: int = 2000) -> list[dict[str, Any]]:
+    """One row per benchmark and pruned variant, headline metric only; the schema is `COLUMNS`.
+
+    Differences are in the metric's own units. ``verdict`` is "better than random", "worse than random" or "not
+    distinguishable from random" at 5 % after Holm's correction over all rows, "" for random itself.
+
+    Raises:
+        ValueError: the file has no unpruned row or no per-sample predictions to pair with.
+    """
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in read_results(results):
+        if row["status"] == "ok" and row["metric"] == _headline(row):
+            groups[row["model"], row["benchmark"]].append(row)
+    made = [made for group in groups.values() for made in _benchmark_rows(group, results.parent, resamples)]
+    tested = [row for row in made if row["p_over_random_holm"] is not None]
+    for row, p in zip(tested, holm([row["p_over_random_holm"] for row in tested]), strict=True):
+        row["p_over_random_holm"] = float(p)
+        if p < 0.05:
+            row["verdict"] = "better than random" if row["over_random"] > 0 else "worse than random"
+        else:
+            row["verdict"] = "not distinguishable from random"
+    return made
+
+
+def _headline(row: Row) -> str:
+    declared = benchmarks.load(row["benchmark"]).metrics if row["benchmark"] in benchmarks.names() else ()
+    return declared[0].name if declared else row["metric"]
+
+
+def _benchmark_rows(group: Sequence[Row], folder: Path, resamples: int) -> list[dict[str, Any]]:
+    samples = {row["run_id"]: _scores(folder / row["predictions"]) for row in group}
+    baselines = [row for row in group if row["method"] == BASELINE]
+    if not baselines:
+        raise ValueError(f"{group[0]['benchmark']}: no finished unpruned row to compare with; run the sweep to its end")
+    indices, before, clusters = samples[baselines[0]["run_id"]]
+    random: dict[float, list[np.ndarray]] = defaultdict(list)
+    for row in group:
+        if row["method"] == CONTROL:
+            random[row["ratio_asked"]].append(samples[row["run_id"]][1])
+
+    def paired(control: np.ndarray, after: np.ndarray, scale: float) -> PairedResult:
+        return paired_bootstrap(control, after, clusters, scale=scale, resamples=resamples)
+
+    made = []
+    for row in (row for row in group if row["method"] != BASELINE):
+        if samples[row["run_id"]][0] != indices:
+            raise ValueError(f"{row['benchmark']}: {row['method']} has other samples than the unpruned rows")
+        after, scale = samples[row["run_id"]][1], float(row["score_scale"])
+        against = paired(before, after, scale)
+        beside = None
+        if row["method"] != CONTROL and row["ratio_asked"] in random:
+            beside = paired(np.mean(random[row["ratio_asked"]], axis=0), after, scale)
+        made.append(
+            {
+                **{name: row[name] for name in COLUMNS if name in row},
+                "baseline": baselines[0]["score"],
+                "difference": against.difference,
+                "difference_low": against.difference_interval.low,
+                "difference_high": against.difference_interval.high,
+                "random": beside.baseline if beside else None,
+                "over_random": beside.difference if beside else None,
+                "over_random_low": beside.difference_interval.low if beside else None,
+                "over_random_high": beside.difference_interval.high if beside else None,
+                "p_over_random_holm": beside.p_value if beside else None,
+                "verdict": "",
+                "n": against.n_samples,
+                "clusters": against.n_clusters,
+            }
+        )
+    return made
+
+
+def _scores(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
+    rows = read_samples(path)
+    return [r["index"] for r in rows], np.array([r["score"] for r in rows], dtype=float), [r["cluster"] for r in rows]
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """Legend entry: the method, and that its coordinates are off where they are."""
+    return f"{row['method']} without IVC" if '"ivc":0.0' in str(row["method_parameters"]) else str(row["method"])
+
+
+def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One panel per benchmark: score against the ratio asked, 95 % intervals of the difference to the baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = sorted({row["benchmark"] for row in rows})
+    labels = sorted({label(row) for row in rows})
+    colours = dict(zip(labels, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5.5 * len(names), 5), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        here = [row for row in rows if row["benchmark"] == name]
+        axis.axhline(here[0]["baseline"], color="black", linewidth=1, label="unpruned")
+        for number, entry in enumerate(labels):
+            points = sorted((row for row in here if label(row) == entry), key=lambda row: row["ratio_asked"])
+            if not points:
+                continue
+            # Seeds of one method and ratio become one point.
+            by_ratio = {r: [p for p in points if p["ratio_asked"] == r] for r in {p["ratio_asked"] for p in points}}
+            ratios = sorted(by_ratio)
+            score = [np.mean([p["score"] for p in by_ratio[r]]) for r in ratios]
+            low = [np.mean([p["difference"] - p["difference_low"] for p in by_ratio[r]]) for r in ratios]
+            high = [np.mean([p["difference_high"] - p["difference"] for p in by_ratio[r]]) for r in ratios]
+            offset = (number - len(labels) / 2) * 0.002
+            axis.errorbar(
+                [r + offset for r in ratios], score, yerr=[low, high], label=entry, color=colours.get(entry),
+                marker="o", markersize=3, linewidth=2.2 if entry.startswith("ivc") else 1, capsize=2,
+            )  # fmt: skip
+        axis.set(title=f"{name} ({here[0]['metric']})", xlabel="retention ratio asked")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle("bars: 95 % interval of the paired difference to the unpruned model", fontsize=9)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the CSV and the plot beside the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", type=Path, help="results CSV of a sweep, per-sample files beside it")
+    parser.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    rows = curve_rows(args.results, args.resamples)
+    with atomic_write(args.results.with_suffix(".curves.csv")) as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({name: "" if rounded[name] is None else rounded[name] for name in COLUMNS})
+    write_plot(rows, args.results.with_suffix(".curves.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

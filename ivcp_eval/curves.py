@@ -1,8 +1,8 @@
 """Score against retention ratio, with intervals, and which methods beat random: a CSV and a plot from a results CSV.
 
 ``python -m ivcp_eval.curves results/tiny.csv`` writes ``results/tiny.curves.csv`` and ``results/tiny.curves.png``.
-Every point is paired, sample by sample and clustered, with the unpruned rows and with the rows of ``random`` (the mean of its
-seeds) at the same ratio. A method that is not significantly better than random there is marked as such.
+Every point is paired, sample by sample and clustered, with the unpruned rows and with the rows of ``random`` (the mean
+of its seeds) at the same ratio. A method that is not significantly better than random there is marked as such.
 """
 
 from __future__ import annotations

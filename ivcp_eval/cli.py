@@ -14,6 +14,7 @@ import ivcp_eval
 
 # Verbs that live in a module of their own with `add_arguments(parser)` and `run(args) -> int`.
 _MODULES: dict[str, tuple[str, str]] = {
+    "sweep": ("ivcp_eval.sweep.command", "plan and run many variants on many benchmarks, resumable"),
     "check-model": ("ivcp_eval.check_model", "check a model's wiring on its real weights"),
     "data": ("ivcp_eval.data", "show which benchmark files are here, or fetch them"),
     "method": ("ivcp_eval.method_command", "write a new method's template, or run the contract on a method"),

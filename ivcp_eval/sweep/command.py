@@ -1,0 +1,185 @@
+"""``ivcp sweep plan | run | work | status | results``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ivcp_eval.sweep.spec import Spec, load
+
+if TYPE_CHECKING:
+    from ivcp_eval.sweep.plan import SweepPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``ivcp sweep``."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    texts = {
+        "plan": "print the cells, what is done, and what the rest will cost",
+        "run": "run what is not done, here or on a cluster; run again to continue",
+        "work": "be one worker of a sweep (what an sbatch script calls)",
+        "status": "print what is done, running, failed, and how long it will take",
+        "results": "write the CSV and the tables from the records",
+    }
+    for name, text in texts.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        if name == "results":
+            verb.add_argument("sweep", nargs="*", help="sweep files or names (default: all that ever ran)")
+        else:
+            verb.add_argument("sweep", type=Path, help="sweep file, e.g. sweeps/smoke.yaml")
+        verb.add_argument("--runs", type=Path, help="where records live (default: results/runs)")
+        if name in ("plan", "run", "work", "status"):
+            verb.add_argument("--no-timing", action="store_true", help="leave dates and times out of the records")
+            verb.add_argument("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs")
+        if name in ("run", "work"):
+            verb.add_argument("--quiet", action="store_true", help="say only what went wrong")
+        if name == "work":
+            verb.add_argument("--model", default="", help="only this model")
+            verb.add_argument("--no-score", action="store_true", help="only answer; another worker scores")
+            verb.add_argument("--no-answer", action="store_true", help="only score; needs no GPU")
+        if name == "run":
+            _add_run(verb)
+
+
+def _add_run(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("--executor", choices=("local", "slurm"), default="local")
+    add("--workers", type=int, default=0, help="local processes (default: one per GPU, or one)")
+    add("--retry-failed", action="store_true", help="try again what failed")
+    add("--partition", default="", help="Slurm partition")
+    add("--gpus-per-task", type=int, default=1)
+    add("--cpus-per-task", type=int, default=4)
+    add("--array-limit", type=int, default=8, help="most Slurm tasks (default: %(default)s)")
+    add("--minutes", type=int, default=24 * 60, help="time limit of a Slurm task; it is requeued while work is left")
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="further sbatch options, e.g. account=abc")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one verb; 0 done, 1 something is not whole, 75 asked to stop."""
+    if args.verb == "results":
+        return _results(args)
+    spec = load(args.sweep)
+    from ivcp_eval.sweep.plan import make, write_manifest
+
+    plan = make(spec, args.runs, args.device, False if args.no_timing else None)
+    if args.verb == "plan":
+        return _plan(plan)
+    if args.verb == "status":
+        return _status(plan)
+    if not plan.models:
+        raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
+    for problem in plan.problems:
+        _say(f"NOT PART OF THIS RUN: {problem}")
+    write_manifest(plan)
+    if args.verb == "work":
+        return _work(plan, args)
+    return _run(plan, spec, args)
+
+
+def _plan(plan: SweepPlan) -> int:
+    from ivcp_eval.sweep import status
+
+    found = status.lines(plan)
+    wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
+    _say(status.table(found))
+    for problem in plan.problems:
+        _say(f"\nnot here: {problem}")
+    cost = status.cost(plan)
+    hours = "unknown without the weights" if cost.gpu_hours is None else f"about {cost.gpu_hours:.1f}"
+    dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
+    _say(
+        f"\n{wanted} cells, {here} of them possible here, {sum(line.finished for line in found)} finished\n"
+        f"GPU hours (rough; constants in ivcp_eval/sweep/status.py): {hours}\n"
+        f"judge calls at most: {cost.judge_calls:,} ({dollars})\ndisk: about {cost.disk_bytes / 1e6:.0f} MB"
+    )
+    return 0
+
+
+def _status(plan: SweepPlan) -> int:
+    from ivcp_eval.sweep import status
+
+    found = status.lines(plan)
+    _say(status.table(found))
+    hours = status.eta_hours(found)
+    left = sum(line.left for line in found)
+    _say(f"\n{left} samples left" + (f", about {hours:.2f} hours" if left and hours is not None else ""))
+    for line in found:
+        for reason in line.reasons:
+            _say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
+    for problem in plan.problems:
+        _say(f"not here: {problem}")
+    return int(any(line.reasons or line.failed for line in found))
+
+
+def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
+    from ivcp_eval.sweep.progress import Progress
+    from ivcp_eval.sweep.work import Stop, work
+
+    progress = Progress(plan, args.quiet)
+    with Stop().signals() as stop:
+        report = work(plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model)
+    progress.close()
+    return 75 if report.stopped else 0
+
+
+def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace) -> int:
+    from ivcp_eval import cells
+    from ivcp_eval.sweep.work import forget_failures
+
+    runs = args.runs or cells.RUNS
+    if args.retry_failed:
+        _say(f"{forget_failures(plan)} failed units and cells are open again")
+    timing = False if args.no_timing else None
+    if args.executor == "slurm":
+        from ivcp_eval.sweep.slurm import Options, submit
+
+        further = dict(text.partition("=")[::2] for text in args.slurm)
+        options = Options(
+            args.array_limit, args.partition, args.gpus_per_task, args.cpus_per_task, args.minutes, further
+        )
+        tasks, score = submit(plan, runs, options, timing)
+        _say(
+            f"submitted {len(tasks)} tasks ({' '.join(tasks)}) and the scoring job {score}; logs: {plan.state / 'logs'}"
+        )
+        _say(f"watch it: ivcp sweep status {args.sweep}")
+        return 0
+    from ivcp_eval.sweep.local import run as run_local
+
+    arguments = ["sweep", "work", str(args.sweep), "--runs", str(runs), *(["--no-timing"] if args.no_timing else [])]
+    if not run_local(plan, arguments, args.workers, args.quiet):
+        _say("stopped; run the same command again to continue")
+        return 75
+    return _report(spec.name, runs, bool(plan.problems))
+
+
+def _results(args: argparse.Namespace) -> int:
+    from ivcp_eval import cells
+
+    runs = args.runs or cells.RUNS
+    ran = sorted(path.parent.name for path in (runs.parent / "sweeps").glob("*/manifest.json"))
+    names = [Path(name).stem for name in args.sweep] or ran
+    if not names:
+        _say(f"no sweep has run yet (nothing in {runs.parent / 'sweeps'})")
+    return max([_report(name, runs, False) for name in names], default=0)
+
+
+def _report(name: str, runs: Path, problems: bool) -> int:
+    from ivcp_eval.sweep.results import build
+
+    built = build(name, runs)
+    for text in built.unfinished:
+        _say(f"NOT WHOLE: {text}")
+    if built.missing:
+        _say(f"{built.missing} cells of {name} have no record yet; run the sweep again")
+    for path in built.tables:
+        if path.suffix == ".md":
+            _say("\n" + path.read_text(encoding="utf-8"))
+    _say(f"results: {built.csv}, tables: {built.csv.with_suffix('')}")
+    return int(bool(built.unfinished or built.missing or problems))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

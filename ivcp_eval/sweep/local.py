@@ -1,0 +1,73 @@
+"""Workers on this machine: one process per GPU, or one for the CPU; scoring goes on beside them without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ivcp_eval.sweep.plan import SweepPlan
+from ivcp_eval.sweep.progress import Progress
+from ivcp_eval.sweep.work import Report, Stop, devices, work
+
+
+def run(plan: SweepPlan, arguments: list[str], workers: int, quiet: bool) -> bool:
+    """Work until nothing is left; True if nobody asked it to stop.
+
+    Args:
+        arguments: of ``ivcp sweep work`` for further processes. workers: processes; 0 takes one per GPU, or one.
+    """
+    places = devices()
+    count = workers or len(places) or 1
+    progress = Progress(plan, quiet)
+    with Stop().signals() as stop:
+        if count == 1:
+            try:
+                report = work(plan, stop, progress.hooks)
+            finally:
+                progress.close()
+            return not report.stopped
+        return _processes(plan, stop, progress, arguments, places, count)
+
+
+def _processes(
+    plan: SweepPlan, stop: Stop, progress: Progress, arguments: list[str], places: list[str], count: int
+) -> bool:
+    started = []
+    logs = plan.state / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        for i in range(count):
+            device = ["--device", places[i % len(places)]] if places else []
+            started.append(_start([*arguments, *device, "--no-score"], logs / f"worker-{i}.log"))
+        while any(process.poll() is None for process in started):
+            _score(plan, stop, progress)
+            if stop.requested:
+                for process in started:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(1)
+        codes = [process.wait() for process in started]
+        report = _score(plan, stop, progress)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        progress.close()
+    for i, code in enumerate(codes):
+        if code and not stop.requested:
+            progress.say(f"worker {i} ended with {code}; see {logs / f'worker-{i}.log'}")
+    return not report.stopped
+
+
+def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as stream:
+        return subprocess.Popen([sys.executable, "-m", "ivcp_eval", *arguments], stdout=stream, stderr=stream)
+
+
+def _score(plan: SweepPlan, stop: Stop, progress: Progress) -> Report:
+    return work(plan, stop, progress.hooks, answer=False)

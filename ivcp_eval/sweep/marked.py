@@ -1,0 +1,79 @@
+"""YAML with the line of every value, so that an error can name it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ivcp_eval.registry import nearest
+
+Place = tuple[Any, ...]
+"""Keys and indices from the root to a value."""
+
+
+class SpecError(ValueError):
+    """A sweep file that cannot be carried out; the message names the file and the line."""
+
+
+class Marked:
+    """A YAML document and where its values stand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[Place, int] = {}
+        try:
+            node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise SpecError(f"{path}, line {line}: not YAML: {error.problem}") from None
+        self.value = self._convert(node, ()) if node is not None else None
+
+    def error(self, place: Place, text: str) -> SpecError:
+        """The error to raise for what stands at a place."""
+        while place not in self.lines and place:
+            place = place[:-1]
+        return SpecError(f"{self.path}, line {self.lines.get(place, 1)}: {text}")
+
+    def keys(self, place: Place, value: Any, allowed: Iterable[str]) -> Mapping[str, Any]:
+        """The mapping at a place; raises SpecError if it is none or has another key."""
+        allowed = list(allowed)
+        if not isinstance(value, Mapping):
+            raise self.error(place, f"expected a mapping with {', '.join(allowed)}, got {value!r}")
+        for key in value:
+            if key not in allowed:
+                raise self.error(
+                    (*place, key), f"unknown key {key!r}{nearest(str(key), allowed)} Allowed: {', '.join(allowed)}."
+                )
+        return value
+
+    def listed(self, place: Place, value: Any, kind: Any, what: str) -> list[Any]:
+        """The list at a place, a single value being a list of one; raises SpecError for another kind of member."""
+        values = value if isinstance(value, list) else [value]
+        for i, entry in enumerate(values):
+            if not isinstance(entry, kind) or isinstance(entry, bool):
+                raise self.error((*place, i), f"{entry!r} is not {what}")
+        return values
+
+    def _convert(self, node: yaml.Node, place: Place) -> Any:
+        self.lines[place] = node.start_mark.line + 1
+        if isinstance(node, yaml.MappingNode):
+            found: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = self._scalar(key_node)
+                if key in found:
+                    raise SpecError(f"{self.path}, line {key_node.start_mark.line + 1}: key {key!r} stands here twice")
+                found[key] = self._convert(value_node, (*place, key))
+                self.lines[(*place, key)] = key_node.start_mark.line + 1
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            return [self._convert(child, (*place, i)) for i, child in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
+            return yaml.SafeLoader("").construct_object(node, deep=True)
+        except yaml.YAMLError as error:
+            raise SpecError(f"{self.path}, line {node.start_mark.line + 1}: {error}") from None

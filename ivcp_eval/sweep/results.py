@@ -1,0 +1,86 @@
+"""The CSV and the wide tables of a sweep, from its records alone: no weights, no data, no GPU, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval import benchmarks, cells
+from ivcp_eval.cells import Cell, Identity
+from ivcp_eval.interface import Checkpoint
+from ivcp_eval.models import Weights
+from ivcp_eval.results import Row, read_results, write_results
+from ivcp_eval.runner import cell_rows
+from ivcp_eval.tables import write_tables
+from ivcp_eval.variants import Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What was written.
+
+    Attributes:
+        csv: one row per cell and metric. tables: wide tables. missing: cells without a record. unfinished: cells whose
+            record says why they have no score.
+    """
+
+    csv: Path
+    tables: list[Path]
+    missing: int
+    unfinished: list[str]
+
+
+def build(name: str, runs: Path | None = None, output: Path | None = None) -> Built:
+    """Write ``results/<name>.csv`` and its tables from the manifest that a run of the sweep left.
+
+    Raises:
+        FileNotFoundError: the sweep has never run with these ``runs``.
+    """
+    runs = runs or cells.RUNS
+    manifest = runs.parent / "sweeps" / name / "manifest.json"
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{manifest} is not there: sweep {name!r} has not run; start it with `ivcp sweep run`")
+    noted = json.loads(manifest.read_text(encoding="utf-8"))
+    csv = output or runs.parent / f"{name}.csv"
+    found: list[Row] = []
+    missing = 0
+    for entry in noted["cells"]:
+        folder = runs / entry["folder"]
+        if (folder / "run.json").is_file():
+            found += _rows(folder, runs, noted["models"][entry["model"]], csv)
+        else:
+            missing += 1
+    csv.parent.mkdir(parents=True, exist_ok=True)
+    write_results(csv, found)
+    unfinished = [
+        f"{row['model']} {row['method']} r{row['ratio_asked']:g} on {row['benchmark']}: {row['reason']}"
+        for row in found
+        if row["status"] != "ok"
+    ]
+    tables = write_tables(read_results(csv), csv.with_suffix("")) if found else []
+    return Built(csv, tables, missing, unfinished)
+
+
+def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Row]:
+    identity = _identity(json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"])
+    benchmark = _benchmark(identity.benchmark)
+    hub = model["checkpoint"] if model["hub"] else ""
+    weights = Weights(
+        Checkpoint(identity.variant.model, hub),
+        model["family"],
+        Path(model["checkpoint"]),
+        model["revision"],
+        model["trained"],
+    )
+    return cell_rows(weights, benchmark, Cell(identity, runs), csv)
+
+
+def _identity(noted: dict[str, Any]) -> Identity:
+    variant = Variant(**noted["variant"])
+    return Identity(**{**noted, "variant": variant})
+
+
+def _benchmark(name: str) -> benchmarks.Benchmark:
+    return benchmarks.load(name) if name in benchmarks.names() else benchmarks.undeclared(name)

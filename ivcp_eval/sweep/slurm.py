@@ -1,0 +1,140 @@
+"""Workers on a Slurm cluster, started with submitit: an array of GPU tasks, then one CPU job that scores.
+
+Slurm only starts processes; which work is left stands in the sweep's files. A task keeps one model in memory and takes
+units of that model until none is left, so tasks balance themselves and a lost one costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.sweep.plan import SweepPlan
+from ivcp_eval.sweep.work import mark
+
+MISSING = "submitit is not installed; `pip install submitit`, or start workers by hand (docs/sweeps.md, sbatch)"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What Slurm is asked for.
+
+    Attributes:
+        array_limit: most tasks, and most that run at once. gpus_per_task: 0 asks for none. minutes: time limit of a
+            task, which is requeued while work is left. parameters: further options of sbatch, e.g. ``account``.
+    """
+
+    array_limit: int = 8
+    partition: str = ""
+    gpus_per_task: int = 1
+    cpus_per_task: int = 4
+    minutes: int = 24 * 60
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one Slurm task runs; submitit stores it by reference and values, so it must stay small.
+
+    Attributes:
+        spec, runs: of the sweep. model: the one it keeps in memory; empty for the scoring job. timing: as of the run.
+    """
+
+    spec: str
+    runs: str
+    model: str
+    timing: bool | None
+
+    def __call__(self) -> int:
+        """Work; the number of finished units or scored cells."""
+        from ivcp_eval.sweep.plan import make
+        from ivcp_eval.sweep.results import build
+        from ivcp_eval.sweep.spec import load
+        from ivcp_eval.sweep.work import Hooks, Stop, work
+
+        with Stop().signals() as stop:
+            spec = load(self.spec)
+            plan = make(spec, Path(self.runs), device="" if self.model else "cpu", timing=self.timing)
+            hooks = Hooks(lambda text: print(text, flush=True))  # noqa: T201
+            if self.model:
+                report = work(plan, stop, hooks, score=False, model=self.model)
+            else:
+                report = work(plan, stop, hooks, answer=False)
+        # SIGTERM may be a user's scancel, after which nothing may come back; the other two warn of a time limit.
+        if stop.signal in (signal.SIGUSR1, signal.SIGUSR2):
+            requeue()
+        if not self.model:
+            build(spec.name, Path(self.runs))
+        return report.units + report.scored
+
+
+def requeue() -> None:
+    """Ask Slurm to run this task again; a task that Slurm itself preempts is requeued already, which is no error."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID", ""))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
+
+
+def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None) -> tuple[list[str], str]:
+    """Submit the array and the scoring job; returns (ids of the tasks, id of the scoring job).
+
+    Raises:
+        ImportError: submitit is missing. RuntimeError: there is no ``sbatch`` here.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    if shutil.which("sbatch") is None:
+        raise RuntimeError("sbatch was not found: run this on a login node of the cluster, or use --executor local")
+    logs = plan.state / "logs" / "slurm"
+    spec, folder = str(plan.spec.path.resolve()), str(runs.resolve())
+    counts = shares(plan, options.array_limit)
+    tasks = [Task(spec, folder, model, timing) for model, count in counts.items() for _ in range(count)]
+    common = {**({"partition": options.partition} if options.partition else {}), **options.parameters}
+    jobs: list[Any] = []
+    if tasks:
+        executor = submitit.SlurmExecutor(folder=logs)
+        executor.update_parameters(
+            job_name=f"ivcp-{plan.spec.name}",
+            time=options.minutes,
+            array_parallelism=options.array_limit,
+            cpus_per_task=options.cpus_per_task,
+            **({"gpus_per_task": options.gpus_per_task, "ntasks_per_node": 1} if options.gpus_per_task else {}),
+            **_split(common, {"requeue": True}),
+        )
+        with executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
+    executor = submitit.SlurmExecutor(folder=logs)
+    ids = sorted({job.job_id.partition("_")[0] for job in jobs})
+    after = {"dependency": "afterany:" + ":".join(ids)} if ids else {}
+    executor.update_parameters(
+        job_name=f"ivcp-{plan.spec.name}-score", time=options.minutes, cpus_per_task=1, **_split(common, after)
+    )
+    score = executor.submit(Task(spec, folder, "", timing))
+    return [job.job_id for job in jobs], score.job_id
+
+
+def _split(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The partition goes by its own name, everything else as it stands to sbatch."""
+    own = {key: given[key] for key in ("partition",) if key in given}
+    return {**own, "additional_parameters": {**{k: v for k, v in given.items() if k not in own}, **more}}
+
+
+def shares(plan: SweepPlan, most: int) -> dict[str, int]:
+    """Tasks for each model with work left: in proportion to it, at least one, never more than its units."""
+    units: dict[str, int] = {}
+    weight: dict[str, int] = {}
+    for unit in plan.units():
+        pending = 0 if mark(plan, unit).exists() else len(unit.pending)
+        if pending:
+            units[unit.model] = units.get(unit.model, 0) + 1
+            weight[unit.model] = weight.get(unit.model, 0) + pending * (unit.stop - unit.start)
+    total = sum(weight.values())
+    return {model: min(units[model], max(1, round(most * weight[model] / total))) for model in units}

@@ -1,0 +1,202 @@
+"""A sweep file: what is to be measured, checked before anything runs. No torch.
+
+    models: [qwen25, internvl25]            # or a mapping of name to a local folder
+    benchmarks: [matrix]                    # names or groups
+    methods:
+      - method: ivc_prune
+        ratios: [0.75, 0.5, 0.25]
+        parameters: {layer: [14, 16]}        # a list is a grid; write [[...]] for one value that is a list
+        seeds: [0]                          # of methods that draw
+        models: [qwen25]                    # only these; also `benchmarks`
+    exclude:
+      - {method: ivc_prune, benchmark: MME}
+    judge: gpt-4o                           # and judge_url, dtype, attention, device, limit, shard, exact,
+                                            # min_pixels, max_pixels, max_new_tokens, trust_remote_code, timing
+
+The unpruned baseline of every model and benchmark is always part.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval import benchmarks, models
+from ivcp_eval.registry import make_method, method_names, unknown
+from ivcp_eval.sweep.marked import Marked, Place, SpecError
+from ivcp_eval.variants import BASELINE, Variant
+
+__all__ = ["Spec", "SpecError", "load"]
+
+_OPTIONS: dict[str, type] = {
+    **dict.fromkeys(("judge", "judge_url", "dtype", "attention", "device"), str),
+    **dict.fromkeys(("limit", "shard", "min_pixels", "max_pixels", "max_new_tokens"), int),
+    **dict.fromkeys(("exact", "trust_remote_code", "timing"), bool),
+}
+_ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks")
+_EXCLUDE = ("model", "method", "benchmark", "ratio")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A checked sweep.
+
+    Attributes:
+        name: of the file. models: short name -> local folder or None.
+        cells: (variant, benchmark name) in order, baselines first. options: the other keys.
+    """
+
+    name: str
+    path: Path
+    models: Mapping[str, str | None]
+    cells: tuple[tuple[Variant, str], ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shard(self) -> int:
+        """Samples of one unit of work."""
+        return int(self.options.get("shard", 200))
+
+    def variants(self, model: str) -> list[Variant]:
+        """Of one model, without repetition."""
+        found: list[Variant] = []
+        for variant, _ in self.cells:
+            if variant.model == model and variant not in found:
+                found.append(variant)
+        return found
+
+    def benchmarks(self, model: str) -> list[str]:
+        """Of one model, without repetition."""
+        return list(dict.fromkeys(name for variant, name in self.cells if variant.model == model))
+
+
+def load(path: str | Path) -> Spec:
+    """Read and check a sweep file.
+
+    Raises:
+        FileNotFoundError: there is none. SpecError: what is wrong, with its line.
+    """
+    path = Path(path)
+    marked = Marked(path)
+    raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "exclude", *_OPTIONS))
+    for key in ("models", "benchmarks", "methods"):
+        if not raw.get(key):
+            raise marked.error((key,), f"{key} is missing or empty")
+    asked_models = _models(marked, raw["models"])
+    asked = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
+    cells: dict[tuple[str, str], tuple[Variant, str]] = {}
+    for model, name in itertools.product(asked_models, asked):
+        cells[_key(Variant(model), name)] = Variant(model), name
+    entries = marked.listed(("methods",), raw["methods"], dict, "a method with its ratios")
+    for i, entry in enumerate(entries):
+        for variant, name in _entry(marked, ("methods", i), entry, list(asked_models), asked):
+            cells[_key(variant, name)] = variant, name
+    options = {key: _option(marked, key, raw[key]) for key in _OPTIONS if raw.get(key) is not None}
+    left = _without(marked, list(cells.values()), raw.get("exclude") or [])
+    return Spec(path.stem, path, asked_models, tuple(left), options)
+
+
+def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
+    return repr(
+        (variant.model, variant.method, variant.ratio, sorted(variant.parameters.items()), variant.seed)
+    ), benchmark
+
+
+def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
+    if isinstance(raw, dict):
+        found: dict[str, str | None] = dict(raw)
+    else:
+        found = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
+    for i, name in enumerate(found):
+        try:
+            models.find(name)
+        except ValueError as error:
+            place: Place = ("models", name) if isinstance(raw, dict) else ("models", i)
+            raise marked.error(place, str(error)) from None
+    return found
+
+
+def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
+    declared = benchmarks.names()
+    groups = {benchmarks.load(name).group for name in declared}
+    found: list[str] = []
+    for i, name in enumerate(marked.listed(place, raw, str, "the name of a benchmark or group")):
+        if name in groups:
+            found += benchmarks.names(name)
+        elif name in declared:
+            found.append(name)
+        else:
+            raise marked.error((*place, i), str(unknown("benchmark", name, [*declared, *sorted(groups)])))
+    return list(dict.fromkeys(found))
+
+
+def _entry(
+    marked: Marked, place: Place, raw: Any, all_models: list[str], all_benchmarks: list[str]
+) -> Iterator[tuple[Variant, str]]:
+    entry = marked.keys(place, raw, _ENTRY)
+    method = entry.get("method")
+    if not isinstance(method, str):
+        raise marked.error(place, f"an entry under methods needs a method; known: {', '.join(method_names())}")
+    try:
+        make_method(method)
+    except ValueError as error:
+        raise marked.error((*place, "method"), str(error)) from None
+    chosen = marked.listed((*place, "models"), entry.get("models", all_models), str, "the short name of a model")
+    for i, name in enumerate(chosen):
+        if name not in all_models:
+            raise marked.error((*place, "models", i), f"model {name!r} is not among the sweep's models")
+    sets = _benchmarks(marked, (*place, "benchmarks"), entry.get("benchmarks", all_benchmarks))
+    for i, name in enumerate(sets):
+        if name not in all_benchmarks:
+            raise marked.error((*place, "benchmarks", i), f"benchmark {name!r} is not among the sweep's benchmarks")
+    ratios = marked.listed(
+        (*place, "ratios"), entry.get("ratios", [1.0] if method == BASELINE else []), int | float, "a ratio"
+    )
+    if not ratios:
+        raise marked.error(place, f"method {method!r} needs ratios, e.g. ratios: [0.5, 0.25]")
+    for i, ratio in enumerate(ratios):
+        if not 0 < ratio <= 1:
+            raise marked.error((*place, "ratios", i), f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half")
+    seeds = marked.listed((*place, "seeds"), entry.get("seeds", [0]), int, "a whole number")
+    for parameters in _grid(marked, (*place, "parameters"), entry.get("parameters") or {}):
+        try:
+            make_method(method, parameters)
+        except (ValueError, TypeError) as error:
+            raise marked.error((*place, "parameters"), str(error)) from None
+        for model, ratio, seed, name in itertools.product(chosen, ratios, seeds, sets):
+            if method != BASELINE:
+                yield Variant(model, method, float(ratio), parameters, seed), name
+
+
+def _grid(marked: Marked, place: Place, raw: Any) -> list[dict[str, Any]]:
+    if not isinstance(raw, dict):
+        raise marked.error(place, f"expected parameters as a mapping, got {raw!r}")
+    axes = [value if isinstance(value, list) else [value] for value in raw.values()]
+    return [dict(zip(raw, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def _option(marked: Marked, key: str, value: Any) -> Any:
+    kind = _OPTIONS[key]
+    small = kind is int and isinstance(value, int) and (isinstance(value, bool) or value < 1)
+    if not isinstance(value, kind) or small:
+        what = {str: "text", int: "a whole number above 0", bool: "true or false"}[kind]
+        raise marked.error((key,), f"{key} must be {what}, got {value!r}")
+    return value
+
+
+def _without(marked: Marked, cells: list[tuple[Variant, str]], raw: Any) -> list[tuple[Variant, str]]:
+    for i, rule in enumerate(marked.listed(("exclude",), raw, dict, "a rule with model, method, benchmark or ratio")):
+        rule = marked.keys(("exclude", i), rule, _EXCLUDE)
+
+        def hit(variant: Variant, name: str, rule: Mapping[str, Any] = rule) -> bool:
+            has = {"model": variant.model, "method": variant.method, "benchmark": name, "ratio": variant.ratio}
+            return all(has[key] == value for key, value in rule.items())
+
+        left = [cell for cell in cells if not hit(*cell)]
+        if len(left) == len(cells):
+            raise marked.error(("exclude", i), f"the rule {dict(rule)} excludes nothing; is a name misspelt?")
+        cells = left
+    return cells

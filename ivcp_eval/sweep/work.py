@@ -1,0 +1,337 @@
+"""A worker: takes units of work until none is left, answers them, and scores the cells that are whole.
+
+Every answer is appended to a journal and flushed before the next sample, so a worker may be killed at any moment and
+another goes on behind the last answer. Nothing is ever averaged over part of a cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.cells import Cell
+from ivcp_eval.files import write_json
+from ivcp_eval.journal import Journal
+from ivcp_eval.runner import judges_for, record_failure, run_cell
+from ivcp_eval.sweep.lease import claim, held
+from ivcp_eval.sweep.plan import ModelPlan, SweepPlan, Unit
+
+if TYPE_CHECKING:
+    from ivcp_eval.session import Session
+
+Records = dict[str, dict[str, Any]]
+POLL_S = 0.5
+
+
+class Stop:
+    """Whether the worker was asked to end; it then finishes the sample at hand, so nothing is lost or cut short."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.signal: int | None = None
+
+    @contextmanager
+    def signals(self) -> Iterator[Stop]:
+        """Listen to SIGTERM, SIGUSR1 and SIGUSR2, which clusters send before they preempt or end a job."""
+        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        before = {number: signal.signal(number, self._ask) for number in wanted}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        self.requested, self.signal = True, number
+
+
+@dataclass
+class Report:
+    """What one worker did.
+
+    Attributes:
+        units, samples, scored: finished by it. failed: samples without an answer. stopped: it was asked to end.
+    """
+
+    units: int = 0
+    samples: int = 0
+    scored: int = 0
+    failed: int = 0
+    stopped: bool = False
+    sessions: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a worker tells: ``sample(unit, n, kept share)`` as samples are answered, and lines."""
+
+    say: Callable[[str], None] = lambda text: None
+    sample: Callable[[Unit, int, float | None], None] = lambda unit, n, kept: None
+
+
+def mark(plan: SweepPlan, unit: Unit) -> Path:
+    """The file that says a unit is answered."""
+    return plan.state / "done" / f"{unit.name}.json"
+
+
+def lease(plan: SweepPlan, name: str) -> Path:
+    """The file that says who works on something."""
+    return plan.state / "leases" / f"{name}.lease"
+
+
+def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: bool = True, model: str = "") -> Report:
+    """Take what is left of a sweep until nothing is, or until asked to stop.
+
+    Args:
+        answer, score: which kinds of work; scoring needs no GPU. model: only units of this model.
+
+    Raises:
+        DiskFullError: nothing half-written is left; run again when there is space.
+    """
+    report = Report()
+    while not stop.requested:
+        left = busy = False
+        if answer:
+            taken, waiting = _answer_any(plan, stop, hooks, report, model)
+            left, busy = left or taken, busy or waiting
+        if score and not stop.requested:
+            taken, waiting = _score_any(plan, stop, hooks, report)
+            left, busy = left or taken, busy or waiting
+        if not left and not busy:
+            break
+        if not left:
+            time.sleep(POLL_S)  # others hold what is left; should they die, it is taken over
+    report.stopped = stop.requested
+    report.sessions.clear()
+    return report
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model: str) -> tuple[bool, bool]:
+    """(anything done, anything held by others)."""
+    taken = waiting = False
+    for unit in plan.units():
+        if stop.requested:
+            break
+        if (model and unit.model != model) or mark(plan, unit).exists() or not unit.pending:
+            continue
+        with claim(lease(plan, unit.name)) as mine:
+            if not mine:
+                waiting = True
+            elif not mark(plan, unit).exists():
+                taken |= _answer(plan, unit, stop, hooks, report)
+    return taken, waiting
+
+
+def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> bool:
+    session = _session(plan, unit.model, hooks, report)
+    cells = _runnable(plan, session, unit)
+    start = time.monotonic()
+    with ExitStack() as stack:
+        try:
+            journals = [stack.enter_context(Journal(_shard(cell, unit)).open()) for cell in cells]
+        except RuntimeError:  # a worker that lost its claim is still writing its last sample
+            return False
+        known = [answers(cell) for cell in cells]
+        answered = failed = 0
+        for key, records in _answered(plan, unit, session, cells, known):
+            for journal, before, record in zip(journals, known, records, strict=True):
+                if _missing(before, key):
+                    journal.append({"key": key, **record})
+                    before[key] = record
+            answered += 1
+            bad = [record for record in records if record["error"]]
+            failed += bool(bad)
+            shares = [r["visual_kept"] / r["visual_tokens"] for r in records if not r["error"] and r["visual_tokens"]]
+            hooks.sample(unit, 1, sum(shares) / len(shares) if shares else None)
+            if stop.requested:
+                break
+    report.samples += answered
+    report.failed += failed
+    if stop.requested:
+        return True
+    seconds = time.monotonic() - start
+    mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        mark(plan, unit),
+        {"samples": unit.stop - unit.start, "answered": answered, "failed": failed, "seconds": seconds},
+    )
+    report.units += 1
+    hooks.say(
+        f"{unit.model} on {unit.benchmark.name}, rows {unit.start}-{unit.stop}: {answered} answered, {failed} failed"
+    )
+    return True
+
+
+def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session:
+    """The model in memory; one at a time."""
+    from ivcp_eval.session import timed_load
+    from ivcp_eval.vlmeval_bridge import register
+
+    if model not in report.sessions:
+        report.sessions.clear()
+        register()
+        own = plan.models[model]
+        found, seconds = timed_load(own.weights, own.plan.placement, own.plan.limits, own.request.trust_remote_code)
+        report.sessions[model] = found
+        hooks.say(f"loaded {model} in {seconds:.1f} s")
+    session: Session = report.sessions[model]
+    return session
+
+
+def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
+    """The unit's unfinished cells whose method works on the model; the others are recorded as failed."""
+    found = []
+    for cell in unit.pending:
+        try:
+            session.check(cell.identity.variant)
+            found.append(cell)
+        except ValueError as error:
+            if not cell.record.exists():
+                record_failure(cell, str(error), plan.models[unit.model].request.timing)
+    return found
+
+
+def _shard(cell: Cell, unit: Unit) -> Path:
+    return cell.folder / "shards" / f"{unit.start:07d}-{unit.stop:07d}.jsonl"
+
+
+def answers(cell: Cell) -> Records:
+    """Everything known of a cell, whoever wrote it; a good answer is preferred to a failed one."""
+    found: Records = {}
+    for path in [cell.journal, *sorted((cell.folder / "shards").glob("*.jsonl"))]:
+        for key, record in Journal(path).load().items():
+            if _missing(found, key):
+                found[key] = record
+    return found
+
+
+def _missing(records: Records, key: str) -> bool:
+    return key not in records or bool(records[key].get("error"))
+
+
+def _answered(
+    plan: SweepPlan, unit: Unit, session: Session, cells: list[Cell], known: list[Records]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(key, one record per cell) of every sample that some cell lacks.
+
+    All cells answer even where only one lacks the sample: in half precision rows depend on their company, and a run
+    that was interrupted shall end like one that was not.
+    """
+    from ivcp_eval.vlmeval_bridge.evaluate import build, messages
+    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
+
+    if not cells:
+        return
+    request = plan.models[unit.model].request
+    dataset = build(unit.benchmark, request.limit)
+    model = PrunedVLM(session, cells[0].identity.variant)
+    exact = bool(plan.spec.options.get("exact", False))
+    for _, message, key in messages(dataset, model, unit.start, unit.stop):
+        if message is not None and any(_missing(records, key) for records in known):
+            parts = [{part["type"]: part["value"]} for part in message]
+            grounding = unit.benchmark.kind == "grounding"
+            yield key, answer_sample(session, parts, cells, grounding, exact)
+
+
+def answer_sample(
+    session: Session, parts: list[dict[str, Any]], cells: list[Cell], grounding: bool, exact: bool
+) -> list[dict[str, Any]]:
+    """One record per cell: together, and one by one where that fails, so that one variant cannot fail the others."""
+    variants = [cell.identity.variant for cell in cells]
+    try:
+        return [{**record, "error": ""} for record in session.answer_all(parts, variants, grounding, exact)]
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+        pass  # whose failure it is shows below, with its traceback
+    records = []
+    for variant in variants:
+        try:
+            records += [{**record, "error": ""} for record in session.answer_all(parts, [variant], grounding, True)]
+        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            text = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=8)}
+            records.append({"prediction": "", **text})
+    return records
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _score_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report) -> tuple[bool, bool]:
+    """(anything done, anything that is not whole yet, or held by others)."""
+    taken = waiting = False
+    open_units: dict[tuple[str, str], bool] = {}
+    for unit in plan.units():
+        key = unit.model, unit.benchmark.name
+        done = mark(plan, unit).exists() or not unit.pending
+        open_units[key] = open_units.get(key, False) or not done
+        waiting |= not done and held(lease(plan, unit.name))
+    for model, benchmark, cell in plan.scored():
+        if stop.requested:
+            break
+        if cell.record.exists() or open_units.get((cell.identity.variant.model, benchmark.name), False):
+            continue
+        with claim(lease(plan, f"score.{cell.identity.hash}")) as mine:
+            if not mine:
+                waiting = True
+            elif not cell.record.exists():
+                _score(model, benchmark, cell, hooks)
+                report.scored += 1
+                taken = True
+    return taken, waiting
+
+
+def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, hooks: Hooks) -> None:
+    import shutil
+
+    from ivcp_eval.vlmeval_bridge import register
+    from ivcp_eval.vlmeval_bridge.model import RecordedVLM
+
+    register()
+    with Journal(cell.journal).open() as journal:
+        for key, record in sorted(answers(cell).items()):
+            if _missing(journal.records, key) and journal.records.get(key) != {"key": key, **record}:
+                journal.append({**record, "key": key})
+    judge = judges_for(model.request, [(benchmark, cell)]).get(cell.identity.judge)
+    recorded = partial(RecordedVLM, model.weights.family, cell.identity.variant)
+    record = run_cell(model.request, recorded, benchmark, cell, judge)
+    hooks.say(
+        f"scored {cell.identity.variant.name} on {benchmark.name}: {record['status']} {record['reason']}".rstrip()
+    )
+    if record["status"] == "ok":
+        shutil.rmtree(cell.folder / "shards", ignore_errors=True)
+
+
+def forget_failures(plan: SweepPlan) -> int:
+    """Make everything that failed open again; returns how many units and cells that were."""
+    count = 0
+    for unit in plan.units():
+        path = mark(plan, unit)
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["failed"]:
+            path.unlink()
+            count += 1
+    for _, _, cell in plan.scored():
+        if cell.record.exists() and cell.finished() is None:
+            cell.record.unlink()
+            count += 1
+    return count
+
+
+def devices() -> list[str]:
+    """One name per GPU of this machine; empty without any."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    n = torch.cuda.device_count() if visible != "" else 0
+    return [f"cuda:{i}" for i in range(n)]

@@ -1,0 +1,145 @@
+"""Wide tables as papers print them: one per model, variants as rows, benchmarks as columns; CSV, Markdown and LaTeX.
+
+A cell is the headline metric and, beside it, what is retained of the unpruned score. The averages stand only where
+every benchmark of the row has a score: nothing is averaged over what happens to be there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval import benchmarks
+from ivcp_eval.files import atomic_write
+from ivcp_eval.variants import BASELINE
+
+Row = Mapping[str, Any]
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One model's table as text cells.
+
+    Attributes:
+        model: short name. header, rows: cells. note: what holds for the whole table.
+    """
+
+    model: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def to_csv(self) -> str:
+        """Comma-separated, header first."""
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows([self.header, *self.rows])
+        return stream.getvalue()
+
+    def to_markdown(self) -> str:
+        """A Markdown table under the model's name."""
+        lines = [f"### {self.model}", "", _bar(self.header), _bar(["---", *["---:"] * (len(self.header) - 1)])]
+        lines += [_bar(row) for row in self.rows]
+        return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+
+    def to_latex(self) -> str:
+        """A ``tabular`` that needs the package booktabs."""
+        lines = [r"\begin{tabular}{l" + "r" * (len(self.header) - 1) + "}", r"\toprule", _ampersands(self.header)]
+        lines += [r"\midrule", *[_ampersands(row) for row in self.rows], r"\bottomrule", r"\end{tabular}"]
+        return "\n".join([*([f"% {self.note}"] if self.note else []), *lines, ""])
+
+
+def tables(rows: Iterable[Row]) -> list[Table]:
+    """One table per model of a results file, models and variants in the order of the file."""
+    rows = list(rows)
+    return [
+        _table(model, [r for r in rows if r["model"] == model]) for model in dict.fromkeys(r["model"] for r in rows)
+    ]
+
+
+def write_tables(rows: Iterable[Row], folder: Path) -> list[Path]:
+    """Write ``<folder>/<model>.csv``, ``.md`` and ``.tex``; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in tables(rows):
+        for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
+            path = folder / f"{table.model}.{suffix}"
+            with atomic_write(path) as stream:
+                stream.write(text)
+            written.append(path)
+    return written
+
+
+def _table(model: str, rows: Sequence[Row]) -> Table:
+    names = list(dict.fromkeys(row["benchmark"] for row in rows))
+    headline = {name: _headline(name, [row for row in rows if row["benchmark"] == name]) for name in names}
+    scores: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        variant = _variant(row)
+        scores.setdefault(variant, {})
+        if row["status"] == "ok" and row["metric"] == headline[row["benchmark"]]:
+            scores[variant][row["benchmark"]] = row["score"]
+    baseline = next((found for variant, found in scores.items() if variant[0] == BASELINE), {})
+    lines = [_line(variant, found, baseline, names) for variant, found in scores.items()]
+    random = any(row["trained_weights"] is False for row in rows)
+    note = "Random weights: these numbers mean nothing." if random else ""
+    return Table(model, ("method", "ratio", *names, "retained"), tuple(lines), note)
+
+
+def _headline(benchmark: str, rows: Sequence[Row]) -> str:
+    if benchmark in benchmarks.names() and benchmarks.load(benchmark).metrics:
+        return benchmarks.load(benchmark).metrics[0].name
+    return str(rows[0]["metric"])
+
+
+def _variant(row: Row) -> tuple[Any, ...]:
+    if row["method"] == BASELINE:
+        return (BASELINE,)
+    return row["method"], row["ratio_asked"], row["method_parameters"], row["seed"]
+
+
+def _line(
+    variant: tuple[Any, ...], scores: Mapping[str, float], baseline: Mapping[str, float], names: Sequence[str]
+) -> tuple[str, ...]:
+    shares = {n: scores[n] / baseline[n] for n in names if n in scores and baseline.get(n)}
+    cells = []
+    for name in names:
+        if name not in scores:
+            cells.append(MISSING)
+        elif variant[0] == BASELINE or name not in shares:
+            cells.append(f"{scores[name]:.1f}")
+        else:
+            cells.append(f"{scores[name]:.1f} ({100 * shares[name]:.1f}%)")
+    whole = len(shares) == len(names)
+    mean = f"{100 * sum(shares.values()) / len(names):.1f}%" if whole else MISSING
+    return _name(variant), "1" if len(variant) == 1 else f"{variant[1]:g}", *cells, mean
+
+
+def _name(variant: tuple[Any, ...]) -> str:
+    """The method and those of its parameters that are not its defaults."""
+    from ivcp_eval.registry import make_method
+
+    if len(variant) == 1:
+        return "unpruned"
+    method, _, parameters, seed = variant
+    try:
+        made = make_method(method)
+        given = json.loads(parameters or "{}")
+        extra = {k: v for k, v in given.items() if json.loads(json.dumps(getattr(made, k, None))) != v and k != "inner"}
+    except ValueError:  # a method that was removed since
+        extra = {}
+    words = [f"{key}={value}" for key, value in sorted(extra.items())] + ([f"seed={seed}"] if seed else [])
+    return f"{method} ({', '.join(words)})" if words else str(method)
+
+
+def _bar(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def _ampersands(cells: Sequence[str]) -> str:
+    return " & ".join(cell.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&") for cell in cells) + r" \\"

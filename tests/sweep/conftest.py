@@ -1,0 +1,90 @@
+"""A sweep on the tiny model with random weights, in this process or in children that can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivcp_eval.cli import main
+from ivcp_eval.tiny.processor import build_random
+
+SPEC = """
+models: {{tiny: {model}}}
+benchmarks: [tiny_mcq, tiny_yes_no]
+methods:
+  - {{method: ivc_prune, ratios: [0.75, 0.5]}}
+  - {{method: fastv, ratios: [0.5]}}
+  - {{method: downsample, ratios: [0.5]}}
+limit: {limit}
+shard: 3
+max_new_tokens: 5
+timing: false
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One sweep file and one place for its records."""
+
+    spec: Path
+    folder: Path
+    lmu: Path
+
+    @property
+    def csv(self) -> Path:
+        return self.folder / f"{self.spec.stem}.csv"
+
+    def arguments(self, verb: str, *more: str) -> list[str]:
+        return ["sweep", verb, str(self.spec), "--runs", str(self.folder / "runs"), *more]
+
+    def call(self, verb: str, *more: str) -> int:
+        return main(self.arguments(verb, *more))
+
+    def elsewhere(self, folder: Path) -> Bench:
+        return Bench(self.spec, folder, self.lmu)
+
+    def results(self) -> dict[str, bytes]:
+        """The CSV, the tables, and the per-sample files of every cell, by name."""
+        found = {path.name: path.read_bytes() for path in [self.csv, *self.csv.with_suffix("").iterdir()]}
+        samples = self.folder.glob("runs/*/*/*/predictions.csv")
+        return found | {str(path.relative_to(self.folder)): path.read_bytes() for path in samples}
+
+    def start(self, verb: str, *more: str) -> Any:
+        """A child process at work, forked from a server that has imported everything."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.sweep.preload"])
+        process = context.Process(target=_child, args=(self.arguments(verb, *more), str(self.lmu), str(Path.cwd())))
+        process.start()
+        return process
+
+
+def _child(arguments: list[str], lmu: str, folder: str) -> None:
+    os.environ["LMUData"] = lmu  # noqa: SIM112 (VLMEvalKit's name)
+    os.chdir(folder)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os._exit(main(arguments))
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_random(folder, seed=0)
+    (folder / "RANDOM_WEIGHTS").touch()
+    return folder
+
+
+@pytest.fixture
+def bench(random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setenv("LMUData", str(tmp_path / "LMUData"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "LMUData").mkdir()
+    spec = tmp_path / "small.yaml"
+    spec.write_text(SPEC.format(model=random_model, limit=5))
+    return Bench(spec, tmp_path / "undisturbed", tmp_path / "LMUData")

@@ -1,0 +1,103 @@
+"""Claims: one holder at a time, abandoned ones are taken over, and a heartbeat keeps a long one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval.sweep import lease
+from ivcp_eval.sweep.lease import claim, held
+
+
+def abandoned(path: Path, pid: int, host: str = "", age: float = 0.0) -> None:
+    path.write_text(json.dumps({"token": "x", "host": host or socket.gethostname(), "pid": pid}))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def dead_process() -> int:
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    process.start()
+    process.join()
+    assert process.pid is not None
+    return process.pid
+
+
+def test_one_holder_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "x.lease"
+    with claim(path) as mine:
+        assert mine
+        assert held(path)
+        with claim(path) as yours:
+            assert not yours
+        assert path.exists(), "who did not get it does not remove it"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_dead_process_and_an_old_claim_are_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.lease"
+    abandoned(path, dead_process())
+    assert not held(path)
+    with claim(path) as mine:
+        assert mine
+    abandoned(path, 1, "another-host", age=30)
+    with claim(path, expires_s=60) as mine:
+        assert not mine
+    with claim(path, expires_s=20) as mine:
+        assert mine
+    path.write_text("")  # a worker killed while it claimed
+    assert held(path)
+    os.utime(path, (time.time() - 100,) * 2)
+    with claim(path) as mine:
+        assert mine
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_heartbeat_keeps_it_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    path = tmp_path / "x.lease"
+    with claim(path) as mine:
+        assert mine
+        os.utime(path, (time.time() - 1000,) * 2)
+        end = time.monotonic() + 10
+        while time.time() - path.stat().st_mtime > 100 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert time.time() - path.stat().st_mtime < 100
+
+
+def test_who_lost_it_does_not_remove_the_new_holder_s(tmp_path: Path) -> None:
+    path = tmp_path / "x.lease"
+    with claim(path) as mine:
+        assert mine
+        abandoned(path, os.getpid())
+    assert json.loads(path.read_text())["token"] == "x"
+
+
+def race(path: str, log: str) -> None:
+    for _ in range(20):
+        with claim(Path(path)) as mine:
+            if mine:
+                with Path(log).open("a") as stream:
+                    stream.write(f"+{os.getpid()}\n")
+                time.sleep(0.002)
+                with Path(log).open("a") as stream:
+                    stream.write(f"-{os.getpid()}\n")
+
+
+def test_processes_never_hold_it_together(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=race, args=(str(tmp_path / "x.lease"), str(log))) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    lines = log.read_text().split()
+    assert len(lines) >= 40
+    assert all(a[0] == "+" and b == "-" + a[1:] for a, b in zip(lines[::2], lines[1::2], strict=True))

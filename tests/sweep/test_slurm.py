@@ -1,0 +1,109 @@
+"""A sweep on a real Slurm: an array of workers of which one is killed and one is requeued twice, then scoring."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval.sweep.plan import make
+from ivcp_eval.sweep.slurm import shares
+from ivcp_eval.sweep.spec import load
+from tests.sweep import cluster
+from tests.sweep.conftest import SPEC, Bench
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    reason = cluster.available()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    with cluster.slurm(folder) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
+def command(*arguments: str) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def states() -> dict[str, str]:
+    """Job or task id -> state of everything in the queue."""
+    lines = command("squeue", "-h", "-r", "-o", "%i %T").splitlines()
+    return dict(line.split() for line in lines)
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen in {seconds} s; the queue: {states()}"
+        time.sleep(0.1)
+
+
+def restart_now(task: str) -> None:
+    """Slurm holds a requeued task back for two minutes; the test does not wait for them."""
+    until(lambda: states().get(task) == "PENDING", 60, f"requeue of {task}")
+    command("scontrol", "update", f"JobId={task}", "StartTime=now")
+    until(lambda: states().get(task) == "RUNNING", 60, f"restart of {task}")
+
+
+@pytest.mark.slow
+def test_killed_and_requeued_tasks_end_in_the_same_bytes(
+    bench: Bench, random_model: Path, slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.spec.write_text(SPEC.format(model=random_model, limit=30))
+    assert bench.call("run", "--quiet") == 0
+    there = bench.elsewhere(bench.folder.parent / "cluster")
+    capsys.readouterr()
+    options = ("--gpus-per-task", "0", "--cpus-per-task", "1", "--array-limit", "2", "--partition", "main")
+    assert there.call("run", "--executor", "slurm", *options, "--slurm", "comment=test") == 0
+    assert "submitted 2 tasks" in capsys.readouterr().out
+    tasks = sorted(task for task in states() if "_" in task)
+    assert len(tasks) == 2
+    (score,) = set(states()) - set(tasks)
+    assert states()[score] == "PENDING", "scoring waits for the answers"
+
+    def journals() -> int:
+        return sum(path.stat().st_size > 0 for path in there.folder.glob("runs/**/shards/*.jsonl"))
+
+    until(lambda: journals() > 0, 120, "a first answer")
+    command("scancel", "--signal=KILL", tasks[0])
+    until(lambda: tasks[0] not in states(), 60, "death of a task")
+    assert states().get(tasks[1]) == "RUNNING"
+    command("scancel", "--signal=USR2", tasks[1])  # what Slurm sends before a time limit
+    restart_now(tasks[1])
+    seen = journals()
+    until(lambda: journals() > seen, 120, "an answer after the restart")
+    command("scontrol", "requeue", tasks[1])  # by the administrator, or a job of higher priority
+    restart_now(tasks[1])
+    until(lambda: not states(), 240, "the end of all jobs")
+    logs = "".join(path.read_text() for path in there.folder.glob("sweeps/small/logs/slurm/*.out"))
+    assert logs.count("loaded tiny") >= 4, "each start loads the model once"
+    assert there.csv.is_file(), "the scoring job writes the results"
+    assert there.results() == bench.results()
+    assert there.call("status") == 0
+    assert there.call("run", "--executor", "slurm", *options) == 0, "nothing left: only a scoring job"
+    assert "submitted 0 tasks" in capsys.readouterr().out
+    until(lambda: not states(), 120, "the end of the scoring job")
+
+
+def test_tasks_are_shared_out_by_work(bench: Bench) -> None:
+    plan = make(load(bench.spec), bench.folder / "runs")
+    assert shares(plan, 8) == {"tiny": 4}, "never more tasks than units: two benchmarks of 3 + 2 samples"
+    assert shares(plan, 3) == {"tiny": 3}
+
+
+@pytest.mark.parametrize("missing", ["sbatch"])
+def test_without_slurm_it_says_what_to_do(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    monkeypatch.setenv("PATH", os.devnull)
+    assert bench.call("run", "--executor", "slurm") == 2
+    assert f"{missing} was not found" in capsys.readouterr().err

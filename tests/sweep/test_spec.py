@@ -1,0 +1,100 @@
+"""Sweep files: what they expand to, and errors that name the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval import benchmarks
+from ivcp_eval.sweep.spec import SpecError, load
+
+ROOT = Path(__file__).parents[2] / "sweeps"
+GOOD = """\
+models: [qwen25, llava15]
+benchmarks: [POPE, MMStar]
+methods:
+  - method: ivc_prune
+    ratios: [0.5, 0.25]
+    parameters: {layer: [14, 16], ivc: 0.1}
+  - method: random
+    ratios: [0.5]
+    seeds: [0, 1]
+    models: [qwen25]
+    benchmarks: [POPE]
+exclude:
+  - {model: llava15, ratio: 0.25}
+limit: 10
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_expansion(tmp_path: Path) -> None:
+    spec = load(write(tmp_path, GOOD))
+    assert spec.name == "my"
+    assert spec.options == {"limit": 10}
+    cells = [(v.model, v.method, v.ratio, v.parameters.get("layer"), v.seed, b) for v, b in spec.cells]
+    assert len(cells) == len(set(cells)) == 4 + (2 * 2 * 2 + 2 * 2) + 2
+    assert cells[:4] == [(m, "none", 1.0, None, 0, b) for m in ("qwen25", "llava15") for b in ("POPE", "MMStar")]
+    assert ("qwen25", "random", 0.5, None, 1, "POPE") in cells
+    assert not [c for c in cells if c[0] == "llava15" and c[2] == 0.25]
+    assert [v.parameters["layer"] for v in spec.variants("llava15")[1:]] == [14, 16]
+    assert spec.benchmarks("llava15") == ["POPE", "MMStar"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("qwen25, llava15]", "qwem25, llava15]", 1, "did you mean 'qwen25'"),
+        ("[POPE, MMStar]", "[POPE, MMStarr]", 2, "did you mean 'MMStar'"),
+        ("method: ivc_prune", "method: ivc_prun", 4, "did you mean 'ivc_prune'"),
+        ("[0.5, 0.25]\n", "[0.5, 25]\n", 5, "outside (0, 1]"),
+        ("[0.5, 0.25]\n", "[0.5, half]\n", 5, "'half' is not a ratio"),
+        ("layer:", "leyer:", 6, "did you mean 'layer'"),
+        ("    ratios: [0.5]\n", "", 7, "needs ratios"),
+        ("seeds: [0, 1]", "seeds: [0, 1.5]", 9, "1.5 is not a whole number"),
+        ("models: [qwen25]", "models: [qwen2]", 10, "not among the sweep's models"),
+        ("benchmarks: [POPE]\n", "benchmarks: [MME]\n", 11, "not among the sweep's benchmarks"),
+        ("ratio: 0.25}", "ratio: 0.3}", 13, "excludes nothing"),
+        ("model: llava15, ", "modell: llava15, ", 13, "did you mean 'model'"),
+        ("limit: 10", "limit: -1", 14, "whole number above 0"),
+        ("limit: 10", "limit: 10\nlimit: 11", 15, "stands here twice"),
+        ("limit: 10", "limits: 10", 14, "did you mean 'limit'"),
+        ("limit: 10", "limit: [", 15, "not YAML"),
+        ("methods:", "method:", 3, "unknown key 'method'"),
+    ],
+)
+def test_errors_name_the_line(tmp_path: Path, old: str, new: str, line: int, words: str) -> None:
+    assert old in GOOD
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, GOOD.replace(old, new, 1)))
+    assert f"my.yaml, line {line}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "models: []\nbenchmarks: [POPE]\nmethods: []"])
+def test_empty_files_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SpecError):
+        load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_valid(path: Path) -> None:
+    spec = load(path)
+    assert {variant.method for variant, _ in spec.cells} > {"none"}
+
+
+def test_the_paper_s_sweep_is_the_matrix_on_four_families() -> None:
+    spec = load(ROOT / "paper.yaml")
+    assert len(spec.models) == 4
+    for model in spec.models:
+        assert spec.benchmarks(model) == list(benchmarks.names("matrix"))
+        assert {"none", "ivc_prune", "fastv", "pyramiddrop"} <= {variant.method for variant in spec.variants(model)}
+    assert {path.stem for path in ROOT.glob("*.yaml")} == {
+        "smoke", "tiny", "paper", "ratios", "ablation_ivc", "controls",
+    }  # fmt: skip

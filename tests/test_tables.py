@@ -1,0 +1,55 @@
+"""Wide tables: headline metrics, retained shares, and averages only where nothing is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ivcp_eval.results import make_row
+from ivcp_eval.tables import tables, write_tables
+
+
+def row(
+    benchmark: str, method: str, score: float | None, metric: str = "accuracy", **more: object
+) -> dict[str, object]:
+    status = {"status": "ok"} if score is not None else {"status": "incomplete", "reason": "2 of 9 samples failed"}
+    values = {
+        "model": "qwen25", "benchmark": benchmark, "metric": metric, "method": method, "score": score, "run_id": "r",
+        "ratio_asked": 1.0 if method == "none" else 0.5, "score_scale": 100, "seed": 0, "trained_weights": True,
+        **status, **more,
+    }  # fmt: skip
+    return make_row(**values)
+
+
+ROWS = [
+    row("tiny_mcq", "none", 80.0),
+    row("tiny_mcq", "none", 55.0, metric="colour"),
+    row("tiny_mcq", "ivc_prune", 60.0, method_parameters={"layer": 3, "ivc": 0.1}),
+    row("tiny_mcq", "fastv", 40.0),
+    row("tiny_yes_no", "none", 50.0),
+    row("tiny_yes_no", "ivc_prune", 50.0, method_parameters={"layer": 3, "ivc": 0.1}),
+    row("tiny_yes_no", "fastv", None),
+    row("tiny_mcq", "none", 10.0, model="llava15", trained_weights=False),
+]
+
+
+def test_wide_table() -> None:
+    first, second = tables(ROWS)
+    assert first.header == ("method", "ratio", "tiny_mcq", "tiny_yes_no", "retained")
+    assert first.rows == (
+        ("unpruned", "1", "80.0", "50.0", "100.0%"),
+        ("ivc_prune (layer=3)", "0.5", "60.0 (75.0%)", "50.0 (100.0%)", "87.5%"),
+        ("fastv", "0.5", "40.0 (50.0%)", "-", "-"),
+    )
+    assert not first.note
+    assert "mean nothing" in second.note
+
+
+def test_formats(tmp_path: Path) -> None:
+    written = write_tables(ROWS, tmp_path / "sweep")
+    assert [path.name for path in written] == [f"{m}.{s}" for m in ("qwen25", "llava15") for s in ("csv", "md", "tex")]
+    assert (tmp_path / "sweep/qwen25.csv").read_text().splitlines()[2] == (
+        "ivc_prune (layer=3),0.5,60.0 (75.0%),50.0 (100.0%),87.5%"
+    )
+    assert "| fastv | 0.5 | 40.0 (50.0%) | - | - |" in (tmp_path / "sweep/qwen25.md").read_text()
+    latex = (tmp_path / "sweep/qwen25.tex").read_text()
+    assert r"ivc\_prune (layer=3) & 0.5 & 60.0 (75.0\%) & 50.0 (100.0\%) & 87.5\% \\" in latex

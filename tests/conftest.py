@@ -6,6 +6,11 @@ from ivcp_eval import cpu_torchvision
 
 cpu_torchvision.install()  # before anything imports transformers
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-pair", action="store_true", help="tests/contract: every check on every method and family")

@@ -72,6 +72,23 @@ def take_position_embeddings(embeddings: Any, slots: Tensor) -> Any:
     return tuple(take_sequence(part, slots) for part in embeddings)
 
 
+def row_position_embeddings(embeddings: Any, row: int, config: Any) -> Any:
+    """The position embeddings of one row, batch axis kept: (1, n, R) each; a batch axis of 1 serves every row.
+
+    Before transformers 5.17, Qwen2-VL and Qwen2.5-VL left the three axes of M-RoPE apart, (3, B, n, R), for the
+    attention to join by ``mrope_section``; they are joined here.
+    """
+    if isinstance(embeddings, torch.Tensor):
+        return embeddings[..., [min(row, embeddings.shape[-3] - 1)], :, :]
+    parts = tuple(part[..., [min(row, part.shape[-3] - 1)], :, :] for part in embeddings)
+    if parts[0].ndim == 3:
+        return parts
+    sections = list(config.rope_parameters["mrope_section"]) * 2
+    return tuple(
+        torch.cat([chunk[i % 3] for i, chunk in enumerate(part.split(sections, dim=-1))], dim=-1) for part in parts
+    )
+
+
 def attention_mask(
     key_columns: Tensor,
     query_length: int,

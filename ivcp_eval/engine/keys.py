@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ivcp_eval.engine.geometry import take_position_embeddings, take_sequence
+from ivcp_eval.engine.geometry import row_position_embeddings, take_position_embeddings, take_sequence
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, CachedKeys
 
 
@@ -33,7 +33,7 @@ class KeyEditor:
         positions = take_position_embeddings(embeddings, last)
         self._queries[index] = []
         for row, counted in enumerate((last >= 0).sum(1).tolist()):
-            own = _row(positions, row)
+            own = row_position_embeddings(positions, row, layer.self_attn.config)
             self._queries[index].append(self.adapter.rotate(states[row], own)[:, last.shape[1] - counted :])
 
     def forget(self) -> None:
@@ -48,9 +48,3 @@ class KeyEditor:
                 key = layer.keys[row][:, at]
                 edited = self.method.edit_keys(CachedKeys(index, key, query.to(key.device), self.ratio))
                 layer.keys[row][:, at] = edited.to(key.dtype)
-
-
-def _row(embeddings: Any, row: int) -> Any:
-    if isinstance(embeddings, Tensor):
-        return embeddings[..., [row], :, :]
-    return tuple(part[..., [row], :, :] for part in embeddings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.engine.geometry import is_member
+from ivcp_eval.engine.geometry import is_member, row_position_embeddings
 from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
 from ivcp_eval.ops import budget
 
@@ -147,10 +147,9 @@ class SignalSource:
 
     def _rotator(self, index: int, slots: Tensor) -> Callable[[Tensor], Tensor]:
         def rotated(tensor: Tensor) -> Tensor:
-            parts = self.position_embeddings
-            single = isinstance(parts, torch.Tensor)
-            row = [_at(p[..., [min(index, p.shape[-3] - 1)], :, :], slots) for p in ([parts] if single else parts)]
-            return self.adapter.rotate(tensor, row[0] if single else tuple(row))
+            own = row_position_embeddings(self.position_embeddings, index, self.text_model.config)
+            single = isinstance(own, torch.Tensor)
+            return self.adapter.rotate(tensor, _at(own, slots) if single else tuple(_at(part, slots) for part in own))
 
         return rotated
 

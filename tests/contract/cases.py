@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -162,6 +163,33 @@ def all_cases() -> list[Case]:
         )
         cases += [Case(family, name) for name in toys]
     return cases
+
+
+MECHANICS = frozenset(
+    {
+        "beams_equal_reference",
+        "manual_decoding_equals_reference",
+        "nothing_is_left_behind",
+        "prompt_lookup_equals_greedy",
+        "sampling_equals_reference",
+        "second_turn_equals_reference",
+        "text_only_is_untouched",
+        "uncached_equals_reference",
+    }
+)
+"""Checks of the engine's work after the choice, which is the same work whatever was chosen."""
+
+
+def wanted(check: str, case: Case) -> bool:
+    """Whether a pair runs by default; ``pytest --every-pair`` runs all.
+
+    `MECHANICS` run for `none`, the main method and the toys wherever these run, for every other method on two
+    families: Qwen2.5-VL and one that its name decides.
+    """
+    if check not in MECHANICS or case.method in TOYS or case.method in ("none", "ivc_prune"):
+        return True
+    families = tiny_models.names()
+    return case.family in ("qwen2_5_vl", families[zlib.crc32(case.method.encode()) % len(families)])
 
 
 def image_columns(ids: Tensor, image_token: int, sizes: list[int]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -126,10 +127,32 @@ def question_before_image_equals_reference(case: Case) -> None:
     run_both(case, ("t9 i0 t1", "i0 t5", "t2 i1 i0 i1 t4"))
 
 
+@functools.cache
+def layouts_for_beams(family: str) -> tuple[str, ...]:
+    """Prompts whose images the stock model's own beams hold on to.
+
+    Before transformers 5.18 `generate` repeated pixels tile by tile, which hands those of a row with several images
+    (or tiles) to the wrong beams.
+    """
+    case = Case(family, "none")
+    for layouts in (RAGGED, ("t5 i0 t9", "t4 i1 t3", "t12")):
+        inputs = case.inputs(*layouts)
+        cached, uncached = (
+            case.generate(inputs, 4, num_beams=2, output_scores=True, use_cache=flag) for flag in (True, False)
+        )
+        same = torch.equal(cached.sequences, uncached.sequences)
+        if same and torch.allclose(cached.sequences_scores, uncached.sequences_scores, atol=1e-4):
+            return layouts
+    return ()
+
+
 @check
 def beams_equal_reference(case: Case) -> None:
     """Beam search on a padded batch: same sequences, scores and survivors in every beam."""
-    inputs = case.inputs(*RAGGED)
+    layouts = layouts_for_beams(case.family)
+    if not layouts:
+        pytest.skip(f"in this transformers release {case.family}'s beams get the wrong images, unpruned too")
+    inputs = case.inputs(*layouts)
     with case.prune() as recording:
         got = case.generate(inputs, 3, num_beams=2, output_scores=True)
     kept = [row.tolist() for row in recording.run.kept]

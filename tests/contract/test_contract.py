@@ -7,12 +7,17 @@ import pytest
 from ivcp_eval import registry
 from ivcp_eval.interface import Unsupported
 from tests import tiny_models
-from tests.contract.cases import Case, all_cases
+from tests.contract.cases import Case, all_cases, wanted
 from tests.contract.checks import CHECKS
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=str)
-@pytest.mark.parametrize("name", CHECKS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_contract:
+        every = metafunc.config.getoption("every_pair")
+        pairs = [(name, case) for name in CHECKS for case in all_cases() if every or wanted(name, case)]
+        metafunc.parametrize(("name", "case"), pairs, ids=[f"{name}-{case}" for name, case in pairs])
+
+
 def test_contract(name: str, case: Case) -> None:
     try:
         with case.prune():

@@ -141,7 +141,16 @@ def test_new_image_on_a_filled_cache(case: Case) -> None:
 
 
 def test_chunked_prefill_through_an_image(case: Case) -> None:
-    with refused(case, "image on a cache|ends with a visual token|hunked prefill") as inputs:
+    inputs = case.inputs(*SINGLE)
+    try:
+        plain = case.generate(inputs, 2, prefill_chunk_size=12)
+    except RuntimeError as reason:
+        pytest.skip(f"this transformers release cannot either: {reason}")
+    except ValueError:
+        plain = None  # refused by transformers itself, as it must be by us
+    if plain is not None and not torch.allclose(plain.logits[0], case.generate(inputs, 1).logits[0], atol=1e-3):
+        pytest.skip("this transformers release drops the image in a chunked prefill")
+    with pytest.raises(ValueError, match=r"image on a cache|ends with a visual token|hunked prefill"), case.prune():
         case.generate(inputs, 2, prefill_chunk_size=12)
 
 

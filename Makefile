@@ -1,4 +1,4 @@
-# make eval | test | check | bench | compare | list ; everything installs itself into .venv on first use.
+# make eval | sweep | results | test | check | bench | compare | list ; everything installs itself into .venv on first use.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,7 +12,7 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(SET),--set $(SET)) $(if $(MODEL_PA
           $(if $(LIMIT),--limit $(LIMIT)) $(if $(JUDGE),--judge $(JUDGE)) $(if $(DEVICE),--device $(DEVICE)) \
           $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-.PHONY: setup eval compare list bench test check format smoke clean
+.PHONY: setup eval sweep results compare list bench test check format smoke clean
 .DEFAULT_GOAL := eval
 
 setup: $(READY)
@@ -33,6 +33,15 @@ eval: $(READY)
 RESULTS ?= results/eval/$(MODEL)__$(METHOD)__r$(RATIO).csv
 compare: $(READY)
 	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(ARGS)
+
+# Many variants on many benchmarks in one pass each; run again to continue. ARGS="--executor slurm --partition gpu ..."
+SWEEP ?= sweeps/smoke.yaml
+sweep: $(READY)
+	@$(BIN)/ivcp sweep run $(SWEEP) $(ARGS)
+
+# CSVs and wide tables of every sweep, from the records alone.
+results: $(READY)
+	@$(BIN)/ivcp sweep results $(ARGS)
 
 list: $(READY)
 	@$(BIN)/ivcp list
@@ -57,4 +66,4 @@ smoke: $(READY)
 	@$(BIN)/ivcp eval --limit 4
 
 clean:
-	rm -rf $(VENV) results/runs results/cache results/eval
+	rm -rf $(VENV) results/runs results/cache results/eval results/sweeps

@@ -161,13 +161,38 @@ class Session:
             own[i] = self._record(answer.tokens[0], answer.run, inputs, grounding)
         return [own[i] for i in range(len(variants))]
 
+    def answer_batch(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], variants: Sequence[Variant], grounding: bool = False
+    ) -> list[list[dict[str, Any]]]:
+        """`answer_all` of several conversations at once, padded to the longest; they should be about equally long.
+
+        Returns:
+            Per conversation, per variant.
+
+        Raises:
+            ValueError: a variant changes the picture, or the pictures are laid out differently (tiles).
+        """
+        decoded: list[Any] = [
+            [{"image": _image(part["image"])} if "image" in part else part for part in parts] for parts in conversations
+        ]
+        layouts = [self.adapter.layout(self.processor, [conversation]) for conversation in decoded]
+        if any(layout != layouts[0] for layout in layouts):
+            raise ValueError("the pictures of these samples are laid out differently; answer them one at a time")
+        inputs, tensors = self._encoded(*decoded)
+        with torch.inference_mode():
+            answers = fork(self.model, variants, tensors, layout=layouts[0], **self._options)
+        return [
+            [self._record(answer.tokens[i], answer.run.row(i), inputs, grounding, sample=i) for answer in answers]
+            for i in range(len(decoded))
+        ]
+
     @property
     def _options(self) -> dict[str, Any]:
         return {**self.adapter.generation, "max_new_tokens": self.limits.max_new_tokens}
 
-    def _encoded(self, conversation: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    def _encoded(self, *conversations: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """What the processor made, and the same on the model's device."""
-        inputs = self.adapter.encode(self.processor, [conversation])
+        inputs = self.adapter.encode(self.processor, list(conversations))
         device = next(self.model.parameters()).device
         return inputs, {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
 
@@ -179,12 +204,13 @@ class Session:
         grounding: bool,
         phases: measure.Phases | None = None,
         whole: int | None = None,
+        sample: int = 0,
     ) -> dict[str, Any]:
         raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
         # A smaller image saves its tokens everywhere, against those of the image as it was.
         scale = run.visual_prompt[0] / whole if whole else 1.0
         return {
-            "prediction": self._box(raw, inputs) if grounding else raw,
+            "prediction": self._box(raw, inputs, sample) if grounding else raw,
             "raw": raw,
             "new_tokens": int(new.numel()),
             "visual_tokens": whole or run.visual_prompt[0],
@@ -204,10 +230,10 @@ class Session:
         options = {**(layout or {}), **variant.parameters}
         return prune(self.model, variant.method, variant.ratio, seed=variant.seed, **options)
 
-    def _box(self, raw: str, inputs: Mapping[str, Any]) -> str:
+    def _box(self, raw: str, inputs: Mapping[str, Any], sample: int) -> str:
         if not self.adapter.box_format:
             return NO_BOX
-        frame = self.adapter.box_frame(self.processor, inputs, 0)
+        frame = self.adapter.box_frame(self.processor, inputs, sample)
         box = parse_answer(raw, FORMATS[self.adapter.box_format], frame)
         return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
 

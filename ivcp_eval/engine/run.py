@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -33,6 +33,17 @@ class Run:
     visual_cached: list[list[int]] = field(default_factory=list)
     kv_lengths: list[int] = field(default_factory=list)
     prefills: int = 0
+
+    def row(self, index: int) -> Run:
+        """The facts of one row alone."""
+        return replace(
+            self,
+            kept=[self.kept[index]],
+            visual_prompt=[self.visual_prompt[index]],
+            visual_kept=[self.visual_kept[index]],
+            visual_per_layer=[[layer[index]] for layer in self.visual_per_layer],
+            visual_cached=[[layer[index]] for layer in self.visual_cached],
+        )
 
     @property
     def layer_mean_ratio(self) -> float:

@@ -120,7 +120,7 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", timing: bool | 
 def _request(
     spec: Spec, model: str, folder: str | None, data: tuple[str, ...], runs: Path, device: str, timing: bool | None
 ) -> Request:
-    options: dict[str, Any] = {k: v for k, v in spec.options.items() if k not in ("shard", "exact", "timing")}
+    options: dict[str, Any] = {k: v for k, v in spec.options.items() if k not in ("shard", "batch", "exact", "timing")}
     options["device"] = device or options.get("device", "")
     timed = bool(spec.options.get("timing", True)) if timing is None else timing
     return Request(Variant(model), data=data, model_path=folder, runs=runs, timing=timed, **options)

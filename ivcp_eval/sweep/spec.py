@@ -10,7 +10,7 @@
         models: [qwen25]                    # only these; also `benchmarks`
     exclude:
       - {method: ivc_prune, benchmark: MME}
-    judge: gpt-4o                           # and judge_url, dtype, attention, device, limit, shard, exact,
+    judge: gpt-4o                           # and judge_url, dtype, attention, device, limit, shard, batch, exact,
                                             # min_pixels, max_pixels, max_new_tokens, trust_remote_code, timing
 
 The unpruned baseline of every model and benchmark is always part.
@@ -33,7 +33,7 @@ __all__ = ["Spec", "SpecError", "load"]
 
 _OPTIONS: dict[str, type] = {
     **dict.fromkeys(("judge", "judge_url", "dtype", "attention", "device"), str),
-    **dict.fromkeys(("limit", "shard", "min_pixels", "max_pixels", "max_new_tokens"), int),
+    **dict.fromkeys(("limit", "shard", "batch", "min_pixels", "max_pixels", "max_new_tokens"), int),
     **dict.fromkeys(("exact", "trust_remote_code", "timing"), bool),
 }
 _ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks")

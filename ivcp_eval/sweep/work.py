@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Records = dict[str, dict[str, Any]]
 POLL_S = 0.5
+WINDOW = 8  # batches whose samples are sorted by length together
+#: What one sample or variant may raise without ending the run; it is recorded, counted and retried.
+FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class Stop:
@@ -238,12 +241,64 @@ def _answered(
     request = plan.models[unit.model].request
     dataset = build(unit.benchmark, request.limit)
     model = PrunedVLM(session, cells[0].identity.variant)
-    exact = bool(plan.spec.options.get("exact", False))
+    grounding = unit.benchmark.kind == "grounding"
+    exact, batch = bool(plan.spec.options.get("exact", False)), int(plan.spec.options.get("batch", 1))
+    asked: set[str] = set()
+    waiting: list[tuple[str, list[dict[str, Any]]]] = []
     for _, message, key in messages(dataset, model, unit.start, unit.stop):
-        if message is not None and any(_missing(records, key) for records in known):
-            parts = [{part["type"]: part["value"]} for part in message]
-            grounding = unit.benchmark.kind == "grounding"
-            yield key, answer_sample(session, parts, cells, grounding, exact)
+        if message is None or key in asked or not any(_missing(records, key) for records in known):
+            continue
+        asked.add(key)
+        waiting.append((key, [{part["type"]: part["value"]} for part in message]))
+        if len(waiting) >= (batch if batch == 1 else batch * WINDOW):
+            yield from answer_samples(session, waiting, cells, grounding, exact, batch)
+            waiting = []
+    yield from answer_samples(session, waiting, cells, grounding, exact, batch)
+
+
+def answer_samples(
+    session: Session,
+    samples: list[tuple[str, list[dict[str, Any]]]],
+    cells: list[Cell],
+    grounding: bool,
+    exact: bool,
+    batch: int,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(key, one record per cell) of every sample; ``batch`` samples of about equal length together.
+
+    A batch that fails for any reason (memory, a corrupt picture) is answered sample by sample.
+    """
+    if batch > 1 and not exact:
+        samples = sorted(samples, key=lambda sample: _size(sample[1]))
+    variants = [cell.identity.variant for cell in cells]
+    for start in range(0, len(samples), batch):
+        group = samples[start : start + batch]
+        together: list[list[dict[str, Any]]] = []
+        if len(group) > 1 and not exact:
+            try:
+                together = session.answer_batch([parts for _, parts in group], variants, grounding)
+            except FAILURES:
+                together = []  # whose failure it is shows one by one
+        for i, (key, parts) in enumerate(group):
+            if together:
+                yield key, [{**record, "error": ""} for record in together[i]]
+            else:
+                yield key, answer_sample(session, parts, cells, grounding, exact)
+
+
+def _size(parts: list[dict[str, Any]]) -> tuple[int, int]:
+    """(pixels, characters), which order samples by the length of their prompts without encoding them."""
+    from PIL import Image
+
+    pixels = 0
+    for part in parts:
+        if "image" in part:
+            try:
+                with Image.open(part["image"]) as image:  # reads the header only
+                    pixels += image.width * image.height
+            except OSError:
+                pass  # answering it will say so
+    return pixels, sum(len(part.get("text", "")) for part in parts)
 
 
 def answer_sample(
@@ -253,13 +308,13 @@ def answer_sample(
     variants = [cell.identity.variant for cell in cells]
     try:
         return [{**record, "error": ""} for record in session.answer_all(parts, variants, grounding, exact)]
-    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+    except FAILURES:
         pass  # whose failure it is shows below, with its traceback
     records = []
     for variant in variants:
         try:
             records += [{**record, "error": ""} for record in session.answer_all(parts, [variant], grounding, True)]
-        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except FAILURES as error:
             text = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=8)}
             records.append({"prediction": "", **text})
     return records

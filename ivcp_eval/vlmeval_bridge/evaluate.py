@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlmeval.smp import dump
 
 from ivcp_eval import scores
 from ivcp_eval.benchmarks import Benchmark, DataMissing
+from ivcp_eval.files import DiskFullError
 from ivcp_eval.journal import Journal
 from ivcp_eval.judge import Judge
 from ivcp_eval.registry import unknown
@@ -29,6 +31,7 @@ from ivcp_eval.vlmeval_bridge import judging
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.model import PrunedVLM
+from ivcp_eval.vlmeval_bridge.pictures import alone, unpacked
 from ivcp_eval.vlmeval_bridge.sample_scores import RULES
 
 
@@ -93,9 +96,13 @@ def messages(
     custom = model.use_custom_prompt(dataset.dataset_name) and not getattr(dataset, "force_use_dataset_prompt", False)
     for i in range(*slice(start, stop).indices(len(dataset.data))):
         line = dataset.data.iloc[i]
+        build = partial(model.build_prompt, line, dataset=dataset.dataset_name) if custom else None
         try:
-            message = model.build_prompt(line, dataset=dataset.dataset_name) if custom else dataset.build_prompt(line)
+            with alone(dataset):
+                message = unpacked(build or partial(dataset.build_prompt, line), again="image" in dataset.data)
             key = message_key(message)
+        except DiskFullError:
+            raise
         except (OSError, ValueError, AssertionError, SyntaxError) as error:
             yield str(line["index"]), None, f"{type(error).__name__}: {error}"
         else:

@@ -98,6 +98,26 @@ def test_a_failing_variant_fails_alone_and_is_retried(
     assert clean.results() == bench.results()
 
 
+def test_batches_of_samples_change_no_answer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.spec.write_text(bench.spec.read_text().replace("  - {method: downsample, ratios: [0.5]}\n", ""))
+    assert bench.call("run", "--quiet") == 0
+    batched = bench.elsewhere(bench.folder.parent / "batched")
+    bench.spec.write_text(bench.spec.read_text() + "batch: 2\n")
+    sizes: list[int] = []
+    answer_batch = Session.answer_batch
+
+    def counted(self: Session, conversations: Any, *more: Any) -> Any:
+        sizes.append(len(conversations))
+        if len(sizes) == 2:
+            raise RuntimeError("too much")
+        return answer_batch(self, conversations, *more)
+
+    monkeypatch.setattr(Session, "answer_batch", counted)
+    assert batched.call("run", "--quiet") == 0
+    assert sizes == [2, 2, 2, 2], "units of three and two samples; the second batch went one by one"
+    assert batched.results() == bench.results()
+
+
 class Full:
     """A journal's file on a disk with room for so many bytes."""
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from ivcp_eval import models
 from ivcp_eval.engine import prune
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.registry import adapter
 from ivcp_eval.session import Limits, Placement, Session
 from ivcp_eval.variants import Variant
 
@@ -156,9 +155,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(text + "\n")
 
     weights = models.locate(args.model, args.path)
-    wired = adapter(weights.family)
     placement = Placement(args.device, args.dtype, args.attention).resolve()
-    limits = Limits(wired.min_pixels, wired.max_pixels, 64)
+    published = Limits.published(weights)
+    limits = Limits(published.min_pixels, published.max_pixels, min(published.max_new_tokens, 64))
     session = Session(weights, placement, limits, args.trust_remote_code)
     size = sum(p.numel() * p.element_size() for p in session.model.parameters())
     say(

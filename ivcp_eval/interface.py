@@ -269,6 +269,7 @@ class Checkpoint:
         revision: commit or tag; "main" where no commit is known to us (it is resolved and recorded at run time).
         local: folder inside the ``ivcp_eval`` package, for a shipped model.
         methods: parameters of a method that were tuned for this checkpoint, by method name; users' values win.
+        max_new_tokens: longest answer, where it is not the family's.
         note: one line for ``ivcp list``.
     """
 
@@ -277,6 +278,7 @@ class Checkpoint:
     revision: str = "main"
     local: str = ""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    max_new_tokens: int | None = None
     note: str = ""
 
 

@@ -126,7 +126,6 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
     from ivcp_eval.session import Limits, Placement
 
     weights = models.locate(request.variant.model, request.model_path)
-    wired = adapter(weights.family)
     asked = Placement(request.device, request.dtype, request.attention)
     placement = asked.resolve()
     if placement.device == "cpu" and not request.device and not weights.checkpoint.local:
@@ -134,10 +133,11 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
             f"no CUDA device was found and {weights.checkpoint.name} is a full-size model. Run on a GPU machine, or "
             "pass DEVICE=cpu (--device cpu) to wait for it here."
         )
+    published = Limits.published(weights)
     limits = Limits(
-        request.min_pixels if request.min_pixels is not None else wired.min_pixels,
-        request.max_pixels if request.max_pixels is not None else wired.max_pixels,
-        request.max_new_tokens or int(wired.generation["max_new_tokens"]),
+        published.min_pixels if request.min_pixels is None else request.min_pixels,
+        published.max_pixels if request.max_pixels is None else request.max_pixels,
+        request.max_new_tokens or published.max_new_tokens,
     )
     if variants is None:
         own = request.variant

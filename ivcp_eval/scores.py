@@ -76,7 +76,7 @@ def _number(value: Any) -> float:
 
 
 def read_table(folder: Path, stem: str, ending: str) -> pd.DataFrame:
-    """The file ``<folder>/<stem><ending>`` as a table; raises ScoreMissing, naming what there is, if it is not there."""
+    """The file ``<folder>/<stem><ending>`` as a table; ScoreMissing names what there is if it is not there."""
     import pandas as pd
 
     path = folder / f"{stem}{ending}"

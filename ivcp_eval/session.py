@@ -60,6 +60,13 @@ class Limits:
     max_pixels: int | None
     max_new_tokens: int
 
+    @classmethod
+    def published(cls, weights: Weights) -> Limits:
+        """Those of the family's published evaluation, or of the checkpoint where it has its own."""
+        wired = adapter(weights.family)
+        longest = weights.checkpoint.max_new_tokens or int(wired.generation["max_new_tokens"])
+        return cls(wired.min_pixels, wired.max_pixels, longest)
+
 
 class Session:
     """One model in memory."""

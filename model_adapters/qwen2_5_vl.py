@@ -27,7 +27,10 @@ class Adapter(AbstractTransformersAdapter):
     closing_tokens = 1  # <|vision_end|>
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint(
-            "tiny", local="tiny/model", note="laboratory model trained on generated scenes; says nothing of LVLMs"
+            "tiny",
+            local="tiny/model",
+            max_new_tokens=24,
+            note="laboratory model trained on generated scenes; says nothing of LVLMs",
         ),
         Checkpoint("qwen25", "Qwen/Qwen2.5-VL-7B-Instruct"),
         Checkpoint("qwen25_3b", "Qwen/Qwen2.5-VL-3B-Instruct"),

@@ -119,14 +119,6 @@ def from_variant_name(name: str, **_: Any) -> PrunedVLM:
     variant = variants.parse(name)
     weights = models.locate(variant.model)
     placement = Placement().resolve()
-    session = Session(weights, placement, default_limits(weights.family))
+    session = Session(weights, placement, Limits.published(weights))
     tuned = weights.checkpoint.methods.get(variant.method, {})
     return PrunedVLM(session, variant.with_parameters(tuned))
-
-
-def default_limits(family: str) -> Limits:
-    """Pixel limits and answer length of a family's published evaluation."""
-    from ivcp_eval.registry import adapter
-
-    wired = adapter(family)
-    return Limits(wired.min_pixels, wired.max_pixels, int(wired.generation["max_new_tokens"]))

@@ -49,8 +49,11 @@ class Bench:
         return Bench(self.spec, folder, self.lmu)
 
     def results(self) -> dict[str, bytes]:
-        """The CSV, the tables, and the per-sample files of every cell, by name."""
-        found = {path.name: path.read_bytes() for path in [self.csv, *self.csv.with_suffix("").iterdir()]}
+        """The CSV, the tables, and the per-sample files of every cell, by name.
+
+        What SIGKILL leaves of a file that was being written has a hidden name of its own and counts for nobody.
+        """
+        found = {path.name: path.read_bytes() for path in [self.csv, *self.csv.with_suffix("").glob("[!.]*")]}
         samples = self.folder.glob("runs/*/*/*/predictions.csv")
         return found | {str(path.relative_to(self.folder)): path.read_bytes() for path in samples}
 

@@ -199,7 +199,6 @@ def test_killed_over_and_over_ends_in_the_same_bytes(bench: Bench) -> None:
             process.join(300)
         assert [process.exitcode for process in last] == [0, 0]
         assert disturbed.results() == bench.results()
-        assert not [path for path in disturbed.folder.rglob("*") if path.suffix in (".tmp", ".partial")]
         rounds += 1
     assert -signal.SIGKILL in ended
     assert 75 in ended, "SIGTERM ends a worker between two samples"

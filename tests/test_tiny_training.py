@@ -64,10 +64,10 @@ def test_packed_questions_equal_single_prompts_through_processor_and_stock_forwa
     rng = scene_rng("train", 6)
     scene = sample_scene(rng, size, (3, 8))
     image = Image.fromarray(render(scene))
-    questions = [q for group in batches.choose_questions(rng, scene) for q in group]
-    assert {q.task for q in questions} == {"grounding", "mcq", "yes_no", "short"}
-    for sample in questions:
-        prompt = batches.varied_prompt(batches.hash_of(sample), sample)
+    groups = batches.choose_questions(rng, scene)
+    assert {q.task for group in groups for q in group} == {"grounding", "mcq", "yes_no", "short"}
+    for slot, sample in ((slot, q) for group in groups for slot, q in enumerate(group)):
+        prompt = batches.varied_prompt(6 + slot, sample)
         message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         text = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False) + sample.answer
         inputs = processor(text=[text], images=[image], return_tensors="pt")
@@ -202,3 +202,13 @@ def test_questions_look_at_the_objects_they_are_about() -> None:
                 text = [question[i] for i in batches.option_tokens(question, sample)]
                 assert batches.tokenizer().decode(text).strip() == right
     assert {"plain", "relation", "count", "number", "present", "presence", "adversarial"} <= seen
+
+
+def test_the_wording_says_nothing_about_the_answer() -> None:
+    """The same question with another answer is asked in the same words at the same place."""
+    wordings = set()
+    for answer in tasks.LETTERS:
+        sample = tasks.Sample("mcq", "colour", "What colour is the star?", answer, ("red", "blue", "green", "orange"))
+        ids, labels, *_ = batches.pack([], [sample], [], salt=3)
+        wordings.add(tuple(token for token, label in zip(ids, labels, strict=True) if label == batches.IGNORED))
+    assert len(wordings) == 1

@@ -96,7 +96,7 @@ def make_batch(split: str, first: int, count: int, size: tuple[int, int], object
         scene = sample_scene(rng, size, objects)
         scenes.append(scene)
         groups = choose_questions(rng, scene)
-        rows.append(pack(*groups))
+        rows.append(pack(*groups, salt=index))
         asked.append(groups)
     prefix = prefix_ids(*size)
     cells = [cell_targets(scene) for scene in scenes]
@@ -132,15 +132,18 @@ def choose_questions(rng: np.random.Generator, scene: Scene) -> tuple[list[tasks
     return boxes, choices, short
 
 
-def varied_prompt(rng_value: int, sample: tasks.Sample) -> str:
-    """Prompt of ``sample`` with the harmless variations seen in practice, chosen by ``rng_value``."""
+def varied_prompt(salt: int, sample: tasks.Sample) -> str:
+    """Prompt of ``sample`` with the harmless variations seen in practice, chosen by ``salt``.
+
+    ``salt`` must not depend on the answer: the model would read the answer off the variation.
+    """
     prompt = tasks.build_prompt(sample)
     if sample.task == "grounding":
-        if rng_value % 5 == 0:
+        if salt % 5 == 0:
             return "\n" + prompt
-        if rng_value % 5 == 1:
+        if salt % 5 == 1:
             return prompt.replace("Locate ", "Locate the ", 1)
-    if sample.task == "mcq" and rng_value % 3 == 0:
+    if sample.task == "mcq" and salt % 3 == 0:
         return prompt.rstrip()
     return prompt
 
@@ -160,7 +163,7 @@ def answer_tokens(sample: tasks.Sample) -> tuple[list[int], list[float]]:
     return [*ids, *encode(END)], [whole * w / total for w in weights] + [0.1]
 
 
-def pack(*groups: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[float], list[bool]]:
+def pack(*groups: Sequence[tasks.Sample], salt: int = 0) -> tuple[list[int], list[int], list[float], list[bool]]:
     """Place questions in the groups of slots: (ids, labels, weights, right option) over all slot tokens.
 
     Raises:
@@ -179,7 +182,7 @@ def pack(*groups: Sequence[tasks.Sample]) -> tuple[list[int], list[int], list[fl
             row_option = [False] * length
             if slot < len(samples):
                 sample = samples[slot]
-                question = encode(varied_prompt(hash_of(sample), sample) + BEFORE_ANSWER)
+                question = encode(varied_prompt(salt + slot, sample) + BEFORE_ANSWER)
                 answer, answer_weights = answer_tokens(sample)
                 used = len(question) + len(answer) - 1
                 if used > length:
@@ -206,11 +209,6 @@ def option_tokens(question: Sequence[int], sample: tasks.Sample) -> range:
     end = next(i for i in range(start, len(question)) if question[i] in line_ends)
     # The letter and its full stop are not the text.
     return range(start + 2, end)
-
-
-def hash_of(sample: tasks.Sample) -> int:
-    """Small number that depends on the sample only (Python's own hash differs from run to run)."""
-    return sum(ord(c) for c in sample.question + sample.answer)
 
 
 def subjects(scene: Scene, sample: tasks.Sample) -> list[int]:

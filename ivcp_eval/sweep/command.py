@@ -87,12 +87,13 @@ def _plan(plan: SweepPlan) -> int:
     for problem in plan.problems:
         _say(f"\nnot here: {problem}")
     cost = status.cost(plan)
-    hours = "unknown without the weights" if cost.gpu_hours is None else f"about {cost.gpu_hours:.1f}"
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
     _say(
         f"\n{wanted} cells, {here} of them possible here, {sum(line.finished for line in found)} finished\n"
-        f"GPU hours (rough; constants in ivcp_eval/sweep/status.py): {hours}\n"
-        f"judge calls at most: {cost.judge_calls:,} ({dollars})\ndisk: about {cost.disk_bytes / 1e6:.0f} MB"
+        f"GPU hours (rough; constants in ivcp_eval/sweep/status.py): {cost.gpu_hours:.1f}\n"
+        f"judge calls: {cost.judge_calls:,} ({dollars}), "
+        f"and where rules cannot read one of {cost.judge_fallbacks:,} answers\n"
+        f"disk: about {cost.disk_bytes / 1e6:.0f} MB"
     )
     return 0
 

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ivcp_eval.judge import asked_judge
+from ivcp_eval.benchmarks import load as load_benchmark
+from ivcp_eval.judge import EXACT_MATCHING, asked_judge
 from ivcp_eval.sweep.lease import held
-from ivcp_eval.sweep.plan import ModelPlan, SweepPlan, Unit, rows
+from ivcp_eval.sweep.plan import SweepPlan, Unit, rows
 from ivcp_eval.sweep.work import lease, mark
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together
@@ -16,6 +17,7 @@ ANSWER_TOKENS = 32  # decoded per sample, for the estimate
 PROMPT_TOKENS = 1300  # of one sample: about a megapixel and its question
 GPU_FLOPS = 250e12  # that a current GPU reaches in a bfloat16 prefill
 GPU_BYTES = 2.5e12  # that it reads per second while decoding
+ASSUMED_BYTES = 16e9  # of weights that are not here: 8 billion parameters
 JUDGE_TOKENS = (700, 60)  # in and out, per judged answer
 
 
@@ -108,54 +110,65 @@ def table(found: list[Line]) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """A rough estimate; every constant of it stands at the top of this file."""
+    """A rough estimate; every constant of it stands at the top of this file.
 
-    gpu_hours: float | None
+    Attributes:
+        judge_calls: answers that a judge must rate, which cost ``judge_dollars`` (None: price unknown).
+        judge_fallbacks: answers that it rates only where no rule can read them; few of them will be.
+    """
+
+    gpu_hours: float
     judge_calls: int
+    judge_fallbacks: int
     judge_dollars: float | None
     disk_bytes: int
 
 
 def cost(plan: SweepPlan) -> Cost:
-    """Of what is not finished yet. GPU hours are None where no weights are here to be weighed."""
-    hours: float | None = 0.0
-    calls, dollars, disk = 0, 0.0, 0
+    """Of what is not finished yet; what is not on this machine counts with declared sizes and `ASSUMED_BYTES`."""
+    wanted: dict[tuple[str, str], list[float]] = {}
+    for variant, name in plan.spec.cells:
+        wanted.setdefault((variant.model, name), []).append(variant.ratio)
+    hours, calls, fallbacks, dollars, disk = 0.0, 0, 0, 0.0, 0
     priced = True
-    for model in plan.models.values():
-        size = sum(path.stat().st_size for path in Path(model.weights.source).glob("*.safetensors"))
-        for benchmark, group in model.groups.values():
-            pending = [cell for cell in group if cell.finished() is None]
-            n = rows(benchmark, model.request.limit)
-            disk += n * len(pending) * BYTES_PER_ANSWER
-            if pending and hours is not None:
-                hours = (
-                    hours + n * _seconds(size, [cell.identity.variant.ratio for cell in pending]) / 3600
-                    if size
-                    else None
-                )
-            if pending and _judged(model, benchmark.judge):
-                calls += n * len(pending)
-                price = _price(model, benchmark.judge)
-                priced &= price is not None
-                dollars += n * len(pending) * (price or 0.0)
-    return Cost(hours if plan.models else None, calls, dollars if priced else None, disk)
+    for (model, name), ratios in wanted.items():
+        own = plan.models.get(model)
+        benchmark = load_benchmark(name)
+        n = benchmark.n_samples or 0
+        size: float = ASSUMED_BYTES
+        if own is not None:
+            size = sum(path.stat().st_size for path in Path(own.weights.source).glob("*.safetensors"))
+            if name in own.groups:
+                ratios = [cell.identity.variant.ratio for cell in own.groups[name][1] if cell.finished() is None]
+                n = rows(benchmark, None)
+        n = min(n, int(plan.spec.options.get("limit", n)))
+        if not ratios:
+            continue
+        hours += n * _seconds(size, ratios) / 3600
+        disk += n * len(ratios) * BYTES_PER_ANSWER
+        judge = asked_judge(str(plan.spec.options.get("judge", "")), benchmark.judge)
+        if judge in ("none", EXACT_MATCHING):
+            continue
+        if benchmark.judge == "optional":
+            fallbacks += n * len(ratios)
+        else:
+            price = _price(judge, str(plan.spec.options.get("judge_url", "")))
+            calls += n * len(ratios)
+            dollars += n * len(ratios) * (price or 0.0)
+            priced &= price is not None
+    return Cost(hours, calls, fallbacks, dollars if priced else None, disk)
 
 
-def _seconds(size: int, ratios: list[float]) -> float:
+def _seconds(size: float, ratios: list[float]) -> float:
     """Of one sample in one pass: a trunk to half depth, the other half for each variant, common decoding."""
     prefill = size * PROMPT_TOKENS / GPU_FLOPS  # 2 FLOPs per parameter and token, 2 bytes per parameter
     return prefill * (0.5 + 0.5 * sum(ratios)) * 1.35 + ANSWER_TOKENS * size / GPU_BYTES  # 1.35: the vision tower
 
 
-def _judged(model: ModelPlan, need: str) -> bool:
-    return need == "required" or (
-        need == "optional" and asked_judge(model.request.judge, need) not in ("none", "exact_matching")
-    )
-
-
-def _price(model: ModelPlan, need: str) -> float | None:
+def _price(judge: str, url: str) -> float | None:
+    """US dollars of one call."""
     from ivcp_eval.judge.config import JudgeConfig
     from ivcp_eval.judge.estimate import PRICES
 
-    price = PRICES.get(JudgeConfig(asked_judge(model.request.judge, need), model.request.judge_url).snapshot)
+    price = PRICES.get(JudgeConfig(judge, url).snapshot)
     return None if price is None else sum(n * p for n, p in zip(JUDGE_TOKENS, price, strict=True)) / 1e6

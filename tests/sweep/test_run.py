@@ -118,6 +118,23 @@ def test_batches_of_samples_change_no_answer(bench: Bench, monkeypatch: pytest.M
     assert batched.results() == bench.results()
 
 
+def test_plan_says_what_it_will_cost(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.call("plan") == 0
+    out = capsys.readouterr().out
+    assert "10 cells, 10 of them possible here, 0 finished" in out
+    assert "judge calls: 0 (" in out
+    assert not bench.folder.exists(), "a plan writes nothing"
+    bench.spec.write_text(
+        "models: [llava15]\nbenchmarks: [MMVet, POPE]\nmethods: [{method: fastv, ratios: [0.5]}]\njudge: gpt-4o\n"
+    )
+    assert bench.call("plan") == 0
+    out = capsys.readouterr().out
+    assert "4 cells, 0 of them possible here" in out
+    assert "not here: llava15" in out
+    assert "judge calls: 436 (about $" in out, "two variants of MMVet's 218 samples"
+    assert float(out.split("status.py): ")[1].split()[0]) > 0.1
+
+
 class Full:
     """A journal's file on a disk with room for so many bytes."""
 

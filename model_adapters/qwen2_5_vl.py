@@ -29,6 +29,7 @@ class Adapter(AbstractTransformersAdapter):
         Checkpoint(
             "tiny",
             local="tiny/model",
+            methods={"ivc_prune": {"layer": 2}},  # chosen on the validation split: results/tiny_cut_layer.csv
             max_new_tokens=24,
             note="laboratory model trained on generated scenes; says nothing of LVLMs",
         ),

@@ -7,6 +7,7 @@ every benchmark of the row has a score: nothing is averaged over what happens to
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,9 +129,9 @@ def _name(variant: tuple[Any, ...]) -> str:
         return "unpruned"
     method, _, parameters, seed = variant
     try:
-        made = make_method(method)
-        given = json.loads(parameters or "{}")
-        extra = {k: v for k, v in given.items() if json.loads(json.dumps(getattr(made, k, None))) != v and k != "inner"}
+        # Through JSON, as the file has them: tuples are lists there, and a wrapped method is a mapping.
+        defaults = json.loads(json.dumps(dataclasses.asdict(make_method(method))))  # type: ignore[call-overload]
+        extra = {k: v for k, v in json.loads(parameters or "{}").items() if defaults.get(k) != v}
     except ValueError:  # a method that was removed since
         extra = {}
     words = [f"{key}={value}" for key, value in sorted(extra.items())] + ([f"seed={seed}"] if seed else [])

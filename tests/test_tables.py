@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 from ivcp_eval.results import make_row
@@ -53,3 +55,11 @@ def test_formats(tmp_path: Path) -> None:
     assert "| fastv | 0.5 | 40.0 (50.0%) | - | - |" in (tmp_path / "sweep/qwen25.md").read_text()
     latex = (tmp_path / "sweep/qwen25.tex").read_text()
     assert r"ivc\_prune (layer=3) & 0.5 & 60.0 (75.0\%) & 50.0 (100.0\%) & 87.5\% \\" in latex
+
+
+def test_a_wrapped_method_shows_only_what_is_not_its_default() -> None:
+    from ivcp_eval.registry import make_method
+    from ivcp_eval.tables import _name
+
+    given = dataclasses.asdict(make_method("fastv+ivc", {"ivc": 0.2}))  # type: ignore[call-overload]
+    assert _name(("fastv+ivc", 0.5, json.dumps(given), 0)) == "fastv+ivc (ivc=0.2)"

@@ -47,11 +47,16 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def restart_now(task: str) -> None:
-    """Slurm holds a requeued task back for two minutes; the test does not wait for them."""
+def restart_now(task: str) -> bool:
+    """Slurm holds a requeued task back for two minutes; the test does not wait for them.
+
+    Returns:
+        Whether the restarted task still runs; on a slow machine it may have ended before it was seen.
+    """
     until(lambda: states().get(task) == "PENDING", 60, f"requeue of {task}")
     command("scontrol", "update", f"JobId={task}", "StartTime=now")
-    until(lambda: states().get(task) == "RUNNING", 60, f"restart of {task}")
+    until(lambda: states().get(task, "GONE") in ("RUNNING", "GONE"), 60, f"restart of {task}")
+    return task in states()
 
 
 @pytest.mark.slow
@@ -78,14 +83,17 @@ def test_killed_and_requeued_tasks_end_in_the_same_bytes(
     until(lambda: tasks[0] not in states(), 60, "death of a task")
     assert states().get(tasks[1]) == "RUNNING"
     command("scancel", "--signal=USR2", tasks[1])  # what Slurm sends before a time limit
-    restart_now(tasks[1])
-    seen = journals()
-    until(lambda: journals() > seen, 120, "an answer after the restart")
-    command("scontrol", "requeue", tasks[1])  # by the administrator, or a job of higher priority
-    restart_now(tasks[1])
+    starts = 3
+    if restart_now(tasks[1]):
+        seen = journals()
+        until(lambda: journals() > seen or tasks[1] not in states(), 120, "an answer after the restart")
+        if tasks[1] in states():
+            command("scontrol", "requeue", tasks[1])  # by the administrator, or a job of higher priority
+            restart_now(tasks[1])
+            starts = 4
     until(lambda: not states(), 240, "the end of all jobs")
     logs = "".join(path.read_text() for path in there.folder.glob("sweeps/small/logs/slurm/*.out"))
-    assert logs.count("loaded tiny") >= 4, "each start loads the model once"
+    assert logs.count("loaded tiny") >= starts, "each start loads the model once"
     assert there.csv.is_file(), "the scoring job writes the results"
     assert there.results() == bench.results()
     assert there.call("status") == 0

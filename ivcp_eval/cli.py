@@ -25,10 +25,10 @@ _MODULES: dict[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 some cells are not whole, 2 the request cannot be carried out."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["vlmeval"]:
-        # Everything after it belongs to VLMEvalKit, whose options argparse must not interpret.
-        arguments = arguments[1:]
-        return _guarded(lambda: _vlmeval(arguments[1:] if arguments[:1] == ["--"] else arguments))
+    if arguments[:1] in (["vlmeval"], ["bench"]):
+        # What follows belongs to another parser, and argparse refuses to hand on leading options.
+        verb, rest = (_vlmeval if arguments[0] == "vlmeval" else _bench), arguments[1:]
+        return _guarded(lambda: verb(rest[1:] if rest[:1] == ["--"] else rest))
     if arguments[:1] and arguments[0] in _MODULES:
         return _guarded(lambda: _module_verb(arguments[0], arguments[1:]))
     args = _parser().parse_args(arguments)
@@ -89,13 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, help="also write the comparison as CSV")
     verb.set_defaults(run=_compare)
 
-    verb = verbs.add_parser("bench", help="time pruning beside its FLOP bound", add_help=False)
-    verb.add_argument("rest", nargs=argparse.REMAINDER)
-    verb.set_defaults(run=_bench)
-
-    verb = verbs.add_parser("vlmeval", help="VLMEvalKit's own runner, our models and benchmarks registered")
+    # Those below are handled before this parser is used, so that --help imports nothing.
+    verbs.add_parser("bench", help="time pruning beside its FLOP bound")
+    verbs.add_parser("vlmeval", help="VLMEvalKit's own runner, our models and benchmarks registered")
     for name, (_, text) in _MODULES.items():
-        verbs.add_parser(name, help=text)  # handled before this parser is used, so that --help imports nothing
+        verbs.add_parser(name, help=text)
     return parser
 
 
@@ -234,10 +232,10 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(args: argparse.Namespace) -> int:
+def _bench(arguments: list[str]) -> int:
     from ivcp_eval.bench import main as bench
 
-    return bench(args.rest)
+    return bench(arguments)
 
 
 def _vlmeval(arguments: list[str]) -> int:

@@ -46,7 +46,7 @@ def checkpoints() -> dict[str, tuple[str, Checkpoint]]:
     return found
 
 
-def find(name: str, path: str | os.PathLike[str] | None = None) -> tuple[str, Checkpoint]:
+def find(name: str) -> tuple[str, Checkpoint]:
     """(family, checkpoint) of a short name.
 
     Raises:
@@ -69,13 +69,10 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
         ValueError: unknown name. MissingWeights: nothing usable here; the message says what to do.
     """
     family, checkpoint = find(name)
-    if path is not None:
-        folder = Path(path).expanduser()
-        return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
-    if checkpoint.local:
-        folder = PACKAGE / checkpoint.local
-        return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
-    return Weights(checkpoint, family, *_from_hub(checkpoint, offline))
+    if path is None and not checkpoint.local:
+        return Weights(checkpoint, family, *_from_hub(checkpoint, offline))
+    folder = PACKAGE / checkpoint.local if path is None else Path(path).expanduser()
+    return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
 
 
 def _is_trained(folder: Path) -> bool:

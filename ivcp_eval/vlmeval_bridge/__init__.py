@@ -1,7 +1,7 @@
 """The only package that imports VLMEvalKit, and only when one of these functions is called.
 
 Importing VLMEvalKit takes about ten seconds and changes its process (TLS defaults, gradients, logging, environment).
-`environment.entered` does it once, and undoes what would reach our own code.
+`environment.import_vlmeval` does it once, and undoes what would reach our own code.
 """
 
 from __future__ import annotations

@@ -1,0 +1,45 @@
+"""Verbs whose options belong to another parser, and what the command itself answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval import bench, vlmeval_bridge
+from ivcp_eval.cli import _MODULES, main
+
+
+@pytest.mark.parametrize("separator", [[], ["--"]])
+@pytest.mark.parametrize(
+    ("verb", "owner", "name"), [("bench", bench, "main"), ("vlmeval", vlmeval_bridge, "run_vlmeval")]
+)
+def test_leading_options_reach_their_parser(
+    verb: str, owner: object, name: str, separator: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[list[str]] = []
+    monkeypatch.setattr(owner, name, lambda arguments: got.append(arguments) or 7)
+    assert main([verb, *separator, "--size", "small", "--data", "A", "B"]) == 7
+    assert got == [["--size", "small", "--data", "A", "B"]]
+
+
+def test_a_bad_request_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--size", "smal"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("ivcp: unknown model size 'smal'; did you mean 'small'?")
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from ivcp_eval.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'transformers', 'vlmeval', 'pandas') if m in sys.modules])"
+    )
+    root = Path(__file__).parent.parent
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    for verb in ("eval", "list", "compare", "bench", "vlmeval", *_MODULES):
+        assert f"    {verb}" in out

@@ -71,7 +71,7 @@ def check_model(session: Session, say: Callable[[str], None]) -> list[str]:
     device = next(model.parameters()).device
     tensors = {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
     layers = wired.text_model(model).layers
-    layer = max(wired.facts(model, session.weights.family).first_cut, len(layers) // 2, 1)
+    layer = max(wired.facts(model.config, session.weights.family).first_cut, len(layers) // 2, 1)
 
     def logits() -> Tensor:
         with torch.inference_mode():

@@ -308,9 +308,12 @@ class VisionTap:
         attention: the attention module whose queries and keys are wanted; the one VisionZip reads.
         block: the module around it whose output is ``feature``.
         tower: the module whose forward ends the encoding of one set of images.
+        method: another method of ``tower`` that does, where `generate` of transformers 5.20+ calls it outside of any
+            forward and only it sees the sizes of the images (LLaVA-NeXT's ``get_image_features``).
         states: ``states(module, args, kwargs)`` gives the `PatchStates` of one call of `attention`.
         tokens: ``tokens(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
-            the same of the visual tokens, (N, *), all images one after the other in prompt order.
+            the same of the visual tokens, (N, *), all images one after the other in prompt order. With ``method``
+            every argument comes by its name.
     """
 
     attention: Any
@@ -318,6 +321,7 @@ class VisionTap:
     tower: Any
     states: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], PatchStates]
     tokens: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]
+    method: str = "forward"
 
 
 class AbstractAdapter(ABC):
@@ -336,9 +340,9 @@ class AbstractAdapter(ABC):
     max_pixels: ClassVar[int | None] = None
     generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 512, "do_sample": False}
 
-    def facts(self, model: Any, family: str) -> ModelFacts:
-        """Layer counts for `AbstractMethod.cuts`."""
-        return ModelFacts(family=family, n_layers=len(self.text_model(model).layers))
+    def facts(self, config: Any, family: str) -> ModelFacts:
+        """Layer counts for `AbstractMethod.cuts`, from a model's ``config``."""
+        return ModelFacts(family=family, n_layers=config.get_text_config().num_hidden_layers)
 
     @abstractmethod
     def multimodal_model(self, model: Any) -> Any:
@@ -382,6 +386,12 @@ class AbstractAdapter(ABC):
         return None
 
     # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def config(self, source: str) -> Any:
+        """The transformers configuration of a local checkpoint folder, without its weights."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source)
 
     @abstractmethod
     def load(

@@ -9,6 +9,7 @@ https://github.com/FireRedTeam/IVC-Prune @ 03afd9c for grounding.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -64,6 +65,13 @@ class Adapter(AbstractTransformersAdapter):
             return None
         layer = vit_layers(tower)[-1]
         return vit_tap(tower, layer, layer.attention, class_token=True, pool=round(1 / model.config.downsample_ratio))
+
+    def config(self, source: str) -> Any:
+        """Of an original checkpoint, what it is converted to."""
+        folder = Path(source)
+        if not original.is_original(folder):
+            return super().config(source)
+        return original.native_config(json.loads((folder / "config.json").read_text()), original.added_tokens(folder))
 
     def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
         """An original checkpoint is converted as it is read; an ``-hf`` one is transformers' own."""

@@ -7,6 +7,7 @@ Prompts: VLMEvalKit's Qwen3VLPromptMixin; grounding as Qwen2.5-VL (Qwen3-VL's co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,10 +33,10 @@ class Adapter(Qwen25Adapter):
     min_pixels = None  # the checkpoint's own limits
     max_pixels = None
 
-    def facts(self, model: Any, family: str) -> ModelFacts:
+    def facts(self, config: Any, family: str) -> ModelFacts:
         """DeepStack indexes the whole prompt behind its layers, so the first cut comes after them."""
-        layers = len(self.text_model(model).layers)
-        return ModelFacts(family, layers, first_cut=len(model.config.vision_config.deepstack_visual_indexes))
+        first = len(config.vision_config.deepstack_visual_indexes)
+        return dataclasses.replace(super().facts(config, family), first_cut=first)
 
     def projection(self, layer: Any, signal: Signal) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """Queries and keys are normed per head before RoPE."""

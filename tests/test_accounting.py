@@ -77,7 +77,7 @@ def test_prediction_equals_measurement(name: str) -> None:
     model, make_inputs = tiny_models.build("qwen2_5_vl")
     with ivcp_eval.prune(model, name, 0.5) as run, torch.no_grad():
         model(**make_inputs("t5 i0 t9"))
-    predicted = cost(make_method(name), adapter("qwen2_5_vl").facts(model, "qwen2_5_vl"), 0.5)
+    predicted = cost(make_method(name), adapter("qwen2_5_vl").facts(model.config, "qwen2_5_vl"), 0.5)
     one_token = 1 / run.visual_prompt[0]
     assert run.kept_ratio == pytest.approx(predicted.final, abs=one_token)
     assert run.layer_mean_ratio == pytest.approx(predicted.layer_mean, abs=one_token)

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from ivcp_eval.flops import DecoderShape
+from ivcp_eval.registry import adapter
 from model_adapters.deepseek_vl2.layout import n_tokens
 from model_adapters.deepseek_vl2.modeling import DeepseekVL2ForConditionalGeneration
 from tests import deepseek_vl2_checkpoint as published
@@ -74,6 +76,16 @@ def test_logits_equal_a_literal_reimplementation(checkpoint: Any, crops: list[tu
     expected = reference.language(weights, published.config(variant)["language_config"], embeds)
     assert expected.std() > 0.5
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_shape_of_the_decoder_without_its_weights(checkpoint: Any) -> None:
+    _, folder, _ = checkpoint
+    model, planned = load(folder, dtype=torch.float32), adapter("deepseek_vl2").config(str(folder))
+    assert adapter("deepseek_vl2").facts(planned, "deepseek_vl2").n_layers == len(model.model.language_model.layers)
+    shape = DecoderShape.of(planned)
+    assert shape == DecoderShape.of(model.config)
+    assert len(shape.mlps) == shape.layers
+    assert len(set(shape.mlps)) == 2  # a dense first layer, then experts
 
 
 def test_thumbnail_last_where_the_configuration_says_so(checkpoint: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ivcp_eval.flops import DecoderShape
 from ivcp_eval.registry import adapter
 from model_adapters._internvl_checkpoint import is_original, native_config, native_tensors
 from tests import published_layout
@@ -294,6 +295,9 @@ def test_original_checkpoint(kind: str, large_tower: bool, tmp_path: Path) -> No
         published_layout.close(got, (internlm2 if language == "internlm2" else qwen2)(lm, embeddings))
     assert model.generation_config.eos_token_id == END_OF_TURN
     assert not model.training
+    planned = adapter("internvl").config(str(folder))
+    assert adapter("internvl").facts(planned, "internvl").n_layers == len(model.model.language_model.layers)
+    assert DecoderShape.of(planned) == DecoderShape.of(model.config)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_the_official_preset_of_internvl_asks_for_the_tiles() -> None:
 
 def test_qwen3_vl_is_not_cut_before_its_visual_features_are_in() -> None:
     model, _ = tiny_models.build("qwen3_vl")
-    assert adapter("qwen3_vl").facts(model, "qwen3_vl").first_cut == 2
+    assert adapter("qwen3_vl").facts(model.config, "qwen3_vl").first_cut == 2
     with pytest.raises(ValueError, match="layer 1"), ivcp_eval.prune(model, "ivc_prune", 0.5, layer=1):
         pass
 

@@ -94,7 +94,7 @@ def resolve(
     config = getattr(model, "config", None)
     family = family or family_of(getattr(config, "model_type", type(model).__name__))
     adapter = load_adapter(family)
-    facts = adapter.facts(model, family)
+    facts = adapter.facts(config, family)
     cuts = method.cuts(facts, ratio) if ratio < 1 else ()
     if ratio < 1:
         _check_signals(method, adapter, model, family, name)

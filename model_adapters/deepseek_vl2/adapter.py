@@ -118,6 +118,12 @@ class Adapter(AbstractTransformersAdapter):
 
         return replace(tap, tower=model.model.layout, tokens=tokens)
 
+    def config(self, source: str) -> Any:
+        """Our own configuration class, which transformers' AutoConfig does not know."""
+        from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
+
+        return DeepseekVL2Config.from_pretrained(source)
+
     def load(
         self,
         source: str,

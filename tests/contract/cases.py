@@ -108,7 +108,7 @@ class Case:
     @cached_property
     def facts(self) -> Any:
         """What the method may know of the model."""
-        return registry.adapter(self.family).facts(self.model, self.family)
+        return registry.adapter(self.family).facts(self.model.config, self.family)
 
     @contextmanager
     def prune(self, model: nn.Module | None = None, seed: int = 0) -> Iterator[Recording]:

@@ -50,6 +50,36 @@ def vit_tap(tower: Any, layer: Any, attention: Any, *, class_token: bool, pool: 
     return VisionTap(attention=attention, block=layer, tower=tower, states=states, tokens=tokens)
 
 
+def feature_tap(model: Any) -> VisionTap | None:
+    """The block whose output the projector of a LLaVA family reads (as VisionZip's LLaVA code).
+
+    The class token is what ``vision_feature_select_strategy="default"`` drops; "full" belongs to towers without one.
+    None where there is no tower, or no single such block.
+    """
+    tower, number = getattr(model.model, "vision_tower", None), model.config.vision_feature_layer
+    if tower is None or not isinstance(number, int):
+        return None
+    layer = vit_layers(tower)[number if number < 0 else number - 1]
+    class_token = model.config.vision_feature_select_strategy == "default"
+    return vit_tap(tower, layer, layer.self_attn, class_token=class_token)
+
+
+def newlines_by_row(values: Tensor, newline: Tensor) -> Tensor:
+    """(N, *) float32 signals of one view, in which each newline, showing no patch, gets the mean of its row.
+
+    Args:
+        values: (N, *) signals, anything at newlines. newline: (N,) bool; each ends its row. One that ends an empty
+            row gets the mean of the view.
+    """
+    flat = values.float()
+    row = newline.cumsum(0) - newline.long()
+    shown, n_rows = flat[~newline], int(row[-1]) + 1
+    totals = flat.new_zeros(n_rows, *flat.shape[1:]).index_add(0, row[~newline], shown)
+    counts = row[~newline].bincount(minlength=n_rows).view(-1, *[1] * (flat.ndim - 1))
+    means = torch.where(counts > 0, totals / counts.clamp_min(1), shown.mean(0))
+    return torch.where(newline.view(-1, *[1] * (flat.ndim - 1)), means[row], flat)
+
+
 def vit_layers(tower: Any) -> Any:
     """The blocks of a CLIP, SigLIP or InternVL vision model (transformers before 5.20 nests CLIP's deeper)."""
     encoder: Any = getattr(tower, "vision_model", tower).encoder

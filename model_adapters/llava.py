@@ -15,7 +15,7 @@ import torch
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
-from model_adapters._vision import vit_layers, vit_tap
+from model_adapters._vision import feature_tap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +45,8 @@ class Adapter(AbstractTransformersAdapter):
 
     def vision_tap(self, model: Any) -> VisionTap | None:
         """The block whose output the projector reads, the last but one (as VisionZip's LLaVA code)."""
-        tower, config = getattr(model.model, "vision_tower", None), model.config
-        if tower is None or config.vision_feature_select_strategy != "default":
-            return None
-        number = config.vision_feature_layer
-        layer = vit_layers(tower)[number if number < 0 else number - 1]
-        return vit_tap(tower, layer, layer.self_attn, class_token=True)
+        kept_class = model.config.vision_feature_select_strategy != "default"  # then it is a visual token
+        return None if kept_class else feature_tap(model)
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
         """Multiple choice has a wording of its own; LLaVA-1.5 was not trained to ground."""

@@ -7,14 +7,18 @@ Prompts: VLMEvalKit's LLaVA_Next class, in the chat template of the checkpoint.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind
+from ivcp_eval.downsample import shrunk_to_count
+from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, encoded_lengths, image_runs, images_by_length
+from model_adapters._vision import feature_tap, newlines_by_row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +54,56 @@ class Adapter(AbstractTransformersAdapter):
             spans.append([ImageSpan(c, views=views[i]) for c, i in zip(columns, images, strict=True)])
         return spans
 
+    def vision_tap(self, model: Any) -> VisionTap | None:
+        """The block that the projector reads, tile by tile: attention stays inside a tile.
+
+        The model's own ``pack_image_features`` lays the signals out, in place of features, so that what it cuts off
+        as padding, shrinks (OneVision: bilinearly) or puts first is the same. A newline, which shows no patch, gets
+        the mean of its row.
+        """
+        tap = feature_tap(model)
+        if tap is None:
+            return None
+        tokens = functools.partial(self._tokens, model.model)
+        return replace(tap, tower=model.model, method="get_image_features", tokens=tokens)
+
+    def _tokens(
+        self, model: Any, patches: Mapping[str, Tensor], _args: tuple[Any, ...], inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """(P, *) signals of all tiles' patches, class tokens included -> (N, *) of all images' tokens."""
+        overview, tiles = _side(model.config) ** 2, self.tiles(model.config, inputs)
+        cells = {name: v.float().unflatten(0, (sum(tiles), -1))[:, -overview:] for name, v in patches.items()}
+        flat = [v.flatten(2) if v.ndim > 2 else v[:, :, None] for v in cells.values()]
+        channels = torch.cat([*flat, torch.zeros_like(flat[0][:, :, :1])], dim=2)  # the last one marks newlines
+        newline = torch.zeros_like(channels[0, 0])
+        newline[-1] = 1
+        lines = self.pack(model, list(channels.split(tiles)), inputs["image_sizes"], newline)
+        joined = torch.cat([_filled(line, overview) for line in lines])
+        parts = joined[:, :-1].split([v.shape[2] for v in flat], dim=1)
+        shapes = {name: v.shape[2:] for name, v in cells.items()}
+        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    def pack(self, model: Any, tiles: list[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        """The model's layout: (T, n, C) of every image's tiles and a newline's (C,) -> (N, C) of every image."""
+        lines, _ = model.pack_image_features(
+            tiles, sizes, model.config.vision_feature_select_strategy, image_newline=newline
+        )
+        return list(lines)
+
+    def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
+        """The picture in its own proportions; tilings are few, so the tokens may be well below what is allowed.
+
+        Raises:
+            ValueError: no smaller picture is cheap enough (the overview alone always costs 576 tokens).
+        """
+
+        def count(width: int, height: int) -> int:
+            # Of transformers' processors, the one entry that counts without encoding (serving engines use it, too).
+            counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+            return int(counted["num_image_tokens"][0])
+
+        return shrunk_to_count(count, size, share)
+
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
         """Multiple choice has a wording of its own."""
         return letter_question(question, options, hint) if kind == "mcq" else None
@@ -61,16 +115,36 @@ class Adapter(AbstractTransformersAdapter):
         grids = [tiled_grid(config, size) for size in ([] if sizes is None else sizes.tolist())]
         return [(overview, rows * (columns + 1)) for rows, columns in grids]
 
+    def tiles(self, config: Any, inputs: Mapping[str, Any]) -> list[int]:
+        """Tiles of every image of the batch, the overview included."""
+        return [
+            1 + rows * columns for rows, columns in (tiling(config, size) for size in inputs["image_sizes"].tolist())
+        ]
+
+
+def _filled(line: Tensor, overview: int) -> Tensor:
+    """One image's (N, C) signals with newlines filled; the last channel marks them."""
+    start = overview if line.shape[0] > overview + 1 else 0  # a lone newline closes the overview itself
+    return torch.cat((line[:start], newlines_by_row(line[start:], line[start:, -1] == 1)))
+
 
 def _side(config: Any) -> int:
     return int(config.vision_config.image_size // config.vision_config.patch_size)
 
 
+def tiling(config: Any, size: list[int]) -> tuple[int, int]:
+    """(rows, columns) of tiles that an image of ``size`` (height, width) is cut into."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return int(rows), int(columns)
+
+
 def tiled_grid(config: Any, size: list[int]) -> tuple[int, int]:
     """(rows, columns) of the tiled view of an image of ``size`` (height, width), padding removed."""
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-    shape = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
     side = _side(config)
-    _, rows, columns = unpad_image(torch.empty(0, shape[0] * side, shape[1] * side), size).shape
+    rows, columns = (side * n for n in tiling(config, size))
+    _, rows, columns = unpad_image(torch.empty(0, rows, columns), size).shape
     return rows, columns

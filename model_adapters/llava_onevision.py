@@ -41,14 +41,30 @@ class Adapter(LlavaNextAdapter):
         """
         sizes = inputs.get("image_sizes")
         sizes = [] if sizes is None else sizes.tolist()
-        counts = inputs.get("batch_num_images")
-        alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
         overview = _side(config) ** 2
         views: list[Views] = []
-        for size, tiled in zip(sizes, alone, strict=True):
+        for size, tiled in zip(sizes, _alone(inputs, len(sizes)), strict=True):
             rows, columns = _shrunk(config, *tiled_grid(config, size)) if tiled else (1, 0)
             views.append((overview, rows * (columns + 1)))
         return views
+
+    def tiles(self, config: Any, inputs: Mapping[str, Any]) -> list[int]:
+        """As LLaVA-NeXT; one, the overview, where a sample has several images."""
+        whole = super().tiles(config, inputs)
+        return [n if tiled else 1 for n, tiled in zip(whole, _alone(inputs, len(whole)), strict=True)]
+
+    def pack(self, model: Any, tiles: list[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        """The model's layout, which shrinks bilinearly."""
+        lines, _ = model.pack_image_features(
+            tiles, sizes, image_newline=newline, vision_aspect_ratio=model.config.vision_aspect_ratio
+        )
+        return list(lines)
+
+
+def _alone(inputs: Mapping[str, Any], n: int) -> list[bool]:
+    """Of ``n`` images, whether each is the only one of its sample; all are where nothing is said."""
+    counts = inputs.get("batch_num_images")
+    return [True] * n if counts is None else [c == 1 for c in counts.tolist() for _ in range(c)]
 
 
 def _shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:

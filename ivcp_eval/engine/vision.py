@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +31,13 @@ class VisionListener:
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""
+        tap = self.tap
         return [
-            self.tap.attention.register_forward_hook(self._after_attention, with_kwargs=True),
-            self.tap.block.register_forward_hook(self._after_block),
-            self.tap.tower.register_forward_hook(self._after_tower, with_kwargs=True),
+            tap.attention.register_forward_hook(self._after_attention, with_kwargs=True),
+            tap.block.register_forward_hook(self._after_block),
+            tap.tower.register_forward_hook(self._after_tower, with_kwargs=True)
+            if tap.method == "forward"
+            else MethodHook(tap.tower, tap.method, self._after_tower),
         ]
 
     def clear(self) -> None:
@@ -74,6 +80,35 @@ class VisionListener:
         if self._patches:
             patches, self._patches = self._patches, {}
             self._heard.append(self.tap.tokens(patches, args, kwargs))
+
+
+class MethodHook:
+    """A forward hook for a method that is no forward: until `remove`, one attribute of one object hides the method.
+
+    The class stays as it is, and so do the results: ``after(owner, (), arguments by name, result)`` only listens.
+
+    Raises:
+        ValueError: the object hides that method already.
+    """
+
+    def __init__(self, owner: Any, name: str, after: Callable[[Any, tuple[()], dict[str, Any], Any], None]) -> None:
+        if name in vars(owner):
+            raise ValueError(f"{type(owner).__name__}.{name} is replaced on this object already; restore it first")
+        self.owner, self.name = owner, name
+        method = getattr(owner, name)
+
+        @functools.wraps(method)  # `generate` reads the signature
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            bound = inspect.signature(method).bind(*args, **kwargs)
+            after(owner, (), dict(bound.arguments), result)
+            return result
+
+        setattr(owner, name, heard)
+
+    def remove(self) -> None:
+        """The class's method is visible again."""
+        vars(self.owner).pop(self.name, None)
 
 
 def patch_signals(states: PatchStates) -> dict[str, Tensor]:

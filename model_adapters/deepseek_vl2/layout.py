@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model_adapters._vision import newlines_by_row
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -57,18 +59,10 @@ def spread(values: Tensor, tiles: tuple[int, int], head: bool) -> Tensor:
     Returns:
         (N, *) float32. The separator, where no row precedes it, gets the mean of the image.
     """
-    flat = values.flatten(0, 1).float()
+    flat = values.flatten(0, 1)
     cells = torch.arange(flat.shape[0], device=flat.device).view(*values.shape[:2], 1)
     token = assemble(cells, tiles, cells.new_tensor([-1]), cells.new_tensor([-1]), head)[:, 0]
-    marker = token < 0
-    line = marker.cumsum(0) - marker.long()  # a marker ends its line
-    size = int(line[-1]) + 1
-    totals = flat.new_zeros(size, *flat.shape[1:]).index_add(0, line[~marker], flat[token[~marker]])
-    counts = line[~marker].bincount(minlength=size)
-    counts = counts.view(-1, *[1] * (flat.ndim - 1))
-    means = torch.where(counts > 0, totals / counts.clamp_min(1), flat.mean(0))
-    chosen = marker.view(-1, *[1] * (flat.ndim - 1))
-    return torch.where(chosen, means[line], flat[token.clamp_min(0)])
+    return newlines_by_row(flat[token.clamp_min(0)], token < 0)
 
 
 def padding_cells(size: tuple[int, int], side: int, image_size: int, cell: int) -> tuple[int, ...]:

@@ -11,63 +11,27 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.engine.cache import PrunedLayer, Record, check_cache, gather_slots
+from ivcp_eval.engine.cache import PrunedLayer, check_cache
+from ivcp_eval.engine.capture import capture
+from ivcp_eval.engine.continuation import Continuation
 from ivcp_eval.engine.drafts import Drafts
-from ivcp_eval.engine.geometry import Rows, attention_mask, is_member, take_position_embeddings, take_sequence
+from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
 from ivcp_eval.engine.keys import KeyEditor
+from ivcp_eval.engine.prefill import LayerSlots, Prefill
+from ivcp_eval.engine.refusals import refuse_compiled, refuse_labels, refuse_unsupported
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals import SignalSource
 from ivcp_eval.engine.vision import VisionListener
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ImageSpan, Selection, Signal
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers.cache_utils import Cache
-
-IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
-
-
-@dataclass(frozen=True)
-class LayerSlots:
-    """What one decoder layer's keys stand for: its alive rows, their padded matrix, and a re-numbering shift."""
-
-    rows: Rows
-    matrix: Tensor  # (B, n) prompt column of each physical slot; -1 pads. Before any cut simply 0..S-1.
-    shift: Tensor | None = None
-
-
-class Prefill:
-    """State of one pruned prefill."""
-
-    def __init__(self, mask: Tensor, spans: list[list[ImageSpan]], alive: Rows, n_layers: int) -> None:
-        self.image_mask = mask  # (B, S) bool, CPU
-        self.spans = spans
-        self.now = LayerSlots(alive, torch.arange(mask.shape[1]).expand(mask.shape[0], -1))
-        self.layers = [self.now] * n_layers  # what each layer's cache holds
-        self.processed = [self.now] * n_layers  # what each layer computed
-        self.captured: dict[str, Tensor] = {}
-        self.memory: list[dict[str, Any]] = [{} for _ in spans]
-        self.vision: list[dict[str, Tensor]] = [{} for _ in spans]
-        self.stage = 0  # cuts and looks so far
-        self.shorter = False  # whether anything was removed so far
-        self.cache: Cache | None = None
-        self.mask: Tensor | None = None
-        self.position_embeddings: Any = None
-
-
-class Continuation:
-    """State of one forward on a pruned cache."""
-
-    def __init__(self, cache: Cache, mask: Tensor | None) -> None:
-        self.cache = cache
-        self.mask = mask  # the caller's (B, columns) mask, or None
-        self.built: dict[tuple[int, int], Tensor | None] = {}
 
 
 class Engine:
@@ -111,11 +75,10 @@ class Engine:
         hooks = self.text_model._forward_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in hooks):
             raise ValueError("the model is already inside a prune block; leave that block before entering another")
-        if hasattr(self.model, "_orig_mod") or any(m._compiled_call_impl is not None for m in self.model.modules()):
-            raise ValueError("the model is compiled, so pruning hooks would be ignored; pass it without torch.compile")
+        refuse_compiled(self.model)
         before = functools.partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
         keep = self._handles.append
-        keep(before(self.model, self._refuse_labels))
+        keep(before(self.model, refuse_labels))
         if self.cuts or self.keys is not None:
             self._handles += Drafts(self.model, self._has_images).attach()
         keep(before(self.adapter.multimodal_model(self.model), self._before_model))
@@ -123,7 +86,8 @@ class Engine:
         keep(before(self.text_model.rotary_emb, self._before_rotary))
         for cut in self.cuts.values():
             if cut.layer > 0:
-                self._capture(self.text_model.layers[cut.layer - 1], self.method.needs | cut.needs)
+                layer, needs = self.text_model.layers[cut.layer - 1], self.method.needs | cut.needs
+                self._handles += capture(self.adapter, layer, needs, self._store)
         if self.vision is not None:
             self._handles += self.vision.attach()
         for index, layer in enumerate(self.text_model.layers):
@@ -145,34 +109,11 @@ class Engine:
         if self.keys is not None:
             self.keys.forget()
 
-    def _capture(self, layer: Any, needs: frozenset[Signal]) -> None:
-        if "raw_value" in needs:
-            self._capture_raw_value(layer)
-        for signal in needs - {"vision", "raw_value", "cached_key"}:
-            module, heads = self.adapter.projection(layer, signal)
-
-            def store(_m: Any, _a: Any, output: Tensor, name: str = signal, split: Any = heads) -> None:
-                if isinstance(self._pass, Prefill):
-                    self._pass.captured[name] = split(output)
-
-            self._handles.append(module.register_forward_hook(store))
-
-    def _capture_raw_value(self, layer: Any) -> None:
-        module, heads = self.adapter.projection(layer, "value")
-
-        def store(_m: Any, args: Any) -> None:
-            if isinstance(self._pass, Prefill):
-                self._pass.captured["raw_value"] = heads(module(args[0]))
-
-        self._handles.append(layer.input_layernorm.register_forward_pre_hook(store))
+    def _store(self, signal: str, make: Callable[[], Tensor]) -> None:
+        if isinstance(self._pass, Prefill):
+            self._pass.captured[signal] = make()
 
     # -- before the text model ----------------------------------------------------------------------------------
-
-    def _refuse_labels(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("labels") is not None:
-            raise ValueError(
-                "got labels: a pruned prefill has fewer logits than tokens. Leave the prune block to train."
-            )
 
     def _has_images(self, inputs: Mapping[str, Any]) -> bool:
         mask = self.given_mask if self.given_mask is not None else self.adapter.image_mask(self.model, inputs)
@@ -196,7 +137,7 @@ class Engine:
         states = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if states is None:
             raise ValueError("pass input_ids or inputs_embeds")
-        self._refuse_unsupported(kwargs)
+        refuse_unsupported(self.text_model, kwargs)
         batch, length = states.shape[:2]
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if cache is not None and cache.get_seq_length() > 0:
@@ -224,24 +165,6 @@ class Engine:
             self._pass = Prefill(visual, spans, alive, len(self.text_model.layers))
             if self.vision is not None:
                 self._pass.vision = self.vision.rows(visual.sum(1).tolist())
-
-    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            raise ValueError("torch.compile cannot trace pruning hooks; compile outside the prune block or not at all")
-        if self.text_model.training:
-            raise ValueError(
-                "the model is in training mode; call model.eval() first (pruning has no backward contract)"
-            )
-        implementation = self.text_model.config._attn_implementation
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"attention implementation {implementation!r} is not supported; use one of {', '.join(IMPLEMENTATIONS)}"
-            )
-        check_cache(kwargs.get("past_key_values"))  # first: a static cache comes with a mask of another kind
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-            kind = type(mask).__name__ if not isinstance(mask, torch.Tensor) else f"{mask.ndim}-dimensional"
-            raise ValueError(f"got a {kind} attention_mask; pass the 2-D padding mask of the tokenizer")
 
     def _visual_mask(self, batch: int, length: int) -> Tensor:
         """(B, S) bool: the mask given to `prune`, else the adapter's; all False where no image is passed."""
@@ -320,7 +243,7 @@ class Engine:
         slots = after.slots_in(state.now.matrix)
         hidden = take_sequence(hidden, slots)
         state.now = LayerSlots(after, after.matrix(), state.now.shift)
-        self._cut_caches(state, cut, hidden.device)
+        state.cut_caches(cut, hidden.device)
         if cut.renumber:
             state.now = self._renumber(state, hidden)
         else:
@@ -372,21 +295,6 @@ class Engine:
             layer = self.text_model.layers[index]
             self.keys.remember(index, layer, hidden, kwargs["position_embeddings"], slots)
 
-    def _cut_caches(self, state: Prefill, cut: Cut, device: torch.device) -> None:
-        if cut.cache == "from_cut":
-            return
-        # Layers that held the same slots go on sharing one object: slots, records and masks are made once for all.
-        moved: dict[int, tuple[LayerSlots, Tensor]] = {}
-        earlier = list(state.layers)
-        for layer in range(1 if cut.cache == "all_but_first" else 0, cut.layer):
-            before = earlier[layer]
-            if id(before) not in moved:
-                now = state.now if before.shift is state.now.shift else replace(state.now, shift=before.shift)
-                moved[id(before)] = now, state.now.rows.slots_in(before.matrix).to(device)
-            state.layers[layer], slots = moved[id(before)]
-            if state.cache is not None:
-                gather_slots(state.cache.layers[layer], slots)
-
     def _renumber(self, state: Prefill, hidden: Tensor) -> LayerSlots:
         """Number the survivors 0..n-1; appended tokens move down by as much as the last survivor did."""
         ids = self._position_ids
@@ -406,13 +314,9 @@ class Engine:
     def _prefill_mask(self, state: Prefill, hidden: Tensor) -> Tensor | None:
         if not state.now.rows.padded and self.text_model.config._attn_implementation != "eager":
             return None  # sdpa and flash attention are causal by themselves where the keys are the queries
-        return self._mask(state.now.matrix.to(hidden.device), hidden.shape[1], hidden)
-
-    def _mask(self, key_columns: Tensor, query_length: int, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:
         implementation = self.text_model.config._attn_implementation
-        return attention_mask(
-            key_columns, query_length, implementation=implementation, dtype=hidden.dtype, allowed=allowed
-        )
+        columns = state.now.matrix.to(hidden.device)
+        return attention_mask(columns, hidden.shape[1], implementation=implementation, dtype=hidden.dtype)
 
     def _continue_layer(
         self, state: Continuation, index: int, hidden: Tensor, kwargs: dict[str, Any]
@@ -420,31 +324,12 @@ class Engine:
         layer = state.cache.layers[index]
         if not isinstance(layer, PrunedLayer):
             return kwargs
-        record, q = layer.record, hidden.shape[1]
-        length = layer.keys.shape[-2] + q
-        key = (id(record), length)
-        if key not in state.built:
-            state.built[key] = self._continuation_mask(state, record, length, hidden)
-        kwargs = {**kwargs, "attention_mask": state.built[key]}
-        if record.shift is not None:
+        mask = state.layer_mask(layer, hidden, self.text_model.config._attn_implementation)
+        kwargs = {**kwargs, "attention_mask": mask}
+        if layer.record.shift is not None:
             assert self._position_ids is not None
-            kwargs["position_embeddings"] = self._embed(hidden, self._position_ids - record.shift)
+            kwargs["position_embeddings"] = self._embed(hidden, self._position_ids - layer.record.shift)
         return kwargs
-
-    def _continuation_mask(self, state: Continuation, record: Record, length: int, hidden: Tensor) -> Tensor | None:
-        q = hidden.shape[1]
-        implementation = self.text_model.config._attn_implementation
-        maskless = not record.padded and (q == 1 or "flash" in implementation)
-        if maskless and state.mask is None:
-            return None
-        columns = record.key_columns(length).to(hidden.device)
-        allowed = None
-        if state.mask is not None:
-            allowed = state.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
-            # As stock code does: any mask costs sdpa its flash kernel and a copy of the cache per query head.
-            if maskless and bool(allowed.all()):
-                return None
-        return self._mask(columns, q, hidden, allowed)
 
     # -- after the text model -----------------------------------------------------------------------------------
 
@@ -455,7 +340,9 @@ class Engine:
                 return
             if isinstance(state, Prefill):
                 if self.keys is not None:
-                    self._edit_keys(state)
+                    assert state.cache is not None
+                    for index, layer in enumerate(state.cache.layers):
+                        self.keys.edit(index, layer, state.visual_slots(index))
                 if state.shorter:
                     self._finish_prefill(state)
             cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
@@ -464,35 +351,5 @@ class Engine:
         finally:
             self._forget()
 
-    def _edit_keys(self, state: Prefill) -> None:
-        assert self.keys is not None
-        assert state.cache is not None
-        for index, (slots, layer) in enumerate(zip(state.layers, state.cache.layers, strict=True)):
-            visual = []
-            for row, alive in enumerate(slots.rows.columns):
-                columns = alive[state.image_mask[row, alive]]
-                visual.append(torch.searchsorted(slots.matrix[row].contiguous(), columns))
-            self.keys.edit(index, layer, visual)
-
     def _finish_prefill(self, state: Prefill) -> None:
-        run = self.run
-        counts: dict[int, list[int]] = {}
-        records: dict[int, Record] = {}
-        for slots in (*state.layers, *state.processed):
-            if id(slots) not in counts:
-                alive_columns = enumerate(slots.rows.columns)
-                counts[id(slots)] = [int(state.image_mask[i, row].sum()) for i, row in alive_columns]
-        run.kept = list(state.now.rows.columns)
-        run.visual_kept = counts[id(state.now)]
-        run.visual_cached = [counts[id(slots)] for slots in state.layers]
-        run.visual_per_layer = [counts[id(slots)] for slots in state.processed]
-        if state.cache is None:
-            return
-        for slots, (index, layer) in zip(state.layers, enumerate(state.cache.layers), strict=True):
-            if id(slots) not in records:
-                alive = torch.stack([is_member(*pair) for pair in zip(slots.matrix, slots.rows.columns, strict=True)])
-                columns = torch.where(alive, slots.matrix, -1)
-                records[id(slots)] = Record(
-                    columns.to(layer.keys.device), state.image_mask.shape[1], not bool(alive.all()), slots.shift
-                )
-            state.cache.layers[index] = PrunedLayer(layer, records[id(slots)])
+        state.finish(self.run)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ivcp_eval.engine.cache import PrunedLayer, Record
 from ivcp_eval.engine.geometry import is_member
-from ivcp_eval.engine.hooks import LayerSlots
+from ivcp_eval.engine.prefill import LayerSlots
 from ivcp_eval.engine.trunk import End
 
 

@@ -11,10 +11,11 @@ import torch
 
 import ivcp_eval.engine
 from ivcp_eval import ops
-from ivcp_eval.engine import geometry, hooks, signals
+from ivcp_eval.engine import continuation, geometry, hooks, prefill, signals
 from ivcp_eval.engine.cache import PrunedLayer, Record
 from ivcp_eval.engine.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
+from ivcp_eval.engine.prefill import Prefill
 from tests.contract.cases import Case
 from tests.contract.checks import CHECKS
 
@@ -57,7 +58,10 @@ def renumbering_is_ignored(patch: pytest.MonkeyPatch) -> None:
 @caught_by(("decode_equals_reference", "toy_renumber"), ("second_turn_equals_reference", "toy_renumber_from_cut"))
 def decoding_forgets_the_renumbering(patch: pytest.MonkeyPatch) -> None:
     wrap(
-        patch, hooks, "Record", lambda original, columns, length, padded, shift=None: original(columns, length, padded)
+        patch,
+        prefill,
+        "Record",
+        lambda original, columns, length, padded, shift=None: original(columns, length, padded),
     )
 
 
@@ -72,20 +76,20 @@ def a_later_cut_forgets_the_renumbering(patch: pytest.MonkeyPatch) -> None:
     ("earlier_caches_hold_the_survivors", "ivc_prune"),
 )
 def earlier_caches_are_not_cut(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_cut_caches", lambda self, state, cut, *rest: None)
+    patch.setattr(Prefill, "cut_caches", lambda self, cut, device: None)
 
 
 @caught_by(("cache_lengths_are_as_declared", "toy_from_cut"), ("decode_equals_reference", "toy_from_cut"))
 def the_cache_policy_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    def cut_caches(original: Any, self: Engine, state: Any, cut: Any, *rest: Any) -> None:
-        original(self, state, replace(cut, cache="all_layers"), *rest)
+    def cut_caches(original: Any, self: Prefill, cut: Any, device: Any) -> None:
+        original(self, replace(cut, cache="all_layers"), device)
 
-    wrap(patch, Engine, "_cut_caches", cut_caches)
+    wrap(patch, Prefill, "cut_caches", cut_caches)
 
 
 @caught_by(("decode_equals_reference", "toy_all_layers"), ("earlier_caches_hold_the_survivors", "toy_all_layers"))
 def earlier_caches_keep_the_wrong_slots(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, hooks, "gather_slots", lambda original, layer, slots: original(layer, (slots - 1).clamp_min(0)))
+    wrap(patch, prefill, "gather_slots", lambda original, layer, slots: original(layer, (slots - 1).clamp_min(0)))
 
 
 @caught_by(("prefill_equals_reference", "toy_all_layers"), ("decode_equals_reference", "toy_stages_mixed"))
@@ -98,7 +102,8 @@ def padding_is_visible(patch: pytest.MonkeyPatch) -> None:
     def mask(original: Any, key_columns: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(key_columns.clamp_min(0), *args, **kwargs)
 
-    wrap(patch, hooks, "attention_mask", mask)
+    for module in (hooks, continuation):
+        wrap(patch, module, "attention_mask", mask)
 
 
 @caught_by(("prefill_equals_reference", "toy_all_layers"), ("eager_equals_sdpa", "toy_all_layers"))
@@ -108,7 +113,8 @@ def the_mask_is_not_causal(patch: pytest.MonkeyPatch) -> None:
         last = wide[:, :, -1:].expand_as(wide)
         return last.clone()
 
-    wrap(patch, hooks, "attention_mask", mask)
+    for module in (hooks, continuation):
+        wrap(patch, module, "attention_mask", mask)
 
 
 @caught_by(("decode_equals_reference", "toy_all_layers"), ("beams_equal_reference", "toy_stages_mixed"))
@@ -251,7 +257,7 @@ def caches_become_float32(patch: pytest.MonkeyPatch) -> None:
         made.keys, made.values = made.keys.float(), made.values.float()
         return made
 
-    patch.setattr(hooks, "PrunedLayer", pruned)
+    patch.setattr(prefill, "PrunedLayer", pruned)
 
 
 @caught_by(("second_turn_equals_reference", "toy_all_layers"), ("batch_equals_its_rows", "toy_all_layers"))

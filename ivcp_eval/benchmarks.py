@@ -15,10 +15,11 @@ from typing import Any, get_args
 
 import yaml
 
+from ivcp_eval import locations
 from ivcp_eval.interface import QuestionKind
 from ivcp_eval.registry import nearest, unknown
 
-FOLDER = Path(__file__).resolve().parent.parent / "datasets"
+FOLDER = locations.DATASETS
 
 
 class DataMissing(RuntimeError):

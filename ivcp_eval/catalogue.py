@@ -6,8 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ivcp_eval import plugins
 from ivcp_eval.docs import WRAPPERS, method_cards
-from ivcp_eval.registry import PLUS_IVC, method_names
+from ivcp_eval.registry import PLUS_IVC
 
 FILE = Path(__file__).with_suffix(".yaml")
 STATES = ("planned", "gaps", "weights", "frames", "depth", "calibration", "model", "tool")
@@ -41,7 +42,8 @@ def systems() -> tuple[dict[str, str], ...]:
 def rows() -> list[dict[str, str]]:
     """One row per system: ``method or system``, ``use``, ``note``; what runs now first, by the name users type.
 
-    ``use`` is the faithfulness label of a method that runs, "plug-in" for an installed package's, else the state.
+    ``use`` is the faithfulness label of a method that runs, "plug-in" or "refused" for an installed package's, else the
+    state.
     """
     titles = {entry["method"]: entry for entry in systems() if "method" in entry}
     cards = {card.name: card for card in method_cards()}
@@ -49,12 +51,17 @@ def rows() -> list[dict[str, str]]:
     for name, card in cards.items():
         entry = titles.get("fastv" + PLUS_IVC if name in WRAPPERS.values() else name, {})
         made.append(_row(name, card.faithfulness, " ".join(filter(None, (card.keeps, entry.get("note", ""))))))
-    made += [_row(name, "plug-in", "from an installed package") for name in method_names() if name not in cards]
+    for plugin in plugins.found():
+        made.append(_row(plugin.name, "refused" if plugin.problem else "plug-in", _plugin_note(plugin)))
     for entry in systems():
         if "state" in entry:
             paper = f" (arXiv {entry['paper']})" if entry["paper"] else ""
             made.append(_row(entry["system"] + paper, entry["state"], f"{entry['why']}. Needs: {entry['needs']}."))
     return made
+
+
+def _plugin_note(plugin: plugins.Plugin) -> str:
+    return f"from {plugin.package}" + (f"; cannot be used: {plugin.problem}" if plugin.problem else "")
 
 
 def _row(name: str, use: str, note: str) -> dict[str, str]:

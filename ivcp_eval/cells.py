@@ -15,10 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ivcp_eval import locations
 from ivcp_eval.variants import Variant
 
-ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "results" / "runs"
+ROOT = locations.PACKAGE.parent
+RUNS = locations.RESULTS / "runs"
 
 # Source files whose change can change a prediction or a score. Reports and commands are not among them.
 _CODE = (
@@ -71,6 +72,7 @@ class Identity:
         prompt: SHA-256 of the prompt templates.
         judge: who rates. limits: pixels and answer length. placement: device kind, dtype, attention.
         versions, code: of the libraries and of our own source.
+        method_source: package, version and code of a plug-in's method; empty for a method of this package.
     """
 
     variant: Variant
@@ -86,11 +88,15 @@ class Identity:
     placement: Mapping[str, str]
     versions: Mapping[str, str]
     code: str
+    method_source: str = ""
 
     @property
     def canonical(self) -> str:
-        """Canonical JSON."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), default=str)
+        """Canonical JSON; fields that came later are left out at their default, so that earlier hashes stay."""
+        fields = asdict(self)
+        if not self.method_source:
+            del fields["method_source"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
 
     @property
     def hash(self) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ivcp_eval import plugins
 
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter, AbstractMethod
 
-METHOD_ENTRY_POINT = "ivcp_eval.methods"
 PLUS_IVC = "+ivc"
 
 
@@ -36,29 +37,38 @@ def module_names(package: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in files if not name.startswith("_")))
 
 
-def _plugins() -> dict[str, Any]:
-    return {entry.name: entry for entry in entry_points(group=METHOD_ENTRY_POINT)}
-
-
 def method_names() -> tuple[str, ...]:
-    """Every registered method, those of installed plug-ins (entry point group ``ivcp_eval.methods``) included."""
-    return tuple(sorted({*module_names("ivcp_eval.methods"), *_plugins()}))
+    """Every registered method, those of installed plug-ins (entry point group ``ivcp_eval.methods``) included.
+
+    Nothing of a plug-in is imported. One whose name cannot be used is left out; `ivcp_eval.plugins.found` says why.
+    """
+    usable = {plugin.name for plugin in plugins.found() if not plugin.problem}
+    return tuple(sorted({*module_names("ivcp_eval.methods"), *usable}))
 
 
 def method_class(name: str) -> type[AbstractMethod]:
     """The ``Method`` class of a registered method.
 
     Raises:
-        ValueError: unknown name; the message suggests the nearest one.
+        ValueError: unknown name (the message suggests the nearest one), or a plug-in that cannot be used.
     """
+    claimed = [plugin for plugin in plugins.found() if plugin.name == name]
     if name in module_names("ivcp_eval.methods"):
+        for plugin in claimed:
+            warnings.warn(f"{plugin.title} is not used: {plugin.problem}", stacklevel=2)
         loaded: type[AbstractMethod] = import_module(f"ivcp_eval.methods.{name}").Method
         return loaded
-    plugins = _plugins()
-    if name not in plugins:
+    if not claimed:
         raise unknown("method", name, method_names())
-    target = plugins[name].load()
-    return getattr(target, "Method", target)
+    return claimed[0].load()
+
+
+def method_source(name: str) -> str:
+    """Where the code of a method comes from: empty for this package, ``PACKAGE VERSION (code HASH)`` for a plug-in."""
+    base = name.removesuffix(PLUS_IVC)
+    if base in module_names("ivcp_eval.methods"):
+        return ""
+    return next((plugin.source() for plugin in plugins.found() if plugin.name == base), "")
 
 
 def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> AbstractMethod:

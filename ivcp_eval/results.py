@@ -275,7 +275,7 @@ def _long_cells() -> Iterator[None]:
 
 def _check_header(path: Path, header: Sequence[str], columns: Sequence[Column]) -> None:
     names = [column.name for column in columns]
-    missing = [name for name in names if name not in header]
+    missing = [column.name for column in columns if column.name not in header and not column.late]
     unknown = [name for name in header if name not in names]
     if missing:
         said = "; ".join(f"{name!r}{nearest(name, unknown).removesuffix('.')}" for name in missing)
@@ -297,7 +297,7 @@ def _parsed(header: Sequence[str], cells: Sequence[str], columns: Mapping[str, C
             row[name] = columns[name].parse(text)
         except ValueError as error:
             problems.append(f"column {name!r}: {error}")
-    return {name: row.get(name) for name in columns}, problems
+    return {name: row.get(name, "" if column.kind == "text" else None) for name, column in columns.items()}, problems
 
 
 if __name__ == "__main__":

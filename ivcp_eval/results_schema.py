@@ -41,6 +41,7 @@ class Column:
         description: for people; `results/README.md` is generated from it.
         required: an empty cell is an error.
         low, high: limits of a number, both allowed.
+        late: files written before the column was added lack it; its cells are then empty.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Column:
     required: bool = False
     low: float | None = None
     high: float | None = None
+    late: bool = False
 
     @property
     def allowed(self) -> str:
@@ -150,6 +152,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("family", "text", "model family (file name in `model_adapters/`)"),
     Column("method", "text", "pruning method; `none` is the unpruned baseline", required=True),
     Column("method_parameters", "json", "all parameters of the method; keys sorted, no spaces"),
+    Column("method_source", "text", "package, version and code hash of a plug-in's method, else empty", late=True),
     Column("faithfulness", "text", "`faithful`, `from_formula`, `variant` or `control` (see `ivcp list`)"),
     Column("preset", "text", "named set of method parameters, e.g. `official`"),
     Column("seed", "integer", "seed of the method's random choices"),
@@ -184,7 +187,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("max_new_tokens", "integer", "generation limit", low=1),
     Column("judge", "text", "`name@snapshot`, `exact_matching`, or `none` where nothing is judged"),
     Column("judge_failures", "integer", "answers that the judge could not rate", low=0),
-    Column("ivcp_commit", "text", "commit of ivcp-eval"),
+    Column("ivcp_commit", "text", "commit of ivcp-eval; version and code hash of an installed package"),
     Column("ivcp_dirty", "boolean", "the working tree had uncommitted changes"),
     Column("torch_version", "text", "PyTorch"),
     Column("transformers_version", "text", "transformers"),

@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval import benchmarks, cells, models
+import ivcp_eval
+from ivcp_eval import benchmarks, cells, locations, models
 from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.cells import Cell, Identity
 from ivcp_eval.files import file_digest, write_json
 from ivcp_eval.journal import Journal
 from ivcp_eval.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
-from ivcp_eval.registry import adapter, make_method
+from ivcp_eval.registry import adapter, make_method, method_source
 from ivcp_eval.results import write_results, write_samples
 from ivcp_eval.variants import BASELINE, Variant
 
@@ -227,6 +228,7 @@ def _cell(
         placement={**dataclasses.asdict(placement), "device": placement.device.partition(":")[0]},
         versions=cells.versions(),
         code=cells.code_hash(),
+        method_source=method_source(variant.method),
     )
     return Cell(identity, request.runs)
 
@@ -356,6 +358,7 @@ def _record(
 ) -> dict[str, Any]:
     status = "ok" if not problem else ("incomplete" if scored.metrics else "failed")
     prompt = sum(u["visual_tokens"] for u in used)
+    variant = cell.identity.variant
 
     def share(key: str) -> float | None:
         """Mean over visual tokens, so that big images weigh as they cost."""
@@ -368,6 +371,7 @@ def _record(
         "reason": problem or scored.remark,
         "identity": json.loads(cell.identity.canonical),
         "metrics": {name: {"score": score, "scale": scale} for name, (score, scale) in scored.metrics.items()},
+        "faithfulness": make_method(variant.method, variant.parameters).faithfulness,
         "judge_failures": scored.judge_failures,
         "n_samples": len(samples),
         "n_clusters": len({row["cluster"] for row in samples}),
@@ -398,7 +402,9 @@ def _device_name(device: str) -> str:
 
 
 def _git() -> dict[str, Any]:
-    """Commit of the code, and whether tracked files differ from it; empty outside a git checkout."""
+    """Commit of the code, and whether tracked files differ from it; an installed package has its version instead."""
+    if locations.CHECKOUT is None:  # what it is installed in may be a checkout of something else
+        return {"ivcp_commit": f"version {ivcp_eval.__version__}, code {cells.code_hash()}", "ivcp_dirty": None}
 
     def git(*arguments: str) -> str | None:
         try:
@@ -419,7 +425,6 @@ def cell_rows(weights: models.Weights, benchmark: Benchmark, cell: Cell, csv: Pa
     """The CSV rows of one cell: one for each metric, or one that says why there is none."""
     identity, variant = cell.identity, cell.identity.variant
     record = json.loads(cell.record.read_text(encoding="utf-8"))
-    method = make_method(variant.method, variant.parameters)
     measured = (
         *("n_samples", "n_clusters", "n_failed", "judge_failures", "status", "reason"),
         *("visual_tokens_prompt_mean", "ratio_kept_final"),
@@ -433,7 +438,9 @@ def cell_rows(weights: models.Weights, benchmark: Benchmark, cell: Cell, csv: Pa
         "family": weights.family,
         "method": variant.method,
         "method_parameters": identity.method_parameters,
-        "faithfulness": method.faithfulness,
+        "method_source": identity.method_source,
+        # Rows of a plug-in can be written again where it is not installed any more.
+        "faithfulness": record.get("faithfulness") or make_method(variant.method, variant.parameters).faithfulness,
         "preset": identity.method_parameters.get("preset", ""),
         "seed": variant.seed,
         "ratio_asked": variant.ratio,

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from ivcp_eval import registry
+from ivcp_eval import plugins, registry
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, ModelFacts
 from ivcp_eval.methods import none
 
@@ -77,10 +77,10 @@ def test_installed_plug_ins_are_methods(monkeypatch: pytest.MonkeyPatch) -> None
     module.Method = none.Method  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "some_plug_in", module)
     entries = [
-        EntryPoint("from_a_module", "some_plug_in", registry.METHOD_ENTRY_POINT),
-        EntryPoint("from_a_class", "some_plug_in:Method", registry.METHOD_ENTRY_POINT),
+        EntryPoint("from_a_module", "some_plug_in", plugins.GROUP),
+        EntryPoint("from_a_class", "some_plug_in:Method", plugins.GROUP),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.METHOD_ENTRY_POINT else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries if group == plugins.GROUP else [])
     for name in ("from_a_module", "from_a_class"):
         assert name in registry.method_names()
         assert registry.method_class(name) is none.Method

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ivcp_eval import benchmarks, results
 from ivcp_eval.results import COLUMN_NAMES, ResultsError, make_row, merge_rows, read_results, write_results
+from ivcp_eval.results_schema import COLUMNS
 
 RESULTS = Path(__file__).parents[1] / "results"
 PUBLISHED = sorted((RESULTS / "baselines").glob("*.csv"))
@@ -114,6 +115,23 @@ class TestRefusals:
     def test_a_bad_row(self, values, said):
         with pytest.raises(ResultsError, match=said):
             make(**values)
+
+    def test_a_file_older_than_a_late_column(self, tmp_path):
+        late = [column for column in COLUMNS if column.late]
+        assert "method_source" in [column.name for column in late]
+        write_results(tmp_path / "r.csv", [make()])
+        with (tmp_path / "r.csv").open(newline="") as stream:
+            lines = list(csv.DictReader(stream))
+        kept = [name for name in lines[0] if name not in {column.name for column in late}]
+        with (tmp_path / "old.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, kept, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(lines)
+        (row,) = read_results(tmp_path / "old.csv")
+        assert {column.name: row[column.name] for column in late} == {
+            column.name: "" if column.kind == "text" else None for column in late
+        }
+        assert row == make()
 
     def test_a_bad_row_harms_no_file(self, tmp_path):
         write_results(tmp_path / "r.csv", [make()])

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval import benchmarks, models
+from ivcp_eval import benchmarks, locations, models
 from ivcp_eval.registry import make_method, method_names, unknown
 from ivcp_eval.sweep.marked import Marked, Place, SpecError
 from ivcp_eval.variants import BASELINE, Variant
@@ -79,7 +79,7 @@ def load(path: str | Path) -> Spec:
     Raises:
         FileNotFoundError: there is none. SpecError: what is wrong, with its line.
     """
-    path = Path(path)
+    path = locations.sweep_file(path)
     marked = Marked(path)
     raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "exclude", *_OPTIONS))
     for key in ("models", "benchmarks", "methods"):

@@ -1,0 +1,126 @@
+"""Methods of other installed packages: found by entry point, loaded when asked for, traceable to package and code.
+
+    [project.entry-points."ivcp_eval.methods"]
+    last_tokens = "my_package.my_module"    # a module with a class `Method`, or "module:Class"
+
+A package that is broken, or whose name is taken, is listed with the reason and spoils nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ivcp_eval.interface import AbstractMethod
+
+GROUP = "ivcp_eval.methods"
+_BUILT_IN = Path(__file__).parent / "methods"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry point.
+
+    Attributes:
+        name: of the method. package: distribution and version. problem: why the name cannot be used; empty if it can.
+    """
+
+    name: str
+    package: str
+    entry: EntryPoint
+    problem: str = ""
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"method {self.name!r} of {self.package}"
+
+    def load(self) -> type[AbstractMethod]:
+        """Import the class.
+
+        Raises:
+            ValueError: the name cannot be used, the package cannot be imported, or what it names is no method.
+        """
+        if self.problem:
+            raise ValueError(f"{self.title} cannot be used: {self.problem}")
+        try:
+            target = self.entry.load()
+        except Exception as error:  # whatever a stranger's module does while it is imported
+            raise ValueError(
+                f"{self.title} cannot be imported ({type(error).__name__}: {error}). "
+                "Mend or uninstall that package; the other methods work without it."
+            ) from error
+        cls = getattr(target, "Method", target)
+        wrong = _wrong(cls)
+        if wrong:
+            raise ValueError(
+                f"{self.title} is no method: {self.entry.value} {wrong}. Its entry point must name a module with a "
+                "class `Method`, or that class: a frozen dataclass derived from ivcp_eval.interface.AbstractMethod."
+            )
+        loaded: type[AbstractMethod] = cls
+        return loaded
+
+    def source(self) -> str:
+        """``PACKAGE VERSION (code HASH)``; the hash is of all Python files of the top-level module or package.
+
+        So answers made with an editable package are not taken for those of its next state. Code that it imports from
+        elsewhere does not show.
+        """
+        digest = hashlib.sha256()
+        spec = find_spec(self.entry.module.partition(".")[0])
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+        files = [(path, folder) for folder in folders for path in sorted(folder.rglob("*.py"))]
+        if spec and spec.origin and not folders:
+            files = [(Path(spec.origin), Path(spec.origin).parent)]
+        for path, folder in files:
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+        return f"{self.package} (code {digest.hexdigest()[:12] if files else 'not found'})"
+
+
+def _wrong(cls: Any) -> str:
+    """What keeps a class from being a method, or an empty text."""
+    from ivcp_eval.interface import AbstractMethod
+
+    if not isinstance(cls, type):
+        return f"is a {type(cls).__name__}, not a class"
+    if not issubclass(cls, AbstractMethod):
+        return "does not derive from AbstractMethod"
+    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:
+        return "is not a frozen dataclass, though its parameters are part of a run's identity"
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        return f"does not define {', '.join(missing)}"
+    bare = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    return f"has parameters without a default: {', '.join(bare)}" if bare else ""
+
+
+def found() -> tuple[Plugin, ...]:
+    """Every method that an installed package offers, by name; nothing is imported."""
+    entries = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _package(entry)))
+    times = Counter(entry.name for entry in entries)
+    return tuple(Plugin(e.name, _package(e), e, _problem(e.name, times[e.name])) for e in entries)
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+
+
+def _problem(name: str, times: int) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+        return "a name is lower-case words joined by single underscores, such as 'my_method'; rename its entry point"
+    if (_BUILT_IN / f"{name}.py").is_file() or (_BUILT_IN / name / "__init__.py").is_file():
+        return f"{name!r} is a method of ivcp-eval itself; rename its entry point"
+    if times > 1:
+        return "several installed packages claim this name; uninstall all but one"
+    return ""

@@ -28,9 +28,9 @@ _CODE = (
     "ivcp_eval/methods/*.py",
     "ivcp_eval/vlmeval_bridge/*.py",
     *(f"ivcp_eval/judge/{name}.py" for name in ("client", "questions")),
-    *(f"ivcp_eval/{name}.py" for name in ("boxes", "grounding", "interface", "ops", "session", "scores")),
-    "ivcp_eval/ivc_official*",
-    "ivcp_eval/ivc_official/*.py",
+    "ivcp_eval/interface/*.py",
+    *(f"ivcp_eval/{name}.py" for name in ("boxes", "downsample", "grounding", "ivc_official", "ops", "session")),
+    "ivcp_eval/scores.py",
 )
 _DISTRIBUTIONS = {"torch": "torch", "transformers": "transformers", "vlmeval": "ms-vlmeval"}
 

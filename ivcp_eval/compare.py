@@ -81,7 +81,7 @@ def compare(
     left_out: list[str] = []
     pairs = []
     load = cache(_load)
-    for row in candidates(results, baselines, own=results_csv.resolve() == baseline_csv.resolve(), against=against):
+    for row in candidates(results, baselines, own=results_csv.resolve() == baseline_csv.resolve()):
         if row["status"] != "ok":
             left_out.append(f"{label(row)}: {row['status']} ({row['reason']})")
             continue

@@ -87,7 +87,7 @@ def sample_differences(baseline: Mapping[str, Row], pruned: Mapping[str, Row]) -
     return found
 
 
-def candidates(results: Sequence[Row], baselines: Sequence[Row], *, own: bool, against: Against) -> list[Row]:
+def candidates(results: Sequence[Row], baselines: Sequence[Row], *, own: bool) -> list[Row]:
     """Rows to compare: pruned ones and, with a foreign baseline, unpruned ones that are not the baseline itself."""
     if own:
         return [row for row in results if row["method"] != "none"]

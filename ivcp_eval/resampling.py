@@ -158,7 +158,7 @@ def paired_bootstrap(
         notes.append(f"the baseline score is zero in {zeros} of {resamples} resamples: no interval of retained")
     elif of_baseline != 0:
         retained_interval = _expanded_percentiles(drawn[1] / drawn[0], n_clusters, level)
-    notes += _interval_notes(before, after, ids, n_clusters)
+    notes += _interval_notes(before, after, n_clusters)
     tolerance = 1e-9 * max(1.0, abs(of_baseline), abs(of_pruned))
     as_extreme = int(np.count_nonzero(np.abs(swapped[1] - swapped[0]) >= abs(difference) - tolerance))
     return PairedResult(
@@ -192,7 +192,7 @@ def _checked(
     return before, after, ids.astype(np.int64)
 
 
-def _interval_notes(before: Array, after: Array, ids: NDArray[np.int64], n_clusters: int) -> list[str]:
+def _interval_notes(before: Array, after: Array, n_clusters: int) -> list[str]:
     if not np.any(before != after):
         return [
             "no score differs, so the interval has no width; with 95 % confidence fewer than "

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter
 
 
+Size = tuple[int, int]
+
+
 def shrunk_grid(rows: int, columns: int, share: float) -> tuple[int, int]:
     """A grid of at most ``budget(share, rows * columns)`` cells with nearly the same aspect ratio.
 
@@ -31,35 +34,38 @@ def shrunk_grid(rows: int, columns: int, share: float) -> tuple[int, int]:
     return min(candidates, key=lambda grid: (abs(math.log(grid[0] / grid[1]) - aspect), -grid[0] * grid[1]))
 
 
-def shrunk_to_count(count: Callable[[int, int], int], size: tuple[int, int], share: float) -> tuple[int, int]:
-    """For families whose tiling decides: the smaller picture, in its own proportions, that costs most tokens allowed.
+def shrunk_to_count(
+    count: Callable[[list[Size]], list[int]], size: Size, share: float, step: float = 0.98, smallest: int = 28
+) -> Size:
+    """For families whose tiling decides: the smaller picture of the same proportions that uses most tokens allowed.
 
-    Sides shrink in steps of 1 %, down to one pixel. Of pictures of equal cost the largest.
+    Of pictures of equal cost the largest. Tilings are few, so the result may cost well below what is allowed.
 
     Args:
-        count: ``count(width, height)`` gives the visual tokens of a picture.
-        size: (width, height).
+        count: visual tokens of pictures of these sizes.
+        size: (width, height) in pixels.
+        step: from one candidate's sides to the next one's. Rounding to pixels must not change the proportions by more.
+        smallest: pixels of the longer side at which to stop.
 
     Returns:
-        (width, height) with at most ``budget(share, count(*size))`` tokens.
+        (width, height) with at most ``budget(share, tokens of size)`` tokens.
 
     Raises:
         ValueError: every smaller picture costs more; says what the cheapest costs.
     """
-    whole, longest = count(*size), max(size)
-    allowed = budget(share, whole)
-    steps = range(math.ceil(math.log(longest) / -math.log(0.99)) + 1)
-    sizes = [tuple(max(1, round(side * 0.99**step)) for side in size) for step in steps]
-    costs = {(width, height): count(width, height) for width, height in sizes}
-    fits = {smaller: cost for smaller, cost in costs.items() if cost <= allowed}
-    if not fits:
-        least = min(costs.values())
+    n_steps = math.floor(math.log(smallest / max(size)) / math.log(step)) if max(size) > smallest else 0
+    scaled = [(max(1, round(size[0] * step**i)), max(1, round(size[1] * step**i))) for i in range(n_steps + 1)]
+    aspect = math.log(size[0] / size[1])
+    sizes = [(w, h) for w, h in scaled if abs(math.log(w / h) - aspect) <= -math.log(step)]
+    costs = dict(zip(sizes, count(sizes), strict=True))
+    allowed, least = budget(share, costs[size]), min(costs.values())
+    if least > allowed:
         raise ValueError(
-            f"downsample cannot bring an image of {size[0]} x {size[1]} down to {share:g} of its {whole} visual "
-            f"tokens: in these proportions the family spends {least} or more ({least / whole:.2f}). Ask for a higher "
-            "ratio, or leave such images out."
+            f"downsample cannot bring an image of {size[0]} x {size[1]} down to {share:g} of its {costs[size]} visual "
+            f"tokens: in these proportions the family spends at least {least} ({least / costs[size]:.3f}). Ask for a "
+            "higher ratio, or leave such images out."
         )
-    return max(fits, key=lambda smaller: (fits[smaller], smaller[0] * smaller[1]))
+    return max((s for s in sizes if costs[s] <= allowed), key=lambda s: (costs[s], s[0] * s[1]))
 
 
 def shrink(image: Image, adapter: AbstractAdapter, processor: Any, share: float) -> Image:
@@ -70,7 +76,5 @@ def shrink(image: Image, adapter: AbstractAdapter, processor: Any, share: float)
     """
     size = adapter.shrunk_size(processor, image.size, share)
     if size is None:
-        raise ValueError(
-            "downsample cannot run on this family: the number of visual tokens does not follow the size of the image"
-        )
+        raise ValueError("downsample cannot run on this family: every image costs the same number of visual tokens")
     return image if size == image.size else image.resize(size, resample=3)

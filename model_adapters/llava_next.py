@@ -91,16 +91,16 @@ class Adapter(AbstractTransformersAdapter):
         return list(lines)
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
-        """The picture in its own proportions; tilings are few, so the tokens may be well below what is allowed.
+        """A picture of the same proportions.
 
         Raises:
-            ValueError: no smaller picture is cheap enough (the overview alone always costs 576 tokens).
+            ValueError: no smaller picture is cheap enough: the overview alone costs 576 tokens (OneVision: 729).
         """
 
-        def count(width: int, height: int) -> int:
+        def count(sizes: list[tuple[int, int]]) -> list[int]:
             # Of transformers' processors, the one entry that counts without encoding (serving engines use it, too).
-            counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-            return int(counted["num_image_tokens"][0])
+            counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+            return list(counted["num_image_tokens"])
 
         return shrunk_to_count(count, size, share)
 

@@ -74,12 +74,22 @@ class Adapter(AbstractTransformersAdapter):
         return None if tower is None else qwen_tap(tower)
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
-        """Whole merge units, so that the processor leaves the result as it is (if above its ``min_pixels``)."""
+        """Whole merge units, so that the processor leaves the result as it is.
+
+        Raises:
+            ValueError: the result would lie below the processor's ``min_pixels`` and be enlarged again.
+        """
         images = processor.image_processor
         unit = images.patch_size * images.merge_size
         limits = images.size
         height, width = smart_resize(size[1], size[0], unit, limits["shortest_edge"], limits["longest_edge"])
         rows, columns = shrunk_grid(height // unit, width // unit, share)
+        if rows * columns * unit * unit < limits["shortest_edge"]:
+            raise ValueError(
+                f"downsample cannot bring an image of {size[0]} x {size[1]} down to {share:g} of its visual tokens: "
+                f"{columns * unit} x {rows * unit} is below min_pixels={limits['shortest_edge']}, to which the "
+                "processor would enlarge it. Ask for a higher ratio, or lower min_pixels."
+            )
         return columns * unit, rows * unit
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:

@@ -109,6 +109,11 @@ def check_ratio(ratio: float) -> None:
 
 
 def _check_signals(method: AbstractMethod, adapter: AbstractAdapter, model: Any, family: str, name: str) -> None:
+    shrinks = method.pixel_share(0.5) is not None  # whatever the ratio
+    if shrinks and type(adapter).shrunk_size is AbstractAdapter.shrunk_size:
+        raise Unsupported(
+            f"method {name!r} shrinks the image, but on {family!r} every image costs the same number of visual tokens"
+        )
     for signal in sorted(method.needs):
         reason = adapter.unsupported(model, signal)
         if reason:

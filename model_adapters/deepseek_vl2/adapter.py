@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ivcp_eval.downsample import shrunk_to_count
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, Signal, VisionTap
 from model_adapters._transformers import AbstractTransformersAdapter, rotate_half, split_heads
 from model_adapters._vision import vit_layers, vit_tap
@@ -123,6 +124,18 @@ class Adapter(AbstractTransformersAdapter):
         from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
 
         return DeepseekVL2Config.from_pretrained(source)
+
+    def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
+        """A picture of the same proportions.
+
+        Raises:
+            ValueError: no smaller picture is cheap enough (thumbnail and one tile are the least).
+        """
+
+        def count(sizes: list[tuple[int, int]]) -> list[int]:
+            return [n_tokens(processor.view_side, processor.tiles(smaller)) for smaller in sizes]
+
+        return shrunk_to_count(count, size, share)
 
     def load(
         self,

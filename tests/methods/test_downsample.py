@@ -1,16 +1,33 @@
-"""Oracle: the grid by brute force, and the number of tokens that the real image processor makes of the result."""
+"""Oracle: the grid by brute force, and the number of tokens that the real processors make of the result."""
 
 from __future__ import annotations
 
+import functools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import (
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+)
+from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 
-from ivcp_eval.downsample import shrink, shrunk_grid
+import ivcp_eval
+from ivcp_eval.downsample import shrink, shrunk_grid, shrunk_to_count
+from ivcp_eval.interface import Unsupported
 from ivcp_eval.ops import budget
 from ivcp_eval.registry import adapter, make_method
 from ivcp_eval.tiny.processor import build_processor
+from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor
+from tests import deepseek_vl2_tokenizer, tiny_models
 
 
 @pytest.mark.parametrize("share", [0.11, 0.25, 0.5, 0.9])
@@ -42,6 +59,93 @@ def test_the_processor_makes_as_many_tokens_as_allowed(size: tuple[int, int]) ->
     assert small.width * small.height < image.width * image.height
 
 
+def test_an_image_that_the_processor_would_enlarge_again_is_refused() -> None:
+    processor = build_processor()
+    processor.image_processor.size = {"shortest_edge": 16 * 28 * 28, "longest_edge": 64 * 28 * 28}
+    with pytest.raises(ValueError, match="below min_pixels=12544"):
+        shrink(Image.new("RGB", (140, 112)), adapter("qwen2_5_vl"), processor, 0.5)
+
+
+@functools.cache
+def tiled_processor(family: str, folder: Path) -> Any:
+    """The real processor at a published geometry (InternVL: smaller tiles), on a small tokenizer."""
+    if family == "deepseek_vl2":
+        deepseek_vl2_tokenizer.write(folder, [[384 * w, 384 * h] for w in range(1, 10) for h in range(1, 10 // w)])
+        return DeepseekVL2Processor.from_pretrained(folder)
+    tokenizer: Any = build_processor().tokenizer
+    special = {
+        "image_token": "<image>",
+        "video_token": "<video>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<image>",
+    }
+    tokenizer.add_tokens(sorted(set(special.values())), special_tokens=True)
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    if family == "internvl":
+        tiles = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=6)
+        return InternVLProcessor(tiles, tokenizer, InternVLVideoProcessor(), image_seq_length=4)
+    if family == "llava_next":
+        square = {"height": 336, "width": 336}
+        views = LlavaNextImageProcessor(size={"shortest_edge": 336}, crop_size=square)
+        return LlavaNextProcessor(views, tokenizer, 14, "default", num_additional_image_tokens=1)
+    pinpoints = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+    views = LlavaOnevisionImageProcessor(size={"height": 384, "width": 384}, image_grid_pinpoints=pinpoints)
+    return LlavaOnevisionProcessor(views, tokenizer, LlavaOnevisionVideoProcessor(), 729, "full")
+
+
+def encoded(processor: Any, image: Image.Image) -> int:
+    """Visual tokens of an image, encoded with a text as for the model."""
+    if isinstance(processor, DeepseekVL2Processor):
+        inputs = processor([[{"role": "user", "content": "<image>a"}]], [[image]])
+        return int((inputs["input_ids"] == processor.image_token_id).sum())
+    inputs = processor(text=["<image>a"], images=[image], return_tensors="pt")
+    return int((inputs["input_ids"] == processor.tokenizer.image_token_id).sum())
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "share", "spends"),
+    [
+        ("llava_next", (640, 480), 0.75, 576 + 24 * 33),  # 672 x 672 becomes 672 x 336, as high as a tile
+        ("llava_next", (300, 900), 0.6, 576 + 48 * 17),  # 336 x 1008 -> 336 x 672
+        ("llava_onevision", (640, 480), 0.75, 729 + 27 * 37),
+        ("llava_onevision", (2000, 1500), 0.25, 729 + 27 * 37),
+        ("internvl", (200, 200), 0.5, 4),  # 2 x 2 tiles and a thumbnail -> one tile
+        ("deepseek_vl2", (768, 384), 0.8, 14 * 15 + 1 + 14 * 15),
+    ],
+)
+def test_tiled_families(
+    family: str, size: tuple[int, int], share: float, spends: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    processor = tiled_processor(family, tmp_path_factory.getbasetemp() / "deepseek_vl2")
+    image = Image.new("RGB", size)
+    small = shrink(image, adapter(family), processor, share)
+    assert encoded(processor, small) == spends <= budget(share, encoded(processor, image))
+    assert small.width * small.height < image.width * image.height
+    assert small.width / small.height == pytest.approx(size[0] / size[1], rel=0.021)
+
+
+def test_what_a_tiling_cannot_reach_is_refused_with_the_least() -> None:
+    def count(sizes: list[tuple[int, int]]) -> list[int]:
+        return [100 if width > 300 else 40 for width, _ in sizes]
+
+    assert shrunk_to_count(count, (600, 400), 0.5) == (296, 197), "the largest of those that cost as much"
+    assert shrunk_to_count(count, (600, 400), 1) == (600, 400)
+    with pytest.raises(ValueError, match=r"600 x 400 down to 0.3 of its 100 .* at least 40 \(0.400\)"):
+        shrunk_to_count(count, (600, 400), 0.3)
+    assert shrunk_to_count(lambda sizes: [3] * len(sizes), (5, 7), 1) == (5, 7)
+
+
+def test_fixed_resolution_is_unsupported() -> None:
+    model, _ = tiny_models.build("llava")
+    with pytest.raises(Unsupported, match="same number of visual tokens"), ivcp_eval.prune(model, "downsample", 0.5):
+        pass
+    with ivcp_eval.prune(model, "downsample", 1.0):
+        pass
+
+
 def test_fixed_resolution_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not follow the size"):
+    with pytest.raises(ValueError, match="same number of visual tokens"):
         shrink(Image.new("RGB", (64, 64)), adapter("llava"), None, 0.5)

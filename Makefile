@@ -7,8 +7,10 @@ READY  := $(VENV)/.ready
 MODEL  ?= tiny
 METHOD ?= ivc_prune
 RATIO  ?= 0.5
-# Optional: DATA="POPE MME", SET="layer=16", MODEL_PATH=, LIMIT=, JUDGE=, DEVICE=, DTYPE=, ATTENTION=, SEED=, ARGS=
-OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(SET),--set $(SET)) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") \
+# Optional: BUDGET=layer_mean (what RATIO is a share of; default own), DATA="POPE MME", SET="layer=16",
+#           MODEL_PATH=, LIMIT=, JUDGE=, DEVICE=, DTYPE=, ATTENTION=, SEED=, ARGS=
+OPTIONS = $(if $(BUDGET),--budget $(BUDGET)) \
+          $(if $(DATA),--data $(DATA)) $(if $(SET),--set $(SET)) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") \
           $(if $(LIMIT),--limit $(LIMIT)) $(if $(JUDGE),--judge $(JUDGE)) $(if $(DEVICE),--device $(DEVICE)) \
           $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
@@ -30,7 +32,7 @@ eval: $(READY)
 	@$(BIN)/ivcp eval --model $(MODEL) --method $(METHOD) --ratio $(RATIO) $(OPTIONS)
 
 # RESULTS defaults to the CSV that `make eval` with the same variables wrote.
-RESULTS ?= results/eval/$(MODEL)__$(METHOD)__r$(RATIO).csv
+RESULTS ?= results/eval/$(MODEL)__$(METHOD)__$(if $(filter-out own,$(BUDGET)),$(BUDGET),r)$(RATIO).csv
 compare: $(READY)
 	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(ARGS)
 

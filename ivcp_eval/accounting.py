@@ -4,20 +4,24 @@ Papers count differently: FastV's "50 %" processes 53.6 % of the visual tokens o
 46.9 %, IVC-Prune's 78.6 % while caching 50 %. Here every method has the same numbers, all shares of the unpruned
 model: visual tokens after the last cut, visual tokens processed in the prefill and cached (means over layers), and
 decoder FLOPs of the prefill (`ivcp_eval.flops`: grouped-query attention, gated MLP, causal pairs only). The CSV
-carries what was measured; this module predicts it, up to rounding.
+carries what was measured; this module predicts it, up to rounding, and finds the ratio at which a method costs a given
+share (`hold`), for ``ivcp eval --budget`` and the ``budget:`` of a sweep file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ivcp_eval.flops import DecoderShape
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
+from ivcp_eval.registry import adapter, make_method
+from ivcp_eval.variants import KINDS, BudgetKind
 
-BudgetKind = Literal["final", "layer_mean", "flops"]
-KINDS: tuple[BudgetKind, ...] = ("final", "layer_mean", "flops")
+if TYPE_CHECKING:
+    from ivcp_eval.models import Weights
+    from ivcp_eval.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,15 @@ class Cost:
 
 
 def processed(cuts: Sequence[Cut], n_layers: int) -> list[float]:
-    """Share of the prompt's visual tokens that each decoder layer processes in the prefill."""
+    """Share of the prompt's visual tokens that each decoder layer processes in the prefill.
+
+    Raises:
+        ValueError: a cut at a layer that the decoder does not have.
+    """
     shares = [1.0] * n_layers
     for cut in cuts:
+        if cut.layer >= n_layers:
+            raise ValueError(f"layer {cut.layer} is outside 0..{n_layers - 1}, the decoder layers of this model")
         shares[cut.layer :] = [min(cut.ratio, shares[cut.layer])] * (n_layers - cut.layer)
     return shares
 
@@ -85,7 +95,7 @@ def cost(method: AbstractMethod, facts: ModelFacts, ratio: float, prompt: Prompt
 
 
 def _flops(layers: Sequence[float], prompt: Prompt) -> float:
-    tokens = [round(share * prompt.n_visual) + prompt.n_text for share in layers]
+    tokens = [share * prompt.n_visual + prompt.n_text for share in layers]
     whole = [prompt.n_visual + prompt.n_text] * len(layers)
     return prompt.shape.prefill_flops(tokens) / prompt.shape.prefill_flops(whole)
 
@@ -99,7 +109,7 @@ def solve_ratio(
         kind: which of its costs. "flops" needs a ``prompt``.
 
     Returns:
-        A ratio in (0, 1]; its cost differs from the target by less than 1e-4, or by one token of the prompt.
+        A ratio in (0, 1], whose cost before rounding to whole tokens is the target.
 
     Raises:
         ValueError: unknown kind, target outside (0, 1], no prompt for FLOPs, a cost that does not follow the ratio,
@@ -142,3 +152,61 @@ def _bisect(at: Callable[[float], float], target: float, low: float) -> float:
         else:
             high = middle
     return high
+
+
+# -- variants of a model ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What budgets need to know of one checkpoint."""
+
+    facts: ModelFacts
+    shape: DecoderShape
+
+    @classmethod
+    def of(cls, weights: Weights) -> Decoder:
+        """From its configuration alone; no weights are read."""
+        wired = adapter(weights.family)
+        config = wired.config(str(weights.source))
+        return cls(wired.facts(config, weights.family), DecoderShape.of(config))
+
+
+def hold(variant: Variant, decoder: Decoder) -> Variant:
+    """The variant with the ratio that holds its budget, for its tuned parameters; unchanged without a budget.
+
+    Where no ratio does, the variant keeps its target as its ratio and its budget says why (``problem``): it cannot be
+    run, and its cell becomes a row with that reason.
+    """
+    budget = variant.budget
+    if budget is None:
+        return variant
+    method = make_method(variant.method, variant.parameters)
+    prompt = None if budget.prompt is None else Prompt(decoder.shape, *budget.prompt)
+    try:
+        ratio = solve_ratio(method, decoder.facts, budget.target, budget.kind, prompt)
+    except ValueError as error:  # also the method's own, for a model with too few layers
+        return replace(variant, ratio=budget.target, budget=replace(budget, problem=f"{budget.label}: {error}"))
+    return replace(variant, ratio=ratio, budget=replace(budget, problem=""))
+
+
+def described(variant: Variant) -> str:
+    """One line about a variant with a budget: the ratio that holds it, or why none does."""
+    budget = variant.budget
+    assert budget is not None
+    if budget.problem:
+        return f"{variant.name} cannot run: {budget.problem}"
+    return (
+        f"{variant.name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
+    )
+
+
+def measured_flops(shape: DecoderShape, visual_per_layer: Sequence[int], text: int, whole: int) -> float:
+    """Share of the unpruned prefill's decoder FLOPs that a prefill took, from the tokens its layers did process.
+
+    Args:
+        visual_per_layer: visual tokens of one row in each decoder layer. text: its other tokens, in every layer.
+        whole: visual tokens of its unpruned prompt.
+    """
+    taken = shape.prefill_flops([visual + text for visual in visual_per_layer])
+    return taken / shape.prefill_flops([whole + text] * shape.layers)

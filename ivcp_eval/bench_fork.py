@@ -93,18 +93,18 @@ def flops(case: Case) -> tuple[float, float]:
             counts[cut.layer :] = [round(cut.ratio * visual)] * (shape.layers - cut.layer)
         return [count + other for count in counts], cuts[0].layer if cuts else shape.layers
 
-    def decoding(counts: Sequence[int]) -> int:
+    def decoding(counts: Sequence[int]) -> float:
         # One token more each: a step is the difference of two prefills (every layer keeps what it processed).
         step = shape.prefill_flops([n + 1 for n in counts]) - shape.prefill_flops(counts)
         return (case.new_tokens - 1) * step + case.new_tokens * head
 
-    singles, passes, deepest = 0, vision, 0
+    singles, passes, deepest = 0.0, float(vision), 0
     for variant in case.variants:
         counts, first = tokens(variant)
         singles += vision + shape.prefill_flops(counts) + decoding(counts)
         passes += sum(shape.layer_flops(n) for n in counts[first:]) + decoding(counts)
         deepest = max(deepest, first)
-    return float(singles), float(passes + deepest * shape.layer_flops(visual + other))
+    return singles, passes + deepest * shape.layer_flops(visual + other)
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Identity:
     @property
     def canonical(self) -> str:
         """Canonical JSON; fields that came later are left out at their default, so that earlier hashes stay."""
-        fields = asdict(self)
+        fields = {**asdict(self), "variant": self.variant.to_json()}
         if not self.method_source:
             del fields["method_source"]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
@@ -115,7 +115,7 @@ class Cell:
     def folder(self) -> Path:
         """``<runs>/<model>/<benchmark>/<variant>-<hash>``."""
         variant = self.identity.variant
-        label = "none" if variant.method == "none" else f"{variant.method}-r{variant.ratio:g}"
+        label = "none" if variant.method == "none" else f"{variant.method}-{variant.share}"
         return self.runs / variant.model / self.identity.benchmark / f"{label}-{self.identity.hash}"
 
     @property

@@ -102,6 +102,11 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help="short name, see `ivcp list` (default: %(default)s)")
     add("--method", default="ivc_prune", help="pruning method (default: %(default)s)")
     add("--ratio", type=float, default=0.5, help="share of the visual tokens kept, in (0, 1] (default: %(default)s)")
+    add("--budget", default="own", metavar="KIND", help="what --ratio is a share of: own (the method's own retention "
+        "ratio, as papers print it), or, so that methods cost the same, of the unpruned model's final (visual tokens "
+        "after the last cut), layer_mean (processed, mean over layers) or flops (of the prefill)")  # fmt: skip
+    add("--budget-prompt", type=int, nargs=2, metavar=("VISUAL", "TEXT"), help="tokens of the prompt for which FLOPs "
+        "are held equal (default: 1024 64)")  # fmt: skip
     add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks or groups; default: the shipped sets for a "
         "shipped model, else the matrix of twenty")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
@@ -131,15 +136,16 @@ def _eval(args: argparse.Namespace) -> int:
     from ivcp_eval.engine import check_ratio
     from ivcp_eval.registry import make_method
     from ivcp_eval.runner import Request, evaluate
-    from ivcp_eval.variants import Variant
+    from ivcp_eval.variants import Budget, Variant
 
     check_ratio(args.ratio)
     if args.estimate:
         return _estimate(args)
     parameters = dict(_parameter(text) for text in args.set)
     make_method(args.method, parameters)
+    budget = Budget.of(args.budget, args.ratio, args.budget_prompt and tuple(args.budget_prompt))
     request = Request(
-        variant=Variant(args.model, args.method, args.ratio, parameters, args.seed),
+        variant=Variant(args.model, args.method, args.ratio, parameters, args.seed, budget),
         data=tuple(args.data),
         model_path=args.model_path,
         limit=args.limit,

@@ -98,7 +98,8 @@ def candidates(results: Sequence[Row], baselines: Sequence[Row], *, own: bool) -
 def label(row: Row) -> str:
     """A row's name in messages."""
     ratio = "" if row["ratio_asked"] is None or row["method"] == "none" else f" {row['ratio_asked']:g}"
-    return f"{row['model']} {row['benchmark']} {row['metric']} {row['method']}{ratio}"
+    budget = f" of {row['budget']}" if row["budget"] else ""
+    return f"{row['model']} {row['benchmark']} {row['metric']} {row['method']}{ratio}{budget}"
 
 
 def baseline_of(row: Row, baselines: Sequence[Row], against: Against) -> Row | str:
@@ -107,7 +108,7 @@ def baseline_of(row: Row, baselines: Sequence[Row], against: Against) -> Row | s
     if against == "none":
         same = [r for r in same if r["method"] == "none"]
     else:
-        same = [r for r in same if r["method"] == row["method"] and r["ratio_asked"] == row["ratio_asked"]]
+        same = [r for r in same if all(r[name] == row[name] for name in ("method", "ratio_asked", "budget"))]
     finished = [r for r in same if r["status"] == "ok"]
     if not finished:
         if same:

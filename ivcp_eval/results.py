@@ -62,6 +62,7 @@ KEY = (
     "preset",
     "seed",
     "ratio_asked",
+    "budget",
     "min_pixels",
     "max_pixels",
     "max_new_tokens",

@@ -156,13 +156,39 @@ COLUMNS: tuple[Column, ...] = (
     Column("faithfulness", "text", "`faithful`, `from_formula`, `variant` or `control` (see `ivcp list`)"),
     Column("preset", "text", "named set of method parameters, e.g. `official`"),
     Column("seed", "integer", "seed of the method's random choices"),
-    Column("ratio_asked", "number", "share of the visual tokens that was asked for, in (0, 1]", low=0, high=1),
+    Column(
+        "ratio_asked", "number", "share that was asked for, in (0, 1]: of visual tokens, or of `budget`", low=0, high=1
+    ),
+    Column(
+        "budget",
+        "text",
+        "what was held at `ratio_asked` of the unpruned model: `final`, `layer_mean`, or `flops(V+T)` counted for a "
+        "prompt of V visual and T text tokens; empty: the method's own ratio is what was asked for",
+        late=True,
+    ),
+    Column(
+        "ratio_method",
+        "number",
+        "retention ratio that the method was run at; empty: none holds the budget, or not stated",
+        low=0,
+        high=1,
+        late=True,
+    ),
     Column("ratio_kept_final", "number", "measured share alive after the last cut, mean over samples", low=0, high=1),
     Column(
         "ratio_layer_mean", "number", "measured share alive, mean over decoder layers of the prefill", low=0, high=1
     ),
     Column(
         "ratio_kv_cache", "number", "measured share of visual tokens in the KV cache, mean over layers", low=0, high=1
+    ),
+    Column(
+        "ratio_flops",
+        "number",
+        "decoder FLOPs of the prefill over those of the unpruned model, from the tokens that each layer was measured "
+        "to process (`ivcp_eval/flops.py`)",
+        low=0,
+        high=1,
+        late=True,
     ),
     Column("visual_tokens_prompt_mean", "number", "visual tokens of the unpruned prompt, mean over samples", low=0),
     Column(
@@ -214,6 +240,9 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("visual_kept", "integer", "visual tokens alive after the last cut", low=0),
     Column("layer_mean_ratio", "number", "share of them alive, mean over layers of the prefill", low=0, high=1),
     Column("kv_ratio", "number", "share of them in the KV cache, mean over layers", low=0, high=1),
+    Column(
+        "flops_ratio", "number", "decoder FLOPs of its prefill over those without pruning", low=0, high=1, late=True
+    ),
     Column("prefill_ms", "number", "milliseconds", low=0),
     Column("decode_ms", "number", "milliseconds per generated token", low=0),
     Column("new_tokens", "integer", "generated tokens", low=0),

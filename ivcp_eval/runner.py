@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import ivcp_eval
 from ivcp_eval import benchmarks, cells, locations, models
+from ivcp_eval.accounting import Decoder, described, hold
 from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.cells import Cell, Identity
 from ivcp_eval.files import file_digest, write_json
@@ -27,7 +28,7 @@ from ivcp_eval.journal import Journal
 from ivcp_eval.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
 from ivcp_eval.registry import adapter, make_method, method_source
 from ivcp_eval.results import write_results, write_samples
-from ivcp_eval.variants import BASELINE, Variant
+from ivcp_eval.variants import BASELINE, PROMPT, Variant
 
 if TYPE_CHECKING:
     from ivcp_eval.session import Limits, Placement
@@ -102,6 +103,11 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
         RuntimeError: another process evaluates the same cell. DiskFullError: nothing half-written is left.
     """
     plan = make_plan(request)
+    for budgeted in {cell.identity.variant.name: cell.identity.variant for _, cell in plan.cells}.values():
+        if budgeted.budget is not None:
+            if budgeted.budget.problem:
+                raise ValueError(budgeted.budget.problem)
+            say(described(budgeted))
     pending = [(benchmark, cell) for benchmark, cell in plan.cells if cell.finished() is None]
     outcome = Outcome(csv=request.output or _output(request), reused=len(plan.cells) - len(pending))
     outcome.problems += plan.missing
@@ -144,6 +150,9 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
         own = request.variant
         variants = [own.baseline] if own.method == BASELINE else [own.baseline, own]
     tuned = [v.with_parameters({**weights.checkpoint.methods.get(v.method, {}), **v.parameters}) for v in variants]
+    if any(variant.budget for variant in tuned):
+        decoder = Decoder.of(weights)
+        tuned = [hold(variant, decoder) for variant in tuned]
     found: list[tuple[Benchmark, Cell]] = []
     missing = []
     for benchmark in _benchmarks(request, weights):
@@ -259,9 +268,12 @@ def _prompt_digest(family: str, benchmark: Benchmark) -> str:
 
 
 def _output(request: Request) -> Path:
-    name = request.variant.name
-    if request.variant.parameters:
-        text = json.dumps(dict(request.variant.parameters), sort_keys=True, default=str)
+    name, budget = request.variant.name, request.variant.budget
+    unnamed = dict(request.variant.parameters)
+    if budget is not None and budget.prompt not in (None, PROMPT):
+        unnamed["budget_prompt"] = budget.prompt
+    if unnamed:
+        text = json.dumps(unnamed, sort_keys=True, default=str)
         name += "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
     return request.runs.parent / "eval" / f"{name}.csv"
 
@@ -379,6 +391,7 @@ def _record(
         "visual_tokens_prompt_mean": prompt / len(used) if used else None,
         "ratio_kept_final": sum(u["visual_kept"] for u in used) / prompt if prompt else None,
         "ratio_layer_mean": share("layer_mean_ratio"),
+        "ratio_flops": share("flops_ratio"),
         "ratio_kv_cache": share("kv_ratio"),
         "new_tokens_mean": statistics.fmean(u["new_tokens"] for u in used) if used else None,
         "prefill_ms_median": _median(used, "prefill_ms") if timing else None,
@@ -443,7 +456,10 @@ def cell_rows(weights: models.Weights, benchmark: Benchmark, cell: Cell, csv: Pa
         "faithfulness": record.get("faithfulness") or make_method(variant.method, variant.parameters).faithfulness,
         "preset": identity.method_parameters.get("preset", ""),
         "seed": variant.seed,
-        "ratio_asked": variant.ratio,
+        "ratio_asked": variant.asked,
+        "budget": variant.budget.label if variant.budget else "",
+        "ratio_method": None if variant.budget and variant.budget.problem else variant.ratio,
+        "ratio_flops": record.get("ratio_flops"),
         "benchmark": benchmark.name,
         "benchmark_sha256": identity.data,
         "prompt_sha256": identity.prompt,

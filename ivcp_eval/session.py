@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from ivcp_eval import measure
+from ivcp_eval.accounting import measured_flops
 from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.downsample import shrink
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.fork import fork
+from ivcp_eval.flops import DecoderShape
 from ivcp_eval.models import Weights
 from ivcp_eval.registry import adapter, make_method
 from ivcp_eval.variants import Variant
@@ -84,9 +86,15 @@ class Session:
             max_pixels=limits.max_pixels,
             trust_remote_code=trust_remote_code,
         )
+        self._shape = DecoderShape.of(self.adapter.text_model(self.model).config)
 
     def check(self, variant: Variant) -> None:
-        """Raise ValueError now if the variant can not run on this model (unknown parameter, layer out of range)."""
+        """Raise ValueError now if the variant can not run on this model (unknown parameter, layer out of range).
+
+        Also if no retention ratio holds its budget.
+        """
+        if variant.budget is not None and variant.budget.problem:
+            raise ValueError(variant.budget.problem)
         with self._pruned(variant):
             pass
 
@@ -100,7 +108,7 @@ class Session:
 
         Returns:
             prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
-            kv_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first).
+            kv_ratio, flops_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first).
         """
         conversation: list[Mapping[str, Any]] = [
             {"image": _image(part["image"])} if "image" in part else part for part in parts
@@ -216,14 +224,17 @@ class Session:
         raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
         # A smaller image saves its tokens everywhere, against those of the image as it was.
         scale = run.visual_prompt[0] / whole if whole else 1.0
+        text, whole = len(run.kept[0]) - run.visual_kept[0], whole or run.visual_prompt[0]
+        layers = [layer[0] for layer in run.visual_per_layer]
         return {
             "prediction": self._box(raw, inputs, sample) if grounding else raw,
             "raw": raw,
             "new_tokens": int(new.numel()),
-            "visual_tokens": whole or run.visual_prompt[0],
+            "visual_tokens": whole,
             "visual_kept": run.visual_kept[0],
             "layer_mean_ratio": _round(run.layer_mean_ratio * scale),
             "kv_ratio": _round(run.cache_ratio * scale),
+            "flops_ratio": _round(measured_flops(self._shape, layers, text, whole)) if whole else None,
             "vision_ms": _round(phases.vision_ms) if phases else None,
             "prefill_ms": _round(phases.prefill_ms) if phases else None,
             "decode_ms": _round(phases.decode_ms_per_token) if phases else None,

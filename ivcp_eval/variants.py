@@ -1,14 +1,63 @@
-"""One way of running a model: method, ratio and parameters, and the names VLMEvalKit sees. No torch."""
+"""One way of running a model: method, ratio or budget, parameters, and the names VLMEvalKit sees. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 BASELINE = "none"
 SEPARATOR = "__"
+OWN = "own"
+
+BudgetKind = Literal["final", "layer_mean", "flops"]
+KINDS: tuple[BudgetKind, ...] = ("final", "layer_mean", "flops")
+#: (visual, text) tokens of the prompt for which FLOPs are equal, where nothing else is said: about a megapixel in most
+#: families, and a question with its chat template.
+PROMPT = (1024, 64)
+_UNSOLVED = "no ratio was found yet that holds this budget; see ivcp_eval.accounting.hold"
+_NAME = re.compile(rf"(r|{'|'.join(KINDS)})([0-9.eE+-]+)")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a variant costs, asked for in place of its method's own retention ratio, as a share of the unpruned model.
+
+    Attributes:
+        kind: visual tokens after the last cut ("final"), visual tokens that the prefill processes, mean over decoder
+            layers ("layer_mean"), or decoder FLOPs of the prefill ("flops").
+        target: share in (0, 1].
+        prompt: (visual, text) tokens of the prompt for which FLOPs are equal; None for the other kinds.
+        problem: why no ratio holds it; empty once one was found (`accounting.hold`).
+    """
+
+    kind: BudgetKind
+    target: float
+    prompt: tuple[int, int] | None = None
+    problem: str = _UNSOLVED
+
+    @property
+    def label(self) -> str:
+        """As the CSV has it: ``layer_mean``, ``flops(1024+64)``."""
+        return self.kind if self.prompt is None else f"{self.kind}({self.prompt[0]}+{self.prompt[1]})"
+
+    @classmethod
+    def of(cls, kind: str, target: float, prompt: tuple[int, ...] | None = None) -> Budget | None:
+        """The budget that a user named; None for "own" (or empty), the method's own ratio.
+
+        Raises:
+            ValueError: another kind, or a prompt that is not two counts of which the first is above 0.
+        """
+        if prompt is not None and (len(prompt) != 2 or prompt[0] < 1 or prompt[1] < 0):
+            raise ValueError(f"prompt {list(prompt)} is not VISUAL TEXT, two numbers of tokens, e.g. 1024 64")
+        if kind in ("", OWN):
+            return None
+        if kind not in KINDS:
+            raise ValueError(f"budget {kind!r} is unknown; use {OWN} (the method's own ratio), {', '.join(KINDS)}")
+        asked = PROMPT if prompt is None else (prompt[0], prompt[1])
+        return cls(kind, target, asked if kind == "flops" else None)
 
 
 @dataclass(frozen=True)
@@ -16,8 +65,9 @@ class Variant:
     """A pruned (or, with method ``none``, unpruned) way of running one model.
 
     Attributes:
-        model: short name. method: registered name. ratio: retention ratio in (0, 1].
+        model: short name. method: registered name. ratio: retention ratio in (0, 1], which the method is run at.
         parameters: of the method, as the user gave them. seed: of methods that draw.
+        budget: what is held in place of a ratio of the user's; ``ratio`` is then the one that was found to hold it.
     """
 
     model: str
@@ -25,13 +75,24 @@ class Variant:
     ratio: float = 1.0
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    budget: Budget | None = None
+
+    @property
+    def asked(self) -> float:
+        """The share that the user asked for: of visual tokens, or of what the budget counts."""
+        return self.ratio if self.budget is None else self.budget.target
+
+    @property
+    def share(self) -> str:
+        """``r0.5``, or ``flops0.5`` for a held budget."""
+        return f"{'r' if self.budget is None else self.budget.kind}{self.asked:g}"
 
     @property
     def name(self) -> str:
         """``tiny__ivc_prune__r0.5``, the name in VLMEvalKit; parameters do not show, so hashes tell cells apart."""
         if self.method == BASELINE:
             return self.model
-        return SEPARATOR.join((self.model, self.method, f"r{self.ratio:g}"))
+        return SEPARATOR.join((self.model, self.method, self.share))
 
     @property
     def baseline(self) -> Variant:
@@ -42,9 +103,26 @@ class Variant:
         """The same variant with other parameters."""
         return dataclasses.replace(self, parameters=dict(parameters))
 
+    def to_json(self) -> dict[str, Any]:
+        """As a record holds it; without a budget as before there were any, so that earlier hashes stay."""
+        fields = dataclasses.asdict(self)
+        if self.budget is None:
+            del fields["budget"]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Variant:
+        """Back from `to_json`, through JSON."""
+        budget = fields.get("budget")
+        if budget is not None:
+            budget = Budget(**{**budget, "prompt": None if budget["prompt"] is None else tuple(budget["prompt"])})
+        return cls(**{**fields, "budget": budget})
+
 
 def parse(name: str) -> Variant:
     """``MODEL``, ``MODEL__METHOD`` or ``MODEL__METHOD__rRATIO`` back into a variant (ratio 0.5 if not named).
+
+    ``MODEL__METHOD__layer_mean0.6`` and the like name a budget, whose ratio is still to be found.
 
     Raises:
         ValueError: another form, or a ratio outside (0, 1].
@@ -52,13 +130,16 @@ def parse(name: str) -> Variant:
     model, separator, rest = name.partition(SEPARATOR)
     if model and not separator:
         return Variant(model)
-    method, _, ratio = rest.partition(SEPARATOR)
+    method, _, share = rest.partition(SEPARATOR)
+    found = _NAME.fullmatch(share or "r0.5")
     try:
-        value = float(ratio.removeprefix("r")) if ratio else 0.5
+        value = float(found[2]) if found else 0.0
     except ValueError:
         value = 0.0
-    if not model or not method or not 0 < value <= 1 or (ratio and not ratio.startswith("r")):
+    if not model or not method or not found or not 0 < value <= 1:
         raise ValueError(
-            f"model name {name!r} is not MODEL, MODEL__METHOD or MODEL__METHOD__rRATIO with 0 < RATIO <= 1"
+            f"model name {name!r} is not MODEL, MODEL__METHOD or MODEL__METHOD__rRATIO with 0 < RATIO <= 1 "
+            f"({', '.join(f'{kind}SHARE' for kind in KINDS)} in place of rRATIO hold a budget)"
         )
-    return Variant(model, method, value)
+    kind = found[1]
+    return Variant(model, method, value, budget=None if kind == "r" else Budget.of(kind, value))

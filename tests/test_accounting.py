@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import ivcp_eval
-from ivcp_eval.accounting import Prompt, cached, cost, processed, solve_ratio
+from ivcp_eval import models
+from ivcp_eval.accounting import Decoder, Prompt, cached, cost, described, hold, measured_flops, processed, solve_ratio
 from ivcp_eval.flops import DecoderShape
 from ivcp_eval.interface import Cut, ModelFacts
 from ivcp_eval.registry import adapter, make_method
+from ivcp_eval.variants import Budget, Variant
 from tests import tiny_models
 
 SEVEN_B = ModelFacts("qwen2_5_vl", 28)
@@ -82,3 +86,64 @@ def test_prediction_equals_measurement(name: str) -> None:
     assert run.kept_ratio == pytest.approx(predicted.final, abs=one_token)
     assert run.layer_mean_ratio == pytest.approx(predicted.layer_mean, abs=one_token)
     assert run.cache_ratio == pytest.approx(predicted.cached, abs=one_token)
+
+
+TINY = Decoder.of(models.locate("tiny"))
+
+
+@pytest.mark.parametrize("kind", ["final", "layer_mean", "flops"])
+@pytest.mark.parametrize("method", ["ivc_prune", "fastv", "pyramiddrop", "sparsevlm", "downsample"])
+def test_a_held_variant_costs_what_was_asked(method: str, kind: str) -> None:
+    variant = hold(Variant("tiny", method, 0.7, {}, 3, Budget.of(kind, 0.7, (150, 30))), TINY)
+    assert variant.budget is not None
+    assert variant.budget.problem == ""
+    assert (variant.asked, variant.seed) == (0.7, 3)
+    prompt = Prompt(TINY.shape, 150, 30)
+    assert getattr(cost(make_method(method), TINY.facts, variant.ratio, prompt), kind) == pytest.approx(0.7, abs=1e-9)
+    assert f"ratio {variant.ratio:.4f}" in described(variant)
+
+
+def test_parameters_decide_what_a_ratio_costs() -> None:
+    early, late = (
+        hold(Variant("tiny", "ivc_prune", 0.7, {"layer": layer}, 0, Budget.of("layer_mean", 0.7)), TINY)
+        for layer in (1, 4)
+    )
+    assert early.ratio == pytest.approx(1 - 0.3 * 6 / 5)
+    assert late.ratio == pytest.approx(1 - 0.3 * 6 / 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "kind", "said"),
+    [
+        ("ivc_prune", {"layer": 4}, "layer_mean", "layer_mean: this method costs at least 0.667"),
+        ("rotatek", {}, "flops", r"flops\(1024\+64\): this method's flops cost does not follow"),
+        ("fastv", {"layer": 6}, "final", r"final: layer 6 is outside 0\.\.5"),
+    ],
+)
+def test_a_budget_that_nothing_holds_says_why(method: str, parameters: dict[str, int], kind: str, said: str) -> None:
+    variant = hold(Variant("tiny", method, 0.5, parameters, 0, Budget.of(kind, 0.5)), TINY)
+    assert variant.budget is not None
+    assert re.match(said, variant.budget.problem)
+    assert (variant.asked, variant.ratio) == (0.5, 0.5)
+    assert "cannot run" in described(variant)
+
+
+def test_without_a_budget_nothing_changes() -> None:
+    variant = Variant("tiny", "fastv", 0.5)
+    assert hold(variant, TINY) is variant
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "ivc_prune", "sparsevlm", "divprune"])
+def test_flops_of_a_measured_run_are_those_held(name: str) -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    facts, shape = adapter("qwen2_5_vl").facts(model.config, "qwen2_5_vl"), DecoderShape.of(model.config)
+    inputs = make_inputs("t5 i0 t9")
+    visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    prompt = Prompt(shape, visual, inputs["input_ids"].shape[1] - visual)
+    ratio = solve_ratio(make_method(name), facts, 0.8, "flops", prompt)
+    with ivcp_eval.prune(model, name, ratio) as run, torch.no_grad():
+        model(**inputs)
+    layers = [layer[0] for layer in run.visual_per_layer]
+    measured = measured_flops(shape, layers, len(run.kept[0]) - run.visual_kept[0], visual)
+    one_token = 1 - measured_flops(shape, [visual - 1] * shape.layers, prompt.n_text, visual)
+    assert measured == pytest.approx(0.8, abs=one_token)

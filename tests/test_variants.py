@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
 from ivcp_eval import variants
 from ivcp_eval.cells import Identity
 from ivcp_eval.cli import _parameter
-from ivcp_eval.variants import Variant
+from ivcp_eval.variants import Budget, Variant
 
 
 @pytest.mark.parametrize(
-    "variant", [Variant("tiny"), Variant("qwen25", "ivc_prune", 0.5), Variant("x_1", "fastv+ivc", 0.11)]
+    "variant",
+    [
+        Variant("tiny"),
+        Variant("qwen25", "ivc_prune", 0.5),
+        Variant("x_1", "fastv+ivc", 0.11),
+        Variant("tiny", "fastv", 0.6, budget=Budget.of("layer_mean", 0.6)),
+        Variant("tiny", "fastv", 0.25, budget=Budget.of("flops", 0.25)),
+    ],
 )
 def test_names_come_back(variant: Variant) -> None:
     assert variants.parse(variant.name) == variant
@@ -23,7 +31,10 @@ def test_ratio_defaults_to_a_half() -> None:
     assert variants.parse("tiny__fastv") == Variant("tiny", "fastv", 0.5)
 
 
-@pytest.mark.parametrize("name", ["tiny__", "tiny__fastv__0.5", "tiny__fastv__r0", "tiny__fastv__r2", "__fastv__r0.5"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny__", "tiny__fastv__0.5", "tiny__fastv__r0", "tiny__fastv__r2", "__fastv__r0.5", "tiny__fastv__cost0.5"],
+)
 def test_other_forms_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="MODEL__METHOD__rRATIO"):
         variants.parse(name)
@@ -74,3 +85,40 @@ def test_every_field_changes_the_hash(field: str) -> None:
 def test_equal_content_has_equal_hash() -> None:
     again = dataclasses.replace(IDENTITY, versions={"torch": "2.13.0"}, method_parameters={"layer": 2})
     assert again.hash == IDENTITY.hash
+
+
+def test_hashes_of_before_there_were_budgets_stay() -> None:
+    """The hash of this identity, computed at commit 6b80c9f."""
+    assert IDENTITY.hash == "d335ae745125e4dc"
+
+
+def test_a_budget_is_part_of_the_hash_and_comes_back() -> None:
+    held = dataclasses.replace(Variant("tiny", "fastv", 0.5), budget=Budget("flops", 0.7, (1024, 64), problem=""))
+    budgeted = dataclasses.replace(IDENTITY, variant=held)
+    assert budgeted.hash != IDENTITY.hash
+    other = dataclasses.replace(held, budget=Budget("flops", 0.7, (576, 64), problem=""))
+    assert dataclasses.replace(IDENTITY, variant=other).hash != budgeted.hash
+    assert Variant.from_json(json.loads(budgeted.canonical)["variant"]) == held
+    assert Variant.from_json(json.loads(IDENTITY.canonical)["variant"]) == IDENTITY.variant
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "said"),
+    [
+        ("layers", None, "budget 'layers' is unknown; use own .*final, layer_mean, flops"),
+        ("flops", (0, 5), r"prompt \[0, 5\] is not VISUAL TEXT"),
+        ("flops", (5,), "not VISUAL TEXT"),
+        ("own", (5, -1), "not VISUAL TEXT"),
+    ],
+)
+def test_bad_budgets_are_refused(kind: str, prompt: tuple[int, ...] | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Budget.of(kind, 0.5, prompt)
+
+
+def test_a_prompt_matters_for_flops_only() -> None:
+    assert Budget.of("own", 0.5) is None
+    flops = Budget.of("flops", 0.5, (576, 40))
+    assert flops is not None
+    assert flops.label == "flops(576+40)"
+    assert Budget.of("final", 0.5, (576, 40)) == Budget.of("final", 0.5)

@@ -78,8 +78,7 @@ def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Ro
 
 
 def _identity(noted: dict[str, Any]) -> Identity:
-    variant = Variant(**noted["variant"])
-    return Identity(**{**noted, "variant": variant})
+    return Identity(**{**noted, "variant": Variant.from_json(noted["variant"])})
 
 
 def _benchmark(name: str) -> benchmarks.Benchmark:

@@ -8,6 +8,7 @@
         parameters: {layer: [14, 16]}        # a list is a grid; write [[...]] for one value that is a list
         seeds: [0]                          # of methods that draw
         models: [qwen25]                    # only these; also `benchmarks`
+        budget: layer_mean                  # what its ratios are shares of; also sweep-wide (docs/sweeps.md)
     exclude:
       - {method: ivc_prune, benchmark: MME}
     judge: gpt-4o                           # and judge_url, dtype, attention, device, limit, shard, batch, exact,
@@ -27,7 +28,7 @@ from typing import Any
 from ivcp_eval import benchmarks, locations, models
 from ivcp_eval.registry import make_method, method_names, unknown
 from ivcp_eval.sweep.marked import Marked, Place, SpecError
-from ivcp_eval.variants import BASELINE, Variant
+from ivcp_eval.variants import BASELINE, OWN, Budget, Variant
 
 __all__ = ["Spec", "SpecError", "load"]
 
@@ -36,8 +37,9 @@ _OPTIONS: dict[str, type] = {
     **dict.fromkeys(("limit", "shard", "batch", "min_pixels", "max_pixels", "max_new_tokens"), int),
     **dict.fromkeys(("exact", "trust_remote_code", "timing"), bool),
 }
-_ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks")
-_EXCLUDE = ("model", "method", "benchmark", "ratio")
+_ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget")
+_EXCLUDE = ("model", "method", "benchmark", "ratio", "budget")
+_BUDGET = ("budget", "budget_prompt")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def load(path: str | Path) -> Spec:
     """
     path = locations.sweep_file(path)
     marked = Marked(path)
-    raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "exclude", *_OPTIONS))
+    raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "exclude", *_BUDGET, *_OPTIONS))
     for key in ("models", "benchmarks", "methods"):
         if not raw.get(key):
             raise marked.error((key,), f"{key} is missing or empty")
@@ -91,8 +93,10 @@ def load(path: str | Path) -> Spec:
     for model, name in itertools.product(asked_models, asked):
         cells[_key(Variant(model), name)] = Variant(model), name
     entries = marked.listed(("methods",), raw["methods"], dict, "a method with its ratios")
+    shared = {key: raw[key] for key in _BUDGET if raw.get(key) is not None}
+    _budget(marked, (), {}, shared, 1.0)
     for i, entry in enumerate(entries):
-        for variant, name in _entry(marked, ("methods", i), entry, list(asked_models), asked):
+        for variant, name in _entry(marked, ("methods", i), entry, list(asked_models), asked, shared):
             cells[_key(variant, name)] = variant, name
     options = {key: _option(marked, key, raw[key]) for key in _OPTIONS if raw.get(key) is not None}
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
@@ -101,7 +105,7 @@ def load(path: str | Path) -> Spec:
 
 def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
     return repr(
-        (variant.model, variant.method, variant.ratio, sorted(variant.parameters.items()), variant.seed)
+        (variant.model, variant.method, variant.share, sorted(variant.parameters.items()), variant.seed)
     ), benchmark
 
 
@@ -134,7 +138,12 @@ def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
 
 
 def _entry(
-    marked: Marked, place: Place, raw: Any, all_models: list[str], all_benchmarks: list[str]
+    marked: Marked,
+    place: Place,
+    raw: Any,
+    all_models: list[str],
+    all_benchmarks: list[str],
+    shared: Mapping[str, Any],
 ) -> Iterator[tuple[Variant, str]]:
     entry = marked.keys(place, raw, _ENTRY)
     method = entry.get("method")
@@ -168,7 +177,27 @@ def _entry(
             raise marked.error((*place, "parameters"), str(error)) from None
         for model, ratio, seed, name in itertools.product(chosen, ratios, seeds, sets):
             if method != BASELINE:
-                yield Variant(model, method, float(ratio), parameters, seed), name
+                budget = _budget(marked, place, entry, shared, float(ratio))
+                yield Variant(model, method, float(ratio), parameters, seed, budget), name
+
+
+def _budget(
+    marked: Marked, place: Place, entry: Mapping[str, Any], shared: Mapping[str, Any], target: float
+) -> Budget | None:
+    """What the entry holds equal, else what the whole sweep does; None for the methods' own ratios."""
+    place = (*place, "budget") if "budget" in entry else ("budget",)
+    prompt = None
+    if "budget_prompt" in shared:
+        listed = marked.listed(("budget_prompt",), shared["budget_prompt"], int, "a number of tokens: [visual, text]")
+        prompt = tuple(listed)
+    try:
+        Budget.of(OWN, target, prompt)
+    except ValueError as error:
+        raise marked.error(("budget_prompt",), str(error)) from None
+    try:
+        return Budget.of(entry.get("budget", shared.get("budget", OWN)), target, prompt)
+    except ValueError as error:
+        raise marked.error(place, str(error)) from None
 
 
 def _grid(marked: Marked, place: Place, raw: Any) -> list[dict[str, Any]]:
@@ -192,7 +221,8 @@ def _without(marked: Marked, cells: list[tuple[Variant, str]], raw: Any) -> list
         rule = marked.keys(("exclude", i), rule, _EXCLUDE)
 
         def hit(variant: Variant, name: str, rule: Mapping[str, Any] = rule) -> bool:
-            has = {"model": variant.model, "method": variant.method, "benchmark": name, "ratio": variant.ratio}
+            has = {"model": variant.model, "method": variant.method, "benchmark": name, "ratio": variant.asked}
+            has["budget"] = variant.budget.kind if variant.budget else OWN
             return all(has[key] == value for key, value in rule.items())
 
         left = [cell for cell in cells if not hit(*cell)]

@@ -267,7 +267,10 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """One record per row of the data set, in its order, in the per-sample schema (ivcp_eval.results_schema)."""
     rows = []
-    fields = ("visual_tokens", "visual_kept", "layer_mean_ratio", "kv_ratio", "prefill_ms", "decode_ms", "new_tokens")
+    fields = (
+        *("visual_tokens", "visual_kept", "layer_mean_ratio", "kv_ratio", "flops_ratio"),
+        *("prefill_ms", "decode_ms", "new_tokens"),
+    )
     for line in dataset.data.to_dict("records"):
         index = str(line["index"])
         key = prompts.keys.get(index, "")

@@ -12,6 +12,7 @@ from vlmeval.dataset import DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
 from ivcp_eval import benchmarks, models, variants
+from ivcp_eval.accounting import Decoder, hold
 from ivcp_eval.interface import QuestionKind
 from ivcp_eval.journal import Journal
 from ivcp_eval.session import Limits, Placement, Session
@@ -121,4 +122,8 @@ def from_variant_name(name: str, **_: Any) -> PrunedVLM:
     placement = Placement().resolve()
     session = Session(weights, placement, Limits.published(weights))
     tuned = weights.checkpoint.methods.get(variant.method, {})
-    return PrunedVLM(session, variant.with_parameters(tuned))
+    variant = variant.with_parameters(tuned)
+    if variant.budget is not None:
+        variant = hold(variant, Decoder.of(weights))
+    session.check(variant)
+    return PrunedVLM(session, variant)

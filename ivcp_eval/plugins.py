@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractMethod
 
 GROUP = "ivcp_eval.methods"
+NAME = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"  # of a method; two underscores separate model, method and ratio elsewhere
 _BUILT_IN = Path(__file__).parent / "methods"
 
 
@@ -117,7 +118,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _problem(name: str, times: int) -> str:
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+    if not re.fullmatch(NAME, name):
         return "a name is lower-case words joined by single underscores, such as 'my_method'; rename its entry point"
     if (_BUILT_IN / f"{name}.py").is_file() or (_BUILT_IN / name / "__init__.py").is_file():
         return f"{name!r} is a method of ivcp-eval itself; rename its entry point"

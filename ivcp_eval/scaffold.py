@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import keyword
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+from ivcp_eval import locations
 from ivcp_eval.files import atomic_write
-from ivcp_eval.registry import method_names
+from ivcp_eval.plugins import NAME
+from ivcp_eval.registry import method_names, module_names
 
-ROOT = Path(__file__).resolve().parent.parent
+NO_CHECKOUT = (
+    "{what} in a checkout of ivcp-eval, and neither this installed package nor the current folder is one: clone the "
+    "repository and run the command in it. (A method needs no checkout to be used: see CONTRIBUTING.md, 'A method in a "
+    "package of your own'.)"
+)
 PLACEHOLDERS = ("0000.00000", "OWNER/REPOSITORY")
 
 METHOD = '''\
@@ -73,21 +82,40 @@ def test_formula() -> None:
 '''
 
 
-def new_method(name: str, folder: str | Path = ROOT) -> tuple[Path, Path]:
+def checkout(what: str) -> Path:
+    """Root of the checkout: the one that this package is imported from, else the current folder.
+
+    Args:
+        what: begins the sentence of the error, such as "the contract is".
+
+    Raises:
+        FileNotFoundError: neither is a checkout.
+    """
+    for folder in (locations.CHECKOUT, Path.cwd()):
+        if folder is not None and (folder / "tests" / "contract").is_dir():
+            return folder
+    raise FileNotFoundError(NO_CHECKOUT.format(what=what))
+
+
+def new_method(name: str, folder: str | Path | None = None) -> tuple[Path, Path]:
     """Write a method that runs, and its test, into a checkout.
 
     Args:
-        name: what users will type. folder: root of the checkout.
+        name: what users will type. folder: root of the checkout (default: see `checkout`).
 
     Returns:
         Paths of the method and of its test.
 
     Raises:
         ValueError: the name cannot be a file of Python, or is taken; nothing is written.
+        FileNotFoundError: there is no checkout to write into.
     """
-    if not name.isidentifier() or name != name.lower() or name.startswith("_"):
-        raise ValueError(f"method name {name!r} must be lower-case letters, digits and underscores, such as 'fastv'")
-    root = Path(folder)
+    if not re.fullmatch(NAME, name) or keyword.iskeyword(name):
+        raise ValueError(
+            f"method name {name!r} must be lower-case words of letters and digits, joined by single underscores, such "
+            "as 'fastv' or 'my_method'"
+        )
+    root = checkout("a new method is a file") if folder is None else Path(folder)
     method, test = root / "ivcp_eval" / "methods" / f"{name}.py", root / "tests" / "methods" / f"test_{name}.py"
     if name in method_names() or method.exists() or test.exists():
         raise ValueError(f"method {name!r} exists already; choose another name")
@@ -130,42 +158,56 @@ def check_method(
         ValueError: unknown method or family.
         FileNotFoundError: not in a checkout; the contract is not part of the installed package.
     """
-    if not (ROOT / "tests" / "contract").is_dir():
-        raise FileNotFoundError(
-            "the contract is in tests/contract of a checkout; clone the repository and run it there"
-        )
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    import_module("tests.conftest")
     from ivcp_eval.registry import make_method, unknown
 
     make_method(name)
+    root = checkout("the contract is")
+    _import_tests(root)
     known = import_module("tests.tiny_models").names()
     for family in families or ():
         if family not in known:
             raise unknown("family with a tiny model", family, known)
     report = CheckReport()
-    _check_docstring(name, report)
+    if name in module_names("ivcp_eval.methods"):  # not a plug-in's or a wrapper's
+        _check_docstring(root, name, report)
     for family in families or known:
         if progress is not None:
             progress(family)
         _check_on(name, family, report)
+    if not report.passed and not report.failures:
+        report.failures.append("it runs on none of these families, so nothing was checked")
     return report
 
 
-def _check_docstring(name: str, report: CheckReport) -> None:
+def _import_tests(root: Path) -> None:
+    """Import ``tests`` from the checkout, and nothing else from there: what is checked is what is installed."""
+    folder = root / "tests"
+    loaded = sys.modules.get("tests")
+    if loaded is None or Path(str(loaded.__file__)).parent != folder:
+        spec = spec_from_file_location("tests", folder / "__init__.py", submodule_search_locations=[str(folder)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["tests"] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["tests"])
+    import_module("tests.conftest")
+
+
+def _check_docstring(root: Path, name: str, report: CheckReport) -> None:
     from ivcp_eval.docs import MethodCard
 
-    file = ROOT / "ivcp_eval" / "methods" / f"{name}.py"
-    if not file.exists():
-        return  # a plug-in's or a wrapper's
-    card = MethodCard.read(file, name)
+    folder = locations.PACKAGE / "methods"
+    package = folder / name / "__init__.py"
+    try:
+        card = MethodCard.read(package if package.exists() else folder / f"{name}.py", name)
+    except ValueError as error:
+        report.failures.append(str(error))
+        return
     for placeholder in PLACEHOLDERS:
         if placeholder in card.paper + card.reference:
             report.failures.append(f"the docstring still holds the template's {placeholder!r}")
     if card.faithfulness != "control" and not card.paper:
         report.failures.append("the docstring has no 'Paper:' line with a URL and an equation")
-    if not (ROOT / "tests" / "methods" / f"test_{name}.py").exists():
+    if not (root / "tests" / "methods" / f"test_{name}.py").exists():
         report.failures.append(f"there is no oracle: tests/methods/test_{name}.py")
 
 

@@ -86,6 +86,61 @@ def test_installed_plug_ins_are_methods(monkeypatch: pytest.MonkeyPatch) -> None
         assert registry.method_class(name) is none.Method
 
 
+@dataclasses.dataclass(frozen=True)
+class NeedsAValue(none.Method):
+    """A parameter without a default."""
+
+    layer: int = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished(AbstractMethod):
+    """Two methods are missing."""
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("NeedsAValue", "parameters without a default: layer"),
+        ("Unfinished", "does not define cuts, select"),
+        ("ROOT", "is a PosixPath, not a class"),
+        ("gone", r"cannot be imported \(AttributeError"),
+    ],
+)
+def test_a_plug_in_that_is_no_method(target: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("strange", f"{__name__}:{target}", plugins.GROUP)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
+    with pytest.raises(ValueError, match=f"method 'strange' of an unknown package .*{words}"):
+        registry.make_method("strange")
+    assert registry.make_method("none") == none.Method()
+
+
+def test_names_that_a_plug_in_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("twice", "twice", "fastv", "a__b", "A", "+ivc", "fine")
+    entries = [EntryPoint(name, f"{none.__name__}:Method", plugins.GROUP) for name in names]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    assert set(registry.method_names()) - set(registry.module_names("ivcp_eval.methods")) == {"fine"}
+    with pytest.raises(ValueError, match=r"'twice' .* cannot be used: several installed packages claim this name"):
+        registry.make_method("twice")
+    with pytest.warns(UserWarning, match="'fastv' of an unknown package is not used: 'fastv' is a method of ivcp-eval"):
+        assert registry.method_class("fastv").__module__ == "ivcp_eval.methods.fastv"
+
+
+def test_the_source_of_a_plug_in_follows_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "sourced" / "deep").mkdir(parents=True)
+    (tmp_path / "sourced" / "__init__.py").write_text("")
+    (tmp_path / "sourced" / "deep" / "__init__.py").write_text("from ivcp_eval.methods.none import Method\n")
+    entry = EntryPoint("mine", "sourced.deep", plugins.GROUP)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
+    before = registry.method_source("mine")
+    assert re.fullmatch(r"an unknown package \(code [0-9a-f]{12}\)", before)
+    assert registry.method_source("mine+ivc") == before
+    (tmp_path / "sourced" / "helper.py").write_text("x = 1\n")
+    assert registry.method_source("mine") != before
+    assert registry.method_source("fastv") == registry.method_source("fastv+ivc") == ""
+
+
 @pytest.mark.parametrize("name", registry.method_names())
 def test_method_is_well_formed(name: str) -> None:
     cls = registry.method_class(name)

@@ -178,6 +178,9 @@ def _skeleton(baseline: Row, pruned: Row) -> ComparedRow:
         ratio_kept_final=number(pruned["ratio_kept_final"]),
         ratio_layer_mean=number(pruned["ratio_layer_mean"]),
         ratio_kv_cache=number(pruned["ratio_kv_cache"]),
+        budget=pruned["budget"],
+        ratio_method=number(pruned["ratio_method"]),
+        ratio_flops=number(pruned["ratio_flops"]),
         score_scale=pruned["score_scale"],
         score_baseline=before,
         score_pruned=after,
@@ -203,6 +206,7 @@ def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) 
     given = np.array([before[i]["cluster"] or f"index {i}" for i in scored])
     # One seed per row, whatever the order of the file.
     name = f"{row.model}|{row.benchmark}|{row.metric}|{row.method}|{row.ratio_asked}|{row.method_parameters}"
+    name += f"|{row.budget}" if row.budget else ""
     result = stats.paired_bootstrap(
         old,
         new,

@@ -24,7 +24,8 @@ class ComparedRow:
     """One (model, benchmark, metric, variant) against its baseline. Missing: NaN, None or an empty text.
 
     Differences are pruned - baseline in the unit of the score; ``*_percent`` are percent; ``ratio_*`` shares of the
-    visual tokens; ``*_time_ratio`` pruned / baseline (below 1 is faster).
+    visual tokens (``ratio_asked`` of ``budget``, where one was held; ``ratio_flops`` of the prefill's FLOPs);
+    ``*_time_ratio`` pruned / baseline (below 1 is faster).
     """
 
     model: str
@@ -49,6 +50,9 @@ class ComparedRow:
     prefill_time_ratio: float
     decode_time_ratio: float
     trained_weights: bool
+    budget: str = ""
+    ratio_method: float = math.nan
+    ratio_flops: float = math.nan
     notes: tuple[str, ...] = ()
     paired: bool = False
     difference_low: float = math.nan
@@ -71,8 +75,9 @@ class ComparedRow:
 
     @property
     def variant(self) -> str:
-        """Method, preset and ratio, as people say it."""
+        """Method, preset, and ratio or budget, as people say it."""
         ratio = "" if self.method == "none" or math.isnan(self.ratio_asked) else f"{self.ratio_asked:g}"
+        ratio += f" of {self.budget}" if ratio and self.budget else ""
         return " ".join(part for part in (self.method, self.preset, ratio) if part)
 
     @property
@@ -130,8 +135,8 @@ class Comparison:
         lines = [*_what_is_paired(self.rows, self.resamples), *_corrections(self.rows), *_noise(self.rows)]
         lines += [
             "Flips: answers that turned right -> wrong / wrong -> right (where answers are graded: score fell / rose).",
-            "Tokens: share of the prompt's visual tokens asked for / alive after the last cut / mean over the "
-            "prefill's layers / in the KV cache; all but the first are measured.",
+            "Cost: share asked for / of the prompt's visual tokens alive after the last cut / mean over the prefill's "
+            "layers / in the KV cache / of the prefill's FLOPs in the decoder; all but the first are measured.",
         ]
         if self.margin is not None:
             lines.append(f"Verdict: not worse means a loss below {self.margin:g} % of the scale, one-sided 2.5 %.")
@@ -166,7 +171,7 @@ def _cells(row: ComparedRow, with_verdict: bool) -> dict[str, str]:
     if math.isnan(row.difference_low):
         interval = "none"
     mark = "*" if row.p_holm < 0.05 else ""
-    ratios = (row.ratio_asked, row.ratio_kept_final, row.ratio_layer_mean, row.ratio_kv_cache)
+    ratios = (row.ratio_asked, row.ratio_kept_final, row.ratio_layer_mean, row.ratio_kv_cache, row.ratio_flops)
     cells = {
         "model": row.model,
         "benchmark": row.benchmark,
@@ -177,7 +182,7 @@ def _cells(row: ComparedRow, with_verdict: bool) -> dict[str, str]:
         "retained %": _number(row.retained_percent, 1),
         "95 % of difference": interval + ("" if row.paired else " unpaired"),
         "flips": f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-",
-        "tokens asked / final / layers / KV": " / ".join(_number(ratio, 2) for ratio in ratios),
+        "asked / final / layers / KV / FLOPs": " / ".join(_number(ratio, 2) for ratio in ratios),
         "prefill time": _number(row.prefill_time_ratio, 2) + ("x" if row.prefill_time_ratio > 0 else ""),
     }
     return cells | ({"verdict": row.verdict} if with_verdict else {})

@@ -2,7 +2,8 @@
 
 ``python -m ivcp_eval.curves results/tiny.csv`` writes ``results/tiny.curves.csv`` and ``results/tiny.curves.png``.
 Every point is paired, sample by sample and clustered, with the unpruned rows and with the rows of ``random`` (the mean
-of its seeds) at the same ratio. A method that is not significantly better than random there is marked as such.
+of its seeds) at the same ratio, or at the same share of the same budget. A method that is not significantly better than
+random there is marked as such. Where a budget was held, the plot is against what was measured of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,27 @@ from ivcp_eval.variants import BASELINE
 
 CONTROL = "random"
 COLUMNS = (
-    *("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "ratio_kept_final"),
-    *("ratio_layer_mean", "ratio_kv_cache", "score", "baseline", "difference", "difference_low", "difference_high"),
+    *("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "ratio_method"),
+    *(
+        "ratio_kept_final",
+        "ratio_layer_mean",
+        "ratio_kv_cache",
+        "ratio_flops",
+        "score",
+        "baseline",
+        "difference",
+        "difference_low",
+        "difference_high",
+    ),
     *("random", "over_random", "over_random_low", "over_random_high", "p_over_random_holm", "verdict", "n", "clusters"),
 )
+#: Kind of budget -> column that is plotted against, and its name on the axis; "" is the methods' own ratio.
+AXES = {
+    "": ("ratio_asked", "retention ratio asked"),
+    "final": ("ratio_kept_final", "measured visual tokens after the last cut"),
+    "layer_mean": ("ratio_layer_mean", "measured visual tokens, mean over layers"),
+    "flops": ("ratio_flops", "measured share of the prefill's FLOPs"),
+}
 
 
 def curve_rows(results: Path, resamples: int = 2000) -> list[dict[str, Any]]:
@@ -67,10 +85,10 @@ def _benchmark_rows(group: Sequence[Row], folder: Path, resamples: int) -> list[
     if not baselines:
         raise ValueError(f"{group[0]['benchmark']}: no finished unpruned row to compare with; run the sweep to its end")
     indices, before, clusters = samples[baselines[0]["run_id"]]
-    random: dict[float, list[np.ndarray]] = defaultdict(list)
+    random: dict[tuple[str, float], list[np.ndarray]] = defaultdict(list)
     for row in group:
         if row["method"] == CONTROL:
-            random[row["ratio_asked"]].append(samples[row["run_id"]][1])
+            random[row["budget"], row["ratio_asked"]].append(samples[row["run_id"]][1])
 
     def paired(control: np.ndarray, after: np.ndarray, scale: float) -> PairedResult:
         return paired_bootstrap(control, after, clusters, scale=scale, resamples=resamples)
@@ -82,8 +100,9 @@ def _benchmark_rows(group: Sequence[Row], folder: Path, resamples: int) -> list[
         after, scale = samples[row["run_id"]][1], float(row["score_scale"])
         against = paired(before, after, scale)
         beside = None
-        if row["method"] != CONTROL and row["ratio_asked"] in random:
-            beside = paired(np.mean(random[row["ratio_asked"]], axis=0), after, scale)
+        cost = row["budget"], row["ratio_asked"]
+        if row["method"] != CONTROL and cost in random:
+            beside = paired(np.mean(random[cost], axis=0), after, scale)
         made.append(
             {
                 **{name: row[name] for name in COLUMNS if name in row},
@@ -114,36 +133,58 @@ def label(row: Mapping[str, Any]) -> str:
     return f"{row['method']} without IVC" if '"ivc":0.0' in str(row["method_parameters"]) else str(row["method"])
 
 
+def curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float, float, float]]:
+    """(share, score, half intervals below and above) of one method, seeds of one ratio joined, by increasing ratio."""
+    by_ratio: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_ratio[row["ratio_asked"]].append(row)
+
+    def mean(values: Iterable[float]) -> float:
+        return float(np.mean(list(values)))
+
+    return [
+        (
+            mean(row[column] for row in seeds),
+            mean(row["score"] for row in seeds),
+            mean(row["difference"] - row["difference_low"] for row in seeds),
+            mean(row["difference_high"] - row["difference"] for row in seeds),
+        )
+        for _, seeds in sorted(by_ratio.items())
+    ]
+
+
 def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per benchmark: score against the ratio asked, 95 % intervals of the difference to the baseline."""
+    """One panel per benchmark and budget: score against what is held, 95 % intervals of the difference to the baseline.
+
+    Raises:
+        ValueError: a row lacks the measured share of what it holds.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = sorted({row["benchmark"] for row in rows})
+    panels = sorted({(row["benchmark"], row["budget"]) for row in rows})
     labels = sorted({label(row) for row in rows})
     colours = dict(zip(labels, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(5.5 * len(names), 5), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
-        here = [row for row in rows if row["benchmark"] == name]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), squeeze=False, layout="constrained")
+    for axis, (name, budget) in zip(axes[0], panels, strict=True):
+        here = [row for row in rows if (row["benchmark"], row["budget"]) == (name, budget)]
+        column, words = AXES[budget.partition("(")[0]]
+        if any(row[column] is None for row in here):
+            raise ValueError(f"{name}: rows that hold {budget} have no {column}; run the sweep again to measure it")
         axis.axhline(here[0]["baseline"], color="black", linewidth=1, label="unpruned")
         for number, entry in enumerate(labels):
-            points = sorted((row for row in here if label(row) == entry), key=lambda row: row["ratio_asked"])
+            points = curve([row for row in here if label(row) == entry], column)
             if not points:
                 continue
-            # Seeds of one method and ratio become one point.
-            by_ratio = {r: [p for p in points if p["ratio_asked"] == r] for r in {p["ratio_asked"] for p in points}}
-            ratios = sorted(by_ratio)
-            score = [np.mean([p["score"] for p in by_ratio[r]]) for r in ratios]
-            low = [np.mean([p["difference"] - p["difference_low"] for p in by_ratio[r]]) for r in ratios]
-            high = [np.mean([p["difference_high"] - p["difference"] for p in by_ratio[r]]) for r in ratios]
             offset = (number - len(labels) / 2) * 0.002
+            share, score, low, high = zip(*points, strict=True)
             axis.errorbar(
-                [r + offset for r in ratios], score, yerr=[low, high], label=entry, color=colours.get(entry),
+                [x + offset for x in share], score, yerr=[low, high], label=entry, color=colours.get(entry),
                 marker="o", markersize=3, linewidth=2.2 if entry.startswith("ivc") else 1, capsize=2,
             )  # fmt: skip
-        axis.set(title=f"{name} ({here[0]['metric']})", xlabel="retention ratio asked")
+        axis.set(title=f"{name} ({here[0]['metric']})", xlabel=words)
     axes[0][0].legend(fontsize=7)
     figure.suptitle("bars: 95 % interval of the paired difference to the unpruned model", fontsize=9)
     temporary = path.with_suffix(".tmp.png")

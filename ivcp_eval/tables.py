@@ -1,6 +1,7 @@
 """Wide tables as papers print them: one per model, variants as rows, benchmarks as columns; CSV, Markdown and LaTeX.
 
-A cell is the headline metric and, beside it, what is retained of the unpruned score. The averages stand only where
+A ratio is the one asked for, with what it is a share of where a budget was held (``0.6 layer_mean``). A cell is the
+headline metric and, beside it, what is retained of the unpruned score. The averages stand only where
 every benchmark of the row has a score: nothing is averaged over what happens to be there.
 """
 
@@ -101,7 +102,7 @@ def _headline(benchmark: str, rows: Sequence[Row]) -> str:
 def _variant(row: Row) -> tuple[Any, ...]:
     if row["method"] == BASELINE:
         return (BASELINE,)
-    return row["method"], row["ratio_asked"], row["method_parameters"], row["seed"]
+    return row["method"], row["ratio_asked"], row["method_parameters"], row["seed"], row["budget"]
 
 
 def _line(
@@ -118,7 +119,7 @@ def _line(
             cells.append(f"{scores[name]:.1f} ({100 * shares[name]:.1f}%)")
     whole = len(shares) == len(names)
     mean = f"{100 * sum(shares.values()) / len(names):.1f}%" if whole else MISSING
-    return _name(variant), "1" if len(variant) == 1 else f"{variant[1]:g}", *cells, mean
+    return _name(variant), "1" if len(variant) == 1 else f"{variant[1]:g} {variant[4]}".rstrip(), *cells, mean
 
 
 def _name(variant: tuple[Any, ...]) -> str:
@@ -127,7 +128,7 @@ def _name(variant: tuple[Any, ...]) -> str:
 
     if len(variant) == 1:
         return "unpruned"
-    method, _, parameters, seed = variant
+    method, _, parameters, seed = variant[:4]
     try:
         # Through JSON, as the file has them: tuples are lists there, and a wrapped method is a mapping.
         defaults = json.loads(json.dumps(dataclasses.asdict(make_method(method))))  # type: ignore[call-overload]

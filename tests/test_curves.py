@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivcp_eval.curves import curve_rows, main
-from ivcp_eval.results import make_row, write_results, write_samples
+from ivcp_eval.curves import AXES, curve, curve_rows, main
+from ivcp_eval.results import make_row, read_results, write_results, write_samples
 
 N = 120
 
@@ -62,6 +62,43 @@ def test_verdicts_against_random(tmp_path: Path) -> None:
     assert rows["random"]["verdict"] == ""
     both = [scores.mean() * 100 for (method, _), scores in _scores().items() if method == "random"]
     assert rows["fastv"]["random"] == pytest.approx(np.mean(both))
+
+
+def test_a_held_budget_is_compared_at_equal_cost_and_plotted_against_what_was_measured(tmp_path: Path) -> None:
+    path = _sweep(tmp_path, _scores())
+    rows = read_results(path)
+    measured = {"random": 0.61, "fastv": 0.59, "uniform": 0.62, "divprune": 0.6}
+    for row in rows:
+        if row["method"] in ("random", "fastv"):
+            row |= {"budget": "flops(1024+64)", "ratio_flops": measured[row["method"]], "ratio_method": 0.4}
+    write_results(path, rows)
+    found = {row["method"]: row for row in curve_rows(path, resamples=200)}
+    assert found["fastv"]["random"] is not None
+    assert found["uniform"]["random"] is None  # the same 0.5, of something else
+    assert curve([found["fastv"]], AXES["flops"][0])[0][0] == 0.59
+    assert curve([found["uniform"]], AXES[""][0])[0][0] == 0.5
+    assert main([str(path), "--resamples", "200"]) == 0
+    for row in rows:
+        row["ratio_flops"] = None
+    write_results(path, rows)
+    with pytest.raises(ValueError, match=r"hold flops\(1024\+64\) have no ratio_flops"):
+        main([str(path), "--resamples", "200"])
+
+
+def test_seeds_of_a_ratio_are_one_point() -> None:
+    def point(ratio: float, score: float) -> dict[str, float]:
+        return {
+            "ratio_asked": ratio,
+            "score": score,
+            "difference": -10,
+            "difference_low": -14,
+            "difference_high": -7,
+        }
+
+    assert curve([point(0.5, 60), point(0.25, 30), point(0.5, 64)], "ratio_asked") == [
+        (0.25, 30, 4, 3),
+        (0.5, 62, 4, 3),
+    ]
 
 
 def test_files_are_written_beside_the_results(tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ def test_wide_table() -> None:
     assert "mean nothing" in second.note
 
 
+def test_budgets_are_variants_of_their_own() -> None:
+    held = row("tiny_mcq", "fastv", 44.0, budget="flops(1024+64)", ratio_method=0.3)
+    (table,) = tables([*ROWS[:1], row("tiny_mcq", "fastv", 40.0), held])
+    assert [cells[:3] for cells in table.rows[1:]] == [
+        ("fastv", "0.5", "40.0 (50.0%)"),
+        ("fastv", "0.5 flops(1024+64)", "44.0 (55.0%)"),
+    ]
+
+
 def test_formats(tmp_path: Path) -> None:
     written = write_tables(ROWS, tmp_path / "sweep")
     assert [path.name for path in written] == [f"{m}.{s}" for m in ("qwen25", "llava15") for s in ("csv", "md", "tex")]

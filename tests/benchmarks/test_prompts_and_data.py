@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval import benchmarks
+from ivcp_eval.files import file_digest
 from ivcp_eval.variants import Variant
 from tests.benchmarks.conftest import Laboratory, RecordingSession
 from tests.benchmarks.miniatures import GROUNDING, miniatures
@@ -129,6 +130,20 @@ def test_addresses_and_checksums_are_vlmevalkits(laboratory: Laboratory):
         owner = next(c for c in vlmeval.dataset.DATASET_CLASSES if name in c.supported_datasets())
         assert owner.DATASET_URL[name] == benchmark.url
         assert benchmark.md5 == laboratory.checksums[name]
+
+
+@pytest.mark.parametrize("name", [name for name in benchmarks.names() if benchmarks.load(name).file])
+def test_files_of_our_own_are_whole(name: str):
+    from ivcp_eval.vlmeval_bridge.datasets import read_tsv
+
+    benchmark = benchmarks.load(name)
+    assert benchmark.path is not None
+    assert benchmark.kind is not None
+    table = read_tsv(benchmark.path, benchmark.kind)
+    assert benchmark.n_samples in (None, len(table))
+    assert benchmark.sha256 in ("", file_digest(benchmark.path))
+    columns = {benchmark.cluster, benchmark.category} - {"", "image", "category"}
+    assert columns <= set(table), "statistics would silently take every row for itself"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,6 +25,7 @@ methods:
 exclude:
   - {model: llava15, ratio: 0.25}
 limit: 10
+controls: []
 """
 
 
@@ -47,6 +48,29 @@ def test_expansion(tmp_path: Path) -> None:
     assert spec.benchmarks("llava15") == ["POPE", "MMStar"]
 
 
+def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    def controls(line: str) -> list[tuple[str, str, float, int, str]]:
+        spec = load(write(tmp_path, GOOD.replace("controls: []\n", line)))
+        return sorted(
+            (v.model, v.method, v.ratio, v.seed, b) for v, b in spec.cells if v.method not in ("none", "ivc_prune")
+        )
+
+    listed = [("qwen25", "random", 0.5, seed, "POPE") for seed in (0, 1)]
+    assert controls("controls: []\n") == listed
+    assert {method for _, method, *_ in controls("")} == {"random", "uniform", "pool", "downsample"}
+    where = {(model, ratio, name) for model, method, ratio, _, name in controls("") if method == "uniform"}
+    met = {(m, r, b) for m in ("qwen25", "llava15") for r in (0.5, 0.25) for b in ("POPE", "MMStar")}
+    assert where == {key for key in met if key[:2] != ("llava15", 0.25)}, "wherever a method is measured"
+    assert controls("controls: [random]\n") == listed, "what the file lists itself is not added to"
+    unlisted = GOOD.replace("method: random", "method: fastv").replace("controls: []\n", "controls: [random]\n")
+    drawn = [
+        (v.ratio, v.seed)
+        for v, b in load(write(tmp_path, unlisted)).cells
+        if (v.method, v.model, b) == ("random", "qwen25", "POPE")
+    ]
+    assert sorted(drawn) == [(ratio, seed) for ratio in (0.25, 0.5) for seed in (0, 1, 2)], "several draws by default"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line", "words"),
     [
@@ -57,6 +81,7 @@ def test_expansion(tmp_path: Path) -> None:
         ("[0.5, 0.25]\n", "[0.5, half]\n", 5, "'half' is not a ratio"),
         ("layer:", "leyer:", 6, "did you mean 'layer'"),
         ("    ratios: [0.5]\n", "", 7, "needs ratios"),
+        ("controls: []", "controls: [randon]", 15, "did you mean 'random'"),
         ("seeds: [0, 1]", "seeds: [0, 1.5]", 9, "1.5 is not a whole number"),
         ("models: [qwen25]", "models: [qwen2]", 10, "not among the sweep's models"),
         ("benchmarks: [POPE]\n", "benchmarks: [MME]\n", 11, "not among the sweep's benchmarks"),
@@ -95,6 +120,6 @@ def test_the_paper_s_sweep_is_the_matrix_on_four_families() -> None:
     for model in spec.models:
         assert spec.benchmarks(model) == list(benchmarks.names("matrix"))
         assert {"none", "ivc_prune", "fastv", "pyramiddrop"} <= {variant.method for variant in spec.variants(model)}
-    assert {path.stem for path in ROOT.glob("*.yaml")} == {
+    assert {path.stem for path in ROOT.glob("*.yaml")} >= {
         "smoke", "tiny", "paper", "ratios", "ablation_ivc", "controls",
     }  # fmt: skip

@@ -1,0 +1,97 @@
+"""Sensitivity: what was changed is named, differences are paired with the defaults, and only real ones are marked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ivcp_eval.results import make_row, write_results, write_samples
+from ivcp_eval.sensitivity import defaults_of, main, table
+
+N = 120
+FULL = (np.random.default_rng(0).random(N) < 0.7).astype(float)
+
+
+def write_sweep(folder: Path, entries: list[tuple[str, dict[str, Any], int, np.ndarray]]) -> Path:
+    """A results CSV with its per-sample files, these in another order for every entry."""
+    rows = []
+    for number, (method, parameters, seed, scores) in enumerate(entries):
+        samples = [{"index": str(i), "cluster": f"image {i // 2}", "score": float(v)} for i, v in enumerate(scores)]
+        write_samples(folder / f"{number}.csv", samples[number:] + samples[:number])
+        rows.append(
+            make_row(
+                model="tiny",
+                method=method,
+                method_parameters=parameters,
+                seed=seed,
+                benchmark="tiny_mcq",
+                metric="accuracy",
+                status="ok",
+                ratio_asked=1.0 if method == "none" else 0.5,
+                score=100 * scores.mean(),
+                score_scale=100,
+                run_id=str(number),
+                predictions=f"{number}.csv",
+                n_samples=N,
+                n_clusters=N // 2,
+            )
+        )
+    write_results(folder / "sweep.csv", rows)
+    return folder / "sweep.csv"
+
+
+def entries() -> list[tuple[str, dict[str, Any], int, np.ndarray]]:
+    """Layer 4 destroys every answer, "max" spoils one; random has two seeds."""
+    one_lost = FULL.copy()
+    one_lost[np.flatnonzero(FULL)[0]] = 0
+    usual = {"layer": 2, "heads": "mean"}
+    return [
+        ("none", {}, 0, np.ones(N)),
+        ("iwp", {**usual, "layer": 4}, 0, np.zeros(N)),
+        ("iwp", usual, 0, FULL),
+        ("iwp", {**usual, "heads": "max"}, 0, one_lost),
+        ("iwp", {**usual, "layer": 1}, 0, FULL),
+        ("random", {}, 0, FULL),
+        ("random", {}, 1, np.zeros(N)),
+    ]
+
+
+def test_one_row_per_change(tmp_path: Path) -> None:
+    rows = {row["changed"]: row["tiny_mcq 0.5"] for row in table(write_sweep(tmp_path, entries()), resamples=500)}
+    score = 100 * FULL.mean()
+    assert list(rows) == ["iwp, defaults", "layer=4", "heads=max", "layer=1", "random"]
+    assert rows["iwp, defaults"] == f"{score:.1f}"
+    assert rows["layer=4"].startswith(f"{-score:+.1f} (")
+    assert rows["layer=4"].endswith("*")
+    assert rows["layer=1"].startswith("+0.0 (+0.0 to +0.0)")
+    assert not rows["layer=1"].endswith("*")
+    assert rows["heads=max"].startswith(f"{-100 / N:+.1f} (")
+    assert not rows["heads=max"].endswith("*")
+    assert rows["random"].startswith(f"{-score / 2:+.1f} ("), "seeds are averaged"
+
+
+def test_a_file_without_defaults_is_refused(tmp_path: Path) -> None:
+    entry = entries()
+    for wrong in (entry[:1], [entry[0], entry[2]], [entry[0], entry[1], entry[3]]):
+        with pytest.raises(ValueError, match="one method at its defaults"):
+            table(write_sweep(tmp_path, wrong))
+    assert defaults_of([{"method": m, "method_parameters": json.dumps(p)} for m, p, *_ in entry]) == (
+        "iwp",
+        {"layer": 2, "heads": "mean"},
+    )
+
+
+def test_the_page_keeps_what_was_written_under_the_table(tmp_path: Path) -> None:
+    results, page = write_sweep(tmp_path, entries()), tmp_path / "page.md"
+    assert main([str(results), str(page)]) == 0
+    first = page.read_text()
+    assert "| layer=4" in first
+    assert "`heads=mean`, `layer=2`" in first
+    page.write_text(first + "What it means.\n\nIn two paragraphs.\n")
+    main([str(results), str(page)])
+    main([str(results), str(page)])
+    assert page.read_text() == first + "What it means.\n\nIn two paragraphs.\n"

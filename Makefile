@@ -8,11 +8,12 @@ MODEL  ?= tiny
 METHOD ?= ivc_prune
 RATIO  ?= 0.5
 # Optional: BUDGET=layer_mean (what RATIO is a share of; default own), DATA="POPE MME", SET="layer=16",
-#           MODEL_PATH=, LIMIT=, JUDGE=, DEVICE=, DTYPE=, ATTENTION=, SEED=, ARGS=
+#           MODEL_PATH=, LIMIT=, JUDGE=, DEVICE=, DTYPE=, ATTENTION=, SEED=, TIMEOUT=, ARGS=
 OPTIONS = $(if $(BUDGET),--budget $(BUDGET)) \
           $(if $(DATA),--data $(DATA)) $(if $(SET),--set $(SET)) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") \
           $(if $(LIMIT),--limit $(LIMIT)) $(if $(JUDGE),--judge $(JUDGE)) $(if $(DEVICE),--device $(DEVICE)) \
-          $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+          $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) \
+          $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(ARGS)
 
 .PHONY: setup eval sweep results compare list bench test check format smoke clean
 .DEFAULT_GOAL := eval

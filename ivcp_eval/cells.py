@@ -106,10 +106,16 @@ class Identity:
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant on one benchmark, and its files."""
+    """One variant on one benchmark, and its files.
+
+    Attributes:
+        exact: answers that were made together with others in half precision, where company changes how a row is
+            rounded, do not count; the cell is then answered again, and serves everybody.
+    """
 
     identity: Identity
     runs: Path = RUNS
+    exact: bool = False
 
     @property
     def folder(self) -> Path:
@@ -135,7 +141,16 @@ class Cell:
 
     def finished(self) -> dict[str, Any] | None:
         """The record of a whole cell, or None."""
+        record = self.noted()
+        return record if record and record["status"] == "ok" else None
+
+    def noted(self) -> dict[str, Any] | None:
+        """The record of a cell that was scored or failed, or None."""
         if not self.record.is_file():
             return None
         record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
-        return record if record["status"] == "ok" else None
+        return None if self.lacks(record) else record
+
+    def lacks(self, record: Mapping[str, Any] | None) -> bool:
+        """Whether an answer, or the record of all answers, is missing, failed, or does not count (``exact``)."""
+        return not record or bool(record.get("error")) or (self.exact and bool(record.get("together")))

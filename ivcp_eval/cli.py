@@ -122,6 +122,8 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
     add("--min-pixels", type=int, help="default: the family's published limit")
     add("--max-pixels", type=int, help="default: the family's published limit")
     add("--max-new-tokens", type=int, help="default: the family's published limit")
+    add("--timeout", type=float, metavar="S", help="seconds that one answer may take; a late one is an error of its "
+        "sample, which the next run retries (default: no limit but --max-new-tokens)")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")
     add("--output", type=Path, help="results CSV (default: results/eval/<variant>.csv)")
     add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
@@ -134,11 +136,13 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from ivcp_eval import cells
     from ivcp_eval.engine import check_ratio
+    from ivcp_eval.failures import check_timeout
     from ivcp_eval.registry import make_method
     from ivcp_eval.runner import Request, evaluate
     from ivcp_eval.variants import Budget, Variant
 
     check_ratio(args.ratio)
+    check_timeout(args.timeout)
     if args.estimate:
         return _estimate(args)
     parameters = dict(_parameter(text) for text in args.set)
@@ -158,6 +162,7 @@ def _eval(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels,
         max_new_tokens=args.max_new_tokens,
         trust_remote_code=args.trust_remote_code,
+        timeout=args.timeout,
         runs=args.runs or cells.RUNS,
         output=args.output,
         timing=not args.no_timing,

@@ -13,6 +13,10 @@ from typing import Any
 from ivcp_eval.files import disk_full_as_clear_error
 
 
+class JournalHeld(RuntimeError):
+    """Another process is writing it."""
+
+
 class Journal:
     """Records by key, one JSON line each. The last record of a key counts.
 
@@ -30,14 +34,14 @@ class Journal:
         """Read what is there and hold the file, alone, for appending.
 
         Raises:
-            RuntimeError: another process holds it.
+            JournalHeld: by another process.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RuntimeError(
+                raise JournalHeld(
                     f"another process is evaluating this cell ({self.path.parent}); wait for it, or stop it"
                 ) from error
             file.seek(0)

@@ -47,6 +47,9 @@ class Request:
         judge: model that rates; empty takes the default where a benchmark needs one, and exact matching elsewhere.
         judge_url: its endpoint; empty takes ``$OPENAI_BASE_URL``, else OpenAI's.
         device, dtype, attention: empty to find. min_pixels, max_pixels, max_new_tokens: None for the published ones.
+        exact: answers made together with others in half precision do not count (`cells.Cell`).
+        timeout: seconds that one answer may take, None for no limit; what did not come in time is an error, so the
+            value is noted but is no part of a cell's identity.
         runs: where cells live. output: the CSV; None puts it beside the cells.
         timing: False leaves all times and dates out, so that equal runs are equal bytes.
     """
@@ -64,6 +67,8 @@ class Request:
     max_pixels: int | None = None
     max_new_tokens: int | None = None
     trust_remote_code: bool = False
+    exact: bool = False
+    timeout: float | None = None
     runs: Path = cells.RUNS
     output: Path | None = None
     timing: bool = True
@@ -239,7 +244,7 @@ def _cell(
         code=cells.code_hash(),
         method_source=method_source(variant.method),
     )
-    return Cell(identity, request.runs)
+    return Cell(identity, request.runs, request.exact)
 
 
 def _judge_config(request: Request, benchmark: Benchmark) -> JudgeConfig | None:
@@ -294,7 +299,7 @@ def _run_pending(
     from ivcp_eval.session import timed_load
     from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
-    session, seconds = timed_load(plan.weights, plan.placement, plan.limits, request.trust_remote_code)
+    session, seconds = timed_load(plan.weights, plan.placement, plan.limits, request.trust_remote_code, request.timeout)
     place = plan.placement
     say(f"loaded {request.variant.model} in {seconds:.1f} s ({place.dtype}, {place.attention}, {place.device})")
     for _, cell in pending:
@@ -345,7 +350,7 @@ def run_cell(
             samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
         write_samples(cell.predictions, samples)
         used = [journal.records[row["prompt_sha256"]] for row in samples if not row["error"]]
-        record = _record(cell, scored, samples, used, problem, request.timing)
+        record = {**_record(cell, scored, samples, used, problem, request.timing), "timeout_s": request.timeout}
         write_json(cell.record, record)
     if record["status"] == "ok":
         shutil.rmtree(work)
@@ -388,6 +393,7 @@ def _record(
         "n_samples": len(samples),
         "n_clusters": len({row["cluster"] for row in samples}),
         "n_failed": sum(bool(row["error"]) for row in samples),
+        "together": any(u.get("together") for u in used),
         "visual_tokens_prompt_mean": prompt / len(used) if used else None,
         "ratio_kept_final": sum(u["visual_kept"] for u in used) / prompt if prompt else None,
         "ratio_layer_mean": share("layer_mean_ratio"),

@@ -16,6 +16,7 @@ from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.downsample import shrink
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.fork import fork
+from ivcp_eval.failures import deadline, steps
 from ivcp_eval.flops import DecoderShape
 from ivcp_eval.models import Weights
 from ivcp_eval.registry import adapter, make_method
@@ -71,10 +72,22 @@ class Limits:
 
 
 class Session:
-    """One model in memory."""
+    """One model in memory.
 
-    def __init__(self, weights: Weights, placement: Placement, limits: Limits, trust_remote_code: bool = False) -> None:
-        self.weights, self.placement, self.limits = weights, placement, limits
+    Args:
+        timeout: seconds that one answer may take; None sets no limit. What is answered together may take as long as
+            all of it alone, so that sharing never makes an answer late (`failures.deadline` says what is interrupted).
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        placement: Placement,
+        limits: Limits,
+        trust_remote_code: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        self.weights, self.placement, self.limits, self.timeout = weights, placement, limits, timeout
         self.adapter = adapter(weights.family)
         self.model, self.processor = self.adapter.load(
             str(weights.source),
@@ -87,6 +100,7 @@ class Session:
             trust_remote_code=trust_remote_code,
         )
         self._shape = DecoderShape.of(self.adapter.text_model(self.model).config)
+        self._steps = list(steps(self.model))
 
     def check(self, variant: Variant) -> None:
         """Raise ValueError now if the variant can not run on this model (unknown parameter, layer out of range).
@@ -109,25 +123,27 @@ class Session:
         Returns:
             prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
             kv_ratio, flops_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first).
+
+        Raises:
+            AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
-        conversation: list[Mapping[str, Any]] = [
-            {"image": _image(part["image"])} if "image" in part else part for part in parts
-        ]
-        whole = None
-        share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
-        if share is not None:
-            whole = self._visual_tokens(conversation)
-            conversation = [
-                {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
-                for part in conversation
-            ]
-        inputs, tensors = self._encoded(conversation)
-        with (
-            torch.inference_mode(),
-            self._pruned(variant, self.adapter.layout(self.processor, [conversation])) as run,
-            measure.phases(self.model, self.adapter) as phases,
-        ):
-            out = self.model.generate(**tensors, **self._options)
+        with self._time(1) as check:
+            conversation, whole = _decoded(parts), None
+            share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
+            if share is not None:
+                whole = self._visual_tokens(conversation)
+                conversation = [
+                    {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
+                    for part in conversation
+                ]
+            inputs, tensors = self._encoded(conversation)
+            check()
+            with (
+                torch.inference_mode(),
+                self._pruned(variant, self.adapter.layout(self.processor, [conversation])) as run,
+                measure.phases(self.model, self.adapter) as phases,
+            ):
+                out = self.model.generate(**tensors, **self._options)
         new = out[0, tensors["input_ids"].shape[1] :]
         return self._record(new, run, inputs, grounding, phases, whole)
 
@@ -147,34 +163,11 @@ class Session:
 
         Returns:
             Per variant what `answer` returns; the times are None, since no variant has any of its own.
+
+        Raises:
+            AnswerTimeout: an answer that ran on its own, or all others together, took longer than allowed.
         """
-        conversation: list[Mapping[str, Any]] = [
-            {"image": _image(part["image"])} if "image" in part else part for part in parts
-        ]
-        own = {
-            i: {
-                **self.answer(conversation, variant, grounding),
-                "vision_ms": None,
-                "prefill_ms": None,
-                "decode_ms": None,
-            }
-            for i, variant in enumerate(variants)
-            if make_method(variant.method, variant.parameters).pixel_share(variant.ratio) is not None
-        }
-        inputs, tensors = self._encoded(conversation)
-        rest = [i for i in range(len(variants)) if i not in own]
-        with torch.inference_mode():
-            answers = fork(
-                self.model,
-                [variants[i] for i in rest],
-                tensors,
-                layout=self.adapter.layout(self.processor, [conversation]),
-                exact=exact,
-                **self._options,
-            )
-        for i, answer in zip(rest, answers, strict=True):
-            own[i] = self._record(answer.tokens[0], answer.run, inputs, grounding)
-        return [own[i] for i in range(len(variants))]
+        return self._together([parts], variants, grounding, exact)[0]
 
     def answer_batch(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], variants: Sequence[Variant], grounding: bool = False
@@ -185,21 +178,45 @@ class Session:
             Per conversation, per variant.
 
         Raises:
-            ValueError: a variant changes the picture, or the pictures are laid out differently (tiles).
+            ValueError: the pictures are laid out differently (tiles). AnswerTimeout: as `answer_all`.
         """
-        decoded: list[Any] = [
-            [{"image": _image(part["image"])} if "image" in part else part for part in parts] for parts in conversations
-        ]
+        return self._together(conversations, variants, grounding, False)
+
+    def _together(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        variants: Sequence[Variant],
+        grounding: bool,
+        exact: bool,
+    ) -> list[list[dict[str, Any]]]:
+        decoded = [_decoded(parts) for parts in conversations]
         layouts = [self.adapter.layout(self.processor, [conversation]) for conversation in decoded]
         if any(layout != layouts[0] for layout in layouts):
             raise ValueError("the pictures of these samples are laid out differently; answer them one at a time")
-        inputs, tensors = self._encoded(*decoded)
-        with torch.inference_mode():
-            answers = fork(self.model, variants, tensors, layout=layouts[0], **self._options)
-        return [
-            [self._record(answer.tokens[i], answer.run.row(i), inputs, grounding, sample=i) for answer in answers]
-            for i in range(len(decoded))
+        own = [
+            i for i, v in enumerate(variants) if make_method(v.method, v.parameters).pixel_share(v.ratio) is not None
         ]
+        rest = [i for i in range(len(variants)) if i not in own]
+        no_times = {"vision_ms": None, "prefill_ms": None, "decode_ms": None}
+        found = [
+            {i: {**self.answer(conversation, variants[i], grounding), **no_times} for i in own}
+            for conversation in decoded
+        ]
+        if rest:
+            with self._time(len(rest) * len(decoded)) as check, torch.inference_mode():
+                inputs, tensors = self._encoded(*decoded)
+                check()
+                chosen = [variants[i] for i in rest]
+                answers = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
+            for i, answer in zip(rest, answers, strict=True):
+                for sample, records in enumerate(found):
+                    row = answer.run.row(sample)
+                    records[i] = self._record(answer.tokens[sample], row, inputs, grounding, sample=sample)
+        return [[records[i] for i in range(len(variants))] for records in found]
+
+    def _time(self, answers: int) -> Any:
+        """The time limit of so many answers made together."""
+        return deadline(self._steps, None if self.timeout is None else self.timeout * answers)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -256,16 +273,20 @@ class Session:
         return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
 
 
+def _decoded(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [{"image": _image(part["image"])} if "image" in part else part for part in parts]
+
+
 def _image(source: Any) -> Any:
     """A PIL image in RGB, from a path where needed; raises OSError naming the file if it cannot be decoded."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not isinstance(source, str | Path):
         return source.convert("RGB")
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # decoders meet damaged bytes with errors of every kind: zlib's, struct's, SyntaxError
         raise OSError(f"image {source} cannot be decoded: {error}") from error
 
 

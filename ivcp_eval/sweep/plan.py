@@ -36,7 +36,8 @@ class Unit:
     @cached_property
     def name(self) -> str:
         """Equal for equal work in every process."""
-        digest = hashlib.sha256(" ".join(cell.identity.hash for cell in self.cells).encode()).hexdigest()[:12]
+        text = " ".join(cell.identity.hash + ("exact" if cell.exact else "") for cell in self.cells)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return f"{self.model}.{self.benchmark.name}.{self.start:07d}-{self.stop:07d}.{digest}"
 
     @property
@@ -120,7 +121,7 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", timing: bool | 
 def _request(
     spec: Spec, model: str, folder: str | None, data: tuple[str, ...], runs: Path, device: str, timing: bool | None
 ) -> Request:
-    options: dict[str, Any] = {k: v for k, v in spec.options.items() if k not in ("shard", "batch", "exact", "timing")}
+    options: dict[str, Any] = {k: v for k, v in spec.options.items() if k not in ("shard", "batch", "timing")}
     options["device"] = device or options.get("device", "")
     timed = bool(spec.options.get("timing", True)) if timing is None else timing
     return Request(Variant(model), data=data, model_path=folder, runs=runs, timing=timed, **options)

@@ -12,7 +12,8 @@
     exclude:
       - {method: ivc_prune, benchmark: MME}
     judge: gpt-4o                           # and judge_url, dtype, attention, device, limit, shard, batch, exact,
-                                            # min_pixels, max_pixels, max_new_tokens, trust_remote_code, timing
+                                            # min_pixels, max_pixels, max_new_tokens, trust_remote_code, timing,
+                                            # timeout (seconds for one answer; default: no limit)
 
 The unpruned baseline of every model and benchmark is always part.
 """
@@ -36,6 +37,7 @@ _OPTIONS: dict[str, type] = {
     **dict.fromkeys(("judge", "judge_url", "dtype", "attention", "device"), str),
     **dict.fromkeys(("limit", "shard", "batch", "min_pixels", "max_pixels", "max_new_tokens"), int),
     **dict.fromkeys(("exact", "trust_remote_code", "timing"), bool),
+    "timeout": float,
 }
 _ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget")
 _EXCLUDE = ("model", "method", "benchmark", "ratio", "budget")
@@ -209,9 +211,10 @@ def _grid(marked: Marked, place: Place, raw: Any) -> list[dict[str, Any]]:
 
 def _option(marked: Marked, key: str, value: Any) -> Any:
     kind = _OPTIONS[key]
-    small = kind is int and isinstance(value, int) and (isinstance(value, bool) or value < 1)
-    if not isinstance(value, kind) or small:
-        what = {str: "text", int: "a whole number above 0", bool: "true or false"}[kind]
+    what = {str: "text", int: "a whole number above 0", float: "a finite number above 0", bool: "true or false"}[kind]
+    is_kind = isinstance(value, int | float if kind is float else kind)
+    number = kind in (int, float)
+    if not is_kind or (number and (isinstance(value, bool) or not 0 < value < float("inf"))):
         raise marked.error((key,), f"{key} must be {what}, got {value!r}")
     return value
 

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,19 +20,16 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cells import Cell
 from ivcp_eval.files import write_json
-from ivcp_eval.journal import Journal
+from ivcp_eval.journal import Journal, JournalHeld
 from ivcp_eval.runner import judges_for, record_failure, run_cell
 from ivcp_eval.sweep.lease import claim, held
 from ivcp_eval.sweep.plan import ModelPlan, SweepPlan, Unit
+from ivcp_eval.sweep.samples import Records, answered_samples
 
 if TYPE_CHECKING:
     from ivcp_eval.session import Session
 
-Records = dict[str, dict[str, Any]]
 POLL_S = 0.5
-WINDOW = 8  # batches whose samples are sorted by length together
-#: What one sample or variant may raise without ending the run; it is recorded, counted and retried.
-FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class Stop:
@@ -134,29 +130,32 @@ def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model
             if not mine:
                 waiting = True
             elif not mark(plan, unit).exists():
-                taken |= _answer(plan, unit, stop, hooks, report)
+                try:
+                    _answer(plan, unit, stop, hooks, report)
+                    taken = True
+                except JournalHeld:  # a worker that lost its claim is still writing its last sample
+                    waiting = True
     return taken, waiting
 
 
-def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> bool:
+def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> None:
     session = _session(plan, unit.model, hooks, report)
     cells = _runnable(plan, session, unit)
     start = time.monotonic()
     with ExitStack() as stack:
-        try:
-            journals = [stack.enter_context(Journal(_shard(cell, unit)).open()) for cell in cells]
-        except RuntimeError:  # a worker that lost its claim is still writing its last sample
-            return False
+        journals = [stack.enter_context(Journal(shard(cell, unit)).open()) for cell in cells]
         known = [answers(cell) for cell in cells]
         answered = failed = 0
-        for key, records in _answered(plan, unit, session, cells, known):
-            for journal, before, record in zip(journals, known, records, strict=True):
-                if _missing(before, key):
+        for key, records in answered_samples(plan, unit, session, cells, known):
+            if not records:  # its picture cannot be read; `run_cell` notes why
+                failed += 1
+                continue
+            for cell, journal, before, record in zip(cells, journals, known, records, strict=True):
+                if cell.lacks(before.get(key)):
                     journal.append({"key": key, **record})
                     before[key] = record
             answered += 1
-            bad = [record for record in records if record["error"]]
-            failed += bool(bad)
+            failed += any(before[key]["error"] for before in known)
             shares = [r["visual_kept"] / r["visual_tokens"] for r in records if not r["error"] and r["visual_tokens"]]
             hooks.sample(unit, 1, sum(shares) / len(shares) if shares else None)
             if stop.requested:
@@ -164,7 +163,7 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
     report.samples += answered
     report.failed += failed
     if stop.requested:
-        return True
+        return
     seconds = time.monotonic() - start
     mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -175,7 +174,6 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
     hooks.say(
         f"{unit.model} on {unit.benchmark.name}, rows {unit.start}-{unit.stop}: {answered} answered, {failed} failed"
     )
-    return True
 
 
 def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session:
@@ -187,7 +185,9 @@ def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Sessi
         report.sessions.clear()
         register()
         own = plan.models[model]
-        found, seconds = timed_load(own.weights, own.plan.placement, own.plan.limits, own.request.trust_remote_code)
+        found, seconds = timed_load(
+            own.weights, own.plan.placement, own.plan.limits, own.request.trust_remote_code, own.request.timeout
+        )
         report.sessions[model] = found
         hooks.say(f"loaded {model} in {seconds:.1f} s")
     session: Session = report.sessions[model]
@@ -202,12 +202,13 @@ def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
             session.check(cell.identity.variant)
             found.append(cell)
         except ValueError as error:
-            if not cell.record.exists():
+            if cell.noted() is None:
                 record_failure(cell, str(error), plan.models[unit.model].request.timing)
     return found
 
 
-def _shard(cell: Cell, unit: Unit) -> Path:
+def shard(cell: Cell, unit: Unit) -> Path:
+    """The journal of a cell's answers to one unit."""
     return cell.folder / "shards" / f"{unit.start:07d}-{unit.stop:07d}.jsonl"
 
 
@@ -216,108 +217,9 @@ def answers(cell: Cell) -> Records:
     found: Records = {}
     for path in [cell.journal, *sorted((cell.folder / "shards").glob("*.jsonl"))]:
         for key, record in Journal(path).load().items():
-            if _missing(found, key):
+            if key not in found or cell.lacks(found[key]):
                 found[key] = record
     return found
-
-
-def _missing(records: Records, key: str) -> bool:
-    return key not in records or bool(records[key].get("error"))
-
-
-def _answered(
-    plan: SweepPlan, unit: Unit, session: Session, cells: list[Cell], known: list[Records]
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(key, one record per cell) of every sample that some cell lacks.
-
-    All cells answer even where only one lacks the sample: in half precision rows depend on their company, and a run
-    that was interrupted shall end like one that was not.
-    """
-    from ivcp_eval.vlmeval_bridge.evaluate import build, messages
-    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
-
-    if not cells:
-        return
-    request = plan.models[unit.model].request
-    dataset = build(unit.benchmark, request.limit)
-    model = PrunedVLM(session, cells[0].identity.variant)
-    grounding = unit.benchmark.kind == "grounding"
-    exact, batch = bool(plan.spec.options.get("exact", False)), int(plan.spec.options.get("batch", 1))
-    asked: set[str] = set()
-    waiting: list[tuple[str, list[dict[str, Any]]]] = []
-    for _, message, key in messages(dataset, model, unit.start, unit.stop):
-        if message is None or key in asked or not any(_missing(records, key) for records in known):
-            continue
-        asked.add(key)
-        waiting.append((key, [{part["type"]: part["value"]} for part in message]))
-        if len(waiting) >= (batch if batch == 1 else batch * WINDOW):
-            yield from answer_samples(session, waiting, cells, grounding, exact, batch)
-            waiting = []
-    yield from answer_samples(session, waiting, cells, grounding, exact, batch)
-
-
-def answer_samples(
-    session: Session,
-    samples: list[tuple[str, list[dict[str, Any]]]],
-    cells: list[Cell],
-    grounding: bool,
-    exact: bool,
-    batch: int,
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(key, one record per cell) of every sample; ``batch`` samples of about equal length together.
-
-    A batch that fails for any reason (memory, a corrupt picture) is answered sample by sample.
-    """
-    if batch > 1 and not exact:
-        samples = sorted(samples, key=lambda sample: _size(sample[1]))
-    variants = [cell.identity.variant for cell in cells]
-    for start in range(0, len(samples), batch):
-        group = samples[start : start + batch]
-        together: list[list[dict[str, Any]]] = []
-        if len(group) > 1 and not exact:
-            try:
-                together = session.answer_batch([parts for _, parts in group], variants, grounding)
-            except FAILURES:
-                together = []  # whose failure it is shows one by one
-        for i, (key, parts) in enumerate(group):
-            if together:
-                yield key, [{**record, "error": ""} for record in together[i]]
-            else:
-                yield key, answer_sample(session, parts, cells, grounding, exact)
-
-
-def _size(parts: list[dict[str, Any]]) -> tuple[int, int]:
-    """(pixels, characters), which order samples by the length of their prompts without encoding them."""
-    from PIL import Image
-
-    pixels = 0
-    for part in parts:
-        if "image" in part:
-            try:
-                with Image.open(part["image"]) as image:  # reads the header only
-                    pixels += image.width * image.height
-            except OSError:
-                pass  # answering it will say so
-    return pixels, sum(len(part.get("text", "")) for part in parts)
-
-
-def answer_sample(
-    session: Session, parts: list[dict[str, Any]], cells: list[Cell], grounding: bool, exact: bool
-) -> list[dict[str, Any]]:
-    """One record per cell: together, and one by one where that fails, so that one variant cannot fail the others."""
-    variants = [cell.identity.variant for cell in cells]
-    try:
-        return [{**record, "error": ""} for record in session.answer_all(parts, variants, grounding, exact)]
-    except FAILURES:
-        pass  # whose failure it is shows below, with its traceback
-    records = []
-    for variant in variants:
-        try:
-            records += [{**record, "error": ""} for record in session.answer_all(parts, [variant], grounding, True)]
-        except FAILURES as error:
-            text = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=8)}
-            records.append({"prediction": "", **text})
-    return records
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -335,13 +237,17 @@ def _score_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report) -> tup
     for model, benchmark, cell in plan.scored():
         if stop.requested:
             break
-        if cell.record.exists() or open_units.get((cell.identity.variant.model, benchmark.name), False):
+        if cell.noted() is not None or open_units.get((cell.identity.variant.model, benchmark.name), False):
             continue
         with claim(lease(plan, f"score.{cell.identity.hash}")) as mine:
             if not mine:
                 waiting = True
-            elif not cell.record.exists():
-                _score(model, benchmark, cell, hooks)
+            elif cell.noted() is None:
+                try:
+                    _score(model, benchmark, cell, hooks)
+                except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
+                    waiting = True
+                    continue
                 report.scored += 1
                 taken = True
     return taken, waiting
@@ -356,7 +262,7 @@ def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, hooks: Hooks) -> 
     register()
     with Journal(cell.journal).open() as journal:
         for key, record in sorted(answers(cell).items()):
-            if _missing(journal.records, key) and journal.records.get(key) != {"key": key, **record}:
+            if cell.lacks(journal.records.get(key)) and journal.records.get(key) != {"key": key, **record}:
                 journal.append({**record, "key": key})
     judge = judges_for(model.request, [(benchmark, cell)]).get(cell.identity.judge)
     recorded = partial(RecordedVLM, model.weights.family, cell.identity.variant)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from vlmeval.vlm.base import BaseModel
 
 from ivcp_eval import benchmarks, models, variants
 from ivcp_eval.accounting import Decoder, hold
+from ivcp_eval.failures import FAILURES, failure
 from ivcp_eval.interface import QuestionKind
 from ivcp_eval.journal import Journal
 from ivcp_eval.session import Limits, Placement, Session
@@ -83,13 +83,9 @@ class PrunedVLM(BaseModel):
         grounding = dataset is not None and benchmark_of(dataset).kind == "grounding"
         try:
             return {**self.session.answer(parts, self.variant, grounding), "error": ""}
-        except (OSError, RuntimeError, ValueError) as error:
+        except FAILURES as error:
             # One sample must not end the run: it is kept, counted, retried next time, and marks the cell incomplete.
-            return {
-                "prediction": "",
-                "error": f"{type(error).__name__}: {error}",
-                "traceback": traceback.format_exc(limit=8),
-            }
+            return failure(error)
 
 
 class RecordedVLM(PrunedVLM):

@@ -1,0 +1,81 @@
+"""How one answer may fail, what is kept of a failure, and the time limit of an answer. No torch of its own."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["FAILURES", "AnswerTimeout", "check_timeout", "deadline", "failure", "steps"]
+
+#: What one sample or variant may raise without ending the run; it is recorded, counted and retried.
+FAILURES = (
+    *(ArithmeticError, AssertionError, LookupError, MemoryError),
+    *(OSError, RuntimeError, TypeError, ValueError),  # of them OutOfMemoryError (RuntimeError), AnswerTimeout (OSError)
+)
+
+
+class AnswerTimeout(TimeoutError):
+    """An answer took longer than was allowed; nothing of it is used."""
+
+
+def check_timeout(seconds: float | None) -> None:
+    """Raise ValueError unless it is a finite number above 0, or None for no limit."""
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise ValueError(f"timeout {seconds!r} is not a number of seconds above 0; leave it out for no limit")
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """What a journal keeps in place of an answer: the error in a line, and the innermost frames of its traceback."""
+    return {
+        "prediction": "",
+        "error": f"{type(error).__name__}: {error}",
+        "traceback": "".join(traceback.format_exception(error, limit=-12)),
+    }
+
+
+def steps(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks a model runs one after the other: the members of its outermost module lists, vision tower included."""
+    from torch.nn import ModuleList
+
+    for child in module.children():
+        if isinstance(child, ModuleList):
+            yield from child
+        else:
+            yield from steps(child)
+
+
+@contextmanager
+def deadline(blocks: Iterable[nn.Module], seconds: float | None) -> Iterator[Callable[[], None]]:
+    """Raise `AnswerTimeout` in the block once ``seconds`` have passed; None never does.
+
+    The clock is looked at before each of ``blocks`` runs and whenever the yielded function is called. So a prefill and
+    a vision encoder are interrupted between two layers, and decoding at least once per token. What is never cut short
+    is one layer, one kernel, or one image being decoded; on a GPU, which works behind, a prefill that was queued in
+    time ends first. An answer that is whole when the clock is looked at for the last time counts, however late.
+
+    Args:
+        blocks: of the model (`steps`). seconds: wall time, above 0.
+    """
+    if seconds is None:
+        yield lambda: None
+        return
+    start = time.monotonic()
+
+    def check(*_: Any) -> None:
+        if time.monotonic() - start > seconds:
+            raise AnswerTimeout(
+                f"no answer within {seconds:g} s; what was generated of it is not used. Allow more time with --timeout"
+            )
+
+    handles = [block.register_forward_pre_hook(check) for block in blocks]
+    try:
+        yield check
+    finally:
+        for handle in handles:
+            handle.remove()

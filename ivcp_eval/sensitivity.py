@@ -134,12 +134,12 @@ def markdown(results: Path, note: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page; its last paragraph, after the table, is kept from the page that stands there."""
+    """Write the page; what follows the table is kept from the page that stands there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, help="results CSV of a sweep, per-sample files beside it")
     parser.add_argument("page", type=Path, help="Markdown file to write")
     args = parser.parse_args(arguments)
-    before = args.page.read_text(encoding="utf-8").rpartition("|\n\n")[2].strip() if args.page.is_file() else ""
+    before = args.page.read_text(encoding="utf-8").rpartition("|\n")[2].strip() if args.page.is_file() else ""
     with atomic_write(args.page) as stream:
         stream.write(markdown(args.results, before))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             verb.add_argument("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs")
         if name in ("run", "work"):
             verb.add_argument("--quiet", action="store_true", help="say only what went wrong")
+        if name in ("run", "work", "status"):
+            verb.add_argument("--every", type=_seconds, default=30.0, metavar="SECONDS",
+                help="between two reports where the output is no terminal; 0: none (default: %(default)g)")  # fmt: skip
+        if name == "status":
+            verb.add_argument("--follow", action="store_true", help="show progress until everything is done")
         if name == "work":
             verb.add_argument("--model", default="", help="only this model")
             verb.add_argument("--no-score", action="store_true", help="only answer; another worker scores")
@@ -46,14 +52,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_run(verb: argparse.ArgumentParser) -> None:
     add = verb.add_argument
     add("--executor", choices=("local", "slurm"), default="local")
-    add("--workers", type=int, default=0, help="local processes (default: one per GPU, or one)")
+    add("--workers", type=_count, default=0, help="local processes (default: one per GPU, or one)")
     add("--retry-failed", action="store_true", help="try again what failed")
     add("--partition", default="", help="Slurm partition")
-    add("--gpus-per-task", type=int, default=1)
-    add("--cpus-per-task", type=int, default=4)
-    add("--array-limit", type=int, default=8, help="most Slurm tasks (default: %(default)s)")
-    add("--minutes", type=int, default=24 * 60, help="time limit of a Slurm task; it is requeued while work is left")
+    add("--gpus-per-task", type=_count, default=1, help="GPUs of a Slurm task (default: %(default)s)")
+    add("--cpus-per-task", type=_positive, default=4, help="CPUs of a Slurm task (default: %(default)s)")
+    add("--array-limit", type=_positive, default=8, help="most Slurm tasks (default: %(default)s)")
+    add("--minutes", type=_positive, default=24 * 60, help="time limit of a Slurm task, which is requeued while work "
+        "is left (default: %(default)s)")  # fmt: skip
+    add("--wait", action="store_true", help="stay and show the progress of the Slurm tasks, then print the results")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="further sbatch options, e.g. account=abc")
+
+
+def _count(text: str) -> int:
+    n = int(text)
+    if n < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return n
+
+
+def _positive(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return n
+
+
+def _seconds(text: str) -> float:
+    n = float(text)
+    if not 0 <= n < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return n
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     if args.verb == "plan":
         return _plan(plan)
     if args.verb == "status":
+        if args.follow:
+            _follow(plan, args.every)
         return _status(plan)
     if not plan.models:
         raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
@@ -114,27 +145,36 @@ def _status(plan: SweepPlan) -> int:
     return int(any(line.reasons or line.failed for line in found))
 
 
+def _follow(plan: SweepPlan, every: float) -> None:
+    from ivcp_eval.sweep.progress import LOOK_S, Progress
+    from ivcp_eval.sweep.work import Stop
+
+    with Stop().signals() as stop, Progress(plan, every=every or 30.0) as progress:
+        while not (progress.complete or stop.requested):
+            time.sleep(LOOK_S)
+
+
 def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
     from ivcp_eval.sweep.progress import Progress
     from ivcp_eval.sweep.work import Stop, work
 
-    progress = Progress(plan, args.quiet)
-    with Stop().signals() as stop:
+    with Stop().signals() as stop, Progress(plan, args.quiet, args.every) as progress:
         report = work(plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model)
-    progress.close()
     return 75 if report.stopped else 0
 
 
 def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace) -> int:
     from ivcp_eval import cells
+    from ivcp_eval.sweep.progress import Progress
     from ivcp_eval.sweep.work import forget_failures
 
     runs = args.runs or cells.RUNS
     if args.retry_failed:
         _say(f"{forget_failures(plan)} failed units and cells are open again")
     timing = False if args.no_timing else None
+    progress = Progress(plan, args.quiet, args.every)
     if args.executor == "slurm":
-        from ivcp_eval.sweep.slurm import Options, submit
+        from ivcp_eval.sweep.slurm import Options, submit, wait
 
         further = dict(text.partition("=")[::2] for text in args.slurm)
         options = Options(
@@ -144,15 +184,20 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace) -> int:
         _say(
             f"submitted {len(tasks)} tasks ({' '.join(tasks)}) and the scoring job {score}; logs: {plan.state / 'logs'}"
         )
-        _say(f"watch it: ivcp sweep status {args.sweep}")
-        return 0
+        if not args.wait:
+            _say(f"watch it: ivcp sweep status {args.sweep} --follow")
+            return 0
+        if not wait([*tasks, score], progress):
+            _say("no longer waiting; the jobs go on")
+            return 75
+        return _report(spec.name, runs, bool(plan.problems), args.quiet)
     from ivcp_eval.sweep.local import run as run_local
 
     arguments = ["sweep", "work", str(args.sweep), "--runs", str(runs), *(["--no-timing"] if args.no_timing else [])]
-    if not run_local(plan, arguments, args.workers, args.quiet):
+    if not run_local(plan, arguments, args.workers, progress):
         _say("stopped; run the same command again to continue")
         return 75
-    return _report(spec.name, runs, bool(plan.problems))
+    return _report(spec.name, runs, bool(plan.problems), args.quiet)
 
 
 def _results(args: argparse.Namespace) -> int:
@@ -166,7 +211,8 @@ def _results(args: argparse.Namespace) -> int:
     return max([_report(name, runs, False) for name in names], default=0)
 
 
-def _report(name: str, runs: Path, problems: bool) -> int:
+def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:
+    """Build the results of a sweep and print them; if quiet, only what is not whole."""
     from ivcp_eval.sweep.results import build
 
     built = build(name, runs)
@@ -174,10 +220,11 @@ def _report(name: str, runs: Path, problems: bool) -> int:
         _say(f"NOT WHOLE: {text}")
     if built.missing:
         _say(f"{built.missing} cells of {name} have no record yet; run the sweep again")
-    for path in built.tables:
-        if path.suffix == ".md":
-            _say("\n" + path.read_text(encoding="utf-8"))
-    _say(f"results: {built.csv}, tables: {built.csv.with_suffix('')}")
+    if not quiet:
+        for path in built.tables:
+            if path.suffix == ".md":
+                _say("\n" + path.read_text(encoding="utf-8"))
+        _say(f"results: {built.csv}, tables: {built.csv.with_suffix('')}")
     return int(bool(built.unfinished or built.missing or problems))
 
 

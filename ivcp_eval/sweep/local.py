@@ -14,22 +14,18 @@ from ivcp_eval.sweep.progress import Progress
 from ivcp_eval.sweep.work import Report, Stop, devices, work
 
 
-def run(plan: SweepPlan, arguments: list[str], workers: int, quiet: bool) -> bool:
+def run(plan: SweepPlan, arguments: list[str], workers: int, progress: Progress) -> bool:
     """Work until nothing is left; True if nobody asked it to stop.
 
     Args:
         arguments: of ``ivcp sweep work`` for further processes. workers: processes; 0 takes one per GPU, or one.
+        progress: shows what all of them do.
     """
     places = devices()
     count = workers or len(places) or 1
-    progress = Progress(plan, quiet)
-    with Stop().signals() as stop:
+    with Stop().signals() as stop, progress:
         if count == 1:
-            try:
-                report = work(plan, stop, progress.hooks)
-            finally:
-                progress.close()
-            return not report.stopped
+            return not work(plan, stop, progress.hooks).stopped
         return _processes(plan, stop, progress, arguments, places, count)
 
 
@@ -42,7 +38,7 @@ def _processes(
     try:
         for i in range(count):
             device = ["--device", places[i % len(places)]] if places else []
-            started.append(_start([*arguments, *device, "--no-score"], logs / f"worker-{i}.log"))
+            started.append(_start([*arguments, *device, "--no-score", "--every", "0"], logs / f"worker-{i}.log"))
         while any(process.poll() is None for process in started):
             _score(plan, stop, progress)
             if stop.requested:
@@ -57,7 +53,6 @@ def _processes(
         for process in started:
             if process.poll() is None:
                 process.terminate()
-        progress.close()
     for i, code in enumerate(codes):
         if code and not stop.requested:
             progress.say(f"worker {i} ended with {code}; see {logs / f'worker-{i}.log'}")

@@ -74,8 +74,16 @@ class SweepPlan:
     models: dict[str, ModelPlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> tuple[Unit, ...]:
         """Every unit, model by model, the longest benchmarks first."""
+        return self._units
+
+    @cached_property
+    def _units(self) -> tuple[Unit, ...]:
+        """Made once: counting rows reads whole files, of gigabytes for some benchmarks."""
+        return tuple(self._split())
+
+    def _split(self) -> Iterator[Unit]:
         for name, model in self.models.items():
             sized = [
                 (rows(benchmark, model.request.limit), benchmark, group) for benchmark, group in model.groups.values()

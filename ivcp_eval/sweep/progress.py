@@ -1,85 +1,180 @@
-"""Progress on the terminal: bars on a TTY, a plain line now and then elsewhere, nothing if asked for."""
+"""Progress of a sweep on the terminal: bars on a TTY, plain lines now and then elsewhere, nothing if asked for."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from ivcp_eval.sweep.plan import SweepPlan, Unit
-from ivcp_eval.sweep.work import Hooks, mark
+from ivcp_eval.sweep.plan import SweepPlan
+from ivcp_eval.sweep.watch import Tally, Watch
+from ivcp_eval.sweep.work import Hooks
 
+LOOK_S = 1.0
 EVERY_S = 30.0
+MOST_BARS = 6  # of benchmarks that are worked on at the same time
 
 
 class Progress:
-    """Counts answered samples, overall and per benchmark."""
+    """Shows what all workers of a sweep do, in this process or elsewhere, while the block runs.
 
-    def __init__(self, plan: SweepPlan, quiet: bool, stream: Any = None) -> None:
+    Args:
+        quiet: show nothing. every: seconds between two reports where the output is no TTY; 0 leaves them out.
+        stream: default standard output.
+    """
+
+    def __init__(self, plan: SweepPlan, quiet: bool = False, every: float = EVERY_S, stream: Any = None) -> None:
+        self.plan, self.quiet, self.every = plan, quiet, every
         self.stream = stream or sys.stdout
-        self.quiet = quiet
-        self.total = self.done = self.now = 0
-        self.left: dict[tuple[str, str], list[int]] = {}
-        for unit in plan.units():
-            n = unit.stop - unit.start
-            self.total += n
-            counted = self.left.setdefault((unit.model, unit.benchmark.name), [0, 0])
-            counted[1] += n
-            if mark(plan, unit).exists() or not unit.pending:
-                self.done += n
-                counted[0] += n
-        self.kept: list[float] = []
-        self.start = self.spoke = time.monotonic()
-        self.bar: Any = None
-        if not quiet and self.stream.isatty():
-            from tqdm import tqdm
+        self._screen: _Bars | _Lines | None = None
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
 
-            self.bar = tqdm(total=self.total, initial=self.done, unit="sample", file=self.stream, dynamic_ncols=True)
+    def __enter__(self) -> Self:
+        if self.quiet:
+            return self
+        if self.stream.isatty():
+            self._screen = _Bars(Watch(self.plan), self.stream)
+        else:
+            self._screen = _Lines(Watch(self.plan) if self.every else None, self.stream, self.every)
+        if self._screen.watch is not None:
+            self._thread = threading.Thread(target=self._follow, args=(self._screen,), daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._screen is not None:
+            self._screen.close()
 
     @property
     def hooks(self) -> Hooks:
-        """What to hand to a worker."""
-        return Hooks(self.say, self.sample)
+        """What to hand to a worker in this process."""
+        return Hooks(self.say)
 
     def say(self, text: str) -> None:
-        """A line."""
-        if self.quiet:
+        """A line of its own."""
+        if self._screen is not None:
+            self._screen.say(text)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to answer or score."""
+        return self._screen is not None and self._screen.watch is not None and self._screen.watch.total.complete
+
+    def _follow(self, screen: _Bars | _Lines) -> None:
+        while not self._end.wait(LOOK_S):
+            try:
+                screen.show()
+            except OSError:
+                continue  # a file system that hiccups; what was missed is read at the next look
+
+
+def summary(watch: Watch) -> str:
+    """How fast, how long still, what is kept, and who is at work."""
+    total, eta = watch.total, watch.eta_s
+    words = [f"{watch.rate:.2f} samples/s" if watch.rate else ""]
+    words += [f"{duration(eta)} left" if eta is not None and total.answered < total.samples else ""]
+    words += [_kept(total), _failed(total), f"{total.scored}/{total.cells} cells scored", f"{total.working} at work"]
+    return ", ".join(word for word in words if word)
+
+
+def benchmark_line(tally: Tally) -> str:
+    """How far one benchmark of one model is."""
+    words = [f"{tally.answered}/{tally.samples} samples", _failed(tally), _kept(tally)]
+    return f"{tally.model} on {tally.benchmark}: " + ", ".join(word for word in words if word)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that reads best."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _kept(tally: Tally) -> str:
+    return "" if tally.kept is None else f"{100 * tally.kept:.0f}% of visual tokens kept"
+
+
+def _failed(tally: Tally) -> str:
+    return f"{tally.failed} failed" if tally.failed else ""
+
+
+class _Lines:
+    """A paragraph every so often, for logs and pipes."""
+
+    def __init__(self, watch: Watch | None, stream: Any, every: float) -> None:
+        self.watch, self.stream, self.every = watch, stream, every
+        self.spoke = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def show(self, last: bool = False) -> None:
+        if self.watch is None:
             return
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            self.stream.write(text + "\n")
-            self.stream.flush()
-
-    def sample(self, unit: Unit, n: int, kept: float | None) -> None:
-        """``n`` more samples; ``kept`` is the mean share of visual tokens over the variants."""
-        self.done, self.now = self.done + n, self.now + n
-        self.left[unit.model, unit.benchmark.name][0] += n
-        if kept is not None:
-            self.kept.append(kept)
-        if self.bar is not None:
-            self.bar.set_description(f"{unit.model} {unit.benchmark.name}")
-            self.bar.set_postfix_str(self._kept())
-            self.bar.update(n)
-        elif time.monotonic() - self.spoke > EVERY_S:
+        self.watch.look()
+        if last or time.monotonic() - self.spoke >= self.every:
             self.spoke = time.monotonic()
-            self.say(self.line(unit))
-
-    def line(self, unit: Unit) -> str:
-        """Overall and of one benchmark: how far, how fast, how long still, what is kept."""
-        done, total = self.left[unit.model, unit.benchmark.name]
-        rate = self.now / max(1e-9, time.monotonic() - self.start)
-        rest = (self.total - self.done) / rate if rate else 0.0
-        return (
-            f"{self.done}/{self.total} samples ({unit.model} on {unit.benchmark.name}: {done}/{total}), "
-            f"{rate:.2f} samples/s, {rest / 60:.0f} min left, {self._kept()}"
-        )
-
-    def _kept(self) -> str:
-        recent = self.kept[-200:]
-        return f"{100 * sum(recent) / len(recent):.0f}% tokens kept" if recent else ""
+            total = self.watch.total
+            working = [benchmark_line(tally) for tally in self.watch.tallies.values() if tally.working]
+            self.say("\n  ".join([f"{total.answered}/{total.samples} samples, {summary(self.watch)}", *working]))
 
     def close(self) -> None:
-        """End the bar."""
-        if self.bar is not None:
-            self.bar.close()
+        self.show(last=True)
+
+
+class _Bars:
+    """One bar for the whole sweep, and under it one for each benchmark that is worked on."""
+
+    def __init__(self, watch: Watch, stream: Any) -> None:
+        from tqdm import tqdm
+
+        self.watch, self.stream, self.tqdm = watch, stream, tqdm
+        self.told = {key for key, tally in watch.tallies.items() if tally.answered == tally.samples}
+        self.bars = [self._bar(watch.plan.spec.name)]
+        self._draw(self.bars[0], watch.total, watch.plan.spec.name, summary(watch))
+
+    def _bar(self, text: str) -> Any:
+        # Speed and time left are the watch's: tqdm would count what was there before as speed.
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        top = not getattr(self, "bars", None)
+        return self.tqdm(
+            total=1, desc=text, bar_format=shape, file=self.stream, dynamic_ncols=True, leave=top, mininterval=0
+        )
+
+    def _draw(self, bar: Any, tally: Tally, text: str, more: str) -> None:
+        bar.total, bar.n = tally.samples, tally.answered
+        bar.set_description_str(text, refresh=False)
+        bar.set_postfix_str(more, refresh=False)
+        bar.refresh()
+
+    def say(self, text: str) -> None:
+        self.tqdm.write(text, file=self.stream)
+
+    def show(self) -> None:
+        self.watch.look()
+        for key, tally in self.watch.tallies.items():
+            if tally.answered == tally.samples and key not in self.told:
+                self.told.add(key)
+                self.say(benchmark_line(tally))
+        self._draw(self.bars[0], self.watch.total, self.watch.plan.spec.name, summary(self.watch))
+        working = [tally for tally in self.watch.tallies.values() if tally.working][:MOST_BARS]
+        while len(self.bars) <= len(working):
+            self.bars.append(self._bar(""))
+        for bar, tally in zip(self.bars[1:], working, strict=False):
+            more = ", ".join(word for word in (_failed(tally), _kept(tally)) if word)
+            self._draw(bar, tally, f"  {tally.model} on {tally.benchmark}", more)
+        for bar in self.bars[1 + len(working) :]:
+            bar.close()
+        del self.bars[1 + len(working) :]
+
+    def close(self) -> None:
+        self.show()
+        for bar in reversed(self.bars):
+            bar.close()

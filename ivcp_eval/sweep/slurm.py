@@ -10,13 +10,17 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ivcp_eval.sweep.plan import SweepPlan
-from ivcp_eval.sweep.work import mark
+from ivcp_eval.sweep.progress import Progress
+from ivcp_eval.sweep.work import Stop, mark
+
+POLL_S = 5.0
 
 MISSING = "submitit is not installed; `pip install submitit`, or start workers by hand (docs/sweeps.md, sbatch)"
 
@@ -56,7 +60,7 @@ class Task:
         from ivcp_eval.sweep.plan import make
         from ivcp_eval.sweep.results import build
         from ivcp_eval.sweep.spec import load
-        from ivcp_eval.sweep.work import Hooks, Stop, work
+        from ivcp_eval.sweep.work import Hooks, work
 
         with Stop().signals() as stop:
             spec = load(self.spec)
@@ -119,6 +123,25 @@ def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None) -
     )
     score = executor.submit(Task(spec, folder, "", timing))
     return [job.job_id for job in jobs], score.job_id
+
+
+def wait(jobs: list[str], progress: Progress) -> bool:
+    """Show progress until Slurm no longer knows any of the jobs; False if asked to stop, which leaves them at work."""
+    with Stop().signals() as stop, progress:
+        while not stop.requested and queued(jobs):
+            time.sleep(POLL_S)
+    return not stop.requested
+
+
+def queued(jobs: list[str]) -> bool:
+    """Whether any of them waits or runs; also if the controller does not answer, since that ends no job."""
+    ids = sorted({job.partition("_")[0] for job in jobs})
+    asked = subprocess.run(
+        ["squeue", "-h", "-o", "%i", "-j", ",".join(ids)], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        return "Invalid job id" not in asked.stderr
+    return bool(asked.stdout.strip())
 
 
 def _split(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,10 +72,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a worker tells: ``sample(unit, n, kept share)`` as samples are answered, and lines."""
+    """What a worker tells, in lines; how far it is stands in its journals (`watch.py`)."""
 
     say: Callable[[str], None] = lambda text: None
-    sample: Callable[[Unit, int, float | None], None] = lambda unit, n, kept: None
 
 
 def mark(plan: SweepPlan, unit: Unit) -> Path:
@@ -156,8 +155,6 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
                     before[key] = record
             answered += 1
             failed += any(before[key]["error"] for before in known)
-            shares = [r["visual_kept"] / r["visual_tokens"] for r in records if not r["error"] and r["visual_tokens"]]
-            hooks.sample(unit, 1, sum(shares) / len(shares) if shares else None)
             if stop.requested:
                 break
     report.samples += answered
@@ -244,13 +241,23 @@ def _score_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report) -> tup
                 waiting = True
             elif cell.noted() is None:
                 try:
-                    _score(model, benchmark, cell, hooks)
+                    with _aside(plan):
+                        _score(model, benchmark, cell, hooks)
                 except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
                     waiting = True
                     continue
                 report.scored += 1
                 taken = True
     return taken, waiting
+
+
+@contextmanager
+def _aside(plan: SweepPlan) -> Iterator[None]:
+    """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker."""
+    path = plan.state / "logs" / "scoring.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream, redirect_stderr(stream):
+        yield
 
 
 def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, hooks: Hooks) -> None:

@@ -1,0 +1,237 @@
+"""How far a sweep is, from the files of all its workers, wherever they run: reads only what was appended since."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.cells import Cell
+from ivcp_eval.sweep.lease import held
+from ivcp_eval.sweep.plan import SweepPlan, Unit
+from ivcp_eval.sweep.work import lease, mark, shard
+from ivcp_eval.variants import BASELINE
+
+WINDOW_S = 120.0  # over which speed is measured ...
+WINDOW_SAMPLES = 10  # ... unless fewer samples than these fall into it
+
+
+@dataclass
+class Tally:
+    """One benchmark of one model, or the sum of all.
+
+    Attributes:
+        samples, answered, failed: of the benchmark; a failed sample counts as answered once its unit is done.
+        cells, scored, broken: variants; ``broken`` are scored ones that are not whole.
+        working: units that a live worker holds.
+        visual_tokens, visual_kept: of the pruned answers seen so far, so that big pictures weigh as they cost.
+    """
+
+    model: str = ""
+    benchmark: str = ""
+    samples: int = 0
+    answered: int = 0
+    failed: int = 0
+    cells: int = 0
+    scored: int = 0
+    broken: int = 0
+    working: int = 0
+    visual_tokens: int = 0
+    visual_kept: int = 0
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the visual tokens alive after the last cut, in pruned answers; None before the first."""
+        return self.visual_kept / self.visual_tokens if self.visual_tokens else None
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to answer or score."""
+        return self.answered == self.samples and self.scored == self.cells
+
+
+class _Tail:
+    """The whole lines that were appended to a journal since the last look."""
+
+    def __init__(self, path: Path, cell: Cell) -> None:
+        self.path, self.cell = path, cell
+        self.offset = 0
+        self.good: set[str] = set()
+        self.bad: set[str] = set()
+
+    def read(self, tally: Tally) -> bool:
+        """Take in what is new; False if there is no such file."""
+        try:
+            with self.path.open("rb") as stream:
+                if stream.seek(0, 2) < self.offset:
+                    self.offset = 0  # a broken end was cut off; keys are not counted twice
+                stream.seek(self.offset)
+                new = stream.read()
+        except FileNotFoundError:
+            return False
+        whole = new[: new.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                self._take(json.loads(line), tally)
+            except json.JSONDecodeError:
+                continue  # the worker that opens it next drops this line, and answers the sample again
+        return True
+
+    def _take(self, record: dict[str, Any], tally: Tally) -> None:
+        key = record["key"]
+        if self.cell.lacks(record):
+            self.bad |= {key} if record.get("error") else set()
+            return
+        if key not in self.good and self.cell.identity.variant.method != BASELINE:
+            tally.visual_tokens += record["visual_tokens"]
+            tally.visual_kept += record["visual_kept"]
+        self.good.add(key)
+        self.bad.discard(key)
+
+
+@dataclass
+class _Followed:
+    """A unit: its journals while it is open, and what it adds to its benchmark's tally."""
+
+    unit: Unit
+    tails: list[_Tail]
+    done: bool = False
+    marked: bool = False
+    answered: int = 0
+    failed: int = 0
+    fresh: int = 0
+    seen: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.unit.stop - self.unit.start
+
+
+@dataclass
+class Watch:
+    """Follows a sweep's files; `look` brings `tallies` up to date.
+
+    Attributes:
+        plan: the sweep. clock: seconds, monotonic.
+    """
+
+    plan: SweepPlan
+    clock: Callable[[], float] = time.monotonic
+    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    _units: list[_Followed] = field(default_factory=list)
+    _fresh: int = 0
+    _speeds: deque[tuple[float, int]] = field(default_factory=deque)
+    _recount: set[tuple[str, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for _, benchmark, cell in self.plan.scored():
+            model = cell.identity.variant.model
+            self.tallies.setdefault((model, benchmark.name), Tally(model, benchmark.name)).cells += 1
+        for unit in self.plan.units():
+            followed = _Followed(unit, _tails(unit), done=not unit.pending)
+            self._units.append(followed)
+            self._of(followed).samples += followed.size
+        self._recount = set(self.tallies)
+        self.look()
+        self._fresh = 0  # what was there before is no speed
+        self._speeds = deque([(self.clock(), 0)])
+
+    def look(self) -> None:
+        """Read what is new, after the first time only in units that a live worker holds or has just finished."""
+        done = _names(self.plan.state / "done", ".json")
+        leased = _names(self.plan.state / "leases", ".lease")
+        for tally in self.tallies.values():
+            tally.answered = tally.failed = tally.working = 0
+        for followed in self._units:
+            self._follow(followed, done, leased)
+            tally = self._of(followed)
+            tally.answered += followed.answered
+            tally.failed += followed.failed
+        self._count_scored()
+        if not self._speeds or self._fresh != self._speeds[-1][1] or self.total.answered < self.total.samples:
+            self._speeds.append((self.clock(), self._fresh))  # while the last cells are scored, speed stands
+        while self._speeds[-1][1] == 0 and len(self._speeds) > 1:
+            self._speeds.popleft()  # loading a model is no speed either
+        while (
+            len(self._speeds) > 2
+            and self._speeds[-1][0] - self._speeds[1][0] > WINDOW_S
+            and self._speeds[-1][1] - self._speeds[1][1] >= WINDOW_SAMPLES
+        ):
+            self._speeds.popleft()
+
+    @property
+    def total(self) -> Tally:
+        """The sum over all benchmarks."""
+        names = [name for name in vars(Tally()) if name not in ("model", "benchmark")]
+        return Tally(**{name: sum(getattr(tally, name) for tally in self.tallies.values()) for name in names})
+
+    @property
+    def rate(self) -> float:
+        """Samples per second, each answered for all variants, of all workers together; 0 before it is known."""
+        (start, before), (end, now) = self._speeds[0], self._speeds[-1]
+        return (now - before) / (end - start) if end > start else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last answer at this speed; None before it is known."""
+        total = self.total
+        return (total.samples - total.answered) / self.rate if self.rate else None
+
+    def _of(self, followed: _Followed) -> Tally:
+        return self.tallies[followed.unit.model, followed.unit.benchmark.name]
+
+    def _follow(self, followed: _Followed, done: set[str], leased: set[str]) -> None:
+        unit, tally = followed.unit, self._of(followed)
+        if followed.marked and unit.name not in done:  # open again: --retry-failed
+            followed.done, followed.marked, followed.seen, followed.tails = False, False, False, _tails(unit)
+            self._recount.add((unit.model, unit.benchmark.name))
+        working = unit.name in leased and held(lease(self.plan, unit.name))
+        tally.working += working
+        finished = not followed.done and unit.name in done
+        if followed.done or (followed.seen and not working and not finished):
+            followed.answered = followed.size if followed.done else followed.answered
+            return
+        there = [tail for tail in followed.tails if tail.read(tally)]
+        answered = min([len(tail.good) for tail in there], default=followed.answered)
+        followed.failed = len(set[str]().union(*(tail.bad for tail in there)))
+        if followed.seen:
+            self._add(followed, answered - followed.answered)
+        followed.seen, followed.answered = True, answered
+        if finished:
+            noted = json.loads(mark(self.plan, unit).read_text(encoding="utf-8"))
+            self._add(followed, min(noted["answered"], followed.size) - followed.fresh)
+            followed.done, followed.marked, followed.answered, followed.failed = (
+                True,
+                True,
+                followed.size,
+                noted["failed"],
+            )
+            followed.tails = []
+
+    def _add(self, followed: _Followed, n: int) -> None:
+        followed.fresh += max(0, n)
+        self._fresh += max(0, n)
+
+    def _count_scored(self) -> None:
+        """Records are looked for where all answers are there; before, only those of an earlier run can exist."""
+        for key, tally in self.tallies.items():
+            open_ = tally.answered < tally.samples or tally.scored == tally.cells
+            if open_ and key not in self._recount:
+                continue
+            recorded = [cell for cell in self.plan.models[key[0]].groups[key[1]][1] if cell.noted() is not None]
+            tally.scored = len(recorded)
+            tally.broken = sum(cell.finished() is None for cell in recorded)
+        self._recount.clear()
+
+
+def _tails(unit: Unit) -> list[_Tail]:
+    return [_Tail(shard(cell, unit), cell) for cell in unit.pending]
+
+
+def _names(folder: Path, suffix: str) -> set[str]:
+    return {path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}")}

@@ -115,6 +115,8 @@ def _plan(plan: SweepPlan) -> int:
     found = status.lines(plan)
     wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
     _say(status.table(found))
+    for line in plan.budgets():
+        _say(line)
     for problem in plan.problems:
         _say(f"\nnot here: {problem}")
     cost = status.cost(plan)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval import cells
+from ivcp_eval.accounting import described
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cells import Cell
 from ivcp_eval.files import write_json
@@ -91,6 +92,11 @@ class SweepPlan:
             for n, benchmark, group in sorted(sized, key=lambda entry: -entry[0]):
                 for start in range(0, n, self.spec.shard):
                     yield Unit(name, benchmark, start, min(n, start + self.spec.shard), group)
+
+    def budgets(self) -> list[str]:
+        """One line per variant that holds a budget: the ratio that was found for it, or why it cannot run."""
+        variants = [cell.identity.variant for _, _, cell in self.scored()]
+        return list(dict.fromkeys(described(variant) for variant in variants if variant.budget))
 
     def scored(self) -> Iterator[tuple[ModelPlan, Benchmark, Cell]]:
         """Every cell."""

@@ -55,7 +55,8 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     csv.parent.mkdir(parents=True, exist_ok=True)
     write_results(csv, found)
     unfinished = [
-        f"{row['model']} {row['method']} r{row['ratio_asked']:g} on {row['benchmark']}: {row['reason']}"
+        f"{row['model']} {row['method']} {row['budget'] or 'r'}{row['ratio_asked']:g} on {row['benchmark']}: "
+        f"{row['reason']}"
         for row in found
         if row["status"] != "ok"
     ]

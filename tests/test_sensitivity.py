@@ -91,7 +91,7 @@ def test_the_page_keeps_what_was_written_under_the_table(tmp_path: Path) -> None
     first = page.read_text()
     assert "| layer=4" in first
     assert "`heads=mean`, `layer=2`" in first
-    page.write_text(first + "What it means.\n\nIn two paragraphs.\n")
+    page.write_text(first + "\nWhat it means.\n\nIn two paragraphs.\n")
     main([str(results), str(page)])
     main([str(results), str(page)])
-    assert page.read_text() == first + "What it means.\n\nIn two paragraphs.\n"
+    assert page.read_text() == first + "\nWhat it means.\n\nIn two paragraphs.\n"

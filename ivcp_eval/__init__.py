@@ -11,13 +11,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ivcp_eval.accounting import ratio_for as ratio_for
     from ivcp_eval.engine import prune as prune
     from ivcp_eval.vlmeval_bridge import register as register
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "prune", "register"]
+__all__ = ["__version__", "prune", "ratio_for", "register"]
 
-_LAZY = {"prune": "ivcp_eval.engine", "register": "ivcp_eval.vlmeval_bridge"}
+_LAZY = {
+    "prune": "ivcp_eval.engine",
+    "ratio_for": "ivcp_eval.accounting",
+    "register": "ivcp_eval.vlmeval_bridge",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,27 +1,26 @@
 """What a method's cuts cost, before any model runs, and the retention ratio that makes methods cost the same.
 
 Papers count differently: FastV's "50 %" processes 53.6 % of the visual tokens on average over layers, PyramidDrop's
-46.9 %, IVC-Prune's 78.6 % while caching 50 %. Here every method has the same numbers, all shares of the unpruned
-model: visual tokens after the last cut, visual tokens processed in the prefill and cached (means over layers), and
-decoder FLOPs of the prefill (`ivcp_eval.flops`: grouped-query attention, gated MLP, causal pairs only). The CSV
-carries what was measured; this module predicts it, up to rounding, and finds the ratio at which a method costs a given
-share (`hold`), for ``ivcp eval --budget`` and the ``budget:`` of a sweep file.
+(per stage) 46.9 %, IVC-Prune's 78.6 % while caching 50 %. Here every method has the same numbers, all shares of the
+unpruned model: visual tokens after the last cut, visual tokens processed in the prefill and cached (means over layers),
+and decoder FLOPs of the prefill (`ivcp_eval.flops`). The CSV carries what was measured; this module predicts it, up to
+rounding, and finds the ratio at which a method costs a given share (`hold`, `ratio_for`), for ``ivcp eval --budget``
+and the ``budget:`` of a sweep file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.flops import DecoderShape
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
-from ivcp_eval.registry import adapter, make_method
-from ivcp_eval.variants import KINDS, BudgetKind
+from ivcp_eval.registry import adapter, family_of, make_method
+from ivcp_eval.variants import KINDS, PROMPT, Budget, BudgetKind, Variant
 
 if TYPE_CHECKING:
     from ivcp_eval.models import Weights
-    from ivcp_eval.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -190,6 +189,34 @@ def hold(variant: Variant, decoder: Decoder) -> Variant:
     return replace(variant, ratio=ratio, budget=replace(budget, problem=""))
 
 
+def ratio_for(
+    model: Any,
+    method: str,
+    target: float,
+    budget: str,
+    *,
+    prompt: tuple[int, int] = PROMPT,
+    family: str | None = None,
+    **parameters: Any,
+) -> float:
+    """The ratio for `ivcp_eval.prune` at which ``method`` costs ``target`` of the unpruned ``model``.
+
+    Args:
+        model: as in `prune`, also without weights. budget: "final", "layer_mean" or "flops".
+        prompt: (visual, text) tokens for which FLOPs are counted; the other budgets do not need it.
+        family: adapter name; found from the model if not given. **parameters: of the method.
+
+    Raises:
+        ValueError: an unknown name, or no ratio that costs so much (`solve_ratio`).
+    """
+    family = family or family_of(model.config.model_type)
+    decoder = Decoder(adapter(family).facts(model.config, family), DecoderShape.of(model.config))
+    held = hold(Variant("", method, target, parameters, budget=Budget.of(budget, target, prompt)), decoder)
+    if held.budget is not None and held.budget.problem:
+        raise ValueError(held.budget.problem)
+    return held.ratio
+
+
 def described(variant: Variant) -> str:
     """One line about a variant with a budget: the ratio that holds it, or why none does."""
     budget = variant.budget
@@ -198,9 +225,7 @@ def described(variant: Variant) -> str:
     name = f"{variant.name} ({given})" if given else variant.name
     if budget.problem:
         return f"{name} cannot run: {budget.problem}"
-    return (
-        f"{name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
-    )
+    return f"{name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
 
 
 def measured_flops(shape: DecoderShape, visual_per_layer: Sequence[int], text: int, whole: int) -> float:

@@ -147,3 +147,14 @@ def test_flops_of_a_measured_run_are_those_held(name: str) -> None:
     measured = measured_flops(shape, layers, len(run.kept[0]) - run.visual_kept[0], visual)
     one_token = 1 - measured_flops(shape, [visual - 1] * shape.layers, prompt.n_text, visual)
     assert measured == pytest.approx(0.8, abs=one_token)
+
+
+def test_ratio_for_a_model_in_a_notebook() -> None:
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    ratio = ivcp_eval.ratio_for(model, "fastv", 0.7, "layer_mean", layer=1)
+    with ivcp_eval.prune(model, "fastv", ratio, layer=1) as run, torch.no_grad():
+        model(**make_inputs("t5 i0 t9"))
+    assert run.layer_mean_ratio == pytest.approx(0.7, abs=1 / run.visual_prompt[0])
+    assert ivcp_eval.ratio_for(model, "fastv", 0.7, "own") == 0.7
+    with pytest.raises(ValueError, match="needs an earlier cut"):
+        ivcp_eval.ratio_for(model, "fastv", 0.1, "flops", prompt=(100, 10))

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ivcp_eval.interface import Image, Signals
 
 
+LOWEST = torch.finfo(torch.float32).min
+"""A score below every other, and above minus infinity, which marks what is not to be chosen (again)."""
+
+
 def budget(ratio: float, n_tokens: int) -> int:
     """How many of an image's ``n_tokens`` visual tokens a retention ratio keeps: the one rounding rule.
 
@@ -36,6 +40,12 @@ def top_of_each_image(score: Tensor, images: Sequence[Image]) -> Tensor:
     """Indices into the visual tokens, increasing: of each image its ``budget`` best by ``score`` (V,)."""
     kept = [image.tokens[top(score[image.tokens], image.budget)] for image in images]
     return torch.cat(kept).sort().values
+
+
+def best_of_rest(score: Tensor, kept: Tensor, k: int) -> Tensor:
+    """The ``k`` best indices of ``score`` (N,) outside of ``kept`` (N,) bool, best first; NaN last, as in `ranking`."""
+    finite = torch.nan_to_num(score.float(), nan=LOWEST, neginf=LOWEST)
+    return ranking(finite.masked_fill(kept, -torch.inf))[: max(0, k)]
 
 
 def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: float) -> Tensor:
@@ -146,10 +156,13 @@ def merged_selection(
 def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
     """``k`` indices of ``states`` (N, E), increasing: greedy max-min selection by cosine distance.
 
-    Starts with the state whose nearest neighbour is farthest; ties fall to the lower index. Up to ``whole`` states all
-    similarities are held, a quarter of a gigabyte at most; beyond, each step computes the ones it needs.
+    Starts with the state whose nearest neighbour is farthest; ties fall to the lower index, states that are not finite
+    come last. Up to ``whole`` states all similarities are held, a quarter of a gigabyte at most; beyond, each step
+    computes the ones it needs.
     """
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
+    broken = ~unit.isfinite().all(dim=1)
+    unit = unit.masked_fill(broken[:, None], 0)
     n = unit.shape[0]
     places = torch.arange(n, device=unit.device)
     nearest, parts = [], []
@@ -160,7 +173,7 @@ def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
         similarity[rows - rows[0], rows] = -torch.inf  # itself
         nearest.append(similarity.amax(dim=1))
     held = torch.cat(parts) if parts else None
-    chosen = [first_best(-torch.cat(nearest))]
+    chosen = [first_best((-torch.cat(nearest)).masked_fill(broken, LOWEST))]
     covered = torch.full((n,), -torch.inf, device=unit.device)  # largest similarity to any chosen state
     taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
     for _ in range(k - 1):
@@ -168,8 +181,29 @@ def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
         taken |= places == last
         row = held.index_select(0, last)[0] if held is not None else unit @ unit.index_select(0, last)[0]
         covered = torch.maximum(covered, row)
-        chosen.append(first_best((-covered).masked_fill(taken, -torch.inf)))
+        chosen.append(first_best((-covered).masked_fill(broken, LOWEST).masked_fill(taken, -torch.inf)))
     return torch.stack(chosen).sort().values
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M) float32 Euclidean distances of (N, E) and (M, E).
+
+    From differences, not from inner products: states with a large common part (massive channels of hidden states, key
+    biases) would lose in these what tells them apart.
+    """
+    return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def unit_range(score: Tensor) -> Tensor:
+    """(N,) float32 scores moved to 0..1 by the least and the largest finite one.
+
+    Infinity becomes 1; minus infinity and NaN stay, and rank last.
+    """
+    clean = score.float()
+    finite = clean.isfinite()
+    low = torch.where(finite, clean, torch.inf).amin()
+    high = torch.where(finite, clean, -torch.inf).amax()
+    return ((clean - low) / (high - low).clamp_min(1e-12)).clamp_max(1)
 
 
 def density_peaks(states: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +213,7 @@ def density_peaks(states: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Centres have the largest product of density and distance to the nearest denser state; every other state joins the
     nearest centre. Of equally dense states the lower index counts as denser; ties fall to the lower index.
     """
-    distance = torch.cdist(states.float(), states.float()) / states.shape[1] ** 0.5
+    distance = distances(states, states) / states.shape[1] ** 0.5
     density = (-(distance.topk(min(k, len(states)), dim=1, largest=False).values ** 2).mean(dim=1)).exp()
     place = torch.empty_like(order := ranking(density))
     place[order] = torch.arange(len(order), device=order.device)

@@ -6,7 +6,9 @@ Reference: https://github.com/vbdi/divprune @ 799e2d9 (LLaVA/llava/model/llava_a
 The first token is the one whose nearest neighbour is farthest; each next one is farthest from all chosen so far.
 
 Differs: each image has its own budget and its own distances. A chosen token is never chosen again (the released code
-may, among duplicates). Families that add visual features in their first layers are cut after these.
+may, among duplicates). Survivors keep their positions; ``renumber=True`` numbers them anew, as happens in the released
+code, whose language model gets the shorter embeddings. Families that add visual features in their first layers are
+cut after these.
 """
 
 from __future__ import annotations
@@ -26,15 +28,17 @@ class Method(AbstractMethod):
 
     Attributes:
         layer: decoder layer whose input is cut; None is the first that can be cut, usually the model's input.
+        renumber: number the survivors 0..n-1, as the released code does.
     """
 
     faithfulness: ClassVar[Faithfulness] = "faithful"
 
     layer: int | None = None
+    renumber: bool = False
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One cut for every layer's cache."""
-        return (Cut(model.first_cut if self.layer is None else self.layer, ratio),)
+        return (Cut(model.first_cut if self.layer is None else self.layer, ratio, renumber=self.renumber),)
 
     def select(self, signals: Signals) -> Selection:
         """Farthest points of every image."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import coordinate_set, ranking, top
+from ivcp_eval.ops import best_of_rest, coordinate_set, top
 
 PUBLISHED_LAYER = {
     ("qwen2_5_vl", 28): 16,  # 7B
@@ -112,8 +112,7 @@ class Method(AbstractMethod):
             fill = value_similarity(signals.value, torch.cat((signals.question, at[seeds])), at)
         else:
             fill = torch.rand(n, generator=signals.generator).to(at.device)
-        fill = fill.masked_fill(kept, -torch.inf)
-        kept[ranking(fill)[: budget - int(kept.sum())]] = True
+        kept[best_of_rest(fill, kept, budget - int(kept.sum()))] = True
         return image.tokens[kept]
 
 

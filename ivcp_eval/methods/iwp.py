@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import last_token, top
+from ivcp_eval.ops import best_of_rest, distances, last_token, unit_range
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,16 @@ class Method(AbstractMethod):
     def _select_image(self, image: Image, visual: Tensor, magnitude: Tensor, key: Tensor, value: Tensor) -> Tensor:
         at = visual[image.tokens]
         relevance = magnitude[image.tokens]
-        if self.relevance == "linear":
-            relevance = (relevance - relevance.max()).exp()
-        spread = (relevance.max() - relevance.min()).clamp_min(1e-12)
-        relevance = (relevance - relevance.min()) / spread
+        if self.relevance == "linear":  # the largest finite magnitude is 1, so that nothing overflows
+            relevance = (relevance - relevance.masked_fill(~relevance.isfinite(), -torch.inf).amax()).exp()
+        relevance = unit_range(relevance)
         chosen = torch.zeros(at.numel(), dtype=torch.bool, device=at.device)
         duplicates = torch.full_like(relevance, -torch.inf)
         edges = [image.budget * c // self.chunks for c in range(self.chunks + 1)]
         for size in (high - low for low, high in pairwise(edges) if high > low):
             # Before the first chunk nothing is a duplicate; minus infinity times a trade of 0 would be NaN.
             score = relevance - self.trade * duplicates.clamp_min(-1) if self.trade else relevance
-            new = top(score.masked_fill(chosen, -torch.inf), size)
+            new = best_of_rest(score, chosen, size)
             chosen[new] = True
             if self.trade:
                 duplicates = torch.maximum(duplicates, duplication(key, value, at, at[new]).amax(dim=1))
@@ -127,6 +126,6 @@ def duplication(key: Tensor, value: Tensor, tokens: Tensor, chosen: Tensor) -> T
     for k, v in zip(key.float(), value.float(), strict=True):
         unit = torch.nn.functional.normalize(v, dim=-1)
         cosine = unit[tokens] @ unit[chosen].T
-        squared = torch.cdist(k[tokens], k[chosen]).square()
+        squared = distances(k[tokens], k[chosen]).square()
         total += cosine * (-squared / (2 * k.shape[-1] ** 0.5)).exp()
     return total / key.shape[0]

@@ -23,6 +23,7 @@ class Method(AbstractScorer):
     """
 
     faithfulness: ClassVar[Faithfulness] = "control"
+    sweep_seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     layer: int | None = None
 

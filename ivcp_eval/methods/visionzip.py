@@ -9,8 +9,11 @@ token receives inside its image. Of the rest, every step-th token in order is a 
 target whose key (mean over heads) is nearest in cosine, and a target becomes itself plus the mean of its group.
 
 Differs: the class token itself is not kept (LLaVA's projector never sees it). Merging happens on the language model's
-input embeddings, as in the Qwen2.5-VL port, not before the projector. Tokens keep their place in the prompt; the
-LLaVA code puts contextual tokens last. Each image has its own budget, and attention stays inside an image.
+input embeddings, as in the Qwen2.5-VL port, not before the projector. Tokens keep their place in the prompt and their
+positions; the LLaVA code puts contextual tokens last, and numbers anew (``renumber=True``), since its language model
+gets the shorter embeddings. Each image has its own budget, for which its tiles compete, and attention stays inside an
+image or tile; the LLaVA-NeXT code gives every tile the same count and drops newlines, here a newline ranks as the mean
+of its row.
 """
 
 from __future__ import annotations
@@ -31,12 +34,14 @@ class Method(AbstractMethod):
 
     Attributes:
         contextual: share of an image's budget that merged tokens take; 10 of 64 is published.
+        renumber: number the survivors 0..n-1, as the LLaVA code does.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({"vision"})
     faithfulness: ClassVar[Faithfulness] = "faithful"
 
     contextual: float = 10 / 64
+    renumber: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a share that leaves no dominant token."""
@@ -45,7 +50,7 @@ class Method(AbstractMethod):
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One cut for every layer's cache, at the model's input where the family allows it."""
-        return (Cut(model.first_cut, ratio),)
+        return (Cut(model.first_cut, ratio, renumber=self.renumber),)
 
     def select(self, signals: Signals) -> Selection:
         """Dominant and contextual tokens of every image."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
+import ivcp_eval
 from ivcp_eval.ops import farthest_points
 from ivcp_eval.registry import make_method
 from tests import tiny_models
@@ -43,6 +47,26 @@ def test_inside_a_model() -> None:
     kept = {visual[i] for i in algorithm_1(seen[0][0, visual], len(visual) // 4)}
     wanted = [c for c in range(inputs["input_ids"].shape[1]) if c not in visual or c in kept]
     assert pruned_columns("divprune", "qwen2_5_vl", inputs, 0.25) == [wanted]
+
+
+@pytest.mark.parametrize("method", ["divprune", "visionzip"])
+def test_renumbered_as_in_the_released_code(method: str) -> None:
+    """There the language model gets the shorter embeddings, and counts positions from 0."""
+    model: Any
+    model, make_inputs = tiny_models.build("llava")
+    inputs = make_inputs("t5 i0 t9")
+    shorter: list[Tensor] = []
+    first = model.model.language_model.layers[0].input_layernorm
+    with ivcp_eval.prune(model, method, 0.25, renumber=True):
+        handle = first.register_forward_pre_hook(lambda _m, args: shorter.append(args[0]))
+        got = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        handle.remove()
+    with ivcp_eval.prune(model, method, 0.25):
+        kept = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert shorter[0].shape[1] == 5 + 4 + 9
+    wanted = model.generate(inputs_embeds=shorter[0], max_new_tokens=4, do_sample=False)
+    assert got.tolist() == wanted.tolist()
+    assert got.tolist() != kept.tolist(), "an oracle that cannot fail"
 
 
 def test_duplicates_and_single_states() -> None:

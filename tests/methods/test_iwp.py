@@ -143,6 +143,32 @@ def test_extreme_logits_do_not_overflow() -> None:
     assert make_method("iwp").select(signals).keep.numel() == 10
 
 
+def test_keys_with_a_large_common_part() -> None:
+    """Qwen2.5's key biases run into the hundreds; what tells keys apart must not drown in them."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(1, 40, 8, generator=generator), torch.randn(1, 40, 8, generator=generator)
+    every = torch.arange(40)
+    plain = duplication(key.double(), value, every, every)
+    shifted = duplication(key + 2000, value, every, every)
+    assert torch.allclose(shifted.double(), plain.double(), atol=2e-3)
+    assert torch.allclose(shifted.diagonal(), torch.ones(40), atol=1e-6)
+
+
+@pytest.mark.parametrize("relevance", ["log", "linear"])
+def test_a_token_without_value_or_with_nan_is_the_worst(relevance: str) -> None:
+    signals = random_signals((4, 5), ratio=0.5, seed=6)
+    assert signals.value is not None
+    wanted = make_method("iwp", {"relevance": relevance, "trade": 0.0}).select(signals).keep.tolist()
+    outside = [i for i in range(20) if i not in wanted]
+    signals.value[:, int(signals.visual[outside[0]])] = 0
+    signals.value[:, int(signals.visual[outside[1]])] = torch.nan
+    for trade in (0.0, 0.5):
+        kept = make_method("iwp", {"relevance": relevance, "trade": trade}).select(signals).keep.tolist()
+        assert not {outside[0], outside[1]} & set(kept)
+        if not trade:
+            assert kept == wanted
+
+
 def test_bad_parameters() -> None:
     for parameters in ({"layer": 0}, {"chunks": 0}, {"trade": -1.0}, {"heads": "sum"}, {"relevance": "rank"}):
         with pytest.raises(ValueError, match="|".join(parameters)):

@@ -1,0 +1,81 @@
+"""Every registered method on states that rank nothing: budgets stay exact, and one broken token leaves alone.
+
+A NaN comes from half precision that overflowed; equal states from a blank picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ivcp_eval.interface import AbstractScorer, ModelFacts, Selection, Signals
+from ivcp_eval.registry import PLUS_IVC, make_method, method_names
+from tests.methods.material import random_signals
+
+CHOOSING = [n for n in method_names() if any(c.ratio < 1 for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]
+NAMES = [*CHOOSING, *(n + PLUS_IVC for n in CHOOSING if isinstance(make_method(n), AbstractScorer))]
+
+
+def changed(signals: Signals, edit: Callable[[Tensor, Tensor], Tensor]) -> Signals:
+    """``edit(states with tokens first, visual indices)`` on everything a method could rank by."""
+
+    def on(states: Tensor | None, axis: int = -2) -> Tensor:
+        assert states is not None
+        return edit(states.clone().movedim(axis, 0), signals.visual).movedim(0, axis)
+
+    every = torch.arange(signals.n_visual)
+    attention = signals.attention
+    return replace(
+        signals,
+        hidden=on(signals.hidden),
+        query=on(signals.query),
+        key=on(signals.key),
+        value=on(signals.value),
+        attention=lambda rows, entering=False: on(attention(rows, entering=entering), -1),
+        vision={name: edit(value.clone(), every) for name, value in signals.vision.items()},
+        memory={},
+    )
+
+
+def chosen(name: str, signals: Signals) -> Selection:
+    """What the method keeps at its first real cut, checked."""
+    method = make_method(name)
+    look = [cut.ratio == 1 for cut in method.cuts(ModelFacts("llava", 8), 0.5)]
+    for _ in range(look.index(False)):
+        whole = tuple(replace(image, budget=image.n_prompt) for image in signals.images)
+        method.select(replace(signals, images=whole))
+    selection = method.select(replace(signals, stage=look.index(False)))
+    selection.check(signals, name)
+    return selection
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [0.0, 1.0, torch.nan, torch.inf, -torch.inf])
+def test_nothing_to_rank_by(name: str, value: float) -> None:
+    def edit(states: Tensor, visual: Tensor) -> Tensor:
+        states[visual] = value
+        return states
+
+    for ratio in (0.05, 0.5, 1.0):
+        signals = changed(random_signals((3, 5), (1, 1), ratio=ratio), edit)
+        for image in signals.images:
+            kept = torch.isin(chosen(name, signals).keep, image.tokens)
+            assert int(kept.sum()) == image.budget
+
+
+@pytest.mark.parametrize("name", ["divprune", "fastv", "iwp", "pyramiddrop", "sparsevlm"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_broken_token_leaves_first(name: str, value: float) -> None:
+    """Wherever it stands. (Elsewhere a softmax or a merge over all tokens has no place for it.)"""
+    signals = random_signals((4, 6), ratio=0.5, seed=2)
+    for token in range(24):
+
+        def edit(states: Tensor, visual: Tensor, token: int = token) -> Tensor:
+            states[visual[token]] = value
+            return states
+
+        assert token not in chosen(name, changed(signals, edit)).keep.tolist()

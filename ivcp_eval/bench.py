@@ -197,12 +197,15 @@ def measure_vision(size: Size, device: str, dtype: Any, attention: str, cells: S
 
 
 def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Every cell in order of size, then the vision tower; ``report`` gets the rows of each as they are ready."""
+    """Every cell in order of size, what choosing costs, the vision tower; ``report`` gets rows as they are ready."""
     import torch
 
     from ivcp_eval.bench_models import build_model, configuration
-    from ivcp_eval.registry import adapter
+    from ivcp_eval.bench_selection import measure_selection
+    from ivcp_eval.registry import adapter, make_method, method_names
 
+    for name in options.methods or ():
+        make_method(name)  # a misspelt name shall not wait for its turn
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     end = time.monotonic() + options.limit_s
     cells = sorted(((n, b) for n in size.visual_tokens for b in size.batches), key=lambda cell: cell[0] * cell[1])
@@ -219,15 +222,28 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
             torch.cuda.empty_cache()
 
     for attention in _attentions(options.device, report):
-        # A vision tower without blocks: here it only has to deliver embeddings of the right shape.
-        model = build_model(configuration(size, vision_depth=0), options.device, dtype, attention)
-        setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
-        for tokens, batch in cells:
-            row = {"attention": attention, "visual_tokens": tokens, "batch": batch}
-            attempt(row, partial(measure_cell, setup, tokens, batch, options.cell_s))
-        del setup, model
-        for call, row in measure_vision(size, options.device, dtype, attention, cells):
-            attempt({**row, "attention": attention}, lambda call=call: [call()])  # type: ignore[misc]
+        if not options.only_methods:
+            # A vision tower without blocks: here it only has to deliver embeddings of the right shape.
+            model = build_model(configuration(size, vision_depth=0), options.device, dtype, attention)
+            setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
+            for tokens, batch in cells:
+                row = {"attention": attention, "visual_tokens": tokens, "batch": batch}
+                attempt(row, partial(measure_cell, setup, tokens, batch, options.cell_s))
+            del setup, model
+        names = method_names() if options.methods is None else options.methods
+        if names:  # methods may listen to the vision tower: here it is whole
+            model = build_model(configuration(size), options.device, dtype, attention)
+            setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
+            for tokens in sorted(size.visual_tokens):
+                row = {"attention": attention, "visual_tokens": tokens, "batch": min(size.batches)}
+                attempt(
+                    {**row, "variant": "selection"},
+                    partial(measure_selection, setup, tokens, min(size.batches), options.cell_s, names),
+                )
+            del setup, model
+        if not options.only_methods:
+            for call, row in measure_vision(size, options.device, dtype, attention, cells):
+                attempt({**row, "attention": attention}, lambda call=call: [call()])  # type: ignore[misc]
 
 
 def _attentions(device: str, report: Callable[[list[dict[str, Any]]], None]) -> list[str]:
@@ -255,6 +271,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: those of the size")
     made.add_argument("--rounds", type=int, help="interleaved rounds; default: those of the size")
     made.add_argument("--new-tokens", type=int, help="tokens to decode; default: those of the size")
+    made.add_argument("--methods", nargs="*", metavar="NAME", help="whose selection is timed; default: every method")
+    made.add_argument("--only-methods", action="store_true", help="time nothing but selection")
     made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
     made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
     made.add_argument("--cell-s", type=float, default=120, help="start no round after that many seconds of a cell")

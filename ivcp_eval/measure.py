@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ivcp_eval.interface import AbstractAdapter
 
-__all__ = ["HookTime", "Phases", "Spread", "hook_time", "interleave", "phases", "timed"]
+__all__ = ["CallTime", "HookTime", "Phases", "Spread", "call_time", "hook_time", "interleave", "phases", "timed"]
 
 T = TypeVar("T")
 #: What transformers calls the module between vision encoder and decoder, where it is not part of the encoder.
@@ -285,6 +285,38 @@ class HookTime:
     """Milliseconds spent in the other forward pre-hooks of a module, one per call; filled when the block ends."""
 
     ms: list[float] = field(default_factory=list)
+
+
+@dataclass
+class CallTime:
+    """Milliseconds of every call of the functions that `around` gave out; filled when the block ends."""
+
+    _clock: _Clock
+    _spans: list[tuple[Any, Any]] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)
+
+    def around(self, function: Callable[..., T]) -> Callable[..., T]:
+        """The same function under the clock."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> T:
+            start = self._clock.mark()
+            result = function(*args, **kwargs)
+            self._spans.append((start, self._clock.mark()))
+            return result
+
+        return timed
+
+
+@contextmanager
+def call_time(module: nn.Module, *, cpu_time: bool = False) -> Iterator[CallTime]:
+    """Measure what functions cost that work on the device of ``module``: a method's ``select``. ``cpu_time`` as in
+    `phases`.
+    """
+    result = CallTime(_clock(module, cpu_time))
+    yield result
+    result._clock.wait()
+    result.ms = [result._clock.ms(start, end) for start, end in result._spans]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ivcp_eval import bench, bench_models, bench_report
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "made" / "tiny"
     threads = torch.get_num_threads()
-    assert bench.main(["--size", "tiny", "--threads", "1", "--rounds", "2", "--out", str(out)]) == 0
+    assert bench.main(["--size", "tiny", "--threads", "1", "--rounds", "2", "--methods", "--out", str(out)]) == 0
     assert torch.get_num_threads() == threads
     return out
 
@@ -95,7 +95,7 @@ def test_check_fails_on_a_missed_target(monkeypatch):
 
 def test_cells_after_the_time_limit_are_named_not_lost(capsys):
     assert bench.main(["--size", "tiny", "--threads", "1", "--limit-s", "0"]) == 0
-    assert capsys.readouterr().out.count("skipped: --limit-s 0 was reached") == 4
+    assert capsys.readouterr().out.count("skipped: --limit-s 0 was reached") == 5
 
 
 def test_a_cell_that_does_not_fit_is_named_and_the_next_runs(monkeypatch, capsys):
@@ -107,7 +107,7 @@ def test_a_cell_that_does_not_fit_is_named_and_the_next_runs(monkeypatch, capsys
         return real(setup, tokens, batch, seconds)
 
     monkeypatch.setattr(bench, "measure_cell", crowded)
-    assert bench.main(["--size", "tiny", "--threads", "1", "--rounds", "1"]) == 0
+    assert bench.main(["--size", "tiny", "--threads", "1", "--rounds", "1", "--methods"]) == 0
     printed = capsys.readouterr().out
     assert "out of memory: CUDA out of memory. Tried to allocate 2 GiB" in printed
     assert "0.5 @ layer 1" in printed

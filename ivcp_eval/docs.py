@@ -73,6 +73,11 @@ def method_cards() -> list[MethodCard]:
     return cards + [MethodCard.read(folder / f"{file}.py", name) for file, name in WRAPPERS.items()]
 
 
+def control_names() -> list[str]:
+    """The controls that prune, in this package: what any method is to be compared with."""
+    return [card.name for card in method_cards() if card.faithfulness == "control" and card.name != "none"]
+
+
 def method_table() -> str:
     """The README's table of methods, in Markdown."""
     lines = ["| method | what it keeps | paper | faithfulness |", "| --- | --- | --- | --- |"]

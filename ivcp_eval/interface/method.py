@@ -209,6 +209,7 @@ class AbstractMethod(ABC):
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
     faithfulness: ClassVar[Faithfulness] = "variant"
+    sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
 
     @abstractmethod

@@ -6,7 +6,7 @@
       - method: ivc_prune
         ratios: [0.75, 0.5, 0.25]
         parameters: {layer: [14, 16]}        # a list is a grid; write [[...]] for one value that is a list
-        seeds: [0]                          # of methods that draw
+        seeds: [0, 1]                       # of a method that draws; left out: as many as it declares
         models: [qwen25]                    # only these; also `benchmarks`
         budget: layer_mean                  # what its ratios are shares of; also sweep-wide (docs/sweeps.md)
     exclude:
@@ -15,18 +15,21 @@
                                             # min_pixels, max_pixels, max_new_tokens, trust_remote_code, timing,
                                             # timeout (seconds for one answer; default: no limit)
 
-The unpruned baseline of every model and benchmark is always part.
+The unpruned baseline of every model and benchmark is always part. So are the controls (random, uniform, ...) at every
+ratio or budget at which a model's other methods meet a benchmark, unless the file lists them itself or chooses some by
+``controls: [random]`` or none by ``controls: []``.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ivcp_eval import benchmarks, locations, models
+from ivcp_eval.docs import control_names
 from ivcp_eval.registry import make_method, method_names, unknown
 from ivcp_eval.sweep.marked import Marked, Place, SpecError
 from ivcp_eval.variants import BASELINE, OWN, Budget, Variant
@@ -85,7 +88,7 @@ def load(path: str | Path) -> Spec:
     """
     path = locations.sweep_file(path)
     marked = Marked(path)
-    raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "exclude", *_BUDGET, *_OPTIONS))
+    raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "controls", "exclude", *_BUDGET, *_OPTIONS))
     for key in ("models", "benchmarks", "methods"):
         if not raw.get(key):
             raise marked.error((key,), f"{key} is missing or empty")
@@ -100,6 +103,8 @@ def load(path: str | Path) -> Spec:
     for i, entry in enumerate(entries):
         for variant, name in _entry(marked, ("methods", i), entry, list(asked_models), asked, shared):
             cells[_key(variant, name)] = variant, name
+    for variant, name in _controls(marked, raw, [cell for cell in cells.values() if cell[0].method != BASELINE]):
+        cells[_key(variant, name)] = variant, name
     options = {key: _option(marked, key, raw[key]) for key in _OPTIONS if raw.get(key) is not None}
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
     return Spec(path.stem, path, asked_models, tuple(left), options)
@@ -171,7 +176,8 @@ def _entry(
     for i, ratio in enumerate(ratios):
         if not 0 < ratio <= 1:
             raise marked.error((*place, "ratios", i), f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half")
-    seeds = marked.listed((*place, "seeds"), entry.get("seeds", [0]), int, "a whole number")
+    declared = list(make_method(method).sweep_seeds)
+    seeds = marked.listed((*place, "seeds"), entry.get("seeds", declared), int, "a whole number")
     for parameters in _grid(marked, (*place, "parameters"), entry.get("parameters") or {}):
         try:
             make_method(method, parameters)
@@ -181,6 +187,22 @@ def _entry(
             if method != BASELINE:
                 budget = _budget(marked, place, entry, shared, float(ratio))
                 yield Variant(model, method, float(ratio), parameters, seed, budget), name
+
+
+def _controls(
+    marked: Marked, raw: Mapping[str, Any], listed: list[tuple[Variant, str]]
+) -> Iterator[tuple[Variant, str]]:
+    """What every other method is to be compared with, wherever one is measured."""
+    chosen, known = raw.get("controls"), control_names()
+    names = known if chosen is None else marked.listed(("controls",), chosen, str, "the name of a control")
+    for i, method in enumerate(names):
+        if method not in known:
+            raise marked.error(("controls", i), str(unknown("control", method, known)))
+        if any(variant.method == method for variant, _ in listed):
+            continue
+        for variant, name in listed:
+            for seed in make_method(method).sweep_seeds:
+                yield replace(variant, method=method, parameters={}, seed=seed), name
 
 
 def _budget(

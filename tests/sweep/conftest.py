@@ -20,6 +20,7 @@ methods:
   - {{method: ivc_prune, ratios: [0.75, 0.5]}}
   - {{method: fastv, ratios: [0.5]}}
   - {{method: downsample, ratios: [0.5]}}
+controls: []
 limit: {limit}
 shard: 3
 max_new_tokens: 5

@@ -125,7 +125,8 @@ def test_plan_says_what_it_will_cost(bench: Bench, capsys: pytest.CaptureFixture
     assert "judge calls: 0 (" in out
     assert not bench.folder.exists(), "a plan writes nothing"
     bench.spec.write_text(
-        "models: [llava15]\nbenchmarks: [MMVet, POPE]\nmethods: [{method: fastv, ratios: [0.5]}]\njudge: gpt-4o\n"
+        "models: [llava15]\nbenchmarks: [MMVet, POPE]\nmethods: [{method: fastv, ratios: [0.5]}]\n"
+        "controls: []\njudge: gpt-4o\n"
     )
     assert bench.call("plan") == 0
     out = capsys.readouterr().out

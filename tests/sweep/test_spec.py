@@ -24,8 +24,8 @@ methods:
     benchmarks: [POPE]
 exclude:
   - {model: llava15, ratio: 0.25}
-limit: 10
 controls: []
+limit: 10
 """
 
 
@@ -81,16 +81,16 @@ def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_p
         ("[0.5, 0.25]\n", "[0.5, half]\n", 5, "'half' is not a ratio"),
         ("layer:", "leyer:", 6, "did you mean 'layer'"),
         ("    ratios: [0.5]\n", "", 7, "needs ratios"),
-        ("controls: []", "controls: [randon]", 15, "did you mean 'random'"),
+        ("controls: []", "controls: [randon]", 14, "did you mean 'random'"),
         ("seeds: [0, 1]", "seeds: [0, 1.5]", 9, "1.5 is not a whole number"),
         ("models: [qwen25]", "models: [qwen2]", 10, "not among the sweep's models"),
         ("benchmarks: [POPE]\n", "benchmarks: [MME]\n", 11, "not among the sweep's benchmarks"),
         ("ratio: 0.25}", "ratio: 0.3}", 13, "excludes nothing"),
         ("model: llava15, ", "modell: llava15, ", 13, "did you mean 'model'"),
-        ("limit: 10", "limit: -1", 14, "whole number above 0"),
-        ("limit: 10", "limit: 10\nlimit: 11", 15, "stands here twice"),
-        ("limit: 10", "limits: 10", 14, "did you mean 'limit'"),
-        ("limit: 10", "limit: [", 15, "not YAML"),
+        ("limit: 10", "limit: -1", 15, "whole number above 0"),
+        ("limit: 10", "limit: 10\nlimit: 11", 16, "stands here twice"),
+        ("limit: 10", "limits: 10", 15, "did you mean 'limit'"),
+        ("limit: 10", "limit: [", 16, "not YAML"),
         ("methods:", "method:", 3, "unknown key 'method'"),
     ],
 )

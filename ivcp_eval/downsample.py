@@ -78,3 +78,18 @@ def shrink(image: Image, adapter: AbstractAdapter, processor: Any, share: float)
     if size is None:
         raise ValueError("downsample cannot run on this family: every image costs the same number of visual tokens")
     return image if size == image.size else image.resize(size, resample=3)
+
+
+def check_cost(cost: int, whole: int, share: float, n_images: int) -> None:
+    """Refuse pictures, shrunk one by one, that cost more together than ``share`` of their ``whole`` visual tokens.
+
+    Families may encode several images of a sample in another way than one (LLaVA-OneVision: one overview each).
+
+    Raises:
+        ValueError: they do; each image may have rounded up to one token more.
+    """
+    if cost > share * whole + n_images:
+        raise ValueError(
+            f"downsample brought {n_images} images from {whole} to {cost} visual tokens, more than {share:g} of them: "
+            "among several images the family spends the same on each, whatever its size. Choose another method."
+        )

@@ -13,7 +13,7 @@ import torch
 from ivcp_eval import measure
 from ivcp_eval.accounting import measured_flops
 from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
-from ivcp_eval.downsample import shrink
+from ivcp_eval.downsample import check_cost, shrink
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.failures import deadline, steps
@@ -131,12 +131,15 @@ class Session:
             conversation, whole = _decoded(parts), None
             share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
             if share is not None:
-                whole = self._visual_tokens(conversation)
+                whole = self._visual_tokens(self._encoded(conversation)[0])
                 conversation = [
                     {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
                     for part in conversation
                 ]
             inputs, tensors = self._encoded(conversation)
+            if share is not None and whole is not None:
+                n_images = sum("image" in part for part in conversation)
+                check_cost(self._visual_tokens(inputs), whole, share, n_images)
             check()
             with (
                 torch.inference_mode(),
@@ -257,8 +260,8 @@ class Session:
             "decode_ms": _round(phases.decode_ms_per_token) if phases else None,
         }
 
-    def _visual_tokens(self, conversation: Sequence[Mapping[str, Any]]) -> int:
-        mask = self.adapter.image_mask(self.model, self.adapter.encode(self.processor, [list(conversation)]))
+    def _visual_tokens(self, inputs: Mapping[str, Any]) -> int:
+        mask = self.adapter.image_mask(self.model, inputs)
         return 0 if mask is None else int(mask.sum())
 
     def _pruned(self, variant: Variant, layout: Mapping[str, Any] | None = None) -> Any:

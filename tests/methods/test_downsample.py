@@ -23,9 +23,12 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 import ivcp_eval
 from ivcp_eval.downsample import shrink, shrunk_grid, shrunk_to_count
 from ivcp_eval.interface import Unsupported
+from ivcp_eval.models import locate
 from ivcp_eval.ops import budget
 from ivcp_eval.registry import adapter, make_method
+from ivcp_eval.session import Limits, Placement, Session
 from ivcp_eval.tiny.processor import build_processor
+from ivcp_eval.variants import Variant
 from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor
 from tests import deepseek_vl2_tokenizer, tiny_models
 
@@ -149,3 +152,16 @@ def test_fixed_resolution_is_unsupported() -> None:
 def test_fixed_resolution_is_refused() -> None:
     with pytest.raises(ValueError, match="same number of visual tokens"):
         shrink(Image.new("RGB", (64, 64)), adapter("llava"), None, 0.5)
+
+
+def test_a_session_refuses_images_that_stay_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As several images of a LLaVA-OneVision sample do, whatever their size."""
+    weights = locate("tiny")
+    session = Session(weights, Placement(device="cpu").resolve(), Limits(28 * 28, 200704, max_new_tokens=2))
+    variant = Variant("tiny", "downsample", 0.5)
+    parts = [{"image": Image.new("RGB", (112, 112))}, {"image": Image.new("RGB", (140, 84))}, {"text": "what is it?"}]
+    answer = session.answer(parts, variant)
+    assert (answer["visual_tokens"], answer["visual_kept"]) == (16 + 15, 8 + 8)
+    monkeypatch.setattr(type(session.adapter), "shrunk_size", lambda _self, _processor, size, _share: size)
+    with pytest.raises(ValueError, match=r"brought 2 images from 31 to 31 visual tokens, more than 0\.5"):
+        session.answer(parts, variant)

@@ -68,20 +68,16 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return states * cos + rotate_half(states) * sin
 
     def load(
-        self,
-        source: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: str,
-        attention: str,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        trust_remote_code: bool = False,
+        self, source: str, *, min_pixels: int | None = None, max_pixels: int | None = None, **common: Any
     ) -> tuple[Any, Any]:
-        """`load_model` and `load_processor` of the checkpoint."""
-        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        processor = self.load_processor(source, **common, **self.pixel_options(min_pixels, max_pixels))
+        """`load_parts`, with the pixel limits as options of the processor."""
+        return self.load_parts(source, self.pixel_options(min_pixels, max_pixels), **common)
+
+    def load_parts(
+        self, source: str, pixels: Mapping[str, Any], *, dtype: torch.dtype, device: str, attention: str, **common: Any
+    ) -> tuple[Any, Any]:
+        """`load_model` and `load_processor`; ``common`` are ``revision`` and ``trust_remote_code``."""
+        processor = self.load_processor(source, **common, **pixels)
         return self.load_model(source, dtype=dtype, device=device, attention=attention, **common), processor
 
     def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
@@ -107,19 +103,22 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return {}
 
     def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
-        """The checkpoint's own chat template and processor, padded on the left."""
-        texts, images = [], []
-        for parts in conversations:
-            content = [
-                {"type": "image"} if "image" in part else {"type": "text", "text": part["text"]} for part in parts
-            ]
-            turn = [{"role": "user", "content": content}]
-            texts.append(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-            images += [part["image"] for part in parts if "image" in part]
+        """`turn` of every conversation through the processor, padded on the left."""
+        images = [part["image"] for parts in conversations for part in parts if "image" in part]
         encoded: Mapping[str, Tensor] = processor(
-            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+            text=[self.turn(processor, parts) for parts in conversations],
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         )
         return encoded
+
+    def turn(self, processor: Any, parts: list[Mapping[str, Any]]) -> str:
+        """One user turn as text, a placeholder for each image: the checkpoint's own chat template."""
+        content = [{"type": "image"} if "image" in part else {"type": "text", "text": part["text"]} for part in parts]
+        turn = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
 def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:

@@ -118,17 +118,9 @@ class Adapter(AbstractTransformersAdapter):
             return f"{asked} {SINGLE_WORD}"
         return f"{question}\n{SINGLE_WORD}"
 
-    def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+    def turn(self, processor: Any, parts: list[Mapping[str, Any]]) -> str:
         """Images first, numbered if several, then the text, in the originals' conversation template."""
-        texts, images = [], []
-        for parts in conversations:
-            pictures = [part["image"] for part in parts if "image" in part]
-            texts.append(conversation(parts, processor.image_token))
-            images += pictures
-        encoded: Mapping[str, Tensor] = processor(
-            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-        )
-        return encoded
+        return conversation(parts, processor.image_token)
 
     def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
         """The tile grid of a single image, all that the released pruning code can use."""

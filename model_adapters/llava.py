@@ -52,17 +52,10 @@ class Adapter(AbstractTransformersAdapter):
         """Multiple choice has a wording of its own; LLaVA-1.5 was not trained to ground."""
         return letter_question(question, options, hint) if kind == "mcq" else None
 
-    def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
+    def turn(self, processor: Any, parts: list[Mapping[str, Any]]) -> str:
         """Vicuna's system sentence and ``USER: ... ASSISTANT:``, which the chat template of ``llava-hf`` leaves out."""
-        texts, images = [], []
-        for parts in conversations:
-            content = "".join(" <image> " if "image" in part else part["text"] for part in parts)
-            texts.append(f"{SYSTEM}USER: {content} ASSISTANT: ")
-            images += [part["image"] for part in parts if "image" in part]
-        encoded: Mapping[str, Tensor] = processor(
-            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-        )
-        return encoded
+        content = "".join(" <image> " if "image" in part else part["text"] for part in parts)
+        return f"{SYSTEM}USER: {content} ASSISTANT: "
 
 
 def _split(run: Tensor, n: int, grid: tuple[int, int] | None) -> list[ImageSpan]:

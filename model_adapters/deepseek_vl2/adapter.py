@@ -137,32 +137,26 @@ class Adapter(AbstractTransformersAdapter):
 
         return shrunk_to_count(count, size, share)
 
-    def load(
-        self,
-        source: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: str,
-        attention: str,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        trust_remote_code: bool = False,
+    def load_parts(
+        self, source: str, pixels: Mapping[str, Any], *, dtype: torch.dtype, device: str, attention: str, **common: Any
     ) -> tuple[Any, Any]:
         """Our own classes on the published files; their remote code is never run.
 
         Raises:
-            ValueError: pixel limits (tiles follow ``candidate_resolutions`` instead), a variant that is not
-                implemented, or tensors that are missing, left over or of another shape.
+            ValueError: a variant that is not implemented, or tensors that are missing, left over or of another shape.
         """
         from model_adapters.deepseek_vl2.loading import load_checkpoint
 
+        return load_checkpoint(source, revision=common["revision"], dtype=dtype, device=device, attention=attention)
+
+    def pixel_options(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+        """None: tiles follow the checkpoint's ``candidate_resolutions``."""
         if min_pixels is not None or max_pixels is not None:
             raise ValueError(
                 f"got {min_pixels=}, {max_pixels=}: DeepSeek-VL2 has no pixel limits, its processor chooses from the "
                 "checkpoint's candidate_resolutions. Leave both out."
             )
-        return load_checkpoint(source, revision=revision, dtype=dtype, device=device, attention=attention)
+        return {}
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
         """Grounding as released IVC-Prune asks for it; elsewhere VLMEvalKit has no wording of its own."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval import plugins
+from ivcp_eval.files import file_digest
 
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter, AbstractMethod
@@ -96,6 +97,23 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Abstr
     outer = {key: given.pop(key) for key in added & given.keys()}
     method: AbstractMethod = cls(**given)
     return wrapper(method, **outer) if wrapper else method
+
+
+def parameters_of(method: AbstractMethod) -> dict[str, Any]:
+    """Every parameter of an instance, as it belongs to a run's identity and into its CSV.
+
+    A parameter that is a `pathlib.Path` names a file that the method reads; its name and checksum stand for it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return {name: _file_or(value) for name, value in dataclasses.asdict(method).items()}  # type: ignore[call-overload]
+
+
+def _file_or(value: Any) -> Any:
+    if isinstance(value, dict):  # the method inside a wrapper
+        return {name: _file_or(inner) for name, inner in value.items()}
+    return f"{value.name} (sha256 {file_digest(value)})" if isinstance(value, Path) else value
 
 
 def method_name(method: AbstractMethod) -> str:

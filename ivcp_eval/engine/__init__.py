@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Unsupported
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported
 from ivcp_eval.registry import adapter as load_adapter
 from ivcp_eval.registry import family_of, make_method, method_name
 
@@ -114,7 +114,8 @@ def _check_signals(method: AbstractMethod, adapter: AbstractAdapter, model: Any,
         raise Unsupported(
             f"method {name!r} shrinks the image, but on {family!r} every image costs the same number of visual tokens"
         )
-    for signal in sorted(method.needs):
+    cached: frozenset[Signal] = frozenset({"cached_key"}) if "step" in method.needs else frozenset()
+    for signal in sorted(method.needs | cached):
         reason = adapter.unsupported(model, signal)
         if reason:
             raise Unsupported(f"method {name!r} needs the signal {signal!r}, which {family!r} cannot give: {reason}")

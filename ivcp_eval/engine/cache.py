@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,18 @@ SUPPORTED = (
 )
 
 
+@dataclass(frozen=True)
+class StepState:
+    """What masks of single decode steps need to know of the prompt; shared by all layers.
+
+    Attributes:
+        visual: (B, S) bool on CPU. memory: per row, what the method remembers.
+    """
+
+    visual: Tensor
+    memory: list[dict[str, Any]]
+
+
 @dataclass
 class Record:
     """Which prompt columns the first slots of a cache layer hold.
@@ -23,12 +36,14 @@ class Record:
         prompt_length: S, the columns of the unpruned prompt.
         padded: whether any slot is padding, known on the host.
         shift: (B, 1) int64 or None: how far decode positions move down where the survivors were re-numbered.
+        steps: for a method that masks single decode steps, else None.
     """
 
     columns: Tensor
     prompt_length: int
     padded: bool
     shift: Tensor | None = None
+    steps: StepState | None = None
 
     def key_columns(self, length: int) -> Tensor:
         """(B, length) prompt column of every slot; slots after the prompt continue at ``prompt_length``."""
@@ -37,10 +52,16 @@ class Record:
         return torch.cat([self.columns, tail.expand(batch, -1)], dim=1)
 
     def rows(self, indices: Tensor) -> Record:
-        """The record of the batch rows ``indices``."""
+        """The record of the batch rows ``indices``.
+
+        Raises:
+            ValueError: rows move (beam search) under a method that remembers something of each.
+        """
+        if self.steps is not None and indices.tolist() != list(range(self.columns.shape[0])):
+            raise ValueError("a method that masks decode steps cannot follow rows that move; use num_beams=1")
         indices = indices.to(self.columns.device)
         shift = None if self.shift is None else self.shift[indices]
-        return Record(self.columns[indices], self.prompt_length, self.padded, shift)
+        return Record(self.columns[indices], self.prompt_length, self.padded, shift, self.steps)
 
 
 class PrunedLayer(DynamicLayer):

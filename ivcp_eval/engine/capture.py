@@ -10,7 +10,7 @@ from ivcp_eval.interface import AbstractAdapter, Signal
 if TYPE_CHECKING:
     from torch import Tensor
 
-ELSEWHERE: frozenset[Signal] = frozenset({"vision", "cached_key"})  # not signals of one decoder layer
+ELSEWHERE: frozenset[Signal] = frozenset({"vision", "cached_key", "step"})  # not signals of one decoder layer
 
 
 def capture(

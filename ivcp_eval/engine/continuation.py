@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers.cache_utils import Cache
 
+    from ivcp_eval.engine.steps import Before
+
 
 class Continuation:
     """State of one forward on a pruned cache."""
@@ -19,13 +21,22 @@ class Continuation:
         self.cache = cache
         self.mask = mask  # the caller's (B, columns) mask, or None
         self.built: dict[tuple[int, int], Tensor | None] = {}
+        self.before: Before | None = None  # for masks of single steps
 
-    def layer_mask(self, layer: PrunedLayer, hidden: Tensor, implementation: str) -> Tensor | None:
+    def layer_mask(
+        self, layer: PrunedLayer, hidden: Tensor, implementation: str, attended: Tensor | None = None
+    ) -> Tensor | None:
         """The mask of one layer for the queries ``hidden`` (B, q, E); None where the kernel needs none.
 
-        Layers that share a record share the mask.
+        Layers that share a record share the mask, unless this one attends to some slots only (``attended`` (B, m)).
         """
         length = layer.keys.shape[-2] + hidden.shape[1]
+        if attended is not None and not bool(attended.all()):
+            columns = layer.record.key_columns(length).to(hidden.device)
+            if self.mask is not None:
+                attended = attended & self.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
+            q, dtype = hidden.shape[1], hidden.dtype
+            return attention_mask(columns, q, implementation=implementation, dtype=dtype, allowed=attended)
         key = (id(layer.record), length)
         if key not in self.built:
             self.built[key] = self._build(layer.record, length, hidden, implementation)

@@ -61,8 +61,8 @@ class _Plan:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing can be shared: it works on every layer's cache, or only looks."""
-        edits = "cached_key" in self.method.needs and self.variant.ratio < 1
+        """Whether nothing can be shared: it works on every layer's cache or decode step, or only looks."""
+        edits = bool({"cached_key", "step"} & self.method.needs) and self.variant.ratio < 1
         return edits or (bool(self.cuts) and self.first is None)
 
 

@@ -27,6 +27,7 @@ from ivcp_eval.engine.prefill import LayerSlots, Prefill
 from ivcp_eval.engine.refusals import refuse_compiled, refuse_labels, refuse_unsupported
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals import SignalSource
+from ivcp_eval.engine.steps import Before, StepMasks
 from ivcp_eval.engine.vision import VisionListener
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Selection
 
@@ -56,6 +57,8 @@ class Engine:
         self.vision = VisionListener(adapter.vision_tap(model)) if "vision" in method.needs and cuts else None
         edits = "cached_key" in method.needs and run.ratio < 1
         self.keys = KeyEditor(adapter, method, run.ratio) if edits else None
+        masks = "step" in method.needs and run.ratio < 1
+        self.steps = StepMasks(adapter, method, run.method, run.ratio) if masks else None
         self._handles: list[Any] = []
         self._image_mask: Tensor | None = None
         self._inputs: dict[str, Any] = {}
@@ -79,7 +82,7 @@ class Engine:
         before = functools.partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
         keep = self._handles.append
         keep(before(self.model, refuse_labels))
-        if self.cuts or self.keys is not None:
+        if self.cuts or self.keys is not None or self.steps is not None:
             self._handles += Drafts(self.model, self._has_images).attach()
         keep(before(self.adapter.multimodal_model(self.model), self._before_model))
         keep(before(self.text_model, self._before_text_model))
@@ -92,6 +95,8 @@ class Engine:
             self._handles += self.vision.attach()
         for index, layer in enumerate(self.text_model.layers):
             keep(before(layer, functools.partial(self._before_layer, index)))
+            if self.steps is not None:
+                self._handles += capture(self.adapter, layer, frozenset({"query"}), self._query)
             if self.keys is not None:
                 after = functools.partial(self._after_attention, index)
                 keep(layer.self_attn.register_forward_hook(after, with_kwargs=True))
@@ -112,6 +117,10 @@ class Engine:
     def _store(self, signal: str, make: Callable[[], Tensor]) -> None:
         if isinstance(self._pass, Prefill):
             self._pass.captured[signal] = make()
+
+    def _query(self, _signal: str, make: Callable[[], Tensor]) -> None:
+        if isinstance(self._pass, Continuation) and self._pass.before is not None:
+            self._pass.before.make_query = make
 
     # -- before the text model ----------------------------------------------------------------------------------
 
@@ -160,7 +169,7 @@ class Engine:
             raise ValueError(
                 "a prompt ends with a visual token, whose logits a cut may drop. Put text after the last image."
             )
-        if (self.cuts or self.keys) and spans:
+        if (self.cuts or self.keys or self.steps) and spans:
             spans = [[replace(span, **self.span_options) for span in row] for row in spans]
             self._pass = Prefill(visual, spans, alive, len(self.text_model.layers))
             if self.vision is not None:
@@ -200,8 +209,10 @@ class Engine:
         if state.cache is None:
             state.cache = kwargs.get("past_key_values")
             check_cache(state.cache)
-            if state.cache is None and self.keys is not None:
-                raise ValueError(f"method {self.run.method!r} edits cached keys; it cannot run with use_cache=False")
+            if state.cache is None and (self.keys is not None or self.steps is not None):
+                raise ValueError(
+                    f"method {self.run.method!r} works on the cache of the prompt; it cannot run with use_cache=False"
+                )
         if index in self.cuts:
             args = (self._cut(state, self.cuts[index], args[0], kwargs), *args[1:])
         if not state.shorter:
@@ -324,11 +335,18 @@ class Engine:
         layer = state.cache.layers[index]
         if not isinstance(layer, PrunedLayer):
             return kwargs
-        mask = state.layer_mask(layer, hidden, self.text_model.config._attn_implementation)
+        steps = layer.record.steps
+        attended = None
+        if self.steps is not None and steps is not None:
+            attended = self.steps.attended(index, layer, steps, hidden.shape[1], state.before)
+        mask = state.layer_mask(layer, hidden, self.text_model.config._attn_implementation, attended)
         kwargs = {**kwargs, "attention_mask": mask}
         if layer.record.shift is not None:
             assert self._position_ids is not None
             kwargs["position_embeddings"] = self._embed(hidden, self._position_ids - layer.record.shift)
+        if self.steps is not None:
+            config = self.text_model.layers[index].self_attn.config
+            state.before = Before(_not_yet, kwargs["position_embeddings"], layer, config)
         return kwargs
 
     # -- after the text model -----------------------------------------------------------------------------------
@@ -343,7 +361,7 @@ class Engine:
                     assert state.cache is not None
                     for index, layer in enumerate(state.cache.layers):
                         self.keys.edit(index, layer, state.visual_slots(index))
-                if state.shorter:
+                if state.shorter or self.steps is not None:
                     self._finish_prefill(state)
             cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
             layers = [] if cache is None else cache.layers
@@ -352,4 +370,8 @@ class Engine:
             self._forget()
 
     def _finish_prefill(self, state: Prefill) -> None:
-        state.finish(self.run)
+        state.finish(self.run, self.steps is not None)
+
+
+def _not_yet() -> Tensor:
+    raise AssertionError("the layer before has not projected its queries")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.engine.cache import PrunedLayer, Record, gather_slots
+from ivcp_eval.engine.cache import PrunedLayer, Record, StepState, gather_slots
 from ivcp_eval.engine.geometry import Rows, is_member
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import Cut, ImageSpan
@@ -69,8 +69,9 @@ class Prefill:
             if self.cache is not None:
                 gather_slots(self.cache.layers[layer], slots)
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: Run, masks_steps: bool = False) -> None:
         """After the last layer: count into ``run``, and make the cache's layers know what they hold."""
+        steps = StepState(self.image_mask, self.memory) if masks_steps else None
         counts: dict[int, list[int]] = {}
         for slots in (*self.layers, *self.processed):
             if id(slots) not in counts:
@@ -86,6 +87,7 @@ class Prefill:
         for slots, (index, layer) in zip(self.layers, enumerate(self.cache.layers), strict=True):
             if id(slots) not in records:
                 records[id(slots)] = self._record(slots, layer.keys.device)
+                records[id(slots)].steps = steps
             self.cache.layers[index] = PrunedLayer(layer, records[id(slots)])
 
     def _record(self, slots: LayerSlots, device: torch.device) -> Record:

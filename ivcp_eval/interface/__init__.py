@@ -25,6 +25,7 @@ from ivcp_eval.interface.method import (
     Selection,
     Signal,
     Signals,
+    Step,
     Unsupported,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "Selection",
     "Signal",
     "Signals",
+    "Step",
     "Unsupported",
     "VisionTap",
 ]

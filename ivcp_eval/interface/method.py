@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key"]
+Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "step"]
 """What must be captured for a method: projections of the decoder layer before the cut, or of the vision tower.
 
 ``raw_value`` is the value projection of the hidden states entering that layer, without its input norm; ``cached_key``
-are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`.
+are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`; ``step`` is every layer of every forward
+after the prefill, for `AbstractMethod.attended`.
 """
 
 CachePolicy = Literal["all_layers", "from_cut", "all_but_first"]
@@ -153,6 +154,14 @@ class Signals:
         """How many visual tokens of the row may survive this cut."""
         return sum(image.budget for image in self.images)
 
+    @property
+    def frame(self) -> Tensor:
+        """(V,) int64: the image, counted in the prompt, of each visual token; views inside one are `Image.view`."""
+        frame = self.visual.new_zeros(self.n_visual)
+        for number, image in enumerate(self.images):
+            frame[image.tokens.to(frame.device)] = number
+        return frame
+
 
 @dataclass(frozen=True)
 class CachedKeys:
@@ -169,6 +178,32 @@ class CachedKeys:
     key: Tensor
     query: Tensor
     ratio: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method sees of one row before one decoder layer of a forward after the prefill.
+
+    Attributes:
+        layer: decoder layer about to run, 0-based.
+        number: tokens cached since the prompt: 0 in the first decode step.
+        token: (C,) int64, increasing, on CPU: which of the prompt's visual tokens 0..N-1 this layer's cache holds.
+        ratio: what the user asked for, in (0, 1).
+        query: (H, q, D) queries of this forward's tokens (mostly one) in the layer before, RoPE applied; None for
+            layer 0.
+        key: (G, C', D) keys of the visual tokens in the cache of the layer before, RoPE applied; None for layer 0.
+        key_token: (C',) int64, as ``token``, of these keys; None for layer 0.
+        memory: of the row; begins as `Signals.memory` was left by the prefill, and is kept from step to step.
+    """
+
+    layer: int
+    number: int
+    token: Tensor
+    ratio: float
+    query: Tensor | None = None
+    key: Tensor | None = None
+    key_token: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -222,6 +257,13 @@ class AbstractMethod(ABC):
 
     def edit_keys(self, cached: CachedKeys) -> Tensor:
         """(G, V, D) keys that replace ``cached.key`` for decoding; called for "cached_key" in `needs` only."""
+        raise NotImplementedError
+
+    def attended(self, step: Step) -> Tensor | None:
+        """(C,) bool: the cached visual tokens that one layer attends to in one forward after the prefill; None for all.
+
+        Called for "step" in `needs` only; may modify ``step.memory``. Nothing leaves the cache. Beams are refused.
+        """
         raise NotImplementedError
 
     def pixel_share(self, ratio: float) -> float | None:

@@ -137,8 +137,9 @@ def _eval(args: argparse.Namespace) -> int:
     from ivcp_eval import cells
     from ivcp_eval.engine import check_ratio
     from ivcp_eval.failures import check_timeout
+    from ivcp_eval.planning import Request
     from ivcp_eval.registry import make_method
-    from ivcp_eval.runner import Request, evaluate
+    from ivcp_eval.runner import evaluate
     from ivcp_eval.variants import Budget, Variant
 
     check_ratio(args.ratio)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval import benchmarks, models
+from ivcp_eval.cell_record import cell_rows
 from ivcp_eval.cells import Cell, Identity
 from ivcp_eval.results import write_results
-from ivcp_eval.runner import cell_rows
 from ivcp_eval.variants import Variant
 
 SOURCE = "gone-package 1.2 (code 0123456789ab)"

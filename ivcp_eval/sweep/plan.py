@@ -16,7 +16,7 @@ from ivcp_eval.accounting import described
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cells import Cell
 from ivcp_eval.files import write_json
-from ivcp_eval.runner import Plan, Request, make_plan
+from ivcp_eval.planning import Plan, Request, make_plan
 from ivcp_eval.sweep.spec import Spec
 from ivcp_eval.variants import Variant
 
@@ -110,7 +110,7 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", timing: bool | 
     """Find weights and data of every model, and hash every cell; what is missing becomes a problem, not an error.
 
     Args:
-        runs: where cells live (default ``results/runs``). device: of this worker. timing: see `runner.Request`.
+        runs: where cells live (default ``results/runs``). device: of this worker. timing: see `planning.Request`.
     """
     from ivcp_eval.benchmarks import DataMissing
     from ivcp_eval.models import MissingWeights

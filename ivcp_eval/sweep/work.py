@@ -21,7 +21,8 @@ from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cells import Cell
 from ivcp_eval.files import write_json
 from ivcp_eval.journal import Journal, JournalHeld
-from ivcp_eval.runner import judges_for, record_failure, run_cell
+from ivcp_eval.planning import judges_for
+from ivcp_eval.runner import record_failure, run_cell
 from ivcp_eval.sweep.lease import claim, held
 from ivcp_eval.sweep.plan import ModelPlan, SweepPlan, Unit
 from ivcp_eval.sweep.samples import Records, answered_samples

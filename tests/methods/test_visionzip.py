@@ -1,7 +1,8 @@
-"""Oracle: the formula with Python loops; transformers' own attention maps of CLIP; a literal Qwen2.5-VL tower block."""
+"""Oracle: the formula with Python loops; transformers' own attention maps of ViTs; a literal block of Qwen's towers."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -115,12 +116,15 @@ def test_class_token_of_clip() -> None:
         assert torch.allclose(signals["feature"], tower.hidden_states[layer][row, 1:], atol=1e-5)
 
 
-def test_qwen_tower() -> None:
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_qwen_tower(family: str) -> None:
     """The last block, literally: stock RoPE and stock window order, one softmax map per image and head."""
-    inputs = tiny_models.make_inputs("qwen2_5_vl", "t5 i0 t9", "t4 i1 t3 i2 t6")
-    model, _ = tiny_models.build("qwen2_5_vl")
+    inputs = tiny_models.make_inputs(family, "t5 i0 t9", "t4 i1 t3 i2 t6")
+    model: Any
+    model, _ = tiny_models.build(family)
     tower = model.model.visual
-    block, caught = tower.blocks[max(tower.fullatt_block_indexes)].attn, {}
+    windowed = family == "qwen2_5_vl"
+    block, caught = tower.blocks[max(tower.fullatt_block_indexes) if windowed else -1].attn, {}
     handle = block.register_forward_pre_hook(
         lambda _m, a, kw: caught.update(kw, x=a[0] if a else kw["hidden_states"]), with_kwargs=True
     )
@@ -137,16 +141,71 @@ def test_qwen_tower() -> None:
             logits = query[part, head] @ key[part, head].T / query.shape[-1] ** 0.5
             received[part] += logits.softmax(-1).sum(0) / heads
         start += height * width
-    index, _ = get_vision_window_index(
-        inputs["image_grid_thw"], spatial_merge_size=2, window_size=tower.window_size, patch_size=14
-    )
+    index = torch.arange(x.shape[0] // 4)
+    if windowed:
+        index, _ = get_vision_window_index(
+            inputs["image_grid_thw"], spatial_merge_size=2, window_size=tower.window_size, patch_size=14
+        )
     wanted, wanted_key = torch.zeros(len(index)), torch.zeros(len(index), key.shape[-1])
     for place, unit in enumerate(index.tolist()):  # the unit that stands at `place` inside the tower
         wanted[unit] = received[4 * place : 4 * place + 4].mean()
         wanted_key[unit] = key[4 * place : 4 * place + 4].mean(dim=(0, 1))
-    rows = heard("qwen2_5_vl", inputs)
+    rows = heard(family, inputs)
     assert torch.allclose(torch.cat([row["received"] for row in rows]), wanted, atol=1e-4)
     assert torch.allclose(torch.cat([row["key"] for row in rows]), wanted_key, atol=1e-4)
+
+
+def received_in(family: str, pixels: Tensor) -> Tensor:
+    """(views, patches) attention that every patch receives in the last block, by the eager tower's own maps."""
+    model: Any
+    model, _ = tiny_models.build(family, attn="eager")
+    with torch.no_grad():
+        attention = model.model.vision_tower(pixels, output_attentions=True).attentions[-1]
+    return attention.mean(1).sum(1)  # type: ignore[no-any-return]
+
+
+def test_internvl_tower() -> None:
+    """Pooled by the stock pixel shuffle, class tokens left out."""
+    inputs = tiny_models.make_inputs("internvl", "t5 i0 t9", "t4 i1 t3 i0 t6")
+    received = received_in("internvl", inputs["pixel_values"])[:, 1:]
+    side = round(received.shape[1] ** 0.5)
+    model: Any
+    model, _ = tiny_models.build("internvl")
+    shuffled = model.model.pixel_shuffle(received.view(-1, side, side, 1), model.config.downsample_ratio)
+    rows = heard("internvl", inputs)
+    assert torch.allclose(torch.cat([row["received"] for row in rows]), shuffled.mean(-1).flatten(), atol=1e-4)
+
+
+def test_deepseek_tower() -> None:
+    """Pooled cell by cell; newlines are the mean of their row, the separator that of the image."""
+    inputs = tiny_models.make_inputs("deepseek_vl2", "t5 i0 t9", "t4 i1 t3 i0 t6")
+    model: Any
+    model, _ = tiny_models.build("deepseek_vl2")
+    crops = [[(w, h) for w, h in row if w and h] for row in inputs["images_spatial_crop"].tolist()]
+    views = [sum(1 + w * h for w, h in row) for row in crops]
+    pixels = torch.cat([row[:n] for row, n in zip(inputs["pixel_values"], views, strict=True)])
+    received = received_in("deepseek_vl2", pixels)
+    side, ratio = model.config.view_side, model.config.projector_config["downsample_ratio"]
+    across = round(received.shape[1] ** 0.5)
+
+    def cell(view: Tensor, y: int, x: int) -> float:
+        inside = [(r, c) for r in range(y * ratio, (y + 1) * ratio) for c in range(x * ratio, (x + 1) * ratio)]
+        patches = [float(view[r * across + c]) for r, c in inside if r < across and c < across]
+        return sum(patches) / len(patches)
+
+    def lines(grid: Tensor) -> list[float]:
+        return [value for cells in grid.tolist() for value in (*cells, sum(cells) / len(cells))]
+
+    pooled = torch.tensor([[[cell(view, y, x) for x in range(side)] for y in range(side)] for view in received])
+    at = 0
+    for row, signals in zip(crops, heard("deepseek_vl2", inputs), strict=True):
+        wanted: list[float] = []
+        for w, h in row:
+            tiles, at = pooled[at : at + 1 + w * h], at + 1 + w * h
+            grid = tiles[1:].view(h, w, side, side).transpose(1, 2).reshape(h * side, w * side)
+            parts = [lines(tiles[0]), [float(tiles.mean())], lines(grid)]
+            wanted += itertools.chain.from_iterable(parts if model.config.global_view_pos == "head" else parts[::-1])
+        assert torch.allclose(signals["received"], torch.tensor(wanted), atol=1e-4)
 
 
 @pytest.mark.parametrize("side", [2, 4, 8])

@@ -1,0 +1,30 @@
+"""Which method runs on which family: all pairs but the ones named here, with the reason that is shown."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import ivcp_eval
+from ivcp_eval.interface import Unsupported
+from ivcp_eval.registry import method_names
+from tests import tiny_models
+
+UNSUPPORTED = {
+    ("downsample", "llava"): "every image costs the same number of visual tokens",
+    ("rotatek", "deepseek_vl2"): "its cache holds compressed latents that all heads share, not keys",
+}
+
+
+@pytest.mark.parametrize("family", tiny_models.names())
+@pytest.mark.parametrize("method", method_names())
+def test_runs_or_says_why(method: str, family: str) -> None:
+    model, _ = tiny_models.build(family)
+    reason = UNSUPPORTED.get((method, family))
+    if reason is None:
+        with ivcp_eval.prune(model, method, 0.5) as run:
+            assert run.method == method
+        return
+    with pytest.raises(Unsupported, match=re.escape(reason)), ivcp_eval.prune(model, method, 0.5):
+        pass

@@ -22,6 +22,11 @@ from ivcp_eval.variants import BASELINE
 
 Row = Mapping[str, Any]
 MISSING = "-"
+_LATEX = str.maketrans(
+    {c: "\\" + c for c in "%_&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,11 @@ class Table:
         return stream.getvalue()
 
     def to_markdown(self) -> str:
-        """A Markdown table under the model's name."""
-        lines = [f"### {self.model}", "", _bar(self.header), _bar(["---", *["---:"] * (len(self.header) - 1)])]
-        lines += [_bar(row) for row in self.rows]
+        """A Markdown table under the model's name, aligned also as plain text."""
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in (self.header, *self.rows)]
+        widths = [max(4, *map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        lines = [f"### {self.model}", "", *(_bar(row, widths) for row in rows)]
         return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
 
     def to_latex(self) -> str:
@@ -139,9 +146,12 @@ def _name(variant: tuple[Any, ...]) -> str:
     return f"{method} ({', '.join(words)})" if words else str(method)
 
 
-def _bar(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+def _bar(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [
+        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "| " + " | ".join(padded) + " |"
 
 
 def _ampersands(cells: Sequence[str]) -> str:
-    return " & ".join(cell.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&") for cell in cells) + r" \\"
+    return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"

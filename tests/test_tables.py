@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from ivcp_eval.results import make_row
-from ivcp_eval.tables import tables, write_tables
+from ivcp_eval.tables import Table, tables, write_tables
 
 
 def row(
@@ -61,7 +62,14 @@ def test_formats(tmp_path: Path) -> None:
     assert (tmp_path / "sweep/qwen25.csv").read_text().splitlines()[2] == (
         "ivc_prune (layer=3),0.5,60.0 (75.0%),50.0 (100.0%),87.5%"
     )
-    assert "| fastv | 0.5 | 40.0 (50.0%) | - | - |" in (tmp_path / "sweep/qwen25.md").read_text()
+    lines = (tmp_path / "sweep/qwen25.md").read_text().splitlines()
+    assert lines[2:] == [
+        "| method              | ratio |     tiny_mcq |   tiny_yes_no | retained |",
+        "| ------------------- | ----: | -----------: | ------------: | -------: |",
+        "| unpruned            |     1 |         80.0 |          50.0 |   100.0% |",
+        "| ivc_prune (layer=3) |   0.5 | 60.0 (75.0%) | 50.0 (100.0%) |    87.5% |",
+        "| fastv               |   0.5 | 40.0 (50.0%) |             - |        - |",
+    ]
     latex = (tmp_path / "sweep/qwen25.tex").read_text()
     assert r"ivc\_prune (layer=3) & 0.5 & 60.0 (75.0\%) & 50.0 (100.0\%) & 87.5\% \\" in latex
 
@@ -72,3 +80,21 @@ def test_a_wrapped_method_shows_only_what_is_not_its_default() -> None:
 
     given = dataclasses.asdict(make_method("fastv+ivc", {"ivc": 0.2}))  # type: ignore[call-overload]
     assert _name(("fastv+ivc", 0.5, json.dumps(given), 0)) == "fastv+ivc (ivc=0.2)"
+
+
+def test_latex_takes_any_text_literally() -> None:
+    """Every character that TeX gives a meaning stands for itself, so that a table compiles whatever it is called."""
+    header = ("a_b", "50% & more", "#1", "x^2~y", "$d {e: 1}", "C:\\ <1|2>")
+    lines = Table("m", header, (header,)).to_latex().splitlines()
+    assert lines[0] == r"\begin{tabular}{lrrrrr}"
+    assert (
+        lines[2]
+        == lines[4]
+        == (
+            r"a\_b & 50\% \& more & \#1 & x\textasciicircum{}2\textasciitilde{}y & \$d \{e: 1\} & "
+            r"C:\textbackslash{} \textless{}1\textbar{}2\textgreater{} \\"
+        )
+    )
+    bare = re.sub(r"\\[a-z]+\{\}|\\[%_&#${}]", "", lines[2].removesuffix(r" \\"))
+    assert not set(bare) & set("%_#^~${}\\<>|")
+    assert bare.count("&") == len(header) - 1

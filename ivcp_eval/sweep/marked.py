@@ -29,6 +29,8 @@ class Marked:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise SpecError(f"{path}, line {line}: not YAML: {error.problem}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:  # a character that no text file has
+            raise SpecError(f"{path}, line 1: not YAML: {' '.join(str(error).split())}") from None
         self.value = self._convert(node, ()) if node is not None else None
 
     def error(self, place: Place, text: str) -> SpecError:
@@ -50,11 +52,17 @@ class Marked:
         return value
 
     def listed(self, place: Place, value: Any, kind: Any, what: str) -> list[Any]:
-        """The list at a place, a single value being a list of one; raises SpecError for another kind of member."""
+        """The list at a place, a single value being a list of one.
+
+        Raises:
+            SpecError: a member of another kind, or one that stands there twice.
+        """
         values = value if isinstance(value, list) else [value]
         for i, entry in enumerate(values):
             if not isinstance(entry, kind) or isinstance(entry, bool):
                 raise self.error((*place, i), f"{entry!r} is not {what}")
+            if entry in values[:i]:
+                raise self.error((*place, i), f"{entry!r} stands here twice; remove one")
         return values
 
     def _convert(self, node: yaml.Node, place: Place) -> Any:
@@ -62,6 +70,8 @@ class Marked:
         if isinstance(node, yaml.MappingNode):
             found: dict[Any, Any] = {}
             for key_node, value_node in node.value:
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise SpecError(f"{self.path}, line {key_node.start_mark.line + 1}: a key must be a word")
                 key = self._scalar(key_node)
                 if key in found:
                     raise SpecError(f"{self.path}, line {key_node.start_mark.line + 1}: key {key!r} stands here twice")

@@ -1,4 +1,4 @@
-"""The CSV and the wide tables of a sweep, from its records alone: no weights, no data, no GPU, no torch."""
+"""The CSV and the wide tables of a sweep, from its records alone: no weights, no data, no GPU."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -30,8 +31,9 @@ class Options:
     """What Slurm is asked for.
 
     Attributes:
-        array_limit: most tasks, and most that run at once. gpus_per_task: 0 asks for none. minutes: time limit of a
-            task, which is requeued while work is left. parameters: further options of sbatch, e.g. ``account``.
+        array_limit: most that run at once, and most tasks unless there are more models. gpus_per_task: 0 asks for
+            none. minutes: time limit of a task, which is requeued while work is left. parameters: further options of
+            sbatch, e.g. ``account``.
     """
 
     array_limit: int = 8
@@ -66,6 +68,8 @@ class Task:
             spec = load(self.spec)
             plan = make(spec, Path(self.runs), device="" if self.model else "cpu", timing=self.timing)
             hooks = Hooks(lambda text: print(text, flush=True))  # noqa: T201
+            # Slurm counts its restarts of a task from 1 and says nothing at the first start.
+            hooks.say(f"start {os.environ.get('SLURM_RESTART_COUNT', '0')} on {socket.gethostname()}")
             if self.model:
                 report = work(plan, stop, hooks, score=False, model=self.model)
             else:
@@ -151,7 +155,10 @@ def _split(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shares(plan: SweepPlan, most: int) -> dict[str, int]:
-    """Tasks for each model with work left: in proportion to it, at least one, never more than its units."""
+    """Tasks for each model with work left: in proportion to it, at least one, never more than its units.
+
+    Their sum exceeds ``most`` only where there are more models than that; no more than ``most`` run at once anyway.
+    """
     units: dict[str, int] = {}
     weight: dict[str, int] = {}
     for unit in plan.units():
@@ -159,5 +166,10 @@ def shares(plan: SweepPlan, most: int) -> dict[str, int]:
         if pending:
             units[unit.model] = units.get(unit.model, 0) + 1
             weight[unit.model] = weight.get(unit.model, 0) + pending * (unit.stop - unit.start)
-    total = sum(weight.values())
-    return {model: min(units[model], max(1, round(most * weight[model] / total))) for model in units}
+    found = dict.fromkeys(units, 1)
+    while sum(found.values()) < most:
+        open_ = [model for model in found if found[model] < units[model]]
+        if not open_:
+            break
+        found[max(open_, key=lambda model: weight[model] / found[model])] += 1  # who has most left for each task
+    return found

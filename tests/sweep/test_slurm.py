@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -47,16 +48,27 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def restart_now(task: str) -> bool:
+def log_of(there: Bench, task: str) -> str:
+    """Everything a task wrote, at all its starts."""
+    (path,) = there.folder.glob(f"sweeps/small/logs/slurm/{task}_*_log.out")
+    return path.read_text()
+
+
+def restarts(task: str) -> int:
+    """By Slurm's own count, which it keeps for some minutes after the task has ended."""
+    found = re.search(r"Restarts=(\d+)", command("scontrol", "show", "job", task))
+    assert found
+    return int(found[1])
+
+
+def restart_now(there: Bench, task: str, number: int) -> None:
     """Slurm holds a requeued task back for two minutes; the test does not wait for them.
 
-    Returns:
-        Whether the restarted task still runs; on a slow machine it may have ended before it was seen.
+    The start is read from the task's log, which stays: the task itself may end before anybody sees it run.
     """
     until(lambda: states().get(task) == "PENDING", 60, f"requeue of {task}")
     command("scontrol", "update", f"JobId={task}", "StartTime=now")
-    until(lambda: states().get(task, "GONE") in ("RUNNING", "GONE"), 60, f"restart of {task}")
-    return task in states()
+    until(lambda: f"start {number} on " in log_of(there, task), 120, f"start {number} of {task}")
 
 
 @pytest.mark.slow
@@ -74,6 +86,7 @@ def test_killed_and_requeued_tasks_end_in_the_same_bytes(
     assert len(tasks) == 2
     (score,) = set(states()) - set(tasks)
     assert states()[score] == "PENDING", "scoring waits for the answers"
+    assert "Comment=test" in command("scontrol", "show", "job", tasks[0])
 
     def journals() -> int:
         return sum(path.stat().st_size > 0 for path in there.folder.glob("runs/**/shards/*.jsonl"))
@@ -81,25 +94,42 @@ def test_killed_and_requeued_tasks_end_in_the_same_bytes(
     until(lambda: journals() > 0, 120, "a first answer")
     command("scancel", "--signal=KILL", tasks[0])
     until(lambda: tasks[0] not in states(), 60, "death of a task")
+    until(lambda: "start 0 on " in log_of(there, tasks[1]), 60, "start of the other")
     assert states().get(tasks[1]) == "RUNNING"
     command("scancel", "--signal=USR2", tasks[1])  # what Slurm sends before a time limit
-    starts = 3
-    if restart_now(tasks[1]):
-        seen = journals()
-        until(lambda: journals() > seen or tasks[1] not in states(), 120, "an answer after the restart")
-        if tasks[1] in states():
-            command("scontrol", "requeue", tasks[1])  # by the administrator, or a job of higher priority
-            restart_now(tasks[1])
-            starts = 4
+    restart_now(there, tasks[1], 1)
+    command("scontrol", "requeue", tasks[1])  # by the administrator, or a job of higher priority
+    restart_now(there, tasks[1], 2)
     until(lambda: not states(), 240, "the end of all jobs")
-    logs = "".join(path.read_text() for path in there.folder.glob("sweeps/small/logs/slurm/*.out"))
-    assert logs.count("loaded tiny") >= starts, "each start loads the model once"
+    for task, starts in zip(tasks, (1, 3), strict=True):
+        assert restarts(task) == starts - 1
+        assert re.findall(r"^start (\d+) on ", log_of(there, task), re.M) == [str(n) for n in range(starts)]
+    assert "loaded tiny" in log_of(there, tasks[1])
     assert there.csv.is_file(), "the scoring job writes the results"
     assert there.results() == bench.results()
     assert there.call("status") == 0
-    assert there.call("run", "--executor", "slurm", *options) == 0, "nothing left: only a scoring job"
-    assert "submitted 0 tasks" in capsys.readouterr().out
-    until(lambda: not states(), 120, "the end of the scoring job")
+    capsys.readouterr()
+    assert there.call("run", "--executor", "slurm", *options, "--wait") == 0, "nothing left: only a scoring job"
+    out = capsys.readouterr().out
+    assert "submitted 0 tasks" in out
+    assert "60/60 samples" in out
+    assert "### tiny" in out, "who waits gets the tables"
+    assert not states()
+
+
+@pytest.mark.slow
+def test_the_launcher_waits_and_shows_progress(
+    bench: Bench, random_model: Path, slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--gpus-per-task", "0", "--cpus-per-task", "1", "--array-limit", "1", "--wait", "--every", "0.5")
+    assert bench.call("run", "--executor", "slurm", *options) == 0
+    out = capsys.readouterr().out
+    overall = [int(n) for n in re.findall(r"^(\d+)/10 samples", out, re.M)]
+    assert overall == sorted(overall)
+    assert overall[-1] == 10
+    assert "1 at work" in out
+    assert re.search(r"^  tiny on tiny_\w+: \d/5 samples", out, re.M)
+    assert out.index("10/10 cells scored") < out.index("### tiny")
 
 
 def test_tasks_are_shared_out_by_work(bench: Bench) -> None:

@@ -51,17 +51,17 @@ class Marked:
                 )
         return value
 
-    def listed(self, place: Place, value: Any, kind: Any, what: str) -> list[Any]:
+    def listed(self, place: Place, value: Any, kind: Any, what: str, repeats: bool = False) -> list[Any]:
         """The list at a place, a single value being a list of one.
 
         Raises:
-            SpecError: a member of another kind, or one that stands there twice.
+            SpecError: a member of another kind, or, unless ``repeats``, one that stands there twice.
         """
         values = value if isinstance(value, list) else [value]
         for i, entry in enumerate(values):
             if not isinstance(entry, kind) or isinstance(entry, bool):
                 raise self.error((*place, i), f"{entry!r} is not {what}")
-            if entry in values[:i]:
+            if not repeats and entry in values[:i]:
                 raise self.error((*place, i), f"{entry!r} stands here twice; remove one")
         return values
 

@@ -42,6 +42,10 @@ _OPTIONS: dict[str, type] = {
     **dict.fromkeys(("exact", "trust_remote_code", "timing"), bool),
     "timeout": float,
 }
+_CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3"),
+}
 _ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget")
 _EXCLUDE = ("model", "method", "benchmark", "ratio", "budget")
 _BUDGET = ("budget", "budget_prompt")
@@ -101,8 +105,13 @@ def load(path: str | Path) -> Spec:
     shared = {key: raw[key] for key in _BUDGET if raw.get(key) is not None}
     _budget(marked, (), {}, shared, 1.0)
     for i, entry in enumerate(entries):
+        before = len(cells)
         for variant, name in _entry(marked, ("methods", i), entry, list(asked_models), asked, shared):
             cells[_key(variant, name)] = variant, name
+        if len(cells) == before and entry["method"] != BASELINE:
+            raise marked.error(
+                ("methods", i), "this entry adds nothing to those above it, or one of its lists is empty"
+            )
     for variant, name in _controls(marked, raw, [cell for cell in cells.values() if cell[0].method != BASELINE]):
         cells[_key(variant, name)] = variant, name
     options = {key: _option(marked, key, raw[key]) for key in _OPTIONS if raw.get(key) is not None}
@@ -119,6 +128,11 @@ def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
 def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
     if isinstance(raw, dict):
         found: dict[str, str | None] = dict(raw)
+        for name, folder in raw.items():
+            if not isinstance(name, str) or not isinstance(folder, str | None):
+                raise marked.error(
+                    ("models", name), f"{name!r}: {folder!r} is not a short name and a folder, or nothing"
+                )
     else:
         found = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
     for i, name in enumerate(found):
@@ -182,7 +196,8 @@ def _entry(
         try:
             make_method(method, parameters)
         except (ValueError, TypeError) as error:
-            raise marked.error((*place, "parameters"), str(error)) from None
+            text = str(error) if isinstance(error, ValueError) else f"{parameters} do not fit {method}: {error}"
+            raise marked.error((*place, "parameters"), text) from None
         for model, ratio, seed, name in itertools.product(chosen, ratios, seeds, sets):
             if method != BASELINE:
                 budget = _budget(marked, place, entry, shared, float(ratio))
@@ -212,7 +227,9 @@ def _budget(
     place = (*place, "budget") if "budget" in entry else ("budget",)
     prompt = None
     if "budget_prompt" in shared:
-        listed = marked.listed(("budget_prompt",), shared["budget_prompt"], int, "a number of tokens: [visual, text]")
+        listed = marked.listed(
+            ("budget_prompt",), shared["budget_prompt"], int, "a number of tokens: [visual, text]", True
+        )
         prompt = tuple(listed)
     try:
         Budget.of(OWN, target, prompt)
@@ -233,6 +250,8 @@ def _grid(marked: Marked, place: Place, raw: Any) -> list[dict[str, Any]]:
 
 def _option(marked: Marked, key: str, value: Any) -> Any:
     kind = _OPTIONS[key]
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise marked.error((key,), f"{key} must be one of {', '.join(_CHOICES[key])}, got {value!r}")
     what = {str: "text", int: "a whole number above 0", float: "a finite number above 0", bool: "true or false"}[kind]
     is_kind = isinstance(value, int | float if kind is float else kind)
     number = kind in (int, float)
@@ -253,5 +272,10 @@ def _without(marked: Marked, cells: list[tuple[Variant, str]], raw: Any) -> list
         left = [cell for cell in cells if not hit(*cell)]
         if len(left) == len(cells):
             raise marked.error(("exclude", i), f"the rule {dict(rule)} excludes nothing; is a name misspelt?")
+        baselines = {(variant.model, name) for variant, name in left if variant.method == BASELINE}
+        bare = [(variant.model, name) for variant, name in left if (variant.model, name) not in baselines]
+        if bare or not left:
+            lost = f"the unpruned baseline of {bare[0][0]} on {bare[0][1]}, which others need" if bare else "everything"
+            raise marked.error(("exclude", i), f"the rule {dict(rule)} excludes {lost}; add a method, ratio or model")
         cells = left
     return cells

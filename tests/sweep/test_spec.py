@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from ivcp_eval import benchmarks
 from ivcp_eval.sweep.spec import SpecError, load
@@ -92,6 +97,42 @@ def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_p
         ("limit: 10", "limits: 10", 15, "did you mean 'limit'"),
         ("limit: 10", "limit: [", 16, "not YAML"),
         ("methods:", "method:", 3, "unknown key 'method'"),
+        ("[qwen25, llava15]", "[qwen25, qwen25]", 1, "stands here twice"),
+        ("[qwen25, llava15]", "{qwen25: 7, llava15: }", 1, "not a short name and a folder"),
+        ("[qwen25, llava15]", "{qwen25: , 7: x}", 1, "not a short name and a folder"),
+        ("[POPE, MMStar]", "[POPE, MMStar, POPE]", 2, "stands here twice"),
+        ("method: ivc_prune\n", "ratio: 0.5\n", 4, "did you mean 'ratios'"),
+        ("[0.5, 0.25]\n", "[0.5, 0]\n", 5, "ratio 0 is outside (0, 1]"),
+        ("[0.5, 0.25]\n", "[0.5, 1.2]\n", 5, "ratio 1.2 is outside (0, 1]"),
+        ("[0.5, 0.25]\n", "[0.5, .nan]\n", 5, "outside (0, 1]"),
+        ("[0.5, 0.25]\n", "[0.5, true]\n", 5, "True is not a ratio"),
+        ("[0.5, 0.25]\n", "[0.5, 0.5]\n", 5, "stands here twice"),
+        ("[0.5, 0.25]\n", "\n", 5, "None is not a ratio"),
+        ("{layer: [14, 16], ivc: 0.1}", "[14, 16]", 6, "expected parameters as a mapping"),
+        ("layer: [14, 16]", "layer: []", 4, "one of its lists is empty"),
+        ("layer: [14, 16]", "layer: deep", 6, "do not fit ivc_prune"),
+        ("layer: [14, 16]", "[layer]: 14", 6, "a key must be a word"),
+        (
+            "method: random\n    ratios: [0.5]\n    seeds: [0, 1]",
+            "method: ivc_prune\n    ratios: [0.5]\n    parameters: {layer: 14, ivc: 0.1}",
+            7,
+            "adds nothing to those above",
+        ),
+        ("seeds: [0, 1]", "seeds: []", 7, "one of its lists is empty"),
+        ("{model: llava15, ratio: 0.25}", "{method: none}", 13, "the unpruned baseline of qwen25 on POPE"),
+        ("{model: llava15, ratio: 0.25}", "{}", 13, "everything"),
+        ("{model: llava15, ratio: 0.25}", "{benchmark: MME}", 13, "excludes nothing"),
+        ("{model: llava15, ratio: 0.25}", "ratio", 13, "is not a rule"),
+        ("limit: 10", "limit: 0", 15, "whole number above 0"),
+        ("limit: 10", "limit: 10.5", 15, "whole number above 0"),
+        ("limit: 10", "exact: 1", 15, "exact must be true or false"),
+        ("limit: 10", "judge: [gpt-4o]", 15, "judge must be text"),
+        ("limit: 10", "dtype: float8", 15, "dtype must be one of float32, bfloat16, float16"),
+        ("limit: 10", "attention: flash", 15, "attention must be one of"),
+        ("limit: 10", "timeout: -3", 15, "a finite number above 0"),
+        ("limit: 10", "budget: flop", 15, "flops"),
+        ("limit: 10", "budget_prompt: [64, x]", 15, "number of tokens"),
+        ("limit: 10", "limit: \x07", 1, "not YAML"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, old: str, new: str, line: int, words: str) -> None:
@@ -100,6 +141,45 @@ def test_errors_name_the_line(tmp_path: Path, old: str, new: str, line: int, wor
         load(write(tmp_path, GOOD.replace(old, new, 1)))
     assert f"my.yaml, line {line}: " in str(caught.value)
     assert words in str(caught.value)
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where anything stands in a document."""
+    if place:
+        yield place
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield from places(child, (*place, key))
+
+
+WRONG = (None, [], "nonsense", -1, 1.2, float("nan"), True, [[1]], {"a": 1}, datetime.date(2026, 1, 1))
+
+
+@pytest.mark.parametrize("place", list(places(yaml.safe_load(GOOD))), ids=str)
+def test_anything_wrong_anywhere_is_a_spec_error_or_valid(tmp_path: Path, place: tuple[Any, ...]) -> None:
+    """Whatever stands where: a sweep, or an error with a line of the file; never another exception, never no cells."""
+    refused = 0
+    for wrong in WRONG:
+        document = yaml.safe_load(GOOD)
+        holder = document
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = wrong
+        text = yaml.safe_dump(document, sort_keys=False)
+        path = write(tmp_path, text)
+        problem, spec = "", None
+        try:
+            spec = load(path)
+        except SpecError as error:
+            problem = str(error)
+        if spec:
+            assert any(variant.method != "none" for variant, _ in spec.cells), (place, wrong)
+            continue
+        refused += 1
+        found = re.match(rf"{re.escape(str(path))}, line (\d+): .{{10}}", problem)
+        assert found, problem
+        assert 1 <= int(found[1]) <= text.count("\n")
+    assert refused >= len(WRONG) // 2
 
 
 @pytest.mark.parametrize("text", ["", "- a", "models: []\nbenchmarks: [POPE]\nmethods: []"])

@@ -18,7 +18,7 @@ from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.cells import Cell, Identity
 from ivcp_eval.files import file_digest
 from ivcp_eval.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
-from ivcp_eval.registry import adapter, make_method, method_source
+from ivcp_eval.registry import adapter, make_method, method_source, parameters_of
 from ivcp_eval.variants import BASELINE, Variant
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _cell(
     method = make_method(variant.method, variant.parameters)
     identity = Identity(
         variant=variant,
-        method_parameters=dataclasses.asdict(method),  # type: ignore[call-overload]
+        method_parameters=parameters_of(method),
         weights=weights.revision,
         benchmark=benchmark.name,
         data=data,

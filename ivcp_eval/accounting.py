@@ -186,7 +186,7 @@ def hold(variant: Variant, decoder: Decoder) -> Variant:
         ratio = solve_ratio(method, decoder.facts, budget.target, budget.kind, prompt)
     except ValueError as error:  # also the method's own, for a model with too few layers
         return replace(variant, ratio=budget.target, budget=replace(budget, problem=f"{budget.label}: {error}"))
-    return replace(variant, ratio=ratio, budget=replace(budget, problem=""))
+    return replace(variant, ratio=round(ratio, 12), budget=replace(budget, problem=""))
 
 
 def ratio_for(

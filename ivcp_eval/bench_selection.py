@@ -1,5 +1,6 @@
-"""What choosing costs beside the prefill it saves: every registered method at one ratio, interleaved with its own cuts
-made without any choice. Part of ``ivcp bench``; how to read it: docs/bench.md.
+"""What choosing costs beside the prefill it saves: every method, interleaved with its own cuts made without a choice.
+
+Part of ``ivcp bench``; how to read it: docs/bench.md.
 """
 
 from __future__ import annotations
@@ -158,13 +159,16 @@ def _row(one: Candidate, rounds: dict[Any, list[Timed]]) -> dict[str, Any]:
     }
     if one.name == BASELINE:
         return row
-    row["net_ms"] = difference(stock, mine)
     if one.share < 1:
-        return {**row, "saved_ms": row["net_ms"], "note": "its prompt is that of the smaller picture, made beforehand"}
+        saved = difference(stock, mine)
+        note = "its prompt is that of the smaller picture, made beforehand"
+        return {**row, "saved_ms": saved, "net_ms": saved, "note": note}
+    saved, spent = difference(stock, idle) if one.cuts else 0.0, difference(mine, idle)
     return {
         **row,
         "select_ms": median([timed.select_ms for timed in mine]),
-        "selection_ms": difference(mine, idle),
-        "saved_ms": difference(stock, idle) if one.cuts else 0.0,
+        "selection_ms": spent,
+        "saved_ms": saved,
+        "net_ms": saved - spent,
         "idle_ms_rounds": [timed.total_ms for timed in idle],
     }

@@ -131,6 +131,11 @@ def names(group: str | None = None) -> tuple[str, ...]:
     return tuple(name for name in found if group is None or load(name).group == group)
 
 
+def groups() -> dict[str, tuple[str, ...]]:
+    """Every group with its members, both sorted."""
+    return {group: names(group) for group in sorted({load(name).group for name in names()})}
+
+
 @cache
 def load(name: str) -> Benchmark:
     """Read ``datasets/<name>.yaml``.

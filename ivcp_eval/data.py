@@ -108,13 +108,9 @@ def prepare(names: Sequence[str], root: Path, say: Say = lambda text: None) -> l
 
 def chosen(names: Sequence[str]) -> list[Benchmark]:
     """Benchmarks by name or group, each once; all of them without a name. Raises ValueError for an unknown name."""
-    every = [benchmarks.load(name) for name in benchmarks.names()]
-    groups = {benchmark.group for benchmark in every}
-    found: dict[str, Benchmark] = {}
-    for name in names or sorted(groups):
-        for member in benchmarks.names(name) if name in groups else (name,):
-            found[member] = benchmarks.load(member)
-    return list(found.values())
+    groups = benchmarks.groups()
+    members = [member for name in names or groups for member in groups.get(name, (name,))]
+    return [benchmarks.load(member) for member in dict.fromkeys(members)]
 
 
 def _get(benchmark: Benchmark, root: Path, say: Say) -> str:

@@ -18,7 +18,7 @@ from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.cells import Cell, Identity
 from ivcp_eval.files import file_digest
 from ivcp_eval.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
-from ivcp_eval.registry import adapter, make_method, method_source, parameters_of
+from ivcp_eval.registry import adapter, make_method, method_source, parameters_of, unknown
 from ivcp_eval.variants import BASELINE, Variant
 
 if TYPE_CHECKING:
@@ -118,28 +118,20 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
 
 
 def _benchmarks(request: Request, weights: models.Weights) -> list[Benchmark]:
-    groups = {benchmarks.load(name).group for name in benchmarks.names()}
+    groups = benchmarks.groups()
     asked = request.data or ("embedded" if weights.checkpoint.local else "matrix",)
-    found: list[Benchmark] = []
-    for name in asked:
-        if name in groups:
-            found += [benchmarks.load(member) for member in benchmarks.names(name)]
-        else:
-            found.append(_benchmark(name))
-    if not found:
-        raise ValueError(f"no benchmark is declared in group {asked[0]!r}; name some with DATA= (--data)")
-    return list({benchmark.name: benchmark for benchmark in found}.values())
+    members = [member for name in asked for member in groups.get(name, (name,))]
+    return [_benchmark(member) for member in dict.fromkeys(members)]
 
 
 def _benchmark(name: str) -> Benchmark:
-    try:
+    if name in benchmarks.names():
         return benchmarks.load(name)
-    except ValueError:
-        from ivcp_eval.vlmeval_bridge import knows
+    from ivcp_eval.vlmeval_bridge import knows
 
-        if knows(name):
-            return benchmarks.undeclared(name)
-        raise
+    if knows(name):
+        return benchmarks.undeclared(name)
+    raise unknown("benchmark or group", name, [*benchmarks.names(), *benchmarks.groups()])
 
 
 def _data_digest(benchmark: Benchmark) -> str:

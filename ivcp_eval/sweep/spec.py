@@ -145,16 +145,15 @@ def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
 
 
 def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
-    declared = benchmarks.names()
-    groups = {benchmarks.load(name).group for name in declared}
+    declared, groups = benchmarks.names(), benchmarks.groups()
     found: list[str] = []
     for i, name in enumerate(marked.listed(place, raw, str, "the name of a benchmark or group")):
         if name in groups:
-            found += benchmarks.names(name)
+            found += groups[name]
         elif name in declared:
             found.append(name)
         else:
-            raise marked.error((*place, i), str(unknown("benchmark", name, [*declared, *sorted(groups)])))
+            raise marked.error((*place, i), str(unknown("benchmark", name, [*declared, *groups])))
     return list(dict.fromkeys(found))
 
 

@@ -1,0 +1,54 @@
+"""Which benchmarks a request means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval import benchmarks, models, vlmeval_bridge
+from ivcp_eval.planning import Request, make_plan
+from ivcp_eval.variants import Variant
+
+
+def planned(*data: str) -> list[str]:
+    plan = make_plan(Request(Variant("tiny"), data))
+    return [benchmark.name for benchmark, _ in plan.cells]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLMEvalKit knows one data set (importing it takes ten seconds)."""
+    monkeypatch.setattr(vlmeval_bridge, "knows", lambda name: name == "broken")
+
+
+def test_groups_and_names_each_once() -> None:
+    embedded = list(benchmarks.names("embedded"))
+    assert planned() == embedded, "the shipped model's default"
+    assert planned("tiny_yes_no", "embedded") == ["tiny_yes_no", *(n for n in embedded if n != "tiny_yes_no")]
+
+
+@pytest.mark.usefixtures("known")
+def test_an_unknown_name_suggests_groups_too() -> None:
+    with pytest.raises(ValueError, match=r"unknown benchmark or group 'matrx'; did you mean 'matrix'\?"):
+        planned("matrx")
+
+
+@pytest.mark.usefixtures("known")
+def test_a_broken_data_file_is_not_replaced_by_vlmevalkits_own_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.yaml").write_text("kind: mcq\nmetrik: []\n")
+    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"broken\.yaml: unknown field 'metrik'"):
+        planned("broken")
+
+
+def test_full_size_models_do_not_slip_onto_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint = models.find("qwen25")[1]
+    monkeypatch.setattr(models, "locate", lambda *_: models.Weights(checkpoint, "qwen2_5_vl", tmp_path, "0"))
+    with pytest.raises(ValueError, match=r"no CUDA device was found and qwen25 is a full-size model.*--device cpu"):
+        make_plan(Request(Variant("qwen25"), ("tiny_mcq",)))

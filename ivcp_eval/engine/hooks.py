@@ -275,7 +275,7 @@ class Engine:
         # Vision signals cover the prompt's visual tokens; some may be gone by now.
         prompt_visual = state.image_mask[row].nonzero().flatten()
         among = torch.searchsorted(prompt_visual, alive[is_visual])
-        vision = {name: signal[among.to(signal.device)] for name, signal in state.vision[row].items()}
+        vision = {name: signal[among.to(signal.device)].to(hidden.device) for name, signal in state.vision[row].items()}
         signals = source.row(
             row, alive, slots, is_visual, state.spans[row], vision, state.memory[row], self._row_seed(row, alive)
         )

@@ -18,7 +18,8 @@ from typing import IO, Any
 
 __all__ = ["DiskFullError", "atomic_write", "commit_file", "disk_full_as_clear_error", "file_digest", "write_json"]
 
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: No space, no quota, or the process may not write longer files (``ulimit -f``).
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class DiskFullError(OSError):
@@ -34,15 +35,15 @@ def disk_full_as_clear_error(target: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         temporary.unlink(missing_ok=True)
         if isinstance(error, DiskFullError):  # another file, written within the block, said it already
             raise
         raise DiskFullError(
             error.errno,
-            f"the disk (or quota) is full: {target} was not written and its partial data was removed; "
-            f"free some space in {target.parent} or choose another folder, then run again",
+            f"the disk (or quota, or limit of file sizes) is full: {target} was not written and its partial data was "
+            f"removed; free some space in {target.parent} or choose another folder, then run again",
         ) from error
 
 

@@ -37,7 +37,8 @@ class Journal:
             JournalHeld: by another process.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
+        # Unbuffered: what a full disk refused must not stay in a buffer, to be written after the next record.
+        with self.path.open("a+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -84,8 +85,9 @@ class Journal:
         start = self._file.seek(0, os.SEEK_END)
         try:
             with disk_full_as_clear_error(self.path, self.path.with_suffix(".partial")):
-                self._file.write(line)
-                self._file.flush()
+                rest = memoryview(line)
+                while rest:  # a disk that is almost full takes a part
+                    rest = rest[self._file.write(rest) :]
         except OSError:
             self._file.truncate(start)
             raise

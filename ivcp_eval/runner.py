@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,6 +132,9 @@ def run_cell(
         model = answers(journal)
         prompts = bridge.prompts(dataset, model)
         work = cell.folder / "vlmeval"
+        for index, why in prompts.broken.items():  # without a prompt there is no key but the row
+            if journal.records.get(f"row {index}", {}).get("error") != why["error"]:
+                journal.append({"key": f"row {index}", **why})
         predictions = bridge.infer(dataset, model, work, prompts.broken)
         problem = bridge.data_problem(benchmark)
         try:
@@ -140,7 +144,10 @@ def run_cell(
         samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored.samples)
         failed = [row for row in samples if row["error"]]
         if failed and not problem:
-            problem = f"{len(failed)} of {len(samples)} samples failed, e.g. {failed[0]['index']}: {failed[0]['error']}"
+            kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()
+            counted = ", ".join(f"{kind} {n}" for kind, n in kinds)
+            example = f"{failed[0]['index']}: {failed[0]['error']}"
+            problem = f"{len(failed)} of {len(samples)} samples failed ({counted}), e.g. {example}"
         if not request.timing:
             samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
         write_samples(cell.predictions, samples)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivcp_eval.failures import check_timeout
 from ivcp_eval.sweep.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in ("plan", "run", "work", "status"):
             verb.add_argument("--no-timing", action="store_true", help="leave dates and times out of the records")
             verb.add_argument("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs")
+            verb.add_argument("--exact", action="store_true", help="one variant after the other, for half precision; "
+                "answers made together are made again (default: the file's)")  # fmt: skip
+            verb.add_argument("--timeout", type=float, metavar="S", help="seconds that one answer may take; a late one "
+                "is an error of its sample (default: the file's, else no limit)")  # fmt: skip
         if name in ("run", "work"):
             verb.add_argument("--quiet", action="store_true", help="say only what went wrong")
         if name in ("run", "work", "status"):
@@ -89,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     """Run one verb; 0 done, 1 something is not whole, 75 asked to stop."""
     if args.verb == "results":
         return _results(args)
-    spec = load(args.sweep)
+    check_timeout(args.timeout)
+    spec = load(args.sweep).over(timeout=args.timeout, exact=args.exact or None)
     from ivcp_eval.sweep.plan import make, write_manifest
 
     plan = make(spec, args.runs, args.device, False if args.no_timing else None)
@@ -120,9 +126,11 @@ def _plan(plan: SweepPlan) -> int:
     for problem in plan.problems:
         _say(f"\nnot here: {problem}")
     cost = status.cost(plan)
+    limit = plan.spec.options.get("timeout")
+    _say(f"\ntime limit of an answer: {'none but its length' if limit is None else f'{limit:g} s'}")
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
     _say(
-        f"\n{wanted} cells, {here} of them possible here, {sum(line.finished for line in found)} finished\n"
+        f"{wanted} cells, {here} of them possible here, {sum(line.finished for line in found)} finished\n"
         f"GPU hours (rough; constants in ivcp_eval/sweep/status.py): {cost.gpu_hours:.1f}\n"
         f"judge calls: {cost.judge_calls:,} ({dollars}), "
         f"and where rules cannot read one of {cost.judge_fallbacks:,} answers\n"
@@ -139,6 +147,8 @@ def _status(plan: SweepPlan) -> int:
     hours = status.eta_hours(found)
     left = sum(line.left for line in found)
     _say(f"\n{left} samples left" + (f", about {hours:.2f} hours" if left and hours is not None else ""))
+    if status.agreement(found):
+        _say(status.agreement(found))
     for line in found:
         for reason in line.reasons:
             _say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
@@ -196,6 +206,8 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace) -> int:
     from ivcp_eval.sweep.local import run as run_local
 
     arguments = ["sweep", "work", str(args.sweep), "--runs", str(runs), *(["--no-timing"] if args.no_timing else [])]
+    arguments += ["--exact"] if args.exact else []
+    arguments += ["--timeout", repr(args.timeout)] if args.timeout else []
     if not run_local(plan, arguments, args.workers, progress):
         _say("stopped; run the same command again to continue")
         return 75

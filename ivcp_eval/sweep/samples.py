@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.cells import Cell
@@ -19,8 +20,27 @@ Answered = tuple[str, list[dict[str, Any]]]  # its key and one record per cell
 WINDOW = 8  # batches whose samples are sorted by length together
 
 
+@dataclass
+class Agreement:
+    """How many answers made together in half precision equal those made alone; one sample of every unit is compared."""
+
+    agree: int = 0
+    compared: int = 0
+
+    def look(
+        self, session: Session, asked: Asked, records: list[dict[str, Any]], cells: list[Cell], grounding: bool
+    ) -> None:
+        """Answer one sample again, alone, and compare; one that fails alone is not counted."""
+        for cell, record in zip(cells, records, strict=True):
+            if record.get("together"):
+                with suppress(*FAILURES):
+                    (alone,) = session.answer_all(asked[1], [cell.identity.variant], grounding, True)
+                    self.agree += alone["raw"] == record["raw"]
+                    self.compared += 1
+
+
 def answered_samples(
-    plan: SweepPlan, unit: Unit, session: Session, cells: list[Cell], known: list[Records]
+    plan: SweepPlan, unit: Unit, session: Session, cells: list[Cell], known: list[Records], agreement: Agreement
 ) -> Iterator[Answered]:
     """(key, one record per cell) of every sample that some cell lacks; ("", []) where a picture cannot be read.
 
@@ -38,19 +58,29 @@ def answered_samples(
     grounding = unit.benchmark.kind == "grounding"
     exact, batch = request.exact, int(plan.spec.options.get("batch", 1))
     asked: set[str] = set()
+    first: Asked | None = None
     waiting: list[Asked] = []
-    for _, message, key in messages(dataset, model, unit.start, unit.stop):
-        if message is None:  # the picture cannot be read
+
+    def answers() -> Iterator[Answered]:
+        for key, records in answer_samples(session, waiting, cells, grounding, exact, batch):
+            if first and key == first[0]:
+                agreement.look(session, first, records, cells, grounding)
+            yield key, records
+
+    for sample in messages(dataset, model, unit.start, unit.stop):
+        key = sample.key
+        if sample.message is None:  # the picture cannot be read
             yield "", []
             continue
         if key in asked or not any(cell.lacks(before.get(key)) for cell, before in zip(cells, known, strict=True)):
             continue
         asked.add(key)
-        waiting.append((key, [{part["type"]: part["value"]} for part in message]))
+        waiting.append((key, [{part["type"]: part["value"]} for part in sample.message]))
+        first = first or waiting[0]
         if len(waiting) >= (batch if batch == 1 else batch * WINDOW):
-            yield from answer_samples(session, waiting, cells, grounding, exact, batch)
+            yield from answers()
             waiting = []
-    yield from answer_samples(session, waiting, cells, grounding, exact, batch)
+    yield from answers()
 
 
 def answer_samples(

@@ -50,12 +50,14 @@ class Task:
 
     Attributes:
         spec, runs: of the sweep. model: the one it keeps in memory; empty for the scoring job. timing: as of the run.
+        given: options of the sweep that the command line gave.
     """
 
     spec: str
     runs: str
     model: str
     timing: bool | None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> int:
         """Work; the number of finished units or scored cells."""
@@ -65,7 +67,7 @@ class Task:
         from ivcp_eval.sweep.work import Hooks, work
 
         with Stop().signals() as stop:
-            spec = load(self.spec)
+            spec = load(self.spec).over(**self.given)
             plan = make(spec, Path(self.runs), device="" if self.model else "cpu", timing=self.timing)
             hooks = Hooks(lambda text: print(text, flush=True))  # noqa: T201
             # Slurm counts its restarts of a task from 1 and says nothing at the first start.
@@ -104,7 +106,8 @@ def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None) -
     logs = plan.state / "logs" / "slurm"
     spec, folder = str(plan.spec.path.resolve()), str(runs.resolve())
     counts = shares(plan, options.array_limit)
-    tasks = [Task(spec, folder, model, timing) for model, count in counts.items() for _ in range(count)]
+    given = dict(plan.spec.given)
+    tasks = [Task(spec, folder, model, timing, given) for model, count in counts.items() for _ in range(count)]
     common = {**({"partition": options.partition} if options.partition else {}), **options.parameters}
     jobs: list[Any] = []
     if tasks:
@@ -125,7 +128,7 @@ def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None) -
     executor.update_parameters(
         job_name=f"ivcp-{plan.spec.name}-score", time=options.minutes, cpus_per_task=1, **_split(common, after)
     )
-    score = executor.submit(Task(spec, folder, "", timing))
+    score = executor.submit(Task(spec, folder, "", timing, given))
     return [job.job_id for job in jobs], score.job_id
 
 

@@ -58,6 +58,7 @@ class Spec:
     Attributes:
         name: of the file. models: short name -> local folder or None.
         cells: (variant, benchmark name) in order, baselines first. options: the other keys.
+        given: those of ``options`` that a command line gave, in place of the file's.
     """
 
     name: str
@@ -65,6 +66,12 @@ class Spec:
     models: Mapping[str, str | None]
     cells: tuple[tuple[Variant, str], ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    def over(self, **given: Any) -> Spec:
+        """With other options, such as ``timeout``; None leaves one as it is."""
+        given = {key: value for key, value in given.items() if value is not None}
+        return replace(self, options={**self.options, **given}, given={**self.given, **given})
 
     @property
     def shard(self) -> int:

@@ -35,6 +35,8 @@ class Line:
     samples: int = 0
     left: int = 0
     failed: int = 0
+    agree: int = 0
+    compared: int = 0
     seconds: float = 0.0
     timed: int = 0
     reasons: list[str] = field(default_factory=list)
@@ -50,10 +52,8 @@ def lines(plan: SweepPlan) -> list[Line]:
         line.cells += 1
         if cell.finished() is not None:
             line.finished += 1
-        elif cell.record.is_file():
-            line.reasons.append(
-                f"{cell.identity.variant.name}: {json.loads(cell.record.read_text(encoding='utf-8'))['reason']}"
-            )
+        elif (record := cell.noted()) is not None:
+            line.reasons.append(f"{cell.identity.variant.name}: {record['reason']}")
     for unit in plan.units():
         _count(plan, unit, found[unit.model, unit.benchmark.name])
     return list(found.values())
@@ -68,6 +68,7 @@ def _count(plan: SweepPlan, unit: Unit, line: Line) -> None:
         noted = json.loads(path.read_text(encoding="utf-8"))
         line.answered += 1
         line.failed += noted["failed"]
+        line.agree, line.compared = line.agree + noted.get("agree", 0), line.compared + noted.get("compared", 0)
         line.seconds, line.timed = line.seconds + noted["seconds"], line.timed + noted["answered"]
     elif not unit.pending:
         line.answered += 1
@@ -83,6 +84,13 @@ def eta_hours(found: list[Line]) -> float | None:
         return None
     seconds = sum(line.seconds for line in found) / timed * sum(line.left for line in found)
     return seconds / max(1, sum(line.running for line in found)) / 3600
+
+
+def agreement(found: list[Line]) -> str:
+    """How many answers made together in half precision equal those made alone; empty where none were compared."""
+    compared = sum(line.compared for line in found)
+    agree = sum(line.agree for line in found)
+    return f"half precision: {agree} of {compared} answers made together equal those made alone" if compared else ""
 
 
 def table(found: list[Line]) -> str:

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from ivcp_eval.planning import judges_for
 from ivcp_eval.runner import record_failure, run_cell
 from ivcp_eval.sweep.lease import claim, held
 from ivcp_eval.sweep.plan import ModelPlan, SweepPlan, Unit
-from ivcp_eval.sweep.samples import Records, answered_samples
+from ivcp_eval.sweep.samples import Agreement, Records, answered_samples
 
 if TYPE_CHECKING:
     from ivcp_eval.session import Session
@@ -146,7 +146,8 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
         journals = [stack.enter_context(Journal(shard(cell, unit)).open()) for cell in cells]
         known = [answers(cell) for cell in cells]
         answered = failed = 0
-        for key, records in answered_samples(plan, unit, session, cells, known):
+        agreement = Agreement()
+        for key, records in answered_samples(plan, unit, session, cells, known, agreement):
             if not records:  # its picture cannot be read; `run_cell` notes why
                 failed += 1
                 continue
@@ -164,10 +165,8 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
         return
     seconds = time.monotonic() - start
     mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        mark(plan, unit),
-        {"samples": unit.stop - unit.start, "answered": answered, "failed": failed, "seconds": seconds},
-    )
+    done = {"samples": unit.stop - unit.start, "answered": answered, "failed": failed, "seconds": seconds}
+    write_json(mark(plan, unit), done | (asdict(agreement) if agreement.compared else {}))
     report.units += 1
     hooks.say(
         f"{unit.model} on {unit.benchmark.name}, rows {unit.start}-{unit.stop}: {answered} answered, {failed} failed"
@@ -291,7 +290,7 @@ def forget_failures(plan: SweepPlan) -> int:
             path.unlink()
             count += 1
     for _, _, cell in plan.scored():
-        if cell.record.exists() and cell.finished() is None:
+        if cell.noted() is not None and cell.finished() is None:
             cell.record.unlink()
             count += 1
     return count

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import pandas as pd
 import torch
 import vlmeval.dataset
+from PIL import Image
 from vlmeval.inference import infer_data_job
 from vlmeval.smp import dump
 
 from ivcp_eval import scores
 from ivcp_eval.benchmarks import Benchmark, DataMissing
+from ivcp_eval.failures import FAILURES, failure
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.journal import Journal
 from ivcp_eval.judge import Judge
@@ -66,32 +68,42 @@ class Prompts:
 
     Attributes:
         keys: index -> content hash of the prompt. pictures: index -> content hash of its images alone.
-        broken: index -> error, for rows whose prompt cannot be built, e.g. because of a corrupt image.
+        broken: index -> what is kept of the failure (`failures.failure`), for rows whose prompt cannot be built, e.g.
+            because of a corrupt image.
     """
 
     keys: dict[str, str]
     pictures: dict[str, str]
-    broken: dict[str, str]
+    broken: dict[str, dict[str, str]]
 
 
 def prompts(dataset: Any, model: PrunedVLM) -> Prompts:
     """Build every prompt as VLMEvalKit's loop will."""
     found = Prompts({}, {}, {})
-    for index, message, key in messages(dataset, model):
-        if message is None:
-            found.broken[index] = key
+    for asked in messages(dataset, model):
+        if asked.message is None:
+            found.broken[asked.index] = asked.failure
         else:
-            found.keys[index], found.pictures[index] = key, image_key(message)
+            found.keys[asked.index], found.pictures[asked.index] = asked.key, image_key(asked.message)
     return found
 
 
-def messages(
-    dataset: Any, model: PrunedVLM, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[str, list[dict[str, str]] | None, str]]:
-    """(index, prompt, its content hash) of the rows ``start`` to ``stop``, as VLMEvalKit's loop will build them.
+@dataclass(frozen=True)
+class Asked:
+    """The prompt of one row.
 
-    A row whose prompt cannot be built gives (index, None, error).
+    Attributes:
+        index: of the row. message: None if it cannot be built; then ``failure`` says why. key: its content hash.
     """
+
+    index: str
+    message: list[dict[str, str]] | None = None
+    key: str = ""
+    failure: dict[str, str] = field(default_factory=dict)
+
+
+def messages(dataset: Any, model: PrunedVLM, start: int = 0, stop: int | None = None) -> Iterator[Asked]:
+    """The prompts of the rows ``start`` to ``stop``, as VLMEvalKit's loop will build them."""
     model.set_dump_image(dataset.dump_image)
     custom = model.use_custom_prompt(dataset.dataset_name) and not getattr(dataset, "force_use_dataset_prompt", False)
     for i in range(*slice(start, stop).indices(len(dataset.data))):
@@ -103,13 +115,13 @@ def messages(
             key = message_key(message)
         except DiskFullError:
             raise
-        except (OSError, ValueError, AssertionError, SyntaxError) as error:
-            yield str(line["index"]), None, f"{type(error).__name__}: {error}"
+        except (*FAILURES, SyntaxError, Image.DecompressionBombError) as error:
+            yield Asked(str(line["index"]), failure=failure(error))
         else:
-            yield str(line["index"]), message, key
+            yield Asked(str(line["index"]), message, key)
 
 
-def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Mapping[str, str]) -> Path:
+def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Collection[str]) -> Path:
     """VLMEvalKit's inference loop over the rows that have a prompt; the other rows join with an empty answer.
 
     Returns:
@@ -286,7 +298,7 @@ def sample_rows(
                 "answer": str(line.get("answer", "")),
                 "score": sample_scores.get(index),
                 **{name: answer.get(name) for name in fields},
-                "error": prompts.broken.get(index) or answer.get("error", ""),
+                "error": prompts.broken.get(index, answer).get("error", ""),
             }
         )
     return rows

@@ -99,11 +99,13 @@ class RecordedVLM(PrunedVLM):
         super().__init__(SimpleNamespace(adapter=adapter(family)), variant, journal)  # type: ignore[arg-type]
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-        """The recorded answer, empty for a sample that failed."""
+        """The recorded answer, empty for a sample that failed or was never answered, which is then noted."""
         assert self.journal is not None
         key = message_key(message)
         if key not in self.journal.records:
-            raise RuntimeError(f"{self.journal.path} holds no answer to a prompt of {dataset}; run the sweep again")
+            # Its picture could not be read when the others were answered, and can be now.
+            error = LookupError(f"no answer was made to a prompt of {dataset}; run the sweep with --retry-failed")
+            self.journal.append({"key": key, **failure(error)})
         return str(self.journal.records[key]["prediction"])
 
 

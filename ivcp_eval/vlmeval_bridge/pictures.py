@@ -6,14 +6,13 @@ leave a cut picture to every later run, and a second worker might read what the 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import DiskFullError
+from ivcp_eval.files import NO_SPACE, DiskFullError
 
 Message = list[dict[str, str]]
 _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
@@ -49,7 +48,7 @@ def unpacked(build: Callable[[], Message], again: bool) -> Message:
                 path.unlink(missing_ok=True)
             message = build()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             raise DiskFullError(error.errno, f"the disk is full: a picture could not be unpacked ({error})") from error
         raise
     return message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.files import commit_file, file_digest
+from ivcp_eval.refcoco.partial import not_whole
 
 State = Literal["here", "not whole", "wrong checksum", "missing"]
 Say = Callable[[str], None]
@@ -58,7 +58,7 @@ def state_of(benchmark: Benchmark, root: Path, verify: bool = True) -> FileState
         if wanted and checksum != wanted:
             how = f"{wanted} is expected: remove it, then {how_to_get(benchmark)}"
             return FileState(benchmark, path, "wrong checksum", size, checksum, how)
-    problem = _not_whole(path)
+    problem = not_whole(path)
     return FileState(benchmark, path, "not whole" if problem else "here", size, checksum, problem)
 
 
@@ -75,14 +75,6 @@ def how_to_get(benchmark: Benchmark) -> str:
             "--images_folder train2014 --output_dir $LMUData"
         )
     return f"by hand: {benchmark.source}"
-
-
-def _not_whole(path: Path) -> str:
-    report_path = path.with_name(f"{path.name}.report.json")
-    if not report_path.is_file():
-        return ""
-    report = json.loads(report_path.read_text(encoding="utf-8"))
-    return "" if report["complete"] else f"{report['rows']} of {report['expected_rows']} entries, see {report_path}"
 
 
 def prepare(names: Sequence[str], root: Path, say: Say = lambda text: None) -> list[FileState]:

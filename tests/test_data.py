@@ -51,11 +51,13 @@ def test_a_wrong_file_is_named(tmp_path: Path):
 def test_a_converted_set_that_is_not_whole_is_named(tmp_path: Path):
     path = tmp_path / "RefCOCO_val.tsv"
     path.write_text("x")
-    report = {"complete": False, "rows": 10_830, "expected_rows": 10_834}
-    path.with_name("RefCOCO_val.tsv.report.json").write_text(json.dumps(report))
-    state = data.state_of(benchmarks.load("RefCOCO_val"), tmp_path)
-    assert state.state == "not whole"
-    assert "10830 of 10834" in state.how
+    report = {"complete": False, "rows": 10_830, "expected_rows": 10_834, "skipped": 4, "bytes": 1}
+    of_another = json.dumps({**report, "complete": True, "bytes": 2})
+    for text, said in ((json.dumps(report), "10830 of 10834"), (of_another, "not the report"), ("{", "not the report")):
+        path.with_name("RefCOCO_val.tsv.report.json").write_text(text)
+        state = data.state_of(benchmarks.load("RefCOCO_val"), tmp_path)
+        assert state.state == "not whole"
+        assert said in state.how
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -14,7 +14,7 @@ from ivcp_eval.files import DiskFullError, commit_file, disk_full_as_clear_error
 from ivcp_eval.refcoco.images import MIN_BASE64
 from ivcp_eval.refcoco.records import COLUMNS, ConversionError
 
-__all__ = ["PartialTsv", "is_up_to_date", "report_path"]
+__all__ = ["PartialTsv", "is_up_to_date", "not_whole", "report_path"]
 
 _HEADER = ("\t".join(COLUMNS) + "\n").encode()
 
@@ -36,6 +36,23 @@ def is_up_to_date(target: Path, fingerprint: str, skip_bad: bool) -> bool:
         and (skip_bad or report.get("skipped") == 0)
         and report.get("bytes") == target.stat().st_size
         and report.get("md5") == file_digest(target, "md5")
+    )
+
+
+def not_whole(target: Path) -> str:
+    """Why a converted file is not the whole test set, by the report beside it; empty if it is, or has no report."""
+    path = report_path(target)
+    if not path.is_file():
+        return ""
+    report = _read_json(path)
+    if report.get("bytes") != target.stat().st_size:
+        return f"{path.name} is not the report of {target.name}; convert the data set again"
+    if report["complete"]:
+        return ""
+    expected = report["expected_rows"] if report["expected_rows"] is not None else "an unknown number of"
+    return (
+        f"the test set is not whole: {report['rows']} of {expected} expressions, {report['skipped']} skipped as "
+        f"unusable (see {path.name})"
     )
 
 

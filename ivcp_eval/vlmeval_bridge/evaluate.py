@@ -6,7 +6,6 @@ and would hand one run's verdicts to another. What survives a kill is our journa
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from ivcp_eval.failures import FAILURES, failure
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.journal import Journal
 from ivcp_eval.judge import Judge
+from ivcp_eval.refcoco.partial import not_whole
 from ivcp_eval.registry import unknown
 from ivcp_eval.scores import ScoreMissing
 from ivcp_eval.vlmeval_bridge import judging
@@ -235,20 +235,7 @@ def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> 
 
 def data_problem(benchmark: Benchmark) -> str:
     """Why the benchmark's file is not the whole test set, by the report that its converter left; empty if it is."""
-    path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
-    report_path = path.with_name(f"{path.name}.report.json")
-    if not report_path.is_file():
-        return ""
-    report = json.loads(report_path.read_text(encoding="utf-8"))
-    if report["bytes"] != path.stat().st_size:
-        return f"{report_path.name} is not the report of {path.name}; convert the data set again"
-    if report["complete"]:
-        return ""
-    expected = report["expected_rows"] if report["expected_rows"] is not None else "an unknown number of"
-    return (
-        f"the test set is not whole: {report['rows']} of {expected} expressions, {report['skipped']} skipped as "
-        f"unusable (see {report_path.name})"
-    )
+    return not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
 
 
 def _all_numbers(returned: Any) -> dict[str, tuple[float, float]]:

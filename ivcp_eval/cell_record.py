@@ -68,7 +68,7 @@ def record_of(
         "decode_ms_per_token_median": _median(used, "decode_ms") if timing else None,
         "vision_ms_median": _median(used, "vision_ms") if timing else None,
         **_git(),
-        "device": _device_name(cell.identity.placement["device"]),
+        "device": _device_names(cell, used),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds") if timing else "",
     }
 
@@ -78,10 +78,10 @@ def _median(records: Iterable[Mapping[str, Any]], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _device_name(device: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if device != "cpu" else "cpu"
+def _device_names(cell: Cell, used: Sequence[Mapping[str, Any]]) -> str:
+    """What answered, by the answers themselves: who scores may have no GPU, and several kinds may share a cell."""
+    names = sorted({record["device"] for record in used if record.get("device")})
+    return " + ".join(names) or ("cpu" if cell.identity.placement["device"] == "cpu" else "")
 
 
 def _git() -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Request:
             value is noted but is no part of a cell's identity.
         runs: where cells live. output: the CSV; None puts it beside the cells.
         timing: False leaves all times and dates out, so that equal runs are equal bytes.
+        elsewhere: nothing is answered on this machine, so it need not have the device; that of a full-size model is
+            then CUDA unless said otherwise.
     """
 
     variant: Variant
@@ -61,6 +63,7 @@ class Request:
     runs: Path = cells.RUNS
     output: Path | None = None
     timing: bool = True
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
     from ivcp_eval.session import Limits, Placement
 
     weights = models.locate(request.variant.model, request.model_path)
-    asked = Placement(request.device, request.dtype, request.attention)
-    placement = asked.resolve()
-    if placement.device == "cpu" and not request.device and not weights.checkpoint.local:
+    device = request.device or ("cuda" if request.elsewhere and not weights.checkpoint.local else "")
+    placement = Placement(device, request.dtype, request.attention).resolve(here=not request.elsewhere)
+    if placement.device == "cpu" and not device and not weights.checkpoint.local:
         raise ValueError(
             f"no CUDA device was found and {weights.checkpoint.name} is a full-size model. Run on a GPU machine, or "
             "pass DEVICE=cpu (--device cpu) to wait for it here."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,30 @@ class Placement:
     dtype: str = ""
     attention: str = ""
 
-    def resolve(self) -> Placement:
+    def resolve(self, here: bool = True) -> Placement:
         """CUDA with bfloat16 (and FlashAttention-2 if it is installed) where there is a GPU, else CPU and float32.
+
+        Args:
+            here: the model will run on this machine; False finds what a machine that has the device would, in an
+                environment like this one's (a cluster's login node, a scoring job without a GPU).
 
         Raises:
             ValueError: a device or dtype that torch does not know or have.
         """
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
+        if here and device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
             raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
         dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-        attention = self.attention or ("flash_attention_2" if device != "cpu" and _has_flash_attention() else "sdpa")
+        flash = device != "cpu" and _has_flash_attention(here)
+        attention = self.attention or ("flash_attention_2" if flash else "sdpa")
         return Placement(device, dtype, attention)
 
 
-def _has_flash_attention() -> bool:
+def _has_flash_attention(here: bool) -> bool:
+    if not here:
+        return find_spec("flash_attn") is not None  # transformers also asks for a GPU
     from transformers.utils import is_flash_attn_2_available
 
     return bool(is_flash_attn_2_available())
@@ -99,6 +107,8 @@ class Session:
             max_pixels=limits.max_pixels,
             trust_remote_code=trust_remote_code,
         )
+        device = next(self.model.parameters()).device
+        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
 
@@ -249,6 +259,7 @@ class Session:
         return {
             "prediction": self._box(raw, inputs, sample) if grounding else raw,
             "raw": raw,
+            "device": self.device_name,
             "new_tokens": int(new.numel()),
             "visual_tokens": whole,
             "visual_kept": run.visual_kept[0],

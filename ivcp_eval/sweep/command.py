@@ -98,7 +98,12 @@ def run(args: argparse.Namespace) -> int:
     spec = load(args.sweep).over(timeout=args.timeout, exact=args.exact or None)
     from ivcp_eval.sweep.plan import make, write_manifest
 
-    plan = make(spec, args.runs, args.device, False if args.no_timing else None)
+    device = args.device or str(spec.options.get("device", ""))
+    slurm = args.verb == "run" and args.executor == "slurm"
+    if slurm and not device:
+        device = "cuda" if args.gpus_per_task else "cpu"
+    elsewhere = slurm or args.verb in ("plan", "status") or (args.verb == "work" and args.no_answer)
+    plan = make(spec, args.runs, device, False if args.no_timing else None, elsewhere)
     if args.verb == "plan":
         return _plan(plan)
     if args.verb == "status":
@@ -112,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     write_manifest(plan)
     if args.verb == "work":
         return _work(plan, args)
-    return _run(plan, spec, args)
+    return _run(plan, spec, args, device)
 
 
 def _plan(plan: SweepPlan) -> int:
@@ -141,12 +146,13 @@ def _plan(plan: SweepPlan) -> int:
 
 def _status(plan: SweepPlan) -> int:
     from ivcp_eval.sweep import status
+    from ivcp_eval.sweep.progress import duration
 
     found = status.lines(plan)
     _say(status.table(found))
     hours = status.eta_hours(found)
     left = sum(line.left for line in found)
-    _say(f"\n{left} samples left" + (f", about {hours:.2f} hours" if left and hours is not None else ""))
+    _say(f"\n{left} samples left" + (f", about {duration(3600 * hours)}" if left and hours is not None else ""))
     if status.agreement(found):
         _say(status.agreement(found))
     for line in found:
@@ -175,7 +181,7 @@ def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
     return 75 if report.stopped else 0
 
 
-def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace) -> int:
+def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> int:
     from ivcp_eval import cells
     from ivcp_eval.sweep.progress import Progress
     from ivcp_eval.sweep.work import forget_failures
@@ -192,7 +198,7 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace) -> int:
         options = Options(
             args.array_limit, args.partition, args.gpus_per_task, args.cpus_per_task, args.minutes, further
         )
-        tasks, score = submit(plan, runs, options, timing)
+        tasks, score = submit(plan, runs, options, timing, device)
         _say(
             f"submitted {len(tasks)} tasks ({' '.join(tasks)}) and the scoring job {score}; logs: {plan.state / 'logs'}"
         )
@@ -208,7 +214,7 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace) -> int:
     arguments = ["sweep", "work", str(args.sweep), "--runs", str(runs), *(["--no-timing"] if args.no_timing else [])]
     arguments += ["--exact"] if args.exact else []
     arguments += ["--timeout", repr(args.timeout)] if args.timeout else []
-    if not run_local(plan, arguments, args.workers, progress):
+    if not run_local(plan, arguments, args.workers, progress, device):
         _say("stopped; run the same command again to continue")
         return 75
     return _report(spec.name, runs, bool(plan.problems), args.quiet)

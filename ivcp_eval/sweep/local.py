@@ -14,14 +14,14 @@ from ivcp_eval.sweep.progress import Progress
 from ivcp_eval.sweep.work import Report, Stop, devices, work
 
 
-def run(plan: SweepPlan, arguments: list[str], workers: int, progress: Progress) -> bool:
+def run(plan: SweepPlan, arguments: list[str], workers: int, progress: Progress, device: str = "") -> bool:
     """Work until nothing is left; True if nobody asked it to stop.
 
     Args:
         arguments: of ``ivcp sweep work`` for further processes. workers: processes; 0 takes one per GPU, or one.
-        progress: shows what all of them do.
+        progress: shows what all of them do. device: of every process; empty gives each a GPU of its own.
     """
-    places = devices()
+    places = [device] * bool(device) or devices()
     count = workers or len(places) or 1
     with Stop().signals() as stop, progress:
         if count == 1:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,11 +106,14 @@ class SweepPlan:
                     yield model, benchmark, cell
 
 
-def make(spec: Spec, runs: Path | None = None, device: str = "", timing: bool | None = None) -> SweepPlan:
+def make(
+    spec: Spec, runs: Path | None = None, device: str = "", timing: bool | None = None, elsewhere: bool = False
+) -> SweepPlan:
     """Find weights and data of every model, and hash every cell; what is missing becomes a problem, not an error.
 
     Args:
         runs: where cells live (default ``results/runs``). device: of this worker. timing: see `planning.Request`.
+        elsewhere: only plan, look or score; without a ``device`` it is then that of the run which was started.
     """
     from ivcp_eval.benchmarks import DataMissing
     from ivcp_eval.models import MissingWeights
@@ -121,7 +124,8 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", timing: bool | 
         variants, wanted = spec.variants(model), spec.benchmarks(model)
         if not wanted:
             continue
-        request = _request(spec, model, folder, tuple(wanted), runs, device, timing)
+        placed = device or (_noted_device(made.state, model) if elsewhere else "")
+        request = replace(_request(spec, model, folder, tuple(wanted), runs, placed, timing), elsewhere=elsewhere)
         try:
             plan = make_plan(request, variants)
         except (MissingWeights, DataMissing, ValueError, OSError) as error:
@@ -171,6 +175,18 @@ def rows(benchmark: Benchmark, limit: int | None) -> int:
 # -- what `ivcp sweep results` needs, without weights, data or a GPU ---------------------------------------------------
 
 
+def _manifest(state: Path) -> Path:
+    return state / "manifest.json"
+
+
+def _noted_device(state: Path, model: str) -> str:
+    """Kind of device that the sweep was started for; empty if it was not, or before this was noted."""
+    if not _manifest(state).is_file():
+        return ""
+    noted: dict[str, Any] = json.loads(_manifest(state).read_text(encoding="utf-8"))["models"]
+    return str(noted.get(model, {}).get("device", ""))
+
+
 def write_manifest(plan: SweepPlan) -> Path:
     """Note which cells make up the sweep, and what the CSV says of their models; returns the file."""
     plan.state.mkdir(parents=True, exist_ok=True)
@@ -184,6 +200,7 @@ def write_manifest(plan: SweepPlan) -> Path:
                 "family": model.weights.family,
                 "revision": model.weights.revision,
                 "trained": model.weights.trained,
+                "device": model.plan.placement.device.partition(":")[0],
             }
             for name, model in plan.models.items()
         },
@@ -192,7 +209,7 @@ def write_manifest(plan: SweepPlan) -> Path:
             for _, _, cell in plan.scored()
         ],
     }
-    path = plan.state / "manifest.json"
+    path = _manifest(plan.state)
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != found:
         write_json(path, found)
     return path

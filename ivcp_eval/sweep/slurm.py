@@ -49,14 +49,15 @@ class Task:
     """What one Slurm task runs; submitit stores it by reference and values, so it must stay small.
 
     Attributes:
-        spec, runs: of the sweep. model: the one it keeps in memory; empty for the scoring job. timing: as of the run.
-        given: options of the sweep that the command line gave.
+        spec, runs: of the sweep. model: the one it keeps in memory; empty for the scoring job, which needs no GPU.
+        timing, device: as of the run. given: options of the sweep that the command line gave.
     """
 
     spec: str
     runs: str
     model: str
     timing: bool | None
+    device: str
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> int:
@@ -68,7 +69,7 @@ class Task:
 
         with Stop().signals() as stop:
             spec = load(self.spec).over(**self.given)
-            plan = make(spec, Path(self.runs), device="" if self.model else "cpu", timing=self.timing)
+            plan = make(spec, Path(self.runs), self.device, self.timing, elsewhere=not self.model)
             hooks = Hooks(lambda text: print(text, flush=True))  # noqa: T201
             # Slurm counts its restarts of a task from 1 and says nothing at the first start.
             hooks.say(f"start {os.environ.get('SLURM_RESTART_COUNT', '0')} on {socket.gethostname()}")
@@ -91,8 +92,11 @@ def requeue() -> None:
     subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
 
 
-def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None) -> tuple[list[str], str]:
+def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None, device: str) -> tuple[list[str], str]:
     """Submit the array and the scoring job; returns (ids of the tasks, id of the scoring job).
+
+    Args:
+        device: of the tasks, and of the plan, which this machine need not have.
 
     Raises:
         ImportError: submitit is missing. RuntimeError: there is no ``sbatch`` here.
@@ -107,7 +111,7 @@ def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None) -
     spec, folder = str(plan.spec.path.resolve()), str(runs.resolve())
     counts = shares(plan, options.array_limit)
     given = dict(plan.spec.given)
-    tasks = [Task(spec, folder, model, timing, given) for model, count in counts.items() for _ in range(count)]
+    tasks = [Task(spec, folder, model, timing, device, given) for model, n in counts.items() for _ in range(n)]
     common = {**({"partition": options.partition} if options.partition else {}), **options.parameters}
     jobs: list[Any] = []
     if tasks:
@@ -128,7 +132,7 @@ def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None) -
     executor.update_parameters(
         job_name=f"ivcp-{plan.spec.name}-score", time=options.minutes, cpus_per_task=1, **_split(common, after)
     )
-    score = executor.submit(Task(spec, folder, "", timing, given))
+    score = executor.submit(Task(spec, folder, "", timing, device, given))
     return [job.job_id for job in jobs], score.job_id
 
 

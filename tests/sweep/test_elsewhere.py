@@ -1,0 +1,78 @@
+"""Planning, looking and scoring on a machine without the GPU that answers: the same cells as on one that has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ivcp_eval import session
+from ivcp_eval.journal import Journal
+from ivcp_eval.planning import Request, make_plan
+from ivcp_eval.results import read_results
+from ivcp_eval.sweep.plan import SweepPlan, make, write_manifest
+from ivcp_eval.sweep.slurm import Task
+from ivcp_eval.sweep.spec import load
+from ivcp_eval.sweep.work import mark, shard
+from ivcp_eval.variants import Variant
+from tests.sweep.conftest import Bench
+
+
+def hashes(plan: SweepPlan) -> list[str]:
+    return [cell.identity.hash for _, _, cell in plan.scored()]
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_login_node_plans_the_cells_of_a_gpu_node(bench: Bench, monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
+    runs = bench.folder / "runs"
+    assert not torch.cuda.is_available()
+    monkeypatch.setattr(session, "find_spec", lambda name: object() if flash and name == "flash_attn" else None)
+    planned = make(load(bench.spec), runs, "cuda", elsewhere=True)
+    placement = planned.models["tiny"].plan.placement
+    assert (placement.device, placement.dtype) == ("cuda", "bfloat16")
+    assert placement.attention == ("flash_attention_2" if flash else "sdpa")
+    assert make(load(bench.spec), runs, "cuda").problems == [
+        f"tiny: device 'cuda' was asked for, but torch {torch.__version__} sees no CUDA device here"
+    ], "who answers must have it"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: flash)
+    assert hashes(make(load(bench.spec), runs)) == hashes(planned)
+    assert hashes(make(load(bench.spec), runs, "cuda:1")) == hashes(planned)
+
+
+def test_full_size_models_are_planned_for_a_gpu(random_model: Path, bench: Bench) -> None:
+    asked = Request(Variant("qwen25"), data=("tiny_mcq",), model_path=str(random_model), runs=bench.folder / "runs")
+    with pytest.raises(ValueError, match="no CUDA device was found"):
+        make_plan(asked)
+    assert make_plan(Request(**{**vars(asked), "elsewhere": True})).placement.device == "cuda"
+    assert make_plan(Request(**{**vars(asked), "elsewhere": True, "device": "cpu"})).placement.device == "cpu"
+
+
+def test_answers_of_a_gpu_are_seen_and_scored_without_one(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.call("run", "--quiet") == 0
+    here = make(load(bench.spec), bench.folder / "runs")
+    there = bench.elsewhere(bench.folder.parent / "cluster")
+    plan = make(load(there.spec), there.folder / "runs", "cuda", elsewhere=True)
+    write_manifest(plan)
+    for unit, twin in zip(plan.units(), here.units(), strict=True):
+        for cell, other in zip(unit.cells, twin.cells, strict=True):
+            with Journal(shard(cell, unit)).open() as journal:
+                for record in Journal(other.journal).load().values():
+                    assert record["device"] == "cpu"
+                    journal.append({**record, "device": "Test GPU"})
+        mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
+        mark(plan, unit).write_text(json.dumps({"samples": 3, "answered": 3, "failed": 0, "seconds": 1.0}))
+
+    assert Task(str(there.spec), str(there.folder / "runs"), "", False, "cuda")() == 10
+    mine, theirs = read_results(there.csv), read_results(bench.csv)
+    assert [(row["status"], row["device"], row["dtype"]) for row in mine] == [("ok", "Test GPU", "bfloat16")] * len(
+        mine
+    )
+    assert [row["score"] for row in mine] == [row["score"] for row in theirs]
+    assert {row["device"] for row in theirs} == {"cpu"}
+    capsys.readouterr()
+    assert there.call("status") == 0, "the state is that of the run, wherever one looks"
+    assert "0 samples left" in capsys.readouterr().out

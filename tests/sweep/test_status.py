@@ -1,0 +1,67 @@
+"""What `ivcp sweep status` and `plan` say: counts, time left, cost of what is not done."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from ivcp_eval.files import write_json
+from ivcp_eval.session import Session
+from ivcp_eval.sweep import status
+from ivcp_eval.sweep.lease import claim
+from ivcp_eval.sweep.plan import make
+from ivcp_eval.sweep.spec import load
+from ivcp_eval.sweep.work import lease, mark
+from tests.sweep.conftest import Bench
+
+
+def test_running_done_failed_and_the_time_left(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make(load(bench.spec), bench.folder / "runs")
+    units = plan.units()
+    assert bench.call("status") == 0
+    assert capsys.readouterr().out.endswith("\n10 samples left\n"), "nothing is timed yet"
+    mark(plan, units[0]).parent.mkdir(parents=True)
+    write_json(mark(plan, units[0]), {"samples": 3, "answered": 3, "failed": 1, "seconds": 60.0})
+    with ExitStack() as stack:
+        for unit in units[1:3]:
+            assert stack.enter_context(claim(lease(plan, unit.name)))
+        (line, other) = status.lines(plan)
+        assert (line.cells, line.finished, line.units, line.answered, line.failed) == (5, 0, 2, 1, 1)
+        assert (line.samples, line.left, line.running + other.running) == (5, 2, 2)
+        assert status.eta_hours([line, other]) == pytest.approx(7 * 20 / 2 / 3600), "seven samples, two workers"
+        assert bench.call("status") == 1, "a sample failed"
+        assert "7 samples left, about 70 s" in capsys.readouterr().out
+    assert status.eta_hours(status.lines(plan)) == pytest.approx(7 * 20 / 3600), "as if one went on"
+
+
+def test_only_what_is_not_done_costs_anything(bench: Bench) -> None:
+    def cost() -> status.Cost:
+        return status.cost(make(load(bench.spec), bench.folder / "runs"))
+
+    before = cost()
+    assert before.gpu_hours > 0
+    assert before.disk_bytes == 10 * 5 * status.BYTES_PER_ANSWER
+    assert bench.call("run", "--quiet") == 0
+    after = cost()
+    assert (after.gpu_hours, after.disk_bytes) == (0, 0)
+    written = sum(path.stat().st_size for path in (bench.folder / "runs").rglob("*") if path.is_file())
+    assert before.disk_bytes / 3 < written < before.disk_bytes * 4, "the estimate is one of this size"
+
+
+def test_another_sweep_takes_the_baselines_of_the_first(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.call("run", "--quiet") == 0
+    asked: list[list[str]] = []
+    answer_all = Session.answer_all
+
+    def noted(self: Session, parts: Any, variants: Any, *more: Any) -> Any:
+        asked.append([variant.method for variant in variants])
+        return answer_all(self, parts, variants, *more)
+
+    monkeypatch.setattr(Session, "answer_all", noted)
+    other = Bench(bench.spec.with_name("other.yaml"), bench.folder, bench.lmu)
+    other.spec.write_text(bench.spec.read_text().replace("method: fastv", "method: uniform"))
+    assert other.call("run", "--quiet") == 0
+    assert asked == [["uniform"]] * 10, "neither the baseline nor what both sweeps have is answered again"
+    assert "none" in other.csv.read_text()

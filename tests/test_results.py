@@ -238,10 +238,11 @@ class TestPublished:
 
     @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
     def test_metrics_are_named_as_in_datasets(self, path):
-        for row in read_results(path):
-            if row["benchmark"] in benchmarks.names() and row["metric"] != "unstated":
-                declared = [metric.name for metric in benchmarks.load(row["benchmark"]).metrics]
-                assert row["metric"] in declared, f"{row['benchmark']} declares {declared}"
+        rows = [row for row in read_results(path) if row["benchmark"] in benchmarks.names()]
+        assert rows, "no row is about a benchmark that is declared here"
+        for row in rows:
+            declared = [metric.name for metric in benchmarks.load(row["benchmark"]).metrics]
+            assert row["metric"] in (*declared, "unstated"), f"{row['benchmark']} declares {declared}"
 
     def test_the_papers_headline(self):
         rows = read_results(RESULTS / "baselines" / "ivc_prune_paper.csv")

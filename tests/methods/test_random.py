@@ -21,7 +21,7 @@ def test_every_token_is_equally_likely() -> None:
 def test_seeds_and_rows() -> None:
     _, make_inputs = tiny_models.build("qwen2_5_vl")
     both = make_inputs("t5 i0 t9", "t3 i0 t7")
-    drawn = {seed: pruned_columns("random", "qwen2_5_vl", both, 0.5, seed=seed) for seed in (0, 0, 1)}
+    drawn = {seed: pruned_columns("random", "qwen2_5_vl", both, 0.5, seed=seed) for seed in (0, 1)}
     assert drawn[0] != drawn[1]
     alone = pruned_columns("random", "qwen2_5_vl", make_inputs("t5 i0 t9"), 0.5)
     assert drawn[0][0] == alone[0], "a row must draw the same in any batch"

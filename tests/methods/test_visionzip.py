@@ -109,7 +109,9 @@ def test_class_token_of_clip() -> None:
     with torch.no_grad():
         tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
     layer = model.config.vision_feature_layer
-    for row, signals in enumerate(heard("llava", inputs)):
+    rows = heard("llava", inputs)
+    assert len(rows) == 2
+    for row, signals in enumerate(rows):
         attention = tower.attentions[layer][row]  # (heads, patches + 1, patches + 1)
         assert torch.allclose(signals["cls"], attention[:, 0, 1:].mean(0), atol=1e-5)
         assert torch.allclose(signals["received"], attention.mean(0).sum(0)[1:], atol=1e-5)

@@ -19,7 +19,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "new":
         method, test = new_method(args.name)
-        _say(f"wrote {method}\nwrote {test}\nnext: fill in `score`, then `ivcp method check {args.name}`")
+        _say(
+            f"wrote {method}\nwrote {test}\n"
+            f"next: fill in `cuts` and `score`, and the oracle; pytest {test}; ivcp method check {args.name}\n"
+            "before merging: fill in the docstring; git add both; python -m ivcp_eval.readme (its table and file list)"
+        )
         return 0
     report = check_method(args.name, args.families, lambda family: _say(f"... {family}"))
     _say(report.to_text())

@@ -60,10 +60,10 @@ class Plugin:
                 "Mend or uninstall that package; the other methods work without it."
             ) from error
         cls = getattr(target, "Method", target)
-        wrong = _wrong(cls)
-        if wrong:
+        reason = wrong(cls)
+        if reason:
             raise ValueError(
-                f"{self.title} is no method: {self.entry.value} {wrong}. Its entry point must name a module with a "
+                f"{self.title} is no method: {self.entry.value} {reason}. Its entry point must name a module with a "
                 "class `Method`, or that class: a frozen dataclass derived from ivcp_eval.interface.AbstractMethod."
             )
         loaded: type[AbstractMethod] = cls
@@ -86,7 +86,7 @@ class Plugin:
         return f"{self.package} (code {digest.hexdigest()[:12] if files else 'not found'})"
 
 
-def _wrong(cls: Any) -> str:
+def wrong(cls: Any) -> str:
     """What keeps a class from being a method, or an empty text."""
     from ivcp_eval.interface import AbstractMethod
 

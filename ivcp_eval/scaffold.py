@@ -5,16 +5,18 @@ from __future__ import annotations
 import keyword
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
-from ivcp_eval import locations
+from ivcp_eval import locations, plugins
 from ivcp_eval.files import atomic_write
 from ivcp_eval.plugins import NAME
-from ivcp_eval.registry import method_names, module_names
+from ivcp_eval.registry import PLUS_IVC, make_method, method_names, module_names
 
 NO_CHECKOUT = (
     "{what} in a checkout of ivcp-eval, and neither this installed package nor the current folder is one: clone the "
@@ -24,12 +26,13 @@ NO_CHECKOUT = (
 PLACEHOLDERS = ("0000.00000", "OWNER/REPOSITORY")
 
 METHOD = '''\
-"""Keeps the visual tokens whose hidden states are longest. (One sentence: what stays, and why.)
+"""Keeps the visual tokens whose hidden states are longest.
 
 Paper: https://arxiv.org/abs/0000.00000 (eq. 1)
 Reference: https://github.com/OWNER/REPOSITORY @ 0000000
 
-Differs: name here whatever your code does unlike the paper or its code, or delete this paragraph.
+Differs: the sentence above is the method's line in every table; name here whatever your code does unlike the paper or
+its code, or say that nothing differs.
 """
 
 from __future__ import annotations
@@ -132,16 +135,19 @@ class CheckReport:
 
     Attributes:
         passed: checks that held. failures: one sentence each. unsupported: families it cannot run on, with reasons.
+        todo: what the file lacks before it can be merged; no failure of the method.
     """
 
     passed: int = 0
     failures: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
+    todo: list[str] = field(default_factory=list)
 
     def to_text(self) -> str:
         """For the terminal."""
         lines = [f"not run: {reason}" for reason in self.unsupported]
         lines += [f"FAILED: {failure}" for failure in self.failures]
+        lines += [f"to do before merging: {what}" for what in self.todo]
         lines.append(f"{self.passed} checks passed, {len(self.failures)} failed")
         return "\n".join(lines)
 
@@ -158,9 +164,8 @@ def check_method(
         ValueError: unknown method or family.
         FileNotFoundError: not in a checkout; the contract is not part of the installed package.
     """
-    from ivcp_eval.registry import make_method, unknown
+    from ivcp_eval.registry import unknown
 
-    make_method(name)
     root = checkout("the contract is")
     _import_tests(root)
     known = import_module("tests.tiny_models").names()
@@ -168,6 +173,10 @@ def check_method(
         if family not in known:
             raise unknown("family with a tiny model", family, known)
     report = CheckReport()
+    problem = _cannot_be_made(name)
+    if problem:
+        report.failures.append(problem)
+        return report
     if name in module_names("ivcp_eval.methods"):  # not a plug-in's or a wrapper's
         _check_docstring(root, name, report)
     for family in families or known:
@@ -204,11 +213,26 @@ def _check_docstring(root: Path, name: str, report: CheckReport) -> None:
         return
     for placeholder in PLACEHOLDERS:
         if placeholder in card.paper + card.reference:
-            report.failures.append(f"the docstring still holds the template's {placeholder!r}")
+            report.todo.append(f"the docstring still holds the template's {placeholder!r}")
     if card.faithfulness != "control" and not card.paper:
-        report.failures.append("the docstring has no 'Paper:' line with a URL and an equation")
+        report.todo.append("the docstring has no 'Paper:' line with a URL and an equation")
     if not (root / "tests" / "methods" / f"test_{name}.py").exists():
-        report.failures.append(f"there is no oracle: tests/methods/test_{name}.py")
+        report.todo.append(f"there is no oracle: tests/methods/test_{name}.py")
+
+
+def _cannot_be_made(name: str) -> str:
+    """Why there is no instance at all; raises ValueError for an unknown name."""
+    base = name.removesuffix(PLUS_IVC)
+    if base not in module_names("ivcp_eval.methods"):
+        make_method(name)  # a plug-in's loader finds its own words
+        return ""
+    try:
+        wrong = plugins.wrong(import_module(f"ivcp_eval.methods.{base}").Method)
+        if not wrong:
+            make_method(name)
+    except Exception as error:  # whatever is wrong with the file is what the user asked to see
+        return f"ivcp_eval/methods/{base}.py cannot be used: {_words(error)}"
+    return f"ivcp_eval/methods/{base}.py: `Method` {wrong}" if wrong else ""
 
 
 def _check_on(name: str, family: str, report: CheckReport) -> None:
@@ -216,13 +240,14 @@ def _check_on(name: str, family: str, report: CheckReport) -> None:
 
     case = import_module("tests.contract.cases").Case(family, name)
     try:
-        with case.prune():
-            pass
+        problem = _first_look(case)
     except Unsupported as reason:
         report.unsupported.append(f"{family}: {reason}")
         return
     except Exception as error:  # whatever the method does wrong is what the user asked to see
-        report.failures.append(f"{family}: `cuts` raised {_words(error)}")
+        problem = _words(error) + _hint(case, error)
+    if problem:  # said once; most of the contract would fail for the same reason
+        report.failures.append(f"{family}: {problem}")
         return
     skipped = import_module("pytest").skip.Exception
     for check, function in import_module("tests.contract.checks").CHECKS.items():
@@ -236,6 +261,44 @@ def _check_on(name: str, family: str, report: CheckReport) -> None:
             report.failures.append(f"{family}, {check} ({promise}): {_words(error)}")
 
 
+def _first_look(case: Any) -> str:
+    """One prompt twice: what is wrong with the choice itself, in words; empty if nothing is."""
+    inputs = case.inputs("t5 i0 t9")
+    found = []
+    for _ in range(2):
+        with case.prune() as recording:
+            # The engine has its own reference to the instance, so the recorder is wrapped once more, in place.
+            inner = recording.method.select
+            changed: list[str] = []
+
+            def watched(signals: Any, inner: Any = inner, changed: list[str] = changed) -> Any:
+                before = {name: value.clone() for name, value in vars(signals).items() if hasattr(value, "clone")}
+                answer = inner(signals)
+                changed += [name for name, value in before.items() if not value.equal(getattr(signals, name))]
+                return answer
+
+            object.__setattr__(recording.method, "select", watched)
+            case.forward(inputs)
+        if changed:
+            return f"`select` changed signals.{changed[0]} in place; work on a copy"
+        found.append([selection.keep.tolist() for _, selection in recording.calls])
+    if found[0] != found[1]:
+        return "the same prompt was answered differently the second time; draw from signals.generator and nothing else"
+    return ""
+
+
+def _hint(case: Any, error: Exception) -> str:
+    if "NoneType" not in str(error):
+        return ""
+    needs = ", ".join(sorted(case.make().needs)) or "nothing"
+    return f" (a signal that is not declared is None; `needs` declares {needs})"
+
+
 def _words(error: BaseException) -> str:
-    first = (str(error).strip() or "no message").split("\n", 1)[0]
-    return f"{type(error).__name__}: {first}"
+    """The error in one line, with the line of code that raised it unless it speaks for itself."""
+    first = (str(error).strip() or "no message").split("\n", 1)[0][:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    at = ""
+    if frames and (not str(error).strip() or "methods" in Path(frames[-1].filename).parts):
+        at = f", at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`"
+    return f"{type(error).__name__}: {first}{at}"

@@ -12,6 +12,7 @@ import pytest
 from ivcp_eval import catalogue
 from ivcp_eval.docs import MethodCard, method_cards, method_table
 from ivcp_eval.registry import make_method, method_class, method_names
+from ivcp_eval.scaffold import PLACEHOLDERS
 
 # The systems that were named when the catalogue was planned, and their papers (POINTS-Long has no arXiv number).
 NAMED = {
@@ -98,6 +99,7 @@ def test_listing_stays_light() -> None:
 @pytest.mark.parametrize("card", method_cards(), ids=lambda card: card.name)
 def test_docstring_form(card: MethodCard) -> None:
     assert card.keeps.endswith(".")
+    assert not any(placeholder in card.paper + card.reference for placeholder in PLACEHOLDERS), "fill the template in"
     assert card.faithfulness in ("faithful", "from_formula", "variant", "control")
     if card.faithfulness != "control":
         assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{5}", card.paper)

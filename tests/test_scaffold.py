@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -42,18 +43,32 @@ def copy(tmp_path: Path) -> Path:
 
 
 CHECK = """
-import importlib, pathlib, pytest
-assert pytest.main(["-q", {test!r}]) == 0
-from ivcp_eval.scaffold import check_method
-print(check_method("longest_states", families=["llava"]).to_text())
-print("---")
+import pathlib, sys, pytest
 import ivcp_eval.methods.longest_states as module
 path = pathlib.Path(module.__file__)
-broken = path.read_text().replace("0000.00000", "2601.00001").replace("OWNER/REPOSITORY", "someone/something")
-broken = broken.replace("def score", "def select(self, signals):\\n        return None\\n\\n    def score")
-path.write_text(broken)
-importlib.reload(module)
-print(check_method("longest_states", families=["llava"]).to_text())
+text = path.read_text()
+assert pytest.main(["-q", {test!r}]) == 0
+from ivcp_eval.scaffold import check_method
+def check(old="", new=""):
+    assert old in text
+    path.write_text(text.replace(old, new))
+    for compiled in path.parent.glob("__pycache__/longest_states*"):
+        compiled.unlink()
+    sys.modules.pop("ivcp_eval.methods.longest_states", None)  # imported anew by the check
+    print(check_method("longest_states", ["llava"]).to_text() + "\\n---")
+check()
+score = "return signals.hidden[signals.visual].float().norm(dim=-1)"
+for old, new in (
+    (score, "return signals.hidden.float().norm(dim=-1)"),
+    (score, "return signals.query[0, signals.visual].norm(dim=-1)"),
+    (score, "import torch; return torch.rand(signals.n_visual)"),
+    (score, "signals.hidden.mul_(2); " + score),
+    ("def score", "def select(self, signals):\\n        return None\\n\\n    def score"),
+    ("max(self.layer, model.first_cut)", "99"),
+    ("@dataclass(frozen=True)", "@dataclass"),
+    ("def score(self, signals: Signals)", "def score(self, signals: Signals))"),
+):
+    check(old, new)
 """
 
 
@@ -62,12 +77,34 @@ def test_new_method_runs_and_its_check_speaks(copy: Path) -> None:
     _, test = new_method("longest_states", copy)
     done = run_python(CHECK.format(test=str(test)), copy)
     assert done.returncode == 0, done.stdout + done.stderr
-    written, broken = done.stdout.split("---")
-    assert "still holds the template's '0000.00000'" in written
-    assert written.count("FAILED") == 2, written  # both placeholders, and nothing of the contract
-    assert "FAILED: llava, prefill_equals_reference" in broken
-    assert "template" not in broken
-    assert "`select` returned None, not a Selection" in broken
+    written, *broken = done.stdout.split("---\n")[:-1]
+    assert "to do before merging: the docstring still holds the template's '0000.00000'" in written
+    assert "FAILED" not in written
+    assert re.search(r"^\d\d checks passed, 0 failed$", written, re.MULTILINE)
+    words = (
+        r"`score` returned shape \(\d+,\), expected \(\d+,\): one number per visual token",
+        r"'NoneType' object.*at longest_states.py:\d+ `return signals.query.*`needs` declares nothing",
+        "answered differently the second time; draw from signals.generator",
+        "`select` changed signals.hidden in place",
+        "`select` returned None, not a Selection",
+        "layer 99 of method 'longest_states' is outside",
+        "`Method` cannot be|cannot be used: TypeError: cannot inherit|is not a frozen dataclass",
+        "cannot be used: SyntaxError: unmatched",
+    )
+    assert len(broken) == len(words)
+    for said, wanted in zip(broken, words, strict=True):
+        assert re.search(wanted, said), said
+        assert said.count("FAILED") == 1, said
+        assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_the_template_s_test_fails_when_the_method_is_broken(copy: Path) -> None:
+    method, test = new_method("longest_states", copy)
+    method.write_text(method.read_text().replace(".norm(dim=-1)", ".sum(dim=-1)"))
+    done = run_python(f"import pytest, sys; sys.exit(pytest.main(['-q', {str(test)!r}]))", copy)
+    assert done.returncode == 1
+    assert "test_formula" in done.stdout
 
 
 def test_names_are_checked_before_anything_is_written(tmp_path: Path) -> None:

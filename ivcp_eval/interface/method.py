@@ -286,4 +286,10 @@ class AbstractScorer(AbstractMethod):
         """Keep the ``budget`` best-scored tokens of each image."""
         from ivcp_eval.ops import top_of_each_image
 
-        return Selection(top_of_each_image(self.score(signals), signals.images))
+        score = self.score(signals)
+        if tuple(score.shape) != (signals.n_visual,):
+            raise ValueError(
+                f"`score` returned shape {tuple(score.shape)}, expected ({signals.n_visual},): one number per visual "
+                "token, as in signals.hidden[signals.visual]"
+            )
+        return Selection(top_of_each_image(score, signals.images))

@@ -16,6 +16,13 @@ def planned(*data: str) -> list[str]:
     return [benchmark.name for benchmark, _ in plan.cells]
 
 
+def test_every_benchmark_is_in_one_group() -> None:
+    groups = benchmarks.groups()
+    assert len(groups["matrix"]) == 20
+    members = [(name, group) for group, names in groups.items() for name in names]
+    assert sorted(members) == sorted((name, benchmarks.load(name).group) for name in benchmarks.names())
+
+
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """VLMEvalKit knows one data set (importing it takes ten seconds)."""

@@ -199,7 +199,12 @@ def test_the_paper_s_sweep_is_the_matrix_on_four_families() -> None:
     assert len(spec.models) == 4
     for model in spec.models:
         assert spec.benchmarks(model) == list(benchmarks.names("matrix"))
-        assert {"none", "ivc_prune", "fastv", "pyramiddrop"} <= {variant.method for variant in spec.variants(model)}
+        variants = spec.variants(model)
+        methods = {variant.method for variant in variants}
+        assert {"none", "ivc_prune", "random"} | {
+            m + plus for m in ("fastv", "pyramiddrop") for plus in ("", "+ivc")
+        } <= methods
+        assert [v.ratio for v in variants if v.parameters.get("preset") == "official"] == [0.5], "the released settings"
     assert {path.stem for path in ROOT.glob("*.yaml")} >= {
         "smoke", "tiny", "paper", "ratios", "ablation_ivc", "controls",
     }  # fmt: skip

@@ -159,9 +159,11 @@ def run_cell(
     return record
 
 
-def record_failure(cell: Cell, reason: str, timing: bool) -> None:
-    """Note in the cell's ``run.json`` why it cannot be measured at all."""
+def record_failure(cell: Cell, error: ValueError, timing: bool) -> None:
+    """Note in the cell's ``run.json`` why it cannot be measured at all: the model cannot (skipped), or a mistake."""
+    from ivcp_eval.interface import Unsupported
     from ivcp_eval.vlmeval_bridge.evaluate import Scored
 
     cell.folder.mkdir(parents=True, exist_ok=True)
-    write_json(cell.record, record_of(cell, Scored({}, {}), [], [], reason, timing))
+    record = record_of(cell, Scored({}, {}), [], [], str(error), timing)
+    write_json(cell.record, {**record, "status": "skipped" if isinstance(error, Unsupported) else "failed"})

@@ -19,6 +19,7 @@ from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.failures import deadline, steps
 from ivcp_eval.flops import DecoderShape
+from ivcp_eval.interface import Unsupported
 from ivcp_eval.models import Weights
 from ivcp_eval.registry import adapter, make_method
 from ivcp_eval.variants import Variant
@@ -118,7 +119,7 @@ class Session:
         Also if no retention ratio holds its budget.
         """
         if variant.budget is not None and variant.budget.problem:
-            raise ValueError(variant.budget.problem)
+            raise Unsupported(variant.budget.problem)
         with self._pruned(variant):
             pass
 

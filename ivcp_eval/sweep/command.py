@@ -158,6 +158,8 @@ def _status(plan: SweepPlan) -> int:
     for line in found:
         for reason in line.reasons:
             _say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
+        for reason in line.skipped:
+            _say(f"cannot run: {line.model} on {line.benchmark}: {reason}")
     for problem in plan.problems:
         _say(f"not here: {problem}")
     return int(any(line.reasons or line.failed for line in found))
@@ -238,6 +240,9 @@ def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:
     built = build(name, runs)
     for text in built.unfinished:
         _say(f"NOT WHOLE: {text}")
+    if not quiet:
+        for text in built.skipped:
+            _say(f"cannot run: {text}")
     if built.missing:
         _say(f"{built.missing} cells of {name} have no record yet; run the sweep again")
     if not quiet:

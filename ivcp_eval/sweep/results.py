@@ -23,13 +23,14 @@ class Built:
 
     Attributes:
         csv: one row per cell and metric. tables: wide tables. missing: cells without a record. unfinished: cells whose
-            record says why they have no score.
+            record says why they have no score. skipped: cells whose method their model cannot run, with the reason.
     """
 
     csv: Path
     tables: list[Path]
     missing: int
     unfinished: list[str]
+    skipped: list[str]
 
 
 def build(name: str, runs: Path | None = None, output: Path | None = None) -> Built:
@@ -54,14 +55,15 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
             missing += 1
     csv.parent.mkdir(parents=True, exist_ok=True)
     write_results(csv, found)
-    unfinished = [
-        f"{row['model']} {row['method']} {row['budget'] or 'r'}{row['ratio_asked']:g} on {row['benchmark']}: "
-        f"{row['reason']}"
-        for row in found
-        if row["status"] != "ok"
-    ]
+    unfinished = [_reason(row) for row in found if row["status"] not in ("ok", "skipped")]
+    skipped = [_reason(row) for row in found if row["status"] == "skipped"]
     tables = write_tables(read_results(csv), csv.with_suffix("")) if found else []
-    return Built(csv, tables, missing, unfinished)
+    return Built(csv, tables, missing, unfinished, skipped)
+
+
+def _reason(row: Row) -> str:
+    variant = f"{row['method']} {row['budget'] or 'r'}{row['ratio_asked']:g}"
+    return f"{row['model']} {variant} on {row['benchmark']}: {row['reason']}"
 
 
 def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Row]:

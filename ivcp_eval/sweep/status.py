@@ -40,6 +40,7 @@ class Line:
     seconds: float = 0.0
     timed: int = 0
     reasons: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 def lines(plan: SweepPlan) -> list[Line]:
@@ -50,10 +51,12 @@ def lines(plan: SweepPlan) -> list[Line]:
             (cell.identity.variant.model, benchmark.name), Line(cell.identity.variant.model, benchmark.name)
         )
         line.cells += 1
-        if cell.finished() is not None:
-            line.finished += 1
-        elif (record := cell.noted()) is not None:
-            line.reasons.append(f"{cell.identity.variant.name}: {record['reason']}")
+        if (record := cell.noted()) is None:
+            continue
+        line.finished += record["status"] in ("ok", "skipped")
+        if record["status"] != "ok":
+            told = line.skipped if record["status"] == "skipped" else line.reasons
+            told.append(f"{cell.identity.variant.name}: {record['reason']}")
     for unit in plan.units():
         _count(plan, unit, found[unit.model, unit.benchmark.name])
     return list(found.values())

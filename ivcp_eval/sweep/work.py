@@ -192,7 +192,7 @@ def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Sessi
 
 
 def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
-    """The unit's unfinished cells whose method works on the model; the others are recorded as failed."""
+    """The unit's unfinished cells whose method works on the model; the others are recorded with the reason."""
     found = []
     for cell in unit.pending:
         try:
@@ -200,7 +200,7 @@ def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
             found.append(cell)
         except ValueError as error:
             if cell.noted() is None:
-                record_failure(cell, str(error), plan.models[unit.model].request.timing)
+                record_failure(cell, error, plan.models[unit.model].request.timing)
     return found
 
 

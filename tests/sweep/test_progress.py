@@ -262,7 +262,7 @@ def test_a_sweep_is_followed_from_elsewhere(bench: Bench) -> None:
     arguments = bench.arguments("status", "--follow", "--every", "0.2")
     follower = subprocess.Popen([sys.executable, "-m", "ivcp_eval", *arguments], stdout=subprocess.PIPE, text=True)
     assert bench.call("run", "--quiet") == 0
-    out: Any = follower.communicate(timeout=60)[0]
+    out: Any = follower.communicate(timeout=300)[0]
     assert follower.returncode == 0
     assert "10/10 samples" in out
     assert "0 samples left" in out, "the status at the end"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -31,10 +32,13 @@ def check_timeout(seconds: float | None) -> None:
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """What a journal keeps in place of an answer: the error in a line, and the innermost frames of its traceback."""
+    """What a journal keeps in place of an answer: the error in a line, and the innermost frames of its traceback.
+
+    Addresses of objects are left out of the line, so that equal failures are equal text.
+    """
     return {
         "prediction": "",
-        "error": f"{type(error).__name__}: {error}",
+        "error": re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}"),
         "traceback": "".join(traceback.format_exception(error, limit=-12)),
     }
 

@@ -106,6 +106,7 @@ SMALL = """
 models: {{tiny: {model}}}
 benchmarks: [pictures]
 methods: [{{method: fastv, ratios: [0.5]}}]
+controls: []
 shard: 2
 max_new_tokens: 3
 timing: false
@@ -165,7 +166,9 @@ def test_damaged_pictures_are_errors_with_a_traceback(bench: Bench, pictures: Ca
         assert {record["key"] for record in errors} >= {"row 1"}
     marks = [json.loads(path.read_text())["failed"] for path in sorted(bench.folder.glob("sweeps/*/done/*.json"))]
     assert marks == [1, 1, 0]
+    before = bench.results()
     assert bench.call("run", "--quiet", "--retry-failed") == 1, "damaged they stay"
+    assert bench.results() == before, "equal failures are equal bytes"
 
 
 def test_a_picture_that_could_not_be_read_for_a_while(

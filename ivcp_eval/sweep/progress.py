@@ -79,7 +79,8 @@ def summary(watch: Watch) -> str:
     total, eta = watch.total, watch.eta_s
     words = [f"{watch.rate:.2f} samples/s" if watch.rate else ""]
     words += [f"{duration(eta)} left" if eta is not None and total.answered < total.samples else ""]
-    words += [_kept(total), _failed(total), f"{total.scored}/{total.cells} cells scored", f"{total.working} at work"]
+    words += [_kept(total), _failed(total), f"{total.scored}/{total.cells} cells scored"]
+    words += [f"{total.broken} of them not whole" if total.broken else "", f"{total.working} at work"]
     return ", ".join(word for word in words if word)
 
 

@@ -223,9 +223,9 @@ class Watch:
             open_ = tally.answered < tally.samples or tally.scored == tally.cells
             if open_ and key not in self._recount:
                 continue
-            recorded = [cell for cell in self.plan.models[key[0]].groups[key[1]][1] if cell.noted() is not None]
-            tally.scored = len(recorded)
-            tally.broken = sum(cell.finished() is None for cell in recorded)
+            noted = [record for cell in self.plan.models[key[0]].groups[key[1]][1] if (record := cell.noted())]
+            tally.scored = len(noted)
+            tally.broken = sum(record["status"] not in ("ok", "skipped") for record in noted)
         self._recount.clear()
 
 

@@ -109,6 +109,7 @@ def test_a_watch_counts_what_was_appended_by_anybody(plan: SweepPlan) -> None:
     seen.look()
     assert (mcq.answered, mcq.failed, mcq.scored, mcq.broken) == (5, 1, 5, 1), "... until its unit is done"
     assert mcq.complete
+    assert "5/10 cells scored, 1 of them not whole, 0 at work" in summary(seen)
     assert not seen.total.complete
 
     mark(plan, second).unlink()  # --retry-failed

@@ -6,6 +6,7 @@ another goes on behind the last answer. Nothing is ever averaged over part of a 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -256,8 +257,19 @@ def _aside(plan: SweepPlan) -> Iterator[None]:
     """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker."""
     path = plan.state / "logs" / "scoring.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream, redirect_stderr(stream):
+    with redirect_stderr(_Log(path)):
         yield
+
+
+class _Log(io.TextIOBase):
+    """Opens its file for each write: loggers that were set up meanwhile keep it, and go on writing to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, text: str) -> int:
+        with self.path.open("a", encoding="utf-8") as stream:
+            return stream.write(text)
 
 
 def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, hooks: Hooks) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +57,16 @@ def log_of(there: Bench, task: str) -> str:
     return path.read_text()
 
 
+def workers(there: Bench, task: str) -> list[int]:
+    """Processes of a task that hold a claim."""
+    wanted, found = f"SLURM_ARRAY_TASK_ID={task.partition('_')[2]}".encode(), []
+    for path in there.folder.glob("sweeps/small/leases/*.lease"):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # given back, or being written
+            pid = int(json.loads(path.read_text())["pid"])
+            found += [pid] * (wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return found
+
+
 def restarts(task: str) -> int:
     """By Slurm's own count, which it keeps for some minutes after the task has ended."""
     found = re.search(r"Restarts=(\d+)", command("scontrol", "show", "job", task))
@@ -92,7 +105,8 @@ def test_killed_and_requeued_tasks_end_in_the_same_bytes(
         return sum(path.stat().st_size > 0 for path in there.folder.glob("runs/**/shards/*.jsonl"))
 
     until(lambda: journals() > 0, 120, "a first answer")
-    command("scancel", "--signal=KILL", tasks[0])
+    until(lambda: workers(there, tasks[0]) != [], 60, "a claim of the first task")
+    os.kill(workers(there, tasks[0])[0], signal.SIGKILL)  # scancel would ask politely first
     until(lambda: tasks[0] not in states(), 60, "death of a task")
     until(lambda: "start 0 on " in log_of(there, tasks[1]), 60, "start of the other")
     assert states().get(tasks[1]) == "RUNNING"
@@ -105,6 +119,7 @@ def test_killed_and_requeued_tasks_end_in_the_same_bytes(
         assert restarts(task) == starts - 1
         assert re.findall(r"^start (\d+) on ", log_of(there, task), re.M) == [str(n) for n in range(starts)]
     assert "loaded tiny" in log_of(there, tasks[1])
+    assert "completed successfully" not in log_of(there, tasks[0])
     assert there.csv.is_file(), "the scoring job writes the results"
     assert there.results() == bench.results()
     assert there.call("status") == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +15,7 @@ from ivcp_eval.sweep import status
 from ivcp_eval.sweep.lease import claim
 from ivcp_eval.sweep.plan import make
 from ivcp_eval.sweep.spec import load
-from ivcp_eval.sweep.work import lease, mark
+from ivcp_eval.sweep.work import _aside, lease, mark
 from tests.sweep.conftest import Bench
 
 
@@ -48,6 +50,17 @@ def test_only_what_is_not_done_costs_anything(bench: Bench) -> None:
     assert (after.gpu_hours, after.disk_bytes) == (0, 0)
     written = sum(path.stat().st_size for path in (bench.folder / "runs").rglob("*") if path.is_file())
     assert before.disk_bytes / 3 < written < before.disk_bytes * 4, "the estimate is one of this size"
+
+
+def test_what_was_set_up_while_a_cell_was_scored_writes_on(bench: Bench) -> None:
+    """A library's logger takes the standard error of the moment and keeps it."""
+    plan = make(load(bench.spec), bench.folder / "runs")
+    with _aside(plan):
+        handler = logging.StreamHandler()
+        sys.stderr.write("a bar\n")
+    handler.stream.write("later\n")
+    handler.flush()
+    assert (plan.state / "logs" / "scoring.log").read_text() == "a bar\nlater\n"
 
 
 def test_another_sweep_takes_the_baselines_of_the_first(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

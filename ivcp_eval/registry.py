@@ -75,10 +75,10 @@ def method_source(name: str) -> str:
 def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> AbstractMethod:
     """A method with its parameters set.
 
-    ``NAME+ivc`` is the scorer NAME with the implicit visual coordinates forced in; it takes the parameters of both.
+    ``NAME+ivc`` is NAME with the implicit visual coordinates forced in; it takes the parameters of both.
 
     Raises:
-        ValueError: an unknown name or parameter, or ``+ivc`` on a method that has no scores.
+        ValueError: an unknown name or parameter, or ``+ivc`` on a method that selects no tokens.
     """
     base, plus, _ = name.partition(PLUS_IVC)
     if plus and base + plus != name:

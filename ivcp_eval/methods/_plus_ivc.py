@@ -1,33 +1,44 @@
-"""A scoring method with IVC-Prune's coordinate tokens forced into what it keeps.
+"""A selecting method with IVC-Prune's coordinate tokens forced into what it keeps.
 
 Paper: https://arxiv.org/abs/2602.03060 (ablation: FastV + IVC, PyramidDrop + IVC).
 Reference: https://github.com/FireRedTeam/IVC-Prune @ 03afd9c has no code for it.
 
 In every image and at every cut the coordinate set of `ivc_prune` stays, and the method's own lowest-scored tokens
-leave to hold the budget.
+leave to hold the budget. A method that returns sets, not scores, is asked for fewer tokens, until together with the
+coordinates they fill the budget; of one that picks greedily those are its first picks. What it merges stays merged.
 
 Differs: the paper does not say how large the set is beside another method; here it is `ivc_prune`'s.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import AbstractMethod, AbstractScorer, Cut, Faithfulness, ModelFacts, Signal, Signals
-from ivcp_eval.ops import coordinate_set
+from ivcp_eval.interface import (
+    AbstractMethod,
+    AbstractScorer,
+    Cut,
+    Faithfulness,
+    ModelFacts,
+    Selection,
+    Signal,
+    Signals,
+)
+from ivcp_eval.ops import coordinate_set, top_of_each_image
 from ivcp_eval.registry import PLUS_IVC, method_name
 
 
 @dataclass(frozen=True)
-class PlusIvc(AbstractScorer):
-    """A scorer and the implicit visual coordinates.
+class PlusIvc(AbstractMethod):
+    """A selecting method and the implicit visual coordinates.
 
     Attributes:
-        inner: the method that scores and says where to cut.
+        inner: the method that selects and says where to cut.
         ivc: share of an image's tokens kept for each of the two coordinate scores.
         ivc_share: upper bound of each, as a share of the image's budget.
     """
@@ -45,12 +56,17 @@ class PlusIvc(AbstractScorer):
             """What the inner method needs; rotary angles need no capture."""
             return self.inner.needs
 
+        @property
+        def sweep_seeds(self) -> tuple[int, ...]:
+            """Those of the inner method."""
+            return self.inner.sweep_seeds
+
     def __post_init__(self) -> None:
-        """Refuse methods that return sets, and shares outside 0..1."""
-        if not isinstance(self.inner, AbstractScorer):
+        """Refuse methods that select no tokens, and shares outside 0..1."""
+        if self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
             raise ValueError(
-                f"{method_name(self.inner)!r} returns sets, not scores, so it has no lowest-scored tokens to drop for "
-                f"the coordinates; {PLUS_IVC} works with methods that are an AbstractScorer"
+                f"{method_name(self.inner)!r} does not save by selecting tokens at a cut, so there are none to give up "
+                f"for the coordinates; {PLUS_IVC} works with methods that do"
             )
         for name in ("ivc", "ivc_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -65,12 +81,72 @@ class PlusIvc(AbstractScorer):
         """Those of the inner method."""
         return self.inner.cuts(model, ratio)
 
-    def score(self, signals: Signals) -> Tensor:
-        """The inner scores, infinite for coordinate tokens."""
-        assert isinstance(self.inner, AbstractScorer)
-        score = self.inner.score(signals).float().clone()
+    def select(self, signals: Signals) -> Selection:
+        """Coordinates first; the inner method's choice fills the budget.
+
+        Raises:
+            ValueError: the inner method's own rule sets how many tokens stay, so that none are to be given up.
+        """
+        if signals.budget == signals.n_visual:
+            return self.inner.select(signals)
+        forced = self._coordinates(signals)
+        if isinstance(self.inner, AbstractScorer):
+            score = self.inner.score(signals).float().masked_fill(forced, torch.inf)
+            return Selection(top_of_each_image(score, signals.images))
+        return self._fill(signals, forced)
+
+    def _coordinates(self, signals: Signals) -> Tensor:
+        """(V,) bool, never more than an image's budget."""
+        forced = torch.zeros(signals.n_visual, dtype=torch.bool, device=signals.visual.device)
         cos, sin = (part.mean(dim=(0, 2))[signals.visual] for part in signals.rope())
         for image in signals.images:
-            forced = coordinate_set(cos[image.tokens], sin[image.tokens], image, self.ivc, self.ivc_share)
-            score[image.tokens[forced]] = torch.inf
-        return score
+            inside = coordinate_set(cos[image.tokens], sin[image.tokens], image, self.ivc, self.ivc_share)
+            forced[image.tokens[inside][: image.budget]] = True
+        return forced
+
+    def _fill(self, signals: Signals, forced: Tensor) -> Selection:
+        """By bisection, for all images at once: the most own tokens that leave room for the coordinates."""
+        budgets = [image.budget for image in signals.images]
+        low = [b - int(forced[image.tokens].sum()) for b, image in zip(budgets, signals.images, strict=True)]
+        high = list(budgets)
+        while low != high:
+            middle = [-(-(a + b) // 2) for a, b in zip(low, high, strict=True)]
+            _, kept = self._choose(signals, middle)
+            for i, image in enumerate(signals.images):
+                if int((kept | forced)[image.tokens].sum()) <= budgets[i]:
+                    low[i] = middle[i]
+                else:
+                    high[i] = middle[i] - 1
+        chosen, kept = self._choose(signals, low)
+        keep = kept | forced
+        more = self._choose(signals, [min(a + 1, b) for a, b in zip(low, budgets, strict=True)])[1]
+        for image, budget in zip(signals.images, budgets, strict=True):
+            # A larger choice need not hold the smaller one, and may bring two new tokens where there is room for one.
+            new = image.tokens[(more & ~keep)[image.tokens]]
+            keep[new[: budget - int(keep[image.tokens].sum())]] = True
+        return Selection(keep.nonzero().flatten(), None if chosen.merge is None else _merged(chosen, kept, keep))
+
+    def _choose(self, signals: Signals, budgets: Sequence[int]) -> tuple[Selection, Tensor]:
+        """The inner method's choice of so many tokens of each image, and (V,) bool of it; 0 is for it to leave out."""
+        images = tuple(replace(image, budget=max(1, b)) for image, b in zip(signals.images, budgets, strict=True))
+        chosen = self.inner.select(replace(signals, images=images))
+        if not chosen.exact:
+            raise ValueError(
+                f"{method_name(self.inner)!r} sets how many tokens stay by a rule of its own here, so it gives none up "
+                f"for the coordinates; choose parameters with which it keeps to the retention ratio"
+            )
+        kept = torch.zeros(signals.n_visual, dtype=torch.bool, device=signals.visual.device)
+        kept[chosen.keep] = True
+        for image, budget in zip(signals.images, budgets, strict=True):
+            if not budget:
+                kept[image.tokens] = False
+        return chosen, kept
+
+
+def _merged(chosen: Selection, kept: Tensor, keep: Tensor) -> Tensor:
+    """(K, V) merge weights for ``keep``: the method's own where it kept a token, else the token itself."""
+    assert chosen.merge is not None
+    weights = torch.eye(keep.numel(), device=keep.device, dtype=chosen.merge.dtype)
+    own = kept[chosen.keep]
+    weights[chosen.keep[own]] = chosen.merge[own]
+    return weights[keep]

@@ -279,7 +279,8 @@ def shared_models() -> Iterator[None]:
 
 def _hook_tables(case: Case) -> list[dict[int, Any]]:
     modules = [module for attn in ("sdpa", "eager") for module in case.but(attn=attn).model.modules()]
-    return [kind for module in modules for kind in (module._forward_pre_hooks, module._forward_hooks)]
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
+    return [getattr(module, kind) for module in modules for kind in kinds]
 
 
 @pytest.mark.usefixtures("shared_models")

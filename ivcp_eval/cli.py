@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
     verb.add_argument("--against", choices=("none", "same_method"), default="none", help="which rows of BASELINE count")
     verb.add_argument("--margin", type=float, help="points that may be lost; adds a verdict per row")
+    verb.add_argument(
+        "--resamples", type=int, default=10_000, help="bootstrap resamples of a row (default: %(default)s)"
+    )
     verb.add_argument("--output", type=Path, help="also write the comparison as CSV")
     verb.set_defaults(run=_compare)
 
@@ -236,7 +239,14 @@ def _list(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from ivcp_eval.compare import compare
 
-    comparison = compare(args.results, args.baseline, force=args.force, against=args.against, margin=args.margin)
+    comparison = compare(
+        args.results,
+        args.baseline,
+        force=args.force,
+        against=args.against,
+        margin=args.margin,
+        resamples=args.resamples,
+    )
     _say(comparison.to_terminal())
     if args.output:
         comparison.write_csv(args.output)

@@ -132,7 +132,8 @@ class Comparison:
 
     def footer(self) -> list[str]:
         """What must be known to read the table, one statement per line."""
-        lines = [*_what_is_paired(self.rows, self.resamples), *_corrections(self.rows), *_noise(self.rows)]
+        lines = [*_what_is_paired(self.rows, self.resamples), *_corrections(self.rows, self.resamples)]
+        lines += _noise(self.rows)
         lines += [
             "Flips: answers that turned right -> wrong / wrong -> right (where answers are graded: score fell / rose).",
             "Cost: share asked for / of the prompt's visual tokens alive after the last cut / mean over the prefill's "
@@ -208,15 +209,22 @@ def _what_is_paired(rows: Sequence[ComparedRow], resamples: int) -> list[str]:
     return lines
 
 
-def _corrections(rows: Sequence[ComparedRow]) -> list[str]:
+def _corrections(rows: Sequence[ComparedRow], permutations: int) -> list[str]:
     tests = sum(not math.isnan(row.p_value) for row in rows)
     if not tests:
         return ["No row could be tested."]
     kinds = ", ".join(sorted({row.test for row in rows if row.test}))
     marked = sum(row.p_holm < 0.05 for row in rows)
+    coarse = sum(tests / (1 + permutations) >= 0.05 and row.p_value == 1 / (1 + permutations) for row in rows)
+    advice = (
+        f" {coarse} rows differ more than in any of {permutations} random permutations, which are too few for {tests} "
+        f"tests to show it; compare fewer rows at a time, or pass --resamples {math.ceil(40 * tests / 1e4) * 10_000}."
+    )
     return [
         f"* differs from the baseline at 5 % after Holm's correction over {tests} tests ({kinds}): {marked} of "
         f"{len(rows)} rows. Intervals are not corrected. The CSV has Benjamini-Hochberg's values too."
+        + advice
+        * bool(coarse)
     ]
 
 

@@ -25,6 +25,7 @@ from ivcp_eval.results import Row, read_results, read_samples
 from ivcp_eval.stats import holm, paired_bootstrap
 from ivcp_eval.variants import BASELINE
 
+BETTER = "better than random"
 CONTROL = "random"
 COLUMNS = (
     *("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "ratio_method"),
@@ -63,12 +64,14 @@ def curve_rows(results: Path, resamples: int = 2000) -> list[dict[str, Any]]:
     for row in read_results(results):
         if row["status"] == "ok" and row["metric"] == _headline(row):
             groups[row["model"], row["benchmark"]].append(row)
+    # Correction must leave room below 5 % for the smallest p-value that so many permutations can give.
+    resamples = max(resamples, 40 * sum(map(len, groups.values())))
     made = [made for group in groups.values() for made in _benchmark_rows(group, results.parent, resamples)]
     tested = [row for row in made if row["p_over_random_holm"] is not None]
     for row, p in zip(tested, holm([row["p_over_random_holm"] for row in tested]), strict=True):
         row["p_over_random_holm"] = float(p)
         if p < 0.05:
-            row["verdict"] = "better than random" if row["over_random"] > 0 else "worse than random"
+            row["verdict"] = BETTER if row["over_random"] > 0 else "worse than random"
         else:
             row["verdict"] = "not distinguishable from random"
     return made
@@ -184,9 +187,16 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 [x + offset for x in share], score, yerr=[low, high], label=entry, color=colours.get(entry),
                 marker="o", markersize=3, linewidth=2.2 if entry.startswith("ivc") else 1, capsize=2,
             )  # fmt: skip
+            weak = [row for row in here if label(row) == entry and row["verdict"] and row["verdict"] != BETTER]
+            axis.plot(
+                [x + offset for x, *_ in curve(weak, column)], [y for _, y, *_ in curve(weak, column)],
+                linestyle="none", marker="o", markersize=5, markerfacecolor="white", color=colours.get(entry), zorder=3,
+            )  # fmt: skip
         axis.set(title=f"{name} ({here[0]['metric']})", xlabel=words)
     axes[0][0].legend(fontsize=7)
-    figure.suptitle("bars: 95 % interval of the paired difference to the unpruned model", fontsize=9)
+    figure.suptitle(
+        "bars: 95 % interval of the paired difference to the unpruned model; hollow: not better than random", fontsize=9
+    )
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
@@ -204,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow({name: "" if rounded[name] is None else rounded[name] for name in COLUMNS})
     write_plot(rows, args.results.with_suffix(".curves.png"))
     return 0

@@ -18,6 +18,9 @@ __all__ = ["Aggregate", "Array", "Interval", "PairedResult", "Sample", "paired_b
 Array = NDArray[np.float64]
 FEW_CLUSTERS = 20
 _CHUNK = 4_000_000  # resampled clusters held in memory at once
+#: What scores and their means over a few seeds are multiples of; then every permutation can be counted.
+_UNITS = tuple(1 / parts for parts in (1, 2, 3, 6, 10, 30, 100, 300))
+_MOST_STEPS = 2_000_000_000
 _Resampler = Callable[[np.random.Generator, int], tuple[Array, Array]]
 
 
@@ -64,7 +67,9 @@ class PairedResult:
         difference, difference_interval: pruned - baseline.
         retained, retained_interval: pruned / baseline; NaN if the baseline is zero.
         standard_error: bootstrap standard error of the difference.
-        p_value: two-sided paired permutation test over clusters (H0: the two are exchangeable within a cluster).
+        p_value: two-sided paired permutation test over clusters (H0: the two are exchangeable within a cluster). Exact
+            for a mean of scores that are multiples of a common part (0 and 1, thirds, hundredths); else from as many
+            random permutations as there are resamples, and never below 1 / (1 + resamples).
         n_samples, n_clusters: sizes.
         notes: what is undefined, or should be known when reading the interval.
     """
@@ -107,7 +112,7 @@ def paired_bootstrap(
         columns: per-sample arrays (n,) for `aggregate`.
         pruned_columns: those of the pruned model where they differ (its predictions); by default ``columns``.
         scale: factor on the default mean, e.g. 100 for percent.
-        resamples: number of bootstrap resamples, and of permutations.
+        resamples: number of bootstrap resamples, and of permutations where these are drawn.
         level: confidence level.
         seed: of the random generator.
 
@@ -125,6 +130,8 @@ def paired_bootstrap(
     else:
         rule = aggregate
         resample, permute = _general_resamplers(pairs, n_clusters, rule)
+    moves = np.bincount(ids, weights=after - before, minlength=n_clusters).astype(np.float64)
+    exact = _exact_p(moves) if aggregate is None else None
     of_baseline, of_pruned = rule(pairs[0]), rule(pairs[1])
     difference = of_pruned - of_baseline
     undefined = Interval(math.nan, math.nan, level)
@@ -149,7 +156,6 @@ def paired_bootstrap(
         )
     generator = np.random.default_rng(seed)
     drawn = resample(generator, resamples)
-    swapped = permute(generator, resamples)
     differences = drawn[1] - drawn[0]
     difference_interval = _expanded_percentiles(differences, n_clusters, level)
     retained_interval = undefined
@@ -159,8 +165,11 @@ def paired_bootstrap(
     elif of_baseline != 0:
         retained_interval = _expanded_percentiles(drawn[1] / drawn[0], n_clusters, level)
     notes += _interval_notes(before, after, n_clusters)
-    tolerance = 1e-9 * max(1.0, abs(of_baseline), abs(of_pruned))
-    as_extreme = int(np.count_nonzero(np.abs(swapped[1] - swapped[0]) >= abs(difference) - tolerance))
+    if exact is None:
+        swapped = permute(generator, resamples)
+        tolerance = 1e-9 * max(1.0, abs(of_baseline), abs(of_pruned))
+        as_extreme = int(np.count_nonzero(np.abs(swapped[1] - swapped[0]) >= abs(difference) - tolerance))
+        exact = (1 + as_extreme) / (1 + resamples)
     return PairedResult(
         of_baseline,
         of_pruned,
@@ -169,7 +178,7 @@ def paired_bootstrap(
         retained,
         retained_interval,
         float(differences.std(ddof=1)),
-        (1 + as_extreme) / (1 + resamples),
+        exact,
         **sizes,
         notes=tuple(notes),
     )
@@ -190,6 +199,29 @@ def _checked(
         raise ValueError(f"level must be between 0 and 1, got {level!r}")
     _, ids = np.unique(names, return_inverse=True)
     return before, after, ids.astype(np.int64)
+
+
+def _exact_p(moves: Array) -> float | None:
+    """Share of all sign flips of ``moves`` (C,) whose sum is as far from zero as theirs; None if it cannot be counted.
+
+    The distribution of the sum is built up cluster by cluster, on the multiples of a unit that all of them share.
+    """
+    moved = moves[np.abs(moves) > 1e-9]
+    unit = next((u for u in _UNITS if np.allclose(moved / u, np.rint(moved / u), rtol=0, atol=1e-6)), None)
+    if unit is None:
+        return None
+    steps = np.rint(moved / unit).astype(np.int64)
+    reach = int(np.abs(steps).sum())
+    if reach * steps.size > _MOST_STEPS:
+        return None
+    chances = np.ones(1)
+    for step in np.abs(steps):
+        grown = np.zeros(chances.size + 2 * step)
+        grown[: chances.size] = chances / 2
+        grown[2 * step :] += chances / 2
+        chances = grown
+    sums = np.arange(chances.size) - reach
+    return min(1.0, float(chances[np.abs(sums) >= abs(int(steps.sum()))].sum()))
 
 
 def _interval_notes(before: Array, after: Array, n_clusters: int) -> list[str]:

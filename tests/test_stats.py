@@ -156,7 +156,31 @@ class TestPairedBootstrap:
         )
         aggregate = (lambda sample: float(sample.scores.mean())) if general else None
         result = stats.paired_bootstrap(np.zeros(8), difference, aggregate=aggregate, resamples=6000)
-        assert result.p_value == pytest.approx(extreme / 2**8, abs=0.012)
+        assert result.p_value == pytest.approx(extreme / 2**8, abs=0.012 if general else 1e-12)
+
+    @pytest.mark.parametrize("parts", [1, 3, 100])
+    def test_permutations_of_scores_with_a_common_part_are_all_counted(self, parts: int):
+        generator = np.random.default_rng(parts)
+        before, after = (generator.integers(0, parts + 1, 40) / parts for _ in range(2))
+        clusters = np.arange(40) % 12
+        moves = [sum((after - before)[clusters == c]) for c in range(12)]
+        extreme = sum(
+            abs(sum(s * m for s, m in zip(signs, moves, strict=True))) >= abs(sum(moves)) - 1e-9
+            for signs in itertools.product((-1, 1), repeat=12)
+        )
+        result = stats.paired_bootstrap(before, after, clusters, resamples=20)
+        assert result.p_value == pytest.approx(extreme / 2**12, rel=1e-9)
+
+    def test_verdicts_of_single_samples_give_mcnemars_p_value(self):
+        before, after = [1] * 150 + [0] * 150, [1] * 110 + [0] * 40 + [1] * 9 + [0] * 141
+        result = stats.paired_bootstrap(before, after, resamples=20)
+        assert result.p_value == pytest.approx(stats.mcnemar(before, after).p_value, rel=1e-9)
+        assert result.p_value < 1e-5, "however few resamples: thousands of comparisons are corrected for"
+
+    def test_scores_without_a_common_part_are_permuted_at_random(self):
+        difference = np.random.default_rng(0).normal(1, 1, 30)
+        result = stats.paired_bootstrap(np.zeros(30), difference, resamples=99)
+        assert result.p_value == pytest.approx(1 / 100)
 
     def test_is_deterministic_and_follows_the_seed(self):
         scores = make_scores(100, 30)

@@ -52,7 +52,7 @@ def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: fl
     """(N,) bool: the implicit visual coordinates of IVC-Prune among an image's alive tokens.
 
     In every view of the image the best tokens by ``cos`` and the best by ``sin``, each ``ivc`` of the view's tokens
-    but at most ``share`` of its part of the budget.
+    but at most ``share`` of its part of the budget, and at most half of it, so that both fit.
 
     Args:
         cos, sin: (N,) mean of the tokens' rotary cosines and sines over the spectrum.
@@ -60,7 +60,8 @@ def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: fl
     kept = torch.zeros(cos.numel(), dtype=torch.bool, device=cos.device)
     for number, n_view in enumerate(image.span.views or (image.n_prompt,)):
         inside = (image.view == number).nonzero().flatten() if image.view is not None else slice(None)
-        each = min(round(ivc * n_view), round(share * image.budget * n_view / image.n_prompt))
+        part = image.budget * n_view / image.n_prompt
+        each = min(round(ivc * n_view), round(share * part), int(part / 2))
         for score in (cos, sin):
             chosen = torch.zeros_like(kept[inside])
             chosen[top(score[inside], each)] = True

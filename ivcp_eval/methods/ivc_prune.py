@@ -52,7 +52,7 @@ class Method(AbstractMethod):
         layer: decoder layer whose input is cut; None takes the released layer of the model, elsewhere 4/7 of the depth
             (16 of 28). Values come from the layer before it.
         ivc: share of an image's tokens kept for each of the two coordinate scores; 0 switches the part off.
-        ivc_share: upper bound of each, as a share of the image's budget.
+        ivc_share: upper bound of each, as a share of the image's budget; above 0.5 is as 0.5, since both must fit.
         seeds: share of an image's tokens that become semantic seeds (at least one); 0 switches them off.
         foreground: fill by the value similarity to the question; False fills at random (an ablation).
         preset: "general", or "official" for the released code of the family.

@@ -48,11 +48,26 @@ def algorithm_1(signals: Signals, ivc: float = 0.1, ivc_share: float = 0.2, seed
 
 
 @pytest.mark.parametrize(
-    "parameters", [{}, {"ivc": 0.0}, {"seeds": 0.0}, {"seeds": 0.2}, {"ivc": 0.5, "ivc_share": 0.5}], ids=str
+    "parameters",
+    [{}, {"ivc": 0.0}, {"ivc": False}, {"seeds": 0.0}, {"seeds": 0.2}, {"ivc": 0.5, "ivc_share": 0.5}],
+    ids=str,
 )
 def test_algorithm_and_ablations(parameters: dict[str, Any]) -> None:
     signals = random_signals((5, 8), (3, 4), ratio=0.5, seed=7)
     assert make_method("ivc_prune", parameters).select(signals).keep.tolist() == algorithm_1(signals, **parameters)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 8), (3, 5), (1, 7), (1, 1)])
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 0.8])
+def test_coordinates_never_overrun_the_budget(rows: int, columns: int, ratio: float) -> None:
+    signals = random_signals((rows, columns), ratio=ratio, seed=1)
+    selection = make_method("ivc_prune", {"ivc": 1.0, "ivc_share": 1.0}).select(signals)
+    selection.check(signals, "ivc_prune")
+    half = signals.budget // 2
+    for part in signals.rope():
+        assert set(best([float(part[0, v].mean()) for v in signals.visual.tolist()], half)) <= set(
+            selection.keep.tolist()
+        )
 
 
 def test_without_foreground_the_rest_is_random() -> None:

@@ -7,6 +7,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,25 +79,47 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Abstr
     ``NAME+ivc`` is NAME with the implicit visual coordinates forced in; it takes the parameters of both.
 
     Raises:
-        ValueError: an unknown name or parameter, or ``+ivc`` on a method that selects no tokens.
+        ValueError: an unknown name or parameter, a value that is not of the declared type, or ``+ivc`` on a
+            method that selects no tokens.
     """
     base, plus, _ = name.partition(PLUS_IVC)
     if plus and base + plus != name:
         raise unknown("method", name, method_names())
     cls = method_class(base)
-    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     wrapper = import_module("ivcp_eval.methods._plus_ivc").PlusIvc if plus else None
-    added = {f.name for f in dataclasses.fields(wrapper)} - {"inner"} if wrapper else set()
-    for parameter in parameters or {}:
-        if parameter not in own | added:
-            names = ", ".join(sorted(own | added)) or "none"
+    own = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    added = {f.name: f for f in dataclasses.fields(wrapper) if f.name != "inner"} if wrapper else {}
+    known = own | added
+    for parameter, value in (parameters or {}).items():
+        if parameter not in known:
+            names = ", ".join(sorted(known)) or "none"
             raise ValueError(
-                f"method {name!r} has no parameter {parameter!r}{nearest(parameter, own | added)} Parameters: {names}."
+                f"method {name!r} has no parameter {parameter!r}{nearest(parameter, known)} Parameters: {names}."
+            )
+        declared = getattr(known[parameter].type, "__name__", str(known[parameter].type))
+        if not _fits(value, declared):
+            raise ValueError(
+                f"parameter {parameter}={value!r} of method {name!r} must be {declared}; its default is "
+                f"{known[parameter].default!r}"
             )
     given = dict(parameters or {})
-    outer = {key: given.pop(key) for key in added & given.keys()}
+    outer = {key: given.pop(key) for key in added.keys() & given.keys()}
     method: AbstractMethod = cls(**given)
     return wrapper(method, **outer) if wrapper else method
+
+
+def _fits(value: Any, declared: str) -> bool:
+    """Whether a value is of a declared plain type (or union of such); other types are left to the method.
+
+    Otherwise ``renumber="no"`` would be true. False is 0, a part switched off, where a share is declared.
+    """
+    kinds = {"bool": bool, "int": Integral, "float": Real, "None": type(None)}
+    names = [name.strip() for name in declared.split("|")]
+    if not set(names) <= set(kinds):
+        return True
+    if isinstance(value, bool):
+        return "bool" in names or ("float" in names and not value)
+    return isinstance(value, tuple(kinds[name] for name in names if name != "bool"))
 
 
 def parameters_of(method: AbstractMethod) -> dict[str, Any]:

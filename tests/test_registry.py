@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,32 @@ def test_parameters_are_set_and_checked() -> None:
     for wrong in ({"ivc": 1.5}, {"layer": 0}, {"preset": "oficial"}):
         with pytest.raises(ValueError):
             registry.make_method("ivc_prune", wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [
+        ("pyramiddrop", {"renumber": "no"}),  # would be true
+        ("ivc_prune", {"foreground": 0}),
+        ("ivc_prune", {"ivc": True}),
+        ("ivc_prune", {"ivc": "0.1"}),
+        ("fastv", {"layer": True}),
+        ("fastv", {"layer": 2.5}),
+        ("fastv", {"layer": None}),
+        ("uniform", {"layer": "2"}),
+        ("fastv+ivc", {"ivc_share": None}),
+    ],
+    ids=str,
+)
+def test_parameters_of_another_type_are_refused(method: str, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"parameter {name}=.* of method '.*' must be (bool|int|float).*; its default"):
+        registry.make_method(method, wrong)
+
+
+def test_parts_are_switched_off() -> None:
+    method: Any = registry.make_method("ivc_prune", {"ivc": False, "foreground": False, "layer": None, "seeds": 0})
+    assert (method.ivc, method.foreground, method.layer, method.seeds) == (0, False, None, 0)
 
 
 def test_unknown_family_and_model_type() -> None:

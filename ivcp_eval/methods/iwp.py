@@ -37,7 +37,7 @@ class Method(AbstractMethod):
 
     Attributes:
         layer: decoder layer whose input is cut, by queries, keys and values of the layer before; 2 as in FastV, since
-            the savings reported need an early cut.
+            the savings reported need an early cut. Families whose first layers cannot be cut are cut after these.
         queries: "question" takes the mean of kappa over the tokens after the last image, "last" the last token's.
         heads: "mean" of the magnitudes over heads, or the "max".
         trade: lambda, the weight of duplication; 0 ranks by magnitude alone. 0.5 is usual for this form of MMR.
@@ -62,7 +62,7 @@ class Method(AbstractMethod):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         if self.relevance not in ("log", "linear"):
             raise ValueError(f"relevance={self.relevance!r} is unknown; use log or linear")
-        if self.layer < 1 or self.chunks < 1 or self.trade < 0:
+        if self.layer < 1 or self.chunks < 1 or not self.trade >= 0:
             raise ValueError(
                 f"layer={self.layer} and chunks={self.chunks} must be 1 or more, trade={self.trade} 0 or more"
             )

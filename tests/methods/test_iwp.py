@@ -170,6 +170,13 @@ def test_a_token_without_value_or_with_nan_is_the_worst(relevance: str) -> None:
 
 
 def test_bad_parameters() -> None:
-    for parameters in ({"layer": 0}, {"chunks": 0}, {"trade": -1.0}, {"heads": "sum"}, {"relevance": "rank"}):
+    for parameters in (
+        {"layer": 0},
+        {"chunks": 0},
+        {"trade": -1.0},
+        {"trade": math.nan},
+        {"heads": "sum"},
+        {"relevance": "rank"},
+    ):
         with pytest.raises(ValueError, match="|".join(parameters)):
             make_method("iwp", parameters)

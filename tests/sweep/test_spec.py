@@ -110,7 +110,7 @@ def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_p
         ("[0.5, 0.25]\n", "\n", 5, "None is not a ratio"),
         ("{layer: [14, 16], ivc: 0.1}", "[14, 16]", 6, "expected parameters as a mapping"),
         ("layer: [14, 16]", "layer: []", 4, "one of its lists is empty"),
-        ("layer: [14, 16]", "layer: deep", 6, "do not fit ivc_prune"),
+        ("layer: [14, 16]", "layer: deep", 6, "layer='deep' of method 'ivc_prune' must be int"),
         ("layer: [14, 16]", "[layer]: 14", 6, "a key must be a word"),
         (
             "method: random\n    ratios: [0.5]\n    seeds: [0, 1]",

@@ -46,5 +46,7 @@ class KeyEditor:
             if slots.numel():
                 at = slots.to(layer.keys.device)
                 key = layer.keys[row][:, at]
+                if not bool(key.isfinite().all()):
+                    continue  # half precision overflowed: the row is lost, unpruned too, and there are no axes to find
                 edited = self.method.edit_keys(CachedKeys(index, key, query.to(key.device), self.ratio))
                 layer.keys[row][:, at] = edited.to(key.dtype)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import ivcp_eval
 from ivcp_eval.interface import AbstractScorer, ModelFacts, Selection, Signals
 from ivcp_eval.registry import PLUS_IVC, make_method, method_names
+from tests import tiny_models
 from tests.methods.material import random_signals
 
 CHOOSING = [n for n in method_names() if any(c.ratio < 1 for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]
@@ -65,6 +68,23 @@ def test_nothing_to_rank_by(name: str, value: float) -> None:
         for image in signals.images:
             kept = torch.isin(chosen(name, signals).keep, image.tokens)
             assert int(kept.sum()) == image.budget
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_broken_picture_spoils_its_own_row_only(name: str) -> None:
+    model: Any
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    alone, both = make_inputs("t4 i1 t3 i2 t6"), make_inputs("t4 i1 t3 i2 t6", "t5 i0 t9")
+    both["pixel_values"][alone["pixel_values"].shape[0] :] = torch.nan
+    logits = []
+    for inputs in (alone, both):
+        with ivcp_eval.prune(model, name, 0.5):
+            out = model.generate(
+                **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+        logits.append(torch.stack(out.logits, dim=1))
+    assert torch.allclose(logits[1][0], logits[0][0], atol=1e-4)
+    assert bool(logits[1][1].isnan().any()), "the other row is broken, and not in silence"
 
 
 @pytest.mark.parametrize("name", ["divprune", "fastv", "iwp", "pyramiddrop", "sparsevlm"])

@@ -39,6 +39,9 @@ def prune(
     images, text-only rows (untouched) and a second turn on the pruned cache. After the block, also after an
     exception, the model is as before.
 
+    Bare forwards of a padded batch need the ``position_ids`` that `generate` makes: without them most families count
+    the padding, which attention does not feel, but IVC-Prune reads positions.
+
     Args:
         model: a stock transformers model of a supported family, in eval mode.
         method: registered name (see ``ivcp list``) or a method instance.
@@ -123,6 +126,8 @@ def _check_signals(method: AbstractMethod, adapter: AbstractAdapter, model: Any,
 
 def _check_cuts(cuts: tuple[Cut, ...], facts: ModelFacts, method: str) -> None:
     layers = [cut.layer for cut in cuts]
+    if not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(f"method {method!r} cuts at layers {layers}; a layer is a whole number")
     if layers != sorted(set(layers)):
         raise ValueError(f"method {method!r} cuts at layers {layers}; they must increase strictly")
     for cut in cuts:

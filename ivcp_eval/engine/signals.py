@@ -162,6 +162,12 @@ class SignalSource:
                 normed = layer.input_layernorm(_at(self.hidden[index], slots)[None])
                 query, key = (self._project(layer, name, normed) for name in ("query", "key"))
             else:
+                if not {"query", "key"} <= states.keys():
+                    raise ValueError(
+                        f"attention of the layer before the cut at layer {self.cut.layer} was asked for, but its "
+                        'queries and keys were not captured: name both in `needs` ("query", "key"), cut at layer 1 or '
+                        "later, or ask for that of the layer that is entered (entering=True)"
+                    )
                 query, key = states["query"], states["key"]
             return attention_rows(rotated(query), rotated(key), rows, layer.self_attn.scaling)
 

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import ivcp_eval
-from ivcp_eval.interface import Selection
+from ivcp_eval.interface import Cut, Selection, Signal
 from tests import tiny_models
 from tests.contract.cases import RAGGED, SINGLE, Case
 from tests.contract.checks import hooks_of
@@ -63,6 +63,25 @@ def test_layer_outside_model(layer: int) -> None:
     model = Case("qwen2_5_vl", "none").model
     with pytest.raises(ValueError, match=f"layer {layer} .*"):
         ivcp_eval.prune(model, "ivc_prune", 0.5, layer=layer).__enter__()
+
+
+def test_layer_is_a_whole_number() -> None:
+    method = Case("qwen2_5_vl", "toy_all_layers").make()
+    object.__setattr__(method, "cuts", lambda _model, ratio: (Cut(2.5, ratio),))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cuts at layers \[2\.5\]; a layer is a whole number"):
+        ivcp_eval.prune(Case("qwen2_5_vl", "none").model, method, 0.5).__enter__()
+
+
+@pytest.mark.parametrize(("layer", "needs"), [(2, {"query"}), (0, {"query", "key"})])
+def test_attention_that_was_not_captured(layer: int, needs: set[Signal]) -> None:
+    case = Case("qwen2_5_vl", "toy_all_layers")
+    method = case.make()
+    cut = Cut(layer, 0.5, needs=frozenset(needs))
+    object.__setattr__(method, "cuts", lambda _model, _ratio: (cut,))
+    object.__setattr__(method, "select", lambda signals: signals.attention(signals.question))
+    message = rf"before the cut at layer {layer} was asked for, but .* name both in `needs`"
+    with pytest.raises(ValueError, match=message), ivcp_eval.prune(case.model, method, 0.5):
+        case.forward(case.inputs(*SINGLE))
 
 
 def test_method_that_breaks_its_word() -> None:

@@ -6,6 +6,9 @@ unpruned model: visual tokens after the last cut, visual tokens processed in the
 and decoder FLOPs of the prefill (`ivcp_eval.flops`). The CSV carries what was measured; this module predicts it, up to
 rounding, and finds the ratio at which a method costs a given share (`hold`, `ratio_for`), for ``ivcp eval --budget``
 and the ``budget:`` of a sweep file.
+
+Predictions are made from the cuts that a method declares. A method whose own rule overrides its budget (SparseVLM's
+counts by rank, IVC-Prune's released presets) is not held by them: believe what was measured.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Cut:
     ``ratio`` is the share of the *prompt's* visual tokens alive afterwards, in (0, 1]. With ratio 1 it is a look: the
     method sees the signals and may remember something, nothing is removed or merged.
     ``renumber`` re-numbers the positions of the survivors 0..n-1 from this layer on; otherwise they keep theirs.
-    ``needs`` are signals to capture for this cut beyond those of the method (what a preset of one family asks for).
+    ``needs`` are projections to capture for this cut beyond those of the method (what a preset of one family asks for).
     """
 
     layer: int

@@ -25,7 +25,8 @@ class Method(AbstractScorer):
     """FastV.
 
     Attributes:
-        layer: K, the decoder layer whose input is cut; at least 1.
+        layer: K, the decoder layer whose input is cut; at least 1. Families whose first layers cannot be cut
+            (Qwen3-VL adds visual features there) are cut after these.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({"query", "key"})

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -113,23 +113,32 @@ class PlusIvc(AbstractMethod):
             middle = [-(-(a + b) // 2) for a, b in zip(low, high, strict=True)]
             _, kept = self._choose(signals, middle)
             for i, image in enumerate(signals.images):
+                if low[i] == high[i]:
+                    continue
                 if int((kept | forced)[image.tokens].sum()) <= budgets[i]:
                     low[i] = middle[i]
                 else:
                     high[i] = middle[i] - 1
-        chosen, kept = self._choose(signals, low)
-        keep = kept | forced
         more = self._choose(signals, [min(a + 1, b) for a, b in zip(low, budgets, strict=True)])[1]
+        chosen, kept = self._choose(signals, low, signals.memory)
+        keep = kept | forced
         for image, budget in zip(signals.images, budgets, strict=True):
             # A larger choice need not hold the smaller one, and may bring two new tokens where there is room for one.
             new = image.tokens[(more & ~keep)[image.tokens]]
             keep[new[: budget - int(keep[image.tokens].sum())]] = True
         return Selection(keep.nonzero().flatten(), None if chosen.merge is None else _merged(chosen, kept, keep))
 
-    def _choose(self, signals: Signals, budgets: Sequence[int]) -> tuple[Selection, Tensor]:
-        """The inner method's choice of so many tokens of each image, and (V,) bool of it; 0 is for it to leave out."""
+    def _choose(
+        self, signals: Signals, budgets: Sequence[int], memory: dict[str, Any] | None = None
+    ) -> tuple[Selection, Tensor]:
+        """The inner method's choice of so many tokens of each image, and (V,) bool of it; 0 is for it to leave out.
+
+        Every call is as the first: draws begin anew, and what the method remembers is kept in ``memory`` only.
+        """
         images = tuple(replace(image, budget=max(1, b)) for image, b in zip(signals.images, budgets, strict=True))
-        chosen = self.inner.select(replace(signals, images=images))
+        drawn = None if signals.generator is None else signals.generator.clone_state()
+        memory = dict(signals.memory) if memory is None else memory
+        chosen = self.inner.select(replace(signals, images=images, generator=drawn, memory=memory))
         if not chosen.exact:
             raise ValueError(
                 f"{method_name(self.inner)!r} sets how many tokens stay by a rule of its own here, so it gives none up "
@@ -146,7 +155,9 @@ class PlusIvc(AbstractMethod):
 def _merged(chosen: Selection, kept: Tensor, keep: Tensor) -> Tensor:
     """(K, V) merge weights for ``keep``: the method's own where it kept a token, else the token itself."""
     assert chosen.merge is not None
-    weights = torch.eye(keep.numel(), device=keep.device, dtype=chosen.merge.dtype)
+    places = keep.nonzero().flatten()
+    weights = torch.zeros(places.numel(), keep.numel(), device=keep.device, dtype=chosen.merge.dtype)
+    weights[torch.arange(places.numel()), places] = 1
     own = kept[chosen.keep]
-    weights[chosen.keep[own]] = chosen.merge[own]
-    return weights[keep]
+    weights[torch.searchsorted(places, chosen.keep[own])] = chosen.merge[own]
+    return weights

@@ -121,6 +121,33 @@ def test_sets_hold_the_budget_and_the_coordinates(name: str, ratio: float) -> No
         assert {int(k) for k in got.keep[~alone]} or not merged, "what the method merges stays merged"
 
 
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.8])
+def test_a_method_that_draws_draws_the_same_however_often_it_is_asked(ratio: float) -> None:
+    """With fresh draws at every question the search for what fits never ended."""
+    for seed in range(5):
+        signals = random_signals((5, 8), (1, 1), (3, 4), ratio=ratio, seed=seed)
+        make_method("ivc_prune+ivc", {"foreground": False}).select(signals).check(signals, "ivc_prune+ivc")
+
+
+def test_what_a_method_remembers_is_that_of_its_last_choice() -> None:
+    signals = random_signals((5, 8), ratio=0.5)
+    signals.memory["asked"] = []
+    got = PlusIvc(Remembers()).select(signals)
+    (asked,) = signals.memory["asked"]
+    assert set(range(asked)) <= set(got.keep.tolist())
+    assert asked < signals.budget
+
+
+@dataclass(frozen=True)
+class Remembers(AbstractMethod):
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        return (Cut(2, ratio), Cut(4, ratio / 2))
+
+    def select(self, signals: Signals) -> Selection:
+        signals.memory["asked"] = [*signals.memory["asked"], signals.budget]
+        return Selection(torch.arange(signals.budget))
+
+
 def test_a_rule_of_its_own_is_refused() -> None:
     model, make_inputs = tiny_models.build("qwen2_5_vl")
     method = make_method("sparsevlm+ivc", {"counts": "rank", "scale": 1.0})

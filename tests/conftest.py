@@ -6,6 +6,8 @@ from ivcp_eval import cpu_torchvision
 
 cpu_torchvision.install()  # before anything imports transformers
 
+from collections.abc import Iterator  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -14,3 +16,12 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-pair", action="store_true", help="tests/contract: every check on every method and family")
+
+
+@pytest.fixture(autouse=True)
+def _gradients_stay_on() -> Iterator[None]:
+    """VLMEvalKit's bare import turns them off for the whole process, so the test after it would fail instead of it."""
+    yield
+    on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert on, "this test left gradients off; import VLMEvalKit through `vlmeval_bridge.environment.import_vlmeval`"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from ivcp_eval import stats
 from ivcp_eval.aggregates import rule_for
 from ivcp_eval.stats import Sample
+from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 
 GENERATOR = np.random.default_rng(0)
 
@@ -24,7 +27,8 @@ def score_of(benchmark: str, metric: str, table: pd.DataFrame, scale: float = 10
 
 @pytest.fixture(scope="module")
 def yorn():
-    return pytest.importorskip("vlmeval.dataset.utils.yorn")
+    import_vlmeval()
+    return import_module("vlmeval.dataset.utils.yorn")
 
 
 def mme_table() -> pd.DataFrame:

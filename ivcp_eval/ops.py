@@ -158,8 +158,8 @@ def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
     """``k`` indices of ``states`` (N, E), increasing: greedy max-min selection by cosine distance.
 
     Starts with the state whose nearest neighbour is farthest; ties fall to the lower index, states that are not finite
-    come last. Up to ``whole`` states all similarities are held, a quarter of a gigabyte at most; beyond, each step
-    computes the ones it needs.
+    come last. Up to ``whole`` states all similarities are held, a quarter of a gigabyte at most (twice that while they
+    are joined); beyond, each step computes the ones it needs.
     """
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
     broken = ~unit.isfinite().all(dim=1)

@@ -13,10 +13,11 @@ How many stay: with ``counts="ratio"`` the shares of the stages are read off the
 ``counts="rank"``, the first release's rule, int(rank * scale + bias) of the raters' attention decides, whatever the
 ratio.
 
-Differs: a cluster's mean stands at its centre's position, and survivors keep their positions; ``renumber=True``
-numbers them anew as the released code does (which appends the means to the image). Each image has its own budget,
-which recycled tokens are part of. Equal densities are told apart by index, not by noise. SparseVLM+ (v2.0) is not
-reproduced.
+Differs: counts are published for four lists only; those of every other ratio, 0.5 and 0.75 among them, are the
+interpolation above, and depths other than 32 layers are scaled. A cluster's mean stands at its centre's position, and
+survivors keep their positions; ``renumber=True`` numbers them anew as the released code does (which appends the means
+to the image). Each image has its own budget, which recycled tokens are part of. Equal densities are told apart by
+index, not by noise. SparseVLM+ (v2.0) is not reproduced.
 """
 
 from __future__ import annotations

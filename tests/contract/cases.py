@@ -26,6 +26,8 @@ PARAMETERS: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {
     "ivc_prune": (({"preset": "official"}, ("qwen2_5_vl", "llava", "internvl")),),
 }
 """Further parameters of a registered method that the whole contract must hold for, and on which families."""
+WRAPPED = ("pyramiddrop+ivc", "visionzip+ivc")
+"""A method with scores (and stages) and one with sets (and merging), with coordinates forced in."""
 
 
 @dataclass
@@ -149,12 +151,13 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every registered method (with its further parameter sets) on every family, and the toys.
+    """Every registered method (with its further parameter sets), some with ``+ivc``, on every family, and the toys.
 
     Toys exercise the engine, not the families: all of them run on one family with M-RoPE and one without, a few that
     touch what families differ in (masks, position embeddings, cached states) on the others.
     """
-    cases = [Case(family, method) for family in tiny_models.names() for method in registry.method_names()]
+    methods = (*registry.method_names(), *WRAPPED)
+    cases = [Case(family, method) for family in tiny_models.names() for method in methods]
     for method, sets in PARAMETERS.items():
         cases += [Case(family, method, tuple(chosen.items())) for chosen, families in sets for family in families]
     for family in tiny_models.names():

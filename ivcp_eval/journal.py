@@ -69,11 +69,15 @@ class Journal:
                 break
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # neither JSON nor, after a crash of the machine, text
                 break
             self.records[record["key"]] = record
             whole += len(line)
         return whole
+
+    def sync(self) -> None:
+        """Wait until all of it is on the disk, where not even a crash of the machine undoes it."""
+        os.fsync(self._file.fileno())
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record (with its "key") and flush it to the operating system.

@@ -91,12 +91,13 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one verb; 0 done, 1 something is not whole, 75 asked to stop."""
+    """Run one verb; 0 done, 1 something is not whole, 75 asked to stop or the GPU was lost (76 from `work`)."""
     if args.verb == "results":
         return _results(args)
     check_timeout(args.timeout)
     spec = load(args.sweep).over(timeout=args.timeout, exact=args.exact or None)
     from ivcp_eval.sweep.plan import make, write_manifest
+    from ivcp_eval.sweep.work import reopen
 
     device = args.device or str(spec.options.get("device", ""))
     slurm = args.verb == "run" and args.executor == "slurm"
@@ -115,6 +116,9 @@ def run(args: argparse.Namespace) -> int:
     for problem in plan.problems:
         _say(f"NOT PART OF THIS RUN: {problem}")
     write_manifest(plan)
+    retry = args.verb == "run" and args.retry_failed
+    if (opened := reopen(plan, retry)) or retry:
+        _say(f"{opened} units and cells are open again: {'failed or ' * retry}removed since")
     if args.verb == "work":
         return _work(plan, args)
     return _run(plan, spec, args, device)
@@ -175,22 +179,25 @@ def _follow(plan: SweepPlan, every: float) -> None:
 
 
 def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
+    from ivcp_eval.sweep.local import LOST
     from ivcp_eval.sweep.progress import Progress
+    from ivcp_eval.sweep.samples import DeviceLost
     from ivcp_eval.sweep.work import Stop, work
 
-    with Stop().signals() as stop, Progress(plan, args.quiet, args.every) as progress:
-        report = work(plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model)
-    return 75 if report.stopped else 0
+    try:
+        with Stop().signals() as stop, Progress(plan, args.quiet, args.every) as progress:
+            report = work(plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model)
+    except DeviceLost as lost:
+        _say(str(lost))
+        return LOST
+    return 75 if report.stopped else int(bool(report.broken))
 
 
 def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> int:
     from ivcp_eval import cells
     from ivcp_eval.sweep.progress import Progress
-    from ivcp_eval.sweep.work import forget_failures
 
     runs = args.runs or cells.RUNS
-    if args.retry_failed:
-        _say(f"{forget_failures(plan)} failed units and cells are open again")
     timing = False if args.no_timing else None
     progress = Progress(plan, args.quiet, args.every)
     if args.executor == "slurm":
@@ -212,12 +219,17 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> 
             return 75
         return _report(spec.name, runs, bool(plan.problems), args.quiet)
     from ivcp_eval.sweep.local import run as run_local
+    from ivcp_eval.sweep.samples import DeviceLost
 
     arguments = ["sweep", "work", str(args.sweep), "--runs", str(runs), *(["--no-timing"] if args.no_timing else [])]
     arguments += ["--exact"] if args.exact else []
     arguments += ["--timeout", repr(args.timeout)] if args.timeout else []
-    if not run_local(plan, arguments, args.workers, progress, device):
-        _say("stopped; run the same command again to continue")
+    try:
+        if not run_local(plan, arguments, args.workers, progress, device):
+            _say("stopped; run the same command again to continue")
+            return 75
+    except DeviceLost as lost:
+        _say(str(lost))
         return 75
     return _report(spec.name, runs, bool(plan.problems), args.quiet)
 

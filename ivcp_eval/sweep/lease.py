@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EXPIRES_S = 90.0
@@ -114,5 +114,6 @@ def _token(path: Path) -> str:
 
 def _beat(path: Path, token: str, done: threading.Event) -> None:
     while not done.wait(BEAT_S):
-        if _token(path) == token:
-            os.utime(path)
+        with suppress(OSError):  # given back this moment, or a file system that hiccups: the next beat comes soon
+            if _token(path) == token:
+                os.utime(path)

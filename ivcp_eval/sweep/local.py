@@ -13,9 +13,15 @@ from ivcp_eval.sweep.plan import SweepPlan
 from ivcp_eval.sweep.progress import Progress
 from ivcp_eval.sweep.work import Report, Stop, devices, work
 
+LOST = 76  # exit code of a worker that lost its GPU; a new process may go on with it
+MOST_RESTARTS = 10  # of one worker, or a broken GPU would go through all samples
+
 
 def run(plan: SweepPlan, arguments: list[str], workers: int, progress: Progress, device: str = "") -> bool:
     """Work until nothing is left; True if nobody asked it to stop.
+
+    Raises:
+        DeviceLost: it was at work in this process, which cannot go on; a new one can.
 
     Args:
         arguments: of ``ivcp sweep work`` for further processes. workers: processes; 0 takes one per GPU, or one.
@@ -32,14 +38,25 @@ def run(plan: SweepPlan, arguments: list[str], workers: int, progress: Progress,
 def _processes(
     plan: SweepPlan, stop: Stop, progress: Progress, arguments: list[str], places: list[str], count: int
 ) -> bool:
-    started = []
+    def start(i: int) -> subprocess.Popen[bytes]:
+        device = ["--device", places[i % len(places)]] if places else []
+        return _start([*arguments, *device, "--no-score", "--every", "0"], logs / f"worker-{i}.log")
+
+    started: list[subprocess.Popen[bytes]] = []
+    restarts = [0] * count
     logs = plan.state / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     try:
         for i in range(count):
-            device = ["--device", places[i % len(places)]] if places else []
-            started.append(_start([*arguments, *device, "--no-score", "--every", "0"], logs / f"worker-{i}.log"))
-        while any(process.poll() is None for process in started):
+            started.append(start(i))
+        while any(process.poll() in (None, LOST) for process in started):
+            for i, process in enumerate(started):
+                if process.poll() == LOST and restarts[i] < MOST_RESTARTS and not stop.requested:
+                    restarts[i] += 1
+                    progress.warn(f"worker {i} lost its GPU and is started again; see {logs / f'worker-{i}.log'}")
+                    started[i] = start(i)
+            if all(process.poll() is not None for process in started):
+                break
             _score(plan, stop, progress)
             if stop.requested:
                 for process in started:
@@ -55,7 +72,7 @@ def _processes(
                 process.terminate()
     for i, code in enumerate(codes):
         if code and not stop.requested:
-            progress.say(f"worker {i} ended with {code}; see {logs / f'worker-{i}.log'}")
+            progress.warn(f"worker {i} ended with {code}; see {logs / f'worker-{i}.log'}")
     return not report.stopped
 
 

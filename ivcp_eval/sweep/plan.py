@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,13 +163,18 @@ def rows(benchmark: Benchmark, limit: int | None) -> int:
     from ivcp_eval.vlmeval_bridge.environment import data_root
 
     path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
+    n = _rows(path, path.stat().st_mtime_ns)
+    return min(n, limit) if limit else n
+
+
+@cache
+def _rows(path: Path, _changed: int) -> int:
     before = csv.field_size_limit(2**31 - 1)  # pictures are cells, and the limit is the process's
     try:
         with path.open(encoding="utf-8", newline="") as stream:
-            n = sum(1 for _ in csv.reader(stream, delimiter="\t")) - 1
+            return sum(1 for _ in csv.reader(stream, delimiter="\t")) - 1
     finally:
         csv.field_size_limit(before)
-    return min(n, limit) if limit else n
 
 
 # -- what `ivcp sweep results` needs, without weights, data or a GPU ---------------------------------------------------

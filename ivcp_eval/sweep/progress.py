@@ -21,7 +21,7 @@ class Progress:
     """Shows what all workers of a sweep do, in this process or elsewhere, while the block runs.
 
     Args:
-        quiet: show nothing. every: seconds between two reports where the output is no TTY; 0 leaves them out.
+        quiet: show warnings only. every: seconds between two reports where the output is no TTY; 0 leaves them out.
         stream: default standard output.
     """
 
@@ -54,12 +54,20 @@ class Progress:
     @property
     def hooks(self) -> Hooks:
         """What to hand to a worker in this process."""
-        return Hooks(self.say)
+        return Hooks(self.say, self.warn)
 
     def say(self, text: str) -> None:
         """A line of its own."""
         if self._screen is not None:
             self._screen.say(text)
+
+    def warn(self, text: str) -> None:
+        """A line that is shown even if the rest is not."""
+        if self._screen is not None:
+            self._screen.say(text)
+        else:
+            self.stream.write(text + "\n")
+            self.stream.flush()
 
     @property
     def complete(self) -> bool:

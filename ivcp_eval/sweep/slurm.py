@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ivcp_eval.sweep.local import MOST_RESTARTS
 from ivcp_eval.sweep.plan import SweepPlan
 from ivcp_eval.sweep.progress import Progress
 from ivcp_eval.sweep.work import Stop, mark
@@ -61,20 +62,34 @@ class Task:
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> int:
-        """Work; the number of finished units or scored cells."""
+        """Work; the number of finished units or scored cells.
+
+        Raises:
+            DeviceLost: the GPU was lost; the task is requeued unless that happened often.
+            RuntimeError: its model could not be loaded.
+        """
         from ivcp_eval.sweep.plan import make
         from ivcp_eval.sweep.results import build
+        from ivcp_eval.sweep.samples import DeviceLost
         from ivcp_eval.sweep.spec import load
         from ivcp_eval.sweep.work import Hooks, work
 
         with Stop().signals() as stop:
             spec = load(self.spec).over(**self.given)
             plan = make(spec, Path(self.runs), self.device, self.timing, elsewhere=not self.model)
-            hooks = Hooks(lambda text: print(text, flush=True))  # noqa: T201
+            hooks = Hooks(*[lambda text: print(text, flush=True)] * 2)  # noqa: T201
             # Slurm counts its restarts of a task from 1 and says nothing at the first start.
-            hooks.say(f"start {os.environ.get('SLURM_RESTART_COUNT', '0')} on {socket.gethostname()}")
+            restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+            hooks.say(f"start {restart} on {socket.gethostname()}")
             if self.model:
-                report = work(plan, stop, hooks, score=False, model=self.model)
+                try:
+                    report = work(plan, stop, hooks, score=False, model=self.model)
+                except DeviceLost:
+                    if restart < MOST_RESTARTS:
+                        requeue()
+                    raise
+                if report.broken:
+                    raise RuntimeError(f"{self.model} could not be loaded; the reason stands in this task's log")
             else:
                 report = work(plan, stop, hooks, answer=False)
         # SIGTERM may be a user's scancel, after which nothing may come back; the other two warn of a time limit.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cells import Cell
+from ivcp_eval.failures import FAILURES
 from ivcp_eval.files import write_json
 from ivcp_eval.journal import Journal, JournalHeld
 from ivcp_eval.planning import judges_for
 from ivcp_eval.runner import record_failure, run_cell
 from ivcp_eval.sweep.lease import claim, held
 from ivcp_eval.sweep.plan import ModelPlan, SweepPlan, Unit
-from ivcp_eval.sweep.samples import Agreement, Records, answered_samples
+from ivcp_eval.sweep.samples import Agreement, Answered, DeviceLost, Losses, Records, answered_samples
 
 if TYPE_CHECKING:
     from ivcp_eval.session import Session
@@ -62,6 +64,7 @@ class Report:
 
     Attributes:
         units, samples, scored: finished by it. failed: samples without an answer. stopped: it was asked to end.
+        broken: models that could not be loaded.
     """
 
     units: int = 0
@@ -69,14 +72,21 @@ class Report:
     scored: int = 0
     failed: int = 0
     stopped: bool = False
+    broken: set[str] = field(default_factory=set)
     sessions: dict[str, Any] = field(default_factory=dict, repr=False)
+    dataset: tuple[Any, Any] = field(default=(None, None), repr=False)
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a worker tells, in lines; how far it is stands in its journals (`watch.py`)."""
+    """What a worker tells, in lines; how far it is stands in its journals (`watch.py`).
+
+    Attributes:
+        say: what was done. warn: what went wrong.
+    """
 
     say: Callable[[str], None] = lambda text: None
+    warn: Callable[[str], None] = lambda text: None
 
 
 def mark(plan: SweepPlan, unit: Unit) -> Path:
@@ -96,7 +106,8 @@ def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: 
         answer, score: which kinds of work; scoring needs no GPU. model: only units of this model.
 
     Raises:
-        DiskFullError: nothing half-written is left; run again when there is space.
+        DiskFullError: nothing half-written is left; run again when there is space. DeviceLost: this process can answer
+            nothing more; another one can.
     """
     report = Report()
     while not stop.requested:
@@ -113,6 +124,7 @@ def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: 
             time.sleep(POLL_S)  # others hold what is left; should they die, it is taken over
     report.stopped = stop.requested
     report.sessions.clear()
+    report.dataset = None, None
     return report
 
 
@@ -125,7 +137,9 @@ def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model
     for unit in plan.units():
         if stop.requested:
             break
-        if (model and unit.model != model) or mark(plan, unit).exists() or not unit.pending:
+        if (model and unit.model != model) or unit.model in report.broken:
+            continue
+        if mark(plan, unit).exists() or not unit.pending:
             continue
         with claim(lease(plan, unit.name)) as mine:
             if not mine:
@@ -141,25 +155,45 @@ def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model
 
 def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> None:
     session = _session(plan, unit.model, hooks, report)
+    if session is None:
+        return
     cells = _runnable(plan, session, unit)
+    for cell in cells:
+        if cell.noted() is not None:
+            cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
+    dataset = _dataset(plan, unit, report)
+    losses = Losses(plan.state / "lost" / f"{unit.name}.json")
     start = time.monotonic()
     with ExitStack() as stack:
         journals = [stack.enter_context(Journal(shard(cell, unit)).open()) for cell in cells]
-        known = [answers(cell) for cell in cells]
+        known = [answers(cell, unit) for cell in cells]
         answered = failed = 0
         agreement = Agreement()
-        for key, records in answered_samples(plan, unit, session, cells, known, agreement):
-            if not records:  # its picture cannot be read; `run_cell` notes why
-                failed += 1
-                continue
+
+        def keep(sample: Answered) -> None:
+            key, records = sample
             for cell, journal, before, record in zip(cells, journals, known, records, strict=True):
-                if cell.lacks(before.get(key)):
-                    journal.append({"key": key, **record})
+                if record is not None and record is not before.get(key) and cell.lacks(before.get(key)):
+                    journal.append({**record, "key": key})
                     before[key] = record
-            answered += 1
-            failed += any(before[key]["error"] for before in known)
-            if stop.requested:
-                break
+
+        try:
+            for key, records in answered_samples(plan, unit, session, dataset, cells, known, losses, agreement):
+                if not records:  # its picture cannot be read; `run_cell` notes why
+                    failed += 1
+                    continue
+                keep((key, records))
+                answered += 1
+                failed += any(before[key]["error"] for before in known)
+                if stop.requested:
+                    break
+        except DeviceLost as lost:
+            for sample in lost.samples:
+                keep(sample)
+            losses.add(lost)
+            raise
+        for journal in journals:
+            journal.sync()  # before the mark, which stays after a crash of the machine
     report.samples += answered
     report.failed += failed
     if stop.requested:
@@ -174,8 +208,8 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
     )
 
 
-def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session:
-    """The model in memory; one at a time."""
+def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session | None:
+    """The model in memory, one at a time; None if it cannot be loaded, which ends no work on others."""
     from ivcp_eval.session import timed_load
     from ivcp_eval.vlmeval_bridge import register
 
@@ -183,13 +217,29 @@ def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Sessi
         report.sessions.clear()
         register()
         own = plan.models[model]
-        found, seconds = timed_load(
-            own.weights, own.plan.placement, own.plan.limits, own.request.trust_remote_code, own.request.timeout
-        )
+        try:
+            found, seconds = timed_load(
+                own.weights, own.plan.placement, own.plan.limits, own.request.trust_remote_code, own.request.timeout
+            )
+        except FAILURES as error:
+            report.broken.add(model)
+            hooks.warn(f"{model} could not be loaded, so nothing of it is answered: {type(error).__name__}: {error}")
+            return None
         report.sessions[model] = found
         hooks.say(f"loaded {model} in {seconds:.1f} s")
     session: Session = report.sessions[model]
     return session
+
+
+def _dataset(plan: SweepPlan, unit: Unit, report: Report) -> Any:
+    """VLMEvalKit's data set; the last one is kept, since reading it takes as long as many answers."""
+    from ivcp_eval.vlmeval_bridge.evaluate import build
+
+    asked = unit.benchmark.name, plan.models[unit.model].request.limit
+    if report.dataset[0] != asked:
+        report.dataset = None, None  # two need not fit into memory
+        report.dataset = asked, build(unit.benchmark, asked[1])
+    return report.dataset[1]
 
 
 def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
@@ -210,14 +260,26 @@ def shard(cell: Cell, unit: Unit) -> Path:
     return cell.folder / "shards" / f"{unit.start:07d}-{unit.stop:07d}.jsonl"
 
 
-def answers(cell: Cell) -> Records:
-    """Everything known of a cell, whoever wrote it; a good answer is preferred to a failed one."""
+def answers(cell: Cell, unit: Unit | None = None) -> Records:
+    """What is known of a cell, whoever wrote it; a good answer is preferred to a failed one.
+
+    Args:
+        unit: leave out what was written of other rows, whose number grows with the benchmark.
+    """
     found: Records = {}
-    for path in [cell.journal, *sorted((cell.folder / "shards").glob("*.jsonl"))]:
+    paths = sorted((cell.folder / "shards").glob("*.jsonl"))
+    if unit is not None:
+        paths = [path for path in paths if _overlaps(path, unit)]
+    for path in [cell.journal, *paths]:
         for key, record in Journal(path).load().items():
             if key not in found or cell.lacks(found[key]):
                 found[key] = record
     return found
+
+
+def _overlaps(path: Path, unit: Unit) -> bool:
+    start, stop = (int(text) for text in path.stem.split("-"))
+    return start < unit.stop and unit.start < stop
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -273,8 +335,6 @@ class _Log(io.TextIOBase):
 
 
 def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, hooks: Hooks) -> None:
-    import shutil
-
     from ivcp_eval.vlmeval_bridge import register
     from ivcp_eval.vlmeval_bridge.model import RecordedVLM
 
@@ -293,17 +353,28 @@ def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, hooks: Hooks) -> 
         shutil.rmtree(cell.folder / "shards", ignore_errors=True)
 
 
-def forget_failures(plan: SweepPlan) -> int:
-    """Make everything that failed open again; returns how many units and cells that were."""
+def reopen(plan: SweepPlan, failures: bool = False) -> int:
+    """Make units open again whose answers are gone (somebody removed their folder); returns how much was opened.
+
+    Args:
+        failures: also everything that failed, units and cells.
+    """
     count = 0
+    if failures:
+        shutil.rmtree(plan.state / "lost", ignore_errors=True)
+        for _, _, cell in plan.scored():
+            record = cell.noted()
+            if record is not None and record["status"] not in ("ok", "skipped"):
+                cell.record.unlink()
+                count += 1
     for unit in plan.units():
         path = mark(plan, unit)
-        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["failed"]:
+        if not path.exists():
+            continue
+        failed = failures and json.loads(path.read_text(encoding="utf-8"))["failed"]
+        # In this order: a cell that is whole notes so first, then drops its shards.
+        if failed or any(not shard(cell, unit).exists() and cell.noted() is None for cell in unit.cells):
             path.unlink()
-            count += 1
-    for _, _, cell in plan.scored():
-        if cell.noted() is not None and cell.finished() is None:
-            cell.record.unlink()
             count += 1
     return count
 

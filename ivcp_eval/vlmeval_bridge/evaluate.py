@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 import torch
 import vlmeval.dataset
-from PIL import Image
 from vlmeval.inference import infer_data_job
 from vlmeval.smp import dump
 
@@ -115,7 +114,7 @@ def messages(dataset: Any, model: PrunedVLM, start: int = 0, stop: int | None = 
             key = message_key(message)
         except DiskFullError:
             raise
-        except (*FAILURES, SyntaxError, Image.DecompressionBombError) as error:
+        except FAILURES as error:
             yield Asked(str(line["index"]), failure=failure(error))
         else:
             yield Asked(str(line["index"]), message, key)
@@ -198,7 +197,9 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
             predictions, unrated = judging.rate(benchmark, dataset, predictions, judge, evaluator)
         try:
             returned = dataset.evaluate(str(predictions), model=evaluator)
-        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        except OSError:  # a full disk, for one, is nothing of the evaluator's
+            raise
+        except Exception as error:  # evaluators fail in every way: packages that are not here, tables they cannot read
             raise ScoreMissing(f"VLMEvalKit's evaluator of {benchmark.vlmeval} failed: {error!r}") from error
     metrics = scores.read_metrics(benchmark, predictions.parent, predictions.stem, evaluator)
     samples = _samples(benchmark, dataset, predictions, evaluator)

@@ -12,7 +12,7 @@ from vlmeval.vlm.base import BaseModel
 
 from ivcp_eval import benchmarks, models, variants
 from ivcp_eval.accounting import Decoder, hold
-from ivcp_eval.failures import FAILURES, failure
+from ivcp_eval.failures import FAILURES, device_lost, failure
 from ivcp_eval.interface import QuestionKind
 from ivcp_eval.journal import Journal
 from ivcp_eval.session import Limits, Placement, Session
@@ -66,7 +66,11 @@ class PrunedVLM(BaseModel):
         return [*({"type": "image", "value": path} for path in paths), {"type": "text", "value": text}]
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-        """The answer, from the journal if it is there; a sample that fails is journalled with its error."""
+        """The answer, from the journal if it is there; a sample that fails is journalled with its error.
+
+        Raises:
+            RuntimeError: the sample failed and there is no journal, or the process lost its GPU, as all others would.
+        """
         key = message_key(message)
         known = self.journal.records.get(key) if self.journal else None
         if known is not None and not known.get("error"):
@@ -76,6 +80,9 @@ class PrunedVLM(BaseModel):
             self.journal.append({"key": key, **record})
         elif record["error"]:
             raise RuntimeError(record["error"])
+        if record["error"] and device_lost(self.session.model):
+            line = record["error"].partition("\n")[0]
+            raise RuntimeError(f"this process lost its GPU ({line}); run the same command again to continue")
         return str(record["prediction"])
 
     def _answer(self, message: list[dict[str, str]], dataset: str | None) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     for i, side in enumerate([100, 500] * 8):
         Image.new("RGB", (side, side)).save(tmp_path / f"{i:02d}.png")
     samples = [(path.stem, [{"image": str(path)}]) for path in sorted(tmp_path.glob("*.png"))]
+    keys = {key for key, _ in samples}
     groups: list[list[str]] = []
 
     def answer_batch(parts: Any, variants: Any, grounding: bool) -> list[list[dict[str, Any]]]:
@@ -84,10 +85,13 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
         return [{"raw": "alone"} for _ in variants]
 
     session: Any = SimpleNamespace(
-        answer_batch=answer_batch, answer_all=answer_all, placement=SimpleNamespace(dtype="bfloat16")
+        answer_batch=answer_batch,
+        answer_all=answer_all,
+        placement=SimpleNamespace(dtype="bfloat16"),
+        model=torch.nn.Module(),
     )
     cells: Any = [SimpleNamespace(identity=SimpleNamespace(variant=i)) for i in range(2)]
-    got = dict(answer_samples(session, samples, cells, grounding=False, exact=False, batch=8))
+    got = dict(answer_samples(session, samples, keys, cells, grounding=False, exact=False, batch=8))
     assert sorted(got) == [key for key, _ in samples]
     small, large = [f"{i:02d}" for i in range(0, 16, 2)], [f"{i:02d}" for i in range(1, 16, 2)]
     assert groups == [small, large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]]
@@ -95,7 +99,13 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     assert raws == {key: {"alone" if key in ("05", "07") else "together"} for key, _ in samples}
     assert all(record["together"] for records in got.values() for record in records), "two variants are company, too"
     groups.clear()
-    exact = dict(answer_samples(session, samples, cells, grounding=False, exact=True, batch=8))
+    rest = dict(answer_samples(session, samples, {"09"}, cells, grounding=False, exact=False, batch=8))
+    assert groups == [large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]], (
+        "who goes on after an interruption asks in the same company"
+    )
+    assert rest == {key: records for key, records in got.items() if key in large}
+    groups.clear()
+    exact = dict(answer_samples(session, samples, keys, cells, grounding=False, exact=True, batch=8))
     assert all(len(group) == 1 for group in groups)
     assert not any("together" in record for records in exact.values() for record in records)
 

@@ -21,7 +21,7 @@ from ivcp_eval.variants import Variant
 ROOT = locations.PACKAGE.parent
 RUNS = locations.RESULTS / "runs"
 
-# Source files whose change can change a prediction or a score. Reports and commands are not among them.
+# Source files whose change can change a prediction, a score or a measured cost; no reports, no commands.
 _CODE = (
     "model_adapters/**/*.py",
     "ivcp_eval/engine/*.py",
@@ -29,8 +29,8 @@ _CODE = (
     "ivcp_eval/vlmeval_bridge/*.py",
     *(f"ivcp_eval/judge/{name}.py" for name in ("client", "questions")),
     "ivcp_eval/interface/*.py",
-    *(f"ivcp_eval/{name}.py" for name in ("boxes", "downsample", "grounding", "ivc_official", "ops", "session")),
-    "ivcp_eval/scores.py",
+    *(f"ivcp_eval/{name}.py" for name in ("boxes", "downsample", "grounding", "ivc_official", "ops")),
+    *(f"ivcp_eval/{name}.py" for name in ("accounting", "flops", "measure", "scores", "session")),
 )
 _DISTRIBUTIONS = {"torch": "torch", "transformers": "transformers", "vlmeval": "ms-vlmeval"}
 

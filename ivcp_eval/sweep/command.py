@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     check_timeout(args.timeout)
     spec = load(args.sweep).over(timeout=args.timeout, exact=args.exact or None)
     from ivcp_eval.sweep.plan import make, write_manifest
-    from ivcp_eval.sweep.work import reopen
+    from ivcp_eval.sweep.state import reopen
 
     device = args.device or str(spec.options.get("device", ""))
     slurm = args.verb == "run" and args.executor == "slurm"

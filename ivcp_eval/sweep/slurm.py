@@ -20,7 +20,8 @@ from typing import Any
 from ivcp_eval.sweep.local import MOST_RESTARTS
 from ivcp_eval.sweep.plan import SweepPlan
 from ivcp_eval.sweep.progress import Progress
-from ivcp_eval.sweep.work import Stop, mark
+from ivcp_eval.sweep.state import mark
+from ivcp_eval.sweep.work import Stop
 
 POLL_S = 5.0
 

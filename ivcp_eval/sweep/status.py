@@ -10,7 +10,7 @@ from ivcp_eval.benchmarks import load as load_benchmark
 from ivcp_eval.judge import EXACT_MATCHING, asked_judge
 from ivcp_eval.sweep.lease import held
 from ivcp_eval.sweep.plan import SweepPlan, Unit, rows
-from ivcp_eval.sweep.work import lease, mark
+from ivcp_eval.sweep.state import lease, mark
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together
 ANSWER_TOKENS = 32  # decoded per sample, for the estimate

@@ -13,7 +13,7 @@ from typing import Any
 from ivcp_eval.cells import Cell
 from ivcp_eval.sweep.lease import held
 from ivcp_eval.sweep.plan import SweepPlan, Unit
-from ivcp_eval.sweep.work import lease, mark, shard
+from ivcp_eval.sweep.state import lease, mark, shard
 from ivcp_eval.variants import BASELINE
 
 WINDOW_S = 120.0  # over which speed is measured ...

@@ -1,4 +1,4 @@
-"""A worker: takes units of work until none is left, answers them, and scores the cells that are whole.
+"""A worker: takes units of work until none is left, answers them, and has the cells that are whole scored.
 
 Every answer is appended to a journal and flushed before the next sample, so a worker may be killed at any moment and
 another goes on behind the last answer. Nothing is ever averaged over part of a cell.
@@ -6,29 +6,24 @@ another goes on behind the last answer. Nothing is ever averaged over part of a 
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cells import Cell
 from ivcp_eval.failures import FAILURES
 from ivcp_eval.files import write_json
 from ivcp_eval.journal import Journal, JournalHeld
-from ivcp_eval.planning import judges_for
-from ivcp_eval.runner import record_failure, run_cell
-from ivcp_eval.sweep.lease import claim, held
-from ivcp_eval.sweep.plan import ModelPlan, SweepPlan, Unit
-from ivcp_eval.sweep.samples import Agreement, Answered, DeviceLost, Losses, Records, answered_samples
+from ivcp_eval.runner import record_failure
+from ivcp_eval.sweep.lease import claim
+from ivcp_eval.sweep.plan import SweepPlan, Unit
+from ivcp_eval.sweep.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
+from ivcp_eval.sweep.scoring import score_any
+from ivcp_eval.sweep.state import answers, lease, mark, shard
 
 if TYPE_CHECKING:
     from ivcp_eval.session import Session
@@ -89,16 +84,6 @@ class Hooks:
     warn: Callable[[str], None] = lambda text: None
 
 
-def mark(plan: SweepPlan, unit: Unit) -> Path:
-    """The file that says a unit is answered."""
-    return plan.state / "done" / f"{unit.name}.json"
-
-
-def lease(plan: SweepPlan, name: str) -> Path:
-    """The file that says who works on something."""
-    return plan.state / "leases" / f"{name}.lease"
-
-
 def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: bool = True, model: str = "") -> Report:
     """Take what is left of a sweep until nothing is, or until asked to stop.
 
@@ -116,8 +101,9 @@ def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: 
             taken, waiting = _answer_any(plan, stop, hooks, report, model)
             left, busy = left or taken, busy or waiting
         if score and not stop.requested:
-            taken, waiting = _score_any(plan, stop, hooks, report)
-            left, busy = left or taken, busy or waiting
+            scored, waiting = score_any(plan, stop, hooks.say)
+            report.scored += scored
+            left, busy = left or scored > 0, busy or waiting
         if not left and not busy:
             break
         if not left:
@@ -126,9 +112,6 @@ def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: 
     report.sessions.clear()
     report.dataset = None, None
     return report
-
-
-# -- answers ----------------------------------------------------------------------------------------------------------
 
 
 def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model: str) -> tuple[bool, bool]:
@@ -253,130 +236,6 @@ def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
             if cell.noted() is None:
                 record_failure(cell, error, plan.models[unit.model].request.timing)
     return found
-
-
-def shard(cell: Cell, unit: Unit) -> Path:
-    """The journal of a cell's answers to one unit."""
-    return cell.folder / "shards" / f"{unit.start:07d}-{unit.stop:07d}.jsonl"
-
-
-def answers(cell: Cell, unit: Unit | None = None) -> Records:
-    """What is known of a cell, whoever wrote it; a good answer is preferred to a failed one.
-
-    Args:
-        unit: leave out what was written of other rows, whose number grows with the benchmark.
-    """
-    found: Records = {}
-    paths = sorted((cell.folder / "shards").glob("*.jsonl"))
-    if unit is not None:
-        paths = [path for path in paths if _overlaps(path, unit)]
-    for path in [cell.journal, *paths]:
-        for key, record in Journal(path).load().items():
-            if key not in found or cell.lacks(found[key]):
-                found[key] = record
-    return found
-
-
-def _overlaps(path: Path, unit: Unit) -> bool:
-    start, stop = (int(text) for text in path.stem.split("-"))
-    return start < unit.stop and unit.start < stop
-
-
-# -- scores -----------------------------------------------------------------------------------------------------------
-
-
-def _score_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report) -> tuple[bool, bool]:
-    """(anything done, anything that is not whole yet, or held by others)."""
-    taken = waiting = False
-    open_units: dict[tuple[str, str], bool] = {}
-    for unit in plan.units():
-        key = unit.model, unit.benchmark.name
-        done = mark(plan, unit).exists() or not unit.pending
-        open_units[key] = open_units.get(key, False) or not done
-        waiting |= not done and held(lease(plan, unit.name))
-    for model, benchmark, cell in plan.scored():
-        if stop.requested:
-            break
-        if cell.noted() is not None or open_units.get((cell.identity.variant.model, benchmark.name), False):
-            continue
-        with claim(lease(plan, f"score.{cell.identity.hash}")) as mine:
-            if not mine:
-                waiting = True
-            elif cell.noted() is None:
-                try:
-                    with _aside(plan):
-                        _score(model, benchmark, cell, hooks)
-                except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
-                    waiting = True
-                    continue
-                report.scored += 1
-                taken = True
-    return taken, waiting
-
-
-@contextmanager
-def _aside(plan: SweepPlan) -> Iterator[None]:
-    """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker."""
-    path = plan.state / "logs" / "scoring.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with redirect_stderr(_Log(path)):
-        yield
-
-
-class _Log(io.TextIOBase):
-    """Opens its file for each write: loggers that were set up meanwhile keep it, and go on writing to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, text: str) -> int:
-        with self.path.open("a", encoding="utf-8") as stream:
-            return stream.write(text)
-
-
-def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, hooks: Hooks) -> None:
-    from ivcp_eval.vlmeval_bridge import register
-    from ivcp_eval.vlmeval_bridge.model import RecordedVLM
-
-    register()
-    with Journal(cell.journal).open() as journal:
-        for key, record in sorted(answers(cell).items()):
-            if cell.lacks(journal.records.get(key)) and journal.records.get(key) != {"key": key, **record}:
-                journal.append({**record, "key": key})
-    judge = judges_for(model.request, [(benchmark, cell)]).get(cell.identity.judge)
-    recorded = partial(RecordedVLM, model.weights.family, cell.identity.variant)
-    record = run_cell(model.request, recorded, benchmark, cell, judge)
-    hooks.say(
-        f"scored {cell.identity.variant.name} on {benchmark.name}: {record['status']} {record['reason']}".rstrip()
-    )
-    if record["status"] == "ok":
-        shutil.rmtree(cell.folder / "shards", ignore_errors=True)
-
-
-def reopen(plan: SweepPlan, failures: bool = False) -> int:
-    """Make units open again whose answers are gone (somebody removed their folder); returns how much was opened.
-
-    Args:
-        failures: also everything that failed, units and cells.
-    """
-    count = 0
-    if failures:
-        shutil.rmtree(plan.state / "lost", ignore_errors=True)
-        for _, _, cell in plan.scored():
-            record = cell.noted()
-            if record is not None and record["status"] not in ("ok", "skipped"):
-                cell.record.unlink()
-                count += 1
-    for unit in plan.units():
-        path = mark(plan, unit)
-        if not path.exists():
-            continue
-        failed = failures and json.loads(path.read_text(encoding="utf-8"))["failed"]
-        # In this order: a cell that is whole notes so first, then drops its shards.
-        if failed or any(not shard(cell, unit).exists() and cell.noted() is None for cell in unit.cells):
-            path.unlink()
-            count += 1
-    return count
 
 
 def devices() -> list[str]:

@@ -15,7 +15,7 @@ from ivcp_eval.results import read_results
 from ivcp_eval.sweep.plan import SweepPlan, make, write_manifest
 from ivcp_eval.sweep.slurm import Task
 from ivcp_eval.sweep.spec import load
-from ivcp_eval.sweep.work import mark, shard
+from ivcp_eval.sweep.state import mark, shard
 from ivcp_eval.variants import Variant
 from tests.sweep.conftest import Bench
 

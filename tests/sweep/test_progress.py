@@ -25,8 +25,8 @@ from ivcp_eval.sweep.lease import claim
 from ivcp_eval.sweep.plan import SweepPlan, Unit, make
 from ivcp_eval.sweep.progress import Progress, benchmark_line, duration, summary
 from ivcp_eval.sweep.spec import load
+from ivcp_eval.sweep.state import lease, mark, shard
 from ivcp_eval.sweep.watch import Watch
-from ivcp_eval.sweep.work import lease, mark, shard
 from tests.sweep.conftest import SPEC, Bench
 
 

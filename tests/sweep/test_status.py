@@ -14,8 +14,9 @@ from ivcp_eval.session import Session
 from ivcp_eval.sweep import status
 from ivcp_eval.sweep.lease import claim
 from ivcp_eval.sweep.plan import make
+from ivcp_eval.sweep.scoring import _aside
 from ivcp_eval.sweep.spec import load
-from ivcp_eval.sweep.work import _aside, lease, mark
+from ivcp_eval.sweep.state import lease, mark
 from tests.sweep.conftest import Bench
 
 

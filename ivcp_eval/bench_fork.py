@@ -7,14 +7,16 @@ floating-point operations. Decoding several rows together reads the weights once
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ivcp_eval.files import write_json
 from ivcp_eval.variants import Variant
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
@@ -236,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
     made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
+    made.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
     made.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
     return made
 
@@ -245,8 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     import torch
 
+    from ivcp_eval.bench_report import environment
+
     if options.threads:
         torch.set_num_threads(options.threads)
+    command = shlex.join(["python", "-m", "ivcp_eval.bench_fork", *(sys.argv[1:] if arguments is None else arguments)])
+    before, rows = environment(options.device, command), []
     clock = time.process_time if options.cpu_time else time.perf_counter
     missed = False
     with TemporaryDirectory() as folder:
@@ -262,6 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{equal} of {len(case.variants)} variants token for token\n"
             )
             sys.stdout.flush()
+            found = {"times": asdict(spread), "flops": singles / together, "pass_ms": milliseconds, "equal": equal}
+            rows.append({"case": case.name, "variants": len(case.variants), "target": case.target, **found})
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(options.out.with_suffix(".json"), {**before, "rows": rows})
     return 1 if options.check and missed else 0
 
 

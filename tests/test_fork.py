@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,11 +241,13 @@ def test_changed_pictures_are_refused_and_nothing_is_left_behind() -> None:
     assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == hooks
 
 
-def test_bench_counts_and_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_counts_and_agrees(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The smallest bench runs, its variants agree token for token, and sharing never costs more operations."""
     from ivcp_eval import bench_fork
 
-    assert bench_fork.main(["--size", "tiny", "--rounds", "1"]) == 0
+    assert bench_fork.main(["--size", "tiny", "--rounds", "1", "--out", str(tmp_path / "new" / "fork")]) == 0
+    written = json.loads((tmp_path / "new" / "fork.json").read_text())
+    assert [row["equal"] for row in written["rows"]] == [row["variants"] for row in written["rows"]]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert all("7 of 7" in line for line in lines if "seven" in line)

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ivcp_eval.grounding import TOLERANCE
 from ivcp_eval.stats import Aggregate, Sample
 
-__all__ = ["Rule", "rule_for"]
+__all__ = ["COLUMNS", "Rule", "rule_for"]
+
+COLUMNS = ("index", "category", "prediction", "answer", "score", "iou")
 
 # MME's two halves (yorn.py, MME_rating); each category counts 200 at most, hence 2000 + 800 = 2800.
 _MME_PERCEPTION = (
@@ -37,14 +40,16 @@ class Rule:
 
     Attributes:
         aggregate: None for 'the mean of the scores times the scale'.
-        prepare: makes the arrays (n,) that `aggregate` needs from the text columns, once, not per resample.
-        groups: numbers or names (n,) of samples that are scored together, from the text columns; they must lie inside
-            one cluster.
+        prepare: makes the arrays (n,) that `aggregate` needs from the columns, once, not per resample.
+        groups: numbers or names (n,) of samples that are scored together, from the columns; they must lie inside one
+            cluster.
+        scores: what each sample (n,) scores under this metric, from the columns; NaN if unknown.
     """
 
     aggregate: Aggregate | None = None
     prepare: _Prepare = field(default=lambda columns: {})
     groups: Callable[[Mapping[str, NDArray]], NDArray] | None = None
+    scores: Callable[[Mapping[str, NDArray]], NDArray] = lambda columns: columns["score"].astype(float)
 
     def clusters(self, columns: Mapping[str, NDArray], given: NDArray) -> NDArray:
         """The clusters (n,) to resample: the given ones, or the groups where one would be torn apart by them."""
@@ -56,13 +61,17 @@ class Rule:
 
 
 def rule_for(benchmark: str, metric: str, scale: float) -> Rule:
-    """The rule of a benchmark's metric; text columns used are ``index``, ``category``, ``prediction``, ``answer``.
+    """The rule of a benchmark's metric; it may use the per-sample columns that `COLUMNS` names.
 
     Args:
         benchmark, metric: VLMEvalKit's names.
         scale: the metric's largest value (100, 2800, ...), by which shares are multiplied.
     """
     name = re.sub(r"[^a-z0-9+]", "", metric.lower())
+    if name == "meaniou":
+        return Rule(scores=lambda columns: columns["iou"].astype(float))
+    if (threshold := re.fullmatch(r"Acc@(0\.\d+)", metric)) and metric != "Acc@0.5":  # that one is `score`
+        return Rule(scores=lambda columns: _hits(columns, float(threshold[1])))
     if benchmark == "MME":
         kinds = {"perception": _MME_PERCEPTION, "reasoning": _MME_REASONING}
         kinds |= dict.fromkeys(("total", "overall", "sum"), (*_MME_PERCEPTION, *_MME_REASONING))
@@ -90,6 +99,11 @@ def rule_for(benchmark: str, metric: str, scale: float) -> Rule:
             lambda sample: scale * _all_right(sample), lambda columns: {"group": _questions(columns)}, _questions
         )
     return Rule()
+
+
+def _hits(columns: Mapping[str, NDArray], threshold: float) -> NDArray[np.float64]:
+    overlaps = columns["iou"].astype(float)
+    return np.where(np.isnan(overlaps), np.nan, overlaps >= threshold - TOLERANCE)
 
 
 def _numbered(names: NDArray) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ivcp_eval import stats
-from ivcp_eval.aggregates import rule_for
+from ivcp_eval.aggregates import COLUMNS, rule_for
 from ivcp_eval.comparison import ComparedRow, Comparison
 from ivcp_eval.provenance import (
     Against,
@@ -195,25 +195,27 @@ def _skeleton(baseline: Row, pruned: Row) -> ComparedRow:
 
 def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) -> ComparedRow | str:
     """The row with its paired statistics, or why the per-sample scores do not give this metric."""
-    before, after = samples
-    of_metric = _of_category(before, row.metric)
-    scored = [i for i in of_metric if not (math.isnan(before[i]["score"]) or math.isnan(after[i]["score"]))]
-    if not scored:
-        return "no sample has a score of its own"
-    texts = [_columns(one, scored) for one in samples]
-    old, new = (np.array([one[i]["score"] for i in scored]) for one in samples)
     rule = rule_for(row.benchmark, row.metric, row.score_scale)
-    given = np.array([before[i]["cluster"] or f"index {i}" for i in scored])
+    before = samples[0]
+    of_metric = _of_category(before, row.metric)
+    columns = [_columns(one, of_metric) for one in samples]
+    old, new = (rule.scores(one) for one in columns)
+    scored = ~np.isnan(old + new)
+    if not scored.any():
+        return "no sample has a score of its own"
+    old, new = old[scored], new[scored]
+    columns = [{name: values[scored] for name, values in one.items()} for one in columns]
+    given = np.array([before[i]["cluster"] or f"index {i}" for i in columns[0]["index"]])
     # One seed per row, whatever the order of the file.
     name = f"{row.model}|{row.benchmark}|{row.metric}|{row.method}|{row.ratio_asked}|{row.method_parameters}"
     name += f"|{row.budget}" if row.budget else ""
     result = stats.paired_bootstrap(
         old,
         new,
-        rule.clusters(texts[0], given),
+        rule.clusters(columns[0], given),
         aggregate=rule.aggregate,
-        columns=rule.prepare(texts[0]),
-        pruned_columns=rule.prepare(texts[1]),
+        columns=rule.prepare(columns[0]),
+        pruned_columns=rule.prepare(columns[1]),
         scale=row.score_scale,
         resamples=resamples,
         seed=zlib.crc32(name.encode()),
@@ -221,11 +223,11 @@ def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) 
     for got, stated in ((result.baseline, row.score_baseline), (result.pruned, row.score_pruned)):
         if abs(got - stated) > _REPRODUCED * row.score_scale:
             return f"the per-sample scores give {got:.6g}, not the reported {stated:.6g}"
-    changed = stats.flips(old, new, texts[0]["prediction"].tolist(), texts[1]["prediction"].tolist())
+    changed = stats.flips(old, new, *(one["prediction"].tolist() for one in columns))
     # McNemar's test needs independent samples and an average of their verdicts.
     independent = result.n_clusters == result.n_samples and rule.aggregate is None
     exact = independent and not changed.graded
-    unscored = len(of_metric) - len(scored)
+    unscored = len(of_metric) - int(scored.sum())
     notes = (
         *row.notes,
         *result.notes,
@@ -258,8 +260,7 @@ def _of_category(samples: Samples, metric: str) -> list[str]:
 
 
 def _columns(samples: Samples, indices: Sequence[str]) -> dict[str, np.ndarray]:
-    names = ("index", "category", "prediction", "answer")
-    return {name: np.array([samples[i][name] for i in indices], dtype=object) for name in names}
+    return {name: np.array([samples[i][name] for i in indices], dtype=object) for name in COLUMNS}
 
 
 def _unpaired(row: ComparedRow, baseline: Row, pruned: Row, why: str) -> ComparedRow:

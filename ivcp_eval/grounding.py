@@ -14,14 +14,24 @@ from typing import Any
 
 from ivcp_eval.boxes import Box, BoxFormat, Frame, iou, parse_answer
 
-__all__ = ["IOU_THRESHOLDS", "SIZES", "GroundTruth", "GroundingScore", "ScoredBox", "ground_truth", "score", "size_of"]
+__all__ = [
+    "IOU_THRESHOLDS",
+    "SIZES",
+    "TOLERANCE",
+    "GroundTruth",
+    "GroundingScore",
+    "ScoredBox",
+    "ground_truth",
+    "score",
+    "size_of",
+]
 
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
 SIZES = ("small", "medium", "large")
 # COCO's limits (pycocotools, Params.areaRng). COCO measures the mask; here it is the box, which every source has.
 _SMALL, _MEDIUM = 32.0**2, 96.0**2
 # IoU is a quotient of rounded products: a box made to overlap by exactly one half must not miss by 1e-16.
-_TOLERANCE = 1e-9
+TOLERANCE = 1e-9
 # How far (as a fraction of the image) a box may stick out before it counts as "outside": rounding sticks out a little.
 _OUTSIDE = 0.02
 
@@ -99,7 +109,7 @@ class ScoredBox:
 
     def hit(self, threshold: float = 0.5) -> bool:
         """Whether the overlap reaches ``threshold`` (inclusive)."""
-        return self.iou >= threshold - _TOLERANCE
+        return self.iou >= threshold - TOLERANCE
 
     @property
     def outside(self) -> bool:

@@ -236,6 +236,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("prediction", "text", "the generated answer, unchanged"),
     Column("answer", "text", "the true answer"),
     Column("score", "number", "score of this sample in [0, 1]; empty if it cannot be scored alone", low=0, high=1),
+    Column("iou", "number", "grounding: overlap of the box with the true one", low=0, high=1, late=True),
     Column("visual_tokens", "integer", "visual tokens in the unpruned prompt", low=0),
     Column("visual_kept", "integer", "visual tokens alive after the last cut", low=0),
     Column("layer_mean_ratio", "number", "share of them alive, mean over layers of the prefill", low=0, high=1),

@@ -141,7 +141,7 @@ def run_cell(
             scored = bridge.score(benchmark, dataset, predictions, judge)
         except (JudgeError, ScoreMissing) as error:
             scored, problem = bridge.Scored({}, {}), f"no score: {error}"
-        samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored.samples)
+        samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
         failed = [row for row in samples if row["error"]]
         if failed and not problem:
             kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()

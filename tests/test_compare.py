@@ -212,6 +212,21 @@ class TestUnpaired:
         assert row.paired
         assert (row.n_samples, row.right_to_wrong, row.wrong_to_right) == (20, 10, 0)
 
+    def test_other_metrics_of_boxes_are_paired_by_their_overlap(self, folder):
+        overlaps = {"none": [0.9] * 30 + [0.6] * 30, "ivc": [0.9] * 12 + [0.7] * 18 + [0.6] * 27 + [0.8] * 3}
+        for name, values in overlaps.items():
+            rows = [{**row, "iou": iou} for row, iou in zip(samples([1.0] * N), values, strict=True)]
+            write_samples(folder / "runs" / f"{name}.csv", rows)
+        stated = {"Acc@0.5": (100, 100), "Acc@0.75": (50, 25), "mean_iou": (75, 70)}
+        rows = []
+        for metric, (before, after) in stated.items():
+            rows.append(make(metric=metric, score=before, predictions="runs/none.csv"))
+            rows.append(make("ivc_prune", metric=metric, score=after, predictions="runs/ivc.csv"))
+        found = {row.metric: row for row in compare(write(folder, *rows)).rows}
+        assert all(row.paired for row in found.values())
+        assert [(row.right_to_wrong, row.wrong_to_right) for row in found.values()] == [(0, 0), (18, 3), (18, 3)]
+        assert [row.graded for row in found.values()] == [False, False, True]
+
     def test_a_metric_that_samples_do_not_determine(self, folder):
         rows = [
             make(metric="mean_iou", score=0.71, score_scale=1, predictions="runs/none.csv"),

@@ -20,7 +20,7 @@ from vlmeval.inference import infer_data_job
 from vlmeval.smp import dump
 
 from ivcp_eval import scores
-from ivcp_eval.benchmarks import Benchmark, DataMissing
+from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples
 from ivcp_eval.failures import FAILURES, failure
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.journal import Journal
@@ -163,6 +163,7 @@ class Scored:
 
     Attributes:
         metrics: name -> (score, scale). samples: index -> score in 0..1; without an entry: not scored alone.
+        ious: grounding: index -> overlap of the box with the true one.
         judge_failures: answers that the judge could not rate, which are left out of the score; None if none was asked.
         remark: what else should be known, in words.
     """
@@ -171,6 +172,7 @@ class Scored:
     samples: dict[str, float]
     judge_failures: int | None = None
     remark: str = ""
+    ious: Mapping[str, float] = field(default_factory=dict)
 
 
 def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | None = None) -> Scored:
@@ -209,6 +211,7 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
         {index: value for index, value in samples.items() if index not in left_out},
         None if unrated is None else len(unrated),
         _remark(benchmark, predictions, unrated or ()),
+        _ious(benchmark, predictions),
     )
 
 
@@ -220,6 +223,12 @@ def _samples(benchmark: Benchmark, dataset: Any, predictions: Path, evaluator: s
     if benchmark.samples.rule not in RULES:
         raise unknown("rule of per-sample scores", benchmark.samples.rule, RULES)
     return RULES[benchmark.samples.rule](dataset, predictions, evaluator)
+
+
+def _ious(benchmark: Benchmark, predictions: Path) -> dict[str, float]:
+    if benchmark.kind != "grounding":
+        return {}
+    return scores.read_samples(Samples("_results.csv", "iou"), predictions.parent, predictions.stem, "")
 
 
 def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> str:
@@ -263,7 +272,7 @@ def sample_rows(
     dataset: Any,
     prompts: Prompts,
     journal: Journal,
-    sample_scores: Mapping[str, float],
+    scored: Scored,
 ) -> list[dict[str, Any]]:
     """One record per row of the data set, in its order, in the per-sample schema (ivcp_eval.results_schema)."""
     rows = []
@@ -284,7 +293,8 @@ def sample_rows(
                 "prompt_sha256": key,
                 "prediction": answer.get("raw", answer.get("prediction", "")),
                 "answer": str(line.get("answer", "")),
-                "score": sample_scores.get(index),
+                "score": scored.samples.get(index),
+                "iou": scored.ious.get(index),
                 **{name: answer.get(name) for name in fields},
                 "error": prompts.broken.get(index, answer).get("error", ""),
             }

@@ -102,7 +102,7 @@ class Laboratory:
         scored = bridge.score(benchmark, dataset, predictions, judge)
         journal = Journal(self.work / "unused.jsonl")
         journal.records = {key: {"prediction": answers[index]} for index, key in prompts.keys.items()}
-        return scored, bridge.sample_rows(benchmark, dataset, prompts, journal, scored.samples)
+        return scored, bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
 
 
 def judge_for(miniature: Miniature) -> ListJudge | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ivcp_eval import benchmarks
-from ivcp_eval.aggregates import rule_for
+from ivcp_eval.aggregates import COLUMNS, rule_for
 from ivcp_eval.results_schema import SAMPLE_COLUMN_NAMES
 from ivcp_eval.stats import Sample
 from tests.benchmarks.conftest import Laboratory, judge_for
@@ -18,7 +18,7 @@ NAMES = tuple(
     if not benchmarks.load(name).file  # files of our own have no counterpart in VLMEvalKit
 )
 # A sample has one score, so a second metric that needs another one is compared without pairing.
-UNPAIRED = {"Acc@0.75", "Acc@0.9", "mean IoU", "relative score"}
+UNPAIRED = {"relative score"}
 
 
 def test_the_matrix_is_the_twenty():
@@ -51,11 +51,9 @@ def test_the_metric_map_reads_the_score(laboratory: Laboratory, name: str, place
 def recomputed(name: str, metric: str, scale: float, rows: list) -> float:
     """The metric from our per-sample rows, as the comparison computes it."""
     rows = [row for row in rows if row["score"] is not None]
-    columns = {
-        c: np.array([row[c] for row in rows], dtype=object) for c in ("index", "category", "prediction", "answer")
-    }
-    scores = np.array([row["score"] for row in rows], dtype=float)
+    columns = {column: np.array([row[column] for row in rows], dtype=object) for column in COLUMNS}
     rule = rule_for(name, metric, scale)
+    scores = rule.scores(columns)
     clusters = rule.clusters(columns, np.array([row["cluster"] for row in rows]))
     ids = np.unique(clusters, return_inverse=True)[1]
     if rule.aggregate is None:

@@ -7,15 +7,27 @@ from ivcp_eval import cpu_torchvision
 cpu_torchvision.install()  # before anything imports transformers
 
 from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from ivcp_eval.tiny.processor import build_random  # noqa: E402
 
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-pair", action="store_true", help="tests/contract: every check on every method and family")
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Qwen2.5-VL, marked as such."""
+    folder = tmp_path_factory.mktemp("model")
+    build_random(folder, seed=0)
+    (folder / "RANDOM_WEIGHTS").touch()
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -9,17 +9,8 @@ import pytest
 
 from ivcp_eval.cli import main
 from ivcp_eval.results import read_results
-from ivcp_eval.tiny.processor import build_random
 from tests.benchmarks.conftest import Laboratory
 from tests.judge.server import completion, error, serve
-
-
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_random(folder, seed=0)
-    (folder / "RANDOM_WEIGHTS").touch()
-    return folder
 
 
 @pytest.fixture(autouse=True)

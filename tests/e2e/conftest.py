@@ -10,7 +10,6 @@ import pytest
 
 from ivcp_eval.cli import main
 from ivcp_eval.results import Row, read_results
-from ivcp_eval.tiny.processor import build_random
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,6 @@ class Lab:
     def rows(self) -> list[Row]:
         """The results."""
         return read_results(self.csv)
-
-
-@pytest.fixture(scope="session")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny Qwen2.5-VL, marked as such."""
-    folder = tmp_path_factory.mktemp("model")
-    build_random(folder, seed=0)
-    (folder / "RANDOM_WEIGHTS").touch()
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from ivcp_eval.cli import main
-from ivcp_eval.tiny.processor import build_random
 
 SPEC = """
 models: {{tiny: {model}}}
@@ -74,14 +73,6 @@ def _child(arguments: list[str], lmu: str, folder: str) -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
     os._exit(main(arguments))
-
-
-@pytest.fixture(scope="session")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_random(folder, seed=0)
-    (folder / "RANDOM_WEIGHTS").touch()
-    return folder
 
 
 @pytest.fixture

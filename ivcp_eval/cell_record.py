@@ -39,6 +39,8 @@ def record_of(
     """
     status = "ok" if not problem else ("incomplete" if scored.metrics else "failed")
     prompt = sum(u["visual_tokens"] for u in used)
+    dear = sum(u.get("dear", False) for u in used)
+    remarks = [scored.remark, f"{dear} of {len(used)} samples have pictures that cost more at any size" if dear else ""]
     variant = cell.identity.variant
 
     def share(key: str) -> float | None:
@@ -49,7 +51,7 @@ def record_of(
 
     return {
         "status": status,
-        "reason": problem or scored.remark,
+        "reason": problem or "; ".join(filter(None, remarks)),
         "identity": json.loads(cell.identity.canonical),
         "metrics": {name: {"score": score, "scale": scale} for name, (score, scale) in scored.metrics.items()},
         "faithfulness": make_method(variant.method, variant.parameters).faithfulness,

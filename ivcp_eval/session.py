@@ -14,7 +14,7 @@ import torch
 from ivcp_eval import measure
 from ivcp_eval.accounting import measured_flops
 from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
-from ivcp_eval.downsample import check_cost, shrink
+from ivcp_eval.downsample import shrink
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.failures import deadline, steps
@@ -133,7 +133,8 @@ class Session:
 
         Returns:
             prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
-            kv_ratio, flops_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first).
+            kv_ratio, flops_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first); dear (of a
+            smaller picture: whether it still costs more than asked).
 
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
@@ -148,9 +149,6 @@ class Session:
                     for part in conversation
                 ]
             inputs, tensors = self._encoded(conversation)
-            if share is not None and whole is not None:
-                n_images = sum("image" in part for part in conversation)
-                check_cost(self._visual_tokens(inputs), whole, share, n_images)
             check()
             with (
                 torch.inference_mode(),
@@ -159,7 +157,10 @@ class Session:
             ):
                 out = self.model.generate(**tensors, **self._options)
         new = out[0, tensors["input_ids"].shape[1] :]
-        return self._record(new, run, inputs, grounding, phases, whole)
+        record = self._record(new, run, inputs, grounding, phases, whole)
+        if share is not None and whole is not None:  # each image may round up to one token more
+            record["dear"] = record["visual_kept"] > share * whole + sum("image" in part for part in conversation)
+        return record
 
     def answer_all(
         self,

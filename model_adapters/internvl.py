@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivcp_eval.downsample import shrunk_to_count
+from ivcp_eval.downsample import shrunk_to_tiles
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters import _internvl_checkpoint as original
 from model_adapters import _internvl_processor
@@ -75,17 +75,14 @@ class Adapter(AbstractTransformersAdapter):
         return original.native_config(json.loads((folder / "config.json").read_text()), original.added_tokens(folder))
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
-        """A picture of the same proportions, which decide about tiles more than the size does.
-
-        Raises:
-            ValueError: no smaller picture is cheap enough.
-        """
+        """A grid of fewer tiles, to which the processor would stretch a picture of any size and these proportions."""
 
         def count(sizes: list[tuple[int, int]]) -> list[int]:
             counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
             return [n * processor.image_seq_length for n in counted["num_image_patches"]]
 
-        return shrunk_to_count(count, size, share)
+        tiles = processor.image_processor
+        return shrunk_to_tiles(count, size, share, (tiles.size["width"], tiles.size["height"]), tiles.max_patches)
 
     def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
         """An original checkpoint is converted as it is read; an ``-hf`` one is transformers' own."""

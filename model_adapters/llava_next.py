@@ -91,11 +91,7 @@ class Adapter(AbstractTransformersAdapter):
         return list(lines)
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
-        """A picture of the same proportions.
-
-        Raises:
-            ValueError: no smaller picture is cheap enough: the overview alone costs 576 tokens (OneVision: 729).
-        """
+        """A picture of the same proportions; the overview alone costs 576 tokens (OneVision: 729)."""
 
         def count(sizes: list[tuple[int, int]]) -> list[int]:
             # Of transformers' processors, the one entry that counts without encoding (serving engines use it, too).

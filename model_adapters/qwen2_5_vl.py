@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ivcp_eval.boxes import smart_resize
 from ivcp_eval.downsample import shrunk_grid
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
+from ivcp_eval.ops import budget
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
 from model_adapters._vision import qwen_tap
 
@@ -74,23 +75,14 @@ class Adapter(AbstractTransformersAdapter):
         return None if tower is None else qwen_tap(tower)
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
-        """Whole merge units, so that the processor leaves the result as it is.
-
-        Raises:
-            ValueError: the result would lie below the processor's ``min_pixels`` and be enlarged again.
-        """
+        """Whole merge units, and ``min_pixels`` of them at least, so that the processor leaves the result as it is."""
         images = processor.image_processor
         unit = images.patch_size * images.merge_size
         limits = images.size
         height, width = smart_resize(size[1], size[0], unit, limits["shortest_edge"], limits["longest_edge"])
-        rows, columns = shrunk_grid(height // unit, width // unit, share)
-        if rows * columns * unit * unit < limits["shortest_edge"]:
-            raise ValueError(
-                f"downsample cannot bring an image of {size[0]} x {size[1]} down to {share:g} of its visual tokens: "
-                f"{columns * unit} x {rows * unit} is below min_pixels={limits['shortest_edge']}, to which the "
-                "processor would enlarge it. Ask for a higher ratio, or lower min_pixels."
-            )
-        return columns * unit, rows * unit
+        rows, columns = height // unit, width // unit
+        grids = (shrunk_grid(rows, columns, n) for n in range(budget(share, rows * columns), rows * columns + 1))
+        return next((c * unit, r * unit) for r, c in grids if r * c * unit * unit >= limits["shortest_edge"])
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
         """The wording of Qwen's published evaluation."""

@@ -137,9 +137,10 @@ class AbstractAdapter(ABC):
         return None
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
-        """(width, height) at which an image of ``size`` costs ``share`` of its visual tokens, never more.
+        """(width, height) at which an image of ``size`` costs ``share`` of its visual tokens.
 
-        None where the number of visual tokens does not follow the image's size.
+        More only where no size is cheap enough; then the cheapest, and the results say so. None where the number
+        of visual tokens does not follow the image's size.
         """
         return None
 

@@ -126,11 +126,7 @@ class Adapter(AbstractTransformersAdapter):
         return DeepseekVL2Config.from_pretrained(source)
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
-        """A picture of the same proportions.
-
-        Raises:
-            ValueError: no smaller picture is cheap enough (thumbnail and one tile are the least).
-        """
+        """A picture of the same proportions; thumbnail and one tile are the least."""
 
         def count(sizes: list[tuple[int, int]]) -> list[int]:
             return [n_tokens(processor.view_side, processor.tiles(smaller)) for smaller in sizes]

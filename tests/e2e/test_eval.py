@@ -178,3 +178,11 @@ def test_bad_requests_say_what_to_do(
     assert lab.eval("--limit", "1", *arguments) == 2
     assert words in capsys.readouterr().err
     assert not lab.csv.exists()
+
+
+def test_pictures_that_cost_more_at_any_size_are_counted(lab: Lab) -> None:
+    shrunk = ("--data", "tiny_mcq", "--limit", "3", "--method", "downsample", "--ratio", "0.5")
+    assert lab.eval(*shrunk, "--min-pixels", str(250 * 28 * 28), "--max-pixels", str(300 * 28 * 28)) == 0
+    (row,) = [row for row in lab.rows() if row["method"] == "downsample" and row["metric"] == "accuracy"]
+    assert (row["status"], row["reason"]) == ("ok", "3 of 3 samples have pictures that cost more at any size")
+    assert row["ratio_asked"] == 0.5 < row["ratio_kept_final"]

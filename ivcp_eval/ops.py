@@ -133,25 +133,53 @@ def image_partition(image: Image) -> tuple[Tensor, Tensor]:
     return group.to(device), centre.to(device)
 
 
+def sparse_weights(row: Tensor, column: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
+    """Sparse merge weights of ``size`` from the places and values (M,) of those that are not 0.
+
+    A dense matrix would grow with the square of the visual tokens.
+    """
+    return torch.sparse_coo_tensor(torch.stack((row, column)), value, size, check_invariants=False).coalesce()
+
+
+def itself(tokens: Tensor, n: int) -> Tensor:
+    """(K, n) sparse float32 weights with which the ``tokens`` (K,) of n stay as they are."""
+    return sparse_weights(
+        torch.arange(tokens.numel(), device=tokens.device), tokens, torch.ones_like(tokens).float(), (tokens.numel(), n)
+    )
+
+
 def group_means(group: Tensor, n_groups: int) -> Tensor:
-    """(n_groups, N) float32 weights that average the members of each group; ``group``: (N,), -1 for no group."""
-    weights = (group[None, :] == torch.arange(n_groups, device=group.device)[:, None]).float()
-    return weights / weights.sum(dim=1, keepdim=True).clamp_min(1)
+    """(n_groups, N) sparse float32 weights that average the members of each group; ``group``: (N,)."""
+    members = torch.arange(group.numel(), device=group.device)
+    sizes = torch.bincount(group, minlength=n_groups).float()
+    return sparse_weights(group, members, 1 / sizes[group], (n_groups, group.numel()))
 
 
 def merged_selection(
     kept: Sequence[Tensor], weights: Sequence[Tensor], images: Sequence[Image]
 ) -> tuple[Tensor, Tensor]:
-    """(keep, merge) of a `Selection` from each image's kept tokens (K_i,) and weights (K_i, N_i), both image-local."""
-    n_visual = sum(image.tokens.numel() for image in images)
+    """(keep, merge) of a `Selection` from each image's kept tokens (K_i,) and sparse weights (K_i, N_i), both local."""
     keep = torch.cat([image.tokens[local] for image, local in zip(images, kept, strict=True)])
-    merge = torch.zeros(keep.numel(), n_visual, device=keep.device)
-    row = 0
+    place = keep.argsort().argsort()
+    rows, columns, first = [], [], 0
     for image, local, weight in zip(images, kept, weights, strict=True):
-        merge[row : row + local.numel(), image.tokens] = weight.to(merge)
-        row += local.numel()
-    order = keep.argsort()
-    return keep[order], merge[order]
+        row, column = weight.indices()
+        rows.append(place[first + row])
+        columns.append(image.tokens[column])
+        first += local.numel()
+    size = (keep.numel(), sum(image.tokens.numel() for image in images))
+    values = torch.cat([weight.values() for weight in weights])
+    return keep.sort().values, sparse_weights(torch.cat(rows), torch.cat(columns), values, size)
+
+
+def merged_states(merge: Tensor, states: Tensor, chunk: int = 256) -> Tensor:
+    """(K, E) float32 ``merge @ states`` of weights (K, V), dense or sparse, and states (V, E).
+
+    ``chunk`` rows are dense at a time: memory stays linear in V, and dense products come out alike in every run.
+    """
+    rows = torch.arange(merge.shape[0], device=merge.device)
+    dense = (merge.index_select(0, part).to_dense().float() for part in rows.split(chunk))
+    return torch.cat([part @ states.float() for part in dense])
 
 
 def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:

@@ -30,6 +30,7 @@ from ivcp_eval.engine.signals import SignalSource
 from ivcp_eval.engine.steps import Before, StepMasks
 from ivcp_eval.engine.vision import VisionListener
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Selection
+from ivcp_eval.ops import merged_states
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -287,7 +288,7 @@ class Engine:
         keep[signals.visual.cpu()[selection.keep.cpu()]] = True
         if selection.merge is not None:
             at = slots.to(hidden.device)[signals.visual]
-            merged = selection.merge.float() @ hidden[row, at].float()
+            merged = merged_states(selection.merge, hidden[row, at])
             hidden = hidden.clone()
             hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
         return keep, hidden

@@ -212,7 +212,8 @@ class Selection:
 
     Attributes:
         keep: (K,) int64 indices into the row's visual tokens, strictly increasing.
-        merge: optional (K, V) weights; survivor i continues as ``merge[i] @ hidden[visual]`` (float32, then cast).
+        merge: optional (K, V) weights, dense or sparse (`ivcp_eval.ops.sparse_weights`); survivor i continues as
+            ``merge[i] @ hidden[visual]`` (float32, then cast).
         exact: False if the method's own rule overrides the budget (a released rule without one).
     """
 

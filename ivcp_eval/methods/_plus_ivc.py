@@ -29,7 +29,7 @@ from ivcp_eval.interface import (
     Signal,
     Signals,
 )
-from ivcp_eval.ops import coordinate_set, top_of_each_image
+from ivcp_eval.ops import coordinate_set, sparse_weights, top_of_each_image
 from ivcp_eval.registry import PLUS_IVC, method_name
 
 
@@ -153,11 +153,14 @@ class PlusIvc(AbstractMethod):
 
 
 def _merged(chosen: Selection, kept: Tensor, keep: Tensor) -> Tensor:
-    """(K, V) merge weights for ``keep``: the method's own where it kept a token, else the token itself."""
+    """(K, V) sparse merge weights for ``keep``: the method's own where it kept a token, else the token itself."""
     assert chosen.merge is not None
+    merge = chosen.merge.to_sparse().coalesce()
+    row, column = merge.indices()
+    stays = kept[chosen.keep[row]]
+    alone = (keep & ~kept).nonzero().flatten()
+    token = torch.cat((chosen.keep[row[stays]], alone))
+    column = torch.cat((column[stays], alone))
+    value = torch.cat((merge.values()[stays], torch.ones_like(alone, dtype=merge.dtype)))
     places = keep.nonzero().flatten()
-    weights = torch.zeros(places.numel(), keep.numel(), device=keep.device, dtype=chosen.merge.dtype)
-    weights[torch.arange(places.numel()), places] = 1
-    own = kept[chosen.keep]
-    weights[torch.searchsorted(places, chosen.keep[own])] = chosen.merge[own]
-    return weights
+    return sparse_weights(torch.searchsorted(places, token), column, value, (places.numel(), keep.numel()))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import density_peaks, mean_attention, merged_selection, ranking, top
+from ivcp_eval.ops import density_peaks, itself, mean_attention, merged_selection, ranking, sparse_weights, top
 
 # Tokens alive after each stage of the published lists [300, 200, 110], [303, 110, 36], [238, 48, 26], [66, 30, 17]
 # on 576 tokens, with the recycled ones that the released rule adds.
@@ -102,7 +102,8 @@ class Method(AbstractMethod):
         return Selection(*merged_selection(kept, weights, signals.images))
 
     def _select_by_rank(self, signals: Signals, rows: Tensor, everything: Tensor) -> Selection:
-        relation = signals.attention(rows)[:, :, signals.visual].mean(dim=0)  # (raters, V)
+        parts = [signals.attention(part)[:, :, signals.visual].mean(dim=0) for part in rows.split(64)]
+        relation = torch.cat(parts)  # (raters, V)
         rank, n = int(torch.linalg.matrix_rank(relation)), signals.n_visual
         if rank == n:
             return Selection(everything, exact=False)
@@ -158,16 +159,15 @@ def keep_and_recycle(states: Tensor, score: Tensor, n_kept: int, n_clusters: int
         states: (N, E) hidden states. score: (N,).
 
     Returns:
-        (n_kept + n_clusters,) indices into N, and as many merge weights (., N).
+        (n_kept + n_clusters,) indices into N, and as many sparse merge weights (., N).
     """
     order = ranking(score)
     kept = top(score, n_kept)
-    weights = torch.zeros(n_kept + n_clusters, score.numel(), device=score.device)
-    weights[torch.arange(n_kept), kept] = 1
+    own = itself(kept, score.numel())
     if not n_clusters:
-        return kept, weights
+        return kept, own
     pool = order[n_kept : n_kept + max(n_clusters, candidates(score.numel() - n_kept))]
     centres, cluster = density_peaks(states[pool], n_clusters)
     sizes = torch.bincount(cluster, minlength=n_clusters).float()
-    weights[n_kept + cluster, pool] = 1 / sizes[cluster]
-    return torch.cat((kept, pool[centres])), weights
+    means = sparse_weights(cluster, pool, 1 / sizes[cluster], (n_clusters, score.numel()))
+    return torch.cat((kept, pool[centres])), torch.cat((own, means)).coalesce()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import merged_selection, top
+from ivcp_eval.ops import itself, merged_selection, sparse_weights, top
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Method(AbstractMethod):
             dominant = top(importance[image.tokens], image.budget - n_contextual)
             places, merge = contextual_tokens(vision["key"][image.tokens], dominant, n_contextual)
             kept.append(torch.cat((dominant, places)))
-            own = torch.zeros(dominant.numel(), merge.shape[1], device=merge.device)
-            own[torch.arange(dominant.numel()), dominant] = 1
-            weights.append(torch.cat((own, merge)))
+            weights.append(torch.cat((itself(dominant, merge.shape[1]), merge)).coalesce())
         return Selection(*merged_selection(kept, weights, signals.images))
 
 
@@ -75,15 +73,14 @@ def contextual_tokens(key: Tensor, dominant: Tensor, count: int) -> tuple[Tensor
         key: (N, D). dominant: indices into N.
 
     Returns:
-        (count,) indices into N; (count, N): 1 for the target, 1/size for each member of its group.
+        (count,) indices into N; (count, N) sparse: 1 for the target, 1/size for each member of its group.
     """
     n = key.shape[0]
     rest = torch.ones(n, dtype=torch.bool, device=key.device)
     rest[dominant] = False
     others = rest.nonzero().flatten()
-    weights = torch.zeros(count, n, device=key.device)
     if not count:
-        return others[:0], weights
+        return others[:0], itself(others[:0], n)
     step = max(1, others.numel() // count)
     targets = others[::step][:count]
     rest[targets] = False
@@ -91,6 +88,5 @@ def contextual_tokens(key: Tensor, dominant: Tensor, count: int) -> tuple[Tensor
     unit = torch.nn.functional.normalize(key.float(), dim=-1)
     assigned = (unit[members] @ unit[targets].T).argmax(dim=1)
     sizes = torch.bincount(assigned, minlength=count).clamp_min(1)
-    weights[assigned, members] = 1 / sizes[assigned].float()
-    weights[torch.arange(count), targets] = 1
-    return targets, weights
+    mean = sparse_weights(assigned, members, 1 / sizes[assigned].float(), (count, n))
+    return targets, mean + itself(targets, n)

@@ -1,0 +1,46 @@
+"""What methods allocate to choose and merge grows with the prompt, not with its square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ivcp_eval.ops import merged_states
+from ivcp_eval.registry import PLUS_IVC, make_method
+from tests.methods.material import random_signals
+from tests.methods.test_degenerate import CHOOSING, chosen
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any one operation returned in one tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+# DivPrune compares every token with every other: of up to 8192 it holds all similarities (`ops.farthest_points`).
+@pytest.mark.parametrize("name", [*(n for n in CHOOSING if n != "divprune"), "visionzip" + PLUS_IVC])
+def test_no_map_of_the_prompt(name: str) -> None:
+    signals = random_signals((32, 32), ratio=0.5, question=200)
+    with Largest() as largest:
+        selection = chosen(name, signals)
+        if selection.merge is not None:
+            merged_states(selection.merge, signals.hidden[signals.visual])
+    assert 0 < largest.numbers < signals.hidden.shape[0] ** 2 / 4
+
+
+def test_sparsevlm_by_rank() -> None:
+    signals = random_signals((32, 32), ratio=0.5, question=400, stage=1)
+    signals.memory["raters"] = torch.arange(3, 403)  # every token of the question
+    with Largest() as largest:
+        make_method("sparsevlm", {"counts": "rank"}).select(signals)
+    assert 0 < largest.numbers < signals.hidden.shape[0] ** 2 / 4

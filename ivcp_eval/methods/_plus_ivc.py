@@ -64,13 +64,16 @@ class PlusIvc(AbstractMethod):
     def __post_init__(self) -> None:
         """Refuse methods that select no tokens, and shares outside 0..1."""
         if self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
-            raise ValueError(
-                f"{method_name(self.inner)!r} does not save by selecting tokens at a cut, so there are none to give up "
-                f"for the coordinates; {PLUS_IVC} works with methods that do"
-            )
+            raise ValueError(self._refusal())
         for name in ("ivc", "ivc_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside 0..1")
+
+    def _refusal(self) -> str:
+        return (
+            f"{method_name(self.inner)!r} does not save by selecting tokens at a cut, so there are none to give up "
+            f"for the coordinates; {PLUS_IVC} works with methods that do"
+        )
 
     @property
     def name(self) -> str:
@@ -78,8 +81,15 @@ class PlusIvc(AbstractMethod):
         return method_name(self.inner) + PLUS_IVC
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """Those of the inner method."""
-        return self.inner.cuts(model, ratio)
+        """Those of the inner method.
+
+        Raises:
+            ValueError: it has none (`none`): the row would be the unpruned model under another name.
+        """
+        cuts = self.inner.cuts(model, ratio)
+        if not cuts:
+            raise ValueError(self._refusal())
+        return cuts
 
     def select(self, signals: Signals) -> Selection:
         """Coordinates first; the inner method's choice fills the budget.

@@ -44,6 +44,8 @@ def test_names_and_parameters() -> None:
     for name in ("rotatek+ivc", "downsample+ivc"):
         with pytest.raises(ValueError, match="does not save by selecting tokens"):
             make_method(name)
+    with pytest.raises(ValueError, match="'none' does not save by selecting tokens"):
+        make_method("none+ivc").cuts(ModelFacts("llava", 8), 0.5)
     for name in ("fastv+ivc+ivc", "fastv+ive", "+ivc"):
         with pytest.raises(ValueError, match="unknown method"):
             make_method(name)

@@ -6,9 +6,9 @@ Reference: https://github.com/vbdi/divprune @ 799e2d9 (LLaVA/llava/model/llava_a
 The first token is the one whose nearest neighbour is farthest; each next one is farthest from all chosen so far.
 
 Differs: each image has its own budget and its own distances. A chosen token is never chosen again (the released code
-may, among duplicates). Survivors keep their positions; ``renumber=True`` numbers them anew, as happens in the released
-code, whose language model gets the shorter embeddings. Families that add visual features in their first layers are
-cut after these.
+may, among duplicates). Distances are float32, not the model's precision. Survivors keep their positions;
+``renumber=True`` numbers them anew, as happens in the released code, whose language model gets the shorter embeddings.
+Families that add visual features in their first layers are cut after these.
 """
 
 from __future__ import annotations

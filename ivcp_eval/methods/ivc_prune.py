@@ -18,9 +18,11 @@ The general rule, for any ratio, any number of images, text on both sides:
 * Seeds: ``seeds`` N of the image's tokens that the queries' values match best (softmax over that image, mean over
   heads and queries); then text and seeds together rank the rest, which fills the budget.
 
-Differs: Algorithm 1 joins an IVC set and a foreground set of fixed sizes; the released code fills up to the budget
-instead, and so do we. The paper's V(m) sums over one axis; on M-RoPE the released code averages all three axes over
-the full spectrum, and so do we. Scores are float32 (released: bfloat16, where a third of the IVC set is ties).
+Differs: seeds are the released code's max(1, round(0.01 N)), the paper's are ceil(0.01 N). The released code leaves one
+more token out of the queries, the one after the closing marker. Algorithm 1 joins an IVC set and a foreground set of
+fixed sizes; the released code fills up to the budget instead, and so do we. The paper's V(m) sums over one axis; on
+M-RoPE the released code averages all three axes over the full spectrum, and so do we. Scores are float32 (released:
+bfloat16, where a third of the IVC set is ties).
 ``preset="official"`` reproduces the released code of each family with its quirks instead; see ivcp_eval.ivc_official.
 """
 

@@ -14,8 +14,8 @@ Attention is a linear layer whose weights are a sum of rank-one updates phi(k_i)
 Differs: what is public leaves these open, so this is a variant, and each choice of ours is a field: ``layer``,
 ``queries``, ``heads``, ``trade`` (lambda), ``chunks`` and ``relevance``. Magnitudes are kept as logarithms (a
 log-sum-exp over queries and, for "mean", heads), and scaled to 0..1 inside each image before the trade-off, since S
-lies in -1..1. A chunk is the best tokens given the duplication with all earlier chunks; inside a chunk duplicates are
-not looked for.
+lies in -1..1. Duplication is the mean of S over key heads. A chunk is the best tokens given the duplication with all
+earlier chunks; inside a chunk duplicates are not looked for.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ end. Each stage ranks the hidden states that enter it with its own first layer's
 has its own cache length.
 
 Differs: survivors keep their positions; ``renumber=True`` numbers them anew in every stage as the released code does.
-Counts are rounded, not truncated. Each image has its own budget. Scores are float32.
+Counts are rounded, not truncated. Each image has its own budget. Scores are float32. Layers are published for 32 of
+them only, other depths are scaled; counts for lambda 0.5 only, any other ratio's cube root is lambda.
 """
 
 from __future__ import annotations

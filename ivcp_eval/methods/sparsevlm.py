@@ -17,7 +17,7 @@ Differs: counts are published for four lists only; those of every other ratio, 0
 interpolation above, and depths other than 32 layers are scaled. A cluster's mean stands at its centre's position, and
 survivors keep their positions; ``renumber=True`` numbers them anew as the released code does (which appends the means
 to the image). Each image has its own budget, which recycled tokens are part of. Equal densities are told apart by
-index, not by noise. SparseVLM+ (v2.0) is not reproduced.
+index, not by noise. Scores, distances and means are float32. SparseVLM+ (v2.0) is not reproduced.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ target whose key (mean over heads) is nearest in cosine, and a target becomes it
 Differs: the class token itself is not kept (LLaVA's projector never sees it). Merging happens on the language model's
 input embeddings, as in the Qwen2.5-VL port, not before the projector. Tokens keep their place in the prompt and their
 positions; the LLaVA code puts contextual tokens last, and numbers anew (``renumber=True``), since its language model
-gets the shorter embeddings. Each image has its own budget, for which its tiles compete, and attention stays inside an
-image or tile; the LLaVA-NeXT code gives every tile the same count and drops newlines, here a newline ranks as the mean
-of its row.
+gets the shorter embeddings. Attention and likeness are float32. Each image has its own budget, for which its tiles
+compete, and attention stays inside an image or tile; the LLaVA-NeXT code gives every tile the same count and drops
+newlines, here a newline ranks as the mean of its row.
 """
 
 from __future__ import annotations

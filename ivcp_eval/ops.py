@@ -158,18 +158,22 @@ def group_means(group: Tensor, n_groups: int) -> Tensor:
 def merged_selection(
     kept: Sequence[Tensor], weights: Sequence[Tensor], images: Sequence[Image]
 ) -> tuple[Tensor, Tensor]:
-    """(keep, merge) of a `Selection` from each image's kept tokens (K_i,) and sparse weights (K_i, N_i), both local."""
+    """(keep, merge) of a `Selection` from each image's kept tokens (K_i,) and weights (K_i, N_i), both image-local.
+
+    Weights may be dense or sparse; those returned are sparse.
+    """
     keep = torch.cat([image.tokens[local] for image, local in zip(images, kept, strict=True)])
     place = keep.argsort().argsort()
-    rows, columns, first = [], [], 0
+    rows, columns, values, first = [], [], [], 0
     for image, local, weight in zip(images, kept, weights, strict=True):
-        row, column = weight.indices()
+        sparse = weight.to_sparse().coalesce()
+        row, column = sparse.indices()
         rows.append(place[first + row])
         columns.append(image.tokens[column])
+        values.append(sparse.values())
         first += local.numel()
     size = (keep.numel(), sum(image.tokens.numel() for image in images))
-    values = torch.cat([weight.values() for weight in weights])
-    return keep.sort().values, sparse_weights(torch.cat(rows), torch.cat(columns), values, size)
+    return keep.sort().values, sparse_weights(torch.cat(rows), torch.cat(columns), torch.cat(values), size)
 
 
 def merged_states(merge: Tensor, states: Tensor, chunk: int = 256) -> Tensor:
@@ -177,9 +181,8 @@ def merged_states(merge: Tensor, states: Tensor, chunk: int = 256) -> Tensor:
 
     ``chunk`` rows are dense at a time: memory stays linear in V, and dense products come out alike in every run.
     """
-    rows = torch.arange(merge.shape[0], device=merge.device)
-    dense = (merge.index_select(0, part).to_dense().float() for part in rows.split(chunk))
-    return torch.cat([part @ states.float() for part in dense])
+    rows, states = torch.arange(merge.shape[0], device=merge.device), states.float()
+    return torch.cat([merge.index_select(0, part).to_dense().float() @ states for part in rows.split(chunk)])
 
 
 def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:

@@ -170,4 +170,4 @@ def keep_and_recycle(states: Tensor, score: Tensor, n_kept: int, n_clusters: int
     centres, cluster = density_peaks(states[pool], n_clusters)
     sizes = torch.bincount(cluster, minlength=n_clusters).float()
     means = sparse_weights(cluster, pool, 1 / sizes[cluster], (n_clusters, score.numel()))
-    return torch.cat((kept, pool[centres])), torch.cat((own, means)).coalesce()
+    return torch.cat((kept, pool[centres])), torch.cat((own, means))

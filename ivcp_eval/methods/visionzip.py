@@ -62,7 +62,7 @@ class Method(AbstractMethod):
             dominant = top(importance[image.tokens], image.budget - n_contextual)
             places, merge = contextual_tokens(vision["key"][image.tokens], dominant, n_contextual)
             kept.append(torch.cat((dominant, places)))
-            weights.append(torch.cat((itself(dominant, merge.shape[1]), merge)).coalesce())
+            weights.append(torch.cat((itself(dominant, merge.shape[1]), merge)))
         return Selection(*merged_selection(kept, weights, signals.images))
 
 

@@ -63,19 +63,24 @@ class Table:
         return "\n".join([*([f"% {self.note}"] if self.note else []), *lines, ""])
 
 
-def tables(rows: Iterable[Row]) -> list[Table]:
-    """One table per model of a results file, models and variants in the order of the file."""
-    rows = list(rows)
+def tables(rows: Iterable[Row], planned: Mapping[str, Sequence[str]] | None = None) -> list[Table]:
+    """One table per model of a results file, models and variants in the order of the file.
+
+    Args:
+        planned: benchmarks of each model, which are columns even where no row is there yet.
+    """
+    rows, planned = list(rows), planned or {}
     return [
-        _table(model, [r for r in rows if r["model"] == model]) for model in dict.fromkeys(r["model"] for r in rows)
+        _table(model, [r for r in rows if r["model"] == model], planned.get(model, ()))
+        for model in dict.fromkeys(r["model"] for r in rows)
     ]
 
 
-def write_tables(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Write ``<folder>/<model>.csv``, ``.md`` and ``.tex``; returns the files."""
+def write_tables(rows: Iterable[Row], folder: Path, planned: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
+    """Write ``<folder>/<model>.csv``, ``.md`` and ``.tex`` of `tables`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for table in tables(rows):
+    for table in tables(rows, planned):
         for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
             path = folder / f"{table.model}.{suffix}"
             with atomic_write(path) as stream:
@@ -84,9 +89,10 @@ def write_tables(rows: Iterable[Row], folder: Path) -> list[Path]:
     return written
 
 
-def _table(model: str, rows: Sequence[Row]) -> Table:
-    names = list(dict.fromkeys(row["benchmark"] for row in rows))
-    headline = {name: _headline(name, [row for row in rows if row["benchmark"] == name]) for name in names}
+def _table(model: str, rows: Sequence[Row], planned: Sequence[str]) -> Table:
+    measured = dict.fromkeys(row["benchmark"] for row in rows)
+    names = list(dict.fromkeys([*planned, *measured]))
+    headline = {name: _headline(name, [row for row in rows if row["benchmark"] == name]) for name in measured}
     scores: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         variant = _variant(row)

@@ -47,6 +47,13 @@ def test_wide_table() -> None:
     assert "mean nothing" in second.note
 
 
+def test_a_planned_benchmark_without_any_row_is_a_gap_and_not_averaged_over() -> None:
+    rows = [row("tiny_mcq", "none", 80.0), row("tiny_mcq", "fastv", 40.0)]
+    (table,) = tables(rows, {"qwen25": ["tiny_yes_no", "tiny_mcq"]})
+    assert table.header == ("method", "ratio", "tiny_yes_no", "tiny_mcq", "retained")
+    assert table.rows == (("unpruned", "1", "-", "80.0", "-"), ("fastv", "0.5", "-", "40.0 (50.0%)", "-"))
+
+
 def test_budgets_are_variants_of_their_own() -> None:
     held = row("tiny_mcq", "fastv", 44.0, budget="flops(1024+64)", ratio_method=0.3)
     (table,) = tables([*ROWS[:1], row("tiny_mcq", "fastv", 40.0), held])

@@ -46,9 +46,11 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     noted = json.loads(manifest.read_text(encoding="utf-8"))
     csv = output or runs.parent / f"{name}.csv"
     found: list[Row] = []
+    planned: dict[str, list[str]] = {}
     missing = 0
     for entry in noted["cells"]:
         folder = runs / entry["folder"]
+        planned.setdefault(entry["model"], []).append(folder.parent.name)  # its benchmark (`Cell.folder`)
         if (folder / "run.json").is_file():
             found += _rows(folder, runs, noted["models"][entry["model"]], csv)
         else:
@@ -57,7 +59,7 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     write_results(csv, found)
     unfinished = [_reason(row) for row in found if row["status"] not in ("ok", "skipped")]
     skipped = [_reason(row) for row in found if row["status"] == "skipped"]
-    tables = write_tables(read_results(csv), csv.with_suffix("")) if found else []
+    tables = write_tables(read_results(csv), csv.with_suffix(""), planned) if found else []
     return Built(csv, tables, missing, unfinished, skipped)
 
 

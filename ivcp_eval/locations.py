@@ -20,8 +20,18 @@ RESULTS = (CHECKOUT or Path.cwd()) / "results"
 
 
 def sweep_file(path: str | Path) -> Path:
-    """``path`` itself, or where no such file is, the shipped sweep of that name (``smoke``, ``sweeps/smoke.yaml``)."""
+    """``path`` itself, or where no such file is, the shipped sweep of that name (``smoke``, ``sweeps/smoke.yaml``).
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
     asked = Path(path)
     shipped = SWEEPS / f"{asked.stem}.yaml"
     named_so = asked.name == asked.stem or asked.parts == ("sweeps", shipped.name)
-    return shipped if not asked.exists() and named_so and shipped.is_file() else asked
+    found = shipped if not asked.exists() and named_so and shipped.is_file() else asked
+    if not found.is_file():
+        names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
+        raise FileNotFoundError(
+            f"{found} is no sweep file; give the path of one or the name of a shipped one: {names}"
+        )
+    return found

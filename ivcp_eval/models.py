@@ -11,6 +11,7 @@ from ivcp_eval.interface import Checkpoint
 from ivcp_eval.registry import adapter, family_names, unknown
 
 PACKAGE = Path(__file__).resolve().parent
+_LOCAL = "MODEL_PATH (--model-path; in a sweep file `models: {{{}: /path/to/folder}}`)"
 
 
 class MissingWeights(RuntimeError):
@@ -82,8 +83,8 @@ def _is_trained(folder: Path) -> bool:
 def _checked(folder: Path, name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise MissingWeights(
-            f"model {name!r}: {folder} holds no config.json. Point MODEL_PATH (--model-path) at the folder of a "
-            "downloaded checkpoint, with config.json, tokenizer and *.safetensors files."
+            f"model {name!r}: {folder} holds no config.json. Point {_LOCAL.format(name)} at the folder of "
+            "a downloaded checkpoint, with config.json, tokenizer and *.safetensors files."
         )
     if not any(folder.glob("*.safetensors")):
         raise MissingWeights(f"model {name!r}: {folder} holds no *.safetensors weights; download the checkpoint whole.")
@@ -108,8 +109,8 @@ def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
         raise MissingWeights(
             f"model {checkpoint.name!r}: the weights of {checkpoint.hub} (revision {checkpoint.revision}) are not on "
             f"this machine and could not be fetched ({type(error).__name__}). Either run "
-            f"`hf download {checkpoint.hub} --revision {checkpoint.revision}` where the hub can be reached, or pass a "
-            "local copy: MODEL_PATH=/path/to/folder (--model-path)."
+            f"`hf download {checkpoint.hub} --revision {checkpoint.revision}` where the hub can be reached, or point "
+            f"{_LOCAL.format(checkpoint.name)} at a local copy."
         ) from error
     return _checked(folder, checkpoint.name), folder.name
 

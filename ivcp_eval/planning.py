@@ -99,6 +99,11 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
         published.max_pixels if request.max_pixels is None else request.max_pixels,
         request.max_new_tokens or published.max_new_tokens,
     )
+    if (limits.min_pixels or 0) > (limits.max_pixels or float("inf")):
+        raise ValueError(
+            f"min_pixels {limits.min_pixels} is above max_pixels {limits.max_pixels} (of {weights.family}, where not "
+            "given): lower the first or raise the second"
+        )
     if variants is None:
         own = request.variant
         variants = [own.baseline] if own.method == BASELINE else [own.baseline, own]

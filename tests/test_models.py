@@ -31,6 +31,7 @@ def test_missing_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest
     assert "Qwen/Qwen2.5-VL-7B-Instruct" in message
     assert "hf download" in message
     assert "MODEL_PATH" in message
+    assert "models: {qwen25: /path/to/folder}" in message
 
 
 @pytest.mark.parametrize("content", [[], ["config.json"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,17 @@ def test_full_size_models_do_not_slip_onto_a_cpu(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(models, "locate", lambda *_: models.Weights(checkpoint, "qwen2_5_vl", tmp_path, "0"))
     with pytest.raises(ValueError, match=r"no CUDA device was found and qwen25 is a full-size model.*--device cpu"):
         make_plan(Request(Variant("qwen25"), ("tiny_mcq",)))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"device": "gpu"}, "device 'gpu' is unknown; use cuda, cuda:1, cpu, or auto"),
+        ({"device": "gpu", "elsewhere": True}, "device 'gpu' is unknown"),
+        ({"min_pixels": 900, "max_pixels": 800}, "min_pixels 900 is above max_pixels 800"),
+        ({"max_pixels": 100}, "min_pixels 3136 is above max_pixels 100"),
+    ],
+)
+def test_what_no_model_can_run_with_is_refused_before_it_is_loaded(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_plan(Request(Variant("tiny"), ("tiny_mcq",), **given))

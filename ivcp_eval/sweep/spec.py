@@ -122,6 +122,8 @@ def load(path: str | Path) -> Spec:
     for variant, name in _controls(marked, raw, [cell for cell in cells.values() if cell[0].method != BASELINE]):
         cells[_key(variant, name)] = variant, name
     options = {key: _option(marked, key, raw[key]) for key in _OPTIONS if raw.get(key) is not None}
+    if options.get("min_pixels", 0) > options.get("max_pixels", float("inf")):
+        raise marked.error(("min_pixels",), f"min_pixels {raw['min_pixels']} is above max_pixels {raw['max_pixels']}")
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
     return Spec(path.stem, path, asked_models, tuple(left), options)
 

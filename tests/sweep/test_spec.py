@@ -40,6 +40,12 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def test_a_file_that_is_not_there_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    for path in (tmp_path / "smok.yaml", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"is no sweep file; .* paper, ratios, smoke"):
+            load(path)
+
+
 def test_expansion(tmp_path: Path) -> None:
     spec = load(write(tmp_path, GOOD))
     assert spec.name == "my"
@@ -133,6 +139,7 @@ def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_p
         ("limit: 10", "budget: flop", 15, "flops"),
         ("limit: 10", "budget_prompt: [64, x]", 15, "number of tokens"),
         ("limit: 10", "limit: \x07", 1, "not YAML"),
+        ("limit: 10", "min_pixels: 900\nmax_pixels: 800", 15, "min_pixels 900 is above max_pixels 800"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, old: str, new: str, line: int, words: str) -> None:

@@ -31,7 +31,5 @@ def sweep_file(path: str | Path) -> Path:
     found = shipped if not asked.exists() and named_so and shipped.is_file() else asked
     if not found.is_file():
         names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
-        raise FileNotFoundError(
-            f"{found} is no sweep file; give the path of one or the name of a shipped one: {names}"
-        )
+        raise FileNotFoundError(f"{found} is no sweep file; give the path of one or the name of a shipped one: {names}")
     return found

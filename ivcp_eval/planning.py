@@ -83,10 +83,16 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
     Args:
         variants: of the request's model, in place of the request's own and its baseline.
     """
+    import torch
+
     from ivcp_eval.session import Limits, Placement
 
     weights = models.locate(request.variant.model, request.model_path)
     device = request.device or ("cuda" if request.elsewhere and not weights.checkpoint.local else "")
+    try:
+        torch.device("cuda" if device == "auto" else device or "cpu")
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; use cuda, cuda:1, cpu, or auto for all GPUs") from None
     placement = Placement(device, request.dtype, request.attention).resolve(here=not request.elsewhere)
     if placement.device == "cpu" and not device and not weights.checkpoint.local:
         raise ValueError(

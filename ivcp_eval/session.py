@@ -46,10 +46,6 @@ class Placement:
             ValueError: a device or dtype that torch does not know or have.
         """
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.device("cuda" if device == "auto" else device)
-        except RuntimeError:
-            raise ValueError(f"device {device!r} is unknown; use cuda, cuda:1, cpu, or auto for all GPUs") from None
         if here and device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
             raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
         dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")

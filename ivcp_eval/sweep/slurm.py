@@ -67,7 +67,7 @@ class Task:
 
         Raises:
             DeviceLost: the GPU was lost; the task is requeued unless that happened often.
-            RuntimeError: its model could not be loaded.
+            RuntimeError: its model or a benchmark could not be loaded.
         """
         from ivcp_eval.sweep.plan import make
         from ivcp_eval.sweep.results import build
@@ -90,7 +90,8 @@ class Task:
                         requeue()
                     raise
                 if report.broken:
-                    raise RuntimeError(f"{self.model} could not be loaded; the reason stands in this task's log")
+                    names = ", ".join(sorted(report.broken))
+                    raise RuntimeError(f"{names} could not be loaded; the reason stands in this task's log")
             else:
                 report = work(plan, stop, hooks, answer=False)
         # SIGTERM may be a user's scancel, after which nothing may come back; the other two warn of a time limit.

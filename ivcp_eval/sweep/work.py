@@ -59,7 +59,7 @@ class Report:
 
     Attributes:
         units, samples, scored: finished by it. failed: samples without an answer. stopped: it was asked to end.
-        broken: models that could not be loaded.
+        broken: models and benchmarks that could not be loaded.
     """
 
     units: int = 0
@@ -82,6 +82,14 @@ class Hooks:
 
     say: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
+
+
+class _NotLoadedError(RuntimeError):
+    """A model or a benchmark of the plan."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name = name
+        super().__init__(f"{name} could not be loaded, so nothing of it is answered: {type(error).__name__}: {error}")
 
 
 def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: bool = True, model: str = "") -> Report:
@@ -120,7 +128,7 @@ def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model
     for unit in plan.units():
         if stop.requested:
             break
-        if (model and unit.model != model) or unit.model in report.broken:
+        if (model and unit.model != model) or {unit.model, unit.benchmark.name} & report.broken:
             continue
         if mark(plan, unit).exists() or not unit.pending:
             continue
@@ -133,18 +141,18 @@ def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model
                     taken = True
                 except JournalHeld:  # a worker that lost its claim is still writing its last sample
                     waiting = True
+                except _NotLoadedError as error:  # which ends no work on others
+                    report.broken.add(error.name)
+                    hooks.warn(str(error))
     return taken, waiting
 
 
 def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> None:
-    session = _session(plan, unit.model, hooks, report)
-    if session is None:
-        return
+    session, dataset = _session(plan, unit.model, hooks, report), _dataset(plan, unit, report)
     cells = _runnable(plan, session, unit)
     for cell in cells:
         if cell.noted() is not None:
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
-    dataset = _dataset(plan, unit, report)
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
     start = time.monotonic()
     with ExitStack() as stack:
@@ -191,8 +199,8 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
     )
 
 
-def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session | None:
-    """The model in memory, one at a time; None if it cannot be loaded, which ends no work on others."""
+def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session:
+    """The model in memory; one at a time."""
     from ivcp_eval.session import timed_load
     from ivcp_eval.vlmeval_bridge import register
 
@@ -205,9 +213,7 @@ def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Sessi
                 own.weights, own.plan.placement, own.plan.limits, own.request.trust_remote_code, own.request.timeout
             )
         except FAILURES as error:
-            report.broken.add(model)
-            hooks.warn(f"{model} could not be loaded, so nothing of it is answered: {type(error).__name__}: {error}")
-            return None
+            raise _NotLoadedError(model, error) from error
         report.sessions[model] = found
         hooks.say(f"loaded {model} in {seconds:.1f} s")
     session: Session = report.sessions[model]
@@ -221,7 +227,10 @@ def _dataset(plan: SweepPlan, unit: Unit, report: Report) -> Any:
     asked = unit.benchmark.name, plan.models[unit.model].request.limit
     if report.dataset[0] != asked:
         report.dataset = None, None  # two need not fit into memory
-        report.dataset = asked, build(unit.benchmark, asked[1])
+        try:
+            report.dataset = asked, build(unit.benchmark, asked[1])
+        except FAILURES as error:
+            raise _NotLoadedError(unit.benchmark.name, error) from error
     return report.dataset[1]
 
 

@@ -40,13 +40,20 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
     """VLMEvalKit's data set object, cut to its first ``limit`` rows.
 
     Raises:
-        DataMissing: no file here and no download possible. ValueError: a file without the needed columns.
+        DataMissing: no file here and no download possible. ValueError: a file that VLMEvalKit cannot read.
     """
+    path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
+    here = path.is_file()
     try:
         dataset = vlmeval.dataset.build_dataset(benchmark.vlmeval)
     except ValueError:
         raise
     except Exception as error:  # a failed download is a bare Exception there
+        if here:
+            raise ValueError(
+                f"VLMEvalKit cannot read {path} ({type(error).__name__}: {error}). Look for cells that are empty or "
+                "cut off (image, index), or get the file again: `ivcp data`"
+            ) from error
         dataset, reason = None, f"{type(error).__name__}: {error}"
     else:
         reason = "VLMEvalKit does not know it, and no such TSV is in its data root"

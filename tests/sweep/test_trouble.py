@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import shutil
 import subprocess
@@ -211,6 +212,22 @@ def test_a_model_that_cannot_be_loaded_ends_no_worker(
         with pytest.raises(RuntimeError, match="tiny could not be loaded"):
             slurm.Task(str(bench.spec), str(bench.folder / "runs"), "tiny", None, "cpu")()
     assert bench.call("run", "--quiet") == 0
+
+
+def test_a_benchmark_that_cannot_be_read_ends_no_worker(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    table = bench.lmu / "RefCOCO_val.tsv"
+    picture = base64.b64encode(b"no picture, but as long as one" * 9).decode()
+    rows = [f"{i}\tq\t[0, 0, 9, 9]\t20\t20\t{cell}\n" for i, cell in enumerate([picture, ""])]
+    table.write_text("index\tquestion\tanswer\twidth\theight\timage\n" + "".join(rows))
+    bench.spec.write_text(bench.spec.read_text().replace("[tiny_mcq, tiny_yes_no]", "[RefCOCO_val, tiny_yes_no]"))
+    assert bench.call("run", "--quiet") == 1
+    out = capsys.readouterr().out
+    assert (
+        f"RefCOCO_val could not be loaded, so nothing of it is answered: ValueError: VLMEvalKit cannot read {table}"
+        in out
+    )
+    assert "5 cells of small have no record yet" in out
+    assert [row["status"] for row in read_results(bench.csv)] == ["ok"] * 5
 
 
 def test_any_exception_of_a_method_is_a_failure_of_its_samples(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from ivcp_eval.sweep.spec import load
 from tests.sweep import cluster
 from tests.sweep.conftest import SPEC, Bench
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -145,6 +147,33 @@ def test_the_launcher_waits_and_shows_progress(
     assert "1 at work" in out
     assert re.search(r"^  tiny on tiny_\w+: \d/5 samples", out, re.M)
     assert out.index("10/10 cells scored") < out.index("### tiny")
+
+
+def test_the_line_for_one_node_goes_on_after_its_time_and_ends_when_cancelled(
+    tmp_path: Path, slurm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of docs/sweeps.md with a stand-in that ends as a sweep does when asked to."""
+    (line,) = re.findall(r"^sbatch .*?\n```$", (ROOT / "docs" / "sweeps.md").read_text(), re.MULTILINE | re.DOTALL)
+    sweep = tmp_path / "sweep"
+    sweep.write_text(
+        "#!/bin/sh\ntrap 'exit 75' USR1 TERM\ntouch begun.$SLURM_RESTART_COUNT\nwhile :; do sleep 0.1; done\n"
+    )
+    sweep.chmod(0o755)
+    line = re.sub(r"ivcp sweep run \S+ --workers 4 --quiet", str(sweep), line.removesuffix("```"))
+    line = line.replace("--gpus=4 ", "").replace("=16", "=2")
+    monkeypatch.chdir(tmp_path)
+    job = command("bash", "-c", line).rpartition(" ")[2]
+    until(lambda: bool(list(tmp_path.glob("begun.*"))), 30, "the first start")
+    command("scancel", "--signal=USR1", job)  # what Slurm sends before the time limit, to the steps as well
+    until(lambda: restarts(job) == 1, 30, "the requeue")
+    until(lambda: states().get(job) == "PENDING", 60, "its place in the queue")
+    time.sleep(4)  # until the credential of the first start has expired
+    command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    until(lambda: (tmp_path / "begun.1").exists(), 60, "the second start")
+    command("scancel", job)
+    until(lambda: job not in states(), 60, "the end")
+    assert "JobState=CANCELLED" in command("scontrol", "show", "job", job)
+    assert restarts(job) == 1
 
 
 def test_tasks_are_shared_out_by_work(bench: Bench) -> None:

@@ -12,10 +12,9 @@ Attention is a linear layer whose weights are a sum of rank-one updates phi(k_i)
 * the next tokens maximise relevance_i - trade * max over chosen j of S_ij.
 
 Differs: what is public leaves these open, so this is a variant, and each choice of ours is a field: ``layer``,
-``queries``, ``heads``, ``trade`` (lambda), ``chunks`` and ``relevance``. Magnitudes are kept as logarithms (a
-log-sum-exp over queries and, for "mean", heads), and scaled to 0..1 inside each image before the trade-off, since S
-lies in -1..1. Duplication is the mean of S over key heads. A chunk is the best tokens given the duplication with all
-earlier chunks; inside a chunk duplicates are not looked for.
+``queries``, ``heads``, ``key_heads``, ``trade`` (lambda), ``chunks``, ``relevance`` and ``scale``. Magnitudes are kept
+as logarithms (a log-sum-exp over queries and, for "mean", heads). A chunk is the best tokens given the duplication with
+all earlier chunks; inside a chunk duplicates are not looked for.
 """
 
 from __future__ import annotations
@@ -30,6 +29,14 @@ from torch import Tensor
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
 from ivcp_eval.ops import best_of_rest, distances, last_token, unit_range
 
+_WORDS = {
+    "queries": ("question", "last"),
+    "heads": ("mean", "max"),
+    "key_heads": ("mean", "max"),
+    "relevance": ("log", "linear"),
+    "scale": ("range", "none"),
+}
+
 
 @dataclass(frozen=True)
 class Method(AbstractMethod):
@@ -40,9 +47,11 @@ class Method(AbstractMethod):
             the savings reported need an early cut. Families whose first layers cannot be cut are cut after these.
         queries: "question" takes the mean of kappa over the tokens after the last image, "last" the last token's.
         heads: "mean" of the magnitudes over heads, or the "max".
+        key_heads: "mean" of the duplication over key heads, or the "max".
         trade: lambda, the weight of duplication; 0 ranks by magnitude alone. 0.5 is usual for this form of MMR.
         chunks: in how many rounds an image's budget is filled; more is closer to one token at a time.
-        relevance: "log" or "linear" magnitudes are what is scaled to 0..1.
+        relevance: "log" or "linear" magnitudes (in shares of the image's largest) are what duplication is taken from.
+        scale: "range" brings them to 0..1 inside each image first, since S lies in -1..1; "none" leaves them.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({"query", "key", "value"})
@@ -51,17 +60,17 @@ class Method(AbstractMethod):
     layer: int = 2
     queries: Literal["question", "last"] = "question"
     heads: Literal["mean", "max"] = "mean"
+    key_heads: Literal["mean", "max"] = "mean"
     trade: float = 0.5
     chunks: int = 8
     relevance: Literal["log", "linear"] = "log"
+    scale: Literal["range", "none"] = "range"
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        for name, allowed in (("queries", ("question", "last")), ("heads", ("mean", "max"))):
+        for name, allowed in _WORDS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
-        if self.relevance not in ("log", "linear"):
-            raise ValueError(f"relevance={self.relevance!r} is unknown; use log or linear")
         if self.layer < 1 or self.chunks < 1 or not self.trade >= 0:
             raise ValueError(
                 f"layer={self.layer} and chunks={self.chunks} must be 1 or more, trade={self.trade} 0 or more"
@@ -102,7 +111,8 @@ class Method(AbstractMethod):
         relevance = magnitude[image.tokens]
         if self.relevance == "linear":  # the largest finite magnitude is 1, so that nothing overflows
             relevance = (relevance - relevance.masked_fill(~relevance.isfinite(), -torch.inf).amax()).exp()
-        relevance = unit_range(relevance)
+        if self.scale == "range":
+            relevance = unit_range(relevance)
         chosen = torch.zeros(at.numel(), dtype=torch.bool, device=at.device)
         duplicates = torch.full_like(relevance, -torch.inf)
         edges = [image.budget * c // self.chunks for c in range(self.chunks + 1)]
@@ -112,20 +122,21 @@ class Method(AbstractMethod):
             new = best_of_rest(score, chosen, size)
             chosen[new] = True
             if self.trade:
-                duplicates = torch.maximum(duplicates, duplication(key, value, at, at[new]).amax(dim=1))
+                duplicates = torch.maximum(duplicates, duplication(key, value, at, at[new], self.key_heads).amax(dim=1))
         return image.tokens[chosen]
 
 
-def duplication(key: Tensor, value: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
-    """(N, C) eq. 12, mean over key heads, of ``tokens`` (N,) against ``chosen`` (C,), both indices into n.
+def duplication(key: Tensor, value: Tensor, tokens: Tensor, chosen: Tensor, heads: str = "mean") -> Tensor:
+    """(N, C) eq. 12 of ``tokens`` (N,) against ``chosen`` (C,), both indices into n; mean or max over key heads.
 
     Args:
         key: (G, n, D) with RoPE. value: (G, n, D).
     """
-    total = torch.zeros(tokens.numel(), chosen.numel(), device=key.device)
+    total = torch.full((tokens.numel(), chosen.numel()), 0.0 if heads == "mean" else -torch.inf, device=key.device)
     for k, v in zip(key.float(), value.float(), strict=True):
         unit = torch.nn.functional.normalize(v, dim=-1)
         cosine = unit[tokens] @ unit[chosen].T
         squared = distances(k[tokens], k[chosen]).square()
-        total += cosine * (-squared / (2 * k.shape[-1] ** 0.5)).exp()
-    return total / key.shape[0]
+        one = cosine * (-squared / (2 * k.shape[-1] ** 0.5)).exp()
+        total = total + one if heads == "mean" else torch.maximum(total, one)
+    return total / key.shape[0] if heads == "mean" else total

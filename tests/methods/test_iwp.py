@@ -36,32 +36,38 @@ def slow_magnitude(signals: Signals, queries: list[int], heads: str) -> list[flo
     return out
 
 
-def slow_duplication(signals: Signals, i: int, j: int) -> float:
-    """Eq. 12 as printed, mean over heads; i and j among the row's tokens."""
+def slow_duplication(signals: Signals, i: int, j: int, heads: str) -> float:
+    """Eq. 12 as printed, mean or max over heads; i and j among the row's tokens."""
     assert signals.key is not None
     assert signals.value is not None
     assert signals.rotate is not None
-    key, total = signals.rotate(signals.key), 0.0
+    key, found = signals.rotate(signals.key), []
     for group in range(GROUPS):
         a, b = signals.value[group, i].double(), signals.value[group, j].double()
         k_i, k_j = key[group, i], key[group, j]
-        total += float(a @ b / (a.norm() * b.norm())) * kappa(k_i, k_j) / math.sqrt(kappa(k_i, k_i) * kappa(k_j, k_j))
-    return total / GROUPS
+        kernel = kappa(k_i, k_j) / math.sqrt(kappa(k_i, k_i) * kappa(k_j, k_j))
+        found.append(float(a @ b / (a.norm() * b.norm())) * kernel)
+    return max(found) if heads == "max" else sum(found) / GROUPS
 
 
-def slow_selection(signals: Signals, magnitude: list[float], trade: float, chunks: int, log: bool) -> list[int]:
+def slow_selection(signals: Signals, magnitude: list[float], parameters: dict[str, Any]) -> list[int]:
+    trade, chunks = parameters.get("trade", 0.5), parameters.get("chunks", 8)
+    log, scaled = parameters.get("relevance") != "linear", parameters.get("scale") != "none"
     chosen_all: list[int] = []
     for image in signals.images:
         tokens = image.tokens.tolist()
-        raw = [math.log(magnitude[t]) if log else magnitude[t] for t in tokens]
-        relevance = {t: (r - min(raw)) / (max(raw) - min(raw)) for t, r in zip(tokens, raw, strict=True)}
+        most = max(magnitude[t] for t in tokens)
+        raw = [math.log(magnitude[t]) if log else magnitude[t] / most for t in tokens]
+        low, span = (min(raw), max(raw) - min(raw)) if scaled else (0.0, 1.0)
+        relevance = {t: (r - low) / span for t, r in zip(tokens, raw, strict=True)}
         chosen: list[int] = []
         for chunk in range(chunks):
             size = image.budget * (chunk + 1) // chunks - image.budget * chunk // chunks
             score = {}
             for t in (t for t in tokens if t not in chosen):
                 at = int(signals.visual[t])
-                worst = max((slow_duplication(signals, at, int(signals.visual[c])) for c in chosen), default=0.0)
+                heads = parameters.get("key_heads", "mean")
+                worst = max((slow_duplication(signals, at, int(signals.visual[c]), heads) for c in chosen), default=0.0)
                 score[t] = relevance[t] - trade * worst
             chosen += sorted(score, key=lambda t: (-score[t], t))[:size]
         chosen_all += chosen
@@ -76,6 +82,9 @@ def slow_selection(signals: Signals, magnitude: list[float], trade: float, chunk
         {"trade": 2.0, "chunks": 3},
         {"heads": "max", "queries": "last"},
         {"relevance": "linear", "chunks": 100},
+        {"key_heads": "max", "trade": 2.0},
+        {"scale": "none", "trade": 1.0},
+        {"scale": "none", "relevance": "linear"},
     ],
     ids=str,
 )
@@ -83,13 +92,7 @@ def test_formula(parameters: dict[str, Any]) -> None:
     signals = random_signals((4, 5), (2, 4), ratio=0.4, seed=4)
     queries = signals.question.tolist() if parameters.get("queries") != "last" else [signals.hidden.shape[0] - 1]
     magnitude = slow_magnitude(signals, queries, parameters.get("heads", "mean"))
-    wanted = slow_selection(
-        signals,
-        magnitude,
-        parameters.get("trade", 0.5),
-        parameters.get("chunks", 8),
-        parameters.get("relevance", "log") == "log",
-    )
+    wanted = slow_selection(signals, magnitude, parameters)
     assert make_method("iwp", parameters).select(signals).keep.tolist() == wanted
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.refcoco.images import available_cores
+from ivcp_eval.benchmarks.refcoco.images import available_cores
 
 __all__ = ["Measurement", "convert_by_copying", "convert_by_reencoding", "convert_with_package", "main", "make_corpus"]
 
@@ -98,9 +98,9 @@ def convert_by_copying(annotations: Path, output: Path, workers: int) -> Path:
 
 
 def convert_with_package(annotations: Path, output: Path, workers: int) -> Path:
-    """:func:`ivcp_eval.refcoco.convert.convert_mdetr`, which also checks every picture."""
-    from ivcp_eval.refcoco.convert import convert_mdetr
-    from ivcp_eval.refcoco.writer import Options
+    """:func:`ivcp_eval.benchmarks.refcoco.convert.convert_mdetr`, which also checks every picture."""
+    from ivcp_eval.benchmarks.refcoco.convert import convert_mdetr
+    from ivcp_eval.benchmarks.refcoco.writer import Options
 
     convert_mdetr(annotations, annotations.parent / "train2014", output, Options(allow_partial=True, workers=workers))
     return output / "RefCOCO_val.tsv"

@@ -1,7 +1,10 @@
-"""Files that are either whole or absent: write beside the target, flush to disk, rename.
+"""Files that are either whole or absent, and where data is read and results are written.
 
 Results, reports and data sets are all written through :func:`atomic_write`, so a crash, a kill or a full disk never
 leaves a half-written file under its final name and never harms the file that was there before.
+
+A checkout keeps ``datasets/``, ``sweeps/`` and ``results/`` beside the package. A wheel carries the first two inside
+the package (``ivcp_eval/shipped``, see pyproject.toml), and results then go to ``results/`` of the current folder.
 """
 
 from __future__ import annotations
@@ -16,7 +19,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["DiskFullError", "atomic_write", "commit_file", "disk_full_as_clear_error", "file_digest", "write_json"]
+__all__ = [
+    "CHECKOUT",
+    "DATASETS",
+    "PACKAGE",
+    "RESULTS",
+    "SWEEPS",
+    "DiskFullError",
+    "atomic_write",
+    "commit_file",
+    "disk_full_as_clear_error",
+    "file_digest",
+    "sweep_file",
+    "write_json",
+]
+
+PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = PACKAGE / "shipped"
+
+CHECKOUT: Path | None = None if _SHIPPED.is_dir() else PACKAGE.parent
+"""Root of the checkout that the package is imported from; None for an installed one."""
+
+DATASETS = (CHECKOUT or _SHIPPED) / "datasets"
+SWEEPS = (CHECKOUT or _SHIPPED) / "sweeps"
+RESULTS = (CHECKOUT or Path.cwd()) / "results"
 
 #: No space, no quota, or the process may not write longer files (``ulimit -f``).
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -108,3 +134,19 @@ def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file's bytes, read in pieces (memory does not grow with the file)."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def sweep_file(path: str | Path) -> Path:
+    """``path`` itself, or where no such file is, the shipped sweep of that name (``smoke``, ``sweeps/smoke.yaml``).
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    asked = Path(path)
+    shipped = SWEEPS / f"{asked.stem}.yaml"
+    named_so = asked.name == asked.stem or asked.parts == ("sweeps", shipped.name)
+    found = shipped if not asked.exists() and named_so and shipped.is_file() else asked
+    if not found.is_file():
+        names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
+        raise FileNotFoundError(f"{found} is no sweep file; give the path of one or the name of a shipped one: {names}")
+    return found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.ops import budget
+from ivcp_eval.interface.ops import budget
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivcp_eval.downsample import shrunk_to_tiles
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters import _internvl_checkpoint as original
 from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
+from model_adapters._shrink import shrunk_to_tiles
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
 from model_adapters._vision import vit_layers, vit_tap
 

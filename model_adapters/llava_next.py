@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ivcp_eval.downsample import shrunk_to_count
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters._prompts import letter_question
+from model_adapters._shrink import shrunk_to_count
 from model_adapters._transformers import AbstractTransformersAdapter, encoded_lengths, image_runs, images_by_length
 from model_adapters._vision import feature_tap, newlines_by_row
 

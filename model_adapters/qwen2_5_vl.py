@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivcp_eval.boxes import smart_resize
-from ivcp_eval.downsample import shrunk_grid
+from ivcp_eval.benchmarks.boxes import smart_resize
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
-from ivcp_eval.ops import budget
+from ivcp_eval.interface.ops import budget
+from model_adapters._shrink import shrunk_grid
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
 from model_adapters._vision import qwen_tap
 
@@ -29,7 +29,7 @@ class Adapter(AbstractTransformersAdapter):
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint(
             "tiny",
-            local="tiny/model",
+            local="lab/tiny/model",
             methods={"ivc_prune": {"layer": 2}},  # chosen on the validation split: results/tiny_cut_layer.csv
             max_new_tokens=24,
             note="laboratory model trained on generated scenes; says nothing of LVLMs",

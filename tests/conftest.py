@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ivcp_eval import cpu_torchvision
+from ivcp_eval.vlmeval_bridge import cpu_torchvision
 
 cpu_torchvision.install()  # before anything imports transformers
 
@@ -12,7 +12,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from ivcp_eval.tiny.processor import build_random  # noqa: E402
+from ivcp_eval.lab.tiny.processor import build_random  # noqa: E402
 
 torch.set_num_threads(1)
 

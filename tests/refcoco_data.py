@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ivcp_eval.refcoco import convert as convert_module
-from ivcp_eval.refcoco.convert import convert_mdetr
-from ivcp_eval.refcoco.images import encode_file
-from ivcp_eval.refcoco.writer import Options
+from ivcp_eval.benchmarks.refcoco import convert as convert_module
+from ivcp_eval.benchmarks.refcoco.convert import convert_mdetr
+from ivcp_eval.benchmarks.refcoco.images import encode_file
+from ivcp_eval.benchmarks.refcoco.writer import Options
 
 
 def picture(width: int = 64, height: int = 48, seed: int = 0, kind: str = "JPEG", mode: str = "RGB") -> bytes:

@@ -8,12 +8,21 @@ import pytest
 import torch
 
 import ivcp_eval
-from ivcp_eval import models
-from ivcp_eval.accounting import Decoder, Prompt, cached, cost, described, hold, measured_flops, processed, solve_ratio
-from ivcp_eval.flops import DecoderShape
-from ivcp_eval.interface import Cut, ModelFacts
-from ivcp_eval.registry import adapter, make_method
-from ivcp_eval.variants import Budget, Variant
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.cost.predicted import (
+    Decoder,
+    Prompt,
+    cached,
+    cost,
+    described,
+    hold,
+    measured_flops,
+    processed,
+    solve_ratio,
+)
+from ivcp_eval.interface import Cut, ModelFacts, models
+from ivcp_eval.interface.registry import adapter, make_method
+from ivcp_eval.interface.variants import Budget, Variant
 from tests import tiny_models
 
 SEVEN_B = ModelFacts("qwen2_5_vl", 28)

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ivcp_eval import stats
-from ivcp_eval.aggregates import rule_for
-from ivcp_eval.stats import Sample
+from ivcp_eval.reports import stats
+from ivcp_eval.reports.stats import Sample
+from ivcp_eval.reports.stats.aggregates import rule_for
 from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 
 GENERATOR = np.random.default_rng(0)

@@ -10,7 +10,9 @@ import sys
 import pytest
 import torch
 
-from ivcp_eval import bench, bench_models, bench_report
+from ivcp_eval.lab.bench import models as bench_models
+from ivcp_eval.lab.bench import pruning as bench
+from ivcp_eval.lab.bench import report as bench_report
 
 
 @pytest.fixture(scope="module")
@@ -136,5 +138,5 @@ def test_grid(tokens, grid):
 
 
 def test_help_is_light():
-    code = "import sys, ivcp_eval.bench as b; b.parser().format_help(); assert 'torch' not in sys.modules"
+    code = "import sys, ivcp_eval.lab.bench.pruning as b; b.parser().format_help(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivcp_eval import bench, measure, registry
-from ivcp_eval.bench_models import build_model, configuration, size
-from ivcp_eval.bench_selection import Candidate, Timed, _row, measure_selection
-from ivcp_eval.interface import Cut, Signals
+from ivcp_eval.engine.cost import clock
+from ivcp_eval.interface import Cut, Signals, registry
+from ivcp_eval.lab.bench import pruning as bench
+from ivcp_eval.lab.bench.models import build_model, configuration, size
+from ivcp_eval.lab.bench.selection import Candidate, Timed, _row, measure_selection
 
 SLOW_S = 0.06
 
@@ -74,7 +75,7 @@ def test_differences_are_taken_round_by_round() -> None:
 
 
 def test_calls_are_timed_one_by_one() -> None:
-    with measure.call_time(nn.Linear(1, 1)) as watch:
+    with clock.call_time(nn.Linear(1, 1)) as watch:
         assert watch.around(lambda x: (time.sleep(0.01), x)[1])(3) == 3
         watch.around(time.sleep)(0.03)
     assert len(watch.ms) == 2

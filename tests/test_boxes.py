@@ -7,7 +7,15 @@ import random
 
 import pytest
 
-from ivcp_eval.boxes import FORMATS, QWEN_MAX_PIXELS, box_format, format_answer, iou, parse_answer, smart_resize
+from ivcp_eval.benchmarks.boxes import (
+    FORMATS,
+    QWEN_MAX_PIXELS,
+    box_format,
+    format_answer,
+    iou,
+    parse_answer,
+    smart_resize,
+)
 
 
 def _sizes() -> list[tuple[int, int]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval import catalogue
-from ivcp_eval.docs import MethodCard, method_cards, method_table
-from ivcp_eval.registry import make_method, method_class, method_names
-from ivcp_eval.scaffold import PLACEHOLDERS
+from ivcp_eval.interface import cards
+from ivcp_eval.interface.cards import MethodCard, method_cards, method_table
+from ivcp_eval.interface.registry import make_method, method_class, method_names
+from ivcp_eval.interface.scaffold import PLACEHOLDERS
 
 # The systems that were named when the catalogue was planned, and their papers (POINTS-Long has no arXiv number).
 NAMED = {
@@ -60,17 +60,17 @@ NAMED = {
 
 def test_every_named_system_has_one_entry() -> None:
     for system, paper in NAMED.items():
-        entries = [entry for entry in catalogue.systems() if entry["system"].split(" (")[0] == system]
+        entries = [entry for entry in cards.systems() if entry["system"].split(" (")[0] == system]
         assert [entry["paper"] for entry in entries] == [paper], system
-    papers = [entry["paper"] for entry in catalogue.systems() if "state" in entry and entry["paper"]]
+    papers = [entry["paper"] for entry in cards.systems() if "state" in entry and entry["paper"]]
     assert len(papers) == len(set(papers))
 
 
 def test_promised_methods_exist_and_all_methods_are_listed() -> None:
-    for entry in catalogue.systems():
+    for entry in cards.systems():
         if "method" in entry:
             make_method(entry["method"])
-    shown = {row["method or system"]: row for row in catalogue.rows()}
+    shown = {row["method or system"]: row for row in cards.rows()}
     for name in method_names():
         assert shown[name]["use"] == getattr(method_class(name), "faithfulness", "plug-in")
     assert shown["NAME+ivc"]["use"] == "variant"
@@ -84,15 +84,15 @@ def test_a_row_without_reason_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         file = tmp_path / "catalogue.yaml"
         file.write_text(text)
-        monkeypatch.setattr(catalogue, "FILE", file)
-        catalogue.systems.cache_clear()
+        monkeypatch.setattr(cards, "FILE", file)
+        cards.systems.cache_clear()
         with pytest.raises(ValueError, match=message):
-            catalogue.systems()
-    catalogue.systems.cache_clear()
+            cards.systems()
+    cards.systems.cache_clear()
 
 
 def test_listing_stays_light() -> None:
-    code = "import sys; from ivcp_eval import catalogue; catalogue.rows(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from ivcp_eval.interface import cards; cards.rows(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

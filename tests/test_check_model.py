@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivcp_eval import models
-from ivcp_eval.check_model import check_model
 from ivcp_eval.cli import main
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.tiny.processor import build_random
+from ivcp_eval.cli.setup.check_model import check_model
+from ivcp_eval.interface import models
+from ivcp_eval.lab.tiny.processor import build_random
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
 
 
 @pytest.fixture(scope="module")

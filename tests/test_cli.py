@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval import bench, vlmeval_bridge
+from ivcp_eval import vlmeval_bridge
 from ivcp_eval.cli import _MODULES, main
+from ivcp_eval.lab.bench import pruning as bench
 
 
 @pytest.mark.parametrize("separator", [[], ["--"]])

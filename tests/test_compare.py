@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivcp_eval import stats
-from ivcp_eval.compare import compare
-from ivcp_eval.comparison import LOUD
-from ivcp_eval.results import make_row, write_results, write_samples
+from ivcp_eval.reports import stats
+from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.comparison import LOUD
+from ivcp_eval.reports.table import make_row, write_results, write_samples
 
 BASELINES = Path(__file__).parents[1] / "results" / "baselines"
 N = 60

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivcp_eval.curves import AXES, curve, curve_rows, main
-from ivcp_eval.results import make_row, read_results, write_results, write_samples
+from ivcp_eval.reports.curves import AXES, curve, curve_rows, main
+from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 
 N = 120
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval import benchmarks, data
+from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.cli.setup import data
 
 needs_vlmeval = pytest.mark.skipif(importlib.util.find_spec("vlmeval") is None, reason="VLMEvalKit fetches")
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import ivcp_eval
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signals, Unsupported
-from ivcp_eval.registry import adapter, family_of
+from ivcp_eval.interface.registry import adapter, family_of
 from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
 from model_adapters.deepseek_vl2.layout import n_tokens, padding_cells
 from model_adapters.deepseek_vl2.modeling import DeepseekVL2ForConditionalGeneration

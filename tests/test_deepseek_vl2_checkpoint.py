@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from ivcp_eval.flops import DecoderShape
-from ivcp_eval.registry import adapter
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.interface.registry import adapter
 from model_adapters.deepseek_vl2.layout import n_tokens
 from model_adapters.deepseek_vl2.modeling import DeepseekVL2ForConditionalGeneration
 from tests import deepseek_vl2_checkpoint as published

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ivcp_eval.flops import DecoderShape
-from ivcp_eval.registry import adapter
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.interface.registry import adapter
 from tests import tiny_models
 
 TOKENS = 7

@@ -14,9 +14,9 @@ import torch
 from ivcp_eval.engine import fork as module
 from ivcp_eval.engine import prune
 from ivcp_eval.engine.fork import Answer, fork
-from ivcp_eval.engine.trunk import Branch, Trunk
+from ivcp_eval.engine.fork.trunk import Branch, Trunk
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.variants import Variant
 from tests import tiny_models
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
@@ -243,7 +243,7 @@ def test_changed_pictures_are_refused_and_nothing_is_left_behind() -> None:
 
 def test_bench_counts_and_agrees(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The smallest bench runs, its variants agree token for token, and sharing never costs more operations."""
-    from ivcp_eval import bench_fork
+    from ivcp_eval.lab.bench import fork as bench_fork
 
     assert bench_fork.main(["--size", "tiny", "--rounds", "1", "--out", str(tmp_path / "new" / "fork")]) == 0
     written = json.loads((tmp_path / "new" / "fork.json").read_text())
@@ -257,7 +257,7 @@ def test_bench_counts_and_agrees(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def _bench_model() -> tuple[Any, Any]:
-    from ivcp_eval.bench_models import build_model, configuration, make_inputs, size
+    from ivcp_eval.lab.bench.models import build_model, configuration, make_inputs, size
 
     shape = size("tiny")
     model = build_model(configuration(shape), "cpu", torch.float32, "sdpa")

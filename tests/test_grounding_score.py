@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ivcp_eval.boxes import FORMATS, format_answer, smart_resize
-from ivcp_eval.grounding import GroundTruth, ground_truth, score, size_of
+from ivcp_eval.benchmarks.boxes import FORMATS, format_answer, smart_resize
+from ivcp_eval.benchmarks.grounding import GroundTruth, ground_truth, score, size_of
 
 
 def _row(index: int, box: list[float], **changes: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ivcp_eval.flops import DecoderShape
-from ivcp_eval.registry import adapter
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.interface.registry import adapter
 from model_adapters._internvl_checkpoint import is_original, native_config, native_tensors
 from tests import published_layout
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import ivcp_eval
-from ivcp_eval.models import locate
-from ivcp_eval.registry import adapter
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.models import locate
+from ivcp_eval.interface.registry import adapter
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
 from model_adapters._internvl_processor import read_sentencepiece
 from model_adapters.internvl import SYSTEM, conversation
 from tests import published_layout

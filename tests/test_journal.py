@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.files import DiskFullError
-from ivcp_eval.journal import Journal
+from ivcp_eval.runs.store.journal import Journal
 
 
 def _records(path: Path) -> dict[str, dict[str, object]]:

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
-from ivcp_eval import bench_models, measure
 from ivcp_eval.engine import prune
-from ivcp_eval.flops import DecoderShape
-from ivcp_eval.registry import adapter
+from ivcp_eval.engine.cost import clock
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.interface.registry import adapter
+from ivcp_eval.lab.bench import models as bench_models
 
 SIZE = bench_models.size("tiny")
 ADAPTER = adapter("qwen2_5_vl")
@@ -49,7 +50,7 @@ def slow():
 
 
 def test_counts_and_cache_size(model, inputs):
-    with measure.phases(model, ADAPTER) as found:
+    with clock.phases(model, ADAPTER) as found:
         output = generate(model, inputs, tokens=3)
     assert output.shape[1] - inputs["input_ids"].shape[1] == found.new_tokens == 3
     assert (found.prefills, found.decode_steps) == (1, 2)
@@ -65,7 +66,7 @@ def test_counts_and_cache_size(model, inputs):
 @pytest.mark.parametrize("where", ["vision", "decoder"])
 def test_time_goes_to_the_phase_that_spent_it(model, inputs, slow, where):
     slow(model.model.visual if where == "vision" else model.model.language_model.layers[0])
-    with measure.phases(model, ADAPTER) as found:
+    with clock.phases(model, ADAPTER) as found:
         generate(model, inputs, tokens=3)
     milliseconds = DELAY * 1e3
     if where == "vision":
@@ -87,7 +88,7 @@ def test_pruning_counts_as_prefill_whichever_block_is_entered_first(model, input
             return stock(self, *args, **kwargs)
 
         monkeypatch.setattr(Engine, name, slower)
-    blocks = [lambda: prune(model, "ivc_prune", 0.5, layer=1), lambda: measure.phases(model, ADAPTER)]
+    blocks = [lambda: prune(model, "ivc_prune", 0.5, layer=1), lambda: clock.phases(model, ADAPTER)]
     with blocks[not inside]() as first, blocks[inside]() as second:
         generate(model, inputs, tokens=1)
     found = second if inside else first
@@ -99,8 +100,8 @@ def test_cuda_events_agree_with_the_synchronised_clock(model, inputs):
     on_gpu = bench_models.build_model(bench_models.configuration(SIZE), "cuda", torch.bfloat16, "sdpa")
     there = {name: tensor.cuda() for name, tensor in inputs.items()}
     generate(on_gpu, there)
-    with measure.phases(on_gpu, ADAPTER) as found:
-        total = measure.timed(lambda: generate(on_gpu, there, tokens=20), "cuda")
+    with clock.phases(on_gpu, ADAPTER) as found:
+        total = clock.timed(lambda: generate(on_gpu, there, tokens=20), "cuda")
     parts = found.vision_ms + found.prefill_ms + found.decode_ms
     assert 0.5 * total < parts <= total
     assert found.peak_bytes > sum(parameter.nbytes for parameter in on_gpu.parameters())
@@ -108,14 +109,14 @@ def test_cuda_events_agree_with_the_synchronised_clock(model, inputs):
 
 def test_text_without_image_and_several_calls(model, inputs):
     ids = inputs["input_ids"][:, -4:]
-    with measure.phases(model, ADAPTER) as found:
+    with clock.phases(model, ADAPTER) as found:
         for _ in range(2):
             generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokens=2)
     assert (found.vision_ms, found.prefills, found.decode_steps, found.new_tokens) == (0, 2, 2, 4)
 
 
 def test_time_between_calls_is_nobodys(model, inputs):
-    with measure.phases(model, ADAPTER) as found:
+    with clock.phases(model, ADAPTER) as found:
         generate(model, inputs, tokens=2)
         time.sleep(2)
         generate(model, inputs, tokens=2)
@@ -123,7 +124,7 @@ def test_time_between_calls_is_nobodys(model, inputs):
 
 
 def test_no_vision_encoder(model):
-    with measure.phases(model.model.language_model, _TextOnly()) as found, torch.inference_mode():
+    with clock.phases(model.model.language_model, _TextOnly()) as found, torch.inference_mode():
         model.model.language_model(input_ids=torch.arange(8)[None])
     assert found.vision_ms is None
     assert found.prefills == 1
@@ -140,14 +141,14 @@ class _TextOnly(type(ADAPTER)):
 
 def test_nothing_stays_behind_also_after_an_error(model, inputs):
     before = hook_counts(model)
-    with pytest.raises(ValueError, match="features and image tokens"), measure.phases(model, ADAPTER):
+    with pytest.raises(ValueError, match="features and image tokens"), clock.phases(model, ADAPTER):
         generate(model, {**inputs, "input_ids": inputs["input_ids"].clamp_max(3)})
     assert hook_counts(model) == before
 
 
 def test_a_forward_that_failed_is_not_counted(model, inputs):
     layer = model.model.language_model.layers[1]
-    with measure.phases(model, ADAPTER) as found:
+    with clock.phases(model, ADAPTER) as found:
         handle = layer.register_forward_pre_hook(_fail)
         with pytest.raises(RuntimeError, match="broken"):
             generate(model, inputs)
@@ -164,7 +165,7 @@ def test_hook_time_is_the_cut(model, inputs, slow):
     text = model.model.language_model
     with prune(model, "ivc_prune", 0.5, layer=1):
         slow(text.layers[1])
-        with measure.hook_time(text.layers[1]) as cut, measure.hook_time(text.layers[2]) as later:
+        with clock.hook_time(text.layers[1]) as cut, clock.hook_time(text.layers[2]) as later:
             generate(model, inputs, tokens=2)
     assert len(cut.ms) == len(later.ms) == 2
     assert min(cut.ms) >= DELAY * 1e3 > max(later.ms)
@@ -172,7 +173,7 @@ def test_hook_time_is_the_cut(model, inputs, slow):
 
 def test_cpu_time_does_not_count_waiting(model, inputs, slow):
     slow(model.model.language_model.layers[0])
-    with measure.phases(model, ADAPTER, cpu_time=True) as found:
+    with clock.phases(model, ADAPTER, cpu_time=True) as found:
         generate(model, inputs, tokens=1)
     assert 0 < found.prefill_ms < DELAY * 1e3
 
@@ -180,26 +181,26 @@ def test_cpu_time_does_not_count_waiting(model, inputs, slow):
 def test_interleave_rotates_and_drops_the_warm_up():
     calls = []
     functions = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "abc"}
-    results = measure.interleave(functions, rounds=2, warmup=1)
+    results = clock.interleave(functions, rounds=2, warmup=1)
     assert "".join(calls) == "cab" + "abc" + "bca"
     assert results == {"a": [4, 9], "b": [5, 7], "c": [6, 8]}
 
 
 def test_interleave_stops_between_rounds():
-    results = measure.interleave({"a": lambda: 1, "b": lambda: 2}, rounds=9, keep_going=lambda: False)
+    results = clock.interleave({"a": lambda: 1, "b": lambda: 2}, rounds=9, keep_going=lambda: False)
     assert results == {"a": [1], "b": [2]}
 
 
 def test_spread():
-    assert measure.Spread.of([3.0]) == measure.Spread(3, 3, 3, 1)
-    assert measure.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == measure.Spread(3, 2, 4, 5)
-    assert measure.Spread.of_ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]).median == 3
+    assert clock.Spread.of([3.0]) == clock.Spread(3, 3, 3, 1)
+    assert clock.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == clock.Spread(3, 2, 4, 5)
+    assert clock.Spread.of_ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]).median == 3
     with pytest.raises(ValueError):
-        measure.Spread.of([])
+        clock.Spread.of([])
 
 
 def test_timed():
-    assert DELAY * 1e3 <= measure.timed(lambda: time.sleep(DELAY)) < 10 * DELAY * 1e3
+    assert DELAY * 1e3 <= clock.timed(lambda: time.sleep(DELAY)) < 10 * DELAY * 1e3
 
 
 def test_flops_of_a_layer_by_hand():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval import models
+from ivcp_eval.interface import models
 
 
 def test_names_are_unique_and_have_a_source() -> None:

@@ -12,9 +12,9 @@ from transformers import LlavaNextConfig, LlavaNextProcessor, LlavaOnevisionConf
 
 import ivcp_eval
 from ivcp_eval.interface import Selection, Signals
+from ivcp_eval.interface.models import checkpoints
+from ivcp_eval.interface.registry import adapter, family_names
 from ivcp_eval.methods.ivc_prune import Method as IVCPrune
-from ivcp_eval.models import checkpoints
-from ivcp_eval.registry import adapter, family_names
 from model_adapters._transformers import images_by_length
 from tests import tiny_models
 from tests.contract.cases import image_columns

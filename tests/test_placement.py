@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import ivcp_eval
-from ivcp_eval.check_model import QUESTION, picture
-from ivcp_eval.registry import adapter
-from ivcp_eval.tiny.processor import build_random
+from ivcp_eval.cli.setup.check_model import QUESTION, picture
+from ivcp_eval.interface.registry import adapter
+from ivcp_eval.lab.tiny.processor import build_random
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ivcp_eval import benchmarks, models, vlmeval_bridge
-from ivcp_eval.planning import Request, make_plan
-from ivcp_eval.variants import Variant
+from ivcp_eval import benchmarks, vlmeval_bridge
+from ivcp_eval.interface import models
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.planning import Request, make_plan
 
 
 def planned(*data: str) -> list[str]:

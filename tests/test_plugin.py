@@ -99,7 +99,9 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     (site / "lent.pth").write_text("\n".join(lent) + "\n")
     environment.install(ROOT)
     # As `make setup` does.
-    (site / "torchvision.pth").write_text("import ivcp_eval.cpu_torchvision; ivcp_eval.cpu_torchvision.install()\n")
+    (site / "torchvision.pth").write_text(
+        "from ivcp_eval.vlmeval_bridge import cpu_torchvision; cpu_torchvision.install()\n"
+    )
     return environment
 
 
@@ -139,7 +141,7 @@ def test_a_package_of_fifteen_lines_adds_a_method(fresh: Environment, tmp_path: 
     assert json.loads(row["method_parameters"]) == {"layer": 2}
     assert 0.2 < float(row["ratio_kept_final"]) < 0.3
 
-    wrapped = "from ivcp_eval.registry import make_method; print(make_method('longest_states+ivc', {'layer': 3}))"
+    wrapped = "from ivcp_eval.interface import registry as r; print(r.make_method('longest_states+ivc', {'layer': 3}))"
     assert "inner=Method(layer=3)" in fresh.run("python", "-c", wrapped).stdout
 
     # The contract is in a checkout; what it checks is the installed package.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ivcp_eval.registry import adapter, family_of
+from ivcp_eval.interface.registry import adapter, family_of
 from tests import published_layout, tiny_models
 
 Renames = Iterable[tuple[str, str]]
@@ -311,6 +311,6 @@ def test_the_published_names_are_those_of_the_recorded_checkpoints() -> None:
 
 
 def test_every_native_family_is_here() -> None:
-    from ivcp_eval.registry import family_names
+    from ivcp_eval.interface.registry import family_names
 
     assert set(CONFIGS) == set(family_names()) - {"deepseek_vl2"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from ivcp_eval.readme import ROOT, render
+from ivcp_eval.cli.lab.docs import ROOT, render
 
 
 def test_generated_parts_are_current() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert render(text) == text, "run `python -m ivcp_eval.readme`"
+    assert render(text) == text, "run `python -m ivcp_eval.cli.lab.docs`"
 
 
 def test_relative_links_exist() -> None:

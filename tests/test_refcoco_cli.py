@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ivcp_eval.refcoco.cli import main
+from ivcp_eval.benchmarks.refcoco.cli import main
 from tests.refcoco_data import Corpus, convert, truncate
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from ivcp_eval.boxes import FORMATS, format_answer
-from ivcp_eval.grounding import ground_truth, score
-from ivcp_eval.refcoco.convert import convert_mdetr
-from ivcp_eval.refcoco.images import encode_bytes, encode_file, ordered_map
-from ivcp_eval.refcoco.records import COLUMNS, ConversionError, FrameRule
-from ivcp_eval.refcoco.splits import SPLIT_SIZES
+from ivcp_eval.benchmarks.boxes import FORMATS, format_answer
+from ivcp_eval.benchmarks.grounding import ground_truth, score
+from ivcp_eval.benchmarks.refcoco.convert import convert_mdetr
+from ivcp_eval.benchmarks.refcoco.images import encode_bytes, encode_file, ordered_map
+from ivcp_eval.benchmarks.refcoco.records import COLUMNS, ConversionError, FrameRule
+from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES
 from tests.refcoco_data import Corpus, convert, count_reads, image_cells, names, options, picture, read_rows
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ivcp_eval.refcoco.mdetr import read_mdetr
-from ivcp_eval.refcoco.records import BadRecord, ConversionError, FrameRule, Record, clean_caption
-from ivcp_eval.refcoco.splits import SPLIT_SIZES, split_of_annotation_file, split_of_category
+from ivcp_eval.benchmarks.refcoco.mdetr import read_mdetr
+from ivcp_eval.benchmarks.refcoco.records import BadRecord, ConversionError, FrameRule, Record, clean_caption
+from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES, split_of_annotation_file, split_of_category
 from tests.refcoco_data import Corpus
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ivcp_eval.benchmarks.refcoco.convert import convert_mdetr
+from ivcp_eval.benchmarks.refcoco.partial import PartialTsv
+from ivcp_eval.benchmarks.refcoco.records import ConversionError
 from ivcp_eval.files import DiskFullError
-from ivcp_eval.refcoco.convert import convert_mdetr
-from ivcp_eval.refcoco.partial import PartialTsv
-from ivcp_eval.refcoco.records import ConversionError
 from tests.refcoco_data import Corpus, convert, count_reads, names, options, read_rows, truncate
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_a_finished_file_is_left_alone_and_a_foreign_one_is_not_replaced(corpus:
 
 _KILL_AFTER = """
 import os, signal, sys
-from ivcp_eval.refcoco import cli, partial
+from ivcp_eval.benchmarks.refcoco import cli, partial
 write, left = partial.PartialTsv.write, [int(sys.argv.pop(1))]
 def dying(self, line):
     if not left[0]:

@@ -10,14 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ivcp_eval.grounding import ground_truth
-from ivcp_eval.refcoco import stock as stock_module
-from ivcp_eval.refcoco.cli import main
-from ivcp_eval.refcoco.images import encode_bytes
-from ivcp_eval.refcoco.records import ConversionError, FrameRule
-from ivcp_eval.refcoco.splits import SPLIT_SIZES
-from ivcp_eval.refcoco.stock import convert_stock
-from ivcp_eval.refcoco.writer import Options
+from ivcp_eval.benchmarks.grounding import ground_truth
+from ivcp_eval.benchmarks.refcoco import stock as stock_module
+from ivcp_eval.benchmarks.refcoco.cli import main
+from ivcp_eval.benchmarks.refcoco.images import encode_bytes
+from ivcp_eval.benchmarks.refcoco.records import ConversionError, FrameRule
+from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES
+from ivcp_eval.benchmarks.refcoco.stock import convert_stock
+from ivcp_eval.benchmarks.refcoco.writer import Options
 from tests.refcoco_data import image_cells, picture
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{}</ref>"

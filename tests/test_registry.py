@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from ivcp_eval import plugins, registry
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, ModelFacts
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, ModelFacts, plugins, registry
 from ivcp_eval.methods import none
 
 ROOT = Path(__file__).parent.parent

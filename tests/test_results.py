@@ -13,9 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ivcp_eval import benchmarks, results
-from ivcp_eval.results import COLUMN_NAMES, ResultsError, make_row, merge_rows, read_results, write_results
-from ivcp_eval.results_schema import COLUMNS
+from ivcp_eval import benchmarks
+from ivcp_eval.reports import table as results
+from ivcp_eval.reports.schema import COLUMNS
+from ivcp_eval.reports.table import COLUMN_NAMES, ResultsError, make_row, merge_rows, read_results, write_results
 
 RESULTS = Path(__file__).parents[1] / "results"
 PUBLISHED = sorted((RESULTS / "baselines").glob("*.csv"))
@@ -273,7 +274,7 @@ class TestReadme:
     def test_is_current(self, tmp_path):
         text = (RESULTS / "README.md").read_text(encoding="utf-8")
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
-        assert results.update_readme(tmp_path / "README.md") == text, "run `python -m ivcp_eval.results`"
+        assert results.update_readme(tmp_path / "README.md") == text, "run `python -m ivcp_eval.reports.table`"
         for name in (*COLUMN_NAMES, *results.SAMPLE_COLUMN_NAMES):
             assert f"| `{name}` |" in text
 
@@ -293,8 +294,7 @@ class TestReadme:
 
 
 def test_importing_is_light():
-    code = (
-        "import sys, ivcp_eval.results; print([m for m in ('torch', 'pandas', 'numpy', 'vlmeval') if m in sys.modules])"
-    )
+    code = "import sys, ivcp_eval.reports.table;"
+        "print([m for m in ('torch', 'pandas', 'numpy', 'vlmeval') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

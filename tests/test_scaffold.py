@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval import locations
+from ivcp_eval import files
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.registry import method_class
-from ivcp_eval.scaffold import check_method, checkout, new_method
+from ivcp_eval.interface.registry import method_class
+from ivcp_eval.interface.scaffold import check_method, checkout, new_method
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +48,7 @@ import ivcp_eval.methods.longest_states as module
 path = pathlib.Path(module.__file__)
 text = path.read_text()
 assert pytest.main(["-q", {test!r}]) == 0
-from ivcp_eval.scaffold import check_method
+from ivcp_eval.interface.scaffold import check_method
 def check(old="", new=""):
     assert old in text
     path.write_text(text.replace(old, new))
@@ -131,7 +131,7 @@ def test_an_installed_package_looks_for_a_checkout_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert checkout("x") == ROOT
-    monkeypatch.setattr(locations, "CHECKOUT", None)
+    monkeypatch.setattr(files, "CHECKOUT", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"a new method is a file in a checkout.*clone the repository"):
         new_method("my_method")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import ivcp_eval
 from ivcp_eval.interface import AbstractScorer, Cut, ModelFacts, Selection, Signal, Signals, Step
-from ivcp_eval.ops import budget
-from ivcp_eval.registry import adapter, parameters_of
+from ivcp_eval.interface.ops import budget
+from ivcp_eval.interface.registry import adapter, parameters_of
 from tests import tiny_models
 from tests.contract.cases import RAGGED, Case
 from tests.contract.checks import CHECKS, close, same_generation

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivcp_eval.results import make_row, write_results, write_samples
-from ivcp_eval.sensitivity import defaults_of, main, table
+from ivcp_eval.reports.sensitivity import defaults_of, main, table
+from ivcp_eval.reports.table import make_row, write_results, write_samples
 
 N = 120
 FULL = (np.random.default_rng(0).random(N) < 0.7).astype(float)

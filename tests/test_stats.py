@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from ivcp_eval import stats
-from ivcp_eval.stats import Interval, Sample
+from ivcp_eval.reports import stats
+from ivcp_eval.reports.stats import Interval, Sample
 
 
 def make_scores(n: int, n_clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

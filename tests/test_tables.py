@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from ivcp_eval.results import make_row
-from ivcp_eval.tables import Table, tables, write_tables
+from ivcp_eval.reports.table import make_row
+from ivcp_eval.reports.wide import Table, tables, write_tables
 
 
 def row(
@@ -82,8 +82,8 @@ def test_formats(tmp_path: Path) -> None:
 
 
 def test_a_wrapped_method_shows_only_what_is_not_its_default() -> None:
-    from ivcp_eval.registry import make_method
-    from ivcp_eval.tables import _name
+    from ivcp_eval.interface.registry import make_method
+    from ivcp_eval.reports.wide import _name
 
     given = dataclasses.asdict(make_method("fastv+ivc", {"ivc": 0.2}))  # type: ignore[call-overload]
     assert _name(("fastv+ivc", 0.5, json.dumps(given), 0)) == "fastv+ivc (ivc=0.2)"

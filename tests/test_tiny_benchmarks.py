@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ivcp_eval.tiny import build_benchmarks
-from ivcp_eval.tiny.build_benchmarks import BENCHMARKS, CHECKSUMS, DATASETS, encode_png
-from ivcp_eval.tiny.evaluate import read_benchmark
-from ivcp_eval.tiny.scenes import render, sample_scene, scene_rng
-from ivcp_eval.tiny.tasks import build_prompt
+from ivcp_eval.lab.tiny import build_benchmarks
+from ivcp_eval.lab.tiny.build_benchmarks import BENCHMARKS, CHECKSUMS, DATASETS, encode_png
+from ivcp_eval.lab.tiny.evaluate import read_benchmark
+from ivcp_eval.lab.tiny.scenes import render, sample_scene, scene_rng
+from ivcp_eval.lab.tiny.tasks import build_prompt
 
 csv.field_size_limit(sys.maxsize)
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ivcp_eval.tiny.build_benchmarks import BENCHMARKS, DATASETS
-from ivcp_eval.tiny.evaluate import SHIPPED_MODEL, answer, evaluate, load, read_benchmark
+from ivcp_eval.lab.tiny.build_benchmarks import BENCHMARKS, DATASETS
+from ivcp_eval.lab.tiny.evaluate import SHIPPED_MODEL, answer, evaluate, load, read_benchmark
 
 RECORD = json.loads((SHIPPED_MODEL.parent / "training" / "run.json").read_text(encoding="utf-8"))
 #: Questions per benchmark looked at here, and how far chance may carry such a slice from the recorded accuracy.
@@ -60,7 +60,7 @@ def test_batched_answers_equal_single_ones(shipped: tuple[Any, Any]) -> None:
 
 def test_answers_depend_on_the_picture(shipped: tuple[Any, Any]) -> None:
     """Exchanged pictures must cost accuracy, or the model would be guessing from the questions."""
-    from ivcp_eval.tiny.evaluate import Question
+    from ivcp_eval.lab.tiny.evaluate import Question
 
     questions = read_benchmark(DATASETS / "tiny_short.tsv", SLICE)
     exchanged = [Question(b.image, a.sample) for a, b in zip(questions, questions[8:] + questions[:8], strict=True)]

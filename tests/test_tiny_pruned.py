@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from ivcp_eval import models
-from ivcp_eval.cells import ROOT
-from ivcp_eval.results import read_results
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.tiny import tasks
-from ivcp_eval.tiny.evaluate import is_right, read_benchmark
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface import models
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.lab.tiny import tasks
+from ivcp_eval.lab.tiny.evaluate import is_right, read_benchmark
+from ivcp_eval.reports.table import read_results
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.cells import ROOT
 
 #: Questions of each benchmark, and how far such a slice may stray from the recorded accuracy (percent).
 SLICE, BAND = 60, 14.0

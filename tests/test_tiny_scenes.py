@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from ivcp_eval.tiny import tasks
-from ivcp_eval.tiny.scenes import SIZES, render, sample_scene, scene_rng, shape_mask
+from ivcp_eval.lab.tiny import tasks
+from ivcp_eval.lab.tiny.scenes import SIZES, render, sample_scene, scene_rng, shape_mask
 
 SCENES = [sample_scene(scene_rng("validation", index)) for index in range(60)]
 

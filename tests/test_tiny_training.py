@@ -11,12 +11,12 @@ import torch
 import yaml
 from PIL import Image
 
-from ivcp_eval.tiny import batches, tasks, train
-from ivcp_eval.tiny.fast import vision_forward
-from ivcp_eval.tiny.losses import answer_logits
-from ivcp_eval.tiny.processor import build_config, build_processor
-from ivcp_eval.tiny.scenes import SIZES, render, sample_scene, scene_rng
-from ivcp_eval.tiny.validation import overlap, parse_box
+from ivcp_eval.lab.tiny import batches, tasks, train
+from ivcp_eval.lab.tiny.processor import build_config, build_processor
+from ivcp_eval.lab.tiny.scenes import SIZES, render, sample_scene, scene_rng
+from ivcp_eval.lab.tiny.training.fast import vision_forward
+from ivcp_eval.lab.tiny.training.losses import answer_logits
+from ivcp_eval.lab.tiny.training.validation import overlap, parse_box
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

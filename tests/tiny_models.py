@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivcp_eval import registry
+from ivcp_eval.interface import registry
 
 Segment = tuple[str, int]
 Rows = list[list[Segment]]

@@ -15,11 +15,11 @@ from typing import Any, get_args
 
 import yaml
 
-from ivcp_eval import locations
+from ivcp_eval import files
 from ivcp_eval.interface import QuestionKind
-from ivcp_eval.registry import nearest, unknown
+from ivcp_eval.interface.registry import nearest, unknown
 
-FOLDER = locations.DATASETS
+FOLDER = files.DATASETS
 
 
 class DataMissing(RuntimeError):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivcp_eval.boxes import Box, BoxFormat, Frame, iou, parse_answer
+from ivcp_eval.benchmarks.boxes import Box, BoxFormat, Frame, iou, parse_answer
 
 __all__ = [
     "IOU_THRESHOLDS",
@@ -163,7 +163,8 @@ def score(
         pairs: ground truth and the model's answer text; anything but text counts as unreadable.
         fmt: the declared format of *all* answers.
         frame_of: for pixel formats, the frame ``(width, height)`` of the answers to one sample, e.g.
-            ``lambda t: t.answer_frame`` for a ``--qwen25`` file or the size from :func:`ivcp_eval.boxes.smart_resize`.
+            ``lambda t: t.answer_frame`` for a ``--qwen25`` file or the size from
+            :func:`ivcp_eval.benchmarks.boxes.smart_resize`.
 
     Raises:
         ValueError: no samples, an index twice, or a pixel format without ``frame_of``.

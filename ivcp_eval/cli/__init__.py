@@ -14,11 +14,11 @@ import ivcp_eval
 
 # Verbs that live in a module of their own with `add_arguments(parser)` and `run(args) -> int`.
 _MODULES: dict[str, tuple[str, str]] = {
-    "sweep": ("ivcp_eval.sweep.command", "plan and run many variants on many benchmarks, resumable"),
-    "check-model": ("ivcp_eval.check_model", "check a model's wiring on its real weights"),
-    "data": ("ivcp_eval.data", "show which benchmark files are here, or fetch them"),
-    "method": ("ivcp_eval.method_command", "write a new method's template, or run the contract on a method"),
-    "rejudge": ("ivcp_eval.judge.command", "score stored predictions with another judge, without a GPU"),
+    "sweep": ("ivcp_eval.cli.running.sweep", "plan and run many variants on many benchmarks, resumable"),
+    "check-model": ("ivcp_eval.cli.setup.check_model", "check a model's wiring on its real weights"),
+    "data": ("ivcp_eval.cli.setup.data", "show which benchmark files are here, or fetch them"),
+    "method": ("ivcp_eval.cli.setup.method", "write a new method's template, or run the contract on a method"),
+    "rejudge": ("ivcp_eval.cli.running.rejudge", "score stored predictions with another judge, without a GPU"),
 }
 
 
@@ -45,7 +45,7 @@ def _module_verb(name: str, arguments: list[str]) -> int:
 
 
 def _guarded(verb: Callable[[], int]) -> int:
-    from ivcp_eval.models import MissingWeights
+    from ivcp_eval.interface.models import MissingWeights
 
     try:
         return verb()
@@ -137,13 +137,13 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from ivcp_eval import cells
     from ivcp_eval.engine import check_ratio
-    from ivcp_eval.failures import check_timeout
-    from ivcp_eval.planning import Request
-    from ivcp_eval.registry import make_method
-    from ivcp_eval.runner import evaluate
-    from ivcp_eval.variants import Budget, Variant
+    from ivcp_eval.interface.failures import check_timeout
+    from ivcp_eval.interface.registry import make_method
+    from ivcp_eval.interface.variants import Budget, Variant
+    from ivcp_eval.runs import cells
+    from ivcp_eval.runs.planning import Request
+    from ivcp_eval.runs.runner import evaluate
 
     check_ratio(args.ratio)
     check_timeout(args.timeout)
@@ -176,7 +176,7 @@ def _eval(args: argparse.Namespace) -> int:
         _say(f"NOT WHOLE: {problem}")
     if outcome.problems:
         _say("run the same command again to retry what failed; finished cells are reused")
-    from ivcp_eval.compare import compare
+    from ivcp_eval.reports.compare import compare
 
     try:
         _say(f"\n{compare(outcome.csv).to_terminal()}")
@@ -188,9 +188,11 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    from ivcp_eval import cells, data, models
-    from ivcp_eval.judge import cache_folder
-    from ivcp_eval.judge.rejudge import estimate_eval
+    from ivcp_eval.cli.setup import data
+    from ivcp_eval.interface import models
+    from ivcp_eval.runs import cells
+    from ivcp_eval.runs.rejudge import estimate_eval
+    from ivcp_eval.vlmeval_bridge.judge import cache_folder
 
     _, checkpoint = models.find(args.model)
     names = [b.name for b in data.chosen(args.data or ["embedded" if checkpoint.local else "matrix"])]
@@ -216,7 +218,8 @@ def _parameter(text: str) -> tuple[str, Any]:
 def _list(args: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from ivcp_eval import benchmarks, catalogue, models
+    from ivcp_eval import benchmarks
+    from ivcp_eval.interface import cards, models
 
     every = not (args.models or args.methods or args.benchmarks)
     if args.models or every:
@@ -226,7 +229,7 @@ def _list(args: argparse.Namespace) -> int:
         ]
         _say(tabulate(rows, ("model", "family", "checkpoint", "revision", "note")) + "\n")
     if args.methods or every:
-        _say(tabulate(catalogue.rows(), headers="keys", maxcolwidths=[24, 14, 90]) + "\n")
+        _say(tabulate(cards.rows(), headers="keys", maxcolwidths=[24, 14, 90]) + "\n")
     if args.benchmarks or every:
         loaded = [benchmarks.load(name) for name in benchmarks.names()]
         declared = [
@@ -237,7 +240,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from ivcp_eval.compare import compare
+    from ivcp_eval.reports.compare import compare
 
     comparison = compare(
         args.results,
@@ -255,7 +258,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from ivcp_eval.bench import main as bench
+    from ivcp_eval.lab.bench.pruning import main as bench
 
     return bench(arguments)
 

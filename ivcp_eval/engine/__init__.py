@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported
-from ivcp_eval.registry import adapter as load_adapter
-from ivcp_eval.registry import family_of, make_method, method_name
+from ivcp_eval.interface.registry import adapter as load_adapter
+from ivcp_eval.interface.registry import family_of, make_method, method_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

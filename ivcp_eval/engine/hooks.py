@@ -30,7 +30,7 @@ from ivcp_eval.engine.signals import SignalSource
 from ivcp_eval.engine.steps import Before, StepMasks
 from ivcp_eval.engine.vision import VisionListener
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Selection
-from ivcp_eval.ops import merged_states
+from ivcp_eval.interface.ops import merged_states
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

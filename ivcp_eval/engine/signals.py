@@ -10,7 +10,7 @@ import torch
 
 from ivcp_eval.engine.geometry import is_member, row_position_embeddings
 from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
-from ivcp_eval.ops import budget
+from ivcp_eval.interface.ops import budget
 
 if TYPE_CHECKING:
     from torch import Tensor

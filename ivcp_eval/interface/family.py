@@ -93,7 +93,7 @@ class AbstractAdapter(ABC):
     closing_tokens: ClassVar[int] = 0  # marker tokens that close an image span (Qwen: <|vision_end|>)
 
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = ()
-    box_format: ClassVar[str] = ""  # key of ivcp_eval.boxes.FORMATS; empty if the family was not trained to ground
+    box_format: ClassVar[str] = ""  # key of `benchmarks.boxes.FORMATS`; empty if the family was not trained to ground
     min_pixels: ClassVar[int | None] = None  # limits of the published evaluation, where the processor has such
     max_pixels: ClassVar[int | None] = None
     generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 512, "do_sample": False}

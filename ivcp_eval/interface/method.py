@@ -212,8 +212,8 @@ class Selection:
 
     Attributes:
         keep: (K,) int64 indices into the row's visual tokens, strictly increasing.
-        merge: optional (K, V) weights, dense or sparse (`ivcp_eval.ops.sparse_weights`); survivor i continues as
-            ``merge[i] @ hidden[visual]`` (float32, then cast).
+        merge: optional (K, V) weights, dense or sparse (`ivcp_eval.interface.ops.sparse_weights`); survivor i
+            continues as ``merge[i] @ hidden[visual]`` (float32, then cast).
         exact: False if the method's own rule overrides the budget (a released rule without one).
     """
 
@@ -285,7 +285,7 @@ class AbstractScorer(AbstractMethod):
 
     def select(self, signals: Signals) -> Selection:
         """Keep the ``budget`` best-scored tokens of each image."""
-        from ivcp_eval.ops import top_of_each_image
+        from ivcp_eval.interface.ops import top_of_each_image
 
         score = self.score(signals)
         if tuple(score.shape) != (signals.n_visual,):

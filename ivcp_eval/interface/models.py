@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ivcp_eval.files import PACKAGE
 from ivcp_eval.interface import Checkpoint
-from ivcp_eval.registry import adapter, family_names, unknown
+from ivcp_eval.interface.registry import adapter, family_names, unknown
 
-PACKAGE = Path(__file__).resolve().parent
 _LOCAL = "MODEL_PATH (--model-path; in a sweep file `models: {{{}: /path/to/folder}}`)"
 
 

@@ -18,12 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.files import PACKAGE
+
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractMethod
 
 GROUP = "ivcp_eval.methods"
 NAME = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"  # of a method; two underscores separate model, method and ratio elsewhere
-_BUILT_IN = Path(__file__).parent / "methods"
+_BUILT_IN = PACKAGE / "methods"
 
 
 @dataclass(frozen=True)

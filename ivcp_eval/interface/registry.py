@@ -11,8 +11,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval import plugins
 from ivcp_eval.files import file_digest
+from ivcp_eval.interface import plugins
 
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter, AbstractMethod
@@ -42,7 +42,7 @@ def module_names(package: str) -> tuple[str, ...]:
 def method_names() -> tuple[str, ...]:
     """Every registered method, those of installed plug-ins (entry point group ``ivcp_eval.methods``) included.
 
-    Nothing of a plug-in is imported. One whose name cannot be used is left out; `ivcp_eval.plugins.found` says why.
+    Nothing of a plug-in is imported. One whose name cannot be used is left out; `plugins.found` says why.
     """
     usable = {plugin.name for plugin in plugins.found() if not plugin.problem}
     return tuple(sorted({*module_names("ivcp_eval.methods"), *usable}))

@@ -13,10 +13,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval import locations, plugins
+from ivcp_eval import files
 from ivcp_eval.files import atomic_write
-from ivcp_eval.plugins import NAME
-from ivcp_eval.registry import PLUS_IVC, make_method, method_names, module_names
+from ivcp_eval.interface import plugins
+from ivcp_eval.interface.plugins import NAME
+from ivcp_eval.interface.registry import PLUS_IVC, make_method, method_names, module_names
 
 NO_CHECKOUT = (
     "{what} in a checkout of ivcp-eval, and neither this installed package nor the current folder is one: clone the "
@@ -73,7 +74,7 @@ TEST = '''\
 
 from __future__ import annotations
 
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface.registry import make_method
 from tests.methods.material import best, random_signals
 
 
@@ -94,7 +95,7 @@ def checkout(what: str) -> Path:
     Raises:
         FileNotFoundError: neither is a checkout.
     """
-    for folder in (locations.CHECKOUT, Path.cwd()):
+    for folder in (files.CHECKOUT, Path.cwd()):
         if folder is not None and (folder / "tests" / "contract").is_dir():
             return folder
     raise FileNotFoundError(NO_CHECKOUT.format(what=what))
@@ -164,7 +165,7 @@ def check_method(
         ValueError: unknown method or family.
         FileNotFoundError: not in a checkout; the contract is not part of the installed package.
     """
-    from ivcp_eval.registry import unknown
+    from ivcp_eval.interface.registry import unknown
 
     root = checkout("the contract is")
     _import_tests(root)
@@ -202,9 +203,9 @@ def _import_tests(root: Path) -> None:
 
 
 def _check_docstring(root: Path, name: str, report: CheckReport) -> None:
-    from ivcp_eval.docs import MethodCard
+    from ivcp_eval.interface.cards import MethodCard
 
-    folder = locations.PACKAGE / "methods"
+    folder = files.PACKAGE / "methods"
     package = folder / name / "__init__.py"
     try:
         card = MethodCard.read(package if package.exists() else folder / f"{name}.py", name)

@@ -29,8 +29,8 @@ from ivcp_eval.interface import (
     Signal,
     Signals,
 )
-from ivcp_eval.ops import coordinate_set, sparse_weights, top_of_each_image
-from ivcp_eval.registry import PLUS_IVC, method_name
+from ivcp_eval.interface.ops import coordinate_set, sparse_weights, top_of_each_image
+from ivcp_eval.interface.registry import PLUS_IVC, method_name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signals
-from ivcp_eval.ops import farthest_points
+from ivcp_eval.interface.ops import farthest_points
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import best_of_rest, distances, last_token, unit_range
+from ivcp_eval.interface.ops import best_of_rest, distances, last_token, unit_range
 
 _WORDS = {
     "queries": ("question", "last"),

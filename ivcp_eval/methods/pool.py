@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signals
-from ivcp_eval.ops import group_means, image_partition, merged_selection
+from ivcp_eval.interface.ops import group_means, image_partition, merged_selection
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractScorer, Cut, Faithfulness, ModelFacts, Signals
-from ivcp_eval.ops import last_token, mean_attention
+from ivcp_eval.interface.ops import last_token, mean_attention
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,15 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import density_peaks, itself, mean_attention, merged_selection, ranking, sparse_weights, top
+from ivcp_eval.interface.ops import (
+    density_peaks,
+    itself,
+    mean_attention,
+    merged_selection,
+    ranking,
+    sparse_weights,
+    top,
+)
 
 # Tokens alive after each stage of the published lists [300, 200, 110], [303, 110, 36], [238, 48, 26], [66, 30, 17]
 # on 576 tokens, with the recycled ones that the released rule adds.

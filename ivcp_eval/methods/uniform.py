@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signals
-from ivcp_eval.ops import image_partition
+from ivcp_eval.interface.ops import image_partition
 
 
 @dataclass(frozen=True)

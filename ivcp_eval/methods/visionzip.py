@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import itself, merged_selection, sparse_weights, top
+from ivcp_eval.interface.ops import itself, merged_selection, sparse_weights, top
 
 
 @dataclass(frozen=True)

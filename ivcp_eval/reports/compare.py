@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ivcp_eval import stats
-from ivcp_eval.aggregates import COLUMNS, rule_for
-from ivcp_eval.comparison import ComparedRow, Comparison
-from ivcp_eval.provenance import (
+from ivcp_eval.reports import stats
+from ivcp_eval.reports.comparison import ComparedRow, Comparison
+from ivcp_eval.reports.provenance import (
     Against,
     baseline_of,
     candidates,
@@ -29,7 +28,8 @@ from ivcp_eval.provenance import (
     sample_differences,
     unknown_provenance,
 )
-from ivcp_eval.results import Row, read_results, read_samples
+from ivcp_eval.reports.stats.aggregates import COLUMNS, rule_for
+from ivcp_eval.reports.table import Row, read_results, read_samples
 
 __all__ = ["ComparedRow", "Comparison", "compare"]
 

@@ -1,6 +1,6 @@
 """Score against retention ratio, with intervals, and which methods beat random: a CSV and a plot from a results CSV.
 
-``python -m ivcp_eval.curves results/tiny.csv`` writes ``results/tiny.curves.csv`` and ``results/tiny.curves.png``.
+``ivcp curves results/tiny.csv`` writes ``results/tiny.curves.csv`` and ``results/tiny.curves.png``.
 Every point is paired, sample by sample and clustered, with the unpruned rows and with the rows of ``random`` (the mean
 of its seeds) at the same ratio, or at the same share of the same budget. A method that is not significantly better than
 random there is marked as such. Where a budget was held, the plot is against what was measured of it.
@@ -20,10 +20,10 @@ import numpy as np
 
 from ivcp_eval import benchmarks
 from ivcp_eval.files import atomic_write
-from ivcp_eval.resampling import PairedResult
-from ivcp_eval.results import Row, read_results, read_samples
-from ivcp_eval.stats import holm, paired_bootstrap
-from ivcp_eval.variants import BASELINE
+from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.reports.stats import holm, paired_bootstrap
+from ivcp_eval.reports.stats.resampling import PairedResult
+from ivcp_eval.reports.table import Row, read_results, read_samples
 
 BETTER = "better than random"
 CONTROL = "random"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from ivcp_eval.results import Row
+from ivcp_eval.reports.table import Row
 
 __all__ = [
     "REFUSED",

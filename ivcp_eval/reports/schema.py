@@ -185,7 +185,7 @@ COLUMNS: tuple[Column, ...] = (
         "ratio_flops",
         "number",
         "decoder FLOPs of the prefill over those of the unpruned model, from the tokens that each layer was measured "
-        "to process (`ivcp_eval/flops.py`)",
+        "to process (`ivcp_eval/engine/cost/flops.py`)",
         low=0,
         high=1,
         late=True,

@@ -18,7 +18,7 @@ from typing import Any
 
 from ivcp_eval import benchmarks
 from ivcp_eval.files import atomic_write
-from ivcp_eval.variants import BASELINE
+from ivcp_eval.interface.variants import BASELINE
 
 Row = Mapping[str, Any]
 MISSING = "-"
@@ -137,7 +137,7 @@ def _line(
 
 def _name(variant: tuple[Any, ...]) -> str:
     """The method and those of its parameters that are not its defaults."""
-    from ivcp_eval.registry import make_method
+    from ivcp_eval.interface.registry import make_method
 
     if len(variant) == 1:
         return "unpruned"

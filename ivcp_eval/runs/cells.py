@@ -15,22 +15,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval import locations
-from ivcp_eval.variants import Variant
+from ivcp_eval import files
+from ivcp_eval.interface.variants import Variant
 
-ROOT = locations.PACKAGE.parent
-RUNS = locations.RESULTS / "runs"
+ROOT = files.PACKAGE.parent
+RUNS = files.RESULTS / "runs"
 
 # Source files whose change can change a prediction, a score or a measured cost; no reports, no commands.
 _CODE = (
     "model_adapters/**/*.py",
-    "ivcp_eval/engine/*.py",
-    "ivcp_eval/methods/*.py",
-    "ivcp_eval/vlmeval_bridge/*.py",
-    *(f"ivcp_eval/judge/{name}.py" for name in ("client", "questions")),
+    "ivcp_eval/engine/**/*.py",
+    "ivcp_eval/methods/**/*.py",
     "ivcp_eval/interface/*.py",
-    *(f"ivcp_eval/{name}.py" for name in ("boxes", "downsample", "grounding", "ivc_official", "ops")),
-    *(f"ivcp_eval/{name}.py" for name in ("accounting", "flops", "measure", "scores", "session")),
+    "ivcp_eval/benchmarks/*.py",
+    "ivcp_eval/vlmeval_bridge/**/*.py",
+    "ivcp_eval/runs/answering/*.py",
 )
 _DISTRIBUTIONS = {"torch": "torch", "transformers": "transformers", "vlmeval": "ms-vlmeval"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ivcp_eval.registry import nearest
+from ivcp_eval.interface.registry import nearest
 
 Place = tuple[Any, ...]
 """Keys and indices from the root to a value."""

@@ -11,17 +11,17 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval import cells
-from ivcp_eval.accounting import described
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.cells import Cell
+from ivcp_eval.engine.cost.predicted import described
 from ivcp_eval.files import write_json
-from ivcp_eval.planning import Plan, Request, make_plan
-from ivcp_eval.sweep.spec import Spec
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs import cells
+from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.planning import Plan, Request, make_plan
+from ivcp_eval.runs.spec import Spec
 
 if TYPE_CHECKING:
-    from ivcp_eval.models import Weights
+    from ivcp_eval.interface.models import Weights
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def make(
         elsewhere: only plan, look or score; without a ``device`` it is then that of the run which was started.
     """
     from ivcp_eval.benchmarks import DataMissing
-    from ivcp_eval.models import MissingWeights
+    from ivcp_eval.interface.models import MissingWeights
 
     runs = runs or cells.RUNS
     made = SweepPlan(spec, runs.parent / "sweeps" / spec.name)

@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ivcp_eval import benchmarks, cells, models
-from ivcp_eval.accounting import Decoder, hold
+from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark, DataMissing
-from ivcp_eval.cells import Cell, Identity
+from ivcp_eval.engine.cost.predicted import Decoder, hold
 from ivcp_eval.files import file_digest
-from ivcp_eval.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
-from ivcp_eval.registry import adapter, make_method, method_source, parameters_of, unknown
-from ivcp_eval.variants import BASELINE, Variant
+from ivcp_eval.interface import models
+from ivcp_eval.interface.registry import adapter, make_method, method_source, parameters_of, unknown
+from ivcp_eval.interface.variants import BASELINE, Variant
+from ivcp_eval.runs import cells
+from ivcp_eval.runs.cells import Cell, Identity
+from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
 
 if TYPE_CHECKING:
-    from ivcp_eval.session import Limits, Placement
+    from ivcp_eval.runs.answering.session import Limits, Placement
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
     """
     import torch
 
-    from ivcp_eval.session import Limits, Placement
+    from ivcp_eval.runs.answering.session import Limits, Placement
 
     weights = models.locate(request.variant.model, request.model_path)
     device = request.device or ("cuda" if request.elsewhere and not weights.checkpoint.local else "")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ivcp_eval
-from ivcp_eval import cells, locations, models
+from ivcp_eval import files
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.cells import Cell
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface import models
+from ivcp_eval.interface.registry import make_method
+from ivcp_eval.runs import cells
+from ivcp_eval.runs.cells import Cell
 
 if TYPE_CHECKING:
     from ivcp_eval.vlmeval_bridge.evaluate import Scored
@@ -88,7 +90,7 @@ def _device_names(cell: Cell, used: Sequence[Mapping[str, Any]]) -> str:
 
 def _git() -> dict[str, Any]:
     """Commit of the code, and whether tracked files differ from it; an installed package has its version instead."""
-    if locations.CHECKOUT is None:  # what it is installed in may be a checkout of something else
+    if files.CHECKOUT is None:  # what it is installed in may be a checkout of something else
         return {"ivcp_commit": f"version {ivcp_eval.__version__}, code {cells.code_hash()}", "ivcp_dirty": None}
 
     def git(*arguments: str) -> str | None:

@@ -14,11 +14,11 @@ from typing import Any
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.files import file_digest
-from ivcp_eval.judge.client import Judge
-from ivcp_eval.judge.config import EXACT_MATCHING, JudgeConfig
-from ivcp_eval.judge.estimate import Estimate, estimate
-from ivcp_eval.judge.questions import Question
-from ivcp_eval.results import Row, read_results, read_samples, write_results, write_samples
+from ivcp_eval.reports.table import Row, read_results, read_samples, write_results, write_samples
+from ivcp_eval.vlmeval_bridge.judge.client import Judge
+from ivcp_eval.vlmeval_bridge.judge.config import EXACT_MATCHING, JudgeConfig
+from ivcp_eval.vlmeval_bridge.judge.estimate import Estimate, estimate
+from ivcp_eval.vlmeval_bridge.judge.questions import Question
 
 Say = Callable[[str], None]
 
@@ -128,7 +128,7 @@ def estimate_eval(
     Raises:
         DataMissing: a benchmark that is to be judged is not here.
     """
-    from ivcp_eval.judge.config import asked_judge
+    from ivcp_eval.vlmeval_bridge.judge.config import asked_judge
 
     total = Estimate(0, 0, 0, 0, 0.0)
     for name in names:
@@ -216,8 +216,8 @@ def _questions_to(benchmark: Benchmark, dataset: Any, answers: dict[str, str]) -
 
 def _rated(cell: _Cell, judge: Judge | None, name: str) -> tuple[list[Row], list[Row]]:
     """New rows (one for each metric) and per-sample rows."""
-    from ivcp_eval.scores import ScoreMissing
     from ivcp_eval.vlmeval_bridge import evaluate
+    from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
     first = cell.rows[0]
     dataset = _loaded(cell)

@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval import benchmarks, cells
-from ivcp_eval.cell_record import cell_rows
-from ivcp_eval.cells import Cell, Identity
+from ivcp_eval import benchmarks
 from ivcp_eval.interface import Checkpoint
-from ivcp_eval.models import Weights
-from ivcp_eval.results import Row, read_results, write_results
-from ivcp_eval.tables import write_tables
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.reports.table import Row, read_results, write_results
+from ivcp_eval.reports.wide import write_tables
+from ivcp_eval.runs import cells
+from ivcp_eval.runs.cells import Cell, Identity
+from ivcp_eval.runs.record import cell_rows
 
 
 @dataclasses.dataclass(frozen=True)

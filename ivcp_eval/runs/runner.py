@@ -15,16 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.accounting import described
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.cell_record import cell_rows, record_of
-from ivcp_eval.cells import Cell
+from ivcp_eval.engine.cost.predicted import described
 from ivcp_eval.files import write_json
-from ivcp_eval.journal import Journal
-from ivcp_eval.judge import Judge
-from ivcp_eval.planning import Plan, Request, judges_for, make_plan
-from ivcp_eval.results import write_results, write_samples
-from ivcp_eval.variants import PROMPT
+from ivcp_eval.interface.variants import PROMPT
+from ivcp_eval.reports.table import write_results, write_samples
+from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.planning import Plan, Request, judges_for, make_plan
+from ivcp_eval.runs.record import cell_rows, record_of
+from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.vlmeval_bridge.judge import Judge
 
 if TYPE_CHECKING:
     from ivcp_eval.vlmeval_bridge.model import PrunedVLM
@@ -92,7 +92,7 @@ def _run_pending(
     from ivcp_eval.vlmeval_bridge import register
 
     register()
-    from ivcp_eval.session import timed_load
+    from ivcp_eval.runs.answering.session import timed_load
     from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
     session, seconds = timed_load(plan.weights, plan.placement, plan.limits, request.trust_remote_code, request.timeout)
@@ -123,9 +123,9 @@ def run_cell(
     Args:
         answers: makes the model that VLMEvalKit asks, from the open journal.
     """
-    from ivcp_eval.judge import JudgeError
-    from ivcp_eval.scores import ScoreMissing
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
+    from ivcp_eval.vlmeval_bridge.judge import JudgeError
+    from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
     dataset = bridge.build(benchmark, request.limit)
     with Journal(cell.journal).open() as journal:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.cells import Cell
-from ivcp_eval.journal import Journal, JournalHeld
-from ivcp_eval.planning import judges_for
-from ivcp_eval.runner import run_cell
-from ivcp_eval.sweep.lease import claim, held
-from ivcp_eval.sweep.plan import ModelPlan, SweepPlan
-from ivcp_eval.sweep.state import answers, lease, mark
+from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.plan import ModelPlan, SweepPlan
+from ivcp_eval.runs.planning import judges_for
+from ivcp_eval.runs.runner import run_cell
+from ivcp_eval.runs.store.journal import Journal, JournalHeld
+from ivcp_eval.runs.store.lease import claim, held
+from ivcp_eval.runs.store.state import answers, lease, mark
 
 if TYPE_CHECKING:
-    from ivcp_eval.sweep.work import Stop
+    from ivcp_eval.runs.worker import Stop
 
 
 def score_any(plan: SweepPlan, stop: Stop, say: Callable[[str], None]) -> tuple[int, bool]:

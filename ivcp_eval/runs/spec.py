@@ -28,11 +28,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval import benchmarks, locations, models
-from ivcp_eval.docs import control_names
-from ivcp_eval.registry import make_method, method_names, unknown
-from ivcp_eval.sweep.marked import Marked, Place, SpecError
-from ivcp_eval.variants import BASELINE, OWN, Budget, Variant
+from ivcp_eval import benchmarks, files
+from ivcp_eval.interface import models
+from ivcp_eval.interface.cards import control_names
+from ivcp_eval.interface.registry import make_method, method_names, unknown
+from ivcp_eval.interface.variants import BASELINE, OWN, Budget, Variant
+from ivcp_eval.runs.marked import Marked, Place, SpecError
 
 __all__ = ["Spec", "SpecError", "load"]
 
@@ -97,7 +98,7 @@ def load(path: str | Path) -> Spec:
     Raises:
         FileNotFoundError: there is none. SpecError: what is wrong, with its line.
     """
-    path = locations.sweep_file(path)
+    path = files.sweep_file(path)
     marked = Marked(path)
     raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "controls", "exclude", *_BUDGET, *_OPTIONS))
     for key in ("models", "benchmarks", "methods"):

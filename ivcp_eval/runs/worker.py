@@ -14,19 +14,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.cells import Cell
-from ivcp_eval.failures import FAILURES
 from ivcp_eval.files import write_json
-from ivcp_eval.journal import Journal, JournalHeld
-from ivcp_eval.runner import record_failure
-from ivcp_eval.sweep.lease import claim
-from ivcp_eval.sweep.plan import SweepPlan, Unit
-from ivcp_eval.sweep.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
-from ivcp_eval.sweep.scoring import score_any
-from ivcp_eval.sweep.state import answers, lease, mark, shard
+from ivcp_eval.interface.failures import FAILURES
+from ivcp_eval.runs.answering.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
+from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.plan import SweepPlan, Unit
+from ivcp_eval.runs.runner import record_failure
+from ivcp_eval.runs.scoring import score_any
+from ivcp_eval.runs.store.journal import Journal, JournalHeld
+from ivcp_eval.runs.store.lease import claim
+from ivcp_eval.runs.store.state import answers, lease, mark, shard
 
 if TYPE_CHECKING:
-    from ivcp_eval.session import Session
+    from ivcp_eval.runs.answering.session import Session
 
 POLL_S = 0.5
 
@@ -201,7 +201,7 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
 
 def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session:
     """The model in memory; one at a time."""
-    from ivcp_eval.session import timed_load
+    from ivcp_eval.runs.answering.session import timed_load
     from ivcp_eval.vlmeval_bridge import register
 
     if model not in report.sessions:

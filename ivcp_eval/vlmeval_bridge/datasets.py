@@ -21,9 +21,9 @@ from vlmeval.smp import dump, get_intermediate_file_path
 from vlmeval.smp import load as load_table
 
 from ivcp_eval import benchmarks
-from ivcp_eval.boxes import FORMATS
+from ivcp_eval.benchmarks.boxes import FORMATS
+from ivcp_eval.benchmarks.grounding import ground_truth, score
 from ivcp_eval.files import file_digest
-from ivcp_eval.grounding import ground_truth, score
 
 REQUIRED = {
     "grounding": ("index", "image", "question", "answer", "width", "height"),

@@ -35,7 +35,7 @@ def import_vlmeval() -> None:
         raise ImportError(MISSING)
     import torch
 
-    from ivcp_eval import cpu_torchvision
+    from ivcp_eval.vlmeval_bridge import cpu_torchvision
 
     cpu_torchvision.install()
     context, grad = ssl._create_default_https_context, torch.is_grad_enabled()

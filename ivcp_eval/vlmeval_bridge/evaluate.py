@@ -19,21 +19,20 @@ import vlmeval.dataset
 from vlmeval.inference import infer_data_job
 from vlmeval.smp import dump
 
-from ivcp_eval import scores
 from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples
-from ivcp_eval.failures import FAILURES, failure
+from ivcp_eval.benchmarks.refcoco.partial import not_whole
 from ivcp_eval.files import DiskFullError
-from ivcp_eval.journal import Journal
-from ivcp_eval.judge import Judge
-from ivcp_eval.refcoco.partial import not_whole
-from ivcp_eval.registry import unknown
-from ivcp_eval.scores import ScoreMissing
-from ivcp_eval.vlmeval_bridge import judging
+from ivcp_eval.interface.failures import FAILURES, failure
+from ivcp_eval.interface.registry import unknown
+from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.vlmeval_bridge import judging, scores
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
+from ivcp_eval.vlmeval_bridge.judge import Judge
 from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 from ivcp_eval.vlmeval_bridge.pictures import alone, unpacked
 from ivcp_eval.vlmeval_bridge.sample_scores import RULES
+from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
 
 def build(benchmark: Benchmark, limit: int | None) -> Any:
@@ -281,7 +280,7 @@ def sample_rows(
     journal: Journal,
     scored: Scored,
 ) -> list[dict[str, Any]]:
-    """One record per row of the data set, in its order, in the per-sample schema (ivcp_eval.results_schema)."""
+    """One record per row of the data set, in its order, in the per-sample schema (ivcp_eval.reports.schema)."""
     rows = []
     fields = (
         *("visual_tokens", "visual_kept", "layer_mean_ratio", "kv_ratio", "flops_ratio"),

@@ -29,8 +29,8 @@ from vlmeval.smp.vlm import build_option_str
 from vlmeval.utils import can_infer
 
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.judge import Judge, Question
-from ivcp_eval.scores import ScoreMissing
+from ivcp_eval.vlmeval_bridge.judge import Judge, Question
+from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
 _LLAVA_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 _ROTATION = 1_000_000

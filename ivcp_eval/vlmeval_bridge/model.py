@@ -10,13 +10,13 @@ import pandas as pd
 from vlmeval.dataset import DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
-from ivcp_eval import benchmarks, models, variants
-from ivcp_eval.accounting import Decoder, hold
-from ivcp_eval.failures import FAILURES, device_lost, failure
-from ivcp_eval.interface import QuestionKind
-from ivcp_eval.journal import Journal
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.variants import Variant
+from ivcp_eval import benchmarks
+from ivcp_eval.engine.cost.predicted import Decoder, hold
+from ivcp_eval.interface import QuestionKind, models, variants
+from ivcp_eval.interface.failures import FAILURES, device_lost, failure
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.vlmeval_bridge.datasets import message_key
 
 # As VLMEvalKit's own Qwen adapter decides where it uses its wording: Y/N only where the set asks no format itself.
@@ -101,7 +101,7 @@ class RecordedVLM(PrunedVLM):
     def __init__(self, family: str, variant: Variant, journal: Journal) -> None:
         from types import SimpleNamespace
 
-        from ivcp_eval.registry import adapter
+        from ivcp_eval.interface.registry import adapter
 
         super().__init__(SimpleNamespace(adapter=adapter(family)), variant, journal)  # type: ignore[arg-type]
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from ivcp_eval import models, variants
-from ivcp_eval.registry import method_names, unknown
+from ivcp_eval.interface import models, variants
+from ivcp_eval.interface.registry import method_names, unknown
 from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 
 DEFAULT_RATIOS = (0.9, 0.75, 0.5, 0.35, 0.25, 0.11, 0.1)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.downsample import shrunk_to_count
 from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, Signal, VisionTap
+from model_adapters._shrink import shrunk_to_count
 from model_adapters._transformers import AbstractTransformersAdapter, rotate_half, split_heads
 from model_adapters._vision import vit_layers, vit_tap
 from model_adapters.deepseek_vl2.layout import n_thumbnail, n_tokens, padding_cells, spread

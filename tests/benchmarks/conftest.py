@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from ivcp_eval import benchmarks
-from ivcp_eval.judge import Question
-from ivcp_eval.registry import adapter
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.registry import adapter
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.vlmeval_bridge.judge import Question
 from tests.benchmarks.miniatures import Miniature, miniatures
 
 if importlib.util.find_spec("vlmeval") is None:
@@ -94,7 +94,7 @@ class Laboratory:
 
     def score(self, name: str, answers: Mapping[str, str], judge: Any = None) -> tuple[Any, list[dict[str, Any]]]:
         """What the bridge reads from VLMEvalKit's evaluation, and the per-sample rows."""
-        from ivcp_eval.journal import Journal
+        from ivcp_eval.runs.store.journal import Journal
         from ivcp_eval.vlmeval_bridge import evaluate as bridge
 
         benchmark = benchmarks.load(name)

@@ -19,8 +19,8 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from ivcp_eval.boxes import FORMATS, format_answer
-from ivcp_eval.refcoco.records import COLUMNS as GROUNDING_COLUMNS
+from ivcp_eval.benchmarks.boxes import FORMATS, format_answer
+from ivcp_eval.benchmarks.refcoco.records import COLUMNS as GROUNDING_COLUMNS
 
 Row = dict[str, Any]
 LETTERS = "ABCDEF"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ivcp_eval import benchmarks
-from ivcp_eval.aggregates import COLUMNS, rule_for
-from ivcp_eval.results_schema import SAMPLE_COLUMN_NAMES
-from ivcp_eval.stats import Sample
+from ivcp_eval.reports.schema import SAMPLE_COLUMN_NAMES
+from ivcp_eval.reports.stats import Sample
+from ivcp_eval.reports.stats.aggregates import COLUMNS, rule_for
 from tests.benchmarks.conftest import Laboratory, judge_for
 from tests.benchmarks.miniatures import GROUNDING, miniatures
 

@@ -9,7 +9,7 @@ import pytest
 
 from ivcp_eval import benchmarks
 from ivcp_eval.files import file_digest
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.variants import Variant
 from tests.benchmarks.conftest import Laboratory, RecordingSession
 from tests.benchmarks.miniatures import GROUNDING, miniatures
 from tests.benchmarks.test_matrix import NAMES
@@ -102,8 +102,8 @@ def test_a_test_set_that_is_not_whole_is_named(laboratory: Laboratory):
 
 def test_an_evaluator_that_fails_is_a_missing_score(laboratory: Laboratory):
     """MM-Vet's divides by the number of samples of each ability: zero in a run cut by --limit."""
-    from ivcp_eval.scores import ScoreMissing
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
+    from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
     from tests.benchmarks.conftest import judge_for
 
     miniature = miniatures()["MMVet"]
@@ -115,7 +115,7 @@ def test_an_evaluator_that_fails_is_a_missing_score(laboratory: Laboratory):
 
 
 def test_a_set_that_needs_a_judge_is_not_scored_without(laboratory: Laboratory):
-    from ivcp_eval.scores import ScoreMissing
+    from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
     for name in ("MMVet", "LLaVABench", "MathVista_MINI"):
         with pytest.raises(ScoreMissing, match=r"rated by a judge.*JUDGE=gpt-4o"):

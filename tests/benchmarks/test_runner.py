@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.cli import main
-from ivcp_eval.results import read_results
+from ivcp_eval.reports.table import read_results
 from tests.benchmarks.conftest import Laboratory
 from tests.judge.server import completion, error, serve
 

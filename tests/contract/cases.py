@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ivcp_eval
-from ivcp_eval import registry
-from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Selection, Signals
+from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Selection, Signals, registry
 from tests import tiny_models
 from tests.contract.reference import Plan, make_plan
 from tests.contract.toys import TOYS

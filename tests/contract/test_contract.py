@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ivcp_eval import registry
-from ivcp_eval.interface import Unsupported
+from ivcp_eval.interface import Unsupported, registry
 from tests import tiny_models
 from tests.contract.cases import Case, all_cases, wanted
 from tests.contract.checks import CHECKS

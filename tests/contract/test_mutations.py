@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import ivcp_eval.engine
-from ivcp_eval import ops
 from ivcp_eval.engine import continuation, geometry, hooks, prefill, signals
 from ivcp_eval.engine.cache import PrunedLayer, Record
 from ivcp_eval.engine.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.prefill import Prefill
+from ivcp_eval.interface import ops
 from tests.contract.cases import Case
 from tests.contract.checks import CHECKS
 

@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from ivcp_eval import ops
 from ivcp_eval.engine.cache import PrunedLayer, Record, gather_slots
 from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals import attention_rows, question_tokens, rotary_spectrum
-from ivcp_eval.interface import Image, ImageSpan
+from ivcp_eval.interface import Image, ImageSpan, ops
 
 
 @given(st.floats(min_value=0, max_value=1, exclude_min=True), st.integers(1, 5000))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval import registry
-from ivcp_eval.interface import Cut, ModelFacts, Signal, Signals
+from ivcp_eval.interface import Cut, ModelFacts, Signal, Signals, registry
 from tests import tiny_models
 from tests.contract.cases import RAGGED, Case
 from tests.contract.checks import close

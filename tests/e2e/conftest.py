@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.cli import main
-from ivcp_eval.results import Row, read_results
+from ivcp_eval.reports.table import Row, read_results
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ivcp_eval.results import read_samples
+from ivcp_eval.reports.table import read_samples
 from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 from tests.e2e.conftest import Lab
 

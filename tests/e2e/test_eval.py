@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ivcp_eval import runner
-from ivcp_eval.results import read_samples
+from ivcp_eval.reports.table import read_samples
+from ivcp_eval.runs import runner
 from tests.e2e.conftest import Lab
 
 ALL = ("tiny_grounding", "tiny_mcq", "tiny_short", "tiny_yes_no")

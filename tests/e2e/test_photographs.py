@@ -17,7 +17,7 @@ import sklearn.datasets
 from PIL import Image
 
 from ivcp_eval.cli import main
-from ivcp_eval.results import read_samples
+from ivcp_eval.reports.table import read_samples
 from tests.e2e.conftest import Lab
 
 REPOSITORY = Path(__file__).resolve().parents[2]

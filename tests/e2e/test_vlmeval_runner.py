@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ivcp_eval
-from ivcp_eval import models
+from ivcp_eval.interface import models
 from ivcp_eval.vlmeval_bridge.registration import default_names
 
 

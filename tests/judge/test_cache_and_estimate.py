@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.files import DiskFullError
-from ivcp_eval.judge import DEFAULT, EXACT_MATCHING, Question, VerdictCache, asked_judge, cache_folder, estimate
+from ivcp_eval.vlmeval_bridge.judge import (
+    DEFAULT,
+    EXACT_MATCHING,
+    Question,
+    VerdictCache,
+    asked_judge,
+    cache_folder,
+    estimate,
+)
 
 
 def record(key: str, verdict: str = "1.0") -> dict[str, str]:

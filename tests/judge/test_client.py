@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ivcp_eval.judge import (
+from ivcp_eval.vlmeval_bridge.judge import (
     Judge,
     JudgeConfig,
     JudgeError,

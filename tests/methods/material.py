@@ -9,7 +9,7 @@ from torch import Tensor
 
 import ivcp_eval
 from ivcp_eval.interface import Image, ImageSpan, Signals
-from ivcp_eval.ops import budget
+from ivcp_eval.interface.ops import budget
 from tests import tiny_models
 
 HEADS, GROUPS, SIZE, HIDDEN = 4, 2, 8, 12

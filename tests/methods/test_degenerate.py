@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ivcp_eval
 from ivcp_eval.interface import AbstractScorer, ModelFacts, Selection, Signals
-from ivcp_eval.registry import PLUS_IVC, make_method, method_names
+from ivcp_eval.interface.registry import PLUS_IVC, make_method, method_names
 from tests import tiny_models
 from tests.methods.material import random_signals
 

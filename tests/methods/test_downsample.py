@@ -21,14 +21,14 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 
 import ivcp_eval
-from ivcp_eval.downsample import shrink, shrunk_grid, shrunk_to_count
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.models import locate
-from ivcp_eval.ops import budget
-from ivcp_eval.registry import adapter, make_method
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.tiny.processor import build_processor
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.models import locate
+from ivcp_eval.interface.ops import budget
+from ivcp_eval.interface.registry import adapter, make_method
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.lab.tiny.processor import build_processor
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from model_adapters._shrink import shrink, shrunk_grid, shrunk_to_count
 from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor
 from tests import deepseek_vl2_tokenizer, tiny_models
 

@@ -8,7 +8,7 @@ import pytest
 
 import ivcp_eval
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.registry import method_names
+from ivcp_eval.interface.registry import method_names
 from tests import tiny_models
 
 UNSUPPORTED = {

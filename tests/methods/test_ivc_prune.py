@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ivcp_eval.interface import ModelFacts, Signals
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface.registry import make_method
 from tests.methods.material import GROUPS, SIZE, best, random_signals
 
 SIZES = ((0, 40, 20), (40, 12, 6))  # first token, tokens, budget of each image at ratio 0.5

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ivcp_eval.interface import Signals
+from ivcp_eval.interface.registry import make_method
 from ivcp_eval.methods.iwp import duplication
-from ivcp_eval.registry import make_method
 from tests.methods.material import GROUPS, HEADS, SIZE, random_signals
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ivcp_eval.ops import merged_states
-from ivcp_eval.registry import PLUS_IVC, make_method
+from ivcp_eval.interface.ops import merged_states
+from ivcp_eval.interface.registry import PLUS_IVC, make_method
 from tests.methods.material import random_signals
 from tests.methods.test_degenerate import CHOOSING, chosen
 

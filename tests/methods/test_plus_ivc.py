@@ -9,8 +9,8 @@ import torch
 
 import ivcp_eval
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signals
+from ivcp_eval.interface.registry import make_method, method_name, method_names
 from ivcp_eval.methods._plus_ivc import PlusIvc
-from ivcp_eval.registry import make_method, method_name, method_names
 from tests import tiny_models
 from tests.methods.material import best, random_signals
 

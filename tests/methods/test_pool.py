@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ivcp_eval.ops import partition
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface.ops import partition
+from ivcp_eval.interface.registry import make_method
 from tests.methods.material import random_signals
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import ModelFacts, Selection, Signals
-from ivcp_eval.ops import density_peaks
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface.ops import density_peaks
+from ivcp_eval.interface.registry import make_method
 from tests.methods.material import best, random_signals
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ivcp_eval.ops import evenly, partition
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface.ops import evenly, partition
+from ivcp_eval.interface.registry import make_method
 from tests.methods.material import random_signals
 
 

@@ -15,7 +15,7 @@ from transformers.vision_utils import get_vision_window_index
 import ivcp_eval
 from ivcp_eval.engine.vision import patch_signals
 from ivcp_eval.interface import PatchStates, Signals
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface.registry import make_method
 from model_adapters._vision import window_order
 from tests import tiny_models
 from tests.methods.material import best, random_signals

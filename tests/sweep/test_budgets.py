@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval import models
-from ivcp_eval.accounting import Decoder, hold
-from ivcp_eval.flops import DecoderShape
-from ivcp_eval.interface import ModelFacts
-from ivcp_eval.results import Row, read_results, read_samples
-from ivcp_eval.sweep.plan import make
-from ivcp_eval.sweep.spec import SpecError, load
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.cost.predicted import Decoder, hold
+from ivcp_eval.interface import ModelFacts, models
+from ivcp_eval.reports.table import Row, read_results, read_samples
+from ivcp_eval.runs.plan import make
+from ivcp_eval.runs.spec import SpecError, load
 from tests.sweep.conftest import Bench
 
 METHODS = ("ivc_prune", "fastv", "pyramiddrop", "sparsevlm", "random")

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivcp_eval import session
-from ivcp_eval.journal import Journal
-from ivcp_eval.planning import Request, make_plan
-from ivcp_eval.results import read_results
-from ivcp_eval.sweep.plan import SweepPlan, make, write_manifest
-from ivcp_eval.sweep.slurm import Task
-from ivcp_eval.sweep.spec import load
-from ivcp_eval.sweep.state import mark, shard
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.reports.table import read_results
+from ivcp_eval.runs.answering import session
+from ivcp_eval.runs.executors.slurm import Task
+from ivcp_eval.runs.plan import SweepPlan, make, write_manifest
+from ivcp_eval.runs.planning import Request, make_plan
+from ivcp_eval.runs.spec import load
+from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.runs.store.state import mark, shard
 from tests.sweep.conftest import Bench
 
 

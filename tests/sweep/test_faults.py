@@ -21,11 +21,11 @@ from PIL import Image
 
 from ivcp_eval import benchmarks
 from ivcp_eval.engine import fork
-from ivcp_eval.engine.trunk import Branch, Trunk
-from ivcp_eval.journal import Journal
-from ivcp_eval.results import read_results, read_samples
-from ivcp_eval.session import Session
-from ivcp_eval.sweep.samples import answer_samples
+from ivcp_eval.engine.fork.trunk import Branch, Trunk
+from ivcp_eval.reports.table import read_results, read_samples
+from ivcp_eval.runs.answering.samples import answer_samples
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.store.journal import Journal
 from tests.e2e.conftest import Lab
 from tests.sweep.conftest import Bench, _child
 

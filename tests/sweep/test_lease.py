@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval.sweep import lease
-from ivcp_eval.sweep.lease import claim, held
+from ivcp_eval.runs import lease
+from ivcp_eval.runs.store.lease import claim, held
 
 
 def abandoned(path: Path, pid: int, host: str = "", age: float = 0.0) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from ivcp_eval.files import DiskFullError
-from ivcp_eval.journal import Journal
-from ivcp_eval.results import read_results, read_samples
-from ivcp_eval.session import Session
-from ivcp_eval.sweep.plan import make
-from ivcp_eval.sweep.spec import load
-from ivcp_eval.sweep.work import Hooks, Stop, work
+from ivcp_eval.reports.table import read_results, read_samples
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.plan import make
+from ivcp_eval.runs.spec import load
+from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.runs.worker import Hooks, Stop, work
 from tests.e2e.conftest import Lab
 from tests.sweep.conftest import Bench
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval.sweep.plan import make
-from ivcp_eval.sweep.slurm import shares
-from ivcp_eval.sweep.spec import load
+from ivcp_eval.runs.executors.slurm import shares
+from ivcp_eval.runs.plan import make
+from ivcp_eval.runs.spec import load
 from tests.sweep import cluster
 from tests.sweep.conftest import SPEC, Bench
 

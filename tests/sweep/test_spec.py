@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ivcp_eval import benchmarks
-from ivcp_eval.sweep.spec import SpecError, load
+from ivcp_eval.runs.spec import SpecError, load
 
 ROOT = Path(__file__).parents[2] / "sweeps"
 GOOD = """\

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from ivcp_eval.files import write_json
-from ivcp_eval.session import Session
-from ivcp_eval.sweep import status
-from ivcp_eval.sweep.lease import claim
-from ivcp_eval.sweep.plan import make
-from ivcp_eval.sweep.scoring import _aside
-from ivcp_eval.sweep.spec import load
-from ivcp_eval.sweep.state import lease, mark
+from ivcp_eval.runs import status
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.plan import make
+from ivcp_eval.runs.scoring import _aside
+from ivcp_eval.runs.spec import load
+from ivcp_eval.runs.store.lease import claim
+from ivcp_eval.runs.store.state import lease, mark
 from tests.sweep.conftest import Bench
 
 

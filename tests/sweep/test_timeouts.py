@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ivcp_eval import failures, models
 from ivcp_eval.engine.fork import fork
-from ivcp_eval.engine.trunk import Branch
-from ivcp_eval.failures import AnswerTimeout, deadline, steps
-from ivcp_eval.journal import Journal
-from ivcp_eval.results import read_results
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.variants import Variant
+from ivcp_eval.engine.fork.trunk import Branch
+from ivcp_eval.interface import failures, models
+from ivcp_eval.interface.failures import AnswerTimeout, deadline, steps
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.reports.table import read_results
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.store.journal import Journal
 from tests import tiny_models
 from tests.e2e.conftest import Lab
 from tests.sweep.conftest import Bench

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from ivcp_eval import failures
-from ivcp_eval import session as sessions
-from ivcp_eval.interface import Unsupported
-from ivcp_eval.journal import Journal
-from ivcp_eval.results import Row, read_results
-from ivcp_eval.session import Session
-from ivcp_eval.sweep import local, samples, slurm, work
-from ivcp_eval.sweep.samples import DeviceLost
+from ivcp_eval.interface import Unsupported, failures
+from ivcp_eval.reports.table import Row, read_results
+from ivcp_eval.runs import local, samples, slurm, work
+from ivcp_eval.runs.answering import session as sessions
+from ivcp_eval.runs.answering.samples import DeviceLost
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.store.journal import Journal
 from tests.e2e.conftest import Lab
 from tests.sweep.conftest import Bench
 

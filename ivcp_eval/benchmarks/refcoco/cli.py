@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ivcp_eval.boxes import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS
-from ivcp_eval.refcoco.images import available_cores
-from ivcp_eval.refcoco.records import ConversionError, FrameRule
+from ivcp_eval.benchmarks.boxes import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS
+from ivcp_eval.benchmarks.refcoco.images import available_cores
+from ivcp_eval.benchmarks.refcoco.records import ConversionError, FrameRule
 
 __all__ = ["build_parser", "main"]
 
@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace, rule: FrameRule) -> int:
-    from ivcp_eval.refcoco.convert import check_targets, convert_mdetr, name_of
-    from ivcp_eval.refcoco.stock import convert_stock
-    from ivcp_eval.refcoco.writer import Options, target_of
+    from ivcp_eval.benchmarks.refcoco.convert import check_targets, convert_mdetr, name_of
+    from ivcp_eval.benchmarks.refcoco.stock import convert_stock
+    from ivcp_eval.benchmarks.refcoco.writer import Options, target_of
 
     options = Options(rule, args.skip_bad, args.allow_partial, args.overwrite, args.workers)
     if args.stock_tsv is not None:

@@ -11,13 +11,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ivcp_eval.benchmarks.refcoco.images import encode_file, ordered_map
+from ivcp_eval.benchmarks.refcoco.mdetr import MdetrFile, read_mdetr
+from ivcp_eval.benchmarks.refcoco.partial import PartialTsv, is_up_to_date, report_path
+from ivcp_eval.benchmarks.refcoco.records import BadRecord, ConversionError, FrameRule, Problem, Record
+from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES, dataset_of_split, split_of_annotation_file
+from ivcp_eval.benchmarks.refcoco.writer import (
+    Options,
+    SplitWriter,
+    fingerprint_of,
+    log_report,
+    progress_bar,
+    target_of,
+)
 from ivcp_eval.files import file_digest
-from ivcp_eval.refcoco.images import encode_file, ordered_map
-from ivcp_eval.refcoco.mdetr import MdetrFile, read_mdetr
-from ivcp_eval.refcoco.partial import PartialTsv, is_up_to_date, report_path
-from ivcp_eval.refcoco.records import BadRecord, ConversionError, FrameRule, Problem, Record
-from ivcp_eval.refcoco.splits import SPLIT_SIZES, dataset_of_split, split_of_annotation_file
-from ivcp_eval.refcoco.writer import Options, SplitWriter, fingerprint_of, log_report, progress_bar, target_of
 
 __all__ = ["check_targets", "convert_mdetr", "name_of"]
 

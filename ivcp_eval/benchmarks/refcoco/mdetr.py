@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.refcoco.records import (
+from ivcp_eval.benchmarks.refcoco.records import (
     BadRecord,
     ConversionError,
     Problem,

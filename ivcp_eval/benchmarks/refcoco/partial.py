@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ivcp_eval.benchmarks.refcoco.images import MIN_BASE64
+from ivcp_eval.benchmarks.refcoco.records import COLUMNS, ConversionError
 from ivcp_eval.files import DiskFullError, commit_file, disk_full_as_clear_error, file_digest, write_json
-from ivcp_eval.refcoco.images import MIN_BASE64
-from ivcp_eval.refcoco.records import COLUMNS, ConversionError
 
 __all__ = ["PartialTsv", "is_up_to_date", "not_whole", "report_path"]
 

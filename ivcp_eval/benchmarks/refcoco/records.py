@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from ivcp_eval.boxes import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS, Box, Frame, smart_resize
+from ivcp_eval.benchmarks.boxes import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS, Box, Frame, smart_resize
 
 __all__ = [
     "COLUMNS",

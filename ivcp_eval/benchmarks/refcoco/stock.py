@@ -19,10 +19,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.boxes import Box
-from ivcp_eval.refcoco.images import MIN_BASE64, EncodedImage, encode_bytes
-from ivcp_eval.refcoco.partial import PartialTsv, is_up_to_date, report_path
-from ivcp_eval.refcoco.records import (
+from ivcp_eval.benchmarks.boxes import Box
+from ivcp_eval.benchmarks.refcoco.images import MIN_BASE64, EncodedImage, encode_bytes
+from ivcp_eval.benchmarks.refcoco.partial import PartialTsv, is_up_to_date, report_path
+from ivcp_eval.benchmarks.refcoco.records import (
     BadRecord,
     ConversionError,
     Problem,
@@ -31,8 +31,15 @@ from ivcp_eval.refcoco.records import (
     clean_caption,
     finite_number,
 )
-from ivcp_eval.refcoco.splits import SPLIT_SIZES, split_of_category
-from ivcp_eval.refcoco.writer import Options, SplitWriter, fingerprint_of, log_report, progress_bar, target_of
+from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES, split_of_category
+from ivcp_eval.benchmarks.refcoco.writer import (
+    Options,
+    SplitWriter,
+    fingerprint_of,
+    log_report,
+    progress_bar,
+    target_of,
+)
 
 __all__ = ["convert_stock"]
 

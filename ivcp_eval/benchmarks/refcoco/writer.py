@@ -11,10 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ivcp_eval.refcoco.images import EncodedImage, available_cores
-from ivcp_eval.refcoco.partial import PartialTsv, report_path
-from ivcp_eval.refcoco.records import BadRecord, ConversionError, FrameRule, Problem, Record
-from ivcp_eval.refcoco.splits import SPLIT_SIZES
+from ivcp_eval.benchmarks.refcoco.images import EncodedImage, available_cores
+from ivcp_eval.benchmarks.refcoco.partial import PartialTsv, report_path
+from ivcp_eval.benchmarks.refcoco.records import BadRecord, ConversionError, FrameRule, Problem, Record
+from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES
 
 __all__ = ["Options", "SplitWriter", "fingerprint_of", "log_report", "progress_bar", "target_of"]
 

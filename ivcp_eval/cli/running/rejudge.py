@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry it out; 0 done, 1 some cells have no score."""
-    from ivcp_eval import cells
-    from ivcp_eval.judge import EXACT_MATCHING, JudgeConfig, cache_folder
-    from ivcp_eval.judge.rejudge import estimate_rejudge, rejudge
+    from ivcp_eval.runs import cells
+    from ivcp_eval.runs.rejudge import estimate_rejudge, rejudge
+    from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, cache_folder
 
     cache = args.cache or cache_folder(cells.RUNS)
     config = None

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ivcp_eval.failures import check_timeout
-from ivcp_eval.sweep.spec import Spec, load
+from ivcp_eval.interface.failures import check_timeout
+from ivcp_eval.runs.spec import Spec, load
 
 if TYPE_CHECKING:
-    from ivcp_eval.sweep.plan import SweepPlan
+    from ivcp_eval.runs.plan import SweepPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
         return _results(args)
     check_timeout(args.timeout)
     spec = load(args.sweep).over(timeout=args.timeout, exact=args.exact or None)
-    from ivcp_eval.sweep.plan import make, write_manifest
-    from ivcp_eval.sweep.state import reopen
+    from ivcp_eval.runs.plan import make, write_manifest
+    from ivcp_eval.runs.store.state import reopen
 
     device = args.device or str(spec.options.get("device", ""))
     slurm = args.verb == "run" and args.executor == "slurm"
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(plan: SweepPlan) -> int:
-    from ivcp_eval.sweep import status
+    from ivcp_eval.runs.progress import status
 
     found = status.lines(plan)
     wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
@@ -140,7 +140,7 @@ def _plan(plan: SweepPlan) -> int:
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
     _say(
         f"{wanted} cells, {here} of them possible here, {sum(line.finished for line in found)} finished\n"
-        f"GPU hours (rough; constants in ivcp_eval/sweep/status.py): {cost.gpu_hours:.1f}\n"
+        f"GPU hours (rough; constants in ivcp_eval/runs/progress/status.py): {cost.gpu_hours:.1f}\n"
         f"judge calls: {cost.judge_calls:,} ({dollars}), "
         f"and where rules cannot read one of {cost.judge_fallbacks:,} answers\n"
         f"disk: about {cost.disk_bytes / 1e6:.0f} MB"
@@ -149,8 +149,8 @@ def _plan(plan: SweepPlan) -> int:
 
 
 def _status(plan: SweepPlan) -> int:
-    from ivcp_eval.sweep import status
-    from ivcp_eval.sweep.progress import duration
+    from ivcp_eval.runs.progress import status
+    from ivcp_eval.runs.progress.display import duration
 
     found = status.lines(plan)
     _say(status.table(found))
@@ -170,8 +170,8 @@ def _status(plan: SweepPlan) -> int:
 
 
 def _follow(plan: SweepPlan, every: float) -> None:
-    from ivcp_eval.sweep.progress import LOOK_S, Progress
-    from ivcp_eval.sweep.work import Stop
+    from ivcp_eval.runs.progress.display import LOOK_S, Progress
+    from ivcp_eval.runs.worker import Stop
 
     with Stop().signals() as stop, Progress(plan, every=every or 30.0) as progress:
         while not (progress.complete or stop.requested):
@@ -179,10 +179,10 @@ def _follow(plan: SweepPlan, every: float) -> None:
 
 
 def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
-    from ivcp_eval.sweep.local import LOST
-    from ivcp_eval.sweep.progress import Progress
-    from ivcp_eval.sweep.samples import DeviceLost
-    from ivcp_eval.sweep.work import Stop, work
+    from ivcp_eval.runs.answering.samples import DeviceLost
+    from ivcp_eval.runs.executors.local import LOST
+    from ivcp_eval.runs.progress.display import Progress
+    from ivcp_eval.runs.worker import Stop, work
 
     try:
         with Stop().signals() as stop, Progress(plan, args.quiet, args.every) as progress:
@@ -194,14 +194,14 @@ def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
 
 
 def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> int:
-    from ivcp_eval import cells
-    from ivcp_eval.sweep.progress import Progress
+    from ivcp_eval.runs import cells
+    from ivcp_eval.runs.progress.display import Progress
 
     runs = args.runs or cells.RUNS
     timing = False if args.no_timing else None
     progress = Progress(plan, args.quiet, args.every)
     if args.executor == "slurm":
-        from ivcp_eval.sweep.slurm import Options, submit, wait
+        from ivcp_eval.runs.executors.slurm import Options, submit, wait
 
         further = dict(text.partition("=")[::2] for text in args.slurm)
         options = Options(
@@ -218,8 +218,8 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> 
             _say("no longer waiting; the jobs go on")
             return 75
         return _report(spec.name, runs, bool(plan.problems), args.quiet)
-    from ivcp_eval.sweep.local import run as run_local
-    from ivcp_eval.sweep.samples import DeviceLost
+    from ivcp_eval.runs.answering.samples import DeviceLost
+    from ivcp_eval.runs.executors.local import run as run_local
 
     arguments = ["sweep", "work", str(args.sweep), "--runs", str(runs), *(["--no-timing"] if args.no_timing else [])]
     arguments += ["--exact"] if args.exact else []
@@ -235,7 +235,7 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> 
 
 
 def _results(args: argparse.Namespace) -> int:
-    from ivcp_eval import cells
+    from ivcp_eval.runs import cells
 
     runs = args.runs or cells.RUNS
     ran = sorted(path.parent.name for path in (runs.parent / "sweeps").glob("*/manifest.json"))
@@ -247,7 +247,7 @@ def _results(args: argparse.Namespace) -> int:
 
 def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:
     """Build the results of a sweep and print them; if quiet, only what is not whole."""
-    from ivcp_eval.sweep.results import build
+    from ivcp_eval.runs.results import build
 
     built = build(name, runs)
     for text in built.unfinished:

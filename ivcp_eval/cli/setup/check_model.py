@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ivcp_eval import models
 from ivcp_eval.engine import prune
-from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals, models
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
 
 QUESTION = "What colour is the large shape in the picture?"
 

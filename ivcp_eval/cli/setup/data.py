@@ -10,8 +10,8 @@ from typing import Literal
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.benchmarks.refcoco.partial import not_whole
 from ivcp_eval.files import commit_file, file_digest
-from ivcp_eval.refcoco.partial import not_whole
 
 State = Literal["here", "not whole", "wrong checksum", "missing"]
 Say = Callable[[str], None]
@@ -135,9 +135,9 @@ def fetch(url: str, md5: str, path: Path) -> str:
 
 def _split_stock(root: Path, say: Say) -> str:
     """All eight grounding sets from VLMEvalKit's one file."""
-    from ivcp_eval.refcoco.records import ConversionError
-    from ivcp_eval.refcoco.stock import convert_stock
-    from ivcp_eval.refcoco.writer import Options
+    from ivcp_eval.benchmarks.refcoco.records import ConversionError
+    from ivcp_eval.benchmarks.refcoco.stock import convert_stock
+    from ivcp_eval.benchmarks.refcoco.writer import Options
     from ivcp_eval.vlmeval_bridge.environment import stock_address
 
     stock = root / f"{STOCK_GROUNDING}.tsv"

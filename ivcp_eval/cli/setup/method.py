@@ -15,14 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 done, 1 the contract is broken."""
-    from ivcp_eval.scaffold import check_method, new_method
+    from ivcp_eval.interface.scaffold import check_method, new_method
 
     if args.action == "new":
         method, test = new_method(args.name)
         _say(
             f"wrote {method}\nwrote {test}\n"
             f"next: fill in `cuts` and `score`, and the oracle; pytest {test}; ivcp method check {args.name}\n"
-            "before merging: fill in the docstring; git add both; python -m ivcp_eval.readme (its table and file list)"
+            "before merging: fill in the docstring; git add both; ivcp docs (README's table)"
         )
         return 0
     report = check_method(args.name, args.families, lambda family: _say(f"... {family}"))

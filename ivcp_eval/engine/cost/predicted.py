@@ -3,8 +3,8 @@
 Papers count differently: FastV's "50 %" processes 53.6 % of the visual tokens on average over layers, PyramidDrop's
 (per stage) 46.9 %, IVC-Prune's 78.6 % while caching 50 %. Here every method has the same numbers, all shares of the
 unpruned model: visual tokens after the last cut, visual tokens processed in the prefill and cached (means over layers),
-and decoder FLOPs of the prefill (`ivcp_eval.flops`). The CSV carries what was measured; this module predicts it, up to
-rounding, and finds the ratio at which a method costs a given share (`hold`, `ratio_for`), for ``ivcp eval --budget``
+and decoder FLOPs of the prefill (`ivcp_eval.engine.cost.flops`). The CSV carries what was measured; this module
+predicts it, up to rounding, and finds the ratio at which a method costs a given share (`hold`, `ratio_for`), for ``ivcp eval --budget``
 and the ``budget:`` of a sweep file.
 
 Predictions are made from the cuts that a method declares. A method whose own rule overrides its budget (SparseVLM's
@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.flops import DecoderShape
+from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
-from ivcp_eval.registry import adapter, family_of, make_method
-from ivcp_eval.variants import KINDS, PROMPT, Budget, BudgetKind, Variant
+from ivcp_eval.interface.registry import adapter, family_of, make_method
+from ivcp_eval.interface.variants import KINDS, PROMPT, Budget, BudgetKind, Variant
 
 if TYPE_CHECKING:
-    from ivcp_eval.models import Weights
+    from ivcp_eval.interface.models import Weights
 
 
 @dataclass(frozen=True)

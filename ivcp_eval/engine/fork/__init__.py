@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.engine import prune, resolve
-from ivcp_eval.engine.join import claim, join
+from ivcp_eval.engine.fork.join import claim, join
+from ivcp_eval.engine.fork.trunk import Branch, End, Joined, Trunk
 from ivcp_eval.engine.run import Run
-from ivcp_eval.engine.trunk import Branch, End, Joined, Trunk
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Signal
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.variants import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor

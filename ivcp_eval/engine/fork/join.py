@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ivcp_eval.engine.cache import PrunedLayer, Record
+from ivcp_eval.engine.fork.trunk import End
 from ivcp_eval.engine.geometry import is_member
 from ivcp_eval.engine.prefill import LayerSlots
-from ivcp_eval.engine.trunk import End
 
 
 def join(ends: Sequence[End], prompt_length: int) -> tuple[Tensor, list[PrunedLayer]]:

@@ -1,4 +1,4 @@
-"""``python -m ivcp_eval.bench_fork``: many variants in one pass against one by one, in one process, side by side.
+"""``python -m ivcp_eval.lab.bench.fork``: many variants in one pass against one by one, in one process, side by side.
 
 Rounds are interleaved and the median of the rounds' ratios is printed with its quartiles, beside the ratio of the
 floating-point operations. Decoding several rows together reads the weights once, so the measured ratio may be higher.
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ivcp_eval.files import write_json
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.variants import Variant
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 TARGET, CEILING = 3.0, 1.05  # of seven variants; where nothing can be shared
@@ -77,7 +77,7 @@ def vision_flops(config: Any, patches: int) -> int:
 def flops(case: Case) -> tuple[float, float]:
     """(one by one, one pass) floating-point operations: vision, decoder prefill and decoding, vocabulary head too."""
     from ivcp_eval.engine import resolve
-    from ivcp_eval.flops import DecoderShape
+    from ivcp_eval.engine.cost.flops import DecoderShape
 
     config = case.model.config
     text = config.text_config
@@ -116,8 +116,8 @@ def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_coun
     """(`Spread` of the rounds' ratios, milliseconds of one pass, variants whose tokens are those of their own run)."""
     import torch
 
+    from ivcp_eval.engine.cost.clock import Spread, interleave
     from ivcp_eval.engine.fork import fork
-    from ivcp_eval.measure import Spread, interleave
 
     answers: dict[str, Any] = {}
 
@@ -153,13 +153,13 @@ def cases(size: str, device: str, dtype: str, folder: Path) -> list[Case]:
     """All comparisons: a random Qwen2.5-VL of a size, then the embedded model."""
     import torch
 
-    from ivcp_eval.bench_models import build_model, make_inputs
-    from ivcp_eval.bench_models import size as find_size
+    from ivcp_eval.lab.bench.models import build_model, make_inputs
+    from ivcp_eval.lab.bench.models import size as find_size
 
     if size == "mid":
         shape, tokens, config = _mid()
     else:
-        from ivcp_eval.bench_models import configuration
+        from ivcp_eval.lab.bench.models import configuration
 
         shape = find_size(size)
         tokens, config = shape.visual_tokens[0], configuration(shape)
@@ -184,7 +184,7 @@ def _mid() -> tuple[Any, int, Any]:
     """Twelve layers, and a vision tower that costs about a third of the decoder's prefill, as in Qwen2.5-VL-7B."""
     from dataclasses import replace
 
-    from ivcp_eval.bench_models import configuration, size
+    from ivcp_eval.lab.bench.models import configuration, size
 
     vision = {"depth": 6, "hidden_size": 256, "intermediate_size": 684, "num_heads": 4, "out_hidden_size": 512}
     shape = replace(size("small"), vision={**vision, "window_size": 112, "fullatt_block_indexes": [2, 5]})
@@ -195,9 +195,9 @@ def _embedded(device: str, dtype: Any, folder: Path) -> list[Case]:
     """The shipped model where its weights are here, else one of its shape with random weights."""
     from transformers import AutoModelForImageTextToText
 
-    from ivcp_eval import models
-    from ivcp_eval.bench_models import make_inputs
-    from ivcp_eval.tiny.processor import build_random
+    from ivcp_eval.interface import models
+    from ivcp_eval.lab.bench.models import make_inputs
+    from ivcp_eval.lab.tiny.processor import build_random
 
     try:
         source, name = models.locate("tiny").source, "embedded model"
@@ -231,7 +231,7 @@ def _into_vocabulary(inputs: dict[str, Any], config: Any) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of the bench."""
-    made = argparse.ArgumentParser(prog="python -m ivcp_eval.bench_fork", description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(prog="python -m ivcp_eval.lab.bench.fork", description=__doc__.splitlines()[0])
     made.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
     made.add_argument("--device", default="cpu")
     made.add_argument("--dtype", default="float32")
@@ -248,11 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     import torch
 
-    from ivcp_eval.bench_report import environment
+    from ivcp_eval.lab.bench.report import environment
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "-m", "ivcp_eval.bench_fork", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(
+        ["python", "-m", "ivcp_eval.lab.bench.fork", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     before, rows = environment(options.device, command), []
     clock = time.process_time if options.cpu_time else time.perf_counter
     missed = False

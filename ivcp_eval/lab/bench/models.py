@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.registry import unknown
+from ivcp_eval.interface.registry import unknown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,6 @@
 """What pruning costs and saves: untouched, ratio 1 and pruned models side by side, beside the bound of the cut.
 
-``python -m ivcp_eval.bench --size small`` (CPU, a minute) or ``--size qwen25_7b --device cuda``. Weights are random:
-only speed and memory are measured. How to read the table: docs/bench.md.
+``ivcp bench --size small`` (CPU, a minute) or ``--size qwen25_7b --device cuda``. Weights are random: only speed and memory are measured. How to read the table: docs/bench.md.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ivcp_eval.bench_models import Size
-    from ivcp_eval.measure import HookTime, Phases
+    from ivcp_eval.engine.cost.clock import HookTime, Phases
+    from ivcp_eval.lab.bench.models import Size
 
 METHOD = "ivc_prune"
 MAX_OVERHEAD = 0.03  # of ratio 1 over the untouched model
@@ -61,7 +60,7 @@ class Setup:
 
 def variants(size: Size, visual_tokens: int) -> list[Variant]:
     """Everything timed in one cell; the untouched model first, shorter prompts last."""
-    from ivcp_eval.ops import budget
+    from ivcp_eval.interface.ops import budget
 
     cuts = [Variant(f"{ratio:g} @ layer {layer}", ratio, layer) for ratio, layer in size.cuts]
     shorter = sorted({budget(ratio, visual_tokens) for ratio, _ in size.cuts}, reverse=True)
@@ -74,21 +73,21 @@ def variants(size: Size, visual_tokens: int) -> list[Variant]:
 
 
 def _run_once(setup: Setup, inputs: dict[str, Any], variant: Variant) -> Sample:
-    from ivcp_eval import measure
     from ivcp_eval.engine import prune
+    from ivcp_eval.engine.cost import clock
 
     text = setup.adapter.text_model(setup.model)
     text_tokens = setup.size.text_tokens
     steps = 1 if variant.visual_tokens else setup.size.new_tokens
     per_layer = [inputs["input_ids"].shape[1]] * len(text.layers)
-    cut = measure.HookTime()
+    cut = clock.HookTime()
     with contextlib.ExitStack() as stack:
         if variant.ratio is not None:
             parameters: dict[str, Any] = {} if variant.layer is None else {"layer": variant.layer}
             run = stack.enter_context(prune(setup.model, METHOD, variant.ratio, **parameters))
         if variant.layer is not None:
-            cut = stack.enter_context(measure.hook_time(text.layers[variant.layer], cpu_time=setup.cpu_time))
-        phases = stack.enter_context(measure.phases(setup.model, setup.adapter, cpu_time=setup.cpu_time))
+            cut = stack.enter_context(clock.hook_time(text.layers[variant.layer], cpu_time=setup.cpu_time))
+        phases = stack.enter_context(clock.phases(setup.model, setup.adapter, cpu_time=setup.cpu_time))
         setup.model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
     if variant.ratio is not None:
         per_layer = [max(rows) + text_tokens for rows in run.visual_per_layer]
@@ -97,8 +96,8 @@ def _run_once(setup: Setup, inputs: dict[str, Any], variant: Variant) -> Sample:
 
 def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -> list[dict[str, Any]]:
     """Rows of one (visual tokens, batch): every variant, interleaved, for ``seconds`` or all rounds."""
-    from ivcp_eval.bench_models import make_inputs
-    from ivcp_eval.measure import interleave
+    from ivcp_eval.engine.cost.clock import interleave
+    from ivcp_eval.lab.bench.models import make_inputs
 
     every = variants(setup.size, visual_tokens)
     make = partial(make_inputs, setup.model.config, batch=batch, text_tokens=setup.size.text_tokens)
@@ -118,8 +117,8 @@ def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -
 
 
 def _row(setup: Setup, variant: Variant, visual_tokens: int, samples: dict[str, list[Sample]]) -> dict[str, Any]:
-    from ivcp_eval.measure import Spread
-    from ivcp_eval.ops import budget
+    from ivcp_eval.engine.cost.clock import Spread
+    from ivcp_eval.interface.ops import budget
 
     def prefills(name: str) -> list[float]:
         return [sample.phases.prefill_ms for sample in samples[name]]
@@ -161,7 +160,7 @@ def _row(setup: Setup, variant: Variant, visual_tokens: int, samples: dict[str, 
 
 
 def _against_bound(setup: Setup, sample: Sample, measured: float, ratio: float) -> dict[str, Any]:
-    from ivcp_eval.flops import DecoderShape
+    from ivcp_eval.engine.cost.flops import DecoderShape
 
     shape = DecoderShape.of(setup.model.config.text_config)
     pruned = shape.prefill_flops(sample.tokens_per_layer)
@@ -175,9 +174,9 @@ def measure_vision(size: Size, device: str, dtype: Any, attention: str, cells: S
     """One row per (visual tokens, batch): the whole vision tower, stock code, once (after a small warm-up)."""
     import torch
 
-    from ivcp_eval.bench_models import build_model, configuration, make_inputs
-    from ivcp_eval.measure import phases
-    from ivcp_eval.registry import adapter
+    from ivcp_eval.engine.cost.clock import phases
+    from ivcp_eval.interface.registry import adapter
+    from ivcp_eval.lab.bench.models import build_model, configuration, make_inputs
 
     model = build_model(configuration(size, layers=1), device, dtype, attention)
 
@@ -200,9 +199,9 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
     """Every cell in order of size, what choosing costs, the vision tower; ``report`` gets rows as they are ready."""
     import torch
 
-    from ivcp_eval.bench_models import build_model, configuration
-    from ivcp_eval.bench_selection import measure_selection
-    from ivcp_eval.registry import adapter, make_method, method_names
+    from ivcp_eval.interface.registry import adapter, make_method, method_names
+    from ivcp_eval.lab.bench.models import build_model, configuration
+    from ivcp_eval.lab.bench.selection import measure_selection
 
     for name in options.methods or ():
         make_method(name)  # a misspelt name shall not wait for its turn
@@ -288,8 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     import torch
 
-    from ivcp_eval.bench_models import size as find_size
-    from ivcp_eval.bench_report import Report, environment
+    from ivcp_eval.lab.bench.models import size as find_size
+    from ivcp_eval.lab.bench.report import Report, environment
 
     chosen = find_size(options.size)
     for name, option in _OPTIONS.items():

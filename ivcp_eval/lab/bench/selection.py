@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval import measure
 from ivcp_eval.engine import prune, resolve
+from ivcp_eval.engine.cost import clock
 from ivcp_eval.interface import AbstractMethod, AbstractScorer, Cut, ModelFacts, Signals
-from ivcp_eval.ops import budget
-from ivcp_eval.registry import make_method
+from ivcp_eval.interface.ops import budget
+from ivcp_eval.interface.registry import make_method
 
 if TYPE_CHECKING:
-    from ivcp_eval.bench import Setup
+    from ivcp_eval.lab.bench.pruning import Setup
 
 BASELINE = "none"
 RATIO = 0.5
@@ -90,7 +90,7 @@ def measure_selection(
         setup: with a whole vision tower, which some methods listen to. seconds: no round starts after so many.
         names: registered methods; the unpruned model is always part.
     """
-    from ivcp_eval.bench_models import make_inputs
+    from ivcp_eval.lab.bench.models import make_inputs
 
     usable, reasons = candidates(setup, names, ratio)
     usable = [one for one in usable if one.name != BASELINE]
@@ -112,7 +112,7 @@ def measure_selection(
         if one.cuts:
             calls.setdefault(one.cuts, partial(_run_once, setup, inputs[1.0], Idle(one.cuts), ratio))
     end = time.monotonic() + seconds
-    rounds = measure.interleave(calls, setup.size.rounds, 1, keep_going=lambda: time.monotonic() < end)
+    rounds = clock.interleave(calls, setup.size.rounds, 1, keep_going=lambda: time.monotonic() < end)
     common = {"attention": setup.attention, "visual_tokens": visual_tokens, "batch": batch, "ratio": ratio}
     rows = [_row(one, rounds) for one in [Candidate(BASELINE, ()), *usable]]
     rows += [{"variant": name, "note": reason} for name, reason in reasons.items()]
@@ -121,15 +121,15 @@ def measure_selection(
 
 def _run_once(setup: Setup, inputs: dict[str, Any], method: str | AbstractMethod | None, ratio: float) -> Timed:
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(measure.call_time(setup.model, cpu_time=setup.cpu_time))
+        watch = stack.enter_context(clock.call_time(setup.model, cpu_time=setup.cpu_time))
         if method is not None:
             stack.enter_context(prune(setup.model, _watched(method, watch), ratio))
-        phases = stack.enter_context(measure.phases(setup.model, setup.adapter, cpu_time=setup.cpu_time))
+        phases = stack.enter_context(clock.phases(setup.model, setup.adapter, cpu_time=setup.cpu_time))
         setup.model.generate(**inputs, max_new_tokens=1, min_new_tokens=1, do_sample=False)
     return Timed(phases.vision_ms or 0.0, phases.prefill_ms, sum(watch.ms))
 
 
-def _watched(method: str | AbstractMethod, watch: measure.CallTime) -> AbstractMethod:
+def _watched(method: str | AbstractMethod, watch: clock.CallTime) -> AbstractMethod:
     """The method with its own work under the clock. The instance is a frozen dataclass, and of this run only."""
     made = make_method(method) if isinstance(method, str) else method
     if isinstance(method, str):
@@ -143,7 +143,7 @@ def _row(one: Candidate, rounds: dict[Any, list[Timed]]) -> dict[str, Any]:
     idle = rounds[one.cuts] if one.cuts else stock
 
     def median(values: list[float]) -> float:
-        return measure.Spread.of(values).median
+        return clock.Spread.of(values).median
 
     def difference(before: list[Timed], after: list[Timed]) -> float:
         """Median of the differences round by round: drift that both share cancels."""

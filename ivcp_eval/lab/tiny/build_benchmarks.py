@@ -1,4 +1,4 @@
-"""Write the embedded benchmarks ``datasets/tiny_*.tsv``: ``python -m ivcp_eval.tiny.build_benchmarks [--check]``.
+"""Write the embedded benchmarks ``datasets/tiny_*.tsv``: ``python -m ivcp_eval.lab.tiny.build_benchmarks [--check]``.
 
 The files follow VLMEvalKit's TSV conventions: one row per question, the picture as base64 PNG in the ``image``
 cell of its first question, and that row's index in the ``image`` cell of the others. They hold scenes of the
@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ivcp_eval.tiny import tasks
-from ivcp_eval.tiny.scenes import Scene, render, sample_scene, scene_rng
+from ivcp_eval.files import DATASETS
+from ivcp_eval.lab.tiny import tasks
+from ivcp_eval.lab.tiny.scenes import Scene, render, sample_scene, scene_rng
 
-DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 CHECKSUMS = "tiny_checksums.json"
 #: Scenes of one benchmark start at its number times this, so that no picture is in two files.
 SCENES_APART = 1_000_000

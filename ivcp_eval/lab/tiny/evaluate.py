@@ -1,4 +1,4 @@
-"""Held-out accuracies of a tiny model through stock ``generate``: ``python -m ivcp_eval.tiny.evaluate --model DIR``.
+"""Held-out accuracies of a tiny model through stock ``generate``: ``python -m ivcp_eval.lab.tiny.evaluate``.
 
 A plain check of the model itself, without VLMEvalKit and without pruning.
 """
@@ -19,9 +19,10 @@ from typing import Any
 
 from PIL import Image
 
-from ivcp_eval.tiny import tasks
-from ivcp_eval.tiny.build_benchmarks import BENCHMARKS, DATASETS
-from ivcp_eval.tiny.validation import overlap, parse_box
+from ivcp_eval.files import DATASETS
+from ivcp_eval.lab.tiny import tasks
+from ivcp_eval.lab.tiny.build_benchmarks import BENCHMARKS
+from ivcp_eval.lab.tiny.training.validation import overlap, parse_box
 
 SHIPPED_MODEL = Path(__file__).with_name("model")
 #: Enough for the longest answer, a box of four three-digit numbers with its end token.

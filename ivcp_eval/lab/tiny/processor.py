@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.tiny.vocabulary import SPECIAL_TOKENS, build_tokenizer
+from ivcp_eval.lab.tiny.vocabulary import SPECIAL_TOKENS, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLProcessor

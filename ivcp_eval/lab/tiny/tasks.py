@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ivcp_eval.tiny.scenes import COLOURS, SHAPES, SIGN, Box, Scene, SceneObject
+from ivcp_eval.lab.tiny.scenes import COLOURS, SHAPES, SIGN, Box, Scene, SceneObject
 
 TASKS = ("grounding", "mcq", "yes_no", "short")
 LETTERS = ("A", "B", "C", "D")

@@ -23,7 +23,7 @@ more token out of the queries, the one after the closing marker. Algorithm 1 joi
 fixed sizes; the released code fills up to the budget instead, and so do we. The paper's V(m) sums over one axis; on
 M-RoPE the released code averages all three axes over the full spectrum, and so do we. Scores are float32 (released:
 bfloat16, where a third of the IVC set is ties).
-``preset="official"`` reproduces the released code of each family with its quirks instead; see ivcp_eval.ivc_official.
+``preset="official"`` reproduces the released code of each family with its quirks instead; see `official.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.ops import best_of_rest, coordinate_set, top
+from ivcp_eval.interface.ops import best_of_rest, coordinate_set, top
 
 PUBLISHED_LAYER = {
     ("qwen2_5_vl", 28): 16,  # 7B
@@ -87,7 +87,7 @@ class Method(AbstractMethod):
             layer = PUBLISHED_LAYER.get((model.family, model.n_layers), round(model.n_layers * 4 / 7))
             layer = max(layer, model.first_cut, 1)
         if self.preset == "official":
-            from ivcp_eval.ivc_official import cut
+            from ivcp_eval.methods.ivc_prune.official import cut
 
             return (cut(model, layer, ratio),)
         return (Cut(layer, ratio),)
@@ -95,7 +95,7 @@ class Method(AbstractMethod):
     def select(self, signals: Signals) -> Selection:
         """Algorithm 1 on every image of the row."""
         if self.preset == "official":
-            from ivcp_eval.ivc_official import select
+            from ivcp_eval.methods.ivc_prune.official import select
 
             return select(signals)
         cos, sin = (part.mean(dim=(0, 2)) for part in signals.rope())  # (n,)

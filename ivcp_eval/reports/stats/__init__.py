@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ivcp_eval.resampling import Aggregate, Array, Interval, PairedResult, Sample, paired_bootstrap
+from ivcp_eval.reports.stats.resampling import Aggregate, Array, Interval, PairedResult, Sample, paired_bootstrap
 
 __all__ = [
     "Aggregate",

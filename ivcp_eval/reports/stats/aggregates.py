@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ivcp_eval.grounding import TOLERANCE
-from ivcp_eval.stats import Aggregate, Sample
+from ivcp_eval.benchmarks.grounding import TOLERANCE
+from ivcp_eval.reports.stats import Aggregate, Sample
 
 __all__ = ["COLUMNS", "Rule", "rule_for"]
 

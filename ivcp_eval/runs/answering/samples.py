@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.cells import Cell
-from ivcp_eval.failures import FAILURES, device_lost, failure
 from ivcp_eval.files import write_json
-from ivcp_eval.sweep.plan import SweepPlan, Unit
+from ivcp_eval.interface.failures import FAILURES, device_lost, failure
+from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.plan import SweepPlan, Unit
 
 if TYPE_CHECKING:
-    from ivcp_eval.session import Session
+    from ivcp_eval.runs.answering.session import Session
 
 Records = dict[str, dict[str, Any]]
 Asked = tuple[str, list[dict[str, Any]]]  # the key of a sample and the parts of its prompt

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from ivcp_eval import measure
-from ivcp_eval.accounting import measured_flops
-from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
-from ivcp_eval.downsample import shrink
+from ivcp_eval.benchmarks.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.engine import Run, prune
+from ivcp_eval.engine.cost import clock
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.cost.predicted import measured_flops
 from ivcp_eval.engine.fork import fork
-from ivcp_eval.failures import deadline, steps
-from ivcp_eval.flops import DecoderShape
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.models import Weights
-from ivcp_eval.registry import adapter, make_method
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface.failures import deadline, steps
+from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.registry import adapter, make_method
+from ivcp_eval.interface.variants import Variant
+from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
 
@@ -153,7 +153,7 @@ class Session:
             with (
                 torch.inference_mode(),
                 self._pruned(variant, self.adapter.layout(self.processor, [conversation])) as run,
-                measure.phases(self.model, self.adapter) as phases,
+                clock.phases(self.model, self.adapter) as phases,
             ):
                 out = self.model.generate(**tensors, **self._options)
         new = out[0, tensors["input_ids"].shape[1] :]
@@ -249,7 +249,7 @@ class Session:
         run: Run,
         inputs: Mapping[str, Any],
         grounding: bool,
-        phases: measure.Phases | None = None,
+        phases: clock.Phases | None = None,
         whole: int | None = None,
         sample: int = 0,
     ) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from ivcp_eval.sweep.plan import SweepPlan
-from ivcp_eval.sweep.progress import Progress
-from ivcp_eval.sweep.work import Report, Stop, devices, work
+from ivcp_eval.runs.plan import SweepPlan
+from ivcp_eval.runs.progress.display import Progress
+from ivcp_eval.runs.worker import Report, Stop, devices, work
 
 LOST = 76  # exit code of a worker that lost its GPU; a new process may go on with it
 MOST_RESTARTS = 10  # of one worker, or a broken GPU would go through all samples

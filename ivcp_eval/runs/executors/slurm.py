@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.sweep.local import MOST_RESTARTS
-from ivcp_eval.sweep.plan import SweepPlan
-from ivcp_eval.sweep.progress import Progress
-from ivcp_eval.sweep.state import mark
-from ivcp_eval.sweep.work import Stop
+from ivcp_eval.runs.executors.local import MOST_RESTARTS
+from ivcp_eval.runs.plan import SweepPlan
+from ivcp_eval.runs.progress.display import Progress
+from ivcp_eval.runs.store.state import mark
+from ivcp_eval.runs.worker import Stop
 
 POLL_S = 5.0
 
@@ -69,11 +69,11 @@ class Task:
             DeviceLost: the GPU was lost; the task is requeued unless that happened often.
             RuntimeError: its model or a benchmark could not be loaded.
         """
-        from ivcp_eval.sweep.plan import make
-        from ivcp_eval.sweep.results import build
-        from ivcp_eval.sweep.samples import DeviceLost
-        from ivcp_eval.sweep.spec import load
-        from ivcp_eval.sweep.work import Hooks, work
+        from ivcp_eval.runs.answering.samples import DeviceLost
+        from ivcp_eval.runs.plan import make
+        from ivcp_eval.runs.results import build
+        from ivcp_eval.runs.spec import load
+        from ivcp_eval.runs.worker import Hooks, work
 
         with Stop().signals() as stop:
             spec = load(self.spec).over(**self.given)

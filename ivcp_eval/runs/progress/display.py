@@ -8,9 +8,9 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from ivcp_eval.sweep.plan import SweepPlan
-from ivcp_eval.sweep.watch import Tally, Watch
-from ivcp_eval.sweep.work import Hooks
+from ivcp_eval.runs.plan import SweepPlan
+from ivcp_eval.runs.progress.watch import Tally, Watch
+from ivcp_eval.runs.worker import Hooks
 
 LOOK_S = 1.0
 EVERY_S = 30.0

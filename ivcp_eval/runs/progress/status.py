@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ivcp_eval.benchmarks import load as load_benchmark
-from ivcp_eval.judge import EXACT_MATCHING, asked_judge
-from ivcp_eval.sweep.lease import held
-from ivcp_eval.sweep.plan import SweepPlan, Unit, rows
-from ivcp_eval.sweep.state import lease, mark
+from ivcp_eval.runs.plan import SweepPlan, Unit, rows
+from ivcp_eval.runs.store.lease import held
+from ivcp_eval.runs.store.state import lease, mark
+from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together
 ANSWER_TOKENS = 32  # decoded per sample, for the estimate
@@ -178,8 +178,8 @@ def _seconds(size: float, ratios: list[float]) -> float:
 
 def _price(judge: str, url: str) -> float | None:
     """US dollars of one call."""
-    from ivcp_eval.judge.config import JudgeConfig
-    from ivcp_eval.judge.estimate import PRICES
+    from ivcp_eval.vlmeval_bridge.judge.config import JudgeConfig
+    from ivcp_eval.vlmeval_bridge.judge.estimate import PRICES
 
     price = PRICES.get(JudgeConfig(judge, url).snapshot)
     return None if price is None else sum(n * p for n, p in zip(JUDGE_TOKENS, price, strict=True)) / 1e6

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.cells import Cell
-from ivcp_eval.sweep.lease import held
-from ivcp_eval.sweep.plan import SweepPlan, Unit
-from ivcp_eval.sweep.state import lease, mark, shard
-from ivcp_eval.variants import BASELINE
+from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.plan import SweepPlan, Unit
+from ivcp_eval.runs.store.lease import held
+from ivcp_eval.runs.store.state import lease, mark, shard
 
 WINDOW_S = 120.0  # over which speed is measured ...
 WINDOW_SAMPLES = 10  # ... unless fewer samples than these fall into it

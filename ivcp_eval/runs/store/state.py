@@ -6,10 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
-from ivcp_eval.cells import Cell
-from ivcp_eval.journal import Journal
-from ivcp_eval.sweep.plan import SweepPlan, Unit
-from ivcp_eval.sweep.samples import Records
+from ivcp_eval.runs.answering.samples import Records
+from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.plan import SweepPlan, Unit
+from ivcp_eval.runs.store.journal import Journal
 
 
 def mark(plan: SweepPlan, unit: Unit) -> Path:

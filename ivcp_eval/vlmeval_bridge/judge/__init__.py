@@ -6,11 +6,18 @@ matching or chance. Every verdict is kept in a cache that all runs share. See do
 
 from __future__ import annotations
 
-from ivcp_eval.judge.cache import VerdictCache
-from ivcp_eval.judge.client import Judge, JudgeError, JudgeRateLimited, JudgeRefused, JudgeUnreachable, JudgeUnusable
-from ivcp_eval.judge.config import DEFAULT, EXACT_MATCHING, JudgeConfig, asked_judge, cache_folder
-from ivcp_eval.judge.estimate import Estimate, estimate
-from ivcp_eval.judge.questions import Question
+from ivcp_eval.vlmeval_bridge.judge.cache import VerdictCache
+from ivcp_eval.vlmeval_bridge.judge.client import (
+    Judge,
+    JudgeError,
+    JudgeRateLimited,
+    JudgeRefused,
+    JudgeUnreachable,
+    JudgeUnusable,
+)
+from ivcp_eval.vlmeval_bridge.judge.config import DEFAULT, EXACT_MATCHING, JudgeConfig, asked_judge, cache_folder
+from ivcp_eval.vlmeval_bridge.judge.estimate import Estimate, estimate
+from ivcp_eval.vlmeval_bridge.judge.questions import Question
 
 __all__ = [
     "DEFAULT",

@@ -10,9 +10,9 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.judge.cache import VerdictCache
-from ivcp_eval.judge.config import KEY_VARIABLE, OPENAI, JudgeConfig
-from ivcp_eval.judge.questions import Question
+from ivcp_eval.vlmeval_bridge.judge.cache import VerdictCache
+from ivcp_eval.vlmeval_bridge.judge.config import KEY_VARIABLE, OPENAI, JudgeConfig
+from ivcp_eval.vlmeval_bridge.judge.questions import Question
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ivcp_eval.judge.questions import Question
+from ivcp_eval.vlmeval_bridge.judge.questions import Question
 
 # US dollars per million tokens (input, output), as OpenAI published them; they change, so each is overridable.
 PRICES_DATE = "2025-05"

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivcp_eval.tiny import tasks
-from ivcp_eval.tiny.fast import TextLayout, text_layout
-from ivcp_eval.tiny.processor import CELL, SYSTEM_PROMPT
-from ivcp_eval.tiny.scenes import COLOURS, SHAPES, SIGN, Scene, render, sample_scene, scene_rng
-from ivcp_eval.tiny.vocabulary import build_tokenizer
+from ivcp_eval.lab.tiny import tasks
+from ivcp_eval.lab.tiny.processor import CELL, SYSTEM_PROMPT
+from ivcp_eval.lab.tiny.scenes import COLOURS, SHAPES, SIGN, Scene, render, sample_scene, scene_rng
+from ivcp_eval.lab.tiny.training.fast import TextLayout, text_layout
+from ivcp_eval.lab.tiny.vocabulary import build_tokenizer
 
 BEFORE_IMAGE = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 AFTER_IMAGE = "<|vision_end|>"

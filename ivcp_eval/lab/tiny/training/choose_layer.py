@@ -1,7 +1,7 @@
 """Chooses the cut layer of IVC-Prune for the shipped model, on the validation split only.
 
-``python -m ivcp_eval.tiny.choose_layer --out results/tiny_cut_layer.csv``: accuracy of every layer on validation
-scenes, all layers of a sample in one pass. The held-out benchmarks are never read.
+``python -m ivcp_eval.lab.tiny.training.choose_layer --out results/tiny_cut_layer.csv``: accuracy of every layer on
+validation scenes, all layers of a sample in one pass. The held-out benchmarks are never read.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ivcp_eval import models
 from ivcp_eval.files import atomic_write
-from ivcp_eval.session import Limits, Placement, Session
-from ivcp_eval.tiny import tasks
-from ivcp_eval.tiny.build_benchmarks import build
-from ivcp_eval.tiny.evaluate import Question, is_right, read_benchmark
-from ivcp_eval.variants import Variant
+from ivcp_eval.interface import models
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.lab.tiny import tasks
+from ivcp_eval.lab.tiny.build_benchmarks import build
+from ivcp_eval.lab.tiny.evaluate import Question, is_right, read_benchmark
+from ivcp_eval.runs.answering.session import Limits, Placement, Session
 
 RATIOS = (0.5, 0.25)
 TASKS = ("tiny_grounding.tsv", "tiny_short.tsv")

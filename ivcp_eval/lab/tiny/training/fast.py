@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivcp_eval.tiny.processor import CELL, IMAGE_MEAN, IMAGE_STD, PATCH_SIZE
+from ivcp_eval.lab.tiny.processor import CELL, IMAGE_MEAN, IMAGE_STD, PATCH_SIZE
 
 WINDOW_CELLS = 4
 

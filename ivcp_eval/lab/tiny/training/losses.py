@@ -13,9 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ivcp_eval.tiny.batches import BEFORE_IMAGE, COLOUR_CLASSES, IGNORED, SHAPE_CLASSES, SLOTS, Batch, encode
-from ivcp_eval.tiny.fast import EAGER, Kernels, TextOutput, text_forward, vision_forward
-from ivcp_eval.tiny.processor import CELL
+from ivcp_eval.lab.tiny.processor import CELL
+from ivcp_eval.lab.tiny.training.batches import (
+    BEFORE_IMAGE,
+    COLOUR_CLASSES,
+    IGNORED,
+    SHAPE_CLASSES,
+    SLOTS,
+    Batch,
+    encode,
+)
+from ivcp_eval.lab.tiny.training.fast import EAGER, Kernels, TextOutput, text_forward, vision_forward
 
 #: Decoder layers whose output the dense heads read: the cell's own place, then its object's box.
 PLACE_LAYER, BOX_LAYER = 0, 2

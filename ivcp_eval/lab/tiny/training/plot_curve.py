@@ -1,4 +1,4 @@
-"""Plot a training curve: ``python -m ivcp_eval.tiny.plot_curve curve.csv curve.png`` (needs matplotlib)."""
+"""Plot a training curve: ``python -m ivcp_eval.lab.tiny.training.plot_curve CSV PNG`` (needs matplotlib)."""
 
 from __future__ import annotations
 

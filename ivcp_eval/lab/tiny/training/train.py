@@ -1,4 +1,4 @@
-"""Train the tiny Qwen2.5-VL: ``python -m ivcp_eval.tiny.train --out runs/tiny [--config train.yaml]``.
+"""Train the tiny Qwen2.5-VL: ``python -m ivcp_eval.lab.tiny.training.train --out runs/tiny [--config train.yaml]``.
 
 Runs on CPU cores, one process each, gradients averaged; stops and resumes at any time (the state is written
 atomically every ``save_every`` seconds and when a phase ends).
@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ivcp_eval.tiny.batches import make_batch
-from ivcp_eval.tiny.fast import EAGER, compiled_kernels
-from ivcp_eval.tiny.losses import DenseHeads, all_losses, vision_only_losses
-from ivcp_eval.tiny.processor import build_config, finish_generation_config, save_processor
-from ivcp_eval.tiny.tasks import MCQ_CATEGORIES, SHORT_CATEGORIES
+from ivcp_eval.lab.tiny.processor import build_config, finish_generation_config, save_processor
+from ivcp_eval.lab.tiny.tasks import MCQ_CATEGORIES, SHORT_CATEGORIES
+from ivcp_eval.lab.tiny.training.batches import make_batch
+from ivcp_eval.lab.tiny.training.fast import EAGER, compiled_kernels
+from ivcp_eval.lab.tiny.training.losses import DenseHeads, all_losses, vision_only_losses
 
 CURVE_COLUMNS = (
     *("images", "steps", "seconds", "phase", "grounding_plain", "grounding_relation"),
@@ -251,7 +251,7 @@ def _stop(wish: bool, world: int) -> bool:
 
 def validate(run: Run, phase: dict[str, Any]) -> None:
     """Append teacher-forced validation accuracies to ``curve.csv``."""
-    from ivcp_eval.tiny.validation import teacher_forced
+    from ivcp_eval.lab.tiny.training.validation import teacher_forced
 
     row = {k: run.progress[k] for k in ("images", "steps", "seconds")}
     row |= {"phase": run.progress["phase"]}

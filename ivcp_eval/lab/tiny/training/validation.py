@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivcp_eval.tiny.batches import IGNORED, SLOTS, choose_questions, make_batch, tokenizer
-from ivcp_eval.tiny.fast import EAGER, Kernels
-from ivcp_eval.tiny.losses import answer_logits
-from ivcp_eval.tiny.scenes import Box, sample_scene, scene_rng
+from ivcp_eval.lab.tiny.scenes import Box, sample_scene, scene_rng
+from ivcp_eval.lab.tiny.training.batches import IGNORED, SLOTS, choose_questions, make_batch, tokenizer
+from ivcp_eval.lab.tiny.training.fast import EAGER, Kernels
+from ivcp_eval.lab.tiny.training.losses import answer_logits
 
 BOX_START = '{"bbox_2d": ['
 _NUMBERS = re.compile(r"\d+")

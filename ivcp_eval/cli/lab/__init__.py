@@ -1,0 +1,1 @@
+"""Verbs for those who work on this repository."""

@@ -1,0 +1,1 @@
+"""Verbs that run models or score what they answered."""

@@ -1,0 +1,1 @@
+"""What one sets up with: models, data, methods."""

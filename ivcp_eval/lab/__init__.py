@@ -1,0 +1,1 @@
+"""What this repository measures on itself: the embedded models and the benches."""

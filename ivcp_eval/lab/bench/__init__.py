@@ -1,0 +1,1 @@
+"""Benches: what pruning, sharing and choosing cost, beside their bounds."""

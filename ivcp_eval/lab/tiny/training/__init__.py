@@ -1,0 +1,1 @@
+"""Training of the embedded model; nothing here is imported when it is used."""

@@ -1,0 +1,1 @@
+"""Results: the CSV and its schema, the comparison with a baseline, tables and curves."""

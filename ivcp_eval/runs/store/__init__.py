@@ -1,0 +1,1 @@
+"""What a run has on disk while it works: answers, claims, marks."""

@@ -51,11 +51,11 @@ list: $(READY)
 
 SIZE ?= small
 bench: $(READY)
-	@$(BIN)/ivcp bench --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	@$(BIN)/ivcp bench pruning --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--ignore tests/sweep/test_slurm.py)
-	$(if $(ARGS),,$(BIN)/python -m pytest tests/sweep/test_slurm.py)  # alone: it measures a scheduler's timing
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--ignore tests/runs/sweep/test_slurm.py)
+	$(if $(ARGS),,$(BIN)/python -m pytest tests/runs/sweep/test_slurm.py)  # alone: it measures a scheduler's timing
 
 check: $(READY)
 	$(BIN)/ruff format --check .

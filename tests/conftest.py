@@ -18,7 +18,9 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-pair", action="store_true", help="tests/contract: every check on every method and family")
+    parser.addoption(
+        "--every-pair", action="store_true", help="tests/engine/contract: every check on every method and family"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.interface import registry
-from ivcp_eval.runs import cells
+from ivcp_eval.runs.planning import cells
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ivcp_eval", "model_adapters")

@@ -8,9 +8,7 @@ random there is marked as such. Where a budget was held, the plot is against wha
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -203,22 +201,15 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     temporary.replace(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the CSV and the plot beside the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path, help="results CSV of a sweep, per-sample files beside it")
-    parser.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples (default: %(default)s)")
-    args = parser.parse_args(arguments)
-    rows = curve_rows(args.results, args.resamples)
-    with atomic_write(args.results.with_suffix(".curves.csv")) as stream:
+def write(results: Path, resamples: int) -> tuple[Path, Path]:
+    """Write ``<results>.curves.csv`` and ``.curves.png`` beside the results; returns both."""
+    rows = curve_rows(results, resamples)
+    table, plot = results.with_suffix(".curves.csv"), results.with_suffix(".curves.png")
+    with atomic_write(table) as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow({name: "" if rounded[name] is None else rounded[name] for name in COLUMNS})
-    write_plot(rows, args.results.with_suffix(".curves.png"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    write_plot(rows, plot)
+    return table, plot

@@ -6,9 +6,7 @@ one method at its defaults and with single parameters changed. Other methods in 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,17 +131,8 @@ def markdown(results: Path, note: str = "") -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def write(results: Path, page: Path) -> None:
     """Write the page; what follows the table is kept from the page that stands there."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path, help="results CSV of a sweep, per-sample files beside it")
-    parser.add_argument("page", type=Path, help="Markdown file to write")
-    args = parser.parse_args(arguments)
-    before = args.page.read_text(encoding="utf-8").rpartition("|\n")[2].strip() if args.page.is_file() else ""
-    with atomic_write(args.page) as stream:
-        stream.write(markdown(args.results, before))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    before = page.read_text(encoding="utf-8").rpartition("|\n")[2].strip() if page.is_file() else ""
+    with atomic_write(page) as stream:
+        stream.write(markdown(results, before))

@@ -20,9 +20,9 @@ from ivcp_eval.engine.cost.predicted import described
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.variants import PROMPT
 from ivcp_eval.reports.table import write_results, write_samples
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.planning import Plan, Request, judges_for, make_plan
-from ivcp_eval.runs.record import cell_rows, record_of
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.request import Plan, Request, judges_for, make_plan
+from ivcp_eval.runs.records.record import cell_rows, record_of
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.vlmeval_bridge.judge import Judge
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.failures import FAILURES
 from ivcp_eval.runs.answering.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.plan import SweepPlan, Unit
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.plan import SweepPlan, Unit
+from ivcp_eval.runs.records.scoring import score_any
 from ivcp_eval.runs.runner import record_failure
-from ivcp_eval.runs.scoring import score_any
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import answers, lease, mark, shard

@@ -14,8 +14,8 @@ from ivcp_eval.reports.schema import SAMPLE_COLUMN_NAMES
 from ivcp_eval.reports.table import make_row, read_results, read_samples, write_results, write_samples
 from ivcp_eval.vlmeval_bridge.judge import Judge, JudgeConfig, JudgeUnreachable
 from tests.benchmarks.conftest import Laboratory
+from tests.benchmarks.judge.server import Reply, Server, completion, error, serve
 from tests.benchmarks.miniatures import miniatures
-from tests.judge.server import Reply, Server, completion, error, serve
 
 UNCLEAR = "Well, who could tell?"
 
@@ -193,7 +193,7 @@ def results(laboratory: Laboratory, tmp_path: Path) -> Path:
 
 
 def test_stored_answers_are_rated_again(results: Path, tmp_path: Path):
-    from ivcp_eval.runs.rejudge import estimate_rejudge, rejudge
+    from ivcp_eval.runs.records.rejudge import estimate_rejudge, rejudge
 
     before = results.read_bytes()
     with serve(says(lambda prompt: "A" if "several options" in prompt else "0.5")) as server:
@@ -220,7 +220,7 @@ def test_stored_answers_are_rated_again(results: Path, tmp_path: Path):
 
 
 def test_a_failing_judge_writes_nothing(results: Path, tmp_path: Path):
-    from ivcp_eval.runs.rejudge import rejudge
+    from ivcp_eval.runs.records.rejudge import rejudge
 
     with serve(lambda body, n: error(401, "no")) as server, pytest.raises(RuntimeError, match="refuses"):
         rejudge(results, JudgeConfig("other", server.url), tmp_path / "cache")
@@ -249,7 +249,7 @@ def test_the_verb(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 def test_answers_to_another_file_are_refused(results: Path, tmp_path: Path):
-    from ivcp_eval.runs.rejudge import rejudge
+    from ivcp_eval.runs.records.rejudge import rejudge
 
     rows = [{**row, "benchmark_sha256": "0" * 64} for row in read_results(results)]
     write_results(results, rows)
@@ -258,7 +258,7 @@ def test_answers_to_another_file_are_refused(results: Path, tmp_path: Path):
 
 
 def test_the_most_an_evaluation_can_cost(laboratory: Laboratory, tmp_path: Path):
-    from ivcp_eval.runs.rejudge import estimate_eval
+    from ivcp_eval.runs.records.rejudge import estimate_eval
 
     for name in ("MMVet", "POPE", "TextVQA_VAL"):
         laboratory.dataset(name)

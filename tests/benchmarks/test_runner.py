@@ -10,7 +10,7 @@ import pytest
 from ivcp_eval.cli import main
 from ivcp_eval.reports.table import read_results
 from tests.benchmarks.conftest import Laboratory
-from tests.judge.server import completion, error, serve
+from tests.benchmarks.judge.server import completion, error, serve
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.interface.registry import adapter
-from tests import tiny_models
+from tests.engine import tiny_models
 
 TOKENS = 7
 

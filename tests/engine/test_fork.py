@@ -17,7 +17,7 @@ from ivcp_eval.engine.fork import Answer, fork
 from ivcp_eval.engine.fork.trunk import Branch, Trunk
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.variants import Variant
-from tests import tiny_models
+from tests.engine import tiny_models
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 IVC = tuple(Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in RATIOS)

@@ -23,7 +23,7 @@ from ivcp_eval.engine.cost.predicted import (
 from ivcp_eval.interface import Cut, ModelFacts, models
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Budget, Variant
-from tests import tiny_models
+from tests.engine import tiny_models
 
 SEVEN_B = ModelFacts("qwen2_5_vl", 28)
 THIRTY_TWO = ModelFacts("llava", 32)

@@ -5,7 +5,7 @@
 >>> model.generate(**inputs, max_new_tokens=4, do_sample=False)  # doctest: +SKIP
 
 A layout names segments in order: ``tN`` is N text tokens, ``iK`` the family's image of kind K. A family lives in
-``tests/families/<family>.py`` (its adapter's name) and defines
+``tests/model_adapters/families/<family>.py`` (its adapter's name) and defines
 
 * ``N_TOKENS``: visual tokens of each kind of image, kind 0 the largest and of at least 12; have a kind with one
   token if the family can. A layout's K is taken modulo their number.
@@ -42,12 +42,16 @@ VOCABULARY = 512
 
 def names() -> tuple[str, ...]:
     """Families that have a tiny model."""
-    return tuple(sorted(p.stem for p in (Path(__file__).parent / "families").glob("*.py") if p.stem[0] != "_"))
+    return tuple(
+        sorted(
+            p.stem for p in (Path(__file__).parents[1] / "model_adapters" / "families").glob("*.py") if p.stem[0] != "_"
+        )
+    )
 
 
 def family(name: str) -> ModuleType:
     """The builder module of a family."""
-    return import_module(f"tests.families.{name}")
+    return import_module(f"tests.model_adapters.families.{name}")
 
 
 def build(name: str, seed: int = 0, attn: str = "sdpa") -> tuple[nn.Module, Callable[..., dict[str, Any]]]:

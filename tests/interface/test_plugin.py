@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EVAL = ("eval", "--model", "tiny", "--data", "tiny_short", "--limit", "2", "--max-new-tokens", "4", "--ratio", "0.25")
 pytestmark = pytest.mark.slow
 

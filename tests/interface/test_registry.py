@@ -17,7 +17,7 @@ import pytest
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, ModelFacts, plugins, registry
 from ivcp_eval.methods import none
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_names_are_the_files() -> None:

@@ -23,10 +23,10 @@ import ivcp_eval
 from ivcp_eval.interface import AbstractScorer, Cut, ModelFacts, Selection, Signal, Signals, Step
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import adapter, parameters_of
-from tests import tiny_models
-from tests.contract.cases import RAGGED, Case
-from tests.contract.checks import CHECKS, close, same_generation
-from tests.contract.toys import TOYS, Toy
+from tests.engine import tiny_models
+from tests.engine.contract.cases import RAGGED, Case
+from tests.engine.contract.checks import CHECKS, close, same_generation
+from tests.engine.contract.toys import TOYS, Toy
 
 FAMILIES = ("qwen2_5_vl", "llava")
 

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from ivcp_eval.cli import _parameter
+from ivcp_eval.cli.running.eval import _parameter
 from ivcp_eval.interface import variants
 from ivcp_eval.interface.variants import Budget, Variant
-from ivcp_eval.runs.cells import Identity
+from ivcp_eval.runs.planning.cells import Identity
 
 
 @pytest.mark.parametrize(

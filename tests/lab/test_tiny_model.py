@@ -12,7 +12,7 @@ import torch
 from ivcp_eval.lab.tiny.build_benchmarks import BENCHMARKS, DATASETS
 from ivcp_eval.lab.tiny.evaluate import SHIPPED_MODEL, answer, evaluate, load, read_benchmark
 
-RECORD = json.loads((SHIPPED_MODEL.parent / "training" / "run.json").read_text(encoding="utf-8"))
+RECORD = json.loads((SHIPPED_MODEL.parent / "training" / "record" / "run.json").read_text(encoding="utf-8"))
 #: Questions per benchmark looked at here, and how far chance may carry such a slice from the recorded accuracy.
 SLICE, BAND = 48, 20.0
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 from PIL import Image
 
-from ivcp_eval.lab.tiny import batches, tasks, train
+from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.processor import build_config, build_processor
 from ivcp_eval.lab.tiny.scenes import SIZES, render, sample_scene, scene_rng
+from ivcp_eval.lab.tiny.training import batches, train
 from ivcp_eval.lab.tiny.training.fast import vision_forward
 from ivcp_eval.lab.tiny.training.losses import answer_logits
 from ivcp_eval.lab.tiny.training.validation import overlap, parse_box

@@ -10,7 +10,7 @@ from torch import Tensor
 import ivcp_eval
 from ivcp_eval.interface import Image, ImageSpan, Signals
 from ivcp_eval.interface.ops import budget
-from tests import tiny_models
+from tests.engine import tiny_models
 
 HEADS, GROUPS, SIZE, HIDDEN = 4, 2, 8, 12
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import ivcp_eval
 from ivcp_eval.interface import AbstractScorer, ModelFacts, Selection, Signals
 from ivcp_eval.interface.registry import PLUS_IVC, make_method, method_names
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import random_signals
 
 CHOOSING = [n for n in method_names() if any(c.ratio < 1 for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]

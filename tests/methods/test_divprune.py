@@ -11,7 +11,7 @@ from torch import Tensor
 import ivcp_eval
 from ivcp_eval.interface.ops import farthest_points
 from ivcp_eval.interface.registry import make_method
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import image_columns, pruned_columns, random_signals
 
 

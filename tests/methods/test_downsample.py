@@ -30,7 +30,8 @@ from ivcp_eval.lab.tiny.processor import build_processor
 from ivcp_eval.runs.answering.session import Limits, Placement, Session
 from model_adapters._shrink import shrink, shrunk_grid, shrunk_to_count
 from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor
-from tests import deepseek_vl2_tokenizer, tiny_models
+from tests.engine import tiny_models
+from tests.model_adapters.deepseek_vl2 import tokenizer as deepseek_vl2_tokenizer
 
 
 @pytest.mark.parametrize("share", [0.11, 0.25, 0.5, 0.9])

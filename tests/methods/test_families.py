@@ -9,7 +9,7 @@ import pytest
 import ivcp_eval
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.registry import method_names
-from tests import tiny_models
+from tests.engine import tiny_models
 
 UNSUPPORTED = {
     ("downsample", "llava"): "every image costs the same number of visual tokens",

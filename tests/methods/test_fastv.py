@@ -6,7 +6,7 @@ import pytest
 
 from ivcp_eval.interface import ModelFacts
 from ivcp_eval.interface.registry import make_method
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import best, image_columns, pruned_columns, random_signals, stock_attention
 
 

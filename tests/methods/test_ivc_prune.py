@@ -1,6 +1,6 @@
 """Oracle: Algorithm 1 with our budget rule, in Python loops, whole and with parts switched off for ablations.
 
-The released code's rules (``preset="official"``) are held to recorded runs in tests/oracle.
+The released code's rules (``preset="official"``) are held to recorded runs in tests/engine/oracle.
 """
 
 from __future__ import annotations

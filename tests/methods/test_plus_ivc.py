@@ -11,7 +11,7 @@ import ivcp_eval
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signals
 from ivcp_eval.interface.registry import make_method, method_name, method_names
 from ivcp_eval.methods._plus_ivc import PlusIvc
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import best, random_signals
 
 

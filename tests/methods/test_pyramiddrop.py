@@ -1,6 +1,6 @@
 """Oracle: the published schedule, the formula on given maps, and transformers' own maps for a stage.
 
-That later stages see the states of what survived earlier ones is in the contract (tests/contract).
+That later stages see the states of what survived earlier ones is in the contract (tests/engine/contract).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 
 from ivcp_eval.interface import ModelFacts
 from ivcp_eval.interface.registry import make_method
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import best, image_columns, pruned_columns, random_signals, stock_attention
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ivcp_eval.interface.registry import make_method
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import pruned_columns, random_signals
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import ivcp_eval
 from ivcp_eval.interface import CachedKeys
 from ivcp_eval.interface.registry import make_method
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import image_columns
 
 

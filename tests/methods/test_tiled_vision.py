@@ -14,7 +14,7 @@ from ivcp_eval.engine.vision import MethodHook
 from ivcp_eval.interface import Selection, Signals
 from ivcp_eval.methods.visionzip import Method as VisionZip
 from model_adapters._vision import newlines_by_row
-from tests import tiny_models
+from tests.engine import tiny_models
 
 SIDE = 2  # patches per side of a tile of the tiny models
 NEXT = {

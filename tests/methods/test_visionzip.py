@@ -17,7 +17,7 @@ from ivcp_eval.engine.vision import patch_signals
 from ivcp_eval.interface import PatchStates, Signals
 from ivcp_eval.interface.registry import make_method
 from model_adapters._vision import window_order
-from tests import tiny_models
+from tests.engine import tiny_models
 from tests.methods.material import best, random_signals
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.interface.registry import adapter
 from model_adapters._internvl_checkpoint import is_original, native_config, native_tensors
-from tests import published_layout
+from tests.model_adapters import published_layout
 
 E, H, G, D, LAYERS, VOCABULARY = 64, 4, 2, 16, 3, 300  # of the language model
 VE, VH, V_LAYERS, PATCH, SIZE = 32, 2, 2, 14, 56  # of the tower: 4 x 4 patches, 2 x 2 tokens

@@ -17,8 +17,8 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.session import Limits, Placement, Session
 from model_adapters._internvl_processor import read_sentencepiece
 from model_adapters.internvl import SYSTEM, conversation
-from tests import published_layout
-from tests.test_internvl_checkpoint import config, internlm2_shapes, qwen2_shapes, shapes
+from tests.model_adapters import published_layout
+from tests.model_adapters.test_internvl_checkpoint import config, internlm2_shapes, qwen2_shapes, shapes
 
 ADDED = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<ref>", "</ref>"]
 

@@ -16,8 +16,8 @@ from ivcp_eval.interface.models import checkpoints
 from ivcp_eval.interface.registry import adapter, family_names
 from ivcp_eval.methods.ivc_prune import Method as IVCPrune
 from model_adapters._transformers import images_by_length
-from tests import tiny_models
-from tests.contract.cases import image_columns
+from tests.engine import tiny_models
+from tests.engine.contract.cases import image_columns
 
 NATIVE = sorted(set(family_names()) - {"deepseek_vl2"})
 NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ivcp_eval.interface.registry import adapter, family_of
-from tests import published_layout, tiny_models
+from tests.engine import tiny_models
+from tests.model_adapters import published_layout
 
 Renames = Iterable[tuple[str, str]]
 
@@ -297,7 +298,7 @@ def test_the_published_names_are_those_of_the_recorded_checkpoints() -> None:
     for family in ("llava", "qwen2_5_vl"):
         from safetensors import safe_open
 
-        folder = Path(__file__).parent / "oracle" / "data" / family / "model_seed0"
+        folder = Path(__file__).parents[1] / "engine" / "oracle" / "data" / family / "model_seed0"
         with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
             recorded = set(file.keys())
         model = tiny_models.build(family, seed=3)[0]

@@ -14,7 +14,7 @@ from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import LOUD
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 
-BASELINES = Path(__file__).parents[1] / "results" / "baselines"
+BASELINES = Path(__file__).parents[2] / "results" / "baselines"
 N = 60
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivcp_eval.reports.curves import AXES, curve, curve_rows, main
+from ivcp_eval.reports.curves import AXES, curve, curve_rows, write
 from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 
 N = 120
@@ -77,12 +77,12 @@ def test_a_held_budget_is_compared_at_equal_cost_and_plotted_against_what_was_me
     assert found["uniform"]["random"] is None  # the same 0.5, of something else
     assert curve([found["fastv"]], AXES["flops"][0])[0][0] == 0.59
     assert curve([found["uniform"]], AXES[""][0])[0][0] == 0.5
-    assert main([str(path), "--resamples", "200"]) == 0
+    write(path, resamples=200)
     for row in rows:
         row["ratio_flops"] = None
     write_results(path, rows)
     with pytest.raises(ValueError, match=r"hold flops\(1024\+64\) have no ratio_flops"):
-        main([str(path), "--resamples", "200"])
+        write(path, resamples=200)
 
 
 def test_seeds_of_a_ratio_are_one_point() -> None:
@@ -103,7 +103,7 @@ def test_seeds_of_a_ratio_are_one_point() -> None:
 
 def test_files_are_written_beside_the_results(tmp_path: Path) -> None:
     path = _sweep(tmp_path, _scores())
-    assert main([str(path), "--resamples", "200"]) == 0
+    write(path, resamples=200)
     assert (tmp_path / "sweep.curves.csv").read_text().count("\n") == 1 + 5
     assert (tmp_path / "sweep.curves.png").read_bytes()[:4] == b"\x89PNG"
 

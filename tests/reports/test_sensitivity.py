@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivcp_eval.reports.sensitivity import defaults_of, main, table
+from ivcp_eval.reports.sensitivity import defaults_of, table, write
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 
 N = 120
@@ -87,11 +87,11 @@ def test_a_file_without_defaults_is_refused(tmp_path: Path) -> None:
 
 def test_the_page_keeps_what_was_written_under_the_table(tmp_path: Path) -> None:
     results, page = write_sweep(tmp_path, entries()), tmp_path / "page.md"
-    assert main([str(results), str(page)]) == 0
+    write(results, page)
     first = page.read_text()
     assert "| layer=4" in first
     assert "`heads=mean`, `layer=2`" in first
     page.write_text(first + "\nWhat it means.\n\nIn two paragraphs.\n")
-    main([str(results), str(page)])
-    main([str(results), str(page)])
+    write(results, page)
+    write(results, page)
     assert page.read_text() == first + "\nWhat it means.\n\nIn two paragraphs.\n"

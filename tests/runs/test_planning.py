@@ -10,7 +10,7 @@ import pytest
 from ivcp_eval import benchmarks, vlmeval_bridge
 from ivcp_eval.interface import models
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.planning import Request, make_plan
+from ivcp_eval.runs.planning.request import Request, make_plan
 
 
 def planned(*data: str) -> list[str]:

@@ -11,8 +11,8 @@ from ivcp_eval import benchmarks
 from ivcp_eval.interface import models
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import write_results
-from ivcp_eval.runs.cells import Cell, Identity
-from ivcp_eval.runs.record import cell_rows
+from ivcp_eval.runs.planning.cells import Cell, Identity
+from ivcp_eval.runs.records.record import cell_rows
 
 SOURCE = "gone-package 1.2 (code 0123456789ab)"
 

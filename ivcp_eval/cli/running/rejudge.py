@@ -1,9 +1,11 @@
-"""``ivcp rejudge``: stored predictions, another judge."""
+"""Score stored predictions with another judge, without a GPU."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from ivcp_eval.cli import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry it out; 0 done, 1 some cells have no score."""
-    from ivcp_eval.runs import cells
-    from ivcp_eval.runs.rejudge import estimate_rejudge, rejudge
+    from ivcp_eval.runs.planning import cells
+    from ivcp_eval.runs.records.rejudge import estimate_rejudge, rejudge
     from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, cache_folder
 
     cache = args.cache or cache_folder(cells.RUNS)
@@ -32,17 +34,13 @@ def run(args: argparse.Namespace) -> int:
         config = JudgeConfig(args.judge, args.judge_url, args.concurrency)
     if args.estimate:
         if config is None:
-            _say("exact matching asks nobody")
+            say("exact matching asks nobody")
             return 0
         price = tuple(args.price) if args.price else None
-        _say(f"{config.identity}: {estimate_rejudge(args.results, config, cache, args.data, price)}")
+        say(f"{config.identity}: {estimate_rejudge(args.results, config, cache, args.data, price)}")
         return 0
-    outcome = rejudge(args.results, config, cache, args.output, args.data, _say)
+    outcome = rejudge(args.results, config, cache, args.output, args.data, say)
     for problem in outcome.problems:
-        _say(f"NOT WHOLE: {problem}")
-    _say(f"{outcome.rated} cells rated, {outcome.kept} rows taken over\n\nresults: {outcome.csv}")
+        say(f"NOT WHOLE: {problem}")
+    say(f"{outcome.rated} cells rated, {outcome.kept} rows taken over\n\nresults: {outcome.csv}")
     return 1 if outcome.problems else 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201

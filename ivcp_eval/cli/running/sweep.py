@@ -1,18 +1,19 @@
-"""``ivcp sweep plan | run | work | status | results``."""
+"""Plan and run many variants on many benchmarks, resumable."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.interface.failures import check_timeout
-from ivcp_eval.runs.spec import Spec, load
+from ivcp_eval.runs.planning.spec import Spec, load
 
 if TYPE_CHECKING:
-    from ivcp_eval.runs.plan import SweepPlan
+    from ivcp_eval.runs.planning.plan import SweepPlan
+
+from ivcp_eval.cli import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         return _results(args)
     check_timeout(args.timeout)
     spec = load(args.sweep).over(timeout=args.timeout, exact=args.exact or None)
-    from ivcp_eval.runs.plan import make, write_manifest
+    from ivcp_eval.runs.planning.plan import make, write_manifest
     from ivcp_eval.runs.store.state import reopen
 
     device = args.device or str(spec.options.get("device", ""))
@@ -114,11 +115,11 @@ def run(args: argparse.Namespace) -> int:
     if not plan.models:
         raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
     for problem in plan.problems:
-        _say(f"NOT PART OF THIS RUN: {problem}")
+        say(f"NOT PART OF THIS RUN: {problem}")
     write_manifest(plan)
     retry = args.verb == "run" and args.retry_failed
     if (opened := reopen(plan, retry)) or retry:
-        _say(f"{opened} units and cells are open again: {'failed or ' * retry}removed since")
+        say(f"{opened} units and cells are open again: {'failed or ' * retry}removed since")
     if args.verb == "work":
         return _work(plan, args)
     return _run(plan, spec, args, device)
@@ -129,16 +130,16 @@ def _plan(plan: SweepPlan) -> int:
 
     found = status.lines(plan)
     wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
-    _say(status.table(found))
+    say(status.table(found))
     for line in plan.budgets():
-        _say(line)
+        say(line)
     for problem in plan.problems:
-        _say(f"\nnot here: {problem}")
+        say(f"\nnot here: {problem}")
     cost = status.cost(plan)
     limit = plan.spec.options.get("timeout")
-    _say(f"\ntime limit of an answer: {'none but its length' if limit is None else f'{limit:g} s'}")
+    say(f"\ntime limit of an answer: {'none but its length' if limit is None else f'{limit:g} s'}")
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
-    _say(
+    say(
         f"{wanted} cells, {here} of them possible here, {sum(line.finished for line in found)} finished\n"
         f"GPU hours (rough; constants in ivcp_eval/runs/progress/status.py): {cost.gpu_hours:.1f}\n"
         f"judge calls: {cost.judge_calls:,} ({dollars}), "
@@ -153,19 +154,19 @@ def _status(plan: SweepPlan) -> int:
     from ivcp_eval.runs.progress.display import duration
 
     found = status.lines(plan)
-    _say(status.table(found))
+    say(status.table(found))
     hours = status.eta_hours(found)
     left = sum(line.left for line in found)
-    _say(f"\n{left} samples left" + (f", about {duration(3600 * hours)}" if left and hours is not None else ""))
+    say(f"\n{left} samples left" + (f", about {duration(3600 * hours)}" if left and hours is not None else ""))
     if status.agreement(found):
-        _say(status.agreement(found))
+        say(status.agreement(found))
     for line in found:
         for reason in line.reasons:
-            _say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
+            say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
         for reason in line.skipped:
-            _say(f"cannot run: {line.model} on {line.benchmark}: {reason}")
+            say(f"cannot run: {line.model} on {line.benchmark}: {reason}")
     for problem in plan.problems:
-        _say(f"not here: {problem}")
+        say(f"not here: {problem}")
     return int(any(line.reasons or line.failed for line in found))
 
 
@@ -188,13 +189,13 @@ def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
         with Stop().signals() as stop, Progress(plan, args.quiet, args.every) as progress:
             report = work(plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model)
     except DeviceLost as lost:
-        _say(str(lost))
+        say(str(lost))
         return LOST
     return 75 if report.stopped else int(bool(report.broken))
 
 
 def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> int:
-    from ivcp_eval.runs import cells
+    from ivcp_eval.runs.planning import cells
     from ivcp_eval.runs.progress.display import Progress
 
     runs = args.runs or cells.RUNS
@@ -208,14 +209,14 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> 
             args.array_limit, args.partition, args.gpus_per_task, args.cpus_per_task, args.minutes, further
         )
         tasks, score = submit(plan, runs, options, timing, device)
-        _say(
+        say(
             f"submitted {len(tasks)} tasks ({' '.join(tasks)}) and the scoring job {score}; logs: {plan.state / 'logs'}"
         )
         if not args.wait:
-            _say(f"watch it: ivcp sweep status {args.sweep} --follow")
+            say(f"watch it: ivcp sweep status {args.sweep} --follow")
             return 0
         if not wait([*tasks, score], progress):
-            _say("no longer waiting; the jobs go on")
+            say("no longer waiting; the jobs go on")
             return 75
         return _report(spec.name, runs, bool(plan.problems), args.quiet)
     from ivcp_eval.runs.answering.samples import DeviceLost
@@ -226,45 +227,40 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> 
     arguments += ["--timeout", repr(args.timeout)] if args.timeout else []
     try:
         if not run_local(plan, arguments, args.workers, progress, device):
-            _say("stopped; run the same command again to continue")
+            say("stopped; run the same command again to continue")
             return 75
     except DeviceLost as lost:
-        _say(str(lost))
+        say(str(lost))
         return 75
     return _report(spec.name, runs, bool(plan.problems), args.quiet)
 
 
 def _results(args: argparse.Namespace) -> int:
-    from ivcp_eval.runs import cells
+    from ivcp_eval.runs.planning import cells
 
     runs = args.runs or cells.RUNS
     ran = sorted(path.parent.name for path in (runs.parent / "sweeps").glob("*/manifest.json"))
     names = [Path(name).stem for name in args.sweep] or ran
     if not names:
-        _say(f"no sweep has run yet (nothing in {runs.parent / 'sweeps'})")
+        say(f"no sweep has run yet (nothing in {runs.parent / 'sweeps'})")
     return max([_report(name, runs, False) for name in names], default=0)
 
 
 def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:
     """Build the results of a sweep and print them; if quiet, only what is not whole."""
-    from ivcp_eval.runs.results import build
+    from ivcp_eval.runs.records.results import build
 
     built = build(name, runs)
     for text in built.unfinished:
-        _say(f"NOT WHOLE: {text}")
+        say(f"NOT WHOLE: {text}")
     if not quiet:
         for text in built.skipped:
-            _say(f"cannot run: {text}")
+            say(f"cannot run: {text}")
     if built.missing:
-        _say(f"{built.missing} cells of {name} have no record yet; run the sweep again")
+        say(f"{built.missing} cells of {name} have no record yet; run the sweep again")
     if not quiet:
         for path in built.tables:
             if path.suffix == ".md":
-                _say("\n" + path.read_text(encoding="utf-8"))
-        _say(f"results: {built.csv}, tables: {built.csv.with_suffix('')}")
+                say("\n" + path.read_text(encoding="utf-8"))
+        say(f"results: {built.csv}, tables: {built.csv.with_suffix('')}")
     return int(bool(built.unfinished or built.missing or problems))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

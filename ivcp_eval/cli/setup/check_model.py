@@ -1,4 +1,4 @@
-"""``ivcp check-model``: what one runs once on real weights before trusting any number made with them."""
+"""Check a model's wiring on its real weights, once, before trusting a number made with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ivcp data``: which benchmark files are here, whether they are the right ones, and how to get the others."""
+"""Show which benchmark files are here, and fetch or explain the others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Literal
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.benchmarks.refcoco.partial import not_whole
+from ivcp_eval.cli import say
 from ivcp_eval.files import commit_file, file_digest
 
 State = Literal["here", "not whole", "wrong checksum", "missing"]
@@ -170,12 +171,12 @@ def run(args: argparse.Namespace) -> int:
 
     root = args.root or data_root()
     if args.words[:1] != ["prepare"]:
-        _say(table([state_of(benchmark, root, not args.quick) for benchmark in chosen(args.words)]))
+        say(table([state_of(benchmark, root, not args.quick) for benchmark in chosen(args.words)]))
         return 0
     if not args.words[1:]:
         raise ValueError("name what to prepare: benchmarks or groups, e.g. `ivcp data prepare POPE MME`")
-    states = prepare(args.words[1:], root, _say)
-    _say(table(states))
+    states = prepare(args.words[1:], root, say)
+    say(table(states))
     return int(any(state.state != "here" for state in states))
 
 
@@ -199,7 +200,3 @@ def table(states: Sequence[FileState]) -> str:
 
 def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.1f}"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201

@@ -1,9 +1,10 @@
-"""``ivcp method new NAME`` and ``ivcp method check NAME``."""
+"""Write a new method's template with its test, or run the contract on a method."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+
+from ivcp_eval.cli import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,21 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 done, 1 the contract is broken."""
-    from ivcp_eval.interface.scaffold import check_method, new_method
+    from ivcp_eval.lab.scaffold import check_method, new_method
 
     if args.action == "new":
         method, test = new_method(args.name)
-        _say(
+        say(
             f"wrote {method}\nwrote {test}\n"
             f"next: fill in `cuts` and `score`, and the oracle; pytest {test}; ivcp method check {args.name}\n"
             "before merging: fill in the docstring; git add both; ivcp docs (README's table)"
         )
         return 0
-    report = check_method(args.name, args.families, lambda family: _say(f"... {family}"))
-    _say(report.to_text())
+    report = check_method(args.name, args.families, lambda family: say(f"... {family}"))
+    say(report.to_text())
     return 1 if report.failures else 0
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

@@ -1,6 +1,7 @@
 """What pruning costs and saves: untouched, ratio 1 and pruned models side by side, beside the bound of the cut.
 
-``ivcp bench --size small`` (CPU, a minute) or ``--size qwen25_7b --device cuda``. Weights are random: only speed and memory are measured. How to read the table: docs/bench.md.
+``ivcp bench --size small`` (CPU, a minute) or ``--size qwen25_7b --device cuda``. Weights are
+random: only speed and memory are measured. How to read the table: docs/bench.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The released IVC-Prune code of each family, reproduced with its quirks (``preset="official"``).
 
 Reference: https://github.com/FireRedTeam/IVC-Prune @ 03afd9c. Nothing here is copied; the rules were read off the
-code and are held to recorded outputs of it in tests/oracle. Where a quirk is a bug, it is named as such.
+code and are held to recorded outputs of it in tests/engine/oracle. Where a quirk is a bug, it is named as such.
 
 Common to all: only the row's first image is pruned (further images count as text), and ties fall as ``torch.topk``
 lets them, which is what makes the recorded choices reproducible. Numbers are float32; the published runs took the

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.plan import SweepPlan, Unit
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.plan import SweepPlan, Unit
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.answering.session import Session

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from ivcp_eval.runs.plan import SweepPlan
+from ivcp_eval.runs.planning.plan import SweepPlan
 from ivcp_eval.runs.progress.display import Progress
 from ivcp_eval.runs.worker import Report, Stop, devices, work
 

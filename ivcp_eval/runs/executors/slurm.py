@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval.runs.executors.local import MOST_RESTARTS
-from ivcp_eval.runs.plan import SweepPlan
+from ivcp_eval.runs.planning.plan import SweepPlan
 from ivcp_eval.runs.progress.display import Progress
 from ivcp_eval.runs.store.state import mark
 from ivcp_eval.runs.worker import Stop
@@ -70,9 +70,9 @@ class Task:
             RuntimeError: its model or a benchmark could not be loaded.
         """
         from ivcp_eval.runs.answering.samples import DeviceLost
-        from ivcp_eval.runs.plan import make
-        from ivcp_eval.runs.results import build
-        from ivcp_eval.runs.spec import load
+        from ivcp_eval.runs.planning.plan import make
+        from ivcp_eval.runs.planning.spec import load
+        from ivcp_eval.runs.records.results import build
         from ivcp_eval.runs.worker import Hooks, work
 
         with Stop().signals() as stop:

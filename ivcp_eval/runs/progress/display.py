@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from ivcp_eval.runs.plan import SweepPlan
+from ivcp_eval.runs.planning.plan import SweepPlan
 from ivcp_eval.runs.progress.watch import Tally, Watch
 from ivcp_eval.runs.worker import Hooks
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ivcp_eval.benchmarks import load as load_benchmark
-from ivcp_eval.runs.plan import SweepPlan, Unit, rows
+from ivcp_eval.runs.planning.plan import SweepPlan, Unit, rows
 from ivcp_eval.runs.store.lease import held
 from ivcp_eval.runs.store.state import lease, mark
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval.interface.variants import BASELINE
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.plan import SweepPlan, Unit
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.plan import SweepPlan, Unit
 from ivcp_eval.runs.store.lease import held
 from ivcp_eval.runs.store.state import lease, mark, shard
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from ivcp_eval.runs.answering.samples import Records
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.plan import SweepPlan, Unit
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.plan import SweepPlan, Unit
 from ivcp_eval.runs.store.journal import Journal
 
 

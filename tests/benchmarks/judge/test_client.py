@@ -21,7 +21,7 @@ from ivcp_eval.vlmeval_bridge.judge import (
     JudgeUnusable,
     Question,
 )
-from tests.judge.server import Reply, Server, completion, error, serve
+from tests.benchmarks.judge.server import Reply, Server, completion, error, serve
 
 KEY = "sk-test-0123456789-do-not-print"
 

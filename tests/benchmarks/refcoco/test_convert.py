@@ -15,9 +15,9 @@ from ivcp_eval.benchmarks.refcoco.convert import convert_mdetr
 from ivcp_eval.benchmarks.refcoco.images import encode_bytes, encode_file, ordered_map
 from ivcp_eval.benchmarks.refcoco.records import COLUMNS, ConversionError, FrameRule
 from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES
-from tests.refcoco_data import Corpus, convert, count_reads, image_cells, names, options, picture, read_rows
+from tests.benchmarks.refcoco.data import Corpus, convert, count_reads, image_cells, names, options, picture, read_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

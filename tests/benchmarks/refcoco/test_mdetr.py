@@ -12,7 +12,7 @@ import pytest
 from ivcp_eval.benchmarks.refcoco.mdetr import read_mdetr
 from ivcp_eval.benchmarks.refcoco.records import BadRecord, ConversionError, FrameRule, Record, clean_caption
 from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES, split_of_annotation_file, split_of_category
-from tests.refcoco_data import Corpus
+from tests.benchmarks.refcoco.data import Corpus
 
 
 def test_a_sound_file(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from ivcp_eval.benchmarks.refcoco.convert import convert_mdetr
 from ivcp_eval.benchmarks.refcoco.partial import PartialTsv
 from ivcp_eval.benchmarks.refcoco.records import ConversionError
 from ivcp_eval.files import DiskFullError
-from tests.refcoco_data import Corpus, convert, count_reads, names, options, read_rows, truncate
+from tests.benchmarks.refcoco.data import Corpus, convert, count_reads, names, options, read_rows, truncate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_a_finished_file_is_left_alone_and_a_foreign_one_is_not_replaced(corpus:
 
 _KILL_AFTER = """
 import os, signal, sys
-from ivcp_eval.benchmarks.refcoco import cli, partial
+from ivcp_eval import cli
+from ivcp_eval.benchmarks.refcoco import partial
 write, left = partial.PartialTsv.write, [int(sys.argv.pop(1))]
 def dying(self, line):
     if not left[0]:
@@ -61,7 +62,7 @@ def dying(self, line):
     left[0] -= 1
     write(self, line)
 partial.PartialTsv.write = dying
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(cli.main(["refcoco", *sys.argv[1:]]))
 """
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from ivcp_eval.benchmarks.grounding import ground_truth
 from ivcp_eval.benchmarks.refcoco import stock as stock_module
-from ivcp_eval.benchmarks.refcoco.cli import main
 from ivcp_eval.benchmarks.refcoco.images import encode_bytes
 from ivcp_eval.benchmarks.refcoco.records import ConversionError, FrameRule
 from ivcp_eval.benchmarks.refcoco.splits import SPLIT_SIZES
 from ivcp_eval.benchmarks.refcoco.stock import convert_stock
 from ivcp_eval.benchmarks.refcoco.writer import Options
-from tests.refcoco_data import image_cells, picture
+from ivcp_eval.cli import main
+from tests.benchmarks.refcoco.data import image_cells, picture
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{}</ref>"
 PICTURES = [base64.b64encode(picture(seed=n)).decode() for n in range(3)]
@@ -137,10 +137,10 @@ def test_mixed_answer_scales_are_not_guessed_through(tmp_path: Path) -> None:
 def test_sizes_are_checked_unless_partial(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = _write(tmp_path / "RefCOCO.tsv", ROWS)
     arguments = ["--stock_tsv", str(path), "--output_dir", str(tmp_path / "out")]
-    assert main(arguments) == 1
+    assert main(["refcoco", *arguments]) == 1
     assert "RefCOCO_val 3 instead of 10834" in caplog.text
     assert not list((tmp_path / "out").glob("*.tsv"))
-    assert main([*arguments, "--allow-partial"]) == 0
+    assert main(["refcoco", *arguments, "--allow-partial"]) == 0
     assert len(list((tmp_path / "out").glob("*.tsv"))) == 2
 
 

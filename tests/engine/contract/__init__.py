@@ -2,6 +2,6 @@
 
 `checks` has one function per promise, each taking a `Case`; `test_contract` runs every check on every case, and
 `test_mutations` proves that a broken engine fails them. A new file in ``ivcp_eval/methods`` or ``model_adapters`` is
-covered by existing (the latter needs its ``tests/families/<family>.py``). A pair that cannot work raises
+covered by existing (the latter needs its ``tests/model_adapters/families/<family>.py``). A pair that cannot work raises
 `ivcp_eval.interface.Unsupported` and is skipped with its reason.
 """

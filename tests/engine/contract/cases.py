@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 import ivcp_eval
 from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Selection, Signals, registry
-from tests import tiny_models
-from tests.contract.reference import Plan, make_plan
-from tests.contract.toys import TOYS
+from tests.engine import tiny_models
+from tests.engine.contract.reference import Plan, make_plan
+from tests.engine.contract.toys import TOYS
 
 SINGLE = ("t5 i0 t9",)
 RAGGED = ("t5 i0 t9", "t4 i1 t3 i2 t6", "t12")  # one image; two; text only: three lengths, left-padded
 PARAMETERS: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {
-    # The released DeepSeek code knows only 14 x 15 tiles, too many for a tiny model; tests/oracle replays it.
+    # The released DeepSeek code knows only 14 x 15 tiles, too many for a tiny model; tests/engine/oracle replays it.
     "ivc_prune": (({"preset": "official"}, ("qwen2_5_vl", "llava", "internvl")),),
 }
 """Further parameters of a registered method that the whole contract must hold for, and on which families."""
@@ -87,7 +87,7 @@ class Case:
         return int(tiny_models.family(self.family).IMAGE)
 
     def inputs(self, *layouts: str, seed: int = 0) -> dict[str, Any]:
-        """Prompts; see `tests.tiny_models`."""
+        """Prompts; see `tests.engine.tiny_models`."""
         return tiny_models.make_inputs(self.family, *layouts, seed=seed)
 
     def image_sizes(self, layout: str) -> list[int]:

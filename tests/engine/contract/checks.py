@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Unsupported
-from tests import tiny_models
-from tests.contract.cases import RAGGED, SINGLE, Case, Recording, image_columns
-from tests.contract.reference import Plan, edited_keys, reference
+from tests.engine import tiny_models
+from tests.engine.contract.cases import RAGGED, SINGLE, Case, Recording, image_columns
+from tests.engine.contract.reference import Plan, edited_keys, reference
 
 TOLERANCE = 1e-4  # absolute, on logits of scale 1 to 10
 Check = Callable[[Case], None]

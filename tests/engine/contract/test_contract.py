@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ivcp_eval.interface import Unsupported, registry
-from tests import tiny_models
-from tests.contract.cases import Case, all_cases, wanted
-from tests.contract.checks import CHECKS
+from tests.engine import tiny_models
+from tests.engine.contract.cases import Case, all_cases, wanted
+from tests.engine.contract.checks import CHECKS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,7 +28,9 @@ def test_contract(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("family", registry.family_names())
 def test_every_family_has_a_tiny_model(family: str) -> None:
-    assert family in tiny_models.names(), f"write tests/families/{family}.py; see tests/tiny_models.py"
+    assert family in tiny_models.names(), (
+        f"write tests/model_adapters/families/{family}.py; see tests/engine/tiny_models.py"
+    )
 
 
 @pytest.mark.parametrize("family", tiny_models.names())

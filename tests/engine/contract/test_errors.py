@@ -13,10 +13,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import ivcp_eval
 from ivcp_eval.interface import Cut, Selection, Signal
-from tests import tiny_models
-from tests.contract.cases import RAGGED, SINGLE, Case
-from tests.contract.checks import hooks_of
-from tests.contract.toys import Toy
+from tests.engine import tiny_models
+from tests.engine.contract.cases import RAGGED, SINGLE, Case
+from tests.engine.contract.checks import hooks_of
+from tests.engine.contract.toys import Toy
 
 FAMILIES = tiny_models.names()
 

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from tests import tiny_models
-from tests.contract import flash_stand_in
-from tests.contract.cases import RAGGED, SINGLE, Case
-from tests.contract.checks import same_generation
+from tests.engine import tiny_models
+from tests.engine.contract import flash_stand_in
+from tests.engine.contract.cases import RAGGED, SINGLE, Case
+from tests.engine.contract.checks import same_generation
 
 METHODS = ("none", "ivc_prune", "toy_stages_mixed", "toy_at_input", "toy_renumber_once", "toy_merge")
 

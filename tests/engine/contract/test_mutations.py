@@ -16,8 +16,8 @@ from ivcp_eval.engine.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.prefill import Prefill
 from ivcp_eval.interface import ops
-from tests.contract.cases import Case
-from tests.contract.checks import CHECKS
+from tests.engine.contract.cases import Case
+from tests.engine.contract.checks import CHECKS
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: dict[str, tuple[Mutant, tuple[tuple[str, str], ...]]] = {}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import ivcp_eval
 from ivcp_eval.interface import Cut, ModelFacts, Signal, Signals, registry
-from tests import tiny_models
-from tests.contract.cases import RAGGED, Case
-from tests.contract.checks import close
-from tests.contract.toys import Toy
+from tests.engine import tiny_models
+from tests.engine.contract.cases import RAGGED, Case
+from tests.engine.contract.checks import close
+from tests.engine.contract.toys import Toy
 
 LAYER = 3
 

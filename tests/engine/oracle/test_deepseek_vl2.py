@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracle.replay import Case, cases, check
+from tests.engine.oracle.replay import Case, cases, check
 
 
 @functools.lru_cache

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from model_adapters._internvl_checkpoint import language_tensors
-from tests.oracle.replay import Case, cases, check
+from tests.engine.oracle.replay import Case, cases, check
 
 COMMON = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

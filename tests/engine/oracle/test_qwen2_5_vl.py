@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.oracle.replay import Case, cases, check
+from tests.engine.oracle.replay import Case, cases, check
 
 
 @functools.lru_cache

@@ -18,10 +18,11 @@ from ivcp_eval.interface.registry import adapter, family_of
 from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
 from model_adapters.deepseek_vl2.layout import n_tokens, padding_cells
 from model_adapters.deepseek_vl2.modeling import DeepseekVL2ForConditionalGeneration
-from tests import deepseek_vl2_checkpoint as published
-from tests import deepseek_vl2_reference as reference
-from tests import deepseek_vl2_tokenizer, tiny_models
-from tests.contract import reference as contract
+from tests.engine import tiny_models
+from tests.engine.contract import reference as contract
+from tests.model_adapters.deepseek_vl2 import checkpoint as published
+from tests.model_adapters.deepseek_vl2 import reference
+from tests.model_adapters.deepseek_vl2 import tokenizer as deepseek_vl2_tokenizer
 
 WIRED = adapter("deepseek_vl2")
 

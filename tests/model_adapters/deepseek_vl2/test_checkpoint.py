@@ -15,8 +15,8 @@ from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.interface.registry import adapter
 from model_adapters.deepseek_vl2.layout import n_tokens
 from model_adapters.deepseek_vl2.modeling import DeepseekVL2ForConditionalGeneration
-from tests import deepseek_vl2_checkpoint as published
-from tests import deepseek_vl2_reference as reference
+from tests.model_adapters.deepseek_vl2 import checkpoint as published
+from tests.model_adapters.deepseek_vl2 import reference
 
 SIDE = 3
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from model_adapters.deepseek_vl2.layout import assemble, n_tokens, padding_cells, spread
 from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor, best_resolution
-from tests import deepseek_vl2_checkpoint as published
-from tests import deepseek_vl2_tokenizer
+from tests.model_adapters.deepseek_vl2 import checkpoint as published
+from tests.model_adapters.deepseek_vl2 import tokenizer as deepseek_vl2_tokenizer
 
 _PUBLISHED_TILES = "1x1 1x2 2x1 1x3 3x1 1x4 4x1 2x2 1x5 5x1 1x6 6x1 2x3 3x2 1x7 7x1 1x8 8x1 2x4 4x2 1x9 9x1 3x3"
 PUBLISHED_RESOLUTIONS = [(384 * int(tile[0]), 384 * int(tile[2])) for tile in _PUBLISHED_TILES.split(" ")]

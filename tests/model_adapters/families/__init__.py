@@ -1,1 +1,1 @@
-"""One tiny random model per family, in ``tests/families/<family>.py``; see `tests.tiny_models`."""
+"""One tiny random model per family, in ``<family>.py``; see `tests.engine.tiny_models`."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, prompts
-from tests.tiny_models import Rows
+from tests.engine.tiny_models import Rows
+from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, prompts
 
 GRIDS = ((4, 6), (3, 5), (2, 2), (1, 1))  # rows, columns of visual tokens
 N_TOKENS = tuple(rows * columns for rows, columns in GRIDS)

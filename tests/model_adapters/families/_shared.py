@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.tiny_models import VOCABULARY, Rows, draw_text, pad_left, row_generator
+from tests.engine.tiny_models import VOCABULARY, Rows, draw_text, pad_left, row_generator
 
 IMAGE = 503
 

@@ -10,8 +10,8 @@ from torch import nn
 from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
 from model_adapters.deepseek_vl2.layout import n_tokens
 from model_adapters.deepseek_vl2.modeling import IMAGE_INPUTS, DeepseekVL2ForConditionalGeneration
-from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts
-from tests.tiny_models import Rows
+from tests.engine.tiny_models import Rows
+from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts
 
 TILES = ((1, 2), (2, 1), (1, 1))  # (w, h); the thumbnail and its newlines come on top
 N_TOKENS = tuple(n_tokens(2, tiles) for tiles in TILES)

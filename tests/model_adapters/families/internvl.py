@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, prompts, without_images
-from tests.tiny_models import Rows
+from tests.engine.tiny_models import Rows
+from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, prompts, without_images
 
 TILES = (3, 1)  # of each kind of image, thumbnail included
 N_TOKENS = tuple(16 * n for n in TILES)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
-from tests.tiny_models import Rows
+from tests.engine.tiny_models import Rows
+from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
 
 N_TOKENS = (16,)
 

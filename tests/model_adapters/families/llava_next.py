@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
-from tests.tiny_models import Rows
+from tests.engine.tiny_models import Rows
+from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
 
 # (height, width), tiles: overview 4, then rows * (columns + 1). The last image keeps 2 of its 4 rows.
 SIZES = (((56, 56), 4), ((28, 56), 2), ((56, 28), 2), ((30, 60), 2))

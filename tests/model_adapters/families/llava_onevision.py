@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from tests.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
-from tests.tiny_models import Rows
+from tests.engine.tiny_models import Rows
+from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
 
 # (height, width), tiles: overview 4; 4 x 4 patches are more than 1.1^2 times two tiles and become 2 x 2.
 SIZES = (((56, 28), 2), ((28, 56), 2), ((56, 56), 4))

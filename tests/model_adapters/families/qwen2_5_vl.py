@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.tiny_models import VOCABULARY, Rows, draw_text, pad_left, row_generator
+from tests.engine.tiny_models import VOCABULARY, Rows, draw_text, pad_left, row_generator
 
 GRIDS = ((4, 6), (3, 5), (2, 2), (1, 1))  # rows, columns of visual tokens
 N_TOKENS = tuple(rows * columns for rows, columns in GRIDS)

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from tests.families import _qwen
-from tests.families._qwen import N_TOKENS, TOKEN_IDS
-from tests.families._shared import IMAGE, TEXT_CONFIG, without_images
-from tests.tiny_models import Rows
+from tests.engine.tiny_models import Rows
+from tests.model_adapters.families import _qwen
+from tests.model_adapters.families._qwen import N_TOKENS, TOKEN_IDS
+from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, without_images
 
 __all__ = ["IMAGE", "N_TOKENS", "inputs", "model"]
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs import runner
-from tests.e2e.conftest import Lab
+from tests.runs.e2e.conftest import Lab
 
 ALL = ("tiny_grounding", "tiny_mcq", "tiny_short", "tiny_yes_no")
 

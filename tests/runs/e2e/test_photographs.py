@@ -18,9 +18,9 @@ from PIL import Image
 
 from ivcp_eval.cli import main
 from ivcp_eval.reports.table import read_samples
-from tests.e2e.conftest import Lab
+from tests.runs.e2e.conftest import Lab
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
 MATPLOTLIB = Path(matplotlib.get_data_path()) / "sample_data"
 # file -> [(expression, (x, y, width, height) in pixels)]

@@ -60,7 +60,7 @@ class Bench:
     def start(self, verb: str, *more: str) -> Any:
         """A child process at work, forked from a server that has imported everything."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.sweep.preload"])
+        context.set_forkserver_preload(["tests.runs.sweep.preload"])
         process = context.Process(target=_child, args=(self.arguments(verb, *more), str(self.lmu), str(Path.cwd())))
         process.start()
         return process

@@ -10,9 +10,9 @@ from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.cost.predicted import Decoder, hold
 from ivcp_eval.interface import ModelFacts, models
 from ivcp_eval.reports.table import Row, read_results, read_samples
-from ivcp_eval.runs.plan import make
-from ivcp_eval.runs.spec import SpecError, load
-from tests.sweep.conftest import Bench
+from ivcp_eval.runs.planning.plan import make
+from ivcp_eval.runs.planning.spec import SpecError, load
+from tests.runs.sweep.conftest import Bench
 
 METHODS = ("ivc_prune", "fastv", "pyramiddrop", "sparsevlm", "random")
 SPEC = """
@@ -134,7 +134,7 @@ def test_the_shipped_comparison_can_be_held_on_its_models(model: str, layers: in
     shape = DecoderShape(layers, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336)
     family, _ = models.find(model)
     decoder = Decoder(ModelFacts(family, layers), shape)
-    spec = load(Path(__file__).parents[2] / "sweeps" / "equal_cost.yaml")
+    spec = load(Path(__file__).parents[3] / "sweeps" / "equal_cost.yaml")
     held = [hold(variant, decoder) for variant in spec.variants(model) if variant.budget]
     assert {variant.budget.kind for variant in held if variant.budget} == {"layer_mean", "flops"}
     assert [variant.budget.problem for variant in held if variant.budget and variant.budget.problem] == []

@@ -12,12 +12,12 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import read_results
 from ivcp_eval.runs.answering import session
 from ivcp_eval.runs.executors.slurm import Task
-from ivcp_eval.runs.plan import SweepPlan, make, write_manifest
-from ivcp_eval.runs.planning import Request, make_plan
-from ivcp_eval.runs.spec import load
+from ivcp_eval.runs.planning.plan import SweepPlan, make, write_manifest
+from ivcp_eval.runs.planning.request import Request, make_plan
+from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.runs.store.state import mark, shard
-from tests.sweep.conftest import Bench
+from tests.runs.sweep.conftest import Bench
 
 
 def hashes(plan: SweepPlan) -> list[str]:

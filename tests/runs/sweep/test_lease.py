@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval.runs import lease
+from ivcp_eval.runs.store import lease
 from ivcp_eval.runs.store.lease import claim, held
 
 

@@ -19,15 +19,16 @@ from typing import Any
 import pytest
 
 from ivcp_eval.files import write_json
-from ivcp_eval.runs import progress, watch
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.plan import SweepPlan, Unit, make
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.plan import SweepPlan, Unit, make
+from ivcp_eval.runs.planning.spec import load
+from ivcp_eval.runs.progress import display as progress
+from ivcp_eval.runs.progress import watch
 from ivcp_eval.runs.progress.display import Progress, benchmark_line, duration, summary
 from ivcp_eval.runs.progress.watch import Watch
-from ivcp_eval.runs.spec import load
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark, shard
-from tests.sweep.conftest import SPEC, Bench
+from tests.runs.sweep.conftest import SPEC, Bench
 
 
 class Clock:

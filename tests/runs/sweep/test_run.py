@@ -15,12 +15,12 @@ import pytest
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.reports.table import read_results, read_samples
 from ivcp_eval.runs.answering.session import Session
-from ivcp_eval.runs.plan import make
-from ivcp_eval.runs.spec import load
+from ivcp_eval.runs.planning.plan import make
+from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.runs.worker import Hooks, Stop, work
-from tests.e2e.conftest import Lab
-from tests.sweep.conftest import Bench
+from tests.runs.e2e.conftest import Lab
+from tests.runs.sweep.conftest import Bench
 
 
 def test_cells_are_those_of_single_runs_and_are_reused(

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.runs.executors.slurm import shares
-from ivcp_eval.runs.plan import make
-from ivcp_eval.runs.spec import load
-from tests.sweep import cluster
-from tests.sweep.conftest import SPEC, Bench
+from ivcp_eval.runs.planning.plan import make
+from ivcp_eval.runs.planning.spec import load
+from tests.runs.sweep import cluster
+from tests.runs.sweep.conftest import SPEC, Bench
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from ivcp_eval import benchmarks
-from ivcp_eval.runs.spec import SpecError, load
+from ivcp_eval.runs.planning.spec import SpecError, load
 
-ROOT = Path(__file__).parents[2] / "sweeps"
+ROOT = Path(__file__).parents[3] / "sweeps"
 GOOD = """\
 models: [qwen25, llava15]
 benchmarks: [POPE, MMStar]

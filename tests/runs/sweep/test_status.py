@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from ivcp_eval.files import write_json
-from ivcp_eval.runs import status
 from ivcp_eval.runs.answering.session import Session
-from ivcp_eval.runs.plan import make
-from ivcp_eval.runs.scoring import _aside
-from ivcp_eval.runs.spec import load
+from ivcp_eval.runs.planning.plan import make
+from ivcp_eval.runs.planning.spec import load
+from ivcp_eval.runs.progress import status
+from ivcp_eval.runs.records.scoring import _aside
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark
-from tests.sweep.conftest import Bench
+from tests.runs.sweep.conftest import Bench
 
 
 def test_running_done_failed_and_the_time_left(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import read_results
 from ivcp_eval.runs.answering.session import Limits, Placement, Session
 from ivcp_eval.runs.store.journal import Journal
-from tests import tiny_models
-from tests.e2e.conftest import Lab
-from tests.sweep.conftest import Bench
+from tests.engine import tiny_models
+from tests.runs.e2e.conftest import Lab
+from tests.runs.sweep.conftest import Bench
 
 VARIANTS = (Variant("tiny"), Variant("tiny", "fastv", 0.5), Variant("tiny", "ivc_prune", 0.5))
 

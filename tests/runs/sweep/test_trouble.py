@@ -16,13 +16,15 @@ import torch
 
 from ivcp_eval.interface import Unsupported, failures
 from ivcp_eval.reports.table import Row, read_results
-from ivcp_eval.runs import local, samples, slurm, work
+from ivcp_eval.runs import worker as work
+from ivcp_eval.runs.answering import samples
 from ivcp_eval.runs.answering import session as sessions
 from ivcp_eval.runs.answering.samples import DeviceLost
 from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.executors import local, slurm
 from ivcp_eval.runs.store.journal import Journal
-from tests.e2e.conftest import Lab
-from tests.sweep.conftest import Bench
+from tests.runs.e2e.conftest import Lab
+from tests.runs.sweep.conftest import Bench
 
 
 def unwhole(bench: Bench) -> list[tuple[str, str, str]]:

@@ -19,8 +19,8 @@ from ivcp_eval.files import file_digest
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, make_method, method_source, parameters_of, unknown
 from ivcp_eval.interface.variants import BASELINE, Variant
-from ivcp_eval.runs import cells
-from ivcp_eval.runs.cells import Cell, Identity
+from ivcp_eval.runs.planning import cells
+from ivcp_eval.runs.planning.cells import Cell, Identity
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
 
 if TYPE_CHECKING:

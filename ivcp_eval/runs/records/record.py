@@ -16,8 +16,8 @@ from ivcp_eval import files
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import make_method
-from ivcp_eval.runs import cells
-from ivcp_eval.runs.cells import Cell
+from ivcp_eval.runs.planning import cells
+from ivcp_eval.runs.planning.cells import Cell
 
 if TYPE_CHECKING:
     from ivcp_eval.vlmeval_bridge.evaluate import Scored

@@ -13,9 +13,9 @@ from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import Row, read_results, write_results
 from ivcp_eval.reports.wide import write_tables
-from ivcp_eval.runs import cells
-from ivcp_eval.runs.cells import Cell, Identity
-from ivcp_eval.runs.record import cell_rows
+from ivcp_eval.runs.planning import cells
+from ivcp_eval.runs.planning.cells import Cell, Identity
+from ivcp_eval.runs.records.record import cell_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.plan import ModelPlan, SweepPlan
-from ivcp_eval.runs.planning import judges_for
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.plan import ModelPlan, SweepPlan
+from ivcp_eval.runs.planning.request import judges_for
 from ivcp_eval.runs.runner import run_cell
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, held

@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ivcp_eval.benchmarks.refcoco.cli import main
-from tests.refcoco_data import Corpus, convert, truncate
+from ivcp_eval.cli import main as ivcp
+from tests.benchmarks.refcoco.data import Corpus, convert, truncate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     return Corpus(tmp_path)
+
+
+def main(arguments: list[str]) -> int:
+    return ivcp(["refcoco", *arguments])
 
 
 def _cli(corpus: Corpus, *more: str) -> int:
@@ -61,9 +65,13 @@ def test_command_line(corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureF
 )
 def test_wrong_usage(arguments: list[str], message: str, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     places = {"json": str(corpus.save()), "images": str(corpus.pictures), "none": str(corpus.folder / "none")}
-    with pytest.raises(SystemExit) as caught:
-        main([argument.format(**places) for argument in arguments] + ["--output_dir", str(corpus.output)])
-    assert caught.value.code == 2
+    try:
+        code: object = main(
+            [argument.format(**places) for argument in arguments] + ["--output_dir", str(corpus.output)]
+        )
+    except SystemExit as end:  # of argparse
+        code = end.code
+    assert code == 2
     assert message in capsys.readouterr().err
 
 

@@ -13,9 +13,9 @@ import pytest
 from ivcp_eval import files
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.registry import method_class
-from ivcp_eval.interface.scaffold import check_method, checkout, new_method
+from ivcp_eval.lab.scaffold import check_method, checkout, new_method
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
@@ -48,7 +48,7 @@ import ivcp_eval.methods.longest_states as module
 path = pathlib.Path(module.__file__)
 text = path.read_text()
 assert pytest.main(["-q", {test!r}]) == 0
-from ivcp_eval.interface.scaffold import check_method
+from ivcp_eval.lab.scaffold import check_method
 def check(old="", new=""):
     assert old in text
     path.write_text(text.replace(old, new))

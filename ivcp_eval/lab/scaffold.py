@@ -169,7 +169,7 @@ def check_method(
 
     root = checkout("the contract is")
     _import_tests(root)
-    known = import_module("tests.tiny_models").names()
+    known = import_module("tests.engine.tiny_models").names()
     for family in families or ():
         if family not in known:
             raise unknown("family with a tiny model", family, known)
@@ -239,7 +239,7 @@ def _cannot_be_made(name: str) -> str:
 def _check_on(name: str, family: str, report: CheckReport) -> None:
     from ivcp_eval.interface import Unsupported
 
-    case = import_module("tests.contract.cases").Case(family, name)
+    case = import_module("tests.engine.contract.cases").Case(family, name)
     try:
         problem = _first_look(case)
     except Unsupported as reason:
@@ -251,7 +251,7 @@ def _check_on(name: str, family: str, report: CheckReport) -> None:
         report.failures.append(f"{family}: {problem}")
         return
     skipped = import_module("pytest").skip.Exception
-    for check, function in import_module("tests.contract.checks").CHECKS.items():
+    for check, function in import_module("tests.engine.contract.checks").CHECKS.items():
         promise = " ".join((function.__doc__ or check).split())
         try:
             function(case)

@@ -33,7 +33,7 @@ from ivcp_eval.interface import models
 from ivcp_eval.interface.cards import control_names
 from ivcp_eval.interface.registry import make_method, method_names, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, Budget, Variant
-from ivcp_eval.runs.marked import Marked, Place, SpecError
+from ivcp_eval.runs.planning.marked import Marked, Place, SpecError
 
 __all__ = ["Spec", "SpecError", "load"]
 

@@ -1,17 +1,14 @@
-"""Command line behind ``convert_to_tsv.py``."""
+"""Convert RefCOCO, RefCOCO+ and RefCOCOg to VLMEvalKit TSV files."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from ivcp_eval.benchmarks.boxes import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS
 from ivcp_eval.benchmarks.refcoco.images import available_cores
 from ivcp_eval.benchmarks.refcoco.records import ConversionError, FrameRule
-
-__all__ = ["build_parser", "main"]
 
 _log = logging.getLogger(__name__)
 _DESCRIPTION = """\
@@ -23,11 +20,10 @@ unchanged file is left alone. To give up an interrupted run, delete the hidden .
 Exit status: 0 all converted, 1 at least one file was not, 2 wrong usage."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of ``convert_to_tsv.py``."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb, and of ``convert_to_tsv.py``."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--annotations_files", "--annotations-files", nargs="+", type=Path, metavar="JSON",
@@ -53,27 +49,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace TSVs made from other inputs or options")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: all %(default)s)")
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the converter; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Run the converter; 0 all converted, 1 at least one file was not.
+
+    Raises:
+        ValueError: options that do not fit together, or name nothing.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.workers < 1:
-        parser.error(f"--workers must be at least 1, got {args.workers}")
-    try:
-        rule = FrameRule(args.qwen25, args.patch_size, args.min_pixels, args.max_pixels)
-    except ValueError as error:
-        parser.error(str(error))
+        raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    rule = FrameRule(args.qwen25, args.patch_size, args.min_pixels, args.max_pixels)
     if args.annotations_files and args.images_folder is None:
-        parser.error("--annotations_files needs --images_folder")
+        raise ValueError("--annotations_files needs --images_folder")
     if args.images_folder is not None and not args.images_folder.is_dir():
-        parser.error(f"the images folder {args.images_folder} does not exist")
+        raise ValueError(f"the images folder {args.images_folder} does not exist")
     for path in args.annotations_files or [args.stock_tsv]:
         if not path.is_file():
-            parser.error(f"there is no file {path}")
+            raise ValueError(f"there is no file {path}")
     try:
         return _convert(args, rule)
     except (ConversionError, OSError) as error:

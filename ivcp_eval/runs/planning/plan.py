@@ -15,10 +15,10 @@ from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.engine.cost.predicted import described
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs import cells
-from ivcp_eval.runs.cells import Cell
-from ivcp_eval.runs.planning import Plan, Request, make_plan
-from ivcp_eval.runs.spec import Spec
+from ivcp_eval.runs.planning import cells
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.request import Plan, Request, make_plan
+from ivcp_eval.runs.planning.spec import Spec
 
 if TYPE_CHECKING:
     from ivcp_eval.interface.models import Weights

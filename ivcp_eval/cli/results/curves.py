@@ -1,0 +1,22 @@
+"""Score against retention ratio, with intervals, as CSV and plot."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ivcp_eval.cli import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("results", type=Path, help="results CSV of a sweep, per-sample files beside it")
+    parser.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write both beside the results."""
+    from ivcp_eval.reports.curves import write
+
+    say("wrote " + ", ".join(str(path) for path in write(args.results, args.resamples)))
+    return 0

@@ -1,0 +1,1 @@
+"""What cells measured: scores of stored answers, records, rows and tables made from them."""

@@ -15,9 +15,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
 
 __all__ = [
     "CHECKOUT",
@@ -30,6 +32,7 @@ __all__ = [
     "commit_file",
     "disk_full_as_clear_error",
     "file_digest",
+    "remembered",
     "sweep_file",
     "write_json",
 ]
@@ -134,6 +137,39 @@ def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file's bytes, read in pieces (memory does not grow with the file)."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def remembered(path: Path, fact: str, compute: Callable[[Path], T]) -> T:
+    """``compute(path)``, remembered on disk until the file's size, time of change or inode is another.
+
+    Args:
+        fact: what is remembered, e.g. "sha256"; its value must be plain JSON.
+    """
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    cache, key = RESULTS / "cache" / "files.json", f"{path.resolve()}"
+    known = _read_cache(cache)
+    entry = known.get(key)
+    if isinstance(entry, dict) and entry.get("stamp") == stamp and fact in entry:
+        value: T = entry[fact]
+        return value
+    value = compute(path)
+    if isinstance(entry, dict) and entry.get("stamp") == stamp:
+        entry = {**entry, fact: value}
+    else:
+        entry = {"stamp": stamp, fact: value}
+    with contextlib.suppress(OSError):  # a place that cannot be written to: it is computed again next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache, {**_read_cache(cache), key: entry})
+    return value
+
+
+def _read_cache(cache: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there yet, or damaged: it is only a cache
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sweep_file(path: str | Path) -> Path:

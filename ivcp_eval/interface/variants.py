@@ -78,6 +78,11 @@ class Variant:
     budget: Budget | None = None
 
     @property
+    def key(self) -> str:
+        """Equal for what a user would call the same variant."""
+        return repr((self.model, self.method, self.share, sorted(self.parameters.items()), self.seed))
+
+    @property
     def asked(self) -> float:
         """The share that the user asked for: of visual tokens, or of what the budget counts."""
         return self.ratio if self.budget is None else self.budget.target
@@ -102,6 +107,10 @@ class Variant:
     def with_parameters(self, parameters: Mapping[str, Any]) -> Variant:
         """The same variant with other parameters."""
         return dataclasses.replace(self, parameters=dict(parameters))
+
+    def tuned(self, defaults: Mapping[str, Mapping[str, Any]]) -> Variant:
+        """With a checkpoint's own parameters of the method (method -> parameters) where the user gave none."""
+        return self.with_parameters({**defaults.get(self.method, {}), **self.parameters})
 
     def to_json(self) -> dict[str, Any]:
         """As a record holds it; without a budget as before there were any, so that earlier hashes stay."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -58,6 +58,7 @@ def compare(
     against: Against = "none",
     margin: float | None = None,
     resamples: int = 10_000,
+    runs: Collection[str] | None = None,
 ) -> Comparison:
     """Compare every finished row of a results CSV with its baseline.
 
@@ -69,6 +70,7 @@ def compare(
             ratio, to hold a reproduction against published numbers.
         margin: largest acceptable loss in percent of the metric's scale; adds a verdict per row.
         resamples: bootstrap resamples and permutations per row.
+        runs: only rows of these ``run_id``; None: all.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -78,6 +80,8 @@ def compare(
     results_csv = Path(results_csv)
     baseline_csv = results_csv if baseline_csv is None else Path(baseline_csv)
     results, baselines = read_results(results_csv), read_results(baseline_csv)
+    if runs is not None:
+        results, baselines = ([row for row in rows if row["run_id"] in runs] for rows in (results, baselines))
     left_out: list[str] = []
     pairs = []
     load = cache(_load)

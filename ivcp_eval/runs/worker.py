@@ -18,9 +18,8 @@ from ivcp_eval.files import write_json
 from ivcp_eval.interface.failures import FAILURES
 from ivcp_eval.runs.answering.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
 from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.plan import SweepPlan, Unit
-from ivcp_eval.runs.records.scoring import score_any
-from ivcp_eval.runs.runner import record_failure
+from ivcp_eval.runs.planning.plan import RunPlan, Unit
+from ivcp_eval.runs.records.scoring import record_failure, score_any
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import answers, lease, mark, shard
@@ -92,7 +91,7 @@ class _NotLoadedError(RuntimeError):
         super().__init__(f"{name} could not be loaded, so nothing of it is answered: {type(error).__name__}: {error}")
 
 
-def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: bool = True, model: str = "") -> Report:
+def work(plan: RunPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: bool = True, model: str = "") -> Report:
     """Take what is left of a sweep until nothing is, or until asked to stop.
 
     Args:
@@ -122,7 +121,7 @@ def work(plan: SweepPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: 
     return report
 
 
-def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model: str) -> tuple[bool, bool]:
+def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: str) -> tuple[bool, bool]:
     """(anything done, anything held by others)."""
     taken = waiting = False
     for unit in plan.units():
@@ -147,7 +146,7 @@ def _answer_any(plan: SweepPlan, stop: Stop, hooks: Hooks, report: Report, model
     return taken, waiting
 
 
-def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> None:
+def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> None:
     session, dataset = _session(plan, unit.model, hooks, report), _dataset(plan, unit, report)
     cells = _runnable(plan, session, unit)
     for cell in cells:
@@ -199,7 +198,7 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
     )
 
 
-def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Session:
+def _session(plan: RunPlan, model: str, hooks: Hooks, report: Report) -> Session:
     """The model in memory; one at a time."""
     from ivcp_eval.runs.answering.session import timed_load
     from ivcp_eval.vlmeval_bridge import register
@@ -210,7 +209,7 @@ def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Sessi
         own = plan.models[model]
         try:
             found, seconds = timed_load(
-                own.weights, own.plan.placement, own.plan.limits, own.request.trust_remote_code, own.request.timeout
+                own.weights, own.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
             )
         except FAILURES as error:
             raise _NotLoadedError(model, error) from error
@@ -220,11 +219,11 @@ def _session(plan: SweepPlan, model: str, hooks: Hooks, report: Report) -> Sessi
     return session
 
 
-def _dataset(plan: SweepPlan, unit: Unit, report: Report) -> Any:
+def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
     """VLMEvalKit's data set; the last one is kept, since reading it takes as long as many answers."""
     from ivcp_eval.vlmeval_bridge.evaluate import build
 
-    asked = unit.benchmark.name, plan.models[unit.model].request.limit
+    asked = unit.benchmark.name, plan.options.limit
     if report.dataset[0] != asked:
         report.dataset = None, None  # two need not fit into memory
         try:
@@ -234,7 +233,7 @@ def _dataset(plan: SweepPlan, unit: Unit, report: Report) -> Any:
     return report.dataset[1]
 
 
-def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
+def _runnable(plan: RunPlan, session: Session, unit: Unit) -> list[Cell]:
     """The unit's unfinished cells whose method works on the model; the others are recorded with the reason."""
     found = []
     for cell in unit.pending:
@@ -242,8 +241,10 @@ def _runnable(plan: SweepPlan, session: Session, unit: Unit) -> list[Cell]:
             session.check(cell.identity.variant)
             found.append(cell)
         except ValueError as error:
+            if plan.spec.kind == "eval":
+                raise
             if cell.noted() is None:
-                record_failure(cell, error, plan.models[unit.model].request.timing)
+                record_failure(cell, error, bool(plan.options.timing))
     return found
 
 

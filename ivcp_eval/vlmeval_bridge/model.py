@@ -15,7 +15,8 @@ from ivcp_eval.engine.cost.predicted import Decoder, hold
 from ivcp_eval.interface import QuestionKind, models, variants
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.vlmeval_bridge.datasets import message_key
 

@@ -9,8 +9,9 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.evaluate import is_right, read_benchmark
 from ivcp_eval.reports.table import read_results
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.cells import ROOT
+from ivcp_eval.runs.planning.placement import Limits, Placement
 
 #: Questions of each benchmark, and how far such a slice may stray from the recorded accuracy (percent).
 SLICE, BAND = 60, 14.0

@@ -27,7 +27,8 @@ from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.lab.tiny.processor import build_processor
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.placement import Limits, Placement
 from model_adapters._shrink import shrink, shrunk_grid, shrunk_to_count
 from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor
 from tests.engine import tiny_models

@@ -14,7 +14,8 @@ import ivcp_eval
 from ivcp_eval.interface.models import locate
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.placement import Limits, Placement
 from model_adapters._internvl_processor import read_sentencepiece
 from model_adapters.internvl import SYSTEM, conversation
 from tests.model_adapters import published_layout

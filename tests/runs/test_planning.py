@@ -1,4 +1,4 @@
-"""Which benchmarks a request means."""
+"""Which benchmarks a request means, and what is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import pytest
 
 from ivcp_eval import benchmarks, vlmeval_bridge
 from ivcp_eval.interface import models
-from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.planning.request import Request, make_plan
+from ivcp_eval.runs.planning.plan import RunPlan, make
+from ivcp_eval.runs.planning.spec import SpecError, check
+
+
+def plan(model: str, *data: str, **options: Any) -> RunPlan:
+    raw = {"models": [model], "benchmarks": list(data), "methods": [{"method": "none"}], **options}
+    return make(check(raw, "test"), plan_only=options.pop("plan_only", False))
 
 
 def planned(*data: str) -> list[str]:
-    plan = make_plan(Request(Variant("tiny"), data))
-    return [benchmark.name for benchmark, _ in plan.cells]
+    return [benchmark.name for _, benchmark, _ in plan("tiny", *data).cells()]
 
 
 def test_every_benchmark_is_in_one_group() -> None:
@@ -33,13 +37,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_groups_and_names_each_once() -> None:
     embedded = list(benchmarks.names("embedded"))
-    assert planned() == embedded, "the shipped model's default"
+    assert planned("embedded") == embedded
     assert planned("tiny_yes_no", "embedded") == ["tiny_yes_no", *(n for n in embedded if n != "tiny_yes_no")]
 
 
 @pytest.mark.usefixtures("known")
 def test_an_unknown_name_suggests_groups_too() -> None:
-    with pytest.raises(ValueError, match=r"unknown benchmark or group 'matrx'; did you mean 'matrix'\?"):
+    with pytest.raises(SpecError, match=r"unknown benchmark or group 'matrx'; did you mean 'matrix'\?"):
         planned("matrx")
 
 
@@ -58,20 +62,38 @@ def test_full_size_models_do_not_slip_onto_a_cpu(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     checkpoint = models.find("qwen25")[1]
-    monkeypatch.setattr(models, "locate", lambda *_: models.Weights(checkpoint, "qwen2_5_vl", tmp_path, "0"))
-    with pytest.raises(ValueError, match=r"no CUDA device was found and qwen25 is a full-size model.*--device cpu"):
-        make_plan(Request(Variant("qwen25"), ("tiny_mcq",)))
+    found = models.Weights(checkpoint, "qwen2_5_vl", tmp_path, "0")
+    monkeypatch.setattr(models, "locate", lambda *_, **__: found)
+    (problem,) = plan("qwen25", "tiny_mcq").problems
+    assert "no CUDA device was found and qwen25 is a full-size model" in problem
+    assert "--device cpu" in problem
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("options", "words"),
     [
         ({"device": "gpu"}, "device 'gpu' is unknown; use cuda, cuda:1, cpu, or auto"),
-        ({"device": "gpu", "elsewhere": True}, "device 'gpu' is unknown"),
-        ({"min_pixels": 900, "max_pixels": 800}, "min_pixels 900 is above max_pixels 800"),
+        ({"min_pixels": 900_000_000}, "min_pixels 900000000 is above max_pixels"),
         ({"max_pixels": 100}, "min_pixels 3136 is above max_pixels 100"),
     ],
 )
-def test_what_no_model_can_run_with_is_refused_before_it_is_loaded(given: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        make_plan(Request(Variant("tiny"), ("tiny_mcq",), **given))
+def test_what_no_model_can_run_with_is_refused_before_it_is_loaded(options: dict[str, Any], words: str) -> None:
+    (problem,) = plan("tiny", "tiny_mcq", **options).problems
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_pixels": 900, "max_pixels": 800}, "min_pixels 900 is above max_pixels 800"),
+        ({"limit": 0}, "limit must be a whole number above 0, got 0"),
+        ({"limit": -4}, "limit must be a whole number above 0, got -4"),
+        ({"batch": True}, "batch must be a whole number above 0, got True"),
+        ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"timing": -1}, "timing must be a whole number of at least 0"),
+        ({"timeout": float("inf")}, "timeout must be a finite number above 0"),
+    ],
+)
+def test_options_say_what_is_allowed(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        plan("tiny", "tiny_mcq", **options)

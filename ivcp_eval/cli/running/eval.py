@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.cli import say
+from ivcp_eval.runs.planning.options import add_flags, given_flags
+
+if TYPE_CHECKING:
+    from ivcp_eval.runs.planning.spec import Spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,74 +32,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
-    add("--limit", type=int, help="only the first N rows of each benchmark")
-    add("--judge", default="", help="judge model, or exact_matching; default: gpt-4o where a benchmark needs a judge")
-    add("--judge-url", default="", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, else OpenAI's)")
+    add_flags(parser)
+    add("--retry-failed", action="store_true", help="try again what failed")
     add("--estimate", action="store_true", help="only say what the judge would cost at most; nothing is sent or run")
-    add("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs; default: cuda if there is one")
-    add("--dtype", default="", help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--attention", default="", help="sdpa, eager, flash_attention_2; default: the fastest installed")
-    add("--min-pixels", type=int, help="default: the family's published limit")
-    add("--max-pixels", type=int, help="default: the family's published limit")
-    add("--max-new-tokens", type=int, help="default: the family's published limit")
-    add("--timeout", type=float, metavar="S", help="seconds that one answer may take; a late one is an error of its "
-        "sample, which the next run retries (default: no limit but --max-new-tokens)")  # fmt: skip
-    add("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")
-    add("--output", type=Path, help="results CSV (default: results/eval/<variant>.csv)")
+    add("--output", type=Path, help="results CSV, rows are merged into it (default: results/eval/<model>.csv)")
     add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
-    add("--no-timing", action="store_true", help="leave times and dates out: equal runs are then equal bytes")
+    add("--every", type=float, default=30.0, metavar="SECONDS", help="between two reports where the output is no "
+        "terminal; 0: none (default: %(default)g)")  # fmt: skip
+    add("--quiet", action="store_true", help="print the table and what went wrong, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 done, 1 some cells are not whole."""
-    from ivcp_eval.engine import check_ratio
-    from ivcp_eval.interface.failures import check_timeout
-    from ivcp_eval.interface.registry import make_method
-    from ivcp_eval.interface.variants import Budget, Variant
-    from ivcp_eval.runs.planning import cells
-    from ivcp_eval.runs.planning.request import Request
-    from ivcp_eval.runs.runner import evaluate
+    """0 done, 1 some cells are not whole, 75 asked to stop: the same command goes on."""
+    from ivcp_eval.runs.planning.spec import check
 
-    check_ratio(args.ratio)
-    check_timeout(args.timeout)
     if args.estimate:
         return _estimate(args)
-    parameters = dict(_parameter(text) for text in args.set)
-    make_method(args.method, parameters)
-    budget = Budget.of(args.budget, args.ratio, args.budget_prompt and tuple(args.budget_prompt))
-    request = Request(
-        variant=Variant(args.model, args.method, args.ratio, parameters, args.seed, budget),
-        data=tuple(args.data),
-        model_path=args.model_path,
-        limit=args.limit,
-        judge=args.judge,
-        judge_url=args.judge_url,
-        device=args.device,
-        dtype=args.dtype,
-        attention=args.attention,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        max_new_tokens=args.max_new_tokens,
-        trust_remote_code=args.trust_remote_code,
-        timeout=args.timeout,
-        runs=args.runs or cells.RUNS,
-        output=args.output,
-        timing=not args.no_timing,
-    )
-    outcome = evaluate(request, say)
-    for problem in outcome.problems:
-        say(f"NOT WHOLE: {problem}")
-    if outcome.problems:
-        say("run the same command again to retry what failed; finished cells are reused")
-    from ivcp_eval.reports.compare import compare
+    raw = _raw(args)
+    return _evaluate(check(raw, f"{args.model}-{_digest(raw)}"), args)
 
+
+def _raw(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, as a sweep file would: one method at one ratio, no controls."""
+    from ivcp_eval.interface import models
+
+    _, checkpoint = models.find(args.model)
+    parameters = dict(_parameter(text) for text in args.set)
+    entry = {
+        "method": args.method,
+        "ratios": [args.ratio],
+        "parameters": {key: [value] if isinstance(value, list) else value for key, value in parameters.items()},
+        "seeds": [args.seed],
+        "budget": args.budget,
+    }
+    prompt = {"budget_prompt": list(args.budget_prompt)} if args.budget_prompt else {}
+    return {
+        "kind": "eval",
+        "models": {args.model: args.model_path},
+        "benchmarks": args.data or ["embedded" if checkpoint.local else "matrix"],
+        "methods": [entry],
+        "controls": [],
+        **prompt,
+        **given_flags(args),
+    }
+
+
+def _digest(raw: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _evaluate(spec: Spec, args: argparse.Namespace) -> int:
+    from ivcp_eval.reports.compare import compare
+    from ivcp_eval.reports.table import update_results
+    from ivcp_eval.runs.answering.samples import DeviceLost
+    from ivcp_eval.runs.executors.local import run as run_local
+    from ivcp_eval.runs.planning.data import fetch_missing
+    from ivcp_eval.runs.planning.plan import make, write_manifest
+    from ivcp_eval.runs.progress.display import Progress
+    from ivcp_eval.runs.records.results import collect
+    from ivcp_eval.runs.store.state import reopen
+
+    tell = (lambda text: None) if args.quiet else say
+    fetch_missing((name for _, name in spec.cells), tell)
+    plan = make(spec, args.runs)
+    if not plan.models:
+        raise ValueError("\n".join(problem.partition(": ")[2] for problem in plan.problems))
+    for _, _, cell in plan.cells():
+        budget = cell.identity.variant.budget
+        if budget is not None and budget.problem:
+            raise ValueError(budget.problem)
+    for line in plan.budgets():
+        tell(line)
+    write_manifest(plan)
+    reopen(plan, args.retry_failed)
+    finished = [cell.finished() is not None for _, _, cell in plan.cells()]
+    if any(finished):
+        tell(f"reusing {sum(finished)} finished of {len(finished)} cells (a cell is one variant on one benchmark)")
     try:
-        say(f"\n{compare(outcome.csv).to_terminal()}")
+        if not all(finished) and not run_local(plan, 0, Progress(plan, args.quiet, args.every), spec.options.device):
+            say("stopped; run the same command again to continue")
+            return 75
+    except DeviceLost as lost:
+        say(str(lost))
+        return 75
+    csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
+    collected = collect(plan.state, plan.runs, csv)
+    csv.parent.mkdir(parents=True, exist_ok=True)
+    update_results(csv, collected.rows)
+    problems = [*plan.problems, *collected.reasons("incomplete", "failed")]
+    for problem in problems:
+        say(f"NOT WHOLE: {problem}")
+    if problems:
+        say("run the same command again with --retry-failed to try again what failed; finished cells are reused")
+    try:
+        say(f"\n{compare(csv, runs={row['run_id'] for row in collected.rows}).to_terminal()}")
     except ValueError as error:
         # Where every cell has a problem (said above), or only the baseline was asked for, there is no table.
         say(f"\nno comparison: {error}")
-    say(f"\nresults: {outcome.csv}")
-    return 1 if outcome.problems else 0
+    say(f"\nresults: {csv}")
+    return 1 if problems else 0
 
 
 def _estimate(args: argparse.Namespace) -> int:
@@ -109,7 +146,7 @@ def _estimate(args: argparse.Namespace) -> int:
     options = {"max_new_tokens": args.max_new_tokens, "limit": args.limit}
     known = {name: value for name, value in options.items() if value is not None}
     cache = cache_folder(args.runs or cells.RUNS)
-    say(f"judge, at most: {estimate_eval(names, args.judge, cache, variants, **known)}")
+    say(f"judge, at most: {estimate_eval(names, args.judge or '', cache, variants, **known)}")
     return 0
 
 

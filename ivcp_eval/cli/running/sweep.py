@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ivcp_eval.interface.failures import check_timeout
-from ivcp_eval.runs.planning.spec import Spec, load
+from ivcp_eval.runs.planning.options import add_flags, given_flags
+from ivcp_eval.runs.planning.spec import load
 
 if TYPE_CHECKING:
-    from ivcp_eval.runs.planning.plan import SweepPlan
+    from ivcp_eval.runs.planning.plan import RunPlan
 
 from ivcp_eval.cli import say
+
+FLAGS = ("device", "exact", "timeout", "timing", "batch")  # the file's own are said there; these may differ by run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             verb.add_argument("sweep", type=Path, help="sweep file, e.g. sweeps/smoke.yaml")
         verb.add_argument("--runs", type=Path, help="where records live (default: results/runs)")
-        if name in ("plan", "run", "work", "status"):
-            verb.add_argument("--no-timing", action="store_true", help="leave dates and times out of the records")
-            verb.add_argument("--device", default="", help="cuda, cuda:1, cpu, or auto for all GPUs")
-            verb.add_argument("--exact", action="store_true", help="one variant after the other, for half precision; "
-                "answers made together are made again (default: the file's)")  # fmt: skip
-            verb.add_argument("--timeout", type=float, metavar="S", help="seconds that one answer may take; a late one "
-                "is an error of its sample (default: the file's, else no limit)")  # fmt: skip
+        if name != "results":
+            add_flags(verb, FLAGS, default="the file's")
         if name in ("run", "work"):
             verb.add_argument("--quiet", action="store_true", help="say only what went wrong")
         if name in ("run", "work", "status"):
@@ -95,17 +92,19 @@ def run(args: argparse.Namespace) -> int:
     """Run one verb; 0 done, 1 something is not whole, 75 asked to stop or the GPU was lost (76 from `work`)."""
     if args.verb == "results":
         return _results(args)
-    check_timeout(args.timeout)
-    spec = load(args.sweep).over(timeout=args.timeout, exact=args.exact or None)
+    spec = load(args.sweep).with_options(given_flags(args, FLAGS))
+    from ivcp_eval.runs.planning.data import fetch_missing
     from ivcp_eval.runs.planning.plan import make, write_manifest
     from ivcp_eval.runs.store.state import reopen
 
-    device = args.device or str(spec.options.get("device", ""))
+    device = args.device or spec.options.device
     slurm = args.verb == "run" and args.executor == "slurm"
     if slurm and not device:
         device = "cuda" if args.gpus_per_task else "cpu"
-    elsewhere = slurm or args.verb in ("plan", "status") or (args.verb == "work" and args.no_answer)
-    plan = make(spec, args.runs, device, False if args.no_timing else None, elsewhere)
+    plan_only = slurm or args.verb in ("plan", "status") or (args.verb == "work" and args.no_answer)
+    if args.verb == "run" and not slurm:
+        fetch_missing((name for _, name in spec.cells), say)
+    plan = make(spec, args.runs, device, plan_only=plan_only)
     if args.verb == "plan":
         return _plan(plan)
     if args.verb == "status":
@@ -116,16 +115,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
     for problem in plan.problems:
         say(f"NOT PART OF THIS RUN: {problem}")
-    write_manifest(plan)
+    if args.verb == "run":
+        write_manifest(plan)
     retry = args.verb == "run" and args.retry_failed
     if (opened := reopen(plan, retry)) or retry:
         say(f"{opened} units and cells are open again: {'failed or ' * retry}removed since")
     if args.verb == "work":
         return _work(plan, args)
-    return _run(plan, spec, args, device)
+    return _run(plan, args, device)
 
 
-def _plan(plan: SweepPlan) -> int:
+def _plan(plan: RunPlan) -> int:
     from ivcp_eval.runs.progress import status
 
     found = status.lines(plan)
@@ -136,7 +136,7 @@ def _plan(plan: SweepPlan) -> int:
     for problem in plan.problems:
         say(f"\nnot here: {problem}")
     cost = status.cost(plan)
-    limit = plan.spec.options.get("timeout")
+    limit = plan.options.timeout
     say(f"\ntime limit of an answer: {'none but its length' if limit is None else f'{limit:g} s'}")
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
     say(
@@ -149,7 +149,7 @@ def _plan(plan: SweepPlan) -> int:
     return 0
 
 
-def _status(plan: SweepPlan) -> int:
+def _status(plan: RunPlan) -> int:
     from ivcp_eval.runs.progress import status
     from ivcp_eval.runs.progress.display import duration
 
@@ -170,7 +170,7 @@ def _status(plan: SweepPlan) -> int:
     return int(any(line.reasons or line.failed for line in found))
 
 
-def _follow(plan: SweepPlan, every: float) -> None:
+def _follow(plan: RunPlan, every: float) -> None:
     from ivcp_eval.runs.progress.display import LOOK_S, Progress
     from ivcp_eval.runs.worker import Stop
 
@@ -179,7 +179,7 @@ def _follow(plan: SweepPlan, every: float) -> None:
             time.sleep(LOOK_S)
 
 
-def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
+def _work(plan: RunPlan, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.executors.local import LOST
     from ivcp_eval.runs.progress.display import Progress
@@ -194,12 +194,9 @@ def _work(plan: SweepPlan, args: argparse.Namespace) -> int:
     return 75 if report.stopped else int(bool(report.broken))
 
 
-def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> int:
-    from ivcp_eval.runs.planning import cells
+def _run(plan: RunPlan, args: argparse.Namespace, device: str) -> int:
     from ivcp_eval.runs.progress.display import Progress
 
-    runs = args.runs or cells.RUNS
-    timing = False if args.no_timing else None
     progress = Progress(plan, args.quiet, args.every)
     if args.executor == "slurm":
         from ivcp_eval.runs.executors.slurm import Options, submit, wait
@@ -208,7 +205,7 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> 
         options = Options(
             args.array_limit, args.partition, args.gpus_per_task, args.cpus_per_task, args.minutes, further
         )
-        tasks, score = submit(plan, runs, options, timing, device)
+        tasks, score = submit(plan, options, device)
         say(
             f"submitted {len(tasks)} tasks ({' '.join(tasks)}) and the scoring job {score}; logs: {plan.state / 'logs'}"
         )
@@ -218,21 +215,18 @@ def _run(plan: SweepPlan, spec: Spec, args: argparse.Namespace, device: str) -> 
         if not wait([*tasks, score], progress):
             say("no longer waiting; the jobs go on")
             return 75
-        return _report(spec.name, runs, bool(plan.problems), args.quiet)
-    from ivcp_eval.runs.answering.samples import DeviceLost
-    from ivcp_eval.runs.executors.local import run as run_local
+    else:
+        from ivcp_eval.runs.answering.samples import DeviceLost
+        from ivcp_eval.runs.executors.local import run as run_local
 
-    arguments = ["sweep", "work", str(args.sweep), "--runs", str(runs), *(["--no-timing"] if args.no_timing else [])]
-    arguments += ["--exact"] if args.exact else []
-    arguments += ["--timeout", repr(args.timeout)] if args.timeout else []
-    try:
-        if not run_local(plan, arguments, args.workers, progress, device):
-            say("stopped; run the same command again to continue")
+        try:
+            if not run_local(plan, args.workers, progress, device):
+                say("stopped; run the same command again to continue")
+                return 75
+        except DeviceLost as lost:
+            say(str(lost))
             return 75
-    except DeviceLost as lost:
-        say(str(lost))
-        return 75
-    return _report(spec.name, runs, bool(plan.problems), args.quiet)
+    return _report(plan.spec.name, plan.runs, bool(plan.problems), args.quiet)
 
 
 def _results(args: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ivcp_eval.engine import prune
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals, models
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.placement import Limits, Placement
 
 QUESTION = "What colour is the large shape in the picture?"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure
 from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.plan import SweepPlan, Unit
+from ivcp_eval.runs.planning.plan import RunPlan, Unit
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.answering.session import Session
@@ -86,7 +86,7 @@ class Agreement:
 
 
 def answered_samples(
-    plan: SweepPlan,
+    plan: RunPlan,
     unit: Unit,
     session: Session,
     dataset: Any,
@@ -109,10 +109,9 @@ def answered_samples(
 
     if not cells:
         return
-    request = plan.models[unit.model].request
     model = PrunedVLM(session, cells[0].identity.variant)
     grounding = unit.benchmark.kind == "grounding"
-    exact, batch = request.exact, int(plan.spec.options.get("batch", 1))
+    exact, batch = plan.options.exact, plan.options.batch or 1
     asked: set[str] = set()
     lacking: set[str] = set()
     first: Asked | None = None

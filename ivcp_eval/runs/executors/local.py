@@ -9,35 +9,36 @@ import sys
 import time
 from pathlib import Path
 
-from ivcp_eval.runs.planning.plan import SweepPlan
+from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.progress.display import Progress
+from ivcp_eval.runs.store.manifest import spec_path
 from ivcp_eval.runs.worker import Report, Stop, devices, work
 
 LOST = 76  # exit code of a worker that lost its GPU; a new process may go on with it
 MOST_RESTARTS = 10  # of one worker, or a broken GPU would go through all samples
 
 
-def run(plan: SweepPlan, arguments: list[str], workers: int, progress: Progress, device: str = "") -> bool:
+def run(plan: RunPlan, workers: int, progress: Progress, device: str = "") -> bool:
     """Work until nothing is left; True if nobody asked it to stop.
+
+    Args:
+        plan: its manifest is written, since further processes read it. workers: processes; 0 takes one per GPU, or one.
+        progress: shows what all of them do. device: of every process; empty gives each a GPU of its own.
 
     Raises:
         DeviceLost: it was at work in this process, which cannot go on; a new one can.
-
-    Args:
-        arguments: of ``ivcp sweep work`` for further processes. workers: processes; 0 takes one per GPU, or one.
-        progress: shows what all of them do. device: of every process; empty gives each a GPU of its own.
     """
     places = [device] * bool(device) or devices()
     count = workers or len(places) or 1
     with Stop().signals() as stop, progress:
         if count == 1:
             return not work(plan, stop, progress.hooks).stopped
-        return _processes(plan, stop, progress, arguments, places, count)
+        return _processes(plan, stop, progress, places, count)
 
 
-def _processes(
-    plan: SweepPlan, stop: Stop, progress: Progress, arguments: list[str], places: list[str], count: int
-) -> bool:
+def _processes(plan: RunPlan, stop: Stop, progress: Progress, places: list[str], count: int) -> bool:
+    arguments = ["sweep", "work", str(spec_path(plan.state)), "--runs", str(plan.runs)]
+
     def start(i: int) -> subprocess.Popen[bytes]:
         device = ["--device", places[i % len(places)]] if places else []
         return _start([*arguments, *device, "--no-score", "--every", "0"], logs / f"worker-{i}.log")
@@ -81,5 +82,5 @@ def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", "ivcp_eval", *arguments], stdout=stream, stderr=stream)
 
 
-def _score(plan: SweepPlan, stop: Stop, progress: Progress) -> Report:
+def _score(plan: RunPlan, stop: Stop, progress: Progress) -> Report:
     return work(plan, stop, progress.hooks, answer=False)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval.runs.executors.local import MOST_RESTARTS
-from ivcp_eval.runs.planning.plan import SweepPlan
+from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.progress.display import Progress
+from ivcp_eval.runs.store.manifest import spec_path
 from ivcp_eval.runs.store.state import mark
 from ivcp_eval.runs.worker import Stop
 
@@ -51,16 +52,14 @@ class Task:
     """What one Slurm task runs; submitit stores it by reference and values, so it must stay small.
 
     Attributes:
-        spec, runs: of the sweep. model: the one it keeps in memory; empty for the scoring job, which needs no GPU.
-        timing, device: as of the run. given: options of the sweep that the command line gave.
+        spec, runs: of the run. model: the one it keeps in memory; empty for the scoring job, which needs no GPU.
+        device: of the tasks.
     """
 
     spec: str
     runs: str
     model: str
-    timing: bool | None
     device: str
-    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> int:
         """Work; the number of finished units or scored cells.
@@ -76,8 +75,8 @@ class Task:
         from ivcp_eval.runs.worker import Hooks, work
 
         with Stop().signals() as stop:
-            spec = load(self.spec).over(**self.given)
-            plan = make(spec, Path(self.runs), self.device, self.timing, elsewhere=not self.model)
+            spec = load(self.spec)
+            plan = make(spec, Path(self.runs), self.device, plan_only=not self.model)
             hooks = Hooks(*[lambda text: print(text, flush=True)] * 2)  # noqa: T201
             # Slurm counts its restarts of a task from 1 and says nothing at the first start.
             restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -109,7 +108,7 @@ def requeue() -> None:
     subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
 
 
-def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None, device: str) -> tuple[list[str], str]:
+def submit(plan: RunPlan, options: Options, device: str) -> tuple[list[str], str]:
     """Submit the array and the scoring job; returns (ids of the tasks, id of the scoring job).
 
     Args:
@@ -125,10 +124,9 @@ def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None, d
     if shutil.which("sbatch") is None:
         raise RuntimeError("sbatch was not found: run this on a login node of the cluster, or use --executor local")
     logs = plan.state / "logs" / "slurm"
-    spec, folder = str(plan.spec.path.resolve()), str(runs.resolve())
+    spec, folder = str(spec_path(plan.state).resolve()), str(plan.runs.resolve())
     counts = shares(plan, options.array_limit)
-    given = dict(plan.spec.given)
-    tasks = [Task(spec, folder, model, timing, device, given) for model, n in counts.items() for _ in range(n)]
+    tasks = [Task(spec, folder, model, device) for model, n in counts.items() for _ in range(n)]
     common = {**({"partition": options.partition} if options.partition else {}), **options.parameters}
     jobs: list[Any] = []
     if tasks:
@@ -149,7 +147,7 @@ def submit(plan: SweepPlan, runs: Path, options: Options, timing: bool | None, d
     executor.update_parameters(
         job_name=f"ivcp-{plan.spec.name}-score", time=options.minutes, cpus_per_task=1, **_split(common, after)
     )
-    score = executor.submit(Task(spec, folder, "", timing, device, given))
+    score = executor.submit(Task(spec, folder, "", device))
     return [job.job_id for job in jobs], score.job_id
 
 
@@ -178,7 +176,7 @@ def _split(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, "additional_parameters": {**{k: v for k, v in given.items() if k not in own}, **more}}
 
 
-def shares(plan: SweepPlan, most: int) -> dict[str, int]:
+def shares(plan: RunPlan, most: int) -> dict[str, int]:
     """Tasks for each model with work left: in proportion to it, at least one, never more than its units.
 
     Their sum exceeds ``most`` only where there are more models than that; no more than ``most`` run at once anyway.

@@ -15,15 +15,22 @@ Place = tuple[Any, ...]
 
 
 class SpecError(ValueError):
-    """A sweep file that cannot be carried out; the message names the file and the line."""
+    """What was asked for cannot be carried out; the message names the file and the line, where there is one."""
 
 
 class Marked:
-    """A YAML document and where its values stand."""
+    """A YAML document and where its values stand, or values that come from a command line.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file; None for ``value``, which stands in no file.
+    """
+
+    def __init__(self, path: Path | None, value: Any = None) -> None:
         self.path = path
         self.lines: dict[Place, int] = {}
+        self.value = value if path is None else self._read(path)
+
+    def _read(self, path: Path) -> Any:
         try:
             node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
@@ -31,10 +38,12 @@ class Marked:
             raise SpecError(f"{path}, line {line}: not YAML: {error.problem}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:  # a character that no text file has
             raise SpecError(f"{path}, line 1: not YAML: {' '.join(str(error).split())}") from None
-        self.value = self._convert(node, ()) if node is not None else None
+        return self._convert(node, ()) if node is not None else None
 
     def error(self, place: Place, text: str) -> SpecError:
         """The error to raise for what stands at a place."""
+        if self.path is None:
+            return SpecError(text)
         while place not in self.lines and place:
             place = place[:-1]
         return SpecError(f"{self.path}, line {self.lines.get(place, 1)}: {text}")

@@ -1,24 +1,30 @@
-"""From a sweep file to hashed cells and units of work on this machine. No torch until `make` is called."""
+"""From a spec to hashed cells and units of work on this machine: weights, data, limits. Nothing is run or fetched.
+
+Knows no method and no family by name.
+"""
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.engine.cost.predicted import described
-from ivcp_eval.files import write_json
+from ivcp_eval.benchmarks import Benchmark, DataMissing
+from ivcp_eval.engine.cost.predicted import Decoder, described, hold
+from ivcp_eval.interface import models
+from ivcp_eval.interface.registry import adapter, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.planning import cells
-from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.request import Plan, Request, make_plan
+from ivcp_eval.runs.planning import cells, data
+from ivcp_eval.runs.planning.cells import Cell, Identity
+from ivcp_eval.runs.planning.options import Options
+from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.planning.spec import Spec
+from ivcp_eval.runs.store import manifest
+from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, asked_judge
 
 if TYPE_CHECKING:
     from ivcp_eval.interface.models import Weights
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one model under all variants of a sweep."""
+    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one model under all variants of a run."""
 
     model: str
     benchmark: Benchmark
@@ -49,31 +55,37 @@ class Unit:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model of a sweep: its request and plan, and the cells of every benchmark."""
+    """One model of a run: where and how it runs, and the cells of every benchmark whose data is here."""
 
-    request: Request
-    plan: Plan
-    groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]]
-
-    @property
-    def weights(self) -> Weights:
-        """Of the model."""
-        return self.plan.weights
+    weights: Weights
+    placement: Placement
+    limits: Limits
+    groups: Mapping[str, tuple[Benchmark, tuple[Cell, ...]]]
 
 
 @dataclass
-class SweepPlan:
-    """A sweep on this machine.
+class RunPlan:
+    """A run on this machine.
 
     Attributes:
+        runs: where cells live.
         models: by short name. problems: why models or benchmarks cannot run here; the others can.
-        state: folder of leases, marks and logs.
     """
 
     spec: Spec
-    state: Path
+    runs: Path
     models: dict[str, ModelPlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def state(self) -> Path:
+        """Folder of leases, marks and logs."""
+        return self.spec.state(self.runs)
+
+    @property
+    def options(self) -> Options:
+        """Of the spec."""
+        return self.spec.options
 
     def units(self) -> tuple[Unit, ...]:
         """Every unit, model by model, the longest benchmarks first."""
@@ -81,140 +93,176 @@ class SweepPlan:
 
     @cached_property
     def _units(self) -> tuple[Unit, ...]:
-        """Made once: counting rows reads whole files, of gigabytes for some benchmarks."""
         return tuple(self._split())
 
     def _split(self) -> Iterator[Unit]:
+        limit, shard = self.options.limit, self.options.shard
         for name, model in self.models.items():
-            sized = [
-                (rows(benchmark, model.request.limit), benchmark, group) for benchmark, group in model.groups.values()
-            ]
+            sized = [(data.rows(benchmark, limit), benchmark, group) for benchmark, group in model.groups.values()]
             for n, benchmark, group in sorted(sized, key=lambda entry: -entry[0]):
-                for start in range(0, n, self.spec.shard):
-                    yield Unit(name, benchmark, start, min(n, start + self.spec.shard), group)
+                for start in range(0, n, shard):
+                    yield Unit(name, benchmark, start, min(n, start + shard), group)
 
-    def budgets(self) -> list[str]:
-        """One line per variant that holds a budget: the ratio that was found for it, or why it cannot run."""
-        variants = [cell.identity.variant for _, _, cell in self.scored()]
-        return list(dict.fromkeys(described(variant) for variant in variants if variant.budget))
-
-    def scored(self) -> Iterator[tuple[ModelPlan, Benchmark, Cell]]:
+    def cells(self) -> Iterator[tuple[ModelPlan, Benchmark, Cell]]:
         """Every cell."""
         for model in self.models.values():
             for benchmark, group in model.groups.values():
                 for cell in group:
                     yield model, benchmark, cell
 
+    def budgets(self) -> list[str]:
+        """One line per variant that holds a budget: the ratio that was found for it, or why it cannot run."""
+        variants = [cell.identity.variant for _, _, cell in self.cells()]
+        return list(dict.fromkeys(described(variant) for variant in variants if variant.budget))
 
-def make(
-    spec: Spec, runs: Path | None = None, device: str = "", timing: bool | None = None, elsewhere: bool = False
-) -> SweepPlan:
+
+def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: bool = False) -> RunPlan:
     """Find weights and data of every model, and hash every cell; what is missing becomes a problem, not an error.
 
     Args:
-        runs: where cells live (default ``results/runs``). device: of this worker. timing: see `planning.Request`.
-        elsewhere: only plan, look or score; without a ``device`` it is then that of the run which was started.
+        runs: where cells live (default ``results/runs``). device: of this worker, in place of the spec's.
+        plan_only: only plan, look or score, so this machine need not have the device; that of a full-size model is
+            then the one of the run that was started, or CUDA.
     """
-    from ivcp_eval.benchmarks import DataMissing
-    from ivcp_eval.interface.models import MissingWeights
-
     runs = runs or cells.RUNS
-    made = SweepPlan(spec, runs.parent / "sweeps" / spec.name)
+    plan = RunPlan(spec, runs)
     for model, folder in spec.models.items():
-        variants, wanted = spec.variants(model), spec.benchmarks(model)
-        if not wanted:
+        if not spec.benchmarks(model):
             continue
-        placed = device or (_noted_device(made.state, model) if elsewhere else "")
-        request = replace(_request(spec, model, folder, tuple(wanted), runs, placed, timing), elsewhere=elsewhere)
+        placed = device or spec.options.device or (manifest.device(plan.state, model) if plan_only else "")
         try:
-            plan = make_plan(request, variants)
-        except (MissingWeights, DataMissing, ValueError, OSError) as error:
-            made.problems.append(f"{model}: {error}")
+            plan.models[model], missing = _model_plan(plan, model, folder, placed, plan_only)
+        except (models.MissingWeights, DataMissing, ValueError, OSError) as error:
+            plan.problems.append(f"{model}: {error}")
             continue
-        made.problems += [f"{model}: {text}" for text in plan.missing]
-        made.models[model] = ModelPlan(request, plan, _groups(spec, plan, variants))
-    return made
+        plan.problems += [f"{model}: {text}" for text in missing]
+    return plan
 
 
-def _request(
-    spec: Spec, model: str, folder: str | None, data: tuple[str, ...], runs: Path, device: str, timing: bool | None
-) -> Request:
-    options: dict[str, Any] = {k: v for k, v in spec.options.items() if k not in ("shard", "batch", "timing")}
-    options["device"] = device or options.get("device", "")
-    timed = bool(spec.options.get("timing", True)) if timing is None else timing
-    return Request(Variant(model), data=data, model_path=folder, runs=runs, timing=timed, **options)
-
-
-def _groups(spec: Spec, plan: Plan, variants: list[Variant]) -> dict[str, tuple[Benchmark, tuple[Cell, ...]]]:
-    """The cells by benchmark, without those that the sweep leaves out."""
+def _model_plan(
+    plan: RunPlan, model: str, folder: str | None, device: str, plan_only: bool
+) -> tuple[ModelPlan, list[str]]:
+    """One model, and why benchmarks of it cannot run here; DataMissing if none can."""
+    spec = plan.spec
+    weights = models.locate(model, folder, offline=True if plan_only else None)
+    placement = _placement(spec.options, weights, device, plan_only)
+    limits = _limits(spec.options, weights)
+    tuned = {variant.key: variant.tuned(weights.checkpoint.methods) for variant in spec.variants(model)}
+    if any(variant.budget for variant in tuned.values()):
+        decoder = Decoder.of(weights)
+        tuned = {key: hold(variant, decoder) for key, variant in tuned.items()}
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
-    wanted: dict[str, list[Variant]] = {}
-    for variant, name in spec.cells:
-        wanted.setdefault(name, []).append(variant)
-    for i, (benchmark, cell) in enumerate(plan.cells):
-        if variants[i % len(variants)] in wanted[benchmark.name]:
-            before = groups.get(benchmark.name, (benchmark, ()))[1]
-            groups[benchmark.name] = benchmark, (*before, cell)
-    return groups
+    missing: list[str] = []
+    for name in spec.benchmarks(model):
+        benchmark = data.find(name)
+        try:
+            digest = data.digest(benchmark)
+        except (DataMissing, ValueError) as error:  # not here, or not the file it should be
+            missing.append(str(error))
+            continue
+        identities = _Identities(plan, weights, placement, limits, benchmark, digest)
+        wanted = [variant for variant, of in spec.cells if of == name and variant.model == model]
+        groups[name] = benchmark, tuple(identities.cell(tuned[variant.key]) for variant in wanted)
+    if not groups:
+        raise DataMissing("\n".join(missing))
+    return ModelPlan(weights, placement, limits, groups), missing
 
 
-def rows(benchmark: Benchmark, limit: int | None) -> int:
-    """Rows of a benchmark's file, which is here."""
-    from ivcp_eval.vlmeval_bridge.environment import data_root
-
-    path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
-    n = _rows(path, path.stat().st_mtime_ns)
-    return min(n, limit) if limit else n
-
-
-@cache
-def _rows(path: Path, _changed: int) -> int:
-    before = csv.field_size_limit(2**31 - 1)  # pictures are cells, and the limit is the process's
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            return sum(1 for _ in csv.reader(stream, delimiter="\t")) - 1
-    finally:
-        csv.field_size_limit(before)
+def _placement(options: Options, weights: Weights, device: str, plan_only: bool) -> Placement:
+    full_size = not weights.checkpoint.local
+    device = device or ("cuda" if plan_only and full_size else "")
+    placement = Placement(device, options.dtype, options.attention).resolve(here=not plan_only)
+    if placement.device == "cpu" and not device and full_size:
+        raise ValueError(
+            f"no CUDA device was found and {weights.checkpoint.name} is a full-size model. Run on a GPU machine, or "
+            "pass DEVICE=cpu (--device cpu) to wait for it here."
+        )
+    return placement
 
 
-# -- what `ivcp sweep results` needs, without weights, data or a GPU ---------------------------------------------------
+def _limits(options: Options, weights: Weights) -> Limits:
+    published = Limits.published(weights)
+    limits = Limits(
+        published.min_pixels if options.min_pixels is None else options.min_pixels,
+        published.max_pixels if options.max_pixels is None else options.max_pixels,
+        options.max_new_tokens or published.max_new_tokens,
+    )
+    if (limits.min_pixels or 0) > (limits.max_pixels or float("inf")):
+        raise ValueError(
+            f"min_pixels {limits.min_pixels} is above max_pixels {limits.max_pixels} (of {weights.family}, where not "
+            "given): lower the first or raise the second"
+        )
+    return limits
 
 
-def _manifest(state: Path) -> Path:
-    return state / "manifest.json"
+@dataclass(frozen=True)
+class _Identities:
+    """Identities of the cells of one model on one benchmark."""
+
+    plan: RunPlan
+    weights: Weights
+    placement: Placement
+    limits: Limits
+    benchmark: Benchmark
+    digest: str
+
+    @cached_property
+    def _prompt(self) -> str:
+        """SHA-256 of the wording: the family's template for the benchmark's kind, or the benchmark's own."""
+        wording, benchmark = None, self.benchmark
+        if benchmark.kind and benchmark.prompt == "family":
+            family = adapter(self.weights.family)
+            wording = family.prompt(benchmark.kind, "{question}", {"A": "{A}", "B": "{B}"}, "{hint}")
+        return hashlib.sha256((wording or f"dataset:{benchmark.vlmeval}").encode()).hexdigest()
+
+    def cell(self, variant: Variant) -> Cell:
+        """The cell of one variant."""
+        options, placement = self.plan.options, dataclasses.asdict(self.placement)
+        identity = Identity(
+            variant=variant,
+            method_parameters=parameters_of(make_method(variant.method, variant.parameters)),
+            weights=self.weights.revision,
+            benchmark=self.benchmark.name,
+            data=self.digest,
+            scoring=self.benchmark.scoring,
+            limit=options.limit,
+            prompt=self._prompt,
+            judge=judge_name(options, self.benchmark),
+            limits=dataclasses.asdict(self.limits),
+            placement={**placement, "device": self.placement.device.partition(":")[0]},
+            versions=cells.versions(),
+            code=cells.code_hash(),
+            method_source=method_source(variant.method),
+        )
+        return Cell(identity, self.plan.runs, options.exact)
 
 
-def _noted_device(state: Path, model: str) -> str:
-    """Kind of device that the sweep was started for; empty if it was not, or before this was noted."""
-    if not _manifest(state).is_file():
-        return ""
-    noted: dict[str, Any] = json.loads(_manifest(state).read_text(encoding="utf-8"))["models"]
-    return str(noted.get(model, {}).get("device", ""))
+def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
+    """The judge that is asked about the benchmark's answers; None if nobody is."""
+    asked = asked_judge(options.judge, benchmark.judge)
+    return None if asked in ("none", EXACT_MATCHING) else JudgeConfig(asked, options.judge_url)
 
 
-def write_manifest(plan: SweepPlan) -> Path:
-    """Note which cells make up the sweep, and what the CSV says of their models; returns the file."""
-    plan.state.mkdir(parents=True, exist_ok=True)
-    found = {
-        "name": plan.spec.name,
-        "problems": plan.problems,
-        "models": {
-            name: {
-                "checkpoint": model.weights.checkpoint.hub or model.weights.source.name,
-                "hub": bool(model.weights.checkpoint.hub),
-                "family": model.weights.family,
-                "revision": model.weights.revision,
-                "trained": model.weights.trained,
-                "device": model.plan.placement.device.partition(":")[0],
-            }
-            for name, model in plan.models.items()
-        },
-        "cells": [
-            {"model": cell.identity.variant.model, "folder": str(cell.folder.relative_to(cell.runs))}
-            for _, _, cell in plan.scored()
-        ],
+def judge_name(options: Options, benchmark: Benchmark) -> str:
+    """As a cell's identity has it."""
+    config = judge_config(options, benchmark)
+    return config.identity if config else asked_judge(options.judge, benchmark.judge)
+
+
+def write_manifest(plan: RunPlan) -> Path:
+    """Note which cells make up the run, and what the CSV says of their models; returns the file."""
+    described_models = {
+        name: {
+            "checkpoint": model.weights.checkpoint.hub or model.weights.source.name,
+            "hub": bool(model.weights.checkpoint.hub),
+            "family": model.weights.family,
+            "revision": model.weights.revision,
+            "trained": model.weights.trained,
+            "device": model.placement.device.partition(":")[0],
+        }
+        for name, model in plan.models.items()
     }
-    path = _manifest(plan.state)
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != found:
-        write_json(path, found)
-    return path
+    listed: Sequence[Cell] = [cell for _, _, cell in plan.cells()]
+    folders = [(cell.identity.variant.model, str(cell.folder.relative_to(cell.runs))) for cell in listed]
+    manifest.write_spec(plan.state, {**plan.spec.raw, "name": plan.spec.name})
+    return manifest.write(plan.state, plan.spec.name, plan.problems, described_models, folders)

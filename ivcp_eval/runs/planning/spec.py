@@ -11,9 +11,7 @@
         budget: layer_mean                  # what its ratios are shares of; also sweep-wide (docs/sweeps.md)
     exclude:
       - {method: ivc_prune, benchmark: MME}
-    judge: gpt-4o                           # and judge_url, dtype, attention, device, limit, shard, batch, exact,
-                                            # min_pixels, max_pixels, max_new_tokens, trust_remote_code, timing,
-                                            # timeout (seconds for one answer; default: no limit)
+    judge: gpt-4o                           # and every other option of `options.py`
 
 The unpruned baseline of every model and benchmark is always part. So are the controls (random, uniform, ...) at every
 ratio or budget at which a model's other methods meet a benchmark, unless the file lists them itself or chooses some by
@@ -22,31 +20,25 @@ ratio or budget at which a model's other methods meet a benchmark, unless the fi
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ivcp_eval import benchmarks, files
+from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import models
 from ivcp_eval.interface.cards import control_names
 from ivcp_eval.interface.registry import make_method, method_names, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, Budget, Variant
 from ivcp_eval.runs.planning.marked import Marked, Place, SpecError
+from ivcp_eval.runs.planning.options import Options
+from ivcp_eval.runs.planning.options import check as check_option
 
-__all__ = ["Spec", "SpecError", "load"]
+__all__ = ["Spec", "SpecError", "check", "load"]
 
-_OPTIONS: dict[str, type] = {
-    **dict.fromkeys(("judge", "judge_url", "dtype", "attention", "device"), str),
-    **dict.fromkeys(("limit", "shard", "batch", "min_pixels", "max_pixels", "max_new_tokens"), int),
-    **dict.fromkeys(("exact", "trust_remote_code", "timing"), bool),
-    "timeout": float,
-}
-_CHOICES = {
-    "dtype": ("float32", "bfloat16", "float16"),
-    "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3"),
-}
+_OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 _ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget")
 _EXCLUDE = ("model", "method", "benchmark", "ratio", "budget")
 _BUDGET = ("budget", "budget_prompt")
@@ -54,38 +46,34 @@ _BUDGET = ("budget", "budget_prompt")
 
 @dataclass(frozen=True)
 class Spec:
-    """A checked sweep.
+    """What was asked for, checked.
 
     Attributes:
-        name: of the file. models: short name -> local folder or None.
-        cells: (variant, benchmark name) in order, baselines first. options: the other keys.
-        given: those of ``options`` that a command line gave, in place of the file's.
+        name: of the file, or of the run. models: short name -> local folder or None.
+        cells: (variant, benchmark name) in order, baselines first. options: all other settings.
+        raw: what it was made from, as plain values: `check` makes an equal spec from it.
+        kind: of an "eval", a variant that its model cannot run is an error, not a row that says so.
     """
 
     name: str
-    path: Path
     models: Mapping[str, str | None]
     cells: tuple[tuple[Variant, str], ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    given: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    kind: Literal["sweep", "eval"] = "sweep"
 
-    def over(self, **given: Any) -> Spec:
-        """With other options, such as ``timeout``; None leaves one as it is."""
-        given = {key: value for key, value in given.items() if value is not None}
-        return replace(self, options={**self.options, **given}, given={**self.given, **given})
+    def with_options(self, given: Mapping[str, Any]) -> Spec:
+        """With other options, such as ``timeout``."""
+        options = replace(self.options, **{name: check_option(name, value) for name, value in given.items()})
+        return replace(self, options=options, raw={**self.raw, **given})
 
-    @property
-    def shard(self) -> int:
-        """Samples of one unit of work."""
-        return int(self.options.get("shard", 200))
+    def state(self, runs: Path) -> Path:
+        """Folder of the run's leases, marks and logs, beside the folder where cells live."""
+        return runs.parent / ("eval/state" if self.kind == "eval" else "sweeps") / self.name
 
     def variants(self, model: str) -> list[Variant]:
         """Of one model, without repetition."""
-        found: list[Variant] = []
-        for variant, _ in self.cells:
-            if variant.model == model and variant not in found:
-                found.append(variant)
-        return found
+        return list({variant.key: variant for variant, _ in self.cells if variant.model == model}.values())
 
     def benchmarks(self, model: str) -> list[str]:
         """Of one model, without repetition."""
@@ -99,40 +87,65 @@ def load(path: str | Path) -> Spec:
         FileNotFoundError: there is none. SpecError: what is wrong, with its line.
     """
     path = files.sweep_file(path)
-    marked = Marked(path)
-    raw = marked.keys((), marked.value, ("models", "benchmarks", "methods", "controls", "exclude", *_BUDGET, *_OPTIONS))
+    return _checked(Marked(path), path.stem)
+
+
+def check(raw: Mapping[str, Any], name: str) -> Spec:
+    """The spec of plain values, keyed as in a sweep file.
+
+    Raises:
+        SpecError: what is wrong.
+    """
+    return _checked(Marked(None, raw), name)
+
+
+def _checked(marked: Marked, name: str) -> Spec:
+    keys = ("name", "models", "benchmarks", "methods", "controls", "exclude", "kind", *_BUDGET, *_OPTIONS)
+    raw = marked.keys((), marked.value, keys)
     for key in ("models", "benchmarks", "methods"):
         if not raw.get(key):
             raise marked.error((key,), f"{key} is missing or empty")
-    asked_models = _models(marked, raw["models"])
+    models_asked = _models(marked, raw["models"])
     asked = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
     cells: dict[tuple[str, str], tuple[Variant, str]] = {}
-    for model, name in itertools.product(asked_models, asked):
-        cells[_key(Variant(model), name)] = Variant(model), name
+    for model, benchmark in itertools.product(models_asked, asked):
+        cells[_key(Variant(model), benchmark)] = Variant(model), benchmark
     entries = marked.listed(("methods",), raw["methods"], dict, "a method with its ratios")
     shared = {key: raw[key] for key in _BUDGET if raw.get(key) is not None}
     _budget(marked, (), {}, shared, 1.0)
     for i, entry in enumerate(entries):
         before = len(cells)
-        for variant, name in _entry(marked, ("methods", i), entry, list(asked_models), asked, shared):
-            cells[_key(variant, name)] = variant, name
+        for variant, benchmark in _entry(marked, ("methods", i), entry, list(models_asked), asked, shared):
+            cells[_key(variant, benchmark)] = variant, benchmark
         if len(cells) == before and entry["method"] != BASELINE:
             raise marked.error(
                 ("methods", i), "this entry adds nothing to those above it, or one of its lists is empty"
             )
-    for variant, name in _controls(marked, raw, [cell for cell in cells.values() if cell[0].method != BASELINE]):
-        cells[_key(variant, name)] = variant, name
-    options = {key: _option(marked, key, raw[key]) for key in _OPTIONS if raw.get(key) is not None}
-    if options.get("min_pixels", 0) > options.get("max_pixels", float("inf")):
-        raise marked.error(("min_pixels",), f"min_pixels {raw['min_pixels']} is above max_pixels {raw['max_pixels']}")
+    listed = [cell for cell in cells.values() if cell[0].method != BASELINE]
+    for variant, benchmark in _controls(marked, raw, listed):
+        cells[_key(variant, benchmark)] = variant, benchmark
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
-    return Spec(path.stem, path, asked_models, tuple(left), options)
+    options = _options(marked, raw)
+    return Spec(str(raw.get("name") or name), models_asked, tuple(left), options, raw, raw.get("kind", "sweep"))
+
+
+def _options(marked: Marked, raw: Mapping[str, Any]) -> Options:
+    given = {}
+    for key in _OPTIONS:
+        if raw.get(key) is None:
+            continue
+        try:
+            given[key] = check_option(key, raw[key])
+        except ValueError as error:
+            raise marked.error((key,), str(error)) from None
+    try:
+        return Options(**given)
+    except ValueError as error:  # two that do not go together
+        raise marked.error(("min_pixels",), str(error)) from None
 
 
 def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
-    return repr(
-        (variant.model, variant.method, variant.share, sorted(variant.parameters.items()), variant.seed)
-    ), benchmark
+    return variant.key, benchmark
 
 
 def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
@@ -160,10 +173,10 @@ def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
     for i, name in enumerate(marked.listed(place, raw, str, "the name of a benchmark or group")):
         if name in groups:
             found += groups[name]
-        elif name in declared:
+        elif name in declared or vlmeval_bridge.knows(name):
             found.append(name)
         else:
-            raise marked.error((*place, i), str(unknown("benchmark", name, [*declared, *groups])))
+            raise marked.error((*place, i), str(unknown("benchmark or group", name, [*declared, *groups])))
     return list(dict.fromkeys(found))
 
 
@@ -255,18 +268,6 @@ def _grid(marked: Marked, place: Place, raw: Any) -> list[dict[str, Any]]:
         raise marked.error(place, f"expected parameters as a mapping, got {raw!r}")
     axes = [value if isinstance(value, list) else [value] for value in raw.values()]
     return [dict(zip(raw, values, strict=True)) for values in itertools.product(*axes)]
-
-
-def _option(marked: Marked, key: str, value: Any) -> Any:
-    kind = _OPTIONS[key]
-    if key in _CHOICES and value not in _CHOICES[key]:
-        raise marked.error((key,), f"{key} must be one of {', '.join(_CHOICES[key])}, got {value!r}")
-    what = {str: "text", int: "a whole number above 0", float: "a finite number above 0", bool: "true or false"}[kind]
-    is_kind = isinstance(value, int | float if kind is float else kind)
-    number = kind in (int, float)
-    if not is_kind or (number and (isinstance(value, bool) or not 0 < value < float("inf"))):
-        raise marked.error((key,), f"{key} must be {what}, got {value!r}")
-    return value
 
 
 def _without(marked: Marked, cells: list[tuple[Variant, str]], raw: Any) -> list[tuple[Variant, str]]:

@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from ivcp_eval.runs.planning.plan import SweepPlan
+from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.progress.watch import Tally, Watch
 from ivcp_eval.runs.worker import Hooks
 
@@ -25,7 +25,7 @@ class Progress:
         stream: default standard output.
     """
 
-    def __init__(self, plan: SweepPlan, quiet: bool = False, every: float = EVERY_S, stream: Any = None) -> None:
+    def __init__(self, plan: RunPlan, quiet: bool = False, every: float = EVERY_S, stream: Any = None) -> None:
         self.plan, self.quiet, self.every = plan, quiet, every
         self.stream = stream or sys.stdout
         self._screen: _Bars | _Lines | None = None

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ivcp_eval.benchmarks import load as load_benchmark
-from ivcp_eval.runs.planning.plan import SweepPlan, Unit, rows
+from ivcp_eval.runs.planning import data
+from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.store.lease import held
 from ivcp_eval.runs.store.state import lease, mark
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
@@ -43,10 +43,10 @@ class Line:
     skipped: list[str] = field(default_factory=list)
 
 
-def lines(plan: SweepPlan) -> list[Line]:
+def lines(plan: RunPlan) -> list[Line]:
     """The state of every benchmark of every model."""
     found: dict[tuple[str, str], Line] = {}
-    for _, benchmark, cell in plan.scored():
+    for _, benchmark, cell in plan.cells():
         line = found.setdefault(
             (cell.identity.variant.model, benchmark.name), Line(cell.identity.variant.model, benchmark.name)
         )
@@ -62,7 +62,7 @@ def lines(plan: SweepPlan) -> list[Line]:
     return list(found.values())
 
 
-def _count(plan: SweepPlan, unit: Unit, line: Line) -> None:
+def _count(plan: RunPlan, unit: Unit, line: Line) -> None:
     n = unit.stop - unit.start
     line.units += 1
     line.samples += n
@@ -135,7 +135,7 @@ class Cost:
     disk_bytes: int
 
 
-def cost(plan: SweepPlan) -> Cost:
+def cost(plan: RunPlan) -> Cost:
     """Of what is not finished yet; what is not on this machine counts with declared sizes and `ASSUMED_BYTES`."""
     wanted: dict[tuple[str, str], list[float]] = {}
     for variant, name in plan.spec.cells:
@@ -144,26 +144,26 @@ def cost(plan: SweepPlan) -> Cost:
     priced = True
     for (model, name), ratios in wanted.items():
         own = plan.models.get(model)
-        benchmark = load_benchmark(name)
+        benchmark = data.find(name)
         n = benchmark.n_samples or 0
         size: float = ASSUMED_BYTES
         if own is not None:
             size = sum(path.stat().st_size for path in Path(own.weights.source).glob("*.safetensors"))
             if name in own.groups:
                 ratios = [cell.identity.variant.ratio for cell in own.groups[name][1] if cell.finished() is None]
-                n = rows(benchmark, None)
-        n = min(n, int(plan.spec.options.get("limit", n)))
+                n = data.rows(benchmark, None)
+        n = min(n, plan.options.limit or n)
         if not ratios:
             continue
         hours += n * _seconds(size, ratios) / 3600
         disk += n * len(ratios) * BYTES_PER_ANSWER
-        judge = asked_judge(str(plan.spec.options.get("judge", "")), benchmark.judge)
+        judge = asked_judge(plan.options.judge, benchmark.judge)
         if judge in ("none", EXACT_MATCHING):
             continue
         if benchmark.judge == "optional":
             fallbacks += n * len(ratios)
         else:
-            price = _price(judge, str(plan.spec.options.get("judge_url", "")))
+            price = _price(judge, plan.options.judge_url)
             calls += n * len(ratios)
             dollars += n * len(ratios) * (price or 0.0)
             priced &= price is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.plan import SweepPlan, Unit
+from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.store.lease import held
 from ivcp_eval.runs.store.state import lease, mark, shard
 
@@ -120,7 +120,7 @@ class Watch:
         plan: the sweep. clock: seconds, monotonic.
     """
 
-    plan: SweepPlan
+    plan: RunPlan
     clock: Callable[[], float] = time.monotonic
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
     _units: list[_Followed] = field(default_factory=list)
@@ -129,7 +129,7 @@ class Watch:
     _recount: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for _, benchmark, cell in self.plan.scored():
+        for _, benchmark, cell in self.plan.cells():
             model = cell.identity.variant.model
             self.tallies.setdefault((model, benchmark.name), Tally(model, benchmark.name)).cells += 1
         for unit in self.plan.units():

@@ -16,6 +16,7 @@ from ivcp_eval.reports.wide import write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
 from ivcp_eval.runs.records.record import cell_rows
+from ivcp_eval.runs.store import manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,27 +42,53 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
         FileNotFoundError: the sweep has never run with these ``runs``.
     """
     runs = runs or cells.RUNS
-    manifest = runs.parent / "sweeps" / name / "manifest.json"
-    if not manifest.is_file():
-        raise FileNotFoundError(f"{manifest} is not there: sweep {name!r} has not run; start it with `ivcp sweep run`")
-    noted = json.loads(manifest.read_text(encoding="utf-8"))
     csv = output or runs.parent / f"{name}.csv"
-    found: list[Row] = []
-    planned: dict[str, list[str]] = {}
+    collected = collect(runs.parent / "sweeps" / name, runs, csv)
+    csv.parent.mkdir(parents=True, exist_ok=True)
+    write_results(csv, collected.rows)
+    tables = write_tables(read_results(csv), csv.with_suffix(""), collected.planned) if collected.rows else []
+    return Built(
+        csv, tables, collected.missing, collected.reasons("failed", "incomplete"), collected.reasons("skipped")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """The rows of a run.
+
+    Attributes:
+        rows: of the CSV, in the order of the plan. planned: model -> benchmarks. missing: cells without a record.
+    """
+
+    rows: list[Row]
+    planned: dict[str, list[str]]
+    missing: int
+
+    def reasons(self, *statuses: str) -> list[str]:
+        """Why cells are not whole, one line each."""
+        return list(dict.fromkeys(_reason(row) for row in self.rows if row["status"] in statuses))
+
+
+def collect(state: Path, runs: Path, csv: Path) -> Collected:
+    """The rows of every cell of a run, from its manifest and records.
+
+    Args:
+        csv: where they will stand; paths of per-sample files are relative to it.
+
+    Raises:
+        FileNotFoundError: the run was never started.
+    """
+    noted = manifest.read(state)
+    collected = Collected([], {}, 0)
     missing = 0
     for entry in noted["cells"]:
         folder = runs / entry["folder"]
-        planned.setdefault(entry["model"], []).append(folder.parent.name)  # its benchmark (`Cell.folder`)
+        collected.planned.setdefault(entry["model"], []).append(folder.parent.name)  # its benchmark (`Cell.folder`)
         if (folder / "run.json").is_file():
-            found += _rows(folder, runs, noted["models"][entry["model"]], csv)
+            collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))
         else:
             missing += 1
-    csv.parent.mkdir(parents=True, exist_ok=True)
-    write_results(csv, found)
-    unfinished = [_reason(row) for row in found if row["status"] not in ("ok", "skipped")]
-    skipped = [_reason(row) for row in found if row["status"] == "skipped"]
-    tables = write_tables(read_results(csv), csv.with_suffix(""), planned) if found else []
-    return Built(csv, tables, missing, unfinished, skipped)
+    return dataclasses.replace(collected, missing=missing)
 
 
 def _reason(row: Row) -> str:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.files import write_json
+from ivcp_eval.reports.table import write_samples
 from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.plan import ModelPlan, SweepPlan
-from ivcp_eval.runs.planning.request import judges_for
-from ivcp_eval.runs.runner import run_cell
+from ivcp_eval.runs.planning.options import Options
+from ivcp_eval.runs.planning.plan import ModelPlan, RunPlan, judge_config
+from ivcp_eval.runs.records.record import record_of
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, held
 from ivcp_eval.runs.store.state import answers, lease, mark
+from ivcp_eval.vlmeval_bridge.judge import Judge, cache_folder
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.worker import Stop
+    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
 
-def score_any(plan: SweepPlan, stop: Stop, say: Callable[[str], None]) -> tuple[int, bool]:
+def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[int, bool]:
     """Score what is whole, until asked to stop: (cells scored, anything that is not whole yet or held by others)."""
     scored, waiting = 0, False
     open_units: dict[tuple[str, str], bool] = {}
@@ -32,7 +37,7 @@ def score_any(plan: SweepPlan, stop: Stop, say: Callable[[str], None]) -> tuple[
         done = mark(plan, unit).exists() or not unit.pending
         open_units[key] = open_units.get(key, False) or not done
         waiting |= not done and held(lease(plan, unit.name))
-    for model, benchmark, cell in plan.scored():
+    for model, benchmark, cell in plan.cells():
         if stop.requested:
             break
         if cell.noted() is not None or open_units.get((cell.identity.variant.model, benchmark.name), False):
@@ -43,7 +48,7 @@ def score_any(plan: SweepPlan, stop: Stop, say: Callable[[str], None]) -> tuple[
             elif cell.noted() is None:
                 try:
                     with _aside(plan):
-                        _score(model, benchmark, cell, say)
+                        _score(plan, model, benchmark, cell, say)
                 except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
                     waiting = True
                     continue
@@ -52,7 +57,7 @@ def score_any(plan: SweepPlan, stop: Stop, say: Callable[[str], None]) -> tuple[
 
 
 @contextmanager
-def _aside(plan: SweepPlan) -> Iterator[None]:
+def _aside(plan: RunPlan) -> Iterator[None]:
     """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker."""
     path = plan.state / "logs" / "scoring.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +76,7 @@ class _Log(io.TextIOBase):
             return stream.write(text)
 
 
-def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, say: Callable[[str], None]) -> None:
+def _score(plan: RunPlan, model: ModelPlan, benchmark: Benchmark, cell: Cell, say: Callable[[str], None]) -> None:
     from ivcp_eval.vlmeval_bridge import register
     from ivcp_eval.vlmeval_bridge.model import RecordedVLM
 
@@ -80,9 +85,68 @@ def _score(model: ModelPlan, benchmark: Benchmark, cell: Cell, say: Callable[[st
         for key, record in sorted(answers(cell).items()):
             if cell.lacks(journal.records.get(key)) and journal.records.get(key) != {"key": key, **record}:
                 journal.append({**record, "key": key})
-    judge = judges_for(model.request, [(benchmark, cell)]).get(cell.identity.judge)
+    config = judge_config(plan.options, benchmark)
+    judge = Judge(config, cache_folder(plan.runs)) if config else None
     recorded = partial(RecordedVLM, model.weights.family, cell.identity.variant)
-    record = run_cell(model.request, recorded, benchmark, cell, judge)
+    record = _score_cell(plan.options, recorded, benchmark, cell, judge)
     say(f"scored {cell.identity.variant.name} on {benchmark.name}: {record['status']} {record['reason']}".rstrip())
     if record["status"] == "ok":
         shutil.rmtree(cell.folder / "shards", ignore_errors=True)
+
+
+def _score_cell(
+    options: Options,
+    answers: Callable[[Journal], PrunedVLM],
+    benchmark: Benchmark,
+    cell: Cell,
+    judge: Judge | None,
+) -> dict[str, Any]:
+    """Answer what the cell's journal lacks, score, and write the cell's files; returns the content of ``run.json``.
+
+    Args:
+        answers: makes the model that VLMEvalKit asks, from the open journal.
+    """
+    from ivcp_eval.vlmeval_bridge import evaluate as bridge
+    from ivcp_eval.vlmeval_bridge.judge import JudgeError
+    from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
+
+    dataset = bridge.build(benchmark, options.limit)
+    with Journal(cell.journal).open() as journal:
+        model = answers(journal)
+        prompts = bridge.prompts(dataset, model)
+        work = cell.folder / "vlmeval"
+        for index, why in prompts.broken.items():  # without a prompt there is no key but the row
+            if journal.records.get(f"row {index}", {}).get("error") != why["error"]:
+                journal.append({"key": f"row {index}", **why})
+        predictions = bridge.infer(dataset, model, work, prompts.broken)
+        problem = bridge.data_problem(benchmark)
+        try:
+            scored = bridge.score(benchmark, dataset, predictions, judge)
+        except (JudgeError, ScoreMissing) as error:
+            scored, problem = bridge.Scored({}, {}), f"no score: {error}"
+        samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
+        failed = [row for row in samples if row["error"]]
+        if failed and not problem:
+            kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()
+            counted = ", ".join(f"{kind} {n}" for kind, n in kinds)
+            example = f"{failed[0]['index']}: {failed[0]['error']}"
+            problem = f"{len(failed)} of {len(samples)} samples failed ({counted}), e.g. {example}"
+        if not options.timing:
+            samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
+        write_samples(cell.predictions, samples)
+        used = [journal.records[row["prompt_sha256"]] for row in samples if not row["error"]]
+        record = {**record_of(cell, scored, samples, used, problem, bool(options.timing)), "timeout_s": options.timeout}
+        write_json(cell.record, record)
+    if record["status"] == "ok":
+        shutil.rmtree(work)
+    return record
+
+
+def record_failure(cell: Cell, error: ValueError, timing: bool) -> None:
+    """Note in the cell's ``run.json`` why it cannot be measured at all: the model cannot (skipped), or a mistake."""
+    from ivcp_eval.interface import Unsupported
+    from ivcp_eval.vlmeval_bridge.evaluate import Scored
+
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    record = record_of(cell, Scored({}, {}), [], [], str(error), timing)
+    write_json(cell.record, {**record, "status": "skipped" if isinstance(error, Unsupported) else "failed"})

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from ivcp_eval.runs.answering.samples import Records
 from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.plan import SweepPlan, Unit
+from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.store.journal import Journal
 
 
-def mark(plan: SweepPlan, unit: Unit) -> Path:
+def mark(plan: RunPlan, unit: Unit) -> Path:
     """The file that says a unit is answered."""
     return plan.state / "done" / f"{unit.name}.json"
 
 
-def lease(plan: SweepPlan, name: str) -> Path:
+def lease(plan: RunPlan, name: str) -> Path:
     """The file that says who works on something."""
     return plan.state / "leases" / f"{name}.lease"
 
@@ -49,7 +49,7 @@ def _overlaps(path: Path, unit: Unit) -> bool:
     return start < unit.stop and unit.start < stop
 
 
-def reopen(plan: SweepPlan, failures: bool = False) -> int:
+def reopen(plan: RunPlan, failures: bool = False) -> int:
     """Make units open again whose answers are gone (somebody removed their folder); returns how much was opened.
 
     Args:
@@ -58,7 +58,7 @@ def reopen(plan: SweepPlan, failures: bool = False) -> int:
     count = 0
     if failures:
         shutil.rmtree(plan.state / "lost", ignore_errors=True)
-        for _, _, cell in plan.scored():
+        for _, _, cell in plan.cells():
             record = cell.noted()
             if record is not None and record["status"] not in ("ok", "skipped"):
                 cell.record.unlink()

@@ -96,7 +96,7 @@ def test_the_stated_prompt_is_part_of_a_cell(held: Bench, random_model: Path) ->
         held.spec.write_text(SPEC.format(model=random_model, visual=visual, text=40))
         plan = make(load(held.spec), held.folder / "runs")
         found: dict[str, set[str]] = {}
-        for _, _, cell in plan.scored():
+        for _, _, cell in plan.cells():
             budget = cell.identity.variant.budget
             found.setdefault(budget.kind if budget else "", set()).add(cell.identity.hash)
         return found

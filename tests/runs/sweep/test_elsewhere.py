@@ -8,31 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import read_results
-from ivcp_eval.runs.answering import session
 from ivcp_eval.runs.executors.slurm import Task
-from ivcp_eval.runs.planning.plan import SweepPlan, make, write_manifest
-from ivcp_eval.runs.planning.request import Request, make_plan
-from ivcp_eval.runs.planning.spec import load
+from ivcp_eval.runs.planning import placement
+from ivcp_eval.runs.planning.plan import RunPlan, make, write_manifest
+from ivcp_eval.runs.planning.spec import check, load
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.runs.store.state import mark, shard
 from tests.runs.sweep.conftest import Bench
 
 
-def hashes(plan: SweepPlan) -> list[str]:
-    return [cell.identity.hash for _, _, cell in plan.scored()]
+def hashes(plan: RunPlan) -> list[str]:
+    return [cell.identity.hash for _, _, cell in plan.cells()]
 
 
 @pytest.mark.parametrize("flash", [False, True])
 def test_a_login_node_plans_the_cells_of_a_gpu_node(bench: Bench, monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
     runs = bench.folder / "runs"
     assert not torch.cuda.is_available()
-    monkeypatch.setattr(session, "find_spec", lambda name: object() if flash and name == "flash_attn" else None)
-    planned = make(load(bench.spec), runs, "cuda", elsewhere=True)
-    placement = planned.models["tiny"].plan.placement
-    assert (placement.device, placement.dtype) == ("cuda", "bfloat16")
-    assert placement.attention == ("flash_attention_2" if flash else "sdpa")
+    monkeypatch.setattr(placement, "find_spec", lambda name: object() if flash and name == "flash_attn" else None)
+    planned = make(load(bench.spec), runs, "cuda", plan_only=True)
+    found = planned.models["tiny"].placement
+    assert (found.device, found.dtype) == ("cuda", "bfloat16")
+    assert found.attention == ("flash_attention_2" if flash else "sdpa")
     assert make(load(bench.spec), runs, "cuda").problems == [
         f"tiny: device 'cuda' was asked for, but torch {torch.__version__} sees no CUDA device here"
     ], "who answers must have it"
@@ -44,18 +42,18 @@ def test_a_login_node_plans_the_cells_of_a_gpu_node(bench: Bench, monkeypatch: p
 
 
 def test_full_size_models_are_planned_for_a_gpu(random_model: Path, bench: Bench) -> None:
-    asked = Request(Variant("qwen25"), data=("tiny_mcq",), model_path=str(random_model), runs=bench.folder / "runs")
-    with pytest.raises(ValueError, match="no CUDA device was found"):
-        make_plan(asked)
-    assert make_plan(Request(**{**vars(asked), "elsewhere": True})).placement.device == "cuda"
-    assert make_plan(Request(**{**vars(asked), "elsewhere": True, "device": "cpu"})).placement.device == "cpu"
+    raw = {"models": {"qwen25": str(random_model)}, "benchmarks": ["tiny_mcq"], "methods": [{"method": "none"}]}
+    spec, runs = check(raw, "full"), bench.folder / "runs"
+    assert "no CUDA device was found" in make(spec, runs).problems[0]
+    assert make(spec, runs, plan_only=True).models["qwen25"].placement.device == "cuda"
+    assert make(spec, runs, "cpu", plan_only=True).models["qwen25"].placement.device == "cpu"
 
 
 def test_answers_of_a_gpu_are_seen_and_scored_without_one(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.call("run", "--quiet") == 0
     here = make(load(bench.spec), bench.folder / "runs")
     there = bench.elsewhere(bench.folder.parent / "cluster")
-    plan = make(load(there.spec), there.folder / "runs", "cuda", elsewhere=True)
+    plan = make(load(there.spec), there.folder / "runs", "cuda", plan_only=True)
     write_manifest(plan)
     for unit, twin in zip(plan.units(), here.units(), strict=True):
         for cell, other in zip(unit.cells, twin.cells, strict=True):
@@ -66,7 +64,7 @@ def test_answers_of_a_gpu_are_seen_and_scored_without_one(bench: Bench, capsys: 
         mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
         mark(plan, unit).write_text(json.dumps({"samples": 3, "answered": 3, "failed": 0, "seconds": 1.0}))
 
-    assert Task(str(there.spec), str(there.folder / "runs"), "", False, "cuda")() == 10
+    assert Task(str(there.spec), str(there.folder / "runs"), "", "cuda")() == 10
     mine, theirs = read_results(there.csv), read_results(bench.csv)
     assert [(row["status"], row["device"], row["dtype"]) for row in mine] == [("ok", "Test GPU", "bfloat16")] * len(
         mine

@@ -20,7 +20,7 @@ import pytest
 
 from ivcp_eval.files import write_json
 from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.plan import SweepPlan, Unit, make
+from ivcp_eval.runs.planning.plan import RunPlan, Unit, make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.progress import display as progress
 from ivcp_eval.runs.progress import watch
@@ -41,7 +41,7 @@ class Clock:
 
 
 @pytest.fixture
-def plan(bench: Bench) -> SweepPlan:
+def plan(bench: Bench) -> RunPlan:
     return make(load(bench.spec), bench.folder / "runs")
 
 
@@ -54,7 +54,7 @@ def answer(unit: Unit, key: str, error: str = "", cells: int | None = None) -> N
             stream.write(json.dumps({"key": key, "error": error, **({} if error else tokens)}) + "\n")
 
 
-def finish(plan: SweepPlan, unit: Unit, answered: int, failed: int = 0) -> None:
+def finish(plan: RunPlan, unit: Unit, answered: int, failed: int = 0) -> None:
     mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
     write_json(mark(plan, unit), {"samples": 3, "answered": answered, "failed": failed, "seconds": 1.0})
 
@@ -63,7 +63,7 @@ def score(cell: Cell, status: str = "ok") -> None:
     write_json(cell.record, {"status": status, "reason": ""})
 
 
-def test_a_watch_counts_what_was_appended_by_anybody(plan: SweepPlan) -> None:
+def test_a_watch_counts_what_was_appended_by_anybody(plan: RunPlan) -> None:
     first, second = [unit for unit in plan.units() if unit.benchmark.name == "tiny_mcq"]
     answer(first, "before")
     clock = Clock()
@@ -119,7 +119,7 @@ def test_a_watch_counts_what_was_appended_by_anybody(plan: SweepPlan) -> None:
     assert (mcq.answered, mcq.failed, mcq.scored) == (4, 1, 4)
 
 
-def test_speed_is_that_of_the_last_while(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_that_of_the_last_while(plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "WINDOW_SAMPLES", 2)
     clock = Clock()
     seen = Watch(plan, clock)
@@ -137,7 +137,7 @@ def test_speed_is_that_of_the_last_while(plan: SweepPlan, monkeypatch: pytest.Mo
     assert f"{seen.rate:.2f} samples/s" in summary(seen)
 
 
-def test_a_new_worker_s_unit_that_is_over_between_two_looks_counts(plan: SweepPlan) -> None:
+def test_a_new_worker_s_unit_that_is_over_between_two_looks_counts(plan: RunPlan) -> None:
     clock = Clock()
     seen = Watch(plan, clock)
     unit = plan.units()[0]
@@ -148,7 +148,7 @@ def test_a_new_worker_s_unit_that_is_over_between_two_looks_counts(plan: SweepPl
     assert seen.rate == pytest.approx(3 / 5)
 
 
-def test_the_words(plan: SweepPlan) -> None:
+def test_the_words(plan: RunPlan) -> None:
     clock = Clock()
     seen = Watch(plan, clock)
     unit = plan.units()[0]
@@ -168,7 +168,7 @@ def test_the_words(plan: SweepPlan) -> None:
 
 
 def test_silence_and_plain_lines_in_this_process(
-    plan: SweepPlan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "LOOK_S", 0.01)
     with Progress(plan, quiet=True) as silent:

@@ -54,10 +54,10 @@ def test_cells_are_those_of_single_runs_and_are_reused(
         mine = read_samples(bench.csv.parent / twin["predictions"])
         assert mine == read_samples(fresh.csv.parent / row["predictions"]), "the same answers as one by one"
 
-    before = bench.results()
+    before, n = bench.results(), len(calls)
     bench.spec.write_text(bench.spec.read_text().replace("shard: 3", "shard: 2"))
     assert bench.call("run", "--quiet") == 0
-    assert len(calls) == 10, "other shards, the same cells: nothing runs again"
+    assert len(calls) == n, "other shards, the same cells: nothing runs again"
     assert bench.results() == before
     assert bench.call("results") == 0
     assert bench.results() == before

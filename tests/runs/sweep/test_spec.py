@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ivcp_eval import benchmarks
+from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.spec import SpecError, load
 
 ROOT = Path(__file__).parents[3] / "sweeps"
@@ -49,7 +50,7 @@ def test_a_file_that_is_not_there_is_refused_with_what_there_is(tmp_path: Path) 
 def test_expansion(tmp_path: Path) -> None:
     spec = load(write(tmp_path, GOOD))
     assert spec.name == "my"
-    assert spec.options == {"limit": 10}
+    assert spec.options == Options(limit=10)
     cells = [(v.model, v.method, v.ratio, v.parameters.get("layer"), v.seed, b) for v, b in spec.cells]
     assert len(cells) == len(set(cells)) == 4 + (2 * 2 * 2 + 2 * 2) + 2
     assert cells[:4] == [(m, "none", 1.0, None, 0, b) for m in ("qwen25", "llava15") for b in ("POPE", "MMStar")]

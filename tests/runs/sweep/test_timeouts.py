@@ -18,7 +18,8 @@ from ivcp_eval.interface import failures, models
 from ivcp_eval.interface.failures import AnswerTimeout, deadline, steps
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import read_results
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.store.journal import Journal
 from tests.engine import tiny_models
 from tests.runs.e2e.conftest import Lab

@@ -168,7 +168,7 @@ def test_a_slurm_task_without_a_gpu_is_requeued_but_not_for_ever(
     requeued: list[int] = []
     monkeypatch.setattr(work, "work", lost)
     monkeypatch.setattr(slurm, "requeue", lambda: requeued.append(1))
-    task = slurm.Task(str(bench.spec), str(bench.folder / "runs"), "tiny", None, "cpu")
+    task = slurm.Task(str(bench.spec), str(bench.folder / "runs"), "tiny", "cpu")
     for restart in (0, slurm.MOST_RESTARTS - 1, slurm.MOST_RESTARTS):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         with pytest.raises(DeviceLost, match="unspecified launch failure"):
@@ -211,7 +211,7 @@ def test_a_model_that_cannot_be_loaded_ends_no_worker(
         assert "10 cells of small have no record yet" in out
         assert bench.call("work", "--quiet") == 1
         with pytest.raises(RuntimeError, match="tiny could not be loaded"):
-            slurm.Task(str(bench.spec), str(bench.folder / "runs"), "tiny", None, "cpu")()
+            slurm.Task(str(bench.spec), str(bench.folder / "runs"), "tiny", "cpu")()
     assert bench.call("run", "--quiet") == 0
 
 

@@ -23,7 +23,8 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.build_benchmarks import build
 from ivcp_eval.lab.tiny.evaluate import Question, is_right, read_benchmark
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.placement import Limits, Placement
 
 RATIOS = (0.5, 0.25)
 TASKS = ("tiny_grounding.tsv", "tiny_short.tsv")

@@ -1,0 +1,79 @@
+"""A benchmark's file on this machine: where it is, its checksum and rows. Only `fetch_missing` asks the network."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ivcp_eval import benchmarks
+from ivcp_eval.benchmarks import Benchmark, DataMissing
+from ivcp_eval.files import file_digest, remembered
+from ivcp_eval.vlmeval_bridge.environment import data_root
+
+
+def find(name: str) -> Benchmark:
+    """The declared benchmark of this name, or VLMEvalKit's own data set."""
+    return benchmarks.load(name) if name in benchmarks.names() else benchmarks.undeclared(name)
+
+
+def path_of(benchmark: Benchmark) -> Path:
+    """Where the file is or belongs: beside its data file, or in VLMEvalKit's data root."""
+    return benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
+
+
+def digest(benchmark: Benchmark) -> str:
+    """SHA-256 of the benchmark's file.
+
+    Raises:
+        DataMissing: it is not here. ValueError: it is not the file that the declaration names.
+    """
+    path = path_of(benchmark)
+    if not path.is_file():
+        raise DataMissing(
+            f"benchmark {benchmark.name!r}: the data is not here. Put {path.name} into {path.parent} (set LMUData to "
+            f"use another folder), or fetch it: `ivcp data prepare {benchmark.name}`. {benchmark.source}".rstrip()
+        )
+    found = remembered(path, "sha256", file_digest)
+    if benchmark.sha256 and found != benchmark.sha256:
+        raise ValueError(
+            f"{path.name} has checksum {found[:12]}..., its data file says {benchmark.sha256[:12]}...: the file was "
+            "changed or cut short. Restore it (git checkout), or correct sha256 if the change is meant."
+        )
+    return found
+
+
+def rows(benchmark: Benchmark, limit: int | None) -> int:
+    """Rows of a benchmark's file, which is here, up to ``limit``."""
+    n = remembered(path_of(benchmark), "rows", _count)
+    return min(n, limit) if limit else n
+
+
+def _count(path: Path) -> int:
+    before = csv.field_size_limit(2**31 - 1)  # pictures are cells, and the limit is the process's
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            return sum(1 for _ in csv.reader(stream, delimiter="\t")) - 1
+    finally:
+        csv.field_size_limit(before)
+
+
+def fetch_missing(names: Iterable[str], say: Callable[[str], None]) -> None:
+    """Have VLMEvalKit fetch the files that are not here; why one cannot be had is said, and is for the plan to report.
+
+    A file that is here is never replaced.
+    """
+    missing = [benchmark for benchmark in map(find, dict.fromkeys(names)) if not path_of(benchmark).is_file()]
+    if not missing:
+        return
+    from ivcp_eval.vlmeval_bridge import register
+
+    register()
+    from ivcp_eval.vlmeval_bridge.evaluate import build  # not before VLMEvalKit was imported as `register` does it
+
+    for benchmark in missing:
+        say(f"{benchmark.name}: {path_of(benchmark)} is not here; asking VLMEvalKit for it")
+        try:
+            build(benchmark, None)
+        except (DataMissing, ValueError, OSError) as error:
+            say(str(error))

@@ -1,0 +1,127 @@
+"""How a run is made: one field for each key of a sweep file that is also a flag of ``ivcp eval``. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["TIMED_SAMPLES", "Options", "add_flags", "check", "given_flags"]
+
+TIMED_SAMPLES = 16
+_DTYPES = ("float32", "bfloat16", "float16")
+_ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+
+def _option(default: Any, kind: type, help: str, **more: Any) -> Any:  # noqa: A002 (argparse's word)
+    """A field; ``more`` holds ``choices``, ``metavar``, or ``low``, the smallest number allowed (default: above 0)."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **more})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a run. Empty text and None are to be found: by the checkpoint, the family, or the machine."""
+
+    limit: int | None = _option(None, int, "only the first N rows of each benchmark", metavar="N")
+    judge: str = _option(
+        "", str, "judge model, or exact_matching; default: gpt-4o where a benchmark needs a judge", metavar="NAME"
+    )
+    judge_url: str = _option(
+        "", str, "the judge's OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, else OpenAI's)", metavar="URL"
+    )
+    device: str = _option("", str, "cuda, cuda:1, cpu, or auto for all GPUs; default: cuda if there is one")
+    dtype: str = _option("", str, "default: bfloat16 on a GPU, float32 on a CPU", choices=_DTYPES)
+    attention: str = _option("", str, "default: the fastest installed", choices=_ATTENTIONS)
+    min_pixels: int | None = _option(None, int, "default: the family's published limit", metavar="N")
+    max_pixels: int | None = _option(None, int, "default: the family's published limit", metavar="N")
+    max_new_tokens: int | None = _option(None, int, "default: the family's published limit", metavar="N")
+    batch: int | None = _option(
+        None, int, "samples of about equal length answered together (default: as many as fit, at most 4 on a CPU)"
+    )
+    exact: bool = _option(
+        False, bool, "one variant and one sample at a time; answers made together are made again (for half precision)"
+    )
+    timing: int = _option(
+        TIMED_SAMPLES, int, "samples of each benchmark that are timed under every variant once it is answered; 0: "
+        "none, and no dates either, so that equal runs are equal bytes (default: %(default)s)", metavar="N", low=0,
+    )  # fmt: skip
+    timeout: float | None = _option(
+        None, float, "seconds that one answer may take; a late one is an error of its sample, which --retry-failed "
+        "tries again (default: no limit but --max-new-tokens)", metavar="S",
+    )  # fmt: skip
+    shard: int = _option(200, int, "rows that a worker takes at once", metavar="N")
+    trust_remote_code: bool = _option(False, bool, "allow a checkpoint's own code to run")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) != field.default:
+                check(field.name, getattr(self, field.name))
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+_WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+
+
+def check(name: str, value: Any) -> Any:
+    """The value of one option, if it may be; ``timing`` also takes true and false.
+
+    Raises:
+        ValueError: what is allowed.
+    """
+    meta = _FIELDS[name].metadata
+    kind: type = meta["kind"]
+    if name == "timing" and isinstance(value, bool):
+        return TIMED_SAMPLES if value else 0
+    choices = meta.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    words = _WORDS[kind]
+    if kind in (int, float):
+        low = meta.get("low")
+        words += " above 0" if low is None else f" of at least {low}"
+        fits = fits and math.isfinite(value) and (value > 0 if low is None else value >= low)
+    if not fits:
+        raise ValueError(f"{name} must be {words}, got {value!r}")
+    return value
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(_FIELDS), default: str = "") -> None:
+    """Add ``--limit`` and the like; a flag that is not given is None, so that a file's own value stands.
+
+    Args:
+        default: what stands for a default in the help, where it is not the field's own.
+    """
+    for name in names:
+        field = _FIELDS[name]
+        meta = field.metadata
+        text = meta["help"].replace("%(default)s", default or str(field.default))
+        flag = "--" + name.replace("_", "-")
+        if meta["kind"] is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            shown = meta.get("metavar") or ("{" + ",".join(meta["choices"]) + "}" if "choices" in meta else None)
+            parser.add_argument(flag, type=_parsed(name, meta["kind"]), metavar=shown, help=text)
+        if name == "timing":
+            parser.add_argument("--no-timing", dest="timing", action="store_const", const=0, help="as --timing 0")
+
+
+def _parsed(name: str, kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return check(name, kind(text) if kind in (int, float) else text)
+        except ValueError as error:
+            reason = str(error) if str(error).startswith(name) else f"{text!r} is not {_WORDS[kind]}"
+            raise argparse.ArgumentTypeError(reason) from None
+
+    return parse
+
+
+def given_flags(args: argparse.Namespace, names: Collection[str] = tuple(_FIELDS)) -> Mapping[str, Any]:
+    """The options that a command line gave."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}

@@ -44,12 +44,6 @@ class Adapter(AbstractTransformersAdapter):
     min_pixels: ClassVar[int | None] = 4 * 28 * 28
     max_pixels: ClassVar[int | None] = 16384 * 28 * 28
 
-    def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """As the base class; videos are refused rather than counted as text."""
-        if inputs.get("pixel_values_videos") is not None:
-            raise ValueError("got a video; only images can be pruned. Pass images, or leave the prune block.")
-        return super().image_mask(model, inputs)
-
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """Runs of <|image_pad|>; ``image_grid_thw`` lists the images of the whole batch in the same order.
 

@@ -14,6 +14,7 @@ import torch
 
 from ivcp_eval.engine import prune, resolve
 from ivcp_eval.engine.join import claim, join
+from ivcp_eval.engine.names import spelling, spellings
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.trunk import Branch, End, Joined, Trunk
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Signal
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "fork"]
 
 #: Options of `generate` whose meaning for one row depends on the others or on chance.
-REFUSED = ("num_beams", "num_return_sequences", "stopping_criteria", "stop_strings", "streamer", "past_key_values")
+REFUSED = ("num_beams", "num_return_sequences", "stopping_criteria", "stop_strings", "streamer", *spellings("cache"))
 #: Part of the free memory that variants may take; the rest is for activations and fragments.
 SHARE = 0.7
 
@@ -205,7 +206,7 @@ def _pass(
     prompt = {
         "input_ids": ids.repeat_interleave(len(plans), dim=0),
         "attention_mask": (torch.ones_like(ids) if mask is None else mask).repeat_interleave(len(plans), dim=0),
-        "past_key_values": claim(layers, length - 1),
+        spelling("cache"): claim(layers, length - 1),
     }
     positions = trunk.position_ids
     if positions is not None and positions.ndim == 3 and ids.shape[0] > 1:

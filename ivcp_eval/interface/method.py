@@ -215,15 +215,31 @@ class Selection:
         merge: optional (K, V) weights, dense or sparse (`ivcp_eval.ops.sparse_weights`); survivor i continues as
             ``merge[i] @ hidden[visual]`` (float32, then cast).
         exact: False if the method's own rule overrides the budget (a released rule without one).
+        nonfinite: how many scores of visual tokens were NaN or infinite; counted into `Run.nonfinite_scores`.
     """
 
     keep: Tensor
     merge: Tensor | None = None
     exact: bool = True
+    nonfinite: int = 0
 
     def check(self, signals: Signals, method: str) -> None:
-        """Raise ValueError if indices are not strictly increasing, leave 0..V-1, or miss the budget."""
+        """Raise ValueError if indices are not strictly increasing, leave 0..V-1, or miss the budget.
+
+        Raises:
+            TypeError: ``keep`` or ``merge`` are no tensors, or ``keep`` holds no whole numbers.
+        """
+        import torch
+
         keep = self.keep
+        check_type(keep, torch.Tensor, method, "Selection.keep", "an int64 tensor of indices")
+        if keep.dtype == torch.bool or keep.is_floating_point() or keep.is_complex():
+            raise TypeError(
+                f"method {method!r}: Selection.keep is a {keep.dtype} tensor, expected int64 indices "
+                "(of a mask: `mask.nonzero().flatten()`)"
+            )
+        if self.merge is not None:
+            check_type(self.merge, torch.Tensor, method, "Selection.merge", "a tensor of weights (K, V), or None")
         if keep.ndim != 1 or (keep.numel() and not bool((keep[1:] > keep[:-1]).all())):
             raise ValueError(f"method {method!r} returned indices that are not a strictly increasing vector: {keep}")
         if keep.numel() and (int(keep[0]) < 0 or int(keep[-1]) >= signals.n_visual):
@@ -235,6 +251,16 @@ class Selection:
                 f"method {method!r} returned merge weights {tuple(self.merge.shape)}, "
                 f"expected {(keep.numel(), signals.n_visual)}"
             )
+
+
+def check_type(value: object, wanted: type, method: str, where: str, words: str = "") -> None:
+    """Raise TypeError unless ``value``, which a method returned from ``where``, is of the type that is ``wanted``."""
+    if not isinstance(value, wanted):
+        kind = type(value)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        shown = "None" if value is None else f"a {name}"
+        words = words or f"a {wanted.__name__}"
+        raise TypeError(f"method {method!r}: `{where}` gave {shown}, expected {words}")
 
 
 class AbstractMethod(ABC):
@@ -285,12 +311,17 @@ class AbstractScorer(AbstractMethod):
 
     def select(self, signals: Signals) -> Selection:
         """Keep the ``budget`` best-scored tokens of each image."""
+        import torch
+
         from ivcp_eval.ops import top_of_each_image
+        from ivcp_eval.registry import method_name
 
         score = self.score(signals)
+        check_type(score, torch.Tensor, method_name(self), "score", "a torch tensor (V,), one number per visual token")
         if tuple(score.shape) != (signals.n_visual,):
             raise ValueError(
                 f"`score` returned shape {tuple(score.shape)}, expected ({signals.n_visual},): one number per visual "
                 "token, as in signals.hidden[signals.visual]"
             )
-        return Selection(top_of_each_image(score, signals.images))
+        nonfinite = int((~torch.isfinite(score)).sum())
+        return Selection(top_of_each_image(score, signals.images), nonfinite=nonfinite)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.refusals import refuse_labels, unwrapped
 from ivcp_eval.engine.run import Run
+from ivcp_eval.engine.selftest import self_test
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported
 from ivcp_eval.registry import adapter as load_adapter
 from ivcp_eval.registry import family_of, make_method, method_name
@@ -76,6 +77,8 @@ def prune(
     if ratio is REQUIRED:
         ratio = _without_ratio(method)
     adapter, family, method, name, cuts = resolve(model, method, ratio, family, parameters)
+    if cuts or (ratio < 1 and method.needs & {"cached_key", "step"}):
+        self_test(model, adapter, family)
     options = {"grid": grid, "tiles": tiles, "padding": None if padding is None else tuple(int(p) for p in padding)}
     engine = Engine(
         model=model,

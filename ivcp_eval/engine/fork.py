@@ -16,6 +16,7 @@ from ivcp_eval.engine import prune, resolve
 from ivcp_eval.engine.join import claim, join
 from ivcp_eval.engine.names import spelling, spellings
 from ivcp_eval.engine.run import Run
+from ivcp_eval.engine.selftest import self_test
 from ivcp_eval.engine.trunk import Branch, End, Joined, Trunk
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Signal
 from ivcp_eval.variants import Variant
@@ -100,6 +101,8 @@ def fork(
     """
     plans = [_plan(model, variant, family) for variant in variants]
     _check(plans, options)
+    if any(plan.cuts for plan in plans):
+        self_test(model, plans[0].adapter, plans[0].family)
     layout = dict(layout or {})
     # Variants that remove nothing are the trunk: one row answers for all of them.
     plain = [i for i, plan in enumerate(plans) if not plan.cuts and not plan.alone]

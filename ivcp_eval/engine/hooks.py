@@ -78,7 +78,7 @@ class Engine:
         self._position_ids: Tensor | None = None
         self._rotating = False
         self._pruned_last = False  # whether the last prompt was pruned into a cache
-        self._continued = self._stray = 0  # forwards of one token after such a prompt, on its cache or not
+        self.continued = self._stray = 0  # forwards of one token after such a prompt, on its cache or not
 
     # -- life cycle ---------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Engine:
 
     def warn_if_unhooked(self) -> None:
         """At the end of a block: say so if decoding after a pruned prompt was never recognised as such."""
-        if self._stray and not self._continued:
+        if self._stray and not self.continued:
             warnings.warn(
                 f"{self._stray} decoding steps followed a pruned prompt, none of them on its cache as pruning knows "
                 "it. If they continued that prompt, their logits are wrong: see that the cache which the prefill "
@@ -190,7 +190,7 @@ class Engine:
                 )
             if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
                 self._pass = Continuation(cache, mask)
-                self._continued += 1
+                self.continued += 1
             else:
                 self._stray += self._pruned_last
             return

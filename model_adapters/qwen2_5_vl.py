@@ -25,6 +25,7 @@ class Adapter(AbstractTransformersAdapter):
     """Wiring of Qwen2.5-VL."""
 
     model_types = ("qwen2_5_vl",)
+    position_axes = 3
     closing_tokens = 1  # <|vision_end|>
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint(

@@ -1,8 +1,9 @@
 """A trial of the hooks on the first two layers of a decoder, once per model class in a process.
 
-`names.check_names` knows whether forwards *take* what the hooks replace; the trial knows whether they use it. Ten tokens
-are pruned and continued by one; what comes out must be what the same layers, unhooked, make of the tokens that are
-kept. It runs on copies of the modules' shells (weights are shared), so hooks of other code neither run nor are seen.
+`names.check_names` knows whether forwards *take* what the hooks replace; the trial knows whether they use it. Ten
+tokens are pruned and continued by one; what comes out must be what the same layers, unhooked, make of the tokens that
+are kept. It runs on copies of the modules' shells (weights are shared), so hooks of other code neither run nor are
+seen.
 """
 
 from __future__ import annotations

@@ -40,6 +40,14 @@ class ModelFacts:
     family: str  # file name of the adapter
     n_layers: int  # decoder layers
     first_cut: int = 0  # lowest layer whose input may be cut (Qwen3-VL adds visual features to its first layers)
+    position_axes: int = 1  # of a token's position: 3 for M-RoPE
+
+    def renumbers(self, asked: bool | None) -> bool:
+        """Whether survivors are numbered anew: as asked, None being the way of released LLaVA code and its ports.
+
+        LLaVA code numbers 0..n-1 whatever is left; on M-RoPE the ports keep the position of every survivor.
+        """
+        return self.position_axes == 1 if asked is None else asked
 
 
 @dataclass(frozen=True)
@@ -273,6 +281,13 @@ class AbstractMethod(ABC):
     faithfulness: ClassVar[Faithfulness] = "variant"
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
+    released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
+
+    @property
+    def label(self) -> Faithfulness:
+        """`faithfulness` with these parameters: a value that was never released makes the method a variant."""
+        departs = any(getattr(self, name) not in values for name, values in self.released.items())
+        return "variant" if departs else self.faithfulness
 
     @abstractmethod
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:

@@ -173,7 +173,7 @@ def test_a_fork_with_a_method_that_writes_gives_no_answer(mode: Any) -> None:
     with mode():
         before = fork(PLAIN.model, variants, inputs, max_new_tokens=2)
         object.__setattr__(variants[0], "method", Careless(writing("hidden"), layer=1))
-        with pytest.raises(ValueError, match="'careless' wrote into signals.hidden"):
+        with pytest.raises(ValueError, match=r"'careless' wrote into signals\.hidden"):
             fork(PLAIN.model, variants, inputs, max_new_tokens=2)
         object.__setattr__(variants[0], "method", "uniform")
         after = fork(PLAIN.model, variants, inputs, max_new_tokens=2)

@@ -15,7 +15,7 @@ OPTIONS = $(if $(BUDGET),--budget $(BUDGET)) \
           $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) \
           $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(ARGS)
 
-.PHONY: setup eval sweep results compare list bench test check format smoke clean
+.PHONY: setup eval sweep results compare list bench test test-transformers check format smoke clean
 .DEFAULT_GOAL := eval
 
 setup: $(READY)
@@ -57,6 +57,17 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--ignore tests/runs/sweep/test_slurm.py)
 	$(if $(ARGS),,$(BIN)/python -m pytest tests/runs/sweep/test_slurm.py)  # alone: it measures a scheduler's timing
 
+# The hooks on another transformers: VERSION=5.14.1 | newest. Its venv lies over .venv and holds what differs.
+VERSION ?= newest
+OTHER   := .venv-transformers-$(VERSION)
+SOME    := not test_contract or -none- or -ivc_prune- or -fastv- or -visionzip- or -toy_stages_mixed-
+test-transformers: $(READY)
+	[ -x $(OTHER)/bin/pip ] || $(BIN)/python -m venv $(OTHER)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(OTHER)/lib/python*/site-packages)/base.pth"
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --upgrade transformers$(if $(filter-out newest,$(VERSION)),==$(VERSION)) 2>&1 | grep -v ' requires ' || true
+	$(OTHER)/bin/python -c 'import transformers as t; v = "$(VERSION)"; print("transformers", t.__version__); assert v in ("newest", t.__version__)'
+	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/oracle tests/contract --ignore tests/engine/contract/test_mutations.py $(if $(ARGS),$(ARGS),-k "$(SOME)")
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -70,4 +81,4 @@ smoke: $(READY)
 	@$(BIN)/ivcp eval --limit 4
 
 clean:
-	rm -rf $(VENV) results/runs results/cache results/eval results/sweeps
+	rm -rf $(VENV) $(VENV)-* results/runs results/cache results/eval results/sweeps

@@ -28,12 +28,6 @@ class Adapter(LlavaNextAdapter):
         Checkpoint("llava_ov_72b", "llava-hf/llava-onevision-qwen2-72b-ov-hf"),
     )
 
-    def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """As the base class; videos are refused rather than counted as text."""
-        if inputs.get("pixel_values_videos") is not None:
-            raise ValueError("got a video; only images can be pruned. Pass images, or leave the prune block.")
-        return super().image_mask(model, inputs)
-
     def views(self, config: Any, inputs: Mapping[str, Any]) -> list[Views]:
         """As LLaVA-NeXT, the tiled view shrunk to at most N tiles' worth of tokens (``anyres_max_N``).
 

@@ -25,6 +25,7 @@ class Adapter(AbstractTransformersAdapter):
     """Wiring of Qwen2.5-VL."""
 
     model_types = ("qwen2_5_vl",)
+    position_axes = 3
     closing_tokens = 1  # <|vision_end|>
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint(
@@ -43,12 +44,6 @@ class Adapter(AbstractTransformersAdapter):
     # The limits of the released grounding configuration (config.py:1112-1134 of the reference below).
     min_pixels: ClassVar[int | None] = 4 * 28 * 28
     max_pixels: ClassVar[int | None] = 16384 * 28 * 28
-
-    def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """As the base class; videos are refused rather than counted as text."""
-        if inputs.get("pixel_values_videos") is not None:
-            raise ValueError("got a video; only images can be pruned. Pass images, or leave the prune block.")
-        return super().image_mask(model, inputs)
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """Runs of <|image_pad|>; ``image_grid_thw`` lists the images of the whole batch in the same order.

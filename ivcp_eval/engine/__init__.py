@@ -8,13 +8,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.engine.hooks import Engine
+from ivcp_eval.engine.refusals import refuse_labels, unwrapped
 from ivcp_eval.engine.run import Run
+from ivcp_eval.engine.selftest import self_test
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported
 from ivcp_eval.interface.registry import adapter as load_adapter
 from ivcp_eval.interface.registry import family_of, make_method, method_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+REQUIRED: Any = object()
+"""No ratio was given."""
 
 __all__ = ["Run", "check_ratio", "prune", "resolve"]
 
@@ -23,7 +28,7 @@ __all__ = ["Run", "check_ratio", "prune", "resolve"]
 def prune(
     model: nn.Module,
     method: str | AbstractMethod,
-    ratio: float = 1.0,
+    ratio: float = REQUIRED,
     *,
     family: str | None = None,
     image_mask: Tensor | None = None,
@@ -43,10 +48,11 @@ def prune(
     the padding, which attention does not feel, but IVC-Prune reads positions.
 
     Args:
-        model: a stock transformers model of a supported family, in eval mode.
+        model: a stock transformers model of a supported family, in eval mode; also inside a PEFT wrapper whose
+            adapters sit in its layers.
         method: registered name (see ``ivcp list``) or a method instance.
         ratio: share of each image's visual tokens alive after the last cut, in (0, 1]; ``round(ratio * N)``, at
-            least 1.
+            least 1. Only the method ``none`` does without.
         family: adapter name; found from ``model.config.model_type`` if not given.
         image_mask: (B, S) bool, the visual tokens of the prompt, for models that get ``inputs_embeds`` or language
             models alone. Overrides what the adapter finds.
@@ -60,13 +66,19 @@ def prune(
 
     Raises:
         Unsupported: the method cannot run on the family, with the reason.
-        ValueError: unknown method, parameter or model family, ratio outside (0, 1], a layer the model has not, or
-            (inside the block) something unsupported: static or quantised caches, training, labels, torch.compile,
-            videos, a new image on a filled cache.
+        ValueError: unknown method, parameter or model family, no ratio or one outside (0, 1], a layer the model has
+            not, a transformers release that the hooks do not fit, a model inside ``nn.DataParallel``, or (inside the
+            block) something unsupported: static, offloaded or quantised caches, training, labels, torch.compile,
+            videos, chunked prefill, a new image on a filled cache.
     """
     if not isinstance(method, str) and parameters:
         raise ValueError(f"parameters {sorted(parameters)} were given beside a ready method; set them on the method")
+    wrapper, model = model, unwrapped(model)
+    if ratio is REQUIRED:
+        ratio = _without_ratio(method)
     adapter, family, method, name, cuts = resolve(model, method, ratio, family, parameters)
+    if cuts or (ratio < 1 and method.needs & {"cached_key", "step"}):
+        self_test(model, adapter, family)
     options = {"grid": grid, "tiles": tiles, "padding": None if padding is None else tuple(int(p) for p in padding)}
     engine = Engine(
         model=model,
@@ -79,11 +91,25 @@ def prune(
         span_options={key: value for key, value in options.items() if value is not None},
         seed=seed,
     )
+    labels = wrapper.register_forward_pre_hook(refuse_labels, with_kwargs=True) if wrapper is not model else None
     try:
         engine.attach()
         yield engine.run
+        engine.warn_if_unhooked()
     finally:
         engine.detach()
+        if labels is not None:
+            labels.remove()
+
+
+def _without_ratio(method: str | AbstractMethod) -> float:
+    name = method if isinstance(method, str) else method_name(method)
+    if name == "none":
+        return 1.0
+    raise ValueError(
+        f"prune(model, {name!r}) got no ratio: name the share of visual tokens to keep, in (0, 1], as in "
+        f"prune(model, {name!r}, 0.5); an unpruned run is prune(model, 'none')"
+    )
 
 
 def resolve(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Record:
         padded: whether any slot is padding, known on the host.
         shift: (B, 1) int64 or None: how far decode positions move down where the survivors were re-numbered.
         steps: for a method that masks single decode steps, else None.
+        plain: whether stock code alone continues rightly: one record for all layers, no padding, no shift, no masks.
     """
 
     columns: Tensor
@@ -44,6 +45,7 @@ class Record:
     padded: bool
     shift: Tensor | None = None
     steps: StepState | None = None
+    plain: bool = False
 
     def key_columns(self, length: int) -> Tensor:
         """(B, length) prompt column of every slot; slots after the prompt continue at ``prompt_length``."""
@@ -61,7 +63,7 @@ class Record:
             raise ValueError("a method that masks decode steps cannot follow rows that move; use num_beams=1")
         indices = indices.to(self.columns.device)
         shift = None if self.shift is None else self.shift[indices]
-        return Record(self.columns[indices], self.prompt_length, self.padded, shift, self.steps)
+        return replace(self, columns=self.columns[indices], shift=shift)
 
 
 class PrunedLayer(DynamicLayer):
@@ -76,6 +78,23 @@ class PrunedLayer(DynamicLayer):
         self.dtype, self.device = layer.keys.dtype, layer.keys.device
         self.is_initialized = True
         self.record = record
+        self.masked = False  # whether a prune block made the mask of the forward that is running
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values.
+
+        Raises:
+            ValueError: outside of a prune block, where stock code would see padding, or this layer's slots as if they
+                were those of the first layer.
+        """
+        if not (self.masked or self.record.plain):
+            raise ValueError(
+                "this cache was pruned inside a prune block, and its rows or layers hold different numbers of tokens "
+                "(or renumbered ones), which only a prune block can mask: continue inside one (any method and ratio)"
+            )
+        self.masked = False
+        states: tuple[Tensor, Tensor] = super().update(*args, **kwargs)
+        return states
 
     @property
     def dropped(self) -> int:

@@ -30,6 +30,7 @@ class Continuation:
 
         Layers that share a record share the mask, unless this one attends to some slots only (``attended`` (B, m)).
         """
+        layer.masked = True
         length = layer.keys.shape[-2] + hidden.shape[1]
         if attended is not None and not bool(attended.all()):
             columns = layer.record.key_columns(length).to(hidden.device)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-SEQUENCE = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
-CONTINUES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict")
+from ivcp_eval.engine.names import SEQUENCE, read, spellings
+
+CONTINUES = ("input_ids", "attention_mask", "position_ids", *spellings("cache"), "use_cache", "return_dict")
 
 
 def drafted(kwargs: Mapping[str, Any]) -> int:
@@ -21,7 +22,7 @@ def drafted(kwargs: Mapping[str, Any]) -> int:
 
     A bare forward without a cache never has any, whatever logits it asks for.
     """
-    cache, wanted = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+    cache, wanted = read(kwargs, "cache"), read(kwargs, "logits_to_keep")
     if cache is None or not isinstance(wanted, int) or wanted < 2 or cache.get_seq_length() > 0:
         return 0
     return wanted - 1
@@ -44,7 +45,7 @@ class Drafts:
 
     def _before(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         n = 0 if self._splitting else drafted(kwargs)
-        if not n or kwargs.get("input_ids") is None or not self.has_images(kwargs):
+        if not n or read(kwargs, "input_ids") is None or not self.has_images(kwargs):
             return None
         prompt = {key: value[..., :-n] if _is(key, value) else value for key, value in kwargs.items()}
         self._splitting = True

@@ -10,6 +10,7 @@ needed: docs/design/engine.md.
 from __future__ import annotations
 
 import functools
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,14 +23,23 @@ from ivcp_eval.engine.capture import capture
 from ivcp_eval.engine.continuation import Continuation
 from ivcp_eval.engine.drafts import Drafts
 from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
+from ivcp_eval.engine.guard import Untouched
 from ivcp_eval.engine.keys import KeyEditor
+from ivcp_eval.engine.names import check_names, output_cache, read, write
 from ivcp_eval.engine.prefill import LayerSlots, Prefill
-from ivcp_eval.engine.refusals import refuse_compiled, refuse_labels, refuse_unsupported
+from ivcp_eval.engine.refusals import (
+    refuse_chunks,
+    refuse_compiled,
+    refuse_labels,
+    refuse_unsupported,
+    refuse_videos,
+)
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals import SignalSource
 from ivcp_eval.engine.steps import Before, StepMasks
-from ivcp_eval.engine.vision import VisionListener
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Selection
+from ivcp_eval.engine.turns import Turns
+from ivcp_eval.engine.vision import MethodHook, VisionListener
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Selection, check_type
 from ivcp_eval.interface.ops import merged_states
 
 if TYPE_CHECKING:
@@ -60,12 +70,15 @@ class Engine:
         self.keys = KeyEditor(adapter, method, run.ratio) if edits else None
         masks = "step" in method.needs and run.ratio < 1
         self.steps = StepMasks(adapter, method, run.method, run.ratio) if masks else None
+        self._turns = Turns([model, adapter.multimodal_model(model), self.text_model])
         self._handles: list[Any] = []
         self._image_mask: Tensor | None = None
         self._inputs: dict[str, Any] = {}
         self._pass: Prefill | Continuation | None = None
         self._position_ids: Tensor | None = None
         self._rotating = False
+        self._pruned_last = False  # whether the last prompt was pruned into a cache
+        self.continued = self._stray = 0  # forwards of one token after such a prompt, on its cache or not
 
     # -- life cycle ---------------------------------------------------------------------------------------------
 
@@ -73,18 +86,23 @@ class Engine:
         """Register every hook.
 
         Raises:
-            ValueError: the model is inside another prune block, or compiled (compiled code ignores later hooks).
+            ValueError: the model is inside another prune block, compiled (compiled code ignores later hooks), or of a
+                transformers release whose forwards do not take what the hooks read.
         """
         # The hooks themselves are the only mark, so that none can be left behind.
         hooks = self.text_model._forward_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in hooks):
             raise ValueError("the model is already inside a prune block; leave that block before entering another")
         refuse_compiled(self.model)
+        check_names(self.model, self.text_model)
         before = functools.partial(torch.nn.Module.register_forward_pre_hook, with_kwargs=True)
         keep = self._handles.append
+        self._handles += self._turns.open()
         keep(before(self.model, refuse_labels))
         if self.cuts or self.keys is not None or self.steps is not None:
             self._handles += Drafts(self.model, self._has_images).attach()
+            if hasattr(self.model, "generate"):
+                keep(MethodHook(self.model, "generate", before=refuse_chunks))
         keep(before(self.adapter.multimodal_model(self.model), self._before_model))
         keep(before(self.text_model, self._before_text_model))
         keep(before(self.text_model.rotary_emb, self._before_rotary))
@@ -102,6 +120,7 @@ class Engine:
                 after = functools.partial(self._after_attention, index)
                 keep(layer.self_attn.register_forward_hook(after, with_kwargs=True))
         keep(self.text_model.register_forward_hook(self._after_text_model, with_kwargs=True, always_call=True))
+        self._handles += self._turns.close()
 
     def detach(self) -> None:
         """Remove every hook and forget every tensor."""
@@ -109,6 +128,17 @@ class Engine:
             handle.remove()
         self._handles.clear()
         self._forget()
+        self._turns.end()
+
+    def warn_if_unhooked(self) -> None:
+        """At the end of a block: say so if decoding after a pruned prompt was never recognised as such."""
+        if self._stray and not self.continued:
+            warnings.warn(
+                f"{self._stray} decoding steps followed a pruned prompt, none of them on its cache as pruning knows "
+                "it. If they continued that prompt, their logits are wrong: see that the cache which the prefill "
+                "returned is passed on, and that transformers is a tested release.",
+                stacklevel=3,
+            )
 
     def _forget(self) -> None:
         self._pass, self._image_mask, self._position_ids, self._inputs = None, None, None, {}
@@ -133,23 +163,25 @@ class Engine:
         self._inputs = dict(kwargs)
         if args:
             self._inputs.setdefault("input_ids", args[0])
+        refuse_videos(self._inputs)
         self._image_mask = self.adapter.image_mask(self.model, self._inputs)
-        pixels = self._inputs.get("pixel_values") is not None
-        if self.cuts and pixels and self.given_mask is None and self._inputs.get("input_ids") is None:
+        pixels = read(self._inputs, "pixel_values") is not None
+        if self.cuts and pixels and self.given_mask is None and read(self._inputs, "input_ids") is None:
             raise ValueError("got pixel_values with inputs_embeds: pass input_ids, or prune(..., image_mask=...)")
-        encoded = self._inputs.get("mm_encoder_outputs") is not None
-        if self.vision is not None and self._inputs.get("pixel_values") is not None and not encoded:
+        encoded = read(self._inputs, "mm_encoder_outputs") is not None
+        if self.vision is not None and pixels and not encoded:
             self.vision.clear()  # the tower runs inside this forward
 
     def _before_text_model(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._pass = None
-        embeds = kwargs.get("inputs_embeds")
-        states = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        embeds, ids = read(kwargs, "inputs_embeds"), read(kwargs, "input_ids")
+        ids = args[0] if ids is None and args else ids
+        states = embeds if embeds is not None else ids
         if states is None:
             raise ValueError("pass input_ids or inputs_embeds")
         refuse_unsupported(self.text_model, kwargs)
         batch, length = states.shape[:2]
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = read(kwargs, "cache"), read(kwargs, "attention_mask")
         if cache is not None and cache.get_seq_length() > 0:
             if self._image_mask is not None and bool(self._image_mask.any()):
                 raise ValueError(
@@ -158,6 +190,9 @@ class Engine:
                 )
             if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
                 self._pass = Continuation(cache, mask)
+                self.continued += 1
+            else:
+                self._stray += self._pruned_last
             return
         valid = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
         if valid.shape != (batch, length):
@@ -165,6 +200,8 @@ class Engine:
         alive = Rows(tuple(row.nonzero().flatten() for row in valid))
         visual = self._visual_mask(batch, length).cpu() & valid
         spans = self.adapter.image_spans(self.model, visual, self._inputs) if bool(visual.any()) else []
+        self._stray += self._pruned_last and length == 1
+        self._pruned_last = self._pruned_last and length == 1
         self._start_record(visual, alive)
         if self.cuts and bool(visual[:, -1].any()):
             raise ValueError(
@@ -194,12 +231,14 @@ class Engine:
         run.visual_per_layer = [run.visual_prompt] * n_layers
         run.visual_cached = [run.visual_prompt] * n_layers
         run.prefills += 1
+        run.nonfinite_scores = [0] * visual.shape[0]
 
     # -- layers -------------------------------------------------------------------------------------------------
 
     def _before_rotary(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not self._rotating:
-            self._position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+            given = read(kwargs, "position_ids")
+            self._position_ids = args[1] if given is None else given
 
     def _before_layer(self, index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         state = self._pass
@@ -208,7 +247,7 @@ class Engine:
         if isinstance(state, Continuation):
             return args, self._continue_layer(state, index, args[0], kwargs)
         if state.cache is None:
-            state.cache = kwargs.get("past_key_values")
+            state.cache = read(kwargs, "cache")
             check_cache(state.cache)
             if state.cache is None and (self.keys is not None or self.steps is not None):
                 raise ValueError(
@@ -218,16 +257,12 @@ class Engine:
             args = (self._cut(state, self.cuts[index], args[0], kwargs), *args[1:])
         if not state.shorter:
             return None
-        return args, {
-            **kwargs,
-            "attention_mask": state.mask,
-            "position_embeddings": state.position_embeddings,
-            "position_ids": None,
-        }
+        embeddings = state.position_embeddings
+        return args, write(kwargs, attention_mask=state.mask, position_embeddings=embeddings, position_ids=None)
 
     def _cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if not state.shorter:
-            state.position_embeddings = kwargs["position_embeddings"]
+            state.position_embeddings = read(kwargs, "position_embeddings")
         assert self._position_ids is not None
         source = SignalSource(
             self.adapter,
@@ -277,13 +312,17 @@ class Engine:
         prompt_visual = state.image_mask[row].nonzero().flatten()
         among = torch.searchsorted(prompt_visual, alive[is_visual])
         vision = {name: signal[among.to(signal.device)].to(hidden.device) for name, signal in state.vision[row].items()}
-        signals = source.row(
-            row, alive, slots, is_visual, state.spans[row], vision, state.memory[row], self._row_seed(row, alive)
+        shown = Untouched(
+            source.row(
+                row, alive, slots, is_visual, state.spans[row], vision, state.memory[row], self._row_seed(row, alive)
+            )
         )
+        signals = shown.signals
         selection: Selection = self.method.select(signals)
-        if not isinstance(selection, Selection):
-            raise TypeError(f"method {self.run.method!r}: `select` returned {selection!r}, not a Selection")
+        shown.check(self.run.method)
+        check_type(selection, Selection, self.run.method, "select")
         selection.check(signals, self.run.method)
+        self.run.count_nonfinite(row, selection.nonfinite)
         keep = ~is_visual
         keep[signals.visual.cpu()[selection.keep.cpu()]] = True
         if selection.merge is not None:
@@ -295,17 +334,17 @@ class Engine:
 
     def _row_seed(self, row: int, alive: Tensor) -> int:
         """A seed from the row's own tokens, so that a row draws the same in any batch."""
-        ids = self._inputs.get("input_ids")
+        ids = read(self._inputs, "input_ids")
         content = torch.tensor(alive.numel()) if ids is None else ids[row].cpu()[alive]
         return zlib.crc32(content.long().numpy().tobytes(), zlib.crc32(str(self.seed).encode()))
 
     def _after_attention(self, index: int, _module: nn.Module, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         state = self._pass
         if isinstance(state, Prefill) and self.keys is not None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            hidden = args[0] if args else read(kwargs, "hidden_states")
             slots = state.now.rows.slots_in(state.now.matrix)
             layer = self.text_model.layers[index]
-            self.keys.remember(index, layer, hidden, kwargs["position_embeddings"], slots)
+            self.keys.remember(index, layer, hidden, read(kwargs, "position_embeddings"), slots)
 
     def _renumber(self, state: Prefill, hidden: Tensor) -> LayerSlots:
         """Number the survivors 0..n-1; appended tokens move down by as much as the last survivor did."""
@@ -341,13 +380,13 @@ class Engine:
         if self.steps is not None and steps is not None:
             attended = self.steps.attended(index, layer, steps, hidden.shape[1], state.before)
         mask = state.layer_mask(layer, hidden, self.text_model.config._attn_implementation, attended)
-        kwargs = {**kwargs, "attention_mask": mask}
+        kwargs = write(kwargs, attention_mask=mask)
         if layer.record.shift is not None:
             assert self._position_ids is not None
-            kwargs["position_embeddings"] = self._embed(hidden, self._position_ids - layer.record.shift)
+            kwargs = write(kwargs, position_embeddings=self._embed(hidden, self._position_ids - layer.record.shift))
         if self.steps is not None:
             config = self.text_model.layers[index].self_attn.config
-            state.before = Before(_not_yet, kwargs["position_embeddings"], layer, config)
+            state.before = Before(_not_yet, read(kwargs, "position_embeddings"), layer, config)
         return kwargs
 
     # -- after the text model -----------------------------------------------------------------------------------
@@ -357,14 +396,20 @@ class Engine:
         try:
             if output is None:  # the forward raised
                 return
+            cache = output_cache(output) or read(kwargs, "cache")
             if isinstance(state, Prefill):
+                if cache is not None and state.cache is not cache:
+                    raise ValueError(
+                        "the cache of this forward did not reach the decoder layers by a name that pruning knows, so "
+                        "it could not be pruned and decoding would be wrong; install a tested release of transformers"
+                    )
+                self._pruned_last = cache is not None and state.shorter
                 if self.keys is not None:
                     assert state.cache is not None
                     for index, layer in enumerate(state.cache.layers):
                         self.keys.edit(index, layer, state.visual_slots(index))
                 if state.shorter or self.steps is not None:
                     self._finish_prefill(state)
-            cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
             layers = [] if cache is None else cache.layers
             self.run.kv_lengths = [0 if la.keys is None else la.keys.shape[-2] for la in layers]
         finally:

@@ -89,6 +89,8 @@ class Prefill:
                 records[id(slots)] = self._record(slots, layer.keys.device)
                 records[id(slots)].steps = steps
             self.cache.layers[index] = PrunedLayer(layer, records[id(slots)])
+        for record in records.values():
+            record.plain = len(records) == 1 and not record.padded and record.shift is None and steps is None
 
     def _record(self, slots: LayerSlots, device: torch.device) -> Record:
         alive = torch.stack([is_member(*pair) for pair in zip(slots.matrix, slots.rows.columns, strict=True)])

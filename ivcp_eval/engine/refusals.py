@@ -8,11 +8,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.engine.cache import check_cache
+from ivcp_eval.engine.names import read
 
 if TYPE_CHECKING:
     from torch import nn
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model itself: PEFT puts its adapters into the layers of the model that it wraps.
+
+    Raises:
+        ValueError: a wrapper that splits a batch over replicas, or adapters that put virtual tokens before the prompt.
+    """
+    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"got a model inside {type(model).__name__}, whose replicas do not carry pruning hooks; pass model.module"
+        )
+    if not callable(getattr(model, "get_base_model", None)):
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "got a PEFT model that puts virtual tokens before the prompt (prompt or prefix tuning); only adapters "
+            "inside the layers (LoRA and the like) can be pruned"
+        )
+    return model.get_base_model()
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -23,8 +44,32 @@ def refuse_compiled(model: nn.Module) -> None:
 
 def refuse_labels(_module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
     """A forward pre-hook of the outer model: raise ValueError where a loss is asked for."""
-    if kwargs.get("labels") is not None:
+    if read(kwargs, "labels") is not None:
         raise ValueError("got labels: a pruned prefill has fewer logits than tokens. Leave the prune block to train.")
+
+
+def refuse_videos(inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError where the inputs of the multimodal model hold a video, as frames or already encoded.
+
+    `generate` encodes videos, as it does images, before the forward (transformers 5.20 and later).
+    """
+    given = [name for name, value in inputs.items() if "video" in name and value is not None]
+    if given or (read(inputs, "mm_encoder_outputs") or {}).get("video") is not None:
+        raise ValueError(
+            "got a video; only images can be pruned, and a video's tokens would count as text. Pass its frames as "
+            "images, or leave the prune block."
+        )
+
+
+def refuse_chunks(_model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for a call of ``generate`` that prefills in chunks: a cut would not see the later ones."""
+    config = kwargs.get("generation_config")
+    size = kwargs.get("prefill_chunk_size", getattr(config or _model.generation_config, "prefill_chunk_size", None))
+    if size is not None:
+        raise ValueError(
+            f"Chunked prefill (prefill_chunk_size={size}) cannot be pruned: the choice is made in one forward of the "
+            "whole prompt. Leave prefill_chunk_size unset."
+        )
 
 
 def refuse_unsupported(text_model: Any, kwargs: Mapping[str, Any]) -> None:
@@ -38,8 +83,8 @@ def refuse_unsupported(text_model: Any, kwargs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"attention implementation {implementation!r} is not supported; use one of {', '.join(IMPLEMENTATIONS)}"
         )
-    check_cache(kwargs.get("past_key_values"))  # first: a static cache comes with a mask of another kind
-    mask = kwargs.get("attention_mask")
+    check_cache(read(kwargs, "cache"))  # first: a static cache comes with a mask of another kind
+    mask = read(kwargs, "attention_mask")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         kind = type(mask).__name__ if not isinstance(mask, torch.Tensor) else f"{mask.ndim}-dimensional"
         raise ValueError(f"got a {kind} attention_mask; pass the 2-D padding mask of the tokenizer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -22,6 +23,8 @@ class Run:
         kv_lengths: physical length of each layer's cache, appended tokens and padding slots included; empty
             without a cache.
         prefills: how many pruned or image-bearing prefills ran in the block.
+        nonfinite_scores: per row, how many scores of visual tokens were NaN or infinite, over all cuts. Such scores
+            rank nothing: a method that gives them is broken on that input, or half precision overflowed.
     """
 
     method: str
@@ -33,6 +36,16 @@ class Run:
     visual_cached: list[list[int]] = field(default_factory=list)
     kv_lengths: list[int] = field(default_factory=list)
     prefills: int = 0
+    nonfinite_scores: list[int] = field(default_factory=list)
+
+    def count_nonfinite(self, row: int, count: int) -> None:
+        """Add to a row's `nonfinite_scores`; the first time in a block, warn."""
+        if count and not any(self.nonfinite_scores):
+            warnings.warn(
+                f"method {self.method!r} gave {count} scores that are not finite; they rank lowest, by position",
+                stacklevel=2,
+            )
+        self.nonfinite_scores[row] += count
 
     def row(self, index: int) -> Run:
         """The facts of one row alone."""
@@ -43,6 +56,7 @@ class Run:
             visual_kept=[self.visual_kept[index]],
             visual_per_layer=[[layer[index]] for layer in self.visual_per_layer],
             visual_cached=[[layer[index]] for layer in self.visual_cached],
+            nonfinite_scores=[self.nonfinite_scores[index]],
         )
 
     @property

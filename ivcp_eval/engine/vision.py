@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ from ivcp_eval.interface import PatchStates, VisionTap
 CHUNK = 256  # query rows whose attention exists at a time
 
 
-class VisionListener:
-    """Hooks on a vision tower. What it hears is kept until other images are encoded.
+class VisionListener(threading.local):
+    """Hooks on a vision tower. What it hears is kept until other images are encoded, for each thread on its own.
 
     `generate` of transformers 5.20+ encodes the images once, before the first forward of the multimodal model (without
     a cache every step is a prefill on these images); older releases and bare forwards encode them inside it.
@@ -83,32 +84,39 @@ class VisionListener:
 
 
 class MethodHook:
-    """A forward hook for a method that is no forward: until `remove`, one attribute of one object hides the method.
+    """Hooks for a method that is no forward: until `remove`, one attribute of one object hides the method.
 
-    The class stays as it is, and so do the results: ``after(owner, (), arguments by name, result)`` only listens.
-
-    Raises:
-        ValueError: the object hides that method already.
+    The class stays as it is, and so do the results: ``before(owner, arguments by keyword)`` may raise, and
+    ``after(owner, (), arguments by name, result)`` only listens. What hid the method before is called, and put back.
     """
 
-    def __init__(self, owner: Any, name: str, after: Callable[[Any, tuple[()], dict[str, Any], Any], None]) -> None:
-        if name in vars(owner):
-            raise ValueError(f"{type(owner).__name__}.{name} is replaced on this object already; restore it first")
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        after: Callable[[Any, tuple[()], dict[str, Any], Any], None] | None = None,
+        before: Callable[[Any, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self._hidden = {name: vars(owner)[name]} if name in vars(owner) else {}
         self.owner, self.name = owner, name
         method = getattr(owner, name)
 
         @functools.wraps(method)  # `generate` reads the signature
         def heard(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(owner, kwargs)
             result = method(*args, **kwargs)
-            bound = inspect.signature(method).bind(*args, **kwargs)
-            after(owner, (), dict(bound.arguments), result)
+            if after is not None:
+                bound = inspect.signature(method).bind(*args, **kwargs)
+                after(owner, (), dict(bound.arguments), result)
             return result
 
         setattr(owner, name, heard)
 
     def remove(self) -> None:
-        """The class's method is visible again."""
+        """The method is visible again."""
         vars(self.owner).pop(self.name, None)
+        vars(self.owner).update(self._hidden)
 
 
 def patch_signals(states: PatchStates) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from ivcp_eval.interface.method import (
     Signals,
     Step,
     Unsupported,
+    check_type,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "Step",
     "Unsupported",
     "VisionTap",
+    "check_type",
 ]

@@ -90,6 +90,7 @@ class AbstractAdapter(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]  # `config.model_type` of the models it handles
+    position_axes: ClassVar[int] = 1  # of a token's position: 3 for M-RoPE
     closing_tokens: ClassVar[int] = 0  # marker tokens that close an image span (Qwen: <|vision_end|>)
 
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = ()
@@ -100,7 +101,8 @@ class AbstractAdapter(ABC):
 
     def facts(self, config: Any, family: str) -> ModelFacts:
         """Layer counts for `AbstractMethod.cuts`, from a model's ``config``."""
-        return ModelFacts(family=family, n_layers=config.get_text_config().num_hidden_layers)
+        n_layers = config.get_text_config().num_hidden_layers
+        return ModelFacts(family=family, n_layers=n_layers, position_axes=self.position_axes)
 
     @abstractmethod
     def multimodal_model(self, model: Any) -> Any:

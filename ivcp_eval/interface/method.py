@@ -40,6 +40,14 @@ class ModelFacts:
     family: str  # file name of the adapter
     n_layers: int  # decoder layers
     first_cut: int = 0  # lowest layer whose input may be cut (Qwen3-VL adds visual features to its first layers)
+    position_axes: int = 1  # of a token's position: 3 for M-RoPE
+
+    def renumbers(self, asked: bool | None) -> bool:
+        """Whether survivors are numbered anew: as asked, None being the way of released LLaVA code and its ports.
+
+        LLaVA code numbers 0..n-1 whatever is left; on M-RoPE the ports keep the position of every survivor.
+        """
+        return self.position_axes == 1 if asked is None else asked
 
 
 @dataclass(frozen=True)
@@ -215,15 +223,31 @@ class Selection:
         merge: optional (K, V) weights, dense or sparse (`ivcp_eval.interface.ops.sparse_weights`); survivor i
             continues as ``merge[i] @ hidden[visual]`` (float32, then cast).
         exact: False if the method's own rule overrides the budget (a released rule without one).
+        nonfinite: how many scores of visual tokens were NaN or infinite; counted into `Run.nonfinite_scores`.
     """
 
     keep: Tensor
     merge: Tensor | None = None
     exact: bool = True
+    nonfinite: int = 0
 
     def check(self, signals: Signals, method: str) -> None:
-        """Raise ValueError if indices are not strictly increasing, leave 0..V-1, or miss the budget."""
+        """Raise ValueError if indices are not strictly increasing, leave 0..V-1, or miss the budget.
+
+        Raises:
+            TypeError: ``keep`` or ``merge`` are no tensors, or ``keep`` holds no whole numbers.
+        """
+        import torch
+
         keep = self.keep
+        check_type(keep, torch.Tensor, method, "Selection.keep", "an int64 tensor of indices")
+        if keep.dtype == torch.bool or keep.is_floating_point() or keep.is_complex():
+            raise TypeError(
+                f"method {method!r}: Selection.keep is a {keep.dtype} tensor, expected int64 indices "
+                "(of a mask: `mask.nonzero().flatten()`)"
+            )
+        if self.merge is not None:
+            check_type(self.merge, torch.Tensor, method, "Selection.merge", "a tensor of weights (K, V), or None")
         if keep.ndim != 1 or (keep.numel() and not bool((keep[1:] > keep[:-1]).all())):
             raise ValueError(f"method {method!r} returned indices that are not a strictly increasing vector: {keep}")
         if keep.numel() and (int(keep[0]) < 0 or int(keep[-1]) >= signals.n_visual):
@@ -237,6 +261,16 @@ class Selection:
             )
 
 
+def check_type(value: object, wanted: type, method: str, where: str, words: str = "") -> None:
+    """Raise TypeError unless ``value``, which a method returned from ``where``, is of the type that is ``wanted``."""
+    if not isinstance(value, wanted):
+        kind = type(value)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        shown = "None" if value is None else f"a {name}"
+        words = words or f"a {wanted.__name__}"
+        raise TypeError(f"method {method!r}: `{where}` gave {shown}, expected {words}")
+
+
 class AbstractMethod(ABC):
     """A pruning method: a frozen dataclass whose fields are its parameters. It chooses; the engine applies.
 
@@ -247,6 +281,13 @@ class AbstractMethod(ABC):
     faithfulness: ClassVar[Faithfulness] = "variant"
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
+    released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
+
+    @property
+    def label(self) -> Faithfulness:
+        """`faithfulness` with these parameters: a value that was never released makes the method a variant."""
+        departs = any(getattr(self, name) not in values for name, values in self.released.items())
+        return "variant" if departs else self.faithfulness
 
     @abstractmethod
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
@@ -285,12 +326,17 @@ class AbstractScorer(AbstractMethod):
 
     def select(self, signals: Signals) -> Selection:
         """Keep the ``budget`` best-scored tokens of each image."""
+        import torch
+
         from ivcp_eval.interface.ops import top_of_each_image
+        from ivcp_eval.interface.registry import method_name
 
         score = self.score(signals)
+        check_type(score, torch.Tensor, method_name(self), "score", "a torch tensor (V,), one number per visual token")
         if tuple(score.shape) != (signals.n_visual,):
             raise ValueError(
                 f"`score` returned shape {tuple(score.shape)}, expected ({signals.n_visual},): one number per visual "
                 "token, as in signals.hidden[signals.visual]"
             )
-        return Selection(top_of_each_image(score, signals.images))
+        nonfinite = int((~torch.isfinite(score)).sum())
+        return Selection(top_of_each_image(score, signals.images), nonfinite=nonfinite)

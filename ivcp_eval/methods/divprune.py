@@ -6,15 +6,16 @@ Reference: https://github.com/vbdi/divprune @ 799e2d9 (LLaVA/llava/model/llava_a
 The first token is the one whose nearest neighbour is farthest; each next one is farthest from all chosen so far.
 
 Differs: each image has its own budget and its own distances. A chosen token is never chosen again (the released code
-may, among duplicates). Distances are float32, not the model's precision. Survivors keep their positions;
-``renumber=True`` numbers them anew, as happens in the released code, whose language model gets the shorter embeddings.
-Families that add visual features in their first layers are cut after these.
+may, among duplicates). Distances are float32, not the model's precision. Survivors are numbered anew, as happens in
+the released code, whose language model gets the shorter embeddings; on M-RoPE, whose positions are places in the
+image, they keep theirs. Families that add visual features in their first layers are cut after these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,17 +29,19 @@ class Method(AbstractMethod):
 
     Attributes:
         layer: decoder layer whose input is cut; None is the first that can be cut, usually the model's input.
-        renumber: number the survivors 0..n-1, as the released code does.
+        renumber: number the survivors 0..n-1; None as released (not on M-RoPE), False is a variant.
     """
 
     faithfulness: ClassVar[Faithfulness] = "faithful"
+    released: ClassVar[Mapping[str, tuple[Any, ...]]] = {"renumber": (None, True)}
 
     layer: int | None = None
-    renumber: bool = False
+    renumber: bool | None = None
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One cut for every layer's cache."""
-        return (Cut(model.first_cut if self.layer is None else self.layer, ratio, renumber=self.renumber),)
+        layer = model.first_cut if self.layer is None else self.layer
+        return (Cut(layer, ratio, renumber=model.renumbers(self.renumber)),)
 
     def select(self, signals: Signals) -> Selection:
         """Farthest points of every image."""

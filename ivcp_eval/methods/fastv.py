@@ -6,7 +6,8 @@ Reference: https://github.com/pkunlp-icler/FastV @ d165972 (modeling_llama.py of
 Layer K's input is cut by the attention of layer K-1; the caches of layers before K stay whole; positions stay.
 
 Differs: each image has its own budget, ``round(ratio * N)``, where the released code knows one image; scores are
-float32. The attention of the one row is computed from queries and keys, not asked from the model.
+float32. K is the paper's 2; the runnable release (README and demo) uses 3, and its demo chooses anew at every step,
+without a cache. The attention of the one row is computed from queries and keys, not asked from the model.
 """
 
 from __future__ import annotations

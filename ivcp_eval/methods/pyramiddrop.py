@@ -8,15 +8,18 @@ tokens; the published lambda is 0.5, here it is the cube root of the retention r
 end. Each stage ranks the hidden states that enter it with its own first layer's norm, queries and keys, and each
 has its own cache length.
 
-Differs: survivors keep their positions; ``renumber=True`` numbers them anew in every stage as the released code does.
-Counts are rounded, not truncated. Each image has its own budget. Scores are float32. Layers are published for 32 of
-them only, other depths are scaled; counts for lambda 0.5 only, any other ratio's cube root is lambda.
+Survivors are numbered anew in every stage, as in the released code. That code knows LLaVA only: on M-RoPE, whose
+positions are places in the image, they keep theirs.
+
+Differs: counts are rounded, not truncated. Each image has its own budget. Scores are float32. Layers are published for
+32 of them only, other depths are scaled; counts for lambda 0.5 only, any other ratio's cube root is lambda.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,13 +33,15 @@ class Method(AbstractScorer):
 
     Attributes:
         depths: where the stages begin, as shares of the decoder's depth, increasing.
-        renumber: number the survivors 0..n-1 in every stage, as the paper's code does.
+        renumber: number the survivors 0..n-1 in every stage; None as released (not on M-RoPE). It changes which
+            tokens later stages keep: False is a variant.
     """
 
     faithfulness: ClassVar[Faithfulness] = "faithful"
+    released: ClassVar[Mapping[str, tuple[Any, ...]]] = {"renumber": (None, True)}
 
     depths: tuple[float, ...] = (0.25, 0.5, 0.75)
-    renumber: bool = False
+    renumber: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse depths that are no places in a decoder."""
@@ -47,10 +52,11 @@ class Method(AbstractScorer):
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One cut per stage; stages that fall on the same layer of a shallow model are one."""
+        renumber = model.renumbers(self.renumber)
         layers = sorted({max(model.first_cut, round(depth * model.n_layers)) for depth in self.depths})
         layers = [layer for layer in layers if layer < model.n_layers]
         return tuple(
-            Cut(layer, ratio ** ((stage + 1) / len(layers)), cache="from_cut", renumber=self.renumber)
+            Cut(layer, ratio ** ((stage + 1) / len(layers)), cache="from_cut", renumber=renumber)
             for stage, layer in enumerate(layers)
         )
 

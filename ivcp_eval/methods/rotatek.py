@@ -12,9 +12,11 @@ reported as analytic (`key_share`).
 
 The retention ratio is the share of key channels that are kept; the paper's setting is 0.25.
 
-Differs: exact eigenvectors instead of five power iterations (the released code offers both). Mean, axes and products
+Differs: exact eigenvectors instead of five power iterations (the released code offers both; the iterations are its
+default). Mean, axes and products
 are float32 and the keys are rounded to the cache's precision once, where the released code rounds each part. All images
 of a row share one rotation, as in the released code; text between them stays whole (there it is part of the span).
+Every visual token is compressed; the released code leaves the last one whole, its span being one short.
 """
 
 from __future__ import annotations

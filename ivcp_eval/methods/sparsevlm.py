@@ -11,20 +11,22 @@ cluster for every ten, and each cluster lives on as its mean.
 How many stay: with ``counts="ratio"`` the shares of the stages are read off the published lists for 192, 128, 96 and
 64 tokens (of 576, recycled tokens included), between them linearly in the share that is left at the end. With
 ``counts="rank"``, the first release's rule, int(rank * scale + bias) of the raters' attention decides, whatever the
-ratio.
+ratio, and there is a fourth stage after layer 19. Survivors are numbered anew in every stage, as in the released code.
+That code knows LLaVA only: on M-RoPE, whose positions are places in the image, they keep theirs.
 
 Differs: counts are published for four lists only; those of every other ratio, 0.5 and 0.75 among them, are the
-interpolation above, and depths other than 32 layers are scaled. A cluster's mean stands at its centre's position, and
-survivors keep their positions; ``renumber=True`` numbers them anew as the released code does (which appends the means
-to the image). Each image has its own budget, which recycled tokens are part of. Equal densities are told apart by
-index, not by noise. Scores, distances and means are float32. SparseVLM+ (v2.0) is not reproduced.
+interpolation above, and depths other than 32 layers are scaled. A cluster's mean stands at its centre's place, where
+the released code appends the means to the image. Each image has its own budget, which recycled tokens are part of.
+Equal densities are told apart by index, not by noise. Scores, distances and means are float32. SparseVLM+ (v2.0) is
+not reproduced.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +46,8 @@ from ivcp_eval.interface.ops import (
 # on 576 tokens, with the recycled ones that the released rule adds.
 PUBLISHED = ((309, 204, 113), (312, 117, 39), (249, 55, 27), (82, 32, 18))
 PUBLISHED_TOKENS = 576
+# Before layer k of 32: after the attention of layers 2, 6, 15, and in the first release 19.
+DEPTHS = {"ratio": (3 / 32, 7 / 32, 16 / 32), "rank": (3 / 32, 7 / 32, 16 / 32, 20 / 32)}
 
 
 @dataclass(frozen=True)
@@ -51,40 +55,48 @@ class Method(AbstractMethod):
     """SparseVLM.
 
     Attributes:
-        depths: where the stages cut, as shares of the decoder's depth; 3, 7 and 16 of 32 layers are published.
+        depths: where the stages cut, as shares of the decoder's depth; None is the published 3, 7 and 16 of 32
+            layers, with the rank rule 20 too.
         counts: "ratio" (exact budgets) or "rank" (the first release's adaptive rule, the ratio is ignored).
-        scale, bias: of the rank rule; 13.5 and 0 are published for 192 tokens.
+        scale, bias: of the rank rule; 13.5 and 0 are published for 192 tokens, 9 and 6 for 128, 0.8 and 0 for 64.
         recycle: keep means of clusters of what leaves.
-        renumber: number the survivors 0..n-1 in every stage, as the paper's code does.
+        renumber: number the survivors 0..n-1 in every stage; None as released (not on M-RoPE). It changes which
+            tokens later stages keep: False is a variant.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({"query", "key"})
     faithfulness: ClassVar[Faithfulness] = "faithful"
+    released: ClassVar[Mapping[str, tuple[Any, ...]]] = {"renumber": (None, True), "recycle": (True,)}
 
-    depths: tuple[float, ...] = (3 / 32, 7 / 32, 16 / 32)
+    depths: tuple[float, ...] | None = None
     counts: Literal["ratio", "rank"] = "ratio"
     scale: float = 13.5
     bias: float = 0.0
     recycle: bool = True
-    renumber: bool = False
+    renumber: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        object.__setattr__(self, "depths", tuple(self.depths))
         if self.counts not in ("ratio", "rank"):
             raise ValueError(f"counts {self.counts!r} is unknown; use 'ratio' or 'rank'")
-        inside = 1 <= len(self.depths) <= 3 and all(0 <= depth < 1 for depth in self.depths)
+        if self.depths is None:
+            return
+        object.__setattr__(self, "depths", tuple(self.depths))
+        most = len(DEPTHS[self.counts])
+        inside = 1 <= len(self.depths) <= most and all(0 <= depth < 1 for depth in self.depths)
         if not inside or list(self.depths) != sorted(set(self.depths)):
-            raise ValueError(f"depths {self.depths} must be one to three increasing shares of the depth below 1")
+            raise ValueError(f"depths {self.depths} must be one to {most} increasing shares of the depth below 1")
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """A look at the input for the raters, then the stages; in a shallow model the last ones."""
         lowest = max(1, model.first_cut)
-        layers = sorted({max(lowest, round(depth * model.n_layers)) for depth in self.depths})
+        depths = DEPTHS[self.counts] if self.depths is None else self.depths
+        layers = sorted({max(lowest, round(depth * model.n_layers)) for depth in depths})
         layers = [layer for layer in layers if layer < model.n_layers]
-        ratios = stage_ratios(ratio)[-len(layers) :]
+        # The rank rule asks nobody for a share; its fourth stage only needs one.
+        ratios = (*stage_ratios(ratio), *[ratio] * (len(DEPTHS[self.counts]) - 3))[-len(layers) :]
         stages = (
-            Cut(layer, share, cache="from_cut", renumber=self.renumber)
+            Cut(layer, share, cache="from_cut", renumber=model.renumbers(self.renumber))
             for layer, share in zip(layers, ratios, strict=True)
         )
         return (Cut(0, 1.0), *stages)

@@ -8,24 +8,28 @@ Dominant: the class token's attention in the tapped block where there is a class
 token receives inside its image. Of the rest, every step-th token in order is a target; each other token joins the
 target whose key (mean over heads) is nearest in cosine, and a target becomes itself plus the mean of its group.
 
-Differs: the class token itself is not kept (LLaVA's projector never sees it). Merging happens on the language model's
-input embeddings, as in the Qwen2.5-VL port, not before the projector. Tokens keep their place in the prompt and their
-positions; the LLaVA code puts contextual tokens last, and numbers anew (``renumber=True``), since its language model
-gets the shorter embeddings. Attention and likeness are float32. Each image has its own budget, for which its tiles
-compete, and attention stays inside an image or tile; the LLaVA-NeXT code gives every tile the same count and drops
-newlines, here a newline ranks as the mean of its row.
+Where there is a class token it takes one of the dominant places, as in the LLaVA code, which decides the targets.
+
+Differs: the class token itself is not kept, since LLaVA's projector never sees it here; the place goes to the best
+token that is neither dominant nor a target, which is still merged as well. Merging happens on the language model's
+input embeddings, as in the Qwen2.5-VL port, not before the projector. Tokens keep their place in the prompt; the LLaVA
+code puts contextual tokens last. Survivors are numbered anew, as there, where the language model gets the shorter
+embeddings; on M-RoPE, whose positions are places in the image, they keep theirs. Attention and likeness are float32.
+Each image has its own budget, for which its tiles compete, and attention stays inside an image or tile; the LLaVA-NeXT
+code gives every tile the same count and drops newlines, here a newline ranks as the mean of its row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.interface.ops import itself, merged_selection, sparse_weights, top
+from ivcp_eval.interface.ops import best_of_rest, itself, merged_selection, sparse_weights, top
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,15 @@ class Method(AbstractMethod):
 
     Attributes:
         contextual: share of an image's budget that merged tokens take; 10 of 64 is published.
-        renumber: number the survivors 0..n-1, as the LLaVA code does.
+        renumber: number the survivors 0..n-1; None as released (not on M-RoPE), False is a variant.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({"vision"})
     faithfulness: ClassVar[Faithfulness] = "faithful"
+    released: ClassVar[Mapping[str, tuple[Any, ...]]] = {"renumber": (None, True)}
 
     contextual: float = 10 / 64
-    renumber: bool = False
+    renumber: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse a share that leaves no dominant token."""
@@ -50,7 +55,7 @@ class Method(AbstractMethod):
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One cut for every layer's cache, at the model's input where the family allows it."""
-        return (Cut(model.first_cut, ratio, renumber=self.renumber),)
+        return (Cut(model.first_cut, ratio, renumber=model.renumbers(self.renumber)),)
 
     def select(self, signals: Signals) -> Selection:
         """Dominant and contextual tokens of every image."""
@@ -58,12 +63,21 @@ class Method(AbstractMethod):
         importance = vision["cls"] if "cls" in vision else vision["received"]
         kept, weights = [], []
         for image in signals.images:
+            score, n_class = importance[image.tokens], int("cls" in vision)
             n_contextual = min(round(self.contextual * image.budget), image.budget - 1)
-            dominant = top(importance[image.tokens], image.budget - n_contextual)
+            dominant = top(score, image.budget - n_contextual - n_class)
             places, merge = contextual_tokens(vision["key"][image.tokens], dominant, n_contextual)
-            kept.append(torch.cat((dominant, places)))
-            weights.append(torch.cat((itself(dominant, merge.shape[1]), merge)))
+            whole = torch.cat((dominant, in_place_of_class(score, torch.cat((dominant, places)), n_class)))
+            kept.append(torch.cat((whole, places)))
+            weights.append(torch.cat((itself(whole, merge.shape[1]), merge)))
         return Selection(*merged_selection(kept, weights, signals.images))
+
+
+def in_place_of_class(score: Tensor, kept: Tensor, count: int) -> Tensor:
+    """The ``count`` (0 or 1) best tokens by ``score`` (N,) that are not among ``kept``."""
+    taken = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    taken[kept] = True
+    return best_of_rest(score, taken, count)
 
 
 def contextual_tokens(key: Tensor, dominant: Tensor, count: int) -> tuple[Tensor, Tensor]:

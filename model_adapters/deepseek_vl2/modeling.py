@@ -16,6 +16,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel, SiglipVisi
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from ivcp_eval.engine.names import output_cache, spelling, spellings
 from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
 from model_adapters.deepseek_vl2.layout import assemble
 from model_adapters.deepseek_vl2.weights import register_weight_names
@@ -56,7 +57,7 @@ class DeepseekVL2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (copied per instance by the base class)
+    _skip_keys_device_placement = list(spellings("cache"))  # noqa: RUF012 (copied per instance by the base class)
     # The tower's pooling head is in the published files and never run (ignore_head).
     _keys_to_ignore_on_load_unexpected = [r"vision\.attn_pool\."]  # noqa: RUF012
     _supports_flash_attn = True
@@ -225,9 +226,13 @@ class DeepseekVL2ForConditionalGeneration(DeepseekVL2PreTrainedModel, Generation
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, S or ``logits_to_keep``, vocabulary); inputs as in `DeepseekVL2Model.forward`."""
+        """Logits (B, S or ``logits_to_keep``, vocabulary); inputs as in `DeepseekVL2Model.forward`.
+
+        The cache is ``past_key_values`` until transformers 5.23 and ``cache`` from 5.24 on; either is taken.
+        """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -235,8 +240,8 @@ class DeepseekVL2ForConditionalGeneration(DeepseekVL2PreTrainedModel, Generation
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{spelling("cache"): past_key_values if cache is None else cache},
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -249,9 +254,9 @@ class DeepseekVL2ForConditionalGeneration(DeepseekVL2PreTrainedModel, Generation
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{spelling("cache"): output_cache(outputs)},
         )
 
     def prepare_inputs_for_generation(

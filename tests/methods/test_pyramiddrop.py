@@ -18,10 +18,7 @@ def test_published_schedule() -> None:
     assert [cut.layer for cut in cuts] == [8, 16, 24]
     assert [cut.ratio for cut in cuts] == pytest.approx([0.5, 0.25, 0.125])
     assert {cut.cache for cut in cuts} == {"from_cut"}
-    assert not any(cut.renumber for cut in cuts)
-    assert all(
-        cut.renumber for cut in make_method("pyramiddrop", {"renumber": True}).cuts(ModelFacts("llava", 32), 0.1)
-    )
+    assert all(cut.renumber for cut in cuts)
     shallow = make_method("pyramiddrop").cuts(ModelFacts("llava", 2), 0.25)
     assert [cut.ratio for cut in shallow][-1] == pytest.approx(0.25)
 

@@ -130,6 +130,13 @@ def test_rank_rule() -> None:
     assert recycled.keep.numel() == int(rank * 4.5 + 2) + int((int(n_dropped * 0.3) + 1) / 10) + 1
 
 
+def test_rank_rule_has_four_stages() -> None:
+    """Reference 91fb6d9: after layers 2, 6, 15 and 19."""
+    cuts = make_method("sparsevlm", {"counts": "rank"}).cuts(ModelFacts("llava", 32), 0.5)
+    assert [cut.layer for cut in cuts] == [0, 3, 7, 16, 20]
+    make_method("sparsevlm", {"counts": "rank", "depths": (0.1, 0.2, 0.3, 0.4)})
+
+
 def test_bad_parameters() -> None:
     for parameters in ({"counts": "all"}, {"depths": ()}, {"depths": (0.5, 0.1)}, {"depths": (0.1, 0.2, 0.3, 0.4)}):
         with pytest.raises(ValueError, match=r"counts|depths"):

@@ -22,9 +22,13 @@ from tests.methods.material import best, random_signals
 
 
 def formula(
-    importance: list[float], key: Tensor, hidden: Tensor, n_dominant: int, n_contextual: int
+    importance: list[float], key: Tensor, hidden: Tensor, n_dominant: int, n_contextual: int, cls: bool = False
 ) -> dict[int, Tensor]:
-    """Token -> its state afterwards, one image."""
+    """Token -> its state afterwards, one image; with a class token, the best token left stands for it in the end."""
+    if cls:
+        out = formula(importance, key, hidden, n_dominant - 1, n_contextual)
+        left = max((i for i in range(len(importance)) if i not in out), key=lambda i: (importance[i], -i))
+        return out | {left: hidden[left]}
     dominant = best(importance, n_dominant)
     rest = [i for i in range(len(importance)) if i not in dominant]
     out = {i: hidden[i] for i in dominant}
@@ -62,7 +66,7 @@ def test_formula(contextual: float, cls: bool) -> None:
     for start, n, budget in ((0, 30, 12), (30, 12, 5)):
         part = slice(start, start + n)
         n_contextual = min(round(contextual * budget), budget - 1)
-        one = formula(importance[part].tolist(), key[part], hidden[part], budget - n_contextual, n_contextual)
+        one = formula(importance[part].tolist(), key[part], hidden[part], budget - n_contextual, n_contextual, cls)
         wanted |= {start + token: state for token, state in one.items()}
     got = result(signals, contextual=contextual)
     assert sorted(got) == sorted(wanted)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from ivcp_eval.engine.names import output_cache, read
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -198,7 +200,7 @@ class _Recorder:
         self.vision.append((self.vision_start, self.clock.mark()))
 
     def before_text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = read(kwargs, "cache")
         prompt = cache is None or not cache.get_seq_length()
         self.steps.append(_Step(self.clock.mark() if prompt else None))
 
@@ -210,7 +212,7 @@ class _Recorder:
         step = self.steps[-1]
         step.end = self.clock.mark()
         if step.start is not None:
-            self.kv_bytes = _cache_bytes(getattr(output, "past_key_values", None))
+            self.kv_bytes = _cache_bytes(output_cache(output))
 
 
 def _cache_bytes(cache: Any) -> int:

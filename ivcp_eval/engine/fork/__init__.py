@@ -15,7 +15,9 @@ import torch
 from ivcp_eval.engine import prune, resolve
 from ivcp_eval.engine.fork.join import claim, join
 from ivcp_eval.engine.fork.trunk import Branch, End, Joined, Trunk
+from ivcp_eval.engine.names import spelling, spellings
 from ivcp_eval.engine.run import Run
+from ivcp_eval.engine.selftest import self_test
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Signal
 from ivcp_eval.interface.variants import Variant
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "fork"]
 
 #: Options of `generate` whose meaning for one row depends on the others or on chance.
-REFUSED = ("num_beams", "num_return_sequences", "stopping_criteria", "stop_strings", "streamer", "past_key_values")
+REFUSED = ("num_beams", "num_return_sequences", "stopping_criteria", "stop_strings", "streamer", *spellings("cache"))
 #: Part of the free memory that variants may take; the rest is for activations and fragments.
 SHARE = 0.7
 
@@ -99,6 +101,8 @@ def fork(
     """
     plans = [_plan(model, variant, family) for variant in variants]
     _check(plans, options)
+    if any(plan.cuts for plan in plans):
+        self_test(model, plans[0].adapter, plans[0].family)
     layout = dict(layout or {})
     # Variants that remove nothing are the trunk: one row answers for all of them.
     plain = [i for i, plan in enumerate(plans) if not plan.cuts and not plan.alone]
@@ -205,7 +209,7 @@ def _pass(
     prompt = {
         "input_ids": ids.repeat_interleave(len(plans), dim=0),
         "attention_mask": (torch.ones_like(ids) if mask is None else mask).repeat_interleave(len(plans), dim=0),
-        "past_key_values": claim(layers, length - 1),
+        spelling("cache"): claim(layers, length - 1),
     }
     positions = trunk.position_ids
     if positions is not None and positions.ndim == 3 and ids.shape[0] > 1:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ivcp_eval.engine.cache import PrunedLayer
 from ivcp_eval.engine.geometry import Rows
 from ivcp_eval.engine.hooks import Engine
+from ivcp_eval.engine.names import output_cache, read, write
 from ivcp_eval.engine.prefill import LayerSlots, Prefill
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
@@ -128,7 +129,7 @@ class Trunk(Engine):
     def _before_layer(self, index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         changed = super()._before_layer(index, layer, args, kwargs)
         if index == self.last and isinstance(self._pass, Prefill):
-            self._keep(kwargs["past_key_values"])
+            self._keep(read(kwargs, "cache"))
             raise TrunkDone
         return changed
 
@@ -145,7 +146,7 @@ class Trunk(Engine):
 
     def _after_text_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.cache is None and output is not None:
-            self._keep(output.past_key_values)
+            self._keep(output_cache(output))
             self.hidden = output.last_hidden_state[:, -1:]
         super()._after_text_model(module, args, kwargs, output)
 
@@ -175,7 +176,7 @@ class Branch(Engine):
                 self._cut(state, self.cuts[index], trunk.snapshots[index].hidden, dict(trunk.snapshots[index].kwargs))
             snapshot = trunk.snapshots[first]
             self._enter(state, snapshot)
-            hidden, kwargs = snapshot.hidden, {**snapshot.kwargs, "past_key_values": cache}
+            hidden, kwargs = snapshot.hidden, write(snapshot.kwargs, cache=cache)
             for layer in layers[first:]:
                 hidden = layer(hidden, **kwargs)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
@@ -201,7 +202,7 @@ class Joined(Engine):
         super()._after_text_model(module, args, kwargs, output)
         if self._hidden is not None and output is not None:
             output.last_hidden_state = self._hidden
-            output.past_key_values.layers[:] = self._layers
+            output_cache(output).layers[:] = self._layers
             self._hidden, self._layers = None, []
 
 

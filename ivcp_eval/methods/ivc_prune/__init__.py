@@ -22,7 +22,8 @@ Differs: seeds are the released code's max(1, round(0.01 N)), the paper's are ce
 more token out of the queries, the one after the closing marker. Algorithm 1 joins an IVC set and a foreground set of
 fixed sizes; the released code fills up to the budget instead, and so do we. The paper's V(m) sums over one axis; on
 M-RoPE the released code averages all three axes over the full spectrum, and so do we. Scores are float32 (released:
-bfloat16, where a third of the IVC set is ties).
+bfloat16, where a third of the IVC set is ties), and of equal ones the lower index stays; there it is whatever the
+device's top-k returns.
 ``preset="official"`` reproduces the released code of each family with its quirks instead; see `official.py`.
 """
 

@@ -56,7 +56,7 @@ def record_of(
         "reason": problem or "; ".join(filter(None, remarks)),
         "identity": json.loads(cell.identity.canonical),
         "metrics": {name: {"score": score, "scale": scale} for name, (score, scale) in scored.metrics.items()},
-        "faithfulness": make_method(variant.method, variant.parameters).faithfulness,
+        "faithfulness": make_method(variant.method, variant.parameters).label,
         "judge_failures": scored.judge_failures,
         "n_samples": len(samples),
         "n_clusters": len({row["cluster"] for row in samples}),
@@ -124,7 +124,7 @@ def cell_rows(weights: models.Weights, benchmark: Benchmark, cell: Cell, csv: Pa
         "method_parameters": identity.method_parameters,
         "method_source": identity.method_source,
         # Rows of a plug-in can be written again where it is not installed any more.
-        "faithfulness": record.get("faithfulness") or make_method(variant.method, variant.parameters).faithfulness,
+        "faithfulness": record.get("faithfulness") or make_method(variant.method, variant.parameters).label,
         "preset": identity.method_parameters.get("preset", ""),
         "seed": variant.seed,
         "ratio_asked": variant.asked,

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.cli import say
+from ivcp_eval.files import DATASETS
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
 if TYPE_CHECKING:
+    from ivcp_eval.runs.planning.plan import RunPlan
     from ivcp_eval.runs.planning.spec import Spec
+    from ivcp_eval.runs.store.finished import Finished
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 done, 1 some cells are not whole, 75 asked to stop: the same command goes on."""
-    from ivcp_eval.runs.planning.spec import check
+    from ivcp_eval.runs.planning.cells import RUNS
+    from ivcp_eval.runs.store.finished import eval_state, known
 
     if args.estimate:
         return _estimate(args)
+    runs = args.runs or RUNS
     raw = _raw(args)
-    return _evaluate(check(raw, f"{args.model}-{_digest(raw)}"), args)
+    name = f"{args.model}-{_digest(raw, args)}"
+    finished = known(eval_state(runs, name))
+    if finished is not None:
+        if not args.quiet:
+            say("nothing to do: every cell is finished")
+        return _print_table(finished)
+    from ivcp_eval.runs.planning.spec import check
+
+    return _evaluate(check(raw, name), runs, args)
 
 
 def _raw(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,12 +91,12 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _digest(raw: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:8]
+def _digest(raw: Mapping[str, Any], args: argparse.Namespace) -> str:
+    asked = {**raw, "output": str(args.output), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _evaluate(spec: Spec, args: argparse.Namespace) -> int:
-    from ivcp_eval.reports.compare import compare
+def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.reports.table import update_results
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.executors.local import run as run_local
@@ -90,11 +104,12 @@ def _evaluate(spec: Spec, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.planning.plan import make, write_manifest
     from ivcp_eval.runs.progress.display import Progress
     from ivcp_eval.runs.records.results import collect
+    from ivcp_eval.runs.store.finished import Finished, note
     from ivcp_eval.runs.store.state import reopen
 
     tell = (lambda text: None) if args.quiet else say
     fetch_missing((name for _, name in spec.cells), tell)
-    plan = make(spec, args.runs)
+    plan = make(spec, runs)
     if not plan.models:
         raise ValueError("\n".join(problem.partition(": ")[2] for problem in plan.problems))
     for _, _, cell in plan.cells():
@@ -124,13 +139,34 @@ def _evaluate(spec: Spec, args: argparse.Namespace) -> int:
         say(f"NOT WHOLE: {problem}")
     if problems:
         say("run the same command again with --retry-failed to try again what failed; finished cells are reused")
+    done = Finished(csv, frozenset(row["run_id"] for row in collected.rows))
+    if not problems:
+        note(plan.state, done, _inputs(plan))
+    _print_table(done)
+    return 1 if problems else 0
+
+
+def _inputs(plan: RunPlan) -> Iterator[Path]:
+    from ivcp_eval.runs.planning.data import path_of
+
+    for model, benchmark, cell in plan.cells():
+        yield from (path for path in model.weights.source.iterdir() if path.is_file())
+        yield path_of(benchmark)
+        yield cell.record
+        if (DATASETS / f"{benchmark.name}.yaml").is_file():
+            yield DATASETS / f"{benchmark.name}.yaml"
+
+
+def _print_table(finished: Finished) -> int:
+    from ivcp_eval.reports.compare import compare
+
     try:
-        say(f"\n{compare(csv, runs={row['run_id'] for row in collected.rows}).to_terminal()}")
+        say(f"\n{compare(finished.csv, runs=finished.run_ids).to_terminal()}")
     except ValueError as error:
         # Where every cell has a problem (said above), or only the baseline was asked for, there is no table.
         say(f"\nno comparison: {error}")
-    say(f"\nresults: {csv}")
-    return 1 if problems else 0
+    say(f"\nresults: {finished.csv}")
+    return 0
 
 
 def _estimate(args: argparse.Namespace) -> int:

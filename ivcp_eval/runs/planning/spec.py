@@ -35,6 +35,7 @@ from ivcp_eval.interface.variants import BASELINE, OWN, Budget, Variant
 from ivcp_eval.runs.planning.marked import Marked, Place, SpecError
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.options import check as check_option
+from ivcp_eval.runs.store.finished import eval_state
 
 __all__ = ["Spec", "SpecError", "check", "load"]
 
@@ -69,7 +70,7 @@ class Spec:
 
     def state(self, runs: Path) -> Path:
         """Folder of the run's leases, marks and logs, beside the folder where cells live."""
-        return runs.parent / ("eval/state" if self.kind == "eval" else "sweeps") / self.name
+        return eval_state(runs, self.name) if self.kind == "eval" else runs.parent / "sweeps" / self.name
 
     def variants(self, model: str) -> list[Variant]:
         """Of one model, without repetition."""

@@ -87,4 +87,5 @@ def read_table(folder: Path, stem: str, ending: str) -> pd.DataFrame:
         return pd.DataFrame([json.loads(path.read_text(encoding="utf-8"))])
     if path.suffix == ".xlsx":
         return pd.read_excel(path)
-    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    # As text: "007" is an index, and "None" a category.
+    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)

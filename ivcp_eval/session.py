@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ivcp_eval.interface import Unsupported
 from ivcp_eval.models import Weights
 from ivcp_eval.registry import adapter, make_method
 from ivcp_eval.variants import Variant
+from ivcp_eval.vlmeval_bridge.pictures import decoded
 
 NO_BOX = "no box"
 
@@ -290,20 +290,7 @@ class Session:
 
 
 def _decoded(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [{"image": _image(part["image"])} if "image" in part else part for part in parts]
-
-
-def _image(source: Any) -> Any:
-    """A PIL image in RGB, from a path where needed; raises OSError naming the file if it cannot be decoded."""
-    from PIL import Image
-
-    if not isinstance(source, str | Path):
-        return source.convert("RGB")
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders meet damaged bytes with errors of every kind: zlib's, struct's, SyntaxError
-        raise OSError(f"image {source} cannot be decoded: {error}") from error
+    return [{"image": decoded(part["image"])} if "image" in part else part for part in parts]
 
 
 def _round(value: float | None) -> float | None:

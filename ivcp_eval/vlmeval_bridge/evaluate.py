@@ -15,9 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-import vlmeval.dataset
 from vlmeval.inference import infer_data_job
-from vlmeval.smp import dump
 
 from ivcp_eval import scores
 from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples
@@ -28,7 +26,7 @@ from ivcp_eval.judge import Judge
 from ivcp_eval.refcoco.partial import not_whole
 from ivcp_eval.registry import unknown
 from ivcp_eval.scores import ScoreMissing
-from ivcp_eval.vlmeval_bridge import judging
+from ivcp_eval.vlmeval_bridge import answers, judging, stock
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.model import PrunedVLM
@@ -45,8 +43,8 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
     path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
     here = path.is_file()
     try:
-        dataset = vlmeval.dataset.build_dataset(benchmark.vlmeval)
-    except ValueError:
+        dataset = stock.build(benchmark.vlmeval)
+    except (ValueError, DataMissing):
         raise
     except Exception as error:  # a failed download is a bare Exception there
         if here:
@@ -131,7 +129,7 @@ def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Collection[str])
     """VLMEvalKit's inference loop over the rows that have a prompt; the other rows join with an empty answer.
 
     Returns:
-        The prediction file (TSV) with every row, so that a broken row counts as wrong and is never dropped.
+        The prediction file (`answers.write`) with every row, so that a broken row counts as wrong and is never dropped.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -141,27 +139,21 @@ def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Collection[str])
     try:
         with lossless_files(), torch.inference_mode():
             infer_data_job(model, str(folder), name, dataset)
+        given = dict(zip(dataset.data["index"].astype(str), dataset.data["prediction"], strict=True))
     finally:
         dataset.data = whole
-    path = folder / f"{name}_{dataset.dataset_name}.tsv"
-    if broken:
-        answered = pd.read_csv(path, sep="\t")
-        lost = whole[whole["index"].astype(str).isin(broken)].drop(columns="image", errors="ignore").copy()
-        lost["prediction"] = ""
-        order = {str(index): i for i, index in enumerate(whole["index"])}
-        joined = pd.concat([answered, lost]).sort_values("index", key=lambda c: c.astype(str).map(order))
-        joined.to_csv(path, sep="\t", index=False)
-    return path
+    return _written(dataset, given, folder / f"{name}_{dataset.dataset_name}")
 
 
-def stored(dataset: Any, answers: Mapping[str, str], folder: Path) -> Path:
+def stored(dataset: Any, given: Mapping[str, str], folder: Path) -> Path:
     """A prediction file as `infer` leaves it, from answers that were kept (index -> answer)."""
+    return _written(dataset, given, folder / f"stored_{dataset.dataset_name}")
+
+
+def _written(dataset: Any, given: Mapping[str, str], path: Path) -> Path:
     table = dataset.data.drop(columns="image", errors="ignore").copy()
-    table["prediction"] = [answers[str(index)] for index in table["index"]]
-    path = folder / f"stored_{dataset.dataset_name}.tsv"
-    with lossless_files():
-        dump(table, str(path))
-    return path
+    table["prediction"] = [given.get(str(index), "") for index in table["index"]]
+    return answers.write(table, path)
 
 
 @dataclass(frozen=True)

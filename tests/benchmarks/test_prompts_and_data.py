@@ -103,13 +103,13 @@ def test_a_test_set_that_is_not_whole_is_named(laboratory: Laboratory):
 def test_an_evaluator_that_fails_is_a_missing_score(laboratory: Laboratory):
     """MM-Vet's divides by the number of samples of each ability: zero in a run cut by --limit."""
     from ivcp_eval.scores import ScoreMissing
+    from ivcp_eval.vlmeval_bridge import answers
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
     from tests.benchmarks.conftest import judge_for
 
     miniature = miniatures()["MMVet"]
     dataset, _, predictions = laboratory.infer("MMVet", miniature.right)
-    lines = predictions.read_text().splitlines()
-    predictions.write_text("\n".join(lines[:2]) + "\n")
+    answers.write(answers.read(predictions).head(1), predictions.with_suffix(""))
     with pytest.raises(ScoreMissing, match="MMVet failed: ZeroDivisionError"):
         bridge.score(benchmarks.load("MMVet"), dataset, predictions, judge_for(miniature))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval import locations
+from ivcp_eval.failures import settled
 from ivcp_eval.variants import Variant
 
 ROOT = locations.PACKAGE.parent
@@ -152,5 +153,5 @@ class Cell:
         return None if self.lacks(record) else record
 
     def lacks(self, record: Mapping[str, Any] | None) -> bool:
-        """Whether an answer, or the record of all answers, is missing, failed, or does not count (``exact``)."""
-        return not record or bool(record.get("error")) or (self.exact and bool(record.get("together")))
+        """Whether an answer, or the record of all answers, is missing, failed and open, or not counted (``exact``)."""
+        return not record or not settled(record) or (self.exact and bool(record.get("together")))

@@ -16,7 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["DiskFullError", "atomic_write", "commit_file", "disk_full_as_clear_error", "file_digest", "write_json"]
+__all__ = [
+    "DiskFullError",
+    "atomic_write",
+    "commit_file",
+    "disk_full_as_clear_error",
+    "file_digest",
+    "file_digests",
+    "write_json",
+]
 
 #: No space, no quota, or the process may not write longer files (``ulimit -f``).
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -108,3 +116,13 @@ def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file's bytes, read in pieces (memory does not grow with the file)."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def file_digests(path: str | os.PathLike[str], *algorithms: str) -> tuple[str, ...]:
+    """`file_digest` by several algorithms, the file being read once."""
+    digests = [hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms]
+    with Path(path).open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            for digest in digests:
+                digest.update(piece)
+    return tuple(digest.hexdigest() for digest in digests)

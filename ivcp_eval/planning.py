@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ivcp_eval import benchmarks, cells, models
+from ivcp_eval import benchmarks, cells, models, vlmeval_bridge
 from ivcp_eval.accounting import Decoder, hold
 from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.cells import Cell, Identity
-from ivcp_eval.files import file_digest
+from ivcp_eval.files import file_digests
 from ivcp_eval.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
 from ivcp_eval.registry import adapter, make_method, method_source, parameters_of, unknown
 from ivcp_eval.variants import BASELINE, Variant
+from ivcp_eval.vlmeval_bridge.environment import check_folder, data_root, wrong_checksum
 
 if TYPE_CHECKING:
     from ivcp_eval.session import Limits, Placement
@@ -68,13 +69,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request comes to on this machine; a cell for each variant and benchmark whose data is here."""
+    """What a request comes to on this machine; a cell for each variant and benchmark whose data is here.
+
+    Attributes:
+        missing: why a benchmark has no cell. notices: what to know before running: partial data, what is not scored.
+    """
 
     weights: models.Weights
     placement: Placement
     limits: Limits
     cells: list[tuple[Benchmark, Cell]]
     missing: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Plan:
@@ -87,6 +93,9 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
 
     from ivcp_eval.session import Limits, Placement
 
+    if request.limit is not None and request.limit < 1:
+        raise ValueError(f"limit {request.limit} leaves no row; give a number of rows, 1 or more, or leave it out")
+    check_folder(request.runs)
     weights = models.locate(request.variant.model, request.model_path)
     device = request.device or ("cuda" if request.elsewhere and not weights.checkpoint.local else "")
     try:
@@ -118,17 +127,21 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
         decoder = Decoder.of(weights)
         tuned = [hold(variant, decoder) for variant in tuned]
     found: list[tuple[Benchmark, Cell]] = []
-    missing = []
+    missing: list[str] = []
+    notices: list[str] = []
     for benchmark in _benchmarks(request, weights):
         try:
             data = _data_digest(benchmark)
+            notices += benchmarks.notices(
+                benchmark, benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv", request.limit
+            )
         except DataMissing as error:
             missing.append(str(error))
             continue
         found += [(benchmark, _cell(request, weights, placement, limits, benchmark, data, v)) for v in tuned]
     if not found:
         raise DataMissing("\n".join(missing))
-    return Plan(weights, placement, limits, found, missing)
+    return Plan(weights, placement, limits, found, missing, notices)
 
 
 def _benchmarks(request: Request, weights: models.Weights) -> list[Benchmark]:
@@ -141,21 +154,23 @@ def _benchmarks(request: Request, weights: models.Weights) -> list[Benchmark]:
 def _benchmark(name: str) -> Benchmark:
     if name in benchmarks.names():
         return benchmarks.load(name)
-    from ivcp_eval.vlmeval_bridge import knows
-
-    if knows(name):
-        return benchmarks.undeclared(name)
+    if vlmeval_bridge.knows(name):
+        return dataclasses.replace(benchmarks.undeclared(name), md5=vlmeval_bridge.noted_md5(name))
     raise unknown("benchmark or group", name, [*benchmarks.names(), *benchmarks.groups()])
 
 
 def _data_digest(benchmark: Benchmark) -> str:
-    """SHA-256 of the benchmark's file; fetches it through VLMEvalKit where it is not here yet."""
-    from ivcp_eval.vlmeval_bridge.environment import data_root
+    """SHA-256 of the benchmark's file; fetches it through VLMEvalKit where it is not here yet.
 
+    Raises:
+        DataMissing: it cannot be fetched, or is not the file whose checksum VLMEvalKit notes.
+    """
     path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
     if not path.is_file():
         _fetch(benchmark)
-    digest = file_digest(path)
+    digest, md5 = file_digests(path, "sha256", "md5")
+    if benchmark.md5 and md5 != benchmark.md5:
+        raise DataMissing(f"benchmark {benchmark.name!r}: {wrong_checksum(path, md5, benchmark.md5)}")
     if benchmark.sha256 and digest != benchmark.sha256:
         raise ValueError(
             f"{path.name} has checksum {digest[:12]}..., its data file says {benchmark.sha256[:12]}...: the file was "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +57,8 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
             if budgeted.budget.problem:
                 raise ValueError(budgeted.budget.problem)
             say(described(budgeted))
+    for line in plan.notices:
+        say(line)
     pending = [(benchmark, cell) for benchmark, cell in plan.cells if cell.finished() is None]
     outcome = Outcome(csv=request.output or _output(request), reused=len(plan.cells) - len(pending))
     outcome.problems += plan.missing
@@ -142,12 +143,9 @@ def run_cell(
         except (JudgeError, ScoreMissing) as error:
             scored, problem = bridge.Scored({}, {}), f"no score: {error}"
         samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
-        failed = [row for row in samples if row["error"]]
-        if failed and not problem:
-            kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()
-            counted = ", ".join(f"{kind} {n}" for kind, n in kinds)
-            example = f"{failed[0]['index']}: {failed[0]['error']}"
-            problem = f"{len(failed)} of {len(samples)} samples failed ({counted}), e.g. {example}"
+        failed, refused = bridge.misses(samples, journal)
+        problem = problem or failed
+        scored = bridge.remarked(scored, refused)
         if not request.timing:
             samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
         write_samples(cell.predictions, samples)

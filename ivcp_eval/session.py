@@ -16,7 +16,7 @@ from ivcp_eval.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.downsample import shrink
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.fork import fork
-from ivcp_eval.failures import deadline, steps
+from ivcp_eval.failures import InputRefused, deadline, steps
 from ivcp_eval.flops import DecoderShape
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.models import Weights
@@ -239,7 +239,10 @@ class Session:
 
     def _encoded(self, *conversations: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """What the processor made, and the same on the model's device."""
-        inputs = self.adapter.encode(self.processor, list(conversations))
+        try:
+            inputs = self.adapter.encode(self.processor, list(conversations))
+        except (ValueError, ArithmeticError, IndexError) as error:
+            raise InputRefused(f"the model's processor refuses the sample: {error}") from error
         device = next(self.model.parameters()).device
         return inputs, {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
 

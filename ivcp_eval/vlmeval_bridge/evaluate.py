@@ -7,23 +7,25 @@ and would hand one run's verdicts to another. What survives a kill is our journa
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from vlmeval.dataset.image_vqa import MMVet
 from vlmeval.inference import infer_data_job
 
 from ivcp_eval import scores
-from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples
+from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, without_pair
 from ivcp_eval.failures import FAILURES, failure
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.journal import Journal
 from ivcp_eval.judge import Judge
-from ivcp_eval.refcoco.partial import not_whole
+from ivcp_eval.refcoco.partial import PARTIAL, not_whole
 from ivcp_eval.registry import unknown
 from ivcp_eval.scores import ScoreMissing
 from ivcp_eval.vlmeval_bridge import answers, judging, stock
@@ -35,7 +37,7 @@ from ivcp_eval.vlmeval_bridge.sample_scores import RULES
 
 
 def build(benchmark: Benchmark, limit: int | None) -> Any:
-    """VLMEvalKit's data set object, cut to its first ``limit`` rows.
+    """VLMEvalKit's data set object, cut to its first ``limit`` rows that can be scored (`benchmarks.notices` says so).
 
     Raises:
         DataMissing: no file here and no download possible. ValueError: a file that VLMEvalKit cannot read.
@@ -61,8 +63,10 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
             f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder), or see `ivcp data`. "
             f"{benchmark.source}"
         )
-    if limit:
-        dataset.data = dataset.data.iloc[:limit]
+    if limit is not None:
+        cut = dataset.data.iloc[:limit]
+        alone = without_pair(benchmark.vlmeval, {str(column): list(cut[column]) for column in cut})
+        dataset.data = cut[[not out for out in alone]]
     return dataset
 
 
@@ -200,6 +204,10 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
             returned = dataset.evaluate(str(predictions), model=evaluator)
         except OSError:  # a full disk, for one, is nothing of the evaluator's
             raise
+        except ZeroDivisionError as error:  # MM-Vet's, over the number of samples of each ability
+            if not isinstance(dataset, MMVet):
+                raise ScoreMissing(f"VLMEvalKit's evaluator of {benchmark.vlmeval} failed: {error!r}") from error
+            returned = judging.mmvet_total(predictions, evaluator)
         except Exception as error:  # evaluators fail in every way: packages that are not here, tables they cannot read
             raise ScoreMissing(f"VLMEvalKit's evaluator of {benchmark.vlmeval} failed: {error!r}") from error
     metrics = scores.read_metrics(benchmark, predictions.parent, predictions.stem, evaluator)
@@ -231,7 +239,8 @@ def _ious(benchmark: Benchmark, predictions: Path) -> dict[str, float]:
 
 
 def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> str:
-    remarks = []
+    partial = not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
+    remarks = [partial] if partial.startswith(PARTIAL) else []
     if unrated:
         remarks.append(f"the judge could not rate {len(unrated)} answers, which are left out")
     if benchmark.kind == "grounding":
@@ -243,8 +252,36 @@ def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> 
 
 
 def data_problem(benchmark: Benchmark) -> str:
-    """Why the benchmark's file is not the whole test set, by the report that its converter left; empty if it is."""
-    return not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
+    """Why the benchmark's file is not what its converter reported; empty if it is, a partial one being a remark."""
+    problem = not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
+    return "" if problem.startswith(PARTIAL) else problem
+
+
+def misses(samples: Sequence[Mapping[str, Any]], journal: Journal) -> tuple[str, str]:
+    """(samples that failed and may be answered another time, samples that never will be), each in words or empty."""
+    open_, closed = [], []
+    for row in samples:
+        if row["error"]:
+            final = journal.records.get(row["prompt_sha256"], {}).get("settled")
+            (closed if final else open_).append(row)
+    if len(closed) == len(samples):  # then it is not the samples
+        open_, closed = closed, []
+    failed, refused = (_counted(rows, len(samples)) for rows in (open_, closed))
+    return (
+        f"{failed[0]} samples failed {failed[1]}" if open_ else "",
+        f"{refused[0]} samples cannot be answered and count as wrong {refused[1]}" if closed else "",
+    )
+
+
+def _counted(rows: Sequence[Mapping[str, Any]], n: int) -> tuple[str, str]:
+    kinds = Counter(row["error"].partition(":")[0] for row in rows).most_common()
+    example = f", e.g. {rows[0]['index']}: {rows[0]['error']}" if rows else ""
+    return f"{len(rows)} of {n}", f"({', '.join(f'{kind} {k}' for kind, k in kinds)}){example}"
+
+
+def remarked(scored: Scored, remark: str) -> Scored:
+    """``scored`` with one remark more."""
+    return replace(scored, remark="; ".join(filter(None, (scored.remark, remark))))
 
 
 def _all_numbers(returned: Any) -> dict[str, tuple[float, float]]:

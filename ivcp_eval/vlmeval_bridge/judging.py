@@ -30,7 +30,7 @@ from vlmeval.utils import can_infer
 
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.judge import Judge, Question
-from ivcp_eval.scores import ScoreMissing
+from ivcp_eval.scores import ScoreMissing, read_table
 from ivcp_eval.vlmeval_bridge import answers
 from ivcp_eval.vlmeval_bridge.answers import is_empty
 
@@ -106,6 +106,15 @@ def _mmvet(table: pd.DataFrame, predictions: Path, evaluator: str) -> Work:
         return predictions, left_out
 
     return Work(questions, finish)
+
+
+def mmvet_total(predictions: Path, evaluator: str) -> dict[str, float]:
+    """The mean rating in percent, where VLMEvalKit's table fails because an ability has no sample (``--limit``)."""
+    rated = read_table(predictions.parent, predictions.stem, f"_{evaluator}.tsv")
+    total = 100 * float(rated["score"].astype(float).mean())
+    table = pd.DataFrame([{"Category": "Overall", "tot": len(rated), "acc": total}])
+    dump(table, get_intermediate_file_path(str(predictions), f"_{evaluator}_score", "csv"))
+    return {"score": total}
 
 
 def _llavabench(table: pd.DataFrame, predictions: Path) -> Work:

@@ -12,7 +12,7 @@ from vlmeval.vlm.base import BaseModel
 
 from ivcp_eval import benchmarks, models, variants
 from ivcp_eval.accounting import Decoder, hold
-from ivcp_eval.failures import FAILURES, device_lost, failure
+from ivcp_eval.failures import FAILURES, device_lost, failure, settled
 from ivcp_eval.interface import QuestionKind
 from ivcp_eval.journal import Journal
 from ivcp_eval.session import Limits, Placement, Session
@@ -73,7 +73,7 @@ class PrunedVLM(BaseModel):
         """
         key = message_key(message)
         known = self.journal.records.get(key) if self.journal else None
-        if known is not None and not known.get("error"):
+        if known is not None and settled(known):
             return str(known["prediction"])
         record = self._answer(message, dataset)
         if self.journal:

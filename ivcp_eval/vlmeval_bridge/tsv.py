@@ -21,6 +21,8 @@ from typing import IO, Any
 
 import pandas as pd
 
+from ivcp_eval.vlmeval_bridge.environment import wrong_checksum
+
 #: VLMEvalKit takes an image cell of up to this many characters for a reference to another row.
 REFERENCE = 64
 #: Columns whose cells people read; they stay text also where VLMEvalKit would make numbers of them.
@@ -68,11 +70,7 @@ class WrongChecksum(BadTable):
     """A file of VLMEvalKit's name that is not VLMEvalKit's file. It is left as it is: VLMEvalKit would replace it."""
 
     def __init__(self, path: Path, got: str, noted: str) -> None:
-        super().__init__(
-            f"{path} has MD5 {got}, VLMEvalKit notes {noted}: it was changed, cut short, or is another version. It is "
-            "left untouched and not used. Move it away and fetch the noted file (`ivcp data prepare NAME`), or give "
-            "your own version a name of its own"
-        )
+        super().__init__(wrong_checksum(path, got, noted))
 
 
 class _Watched(io.RawIOBase):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "deadline",
     "device_lost",
     "failure",
+    "misses",
     "settled",
     "steps",
 ]
@@ -59,6 +61,32 @@ def failure(error: BaseException) -> dict[str, Any]:
         "error": re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}"),
         "traceback": "".join(traceback.format_exception(error, limit=-12)),
     }
+
+
+def misses(samples: Sequence[Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """(samples that failed and may be answered another time, samples that never will be), each in words or empty.
+
+    Args:
+        samples: per-sample rows. records: of the journal, by key.
+    """
+    missed = [row for row in samples if row["error"]]
+    closed = [row for row in missed if records.get(row["prompt_sha256"], {}).get("settled")]
+    if len(closed) == len(samples):  # then it is not the samples
+        closed = []
+    open_ = [row for row in missed if row not in closed]
+    return (
+        _counted(open_, len(samples), "samples failed"),
+        _counted(closed, len(samples), "samples cannot be answered and count as wrong"),
+    )
+
+
+def _counted(rows: Sequence[Mapping[str, Any]], n: int, what: str) -> str:
+    if not rows:
+        return ""
+    kinds = ", ".join(
+        f"{kind} {k}" for kind, k in Counter(row["error"].partition(":")[0] for row in rows).most_common()
+    )
+    return f"{len(rows)} of {n} {what} ({kinds}), e.g. {rows[0]['index']}: {rows[0]['error']}"
 
 
 def device_lost(model: nn.Module) -> bool:

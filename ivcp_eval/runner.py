@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from ivcp_eval.accounting import described
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.cell_record import cell_rows, record_of
 from ivcp_eval.cells import Cell
+from ivcp_eval.failures import misses
 from ivcp_eval.files import write_json
 from ivcp_eval.journal import Journal
 from ivcp_eval.judge import Judge
@@ -143,9 +144,9 @@ def run_cell(
         except (JudgeError, ScoreMissing) as error:
             scored, problem = bridge.Scored({}, {}), f"no score: {error}"
         samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
-        failed, refused = bridge.misses(samples, journal)
+        failed, refused = misses(samples, journal.records)
         problem = problem or failed
-        scored = bridge.remarked(scored, refused)
+        scored = replace(scored, remark="; ".join(filter(None, (scored.remark, refused))))
         if not request.timing:
             samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
         write_samples(cell.predictions, samples)

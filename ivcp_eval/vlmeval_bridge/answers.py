@@ -32,7 +32,7 @@ def write(table: pd.DataFrame, path: Path) -> Path:
     given["prediction"] = pd.Series(
         [NO_ANSWER if is_empty(text) else str(text) for text in given["prediction"]], index=given.index, dtype=object
     )
-    for column in given.columns.intersection(_GROUPS):
+    for column in [name for name in _GROUPS if name in given]:
         given[column] = pd.Series(_group_names(given[column]), index=given.index, dtype=object)
     target = path.with_name(f"{path.name}.pkl")
     given.to_pickle(target)

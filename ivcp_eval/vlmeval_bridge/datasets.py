@@ -90,7 +90,7 @@ class _Shipped(Unpacking, ImageBaseDataset):
         table = read_tsv(path, self.KIND)
         self.img_root = str(data_root() / "images" / f"{dataset}-{file_digest(path)[:12]}")
         self._indices = list(table["index"])
-        absent = [column for column in table if column in (*string.ascii_uppercase, "hint")]
+        absent = [str(column) for column in table if column in (*string.ascii_uppercase, "hint")]
         table[absent] = tsv.typed(table[absent], absent)
         return table
 
@@ -132,7 +132,7 @@ class ShippedShortAnswer(_Shipped, ImageVQADataset):
             for given, truth in zip(data["prediction"], data["answer"], strict=True)
         ]
         dump(data, get_intermediate_file_path(eval_file, "_results", "csv"))
-        totals = {"Overall": 100 * data["eval_score"].mean()}
+        totals: dict[Any, float] = {"Overall": 100 * data["eval_score"].mean()}
         if "category" in data:
             totals |= (100 * data.groupby("category")["eval_score"].mean()).to_dict()
         table = pd.DataFrame([totals])
@@ -180,7 +180,9 @@ class Grounding(_Shipped):
             if frame not in data:
                 data[frame] = data[side]
         rows = data.to_dict("records")
-        scored = score([(ground_truth(row), row["prediction"]) for row in rows], FORMATS["unit"])
+        scored = score(
+            [(ground_truth({str(k): v for k, v in row.items()}), row["prediction"]) for row in rows], FORMATS["unit"]
+        )
         per_sample = pd.DataFrame(scored.rows())
         dump(per_sample, get_intermediate_file_path(eval_file, "_results", "csv"))
         summary = scored.summary()

@@ -7,14 +7,12 @@ and would hand one run's verdicts to another. What survives a kill is our journa
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from vlmeval.dataset.image_vqa import MMVet
 from vlmeval.inference import infer_data_job
@@ -214,7 +212,7 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
     samples = _samples(benchmark, dataset, predictions, evaluator)
     left_out = set(unrated or ())
     return Scored(
-        metrics or _all_numbers(returned),
+        metrics or scores.all_numbers(returned),
         {index: value for index, value in samples.items() if index not in left_out},
         None if unrated is None else len(unrated),
         _remark(benchmark, predictions, unrated or ()),
@@ -255,52 +253,6 @@ def data_problem(benchmark: Benchmark) -> str:
     """Why the benchmark's file is not what its converter reported; empty if it is, a partial one being a remark."""
     problem = not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
     return "" if problem.startswith(PARTIAL) else problem
-
-
-def misses(samples: Sequence[Mapping[str, Any]], journal: Journal) -> tuple[str, str]:
-    """(samples that failed and may be answered another time, samples that never will be), each in words or empty."""
-    open_, closed = [], []
-    for row in samples:
-        if row["error"]:
-            final = journal.records.get(row["prompt_sha256"], {}).get("settled")
-            (closed if final else open_).append(row)
-    if len(closed) == len(samples):  # then it is not the samples
-        open_, closed = closed, []
-    failed, refused = (_counted(rows, len(samples)) for rows in (open_, closed))
-    return (
-        f"{failed[0]} samples failed {failed[1]}" if open_ else "",
-        f"{refused[0]} samples cannot be answered and count as wrong {refused[1]}" if closed else "",
-    )
-
-
-def _counted(rows: Sequence[Mapping[str, Any]], n: int) -> tuple[str, str]:
-    kinds = Counter(row["error"].partition(":")[0] for row in rows).most_common()
-    example = f", e.g. {rows[0]['index']}: {rows[0]['error']}" if rows else ""
-    return f"{len(rows)} of {n}", f"({', '.join(f'{kind} {k}' for kind, k in kinds)}){example}"
-
-
-def remarked(scored: Scored, remark: str) -> Scored:
-    """``scored`` with one remark more."""
-    return replace(scored, remark="; ".join(filter(None, (scored.remark, remark))))
-
-
-def _all_numbers(returned: Any) -> dict[str, tuple[float, float]]:
-    if isinstance(returned, pd.DataFrame):
-        returned = {
-            "/".join([*(str(v) for v in row.values() if not _is_number(v)), str(column)]): value
-            for row in returned.to_dict("records")
-            for column, value in row.items()
-        }
-    flat = {str(k): float(v) for k, v in dict(returned).items() if _is_number(v)}
-    if not flat:
-        raise scores.ScoreMissing(
-            f"the evaluator returned no numbers: {returned!r}; declare its metrics under datasets/"
-        )
-    return {name: (value, 100.0) for name, value in flat.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def sample_rows(

@@ -50,7 +50,7 @@ def read(path: Path, md5: str = "") -> pd.DataFrame:
         WrongChecksum: it has another one. BadTable: not a TSV file, or cells that VLMEvalKit must not get.
     """
     with path.open("rb") as stream:
-        watched = _Watched(stream, path)
+        watched = _Watched(stream, path, bool(md5))
         try:
             table = pd.read_csv(watched, sep="\t", dtype=str, keep_default_na=False)
         except UnicodeDecodeError as error:
@@ -74,17 +74,19 @@ class WrongChecksum(BadTable):
 
 
 class _Watched(io.RawIOBase):
-    """A binary file that is hashed while it is read and must not hold NUL bytes."""
+    """A binary file that is hashed while it is read, if asked, and must not hold NUL bytes."""
 
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
-        self.stream, self.path, self.md5, self.position = stream, path, hashlib.md5(usedforsecurity=False), 0
+    def __init__(self, stream: IO[bytes], path: Path, hashed: bool) -> None:
+        self.stream, self.path, self.hashed, self.position = stream, path, hashed, 0
+        self.md5 = hashlib.md5(usedforsecurity=False)
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
         data = self.stream.read(size)
-        self.md5.update(data)
+        if self.hashed:
+            self.md5.update(data)
         if b"\0" in data:
             raise BadTable(
                 f"{self.path}: a NUL byte at position {self.position + data.index(0)}; the file is damaged, or UTF-16: "

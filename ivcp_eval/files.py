@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,10 +29,13 @@ __all__ = [
     "RESULTS",
     "SWEEPS",
     "DiskFullError",
+    "as_read",
+    "as_shown",
     "atomic_write",
     "commit_file",
     "disk_full_as_clear_error",
     "file_digest",
+    "file_digests",
     "remembered",
     "sweep_file",
     "write_json",
@@ -53,6 +57,30 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 class DiskFullError(OSError):
     """No space (or no quota) was left while a file was being written; nothing was kept of it."""
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+# Controls that move a terminal's cursor or change its colours; tab and line ends are text. The sign itself is doubled.
+_CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u241b]")
+_SHOWN = re.compile("\u241b(\u241b|[0-9a-f]{2})")
+
+
+def as_shown(text: str) -> str:
+    """A cell of a CSV that people open: no formula for a spreadsheet, no escape sequence for a terminal.
+
+    What would begin a formula gets an apostrophe in front, which spreadsheets hide; a number stays a number. A control
+    character becomes ``\u241b`` and two hexadecimal digits. `as_read` is the inverse.
+    """
+    text = _CONTROL.sub(lambda m: "\u241b" + ("\u241b" if m[0] == "\u241b" else f"{ord(m[0]):02x}"), text)
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def as_read(cell: str) -> str:
+    """The text of which `as_shown` made ``cell``; cells that were written plainly are what they are."""
+    if cell.startswith("'") and _FORMULA.match(cell):
+        cell = cell[1:]
+    return _SHOWN.sub(lambda m: "\u241b" if m[1] == "\u241b" else chr(int(m[1], 16)), cell)
 
 
 @contextlib.contextmanager
@@ -170,6 +198,16 @@ def _read_cache(cache: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # not there yet, or damaged: it is only a cache
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def file_digests(path: str | os.PathLike[str], *algorithms: str) -> tuple[str, ...]:
+    """`file_digest` by several algorithms, the file being read once."""
+    digests = [hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms]
+    with Path(path).open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            for digest in digests:
+                digest.update(piece)
+    return tuple(digest.hexdigest() for digest in digests)
 
 
 def sweep_file(path: str | Path) -> Path:

@@ -5,6 +5,9 @@ Classes: transformers' InternVLForConditionalGeneration; InternLM2 runs as Llama
 query, key and value weights. The original checkpoints and the ``-hf`` conversions both load, without remote code.
 Prompts: VLMEvalKit's InternVLChat (V2.0) with the conversation template "internvl2_5", and
 https://github.com/FireRedTeam/IVC-Prune @ 03afd9c for grounding.
+Boxes: as InternVL's evaluation reads them (https://github.com/OpenGVLab/InternVL @ 0355722,
+internvl_chat/eval/refcoco/evaluate_grounding.py): thousandths of the image, but coordinates that add up to less than 4
+are fractions of it.
 """
 
 from __future__ import annotations

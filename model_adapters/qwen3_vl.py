@@ -2,7 +2,8 @@
 
 Paper: https://arxiv.org/abs/2511.21631
 Classes: transformers' Qwen3VLForConditionalGeneration.
-Prompts: VLMEvalKit's Qwen3VLPromptMixin; grounding as Qwen2.5-VL (Qwen3-VL's cookbook asks for the same JSON).
+Prompts: VLMEvalKit's Qwen3VLPromptMixin; grounding in the words of Qwen's own RefCOCO evaluation
+(https://github.com/QwenLM/Qwen3-VL/issues/1721), whose boxes are thousandths of the image.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ class Adapter(Qwen25Adapter):
         return {} if min_pixels is None and max_pixels is None else super().pixel_options(min_pixels, max_pixels)
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
-        """Multiple choice, yes/no and grounding as Qwen2.5-VL, short answers in Qwen3-VL's words."""
+        """Multiple choice and yes/no as Qwen2.5-VL, short answers and grounding in Qwen3-VL's words."""
+        if kind == "grounding":
+            return (
+                f'Locate every object that matches the description "{question}" in the image. '
+                "Report bbox coordinates in JSON format."
+            )
         if kind == "short_answer":
             return f"{question}\nPlease answer concisely with short words or phrases when possible."
         return qwen_prompt(kind, question, options, hint)

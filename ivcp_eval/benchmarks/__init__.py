@@ -7,7 +7,8 @@ and whether a judge is needed. `load` reads one; any other VLMEvalKit name works
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,7 @@ class Metric:
         combine: "only" if one row must match, "sum" over columns listed with ``+`` (MME's total), "mean" over rows.
         factor: what the number is multiplied by to stand on ``scale``.
         scale: the best possible score.
-        optional: its column may be absent (a category without samples in a run cut by ``--limit``).
+        optional: it is the score of one category, the column, which a run cut by ``--limit`` may lack.
     """
 
     name: str
@@ -119,6 +120,20 @@ class Benchmark:
         parts = (self.metrics, self.samples, self.cluster, self.category, self.kind, self.vlmeval)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    def unscored(self, rows: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """Metrics that need rows which a run cut by ``--limit`` does not have.
+
+        Args:
+            rows: column -> cells of the rows that are left.
+        """
+        missing = []
+        for metric in self.metrics:
+            lacks = any(column in rows and str(wanted) not in rows[column] for column, wanted in metric.rows.items())
+            groups = rows.get(self.category)
+            if lacks or (metric.optional and groups is not None and metric.column not in groups):
+                missing.append(metric.name)
+        return tuple(missing)
+
     @property
     def path(self) -> Path | None:
         """The embedded TSV, or None for sets that VLMEvalKit keeps in its data root."""
@@ -171,6 +186,59 @@ def load(name: str) -> Benchmark:
 def undeclared(name: str) -> Benchmark:
     """A VLMEvalKit data set without a file here: its own prompt, every number its evaluator returns."""
     return Benchmark(name=name, title="not declared under datasets/", vlmeval=name, prompt="dataset")
+
+
+def notices(benchmark: Benchmark, path: Path, limit: int | None) -> list[str]:
+    """What to say of a benchmark before it runs: its file is partial; what a limit leaves without a score.
+
+    Raises:
+        DataMissing: nothing could be scored under the limit.
+    """
+    from ivcp_eval.benchmarks.refcoco.partial import not_whole
+
+    said = [f"{benchmark.name}: {problem}" for problem in [not_whole(path)] if problem]
+    if limit is None:
+        return said
+    rows = _first_rows(path, limit)
+    alone = without_pair(benchmark.vlmeval, rows)
+    left = {column: [cell for cell, out in zip(cells, alone, strict=True) if not out] for column, cells in rows.items()}
+    missing = benchmark.unscored(left)
+    if all(alone) or (benchmark.metrics and len(missing) == len(benchmark.metrics)):
+        why = "they belong to no pair" if all(alone) else "they belong to no split that is scored"
+        raise DataMissing(
+            f"benchmark {benchmark.name!r}: its first {limit} rows give no score, {why}; raise --limit or leave it out"
+        )
+    if any(alone):
+        said.append(f"{benchmark.name}: {sum(alone)} rows under --limit {limit} lack their pair and are left out")
+    if missing:
+        said.append(f"{benchmark.name}: not scored under --limit {limit}, for want of rows: {', '.join(missing)}")
+    return said
+
+
+def without_pair(vlmeval: str, rows: Mapping[str, Sequence[str]]) -> list[bool]:
+    """Which rows cannot be scored without another one: MME rates the two questions on an image together.
+
+    Args:
+        vlmeval: VLMEvalKit's name, by which it decides so. rows: column -> cells.
+    """
+    if "MME" not in vlmeval or not {"category", "image_path"} <= set(rows):
+        return [False] * len(next(iter(rows.values()), ()))
+    pairs = list(zip(rows["category"], rows["image_path"], strict=True))
+    sizes = Counter(pairs)
+    return [sizes[pair] < 2 for pair in pairs]
+
+
+def _first_rows(path: Path, limit: int) -> dict[str, list[str]]:
+    """Column -> cells of a TSV's first rows, without the pictures; nothing for a file that cannot be read so."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(
+            path, sep="\t", dtype=str, keep_default_na=False, nrows=limit, usecols=lambda name: name != "image"
+        )
+    except (ValueError, pd.errors.ParserError):  # which reading it as a whole will explain
+        return {}
+    return {str(column): list(table[column]) for column in table}
 
 
 def _build(cls: Any, values: Any, file: str) -> Any:

@@ -1,9 +1,9 @@
 """Bounding boxes: how models write them, what frame they are in, how they are compared.
 
-Every model family writes boxes in its own coordinates. Here the format is always *declared* (:data:`FORMATS`), never
-inferred from the size of the numbers: VLMEvalKit's stock evaluator infers it and reads the absolute pixels of a
-perfect Qwen2.5-VL answer as thousandths. Whatever the format, the result is a canonical box: ``(x1, y1, x2, y2)`` as
-fractions of the original image's width and height.
+Every model family writes boxes in its own coordinates. Here the format is always *declared* (:data:`FORMATS`), and the
+scale inferred from the numbers only where the family's published evaluation does: VLMEvalKit's stock evaluator infers
+it for all and reads the absolute pixels of a perfect Qwen2.5-VL answer as thousandths. Whatever the format, the result
+is a canonical box: ``(x1, y1, x2, y2)`` as fractions of the original image's width and height.
 """
 
 from __future__ import annotations
@@ -111,11 +111,14 @@ class BoxFormat:
             brackets; ``"det"`` = the same between ``<|det|>`` and ``<|/det|>``; ``"points"`` = ``(x1,y1),(x2,y2)``.
         full_scale: the number that stands for the right or bottom edge of the image; ``None`` = coordinates are
             pixels of a frame that the caller names (for Qwen2.5-VL the resized image).
+        fractions_below: coordinates that add up to less than this are fractions of the image, where the family's
+            published evaluation reads them so; 0 if it does not.
     """
 
     name: str
     syntax: str
     full_scale: float | None
+    fractions_below: float = 0.0
 
     @property
     def in_pixels(self) -> bool:
@@ -131,10 +134,11 @@ FORMATS: dict[str, BoxFormat] = {
         BoxFormat("qwen2_vl", "points", 1000.0),
         # QwenLM/Qwen3-VL, cookbooks/2d_grounding: relative coordinates, 0 to 1000.
         BoxFormat("qwen3_vl", "json", 1000.0),
-        # OpenGVLab/InternVL, internvl_chat/eval/refcoco: [[x1, y1, x2, y2]], 0 to 1000.
-        BoxFormat("internvl", "plain", 1000.0),
-        # deepseek-ai/DeepSeek-VL2 README: <|det|>[[x1, y1, x2, y2]]<|/det|>, 0 to 999.
-        BoxFormat("deepseek_vl2", "det", 999.0),
+        # OpenGVLab/InternVL, internvl_chat/eval/refcoco: [[x1, y1, x2, y2]], 0 to 1000 if they add up to 4 or more.
+        BoxFormat("internvl", "plain", 1000.0, fractions_below=4.0),
+        # deepseek-ai/DeepSeek-VL2 README: <|det|>[[x1, y1, x2, y2]]<|/det|>, 0 to 999. Its evaluation is not published;
+        # that of IVC-Prune (FireRedTeam/IVC-Prune @ 03afd9c) takes sums below 4 for fractions, as InternVL's does.
+        BoxFormat("deepseek_vl2", "det", 999.0, fractions_below=4.0),
         BoxFormat("unit", "plain", 1.0),
     )
 }
@@ -185,6 +189,8 @@ def parse_answer(text: object, fmt: BoxFormat, frame: Frame | None = None) -> Bo
         match = pattern.search(text)
         if match:
             x1, y1, x2, y2 = (float(number) for number in match.groups())
+            if x1 + y1 + x2 + y2 < fmt.fractions_below:
+                x_scale = y_scale = 1.0
             box = (x1 / x_scale, y1 / y_scale, x2 / x_scale, y2 / y_scale)
             return box if all(map(math.isfinite, box)) else None  # hundreds of digits overflow to infinity
     return None

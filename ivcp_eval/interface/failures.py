@@ -5,14 +5,26 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FAILURES", "AnswerTimeout", "check_timeout", "deadline", "device_lost", "failure", "steps"]
+__all__ = [
+    "FAILURES",
+    "AnswerTimeout",
+    "InputRefused",
+    "check_timeout",
+    "deadline",
+    "device_lost",
+    "failure",
+    "misses",
+    "settled",
+    "steps",
+]
 
 #: What one sample or variant may raise without ending the run; it is recorded, counted and retried. Everything: chat
 #: templates, kernels, decoders of pictures and plug-ins have exceptions of their own.
@@ -23,22 +35,58 @@ class AnswerTimeout(TimeoutError):
     """An answer took longer than was allowed; nothing of it is used."""
 
 
+class InputRefused(ValueError):
+    """The model's processor refuses a sample, such as a picture of 300 x 1 pixels. It always will: a settled miss."""
+
+
+def settled(record: Mapping[str, Any]) -> bool:
+    """Whether a journal's record needs no other try: there is an answer, or there can be none."""
+    return not record.get("error") or bool(record.get("settled"))
+
+
 def check_timeout(seconds: float | None) -> None:
     """Raise ValueError unless it is a finite number above 0, or None for no limit."""
     if seconds is not None and not 0 < seconds < float("inf"):
         raise ValueError(f"timeout {seconds!r} is not a number of seconds above 0; leave it out for no limit")
 
 
-def failure(error: BaseException) -> dict[str, str]:
+def failure(error: BaseException) -> dict[str, Any]:
     """What a journal keeps in place of an answer: the error in a line, and the innermost frames of its traceback.
 
     Addresses of objects are left out of the line, so that equal failures are equal text.
     """
     return {
+        **({"settled": True} if isinstance(error, InputRefused) else {}),
         "prediction": "",
         "error": re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}"),
         "traceback": "".join(traceback.format_exception(error, limit=-12)),
     }
+
+
+def misses(samples: Sequence[Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """(samples that failed and may be answered another time, samples that never will be), each in words or empty.
+
+    Args:
+        samples: per-sample rows. records: of the journal, by key.
+    """
+    missed = [row for row in samples if row["error"]]
+    closed = [row for row in missed if records.get(row["prompt_sha256"], {}).get("settled")]
+    if len(closed) == len(samples):  # then it is not the samples
+        closed = []
+    open_ = [row for row in missed if row not in closed]
+    return (
+        _counted(open_, len(samples), "samples failed"),
+        _counted(closed, len(samples), "samples cannot be answered and count as wrong"),
+    )
+
+
+def _counted(rows: Sequence[Mapping[str, Any]], n: int, what: str) -> str:
+    if not rows:
+        return ""
+    kinds = ", ".join(
+        f"{kind} {k}" for kind, k in Counter(row["error"].partition(":")[0] for row in rows).most_common()
+    )
+    return f"{len(rows)} of {n} {what} ({kinds}), e.g. {rows[0]['index']}: {rows[0]['error']}"
 
 
 def device_lost(model: nn.Module) -> bool:

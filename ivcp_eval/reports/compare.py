@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.provenance import (
@@ -126,6 +127,8 @@ def _load(folder: Path, predictions: str) -> tuple[Samples | None, str]:
 
 def _pair(baseline: Row, pruned: Row, before: Samples | None, after: Samples | None, why: str) -> _Pair:
     refused = differences(baseline, pruned)
+    if _partial(baseline, pruned) and (baseline["source"] or pruned["source"]):
+        refused.append("a score on part of the test set against a published one on the whole")
     if before is None or after is None:
         return _Pair(baseline, pruned, None, why, tuple(refused))
     refused += sample_differences(before, after)
@@ -136,9 +139,16 @@ def _pair(baseline: Row, pruned: Row, before: Samples | None, after: Samples | N
     return _Pair(baseline, pruned, (before, after), "", tuple(refused))
 
 
+def _partial(*rows: Row) -> list[str]:
+    """What the rows' reasons say of test sets that are not whole, each once."""
+    said = (part for row in rows for part in row["reason"].split("; ") if part.startswith(PARTIAL))
+    return list(dict.fromkeys(said))
+
+
 def _compared(pair: _Pair, margin: float | None, resamples: int) -> ComparedRow:
     baseline, pruned = pair.baseline, pair.pruned
     notes = [f"differs, forced: {line}" for line in pair.refused]
+    notes += [f"!!! PARTIAL DATA: {line} !!!" for line in _partial(baseline, pruned)]
     notes += [f"differs: {line}" for line in remarks(baseline, pruned)]
     unknown = unknown_provenance(baseline, pruned)
     notes += [f"not stated by the published row: {', '.join(unknown)}"] if unknown else []

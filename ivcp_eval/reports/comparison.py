@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ivcp_eval.files import atomic_write
+from ivcp_eval.files import as_shown, atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,9 +115,10 @@ class Comparison:
         return pd.DataFrame(records, columns=[field.name for field in dataclasses.fields(ComparedRow)])
 
     def write_csv(self, path: str | Path) -> None:
-        """`to_frame` as CSV, atomically."""
+        """`to_frame` as CSV that people may open (`files.as_shown`), atomically."""
         with atomic_write(path) as stream:
-            self.to_frame().to_csv(stream, index=False, lineterminator="\n")
+            shown = self.to_frame().map(lambda cell: as_shown(cell) if isinstance(cell, str) else cell)
+            shown.to_csv(stream, index=False, lineterminator="\n")
 
     def to_terminal(self) -> str:
         """The table and its footer as plain text."""

@@ -261,4 +261,11 @@ def _table(columns: Sequence[Column]) -> list[str]:
 
 def schema_markdown() -> str:
     """Both schemas as Markdown tables: the generated part of `results/README.md`."""
-    return "\n".join(["## Results CSV", "", *_table(COLUMNS), "", "## Per-sample CSV", "", *_table(SAMPLE_COLUMNS), ""])
+    shown = (
+        "Text cells that a spreadsheet would run as a formula (`=`, `+`, `-`, `@` in front, numbers aside) have an "
+        "apostrophe in front; control characters stand as `\u241b` and two hexadecimal digits, `\u241b` itself twice. "
+        "`ivcp_eval.reports.table` reads them back as they were."
+    )
+    return "\n".join(
+        [shown, "", "## Results CSV", "", *_table(COLUMNS), "", "## Per-sample CSV", "", *_table(SAMPLE_COLUMNS), ""]
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import atomic_write
+from ivcp_eval.files import as_read, as_shown, atomic_write
 from ivcp_eval.interface.registry import nearest
 from ivcp_eval.reports.schema import (
     COLUMN_NAMES,
@@ -224,7 +224,12 @@ def _write(path: Path, columns: Sequence[Column], rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
         stream.write(_line([column.name for column in columns]))
-        stream.writelines(_line([column.cell(row[column.name]) for column in columns]) for row in rows)
+        stream.writelines(_line([_shown(column, row[column.name]) for column in columns]) for row in rows)
+
+
+def _shown(column: Column, value: Any) -> str:
+    cell = column.cell(value)
+    return as_shown(cell) if column.kind == "text" else cell
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -290,7 +295,7 @@ def _parsed(header: Sequence[str], cells: Sequence[str], columns: Mapping[str, C
     problems = []
     for name, text in zip(header, cells, strict=True):
         try:
-            row[name] = columns[name].parse(text)
+            row[name] = columns[name].parse(as_read(text) if columns[name].kind == "text" else text)
         except ValueError as error:
             problems.append(f"column {name!r}: {error}")
     return {name: row.get(name, "" if column.kind == "text" else None) for name, column in columns.items()}, problems

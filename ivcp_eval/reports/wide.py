@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval import benchmarks
-from ivcp_eval.files import atomic_write
+from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface.variants import BASELINE
 
 Row = Mapping[str, Any]
@@ -45,7 +45,9 @@ class Table:
     def to_csv(self) -> str:
         """Comma-separated, header first."""
         stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows([self.header, *self.rows])
+        csv.writer(stream, lineterminator="\n").writerows(
+            [[as_shown(cell) for cell in row] for row in (self.header, *self.rows)]
+        )
         return stream.getvalue()
 
     def to_markdown(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["knows", "register", "run_vlmeval"]
+__all__ = ["knows", "noted_md5", "register", "run_vlmeval"]
 
 
 def knows(name: str) -> bool:
@@ -19,6 +19,16 @@ def knows(name: str) -> bool:
     import vlmeval.dataset
 
     return name in vlmeval.dataset.SUPPORTED_DATASETS or (data_root() / f"{name}.tsv").is_file()
+
+
+def noted_md5(name: str) -> str:
+    """The checksum that VLMEvalKit notes for the file of one of its data sets; "" if it notes none."""
+    from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
+
+    import_vlmeval()
+    from ivcp_eval.vlmeval_bridge.stock import noted_md5 as noted
+
+    return noted(name)
 
 
 def register(models: Sequence[str] = ()) -> list[str]:

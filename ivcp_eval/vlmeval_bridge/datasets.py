@@ -5,25 +5,26 @@ The module imports VLMEvalKit; go through `ivcp_eval.vlmeval_bridge`.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import string
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.dataset.image_mcq import ImageMCQDataset
 from vlmeval.dataset.image_vqa import ImageVQADataset
 from vlmeval.dataset.image_yorn import ImageYORNDataset
-from vlmeval.dataset.utils.vqa_eval import process_line
 from vlmeval.smp import dump, get_intermediate_file_path
-from vlmeval.smp import load as load_table
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks.boxes import FORMATS
 from ivcp_eval.benchmarks.grounding import ground_truth, score
 from ivcp_eval.files import file_digest
+from ivcp_eval.vlmeval_bridge import answers, tsv
+from ivcp_eval.vlmeval_bridge.pictures import Unpacking
 
 REQUIRED = {
     "grounding": ("index", "image", "question", "answer", "width", "height"),
@@ -37,11 +38,12 @@ def read_tsv(path: Path, kind: str) -> pd.DataFrame:
     """A benchmark TSV with its columns checked; every cell as text, nothing turned into NaN.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: columns missing, no rows, or an index twice; it says which.
+        FileNotFoundError: no such file. ValueError: columns missing, no rows, no picture or answer, an index twice; it
+            says which. tsv.BadTable: see there.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; see `ivcp data` for where it comes from")
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    table = tsv.read(path)
     missing = [column for column in REQUIRED[kind] if column not in table]
     if missing:
         raise ValueError(
@@ -53,17 +55,25 @@ def read_tsv(path: Path, kind: str) -> pd.DataFrame:
     twice = table["index"][table["index"].duplicated()]
     if len(twice):
         raise ValueError(f"{path}: {len(twice)} index values occur twice, e.g. {twice.iloc[0]!r}; they must be unique")
+    for column in ("image", "answer"):
+        empty = table["index"][table[column] == ""]
+        if len(empty):
+            raise ValueError(f"{path}: {len(empty)} rows have no {column}, e.g. the row with index {empty.iloc[0]!r}")
     return table
 
 
-class _Shipped(ImageBaseDataset):
-    """Reads the TSV that a declared benchmark names, from ``datasets/`` or from VLMEvalKit's data root."""
+class _Shipped(Unpacking, ImageBaseDataset):
+    """Reads the TSV that a declared benchmark names, from ``datasets/`` or from VLMEvalKit's data root.
+
+    Cells are text from here to the score. Only options and hints that are empty are NaN, VLMEvalKit's sign for none.
+    """
 
     KIND: ClassVar[str]
 
     # VLMEvalKit filters keyword arguments by signature, so the parameter must be named.
     def __init__(self, dataset: str, skip_noimg: bool = True, **kwargs: Any) -> None:
         super().__init__(dataset=dataset, skip_noimg=skip_noimg)
+        self.data["index"] = self._indices  # "007" is not 7
 
     @classmethod
     def supported_datasets(cls) -> list[str]:
@@ -79,6 +89,9 @@ class _Shipped(ImageBaseDataset):
         path = benchmark.path or data_root() / f"{dataset}.tsv"
         table = read_tsv(path, self.KIND)
         self.img_root = str(data_root() / "images" / f"{dataset}-{file_digest(path)[:12]}")
+        self._indices = list(table["index"])
+        absent = [str(column) for column in table if column in (*string.ascii_uppercase, "hint")]
+        table[absent] = tsv.typed(table[absent], absent)
         return table
 
 
@@ -93,26 +106,47 @@ class ShippedYesNo(_Shipped, ImageYORNDataset):
 
     KIND = "yes_no"
 
+    def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
+        """As the base class, whose file of per-sample scores then gets its indices back: it read them as numbers."""
+        table = super().evaluate(eval_file, **judge_kwargs)
+        path = get_intermediate_file_path(eval_file, "_auxmatch")
+        scored = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        scored["index"] = list(answers.read(Path(eval_file))["index"])
+        dump(scored, path)
+        return table
+
 
 class ShippedShortAnswer(_Shipped, ImageVQADataset):
-    """One-word answers: VLMEvalKit's case-insensitive exact match, which its own class ties to data set names."""
+    """One-word answers: VLMEvalKit's case-insensitive exact match, which its own class ties to data set names.
+
+    Several true answers are a list in brackets; any of them counts.
+    """
 
     KIND = "short_answer"
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
         """Accuracy in percent, overall and per category."""
-        data = load_table(eval_file)
-        data["prediction"] = ["" if pd.isna(p) else str(p) for p in data["prediction"]]
-        data["answer"] = data["answer"].astype(str)
-        results = [process_line(row, method="accuracy") for _, row in data.iterrows()]
-        data["eval_score"] = [float(np.max(result["match"])) for result in results]
+        data = answers.read(Path(eval_file))
+        data["eval_score"] = [
+            float(given.strip().lower() in _truths(truth))
+            for given, truth in zip(data["prediction"], data["answer"], strict=True)
+        ]
         dump(data, get_intermediate_file_path(eval_file, "_results", "csv"))
-        totals = {"Overall": 100 * data["eval_score"].mean()}
+        totals: dict[Any, float] = {"Overall": 100 * data["eval_score"].mean()}
         if "category" in data:
             totals |= (100 * data.groupby("category")["eval_score"].mean()).to_dict()
         table = pd.DataFrame([totals])
         dump(table, get_intermediate_file_path(eval_file, "_acc", "csv"))
         return table
+
+
+def _truths(cell: str) -> set[str]:
+    """The true answers of a cell, folded: itself, or the members of a list in brackets."""
+    try:
+        parsed = ast.literal_eval(cell) if cell.startswith("[") else cell
+    except (SyntaxError, ValueError):
+        parsed = cell
+    return {str(truth).strip().lower() for truth in (parsed if isinstance(parsed, list) else [cell])}
 
 
 class Grounding(_Shipped):
@@ -141,12 +175,14 @@ class Grounding(_Shipped):
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, Any]:
         """Acc@0.5/0.75/0.9, mean IoU, per object size, and how many answers held no box."""
-        data = load_table(eval_file)
+        data = answers.read(Path(eval_file))
         for frame, side in (("answer_width", "width"), ("answer_height", "height")):
             if frame not in data:
                 data[frame] = data[side]
         rows = data.to_dict("records")
-        scored = score([(ground_truth(row), row["prediction"]) for row in rows], FORMATS["unit"])
+        scored = score(
+            [(ground_truth({str(k): v for k, v in row.items()}), row["prediction"]) for row in rows], FORMATS["unit"]
+        )
         per_sample = pd.DataFrame(scored.rows())
         dump(per_sample, get_intermediate_file_path(eval_file, "_results", "csv"))
         summary = scored.summary()

@@ -82,6 +82,22 @@ def data_root() -> Path:
     return Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112 (VLMEvalKit's name)
 
 
+def wrong_checksum(path: Path, got: str, noted: str) -> str:
+    """What is said of a file of VLMEvalKit's name that is not VLMEvalKit's file, which would download over it."""
+    return (
+        f"{path} has MD5 {got}, VLMEvalKit notes {noted}: it was changed, cut short, or is another version. It is left "
+        "untouched and not used. Move it away and fetch the noted file (`ivcp data prepare NAME`), or give your own "
+        "version a name of its own"
+    )
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError for a folder in which VLMEvalKit misplaces its files: it fills in braces and swaps endings."""
+    for text in ("{", "}", ".pkl", ".tsv"):
+        if text in str(path):
+            raise ValueError(f"VLMEvalKit cannot work below {path}: the path holds {text!r}; choose another (--runs)")
+
+
 def download(url: str, path: Path) -> str:
     """VLMEvalKit's download of one file; why it failed, or nothing. TLS certificates are verified."""
     import_vlmeval()

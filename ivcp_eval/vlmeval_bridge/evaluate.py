@@ -13,19 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-import vlmeval.dataset
+from vlmeval.dataset.image_vqa import MMVet
 from vlmeval.inference import infer_data_job
-from vlmeval.smp import dump
 
-from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples
-from ivcp_eval.benchmarks.refcoco.partial import not_whole
+from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, without_pair
+from ivcp_eval.benchmarks.refcoco.partial import PARTIAL, not_whole
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.interface.failures import FAILURES, failure
 from ivcp_eval.interface.registry import unknown
 from ivcp_eval.runs.store.journal import Journal
-from ivcp_eval.vlmeval_bridge import judging, scores
+from ivcp_eval.vlmeval_bridge import answers, judging, scores, stock
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.judge import Judge
@@ -36,7 +34,7 @@ from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
 
 def build(benchmark: Benchmark, limit: int | None) -> Any:
-    """VLMEvalKit's data set object, cut to its first ``limit`` rows.
+    """VLMEvalKit's data set object, cut to its first ``limit`` rows that can be scored (`benchmarks.notices` says so).
 
     Raises:
         DataMissing: no file here and no download possible. ValueError: a file that VLMEvalKit cannot read.
@@ -44,8 +42,8 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
     path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
     here = path.is_file()
     try:
-        dataset = vlmeval.dataset.build_dataset(benchmark.vlmeval)
-    except ValueError:
+        dataset = stock.build(benchmark.vlmeval)
+    except (ValueError, DataMissing):
         raise
     except Exception as error:  # a failed download is a bare Exception there
         if here:
@@ -62,8 +60,10 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
             f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder), or see `ivcp data`. "
             f"{benchmark.source}"
         )
-    if limit:
-        dataset.data = dataset.data.iloc[:limit]
+    if limit is not None:
+        cut = dataset.data.iloc[:limit]
+        alone = without_pair(benchmark.vlmeval, {str(column): list(cut[column]) for column in cut})
+        dataset.data = cut[[not out for out in alone]]
     return dataset
 
 
@@ -130,7 +130,7 @@ def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Collection[str])
     """VLMEvalKit's inference loop over the rows that have a prompt; the other rows join with an empty answer.
 
     Returns:
-        The prediction file (TSV) with every row, so that a broken row counts as wrong and is never dropped.
+        The prediction file (`answers.write`) with every row, so that a broken row counts as wrong and is never dropped.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -140,27 +140,21 @@ def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Collection[str])
     try:
         with lossless_files(), torch.inference_mode():
             infer_data_job(model, str(folder), name, dataset)
+        given = dict(zip(dataset.data["index"].astype(str), dataset.data["prediction"], strict=True))
     finally:
         dataset.data = whole
-    path = folder / f"{name}_{dataset.dataset_name}.tsv"
-    if broken:
-        answered = pd.read_csv(path, sep="\t")
-        lost = whole[whole["index"].astype(str).isin(broken)].drop(columns="image", errors="ignore").copy()
-        lost["prediction"] = ""
-        order = {str(index): i for i, index in enumerate(whole["index"])}
-        joined = pd.concat([answered, lost]).sort_values("index", key=lambda c: c.astype(str).map(order))
-        joined.to_csv(path, sep="\t", index=False)
-    return path
+    return _written(dataset, given, folder / f"{name}_{dataset.dataset_name}")
 
 
-def stored(dataset: Any, answers: Mapping[str, str], folder: Path) -> Path:
+def stored(dataset: Any, given: Mapping[str, str], folder: Path) -> Path:
     """A prediction file as `infer` leaves it, from answers that were kept (index -> answer)."""
+    return _written(dataset, given, folder / f"stored_{dataset.dataset_name}")
+
+
+def _written(dataset: Any, given: Mapping[str, str], path: Path) -> Path:
     table = dataset.data.drop(columns="image", errors="ignore").copy()
-    table["prediction"] = [answers[str(index)] for index in table["index"]]
-    path = folder / f"stored_{dataset.dataset_name}.tsv"
-    with lossless_files():
-        dump(table, str(path))
-    return path
+    table["prediction"] = [given.get(str(index), "") for index in table["index"]]
+    return answers.write(table, path)
 
 
 @dataclass(frozen=True)
@@ -207,13 +201,17 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
             returned = dataset.evaluate(str(predictions), model=evaluator)
         except OSError:  # a full disk, for one, is nothing of the evaluator's
             raise
+        except ZeroDivisionError as error:  # MM-Vet's, over the number of samples of each ability
+            if not isinstance(dataset, MMVet):
+                raise ScoreMissing(f"VLMEvalKit's evaluator of {benchmark.vlmeval} failed: {error!r}") from error
+            returned = judging.mmvet_total(predictions, evaluator)
         except Exception as error:  # evaluators fail in every way: packages that are not here, tables they cannot read
             raise ScoreMissing(f"VLMEvalKit's evaluator of {benchmark.vlmeval} failed: {error!r}") from error
     metrics = scores.read_metrics(benchmark, predictions.parent, predictions.stem, evaluator)
     samples = _samples(benchmark, dataset, predictions, evaluator)
     left_out = set(unrated or ())
     return Scored(
-        metrics or _all_numbers(returned),
+        metrics or scores.all_numbers(returned),
         {index: value for index, value in samples.items() if index not in left_out},
         None if unrated is None else len(unrated),
         _remark(benchmark, predictions, unrated or ()),
@@ -238,7 +236,8 @@ def _ious(benchmark: Benchmark, predictions: Path) -> dict[str, float]:
 
 
 def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> str:
-    remarks = []
+    partial = not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
+    remarks = [partial] if partial.startswith(PARTIAL) else []
     if unrated:
         remarks.append(f"the judge could not rate {len(unrated)} answers, which are left out")
     if benchmark.kind == "grounding":
@@ -250,27 +249,9 @@ def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> 
 
 
 def data_problem(benchmark: Benchmark) -> str:
-    """Why the benchmark's file is not the whole test set, by the report that its converter left; empty if it is."""
-    return not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
-
-
-def _all_numbers(returned: Any) -> dict[str, tuple[float, float]]:
-    if isinstance(returned, pd.DataFrame):
-        returned = {
-            "/".join([*(str(v) for v in row.values() if not _is_number(v)), str(column)]): value
-            for row in returned.to_dict("records")
-            for column, value in row.items()
-        }
-    flat = {str(k): float(v) for k, v in dict(returned).items() if _is_number(v)}
-    if not flat:
-        raise scores.ScoreMissing(
-            f"the evaluator returned no numbers: {returned!r}; declare its metrics under datasets/"
-        )
-    return {name: (value, 100.0) for name, value in flat.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    """Why the benchmark's file is not what its converter reported; empty if it is, a partial one being a remark."""
+    problem = not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
+    return "" if problem.startswith(PARTIAL) else problem
 
 
 def sample_rows(

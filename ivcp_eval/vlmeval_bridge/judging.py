@@ -24,13 +24,15 @@ from vlmeval.dataset.image_mcq import ImageMCQDataset
 from vlmeval.dataset.image_vqa import LLaVABench, MathVista, MMVet
 from vlmeval.dataset.image_yorn import ImageYORNDataset
 from vlmeval.dataset.utils import llavabench, mathvista, mmvet, multiple_choice, yorn
-from vlmeval.smp import cn_string, dump, get_intermediate_file_path, load
+from vlmeval.smp import cn_string, dump, get_intermediate_file_path
 from vlmeval.smp.vlm import build_option_str
 from vlmeval.utils import can_infer
 
 from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.vlmeval_bridge import answers
+from ivcp_eval.vlmeval_bridge.answers import is_empty
 from ivcp_eval.vlmeval_bridge.judge import Judge, Question
-from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
+from ivcp_eval.vlmeval_bridge.scores import ScoreMissing, read_table
 
 _LLAVA_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 _ROTATION = 1_000_000
@@ -67,8 +69,8 @@ def work_of(benchmark: Benchmark, dataset: Any, predictions: Path, evaluator: st
     Raises:
         ScoreMissing: we know no wording for this data set.
     """
-    table = load(str(predictions))
-    table["prediction"] = ["" if pd.isna(p) else str(p) for p in table["prediction"]]
+    table = answers.read(predictions)
+    table["prediction"] = ["" if is_empty(text) else text for text in table["prediction"]]
     if isinstance(dataset, MMVet):
         return _mmvet(table, predictions, evaluator)
     if isinstance(dataset, LLaVABench):
@@ -93,16 +95,26 @@ def _mmvet(table: pd.DataFrame, predictions: Path, evaluator: str) -> Work:
             line["prediction"], _share,
         )
         for _, line in table.iterrows()
+        if not is_empty(line["prediction"])
     }  # fmt: skip
 
     def finish(verdicts: Mapping[str, str | None]) -> tuple[Path, list[str]]:
         rated, left_out = _split(table, verdicts)
-        rated["score"] = [float(verdicts[str(i)] or "nan") for i in rated["index"]]
+        rated["score"] = [float(verdicts.get(str(i)) or 0) for i in rated["index"]]
         rated["log"] = "rated by ivcp-eval"
         dump(rated, get_intermediate_file_path(str(predictions), f"_{evaluator}"))
         return predictions, left_out
 
     return Work(questions, finish)
+
+
+def mmvet_total(predictions: Path, evaluator: str) -> dict[str, float]:
+    """The mean rating in percent, where VLMEvalKit's table fails because an ability has no sample (``--limit``)."""
+    rated = read_table(predictions.parent, predictions.stem, f"_{evaluator}.tsv")
+    total = 100 * float(rated["score"].astype(float).mean())
+    table = pd.DataFrame([{"Category": "Overall", "tot": len(rated), "acc": total}])
+    dump(table, get_intermediate_file_path(str(predictions), f"_{evaluator}_score", "csv"))
+    return {"score": total}
 
 
 def _llavabench(table: pd.DataFrame, predictions: Path) -> Work:
@@ -118,7 +130,9 @@ def _llavabench(table: pd.DataFrame, predictions: Path) -> Work:
         rated, left_out = _split(table, verdicts)
         pairs = [(verdicts[str(i)] or "nan nan").split() for i in rated["index"]]
         rated["gpt4_score"] = [float(pair[0]) for pair in pairs]
-        rated["score"] = [float(pair[1]) for pair in pairs]
+        # An empty answer is sent all the same: the reference needs its rating, beside which it has none.
+        empty = rated["prediction"].map(is_empty)
+        rated["score"] = [0.0 if e else float(pair[1]) for e, pair in zip(empty, pairs, strict=True)]
         dump(rated, get_intermediate_file_path(str(predictions), "_openai_result"))
         return predictions, left_out
 
@@ -126,7 +140,12 @@ def _llavabench(table: pd.DataFrame, predictions: Path) -> Work:
 
 
 def _mathvista(table: pd.DataFrame, predictions: Path, evaluator: str) -> Work:
-    read = {str(line["index"]): mathvista.post_check(line, prefetch=True) for _, line in table.iterrows()}
+    read = {
+        str(line["index"]): answers.NO_ANSWER
+        if is_empty(line["prediction"])
+        else mathvista.post_check(line, prefetch=True)
+        for _, line in table.iterrows()
+    }
     questions = {
         str(line["index"]): Question(
             "mathvista/1", mathvista.build_mathvista_gpt4_prompt(line), str(line["question"]), "",
@@ -167,7 +186,11 @@ def _two_ratings(reply: str) -> str | None:
 
 
 def _yes_no(table: pd.DataFrame, name: str, predictions: Path) -> Work:
-    unread = [line for _, line in table.iterrows() if yorn.YOrN_Extraction(line["prediction"]) == "Unknown"]
+    unread = [
+        line
+        for _, line in table.iterrows()
+        if not is_empty(line["prediction"]) and yorn.YOrN_Extraction(line["prediction"]) == "Unknown"
+    ]
     questions = {
         str(line["index"]): Question(
             "yes_no/1", yorn.YOrN_match_prompt(line), str(line["question"]), "", line["prediction"], _yes_no_unknown
@@ -199,7 +222,7 @@ def _multiple_choice(benchmark: Benchmark, dataset: Any, table: pd.DataFrame, pr
     groups = {str(i): int(i) % _ROTATION if circular else i for i in items["index"]}
     for _, item in items.iterrows():
         index = str(item["index"])
-        option = multiple_choice.prefetch_answer(item)
+        option = "Z" if is_empty(item["prediction"]) else multiple_choice.prefetch_answer(item)
         if option:
             lost |= {groups[index]} if circular and option != truth[index] else set()
         elif all(str(item[column]) == str(wanted) for column, wanted in scored.items()):
@@ -240,16 +263,16 @@ def _replaced(
     predictions: Path, verdicts: Mapping[str, str | None], groups: Mapping[str, Any]
 ) -> tuple[Path, list[str]]:
     """A copy of the prediction file with verdicts in the place of unreadable answers."""
-    table = pd.read_csv(predictions, sep="\t", dtype=str, keep_default_na=False)
+    table = answers.read(predictions)
+    indices = table["index"].astype(str)
     table["prediction"] = [
-        verdicts.get(index) or answer for index, answer in zip(table["index"], table["prediction"], strict=True)
+        verdicts.get(index) or answer for index, answer in zip(indices, table["prediction"], strict=True)
     ]
     unrated = {groups[index] for index, verdict in verdicts.items() if verdict is None}
-    left_out = [index for index in table["index"] if groups[index] in unrated]
-    table = table[~table["index"].isin(left_out)]
+    left_out = [index for index in indices if groups[index] in unrated]
+    table = table[~indices.isin(left_out)]
     if table.empty:
         raise ScoreMissing("the judge rated no answer")
-    target = predictions.parent / "judged" / predictions.name
+    target = predictions.parent / "judged" / predictions.stem
     target.parent.mkdir(exist_ok=True)
-    table.to_csv(target, sep="\t", index=False, quoting=1)
-    return target, left_out
+    return answers.write(table, target), left_out

@@ -13,7 +13,7 @@ from vlmeval.vlm.base import BaseModel
 from ivcp_eval import benchmarks
 from ivcp_eval.engine.cost.predicted import Decoder, hold
 from ivcp_eval.interface import QuestionKind, models, variants
-from ivcp_eval.interface.failures import FAILURES, device_lost, failure
+from ivcp_eval.interface.failures import FAILURES, device_lost, failure, settled
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement
@@ -74,7 +74,7 @@ class PrunedVLM(BaseModel):
         """
         key = message_key(message)
         known = self.journal.records.get(key) if self.journal else None
-        if known is not None and not known.get("error"):
+        if known is not None and settled(known):
             return str(known["prediction"])
         record = self._answer(message, dataset)
         if self.journal:

@@ -1,18 +1,24 @@
-"""Pictures that VLMEvalKit unpacks from a TSV: never read half-written ones.
+"""Pictures: decoding them, for everyone, and unpacking them from a TSV, so that no half-written one is read.
 
 VLMEvalKit writes each picture once and takes a file that exists for a whole one. A worker killed while it wrote would
-leave a cut picture to every later run, and a second worker might read what the first is still writing.
+leave a cut picture to every later run, and a second worker might read what the first is still writing. What it cannot
+write (CMYK, LAB, float) or would have read as white (16-bit) is converted and written before it looks.
 """
 
 from __future__ import annotations
 
+import base64
 import fcntl
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import NO_SPACE, DiskFullError
+from ivcp_eval.files import NO_SPACE, DiskFullError, atomic_write
+
+#: Modes that VLMEvalKit writes as they are, or turns into RGB, without losing what a model sees.
+_WRITTEN_RIGHT = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 Message = list[dict[str, str]]
 _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
@@ -70,3 +76,96 @@ def whole(path: Path) -> bool:
 
 def _pictures(message: Message) -> list[Path]:
     return [Path(part["value"]) for part in message if part["type"] == "image"]
+
+
+# -- decoding -------------------------------------------------------------------------------------------------------
+
+
+def decoded(source: Any) -> Any:
+    """A PIL image in RGB from a path, an open file or another PIL image.
+
+    Raises:
+        OSError: it cannot be decoded; the message names a path.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return rgb(source)
+    try:
+        with Image.open(source) as image:
+            return rgb(image)
+    except Exception as error:  # decoders meet damaged bytes with errors of every kind: zlib's, struct's, SyntaxError
+        name = f" {source}" if isinstance(source, str | Path) else ""
+        raise OSError(f"image{name} cannot be decoded: {error}") from error
+
+
+def rgb(image: Any) -> Any:
+    """A PIL image in RGB with the brightness and colours it shows, whatever its mode.
+
+    16-bit grey counts from 0 to 65535. Modes whose range is not fixed are read by their largest value: floats up to 1
+    as shares, numbers up to 255 as bytes, up to 65535 as 16 bits, beyond as shares of the largest; below 0 is black.
+    """
+    if image.mode.startswith("I;16"):
+        return _grey(image, 65535.0)
+    if image.mode in ("I", "F"):
+        return _grey(image, None)
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    return image.convert("RGB")
+
+
+def _grey(image: Any, white: float | None) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    if white is None:
+        top = float(values.max())
+        scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        white = next((scale for scale in scales if top <= scale), top)
+    pixels = np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB")
+
+
+# -- unpacking ------------------------------------------------------------------------------------------------------
+
+
+class Unpacking:
+    """Stands before a data set class of VLMEvalKit's and unpacks the pictures that the class could not."""
+
+    img_root: str
+
+    def dump_image(self, line: Any) -> Any:
+        """Paths of the row's pictures, as the class gives them."""
+        if "image" in line:
+            for cell, name in _named(line):
+                _unpack(cell, Path(self.img_root) / name)
+        return super().dump_image(line)  # type: ignore[misc]
+
+
+def _named(line: Any) -> list[tuple[str, str]]:
+    """(base64, file name) of a row's pictures, named as VLMEvalKit names them."""
+    cells, index = line["image"], line["index"]
+    if isinstance(cells, str):
+        return [(cells, line["image_path"] if isinstance(line.get("image_path"), str) else f"{index}.png")]
+    names = line["image_path"] if "image_path" in line else [f"{index}_{i}.png" for i in range(len(cells))]
+    return list(zip(cells, names, strict=False)) if isinstance(names, list) else []
+
+
+def _unpack(cell: str, path: Path) -> None:
+    from PIL import Image
+
+    if path.exists():
+        return
+    content = base64.b64decode(cell)
+    with Image.open(io.BytesIO(content)) as image:  # reads the header only
+        if image.mode in _WRITTEN_RIGHT:
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb") as stream:
+        decoded(io.BytesIO(content)).save(stream, "PNG")

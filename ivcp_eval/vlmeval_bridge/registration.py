@@ -57,10 +57,24 @@ def _check(variant: variants.Variant) -> None:
         raise unknown("method", variant.method, method_names())
 
 
+def _check_files(arguments: Sequence[str]) -> None:
+    """Raise ValueError if VLMEvalKit's own reader, which runs cells and replaces files, must not get a file."""
+    from ivcp_eval.vlmeval_bridge import stock, tsv
+    from ivcp_eval.vlmeval_bridge.environment import data_root
+
+    asked = False
+    for word in arguments:
+        asked = word == "--data" or (asked and not word.startswith("--"))
+        path = data_root() / f"{word}.tsv"
+        if asked and path.is_file():
+            tsv.read(path, stock.noted_md5(word))
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run ``python -m vlmeval.run`` in this process with our names registered; returns its exit code."""
     asked = [a for a in arguments if variants.SEPARATOR in a]
     register(asked)
+    _check_files(arguments)
     before = sys.argv
     sys.argv = ["vlmeval", *arguments]
     try:

@@ -17,6 +17,7 @@ from vlmeval.dataset.utils.multiple_choice import prefetch_answer
 from vlmeval.dataset.utils.vqa_eval import hit_calculate
 from vlmeval.smp import load
 
+from ivcp_eval.vlmeval_bridge import answers
 from ivcp_eval.vlmeval_bridge.scores import read_table
 
 Rule = Callable[[Any, Path, str], dict[str, float]]
@@ -26,7 +27,7 @@ _FORMULAS = "Handwritten Mathematical Expression Recognition"
 def circular(dataset: Any, predictions: Path, evaluator: str) -> dict[str, float]:
     """Each rotation on its own; the evaluator keeps one verdict per question."""
     truth = {str(index): answer for index, answer in zip(dataset.data["index"], dataset.data["answer"], strict=True)}
-    rows = load(str(predictions)).to_dict("records")
+    rows = answers.read(predictions).to_dict("records")
     read = {str(row["index"]): prefetch_answer({**row, "prediction": str(row["prediction"])}) for row in rows}
     return {index: float(option == truth[index]) for index, option in read.items()}
 
@@ -41,7 +42,7 @@ def vqa(dataset: Any, predictions: Path, evaluator: str) -> dict[str, float]:
 def ocrbench(dataset: Any, predictions: Path, evaluator: str) -> dict[str, float]:
     """1 where the answer contains a true answer: case and line breaks aside, in formulas also spaces, but not case."""
     scores = {}
-    for row in load(str(predictions)).to_dict("records"):
+    for row in answers.read(predictions).to_dict("records"):
         fold = _formula if row["category"] == _FORMULAS else _text
         answer = fold(str(row["prediction"]))
         scores[str(row["index"])] = float(any(fold(truth) in answer for truth in ast.literal_eval(row["answer"])))
@@ -58,8 +59,11 @@ def _formula(text: str) -> str:
 
 def mathvista(dataset: Any, predictions: Path, evaluator: str) -> dict[str, float]:
     """Whether the extracted answer is the true one."""
-    table = read_table(predictions.parent, predictions.stem, f"_{evaluator}.tsv")
-    return {str(row["index"]): float(bool(post_check(row, prefetch=False))) for _, row in table.iterrows()}
+    ending = f"_{evaluator}.tsv"
+    indices = read_table(predictions.parent, predictions.stem, ending)["index"]
+    # The other columns as the evaluator reads them, so that the two agree.
+    rows = load(str(predictions.with_name(f"{predictions.stem}{ending}"))).to_dict("records")
+    return {index: float(bool(post_check(row, prefetch=False))) for index, row in zip(indices, rows, strict=True)}
 
 
 RULES: Mapping[str, Rule] = {"circular": circular, "vqa": vqa, "ocrbench": ocrbench, "mathvista": mathvista}

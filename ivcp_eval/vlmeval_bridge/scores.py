@@ -87,4 +87,25 @@ def read_table(folder: Path, stem: str, ending: str) -> pd.DataFrame:
         return pd.DataFrame([json.loads(path.read_text(encoding="utf-8"))])
     if path.suffix == ".xlsx":
         return pd.read_excel(path)
-    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    # As text: "007" is an index, and "None" a category.
+    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+
+
+def all_numbers(returned: Any) -> dict[str, tuple[float, float]]:
+    """Every number of what an evaluator returned, for a data set that declares no metric; on a scale of 100."""
+    import pandas as pd
+
+    if isinstance(returned, pd.DataFrame):
+        returned = {
+            "/".join([*(str(v) for v in row.values() if not _is_number(v)), str(column)]): value
+            for row in returned.to_dict("records")
+            for column, value in row.items()
+        }
+    flat = {str(k): float(v) for k, v in dict(returned).items() if _is_number(v)}
+    if not flat:
+        raise ScoreMissing(f"the evaluator returned no numbers: {returned!r}; declare its metrics under datasets/")
+    return {name: (value, 100.0) for name, value in flat.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -102,15 +102,35 @@ def test_no_box_is_none_not_a_crash(name: str, text: object) -> None:
     assert parse_answer(text, FORMATS[name], (640, 480)) is None
 
 
-def test_the_scale_is_declared_and_never_guessed() -> None:
+def test_the_scale_is_declared_and_not_guessed() -> None:
     text = "[100, 200, 300, 400]"
     assert parse_answer(text, FORMATS["unit"]) == (100, 200, 300, 400)
-    assert parse_answer("[[0, 0, 1, 1]]", FORMATS["internvl"]) == (0, 0, 0.001, 0.001)
+    assert parse_answer("[[0, 0, 1, 1]]", FORMATS["unit"]) == (0, 0, 1, 1)
+    assert parse_answer('"bbox_2d": [0, 0, 1, 1]', FORMATS["qwen3_vl"]) == (0, 0, 0.001, 0.001)
     assert parse_answer(text, FORMATS["qwen2_5_vl"], (640, 480)) is None  # no bbox_2d: not this model's syntax
     with pytest.raises(ValueError, match="name the frame"):
         parse_answer(text, FORMATS["qwen2_5_vl"])
     with pytest.raises(ValueError, match="unknown box format 'llava'; known: deepseek_vl2"):
         box_format("llava")
+
+
+@pytest.mark.parametrize(("name", "full"), [("internvl", 1000), ("deepseek_vl2", 999)])
+def test_fractions_are_read_where_the_published_evaluation_reads_them(name: str, full: int) -> None:
+    assert parse_answer("[[0.1, 0.2, 0.5, 1.0]]", FORMATS[name]) == (0.1, 0.2, 0.5, 1.0)
+    assert parse_answer("[[0, 0, 1, 1]]", FORMATS[name]) == (0, 0, 1, 1)
+    assert parse_answer("[[0, 0, 2, 2]]", FORMATS[name]) == (0, 0, 2 / full, 2 / full)
+    assert parse_answer("[[0.1, 0.2, 0.5]]", FORMATS[name]) is None
+
+
+def test_qwen3_is_asked_for_boxes_in_its_own_words() -> None:
+    from ivcp_eval.interface.registry import adapter
+
+    asked = adapter("qwen3_vl").prompt("grounding", "the red cup", {})
+    assert asked == (
+        'Locate every object that matches the description "the red cup" in the image. '
+        "Report bbox coordinates in JSON format."
+    )
+    assert adapter("qwen2_5_vl").prompt("grounding", "the red cup", {}) != asked
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

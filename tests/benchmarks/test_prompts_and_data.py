@@ -83,17 +83,22 @@ def test_answers_without_a_box_are_counted(laboratory: Laboratory):
 def test_a_test_set_that_is_not_whole_is_named(laboratory: Laboratory):
     from ivcp_eval.vlmeval_bridge.evaluate import data_problem
 
+    def remark() -> str:
+        return laboratory.score(benchmark.name, miniatures()[benchmark.name].right)[0].remark
+
     benchmark = benchmarks.load("RefCOCO_testA")
     laboratory.dataset(benchmark.name)
     path = laboratory.root / "RefCOCO_testA.tsv"
     report_path = path.with_name("RefCOCO_testA.tsv.report.json")
     report = {"bytes": path.stat().st_size, "rows": 4, "expected_rows": 5657, "skipped": 3, "complete": False}
-    assert data_problem(benchmark) == ""
+    assert data_problem(benchmark) == remark() == ""
     try:
         report_path.write_text(json.dumps(report))
-        assert "4 of 5657 expressions, 3 skipped" in data_problem(benchmark)
-        report_path.write_text(json.dumps({**report, "complete": True}))
         assert data_problem(benchmark) == ""
+        assert "4 of 5657 expressions, 3 skipped" in remark()
+        assert "4 of 5657 expressions" in benchmarks.notices(benchmark, path, None)[0]
+        report_path.write_text(json.dumps({**report, "complete": True}))
+        assert data_problem(benchmark) == remark() == ""
         report_path.write_text(json.dumps({**report, "complete": True, "bytes": 1}))
         assert "not the report of" in data_problem(benchmark)
     finally:
@@ -102,16 +107,14 @@ def test_a_test_set_that_is_not_whole_is_named(laboratory: Laboratory):
 
 def test_an_evaluator_that_fails_is_a_missing_score(laboratory: Laboratory):
     """MM-Vet's divides by the number of samples of each ability: zero in a run cut by --limit."""
+    from ivcp_eval.vlmeval_bridge import answers
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
     from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
-    from tests.benchmarks.conftest import judge_for
 
-    miniature = miniatures()["MMVet"]
-    dataset, _, predictions = laboratory.infer("MMVet", miniature.right)
-    lines = predictions.read_text().splitlines()
-    predictions.write_text("\n".join(lines[:2]) + "\n")
-    with pytest.raises(ScoreMissing, match="MMVet failed: ZeroDivisionError"):
-        bridge.score(benchmarks.load("MMVet"), dataset, predictions, judge_for(miniature))
+    dataset, _, predictions = laboratory.infer("POPE", miniatures()["POPE"].right)
+    answers.write(answers.read(predictions).drop(columns="answer"), predictions.with_suffix(""))
+    with pytest.raises(ScoreMissing, match="POPE failed: KeyError"):
+        bridge.score(benchmarks.load("POPE"), dataset, predictions, None)
 
 
 def test_a_set_that_needs_a_judge_is_not_scored_without(laboratory: Laboratory):
@@ -129,7 +132,7 @@ def test_addresses_and_checksums_are_vlmevalkits(laboratory: Laboratory):
         benchmark = benchmarks.load(name)
         owner = next(c for c in vlmeval.dataset.DATASET_CLASSES if name in c.supported_datasets())
         assert owner.DATASET_URL[name] == benchmark.url
-        assert benchmark.md5 == laboratory.checksums[name]
+        assert benchmarks.load.__wrapped__(name).md5 == laboratory.checksums[name]
 
 
 @pytest.mark.parametrize("name", [name for name in benchmarks.names() if benchmarks.load(name).file])

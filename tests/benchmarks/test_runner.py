@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from ivcp_eval.cli import main
-from ivcp_eval.reports.table import read_results
+from ivcp_eval.reports.table import read_results, write_results
 from tests.benchmarks.conftest import Laboratory
 from tests.benchmarks.judge.server import completion, error, serve
 
@@ -63,17 +64,64 @@ def test_without_a_judge_mmvet_has_no_score(laboratory: Laboratory, random_model
     assert "rated by a judge" in row["reason"]
 
 
-def test_a_test_set_that_is_not_whole_is_incomplete(laboratory: Laboratory, random_model: Path, tmp_path: Path):
+def test_a_test_set_that_is_not_whole_is_said_before_and_after(
+    laboratory: Laboratory, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from ivcp_eval.reports.compare import compare
+
     laboratory.dataset("RefCOCO_testB")
     path = laboratory.root / "RefCOCO_testB.tsv"
     report_path = path.with_name("RefCOCO_testB.tsv.report.json")
     report = {"bytes": path.stat().st_size, "rows": 4, "expected_rows": 5095, "skipped": 2, "complete": False}
     report_path.write_text(json.dumps(report))
     try:
-        assert evaluate(random_model, tmp_path, "--data", "RefCOCO_testB", "--method", "none") == 1
+        assert evaluate(random_model, tmp_path, "--data", "RefCOCO_testB") == 0
     finally:
         report_path.unlink()
+    said = capsys.readouterr().out
+    assert said.index("4 of 5095 expressions, 2 skipped") < said.index("loaded tiny")
     rows = read_results(tmp_path / "r.csv")
-    assert {row["status"] for row in rows} == {"incomplete"}
+    assert {row["status"] for row in rows} == {"ok"}
     assert {row["metric"] for row in rows} == {"Acc@0.5", "Acc@0.75", "Acc@0.9", "mean IoU"}
-    assert "4 of 5095 expressions, 2 skipped" in rows[0]["reason"]
+    assert all("4 of 5095 expressions, 2 skipped" in row["reason"] for row in rows)
+    assert "!!! PARTIAL DATA: the test set is not whole: 4 of 5095" in str(compare(tmp_path / "r.csv"))
+    published = [
+        {**row, "run_id": "", "source": "a paper", "predictions": "", "reason": ""}
+        for row in rows
+        if row["method"] == "none"
+    ]
+    write_results(tmp_path / "published.csv", published)
+    with pytest.raises(ValueError, match="on part of the test set against a published one"):
+        compare(tmp_path / "r.csv", tmp_path / "published.csv")
+
+
+def test_a_file_with_another_checksum_is_left_alone_and_the_others_run(
+    laboratory: Laboratory, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    import vlmeval.dataset
+
+    from ivcp_eval import benchmarks
+    from ivcp_eval.vlmeval_bridge import evaluate as bridge
+
+    laboratory.dataset("POPE")
+    path = laboratory.root / "POPE.tsv"
+    before, noted = path.read_bytes(), laboratory.checksums["POPE"]
+    real = benchmarks.load.__wrapped__
+    monkeypatch.setattr(benchmarks, "load", lambda name: real(name))
+    monkeypatch.setitem(vlmeval.dataset.ImageYORNDataset.DATASET_MD5, "POPE", noted)
+    monkeypatch.setattr("vlmeval.smp.file.download_file", lambda *_: pytest.fail("it was downloaded over"))
+    monkeypatch.setattr("vlmeval.dataset.image_base.download_file", lambda *_: pytest.fail("it was downloaded over"))
+    got = hashlib.md5(before).hexdigest()
+    with pytest.raises(ValueError, match=rf"{got}, VLMEvalKit notes {noted}"):
+        bridge.build(real("POPE"), None)
+    options = ("--data", "POPE", "tiny_yes_no", "--limit", "2", "--method", "none")
+    assert evaluate(random_model, tmp_path, *options) == 1
+    said = capsys.readouterr()
+    assert f"{got}, VLMEvalKit notes {noted}" in said.out + said.err
+    assert [row["benchmark"] for row in read_results(tmp_path / "r.csv")] == ["tiny_yes_no"]
+    assert path.read_bytes() == before
+    assert evaluate(random_model, tmp_path, "--data", "POPE") != 0
+    assert "loaded" not in capsys.readouterr().out
+    assert main(["vlmeval", "--data", "POPE", "--model", "tiny"]) != 0
+    assert f"notes {noted}" in capsys.readouterr().err
+    assert path.read_bytes() == before

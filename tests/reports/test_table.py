@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import subprocess
 import sys
@@ -17,9 +18,16 @@ from ivcp_eval import benchmarks
 from ivcp_eval.reports import table as results
 from ivcp_eval.reports.schema import COLUMNS
 from ivcp_eval.reports.table import COLUMN_NAMES, ResultsError, make_row, merge_rows, read_results, write_results
+from ivcp_eval.reports.wide import Table
 
 RESULTS = Path(__file__).parents[2] / "results"
 PUBLISHED = sorted((RESULTS / "baselines").glob("*.csv"))
+
+
+def io_csv(rows):
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
 
 
 def make(**values):
@@ -66,6 +74,35 @@ class TestRoundTrip:
         results.write_samples(path, [{"index": "1", "prediction": text, "answer": text, "score": 1}])
         back = results.read_samples(path)[0]
         assert (back["prediction"], back["answer"]) == (text, text)
+
+    @pytest.mark.parametrize("text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''=1"])
+    def test_a_formula_is_none_where_people_open_it(self, tmp_path, text):
+        results.write_samples(tmp_path / "s.csv", [{"index": "1", "prediction": text, "category": text, "score": 1}])
+        with (tmp_path / "s.csv").open(newline="") as stream:
+            shown = next(csv.DictReader(stream))
+        assert shown["prediction"] == shown["category"] == f"'{text}"
+        assert results.read_samples(tmp_path / "s.csv")[0]["prediction"] == text
+        table = Table("m", (text,), ((text, "-"),)).to_csv()
+        assert table == io_csv([[f"'{text}"], [f"'{text}", "-"]])
+
+    @pytest.mark.parametrize("text", ["-3", "+0.5", "-1e-3", "-.5", "-", "'", "it's", "a=b", "12%"])
+    def test_numbers_and_words_are_as_they_are(self, tmp_path, text):
+        results.write_samples(tmp_path / "s.csv", [{"index": "1", "prediction": text, "score": 1}])
+        with (tmp_path / "s.csv").open(newline="") as stream:
+            assert next(csv.DictReader(stream))["prediction"] == text
+
+    def test_escape_sequences_reach_no_terminal(self, tmp_path):
+        text = "\x1b]0;title\x07 \x9b31m red\u241b1b\u241b"
+        results.write_samples(tmp_path / "s.csv", [{"index": "1", "prediction": text, "score": 1}])
+        raw = (tmp_path / "s.csv").read_text(encoding="utf-8")
+        assert not any((ord(c) < 32 and c not in "\r\n\t") or 127 <= ord(c) < 160 for c in raw)
+        assert results.read_samples(tmp_path / "s.csv")[0]["prediction"] == text
+
+    def test_files_written_plainly_are_read_as_before(self, tmp_path):
+        results.write_samples(tmp_path / "s.csv", [{"index": "1", "prediction": "PLACE", "score": 1}])
+        path = tmp_path / "s.csv"
+        path.write_text(path.read_text().replace("PLACE", "=1+1"))
+        assert results.read_samples(path)[0]["prediction"] == "=1+1"
 
     def test_a_runaway_answer(self, tmp_path):
         limit = csv.field_size_limit()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ivcp_eval.vlmeval_bridge.pictures import decoded
+
 __all__ = ["EncodedImage", "available_cores", "encode_bytes", "encode_file", "ordered_map"]
 
 # VLMEvalKit unpacks each image as PNG; PNG holds these modes.
@@ -36,7 +38,10 @@ class EncodedImage:
 
 
 def encode_bytes(content: bytes) -> EncodedImage:
-    """Check that ``content`` is a whole picture and encode the bytes as they are, without recompression."""
+    """Check that ``content`` is a whole picture and encode the bytes as they are, without recompression.
+
+    Only what VLMEvalKit could not unpack (CMYK and the like, or a picture of a few bytes) becomes an RGB PNG.
+    """
     from PIL import Image
 
     try:
@@ -47,14 +52,14 @@ def encode_bytes(content: bytes) -> EncodedImage:
             picture.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         return EncodedImage(problem=f"the image is corrupt ({type(error).__name__}: {error})")
-    if mode not in _PNG_MODES:
-        return EncodedImage(problem=f"the image has colour mode {mode}; convert it to RGB")
-    data = base64.b64encode(content).decode("ascii")
-    if len(data) < MIN_BASE64:
-        return EncodedImage(
-            problem=f"the image has {len(content)} bytes, too few for VLMEvalKit to take it as an image"
-        )
-    return EncodedImage(data, width, height)
+    if mode not in _PNG_MODES or 4 * len(content) < 3 * MIN_BASE64:
+        buffer = io.BytesIO()
+        try:
+            decoded(io.BytesIO(content)).save(buffer, "PNG")
+        except OSError as error:
+            return EncodedImage(problem=str(error))
+        content = buffer.getvalue()
+    return EncodedImage(base64.b64encode(content).decode("ascii"), width, height)
 
 
 def encode_file(path: Path) -> EncodedImage:

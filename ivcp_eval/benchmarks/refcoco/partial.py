@@ -14,8 +14,10 @@ from ivcp_eval.benchmarks.refcoco.images import MIN_BASE64
 from ivcp_eval.benchmarks.refcoco.records import COLUMNS, ConversionError
 from ivcp_eval.files import DiskFullError, commit_file, disk_full_as_clear_error, file_digest, write_json
 
-__all__ = ["PartialTsv", "is_up_to_date", "not_whole", "report_path"]
+__all__ = ["PARTIAL", "PartialTsv", "is_up_to_date", "not_whole", "report_path"]
 
+#: How what is said of a partial file begins, in the reason of results too.
+PARTIAL = "the test set is not whole"
 _HEADER = ("\t".join(COLUMNS) + "\n").encode()
 
 
@@ -47,11 +49,11 @@ def not_whole(target: Path) -> str:
     report = _read_json(path)
     if report.get("bytes") != target.stat().st_size:
         return f"{path.name} is not the report of {target.name}; convert the data set again"
-    if report["complete"]:
+    if report.get("complete"):
         return ""
-    expected = report["expected_rows"] if report["expected_rows"] is not None else "an unknown number of"
+    expected = report.get("expected_rows") or "an unknown number of"
     return (
-        f"the test set is not whole: {report['rows']} of {expected} expressions, {report['skipped']} skipped as "
+        f"{PARTIAL}: {report.get('rows')} of {expected} expressions, {report.get('skipped')} skipped as "
         f"unusable (see {path.name})"
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.cost.predicted import measured_flops
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.interface.failures import deadline, steps
+from ivcp_eval.interface.failures import InputRefused, deadline, steps
 from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.planning.placement import Limits, Placement
+from ivcp_eval.vlmeval_bridge.pictures import decoded
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
@@ -185,7 +185,10 @@ class Session:
 
     def _encoded(self, *conversations: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """What the processor made, and the same on the model's device."""
-        inputs = self.adapter.encode(self.processor, list(conversations))
+        try:
+            inputs = self.adapter.encode(self.processor, list(conversations))
+        except (ValueError, ArithmeticError, IndexError) as error:
+            raise InputRefused(f"the model's processor refuses the sample: {error}") from error
         device = next(self.model.parameters()).device
         return inputs, {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
 
@@ -236,20 +239,7 @@ class Session:
 
 
 def _decoded(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [{"image": _image(part["image"])} if "image" in part else part for part in parts]
-
-
-def _image(source: Any) -> Any:
-    """A PIL image in RGB, from a path where needed; raises OSError naming the file if it cannot be decoded."""
-    from PIL import Image
-
-    if not isinstance(source, str | Path):
-        return source.convert("RGB")
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders meet damaged bytes with errors of every kind: zlib's, struct's, SyntaxError
-        raise OSError(f"image {source} cannot be decoded: {error}") from error
+    return [{"image": decoded(part["image"])} if "image" in part else part for part in parts]
 
 
 def _round(value: float | None) -> float | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval import files
+from ivcp_eval.interface.failures import settled
 from ivcp_eval.interface.variants import Variant
 
 ROOT = files.PACKAGE.parent
@@ -151,5 +152,5 @@ class Cell:
         return None if self.lacks(record) else record
 
     def lacks(self, record: Mapping[str, Any] | None) -> bool:
-        """Whether an answer, or the record of all answers, is missing, failed, or does not count (``exact``)."""
-        return not record or bool(record.get("error")) or (self.exact and bool(record.get("together")))
+        """Whether an answer, or the record of all answers, is missing, failed and open, or not counted (``exact``)."""
+        return not record or not settled(record) or (self.exact and bool(record.get("together")))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ivcp_eval.benchmarks.boxes import FORMATS, format_answer
 from ivcp_eval.benchmarks.grounding import ground_truth, score
@@ -135,10 +138,6 @@ def _other_size(corpus: Corpus, path: Path) -> None:
     path.write_bytes(picture(48, 64))
 
 
-def _cmyk(corpus: Corpus, path: Path) -> None:
-    path.write_bytes(picture(mode="CMYK"))
-
-
 def _two_sizes(corpus: Corpus, path: Path) -> None:
     corpus.images[1]["width"] = 65
 
@@ -149,7 +148,6 @@ BROKEN = {
     _truncated: "the image is corrupt",
     _no_image: "the image is corrupt",
     _other_size: "the image has 48x64 pixels, the annotation says 64x48",
-    _cmyk: "colour mode CMYK",
     _two_sizes: r"different sizes: \[\(64, 48\), \(65, 48\)\]",
 }
 
@@ -170,6 +168,17 @@ def test_a_broken_image_stops_or_is_counted(spoil: Any, corpus: Corpus) -> None:
     # The smaller file is never passed off as the whole one later.
     with pytest.raises(ConversionError):
         convert(corpus)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_every_picture_that_can_be_decoded_is_stored(corpus: Corpus, mode: str) -> None:
+    path = corpus.pictures / corpus.file_name(1)
+    path.write_bytes(picture(mode=mode))
+    assert convert(corpus)["skipped"] == 0
+    row = next(row for row in read_rows(corpus.output / "RefCOCO_val.tsv") if row["index"] == 1001)
+    with Image.open(io.BytesIO(base64.b64decode(row["image"]))) as stored, Image.open(path) as given:
+        assert stored.mode == ("RGB" if mode == "CMYK" else "L")
+        assert stored.convert("RGB").tobytes() == given.convert("RGB").tobytes()
 
 
 def test_all_bad_entries_are_reported_at_once_before_any_image_is_read(corpus: Corpus, reads: list[str]) -> None:

@@ -1,0 +1,61 @@
+"""The prediction file that goes to an evaluator: answers and columns arrive as the text they are.
+
+VLMEvalKit reads a TSV with pandas' defaults: an empty answer becomes "nan", "None" and "NA" become missing, and "2"
+becomes "2.0" where one answer of the column is empty or a fraction. It reads a pickled table as it is, so that is what
+it gets. No answer is put in words of its own, which nothing can match: the empty text is found in every text, and
+"a" is nothing to an evaluator that drops articles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas._libs.parsers import STR_NA_VALUES
+
+#: Stands for an answer that is empty or failed: a character that no alphabet has.
+NO_ANSWER = "\ue000"
+
+_GROUPS = ("category", "l2-category")
+_TOTALS = ("overall", "split")  # columns of the evaluators' tables, which a category of that name would overwrite
+
+
+def write(table: pd.DataFrame, path: Path) -> Path:
+    """Write what an evaluator reads; returns ``path`` with the suffix that it got.
+
+    Args:
+        table: rows of a data set with a column ``prediction``; pictures are left out. path: without suffix.
+    """
+    given = table.drop(columns="image", errors="ignore").reset_index(drop=True)
+    given["prediction"] = pd.Series(
+        [NO_ANSWER if is_empty(text) else str(text) for text in given["prediction"]], index=given.index, dtype=object
+    )
+    for column in [name for name in _GROUPS if name in given]:
+        given[column] = pd.Series(_group_names(given[column]), index=given.index, dtype=object)
+    target = path.with_name(f"{path.name}.pkl")
+    given.to_pickle(target)
+    return target
+
+
+def read(path: Path) -> pd.DataFrame:
+    """The table that `write` wrote."""
+    table = pd.read_pickle(path)
+    assert isinstance(table, pd.DataFrame)
+    return table
+
+
+def is_empty(answer: Any) -> bool:
+    """Whether there is no answer: empty, blank, missing, or what stands for that."""
+    return pd.isna(answer) or str(answer).strip() in ("", NO_ANSWER)
+
+
+def _group_names(cells: Iterable[Any]) -> list[Any]:
+    """Categories under names that survive the evaluators' own files and do not meet their totals."""
+    named = []
+    for cell in cells:
+        text = "" if pd.isna(cell) else str(cell)
+        taken = text.lower() in _TOTALS or text in STR_NA_VALUES or not text.strip()
+        named.append(f"{text or 'no'} (category)" if taken else cell)
+    return named

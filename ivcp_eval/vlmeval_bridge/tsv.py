@@ -1,0 +1,260 @@
+"""Reads benchmark TSV files: every cell as the text it is, and nothing that VLMEvalKit would run or write elsewhere.
+
+VLMEvalKit calls ``eval`` on index cells, on bracketed ``image`` and ``image_path`` cells and, in its evaluators, on
+answers; it names the pictures it unpacks after ``image_path`` or ``index``. So no file reaches it that was not read
+here first: what evaluates to more than a constant, and what names a file outside the picture folder, is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import builtins
+import hashlib
+import io
+import re
+import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+
+from ivcp_eval.vlmeval_bridge.environment import wrong_checksum
+
+#: VLMEvalKit takes an image cell of up to this many characters for a reference to another row.
+REFERENCE = 64
+#: Columns whose cells people read; they stay text also where VLMEvalKit would make numbers of them.
+PROSE = frozenset({"question", "hint", "prompt", *string.ascii_uppercase})
+TEXT = PROSE | {"index", "image", "image_path", "answer", "category", "l2-category", "split"}
+
+_PLAIN_INDEX = re.compile(r"[\w.\- ]+")
+_HARMLESS = (
+    *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.UnaryOp, ast.UAdd, ast.USub, ast.BinOp),
+    *(ast.Add, ast.Sub, ast.Div, ast.Tuple, ast.List, ast.Dict, ast.Set),
+)
+
+
+class BadTable(ValueError):
+    """A TSV file that cannot be used; the message names the file, the row, the column, and what is allowed."""
+
+
+def read(path: Path, md5: str = "") -> pd.DataFrame:
+    """The table, read once; every cell text, an empty one ``""``.
+
+    Args:
+        md5: checksum that the file must have; "" takes any.
+
+    Raises:
+        WrongChecksum: it has another one. BadTable: not a TSV file, or cells that VLMEvalKit must not get.
+    """
+    with path.open("rb") as stream:
+        watched = _Watched(stream, path, bool(md5))
+        try:
+            table = pd.read_csv(watched, sep="\t", dtype=str, keep_default_na=False)
+        except UnicodeDecodeError as error:
+            raise BadTable(
+                f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; save the file as UTF-8"
+            ) from error
+        except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+            raise BadTable(f"{path}: {_explained(str(error))}") from error
+        watched.drain()
+    if md5 and watched.md5.hexdigest() != md5:
+        raise WrongChecksum(path, watched.md5.hexdigest(), md5)
+    _check_shape(path, table)
+    return _checked(path, table)
+
+
+class WrongChecksum(BadTable):
+    """A file of VLMEvalKit's name that is not VLMEvalKit's file. It is left as it is: VLMEvalKit would replace it."""
+
+    def __init__(self, path: Path, got: str, noted: str) -> None:
+        super().__init__(wrong_checksum(path, got, noted))
+
+
+class _Watched(io.RawIOBase):
+    """A binary file that is hashed while it is read, if asked, and must not hold NUL bytes."""
+
+    def __init__(self, stream: IO[bytes], path: Path, hashed: bool) -> None:
+        self.stream, self.path, self.hashed, self.position = stream, path, hashed, 0
+        self.md5 = hashlib.md5(usedforsecurity=False)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        if self.hashed:
+            self.md5.update(data)
+        if b"\0" in data:
+            raise BadTable(
+                f"{self.path}: a NUL byte at position {self.position + data.index(0)}; the file is damaged, or UTF-16: "
+                "get it again, or save it as UTF-8"
+            )
+        self.position += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def drain(self) -> None:
+        while self.read(1 << 20):
+            pass
+
+
+def _explained(problem: str) -> str:
+    if "EOF inside string" in problem:
+        return (
+            f"a cell begins with a quotation mark that is never closed ({problem.strip()}); write it twice or remove it"
+        )
+    if "No columns" in problem:
+        return "the file is empty"
+    return f"not a TSV file ({problem.strip()})"
+
+
+def _check_shape(path: Path, table: pd.DataFrame) -> None:
+    if not isinstance(table.index, pd.RangeIndex):
+        raise BadTable(f"{path}: its rows have more cells than its header has names")
+    n = len(table.columns)
+    for column in table:
+        for row, cell in enumerate(table[column], 1):
+            if "\n" in cell and n > 1 and cell.count("\t") >= n - 1:
+                raise BadTable(
+                    f"{path}, row {row}, column {column}: the cell holds whole rows: its quotation mark "
+                    f"is closed too late: {cell[:60]!r}; write the mark twice or remove it"
+                )
+
+
+def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with tiny pictures made long enough for VLMEvalKit; raises `BadTable`."""
+    known: set[str] = set()
+    for row, index in enumerate(table.get("index", ()), 1):
+        problem = _bad_index(index)
+        if problem:
+            raise BadTable(f"{path}, row {row}, column index: {problem}, got {index[:80]!r}")
+        known.add(index)
+    if "image" in table:
+        table["image"] = [_image_cell(path, row, cell, known) for row, cell in enumerate(table["image"], 1)]
+    if "image_path" in table:
+        for row, cell in enumerate(table["image_path"], 1):
+            for name in _members(path, row, "image_path", cell):
+                if "image" in table:
+                    _check_name(path, row, name)
+    for column in table.columns.difference([*PROSE, "index", "image", "image_path"]):
+        for row, cell in enumerate(table[column], 1):
+            if "(" in cell and _calls(cell):
+                raise BadTable(
+                    f"{path}, row {row}, column {column}: VLMEvalKit would run the cell as code: {cell[:80]!r}; only "
+                    "text, numbers and lists of them are allowed"
+                )
+    return table
+
+
+def _bad_index(index: str) -> str:
+    if not index.strip():
+        return "every row needs an index"
+    if "/" in index or "\\" in index:
+        return "an index names the file of its picture and must not hold / or \\"
+    if not index.isprintable():
+        return "an index must not hold control characters"
+    if _PLAIN_INDEX.fullmatch(index) is None and _evaluates(index):
+        return "VLMEvalKit would evaluate it; letters, digits, dots, - and _ are safe"
+    return ""
+
+
+def _evaluates(text: str) -> bool:
+    """Whether ``eval`` would do more than name or add constants."""
+    tree = _parsed(text)
+    return tree is not None and not all(isinstance(node, _HARMLESS) for node in ast.walk(tree))
+
+
+def _calls(text: str) -> bool:
+    """Whether ``eval`` would reach a call of something that exists everywhere, or of an attribute."""
+    tree = _parsed(text)
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree else []
+    return any(not isinstance(f, ast.Name) or hasattr(builtins, f.id) for f in calls)
+
+
+def _parsed(text: str) -> ast.AST | None:
+    try:
+        return ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None  # which `eval` would not get through either
+
+
+def _members(path: Path, row: int, column: str, cell: str) -> list[str]:
+    """The texts of a cell: itself, or those of a list in brackets; VLMEvalKit evaluates what is in brackets."""
+    if not (cell.startswith("[") and cell.endswith("]")):
+        return [cell] if cell else []
+    try:
+        members = ast.literal_eval(cell)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        members = None
+    if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
+        raise BadTable(
+            f"{path}, row {row}, column {column}: what stands in brackets must be a list of quoted texts, "
+            f"got {cell[:80]!r}"
+        )
+    return members
+
+
+def _check_name(path: Path, row: int, name: str) -> None:
+    parts = re.split(r"[/\\]", name)
+    if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", name) or not name.isprintable():
+        raise BadTable(
+            f"{path}, row {row}, column image_path: pictures are unpacked below the data set's picture folder, so the "
+            f"path must be relative and without .., got {name[:80]!r}"
+        )
+
+
+def _image_cell(path: Path, row: int, cell: str, known: Iterable[str]) -> str:
+    if len(cell) > REFERENCE or cell == "":
+        _members(path, row, "image", cell)
+        return cell
+    if cell in known:
+        return cell
+    members = [_enlarged(member) for member in _members(path, row, "image", cell)]
+    if not all(members):
+        raise BadTable(
+            f"{path}, row {row}, column image: {cell!r} is neither a picture nor the index of a row that holds one"
+        )
+    return str(members) if cell.startswith("[") else members[0]
+
+
+def _enlarged(cell: str) -> str:
+    """A tiny picture (a GIF of one pixel, say) as a PNG, whose text is too long for a reference; "" if it is none."""
+    from ivcp_eval.vlmeval_bridge.pictures import decoded
+
+    try:
+        picture = decoded(io.BytesIO(base64.b64decode(cell, validate=True)))
+    except (binascii.Error, OSError):
+        return ""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def typed(table: pd.DataFrame, text: Iterable[str]) -> pd.DataFrame:
+    """As VLMEvalKit's own reader gives it, without what that loses: empty cells are NaN, words never are.
+
+    Args:
+        text: columns that stay text; in the others numbers and booleans become what they are.
+    """
+    kept = set(text)
+    return pd.DataFrame({column: _typed(table[column], column in kept) for column in table}, index=table.index)
+
+
+def _typed(cells: pd.Series, text: bool) -> pd.Series:
+    cells = cells.astype(object).where(cells != "", other=float("nan"))
+    there = cells.dropna()
+    if text or there.empty:
+        return cells
+    if there.isin(["True", "False"]).all() and len(there) == len(cells):
+        return cells == "True"
+    try:
+        return pd.to_numeric(cells)
+    except (ValueError, TypeError):
+        return cells

@@ -118,6 +118,8 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
             raise ValueError(budget.problem)
     for line in plan.budgets():
         tell(line)
+    for line in plan.notices:
+        tell(line)
     write_manifest(plan)
     reopen(plan, args.retry_failed)
     finished = [cell.finished() is not None for _, _, cell in plan.cells()]

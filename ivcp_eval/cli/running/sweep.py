@@ -115,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
     for problem in plan.problems:
         say(f"NOT PART OF THIS RUN: {problem}")
+    for line in plan.notices:
+        say(line)
     if args.verb == "run":
         write_manifest(plan)
     retry = args.verb == "run" and args.retry_failed

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from ivcp_eval import benchmarks
+from ivcp_eval import benchmarks, vlmeval_bridge
 from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.files import file_digest, remembered
-from ivcp_eval.vlmeval_bridge.environment import data_root
+from ivcp_eval.vlmeval_bridge.environment import data_root, wrong_checksum
 
 
 def find(name: str) -> Benchmark:
     """The declared benchmark of this name, or VLMEvalKit's own data set."""
-    return benchmarks.load(name) if name in benchmarks.names() else benchmarks.undeclared(name)
+    if name in benchmarks.names():
+        return benchmarks.load(name)
+    return dataclasses.replace(benchmarks.undeclared(name), md5=vlmeval_bridge.noted_md5(name))
 
 
 def path_of(benchmark: Benchmark) -> Path:
@@ -26,7 +30,8 @@ def digest(benchmark: Benchmark) -> str:
     """SHA-256 of the benchmark's file.
 
     Raises:
-        DataMissing: it is not here. ValueError: it is not the file that the declaration names.
+        DataMissing: it is not here, or is not the file whose checksum VLMEvalKit notes, which would download over it.
+        ValueError: it is not the file that the declaration names.
     """
     path = path_of(benchmark)
     if not path.is_file():
@@ -34,6 +39,10 @@ def digest(benchmark: Benchmark) -> str:
             f"benchmark {benchmark.name!r}: the data is not here. Put {path.name} into {path.parent} (set LMUData to "
             f"use another folder), or fetch it: `ivcp data prepare {benchmark.name}`. {benchmark.source}".rstrip()
         )
+    if benchmark.md5:
+        md5 = remembered(path, "md5", partial(file_digest, algorithm="md5"))
+        if md5 != benchmark.md5:
+            raise DataMissing(f"benchmark {benchmark.name!r}: {wrong_checksum(path, md5, benchmark.md5)}")
     found = remembered(path, "sha256", file_digest)
     if benchmark.sha256 and found != benchmark.sha256:
         raise ValueError(

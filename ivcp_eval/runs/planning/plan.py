@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ivcp_eval.benchmarks import Benchmark, DataMissing
+from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
 from ivcp_eval.engine.cost.predicted import Decoder, described, hold
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, make_method, method_source, parameters_of
@@ -24,6 +24,7 @@ from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.planning.spec import Spec
 from ivcp_eval.runs.store import manifest
+from ivcp_eval.vlmeval_bridge.environment import check_folder
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, asked_judge
 
 if TYPE_CHECKING:
@@ -70,12 +71,14 @@ class RunPlan:
     Attributes:
         runs: where cells live.
         models: by short name. problems: why models or benchmarks cannot run here; the others can.
+        notices: what to know before running: partial data, metrics that a limit leaves without a score.
     """
 
     spec: Spec
     runs: Path
     models: dict[str, ModelPlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> Path:
@@ -125,6 +128,7 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: b
             then the one of the run that was started, or CUDA.
     """
     runs = runs or cells.RUNS
+    check_folder(runs)
     plan = RunPlan(spec, runs)
     for model, folder in spec.models.items():
         if not spec.benchmarks(model):
@@ -157,6 +161,9 @@ def _model_plan(
         benchmark = data.find(name)
         try:
             digest = data.digest(benchmark)
+            for line in notices(benchmark, data.path_of(benchmark), spec.options.limit):
+                if line not in plan.notices:
+                    plan.notices.append(line)
         except (DataMissing, ValueError) as error:  # not here, or not the file it should be
             missing.append(str(error))
             continue

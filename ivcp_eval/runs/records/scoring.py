@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.files import write_json
+from ivcp_eval.interface.failures import misses
 from ivcp_eval.reports.table import write_samples
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.options import Options
@@ -125,12 +126,9 @@ def _score_cell(
         except (JudgeError, ScoreMissing) as error:
             scored, problem = bridge.Scored({}, {}), f"no score: {error}"
         samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
-        failed = [row for row in samples if row["error"]]
-        if failed and not problem:
-            kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()
-            counted = ", ".join(f"{kind} {n}" for kind, n in kinds)
-            example = f"{failed[0]['index']}: {failed[0]['error']}"
-            problem = f"{len(failed)} of {len(samples)} samples failed ({counted}), e.g. {example}"
+        failed, refused = misses(samples, journal.records)
+        problem = problem or failed
+        scored = replace(scored, remark="; ".join(filter(None, (scored.remark, refused))))
         if not options.timing:
             samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
         write_samples(cell.predictions, samples)

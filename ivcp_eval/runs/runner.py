@@ -8,25 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.engine.cost.predicted import described
-from ivcp_eval.files import write_json
+from ivcp_eval.interface.registry import make_method
 from ivcp_eval.interface.variants import PROMPT
-from ivcp_eval.reports.table import write_results, write_samples
+from ivcp_eval.reports.table import write_results
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.request import Plan, Request, judges_for, make_plan
-from ivcp_eval.runs.records.record import cell_rows, record_of
+from ivcp_eval.runs.records.recompute import recompute
+from ivcp_eval.runs.records.rows import cell_rows
+from ivcp_eval.runs.records.scores import Made, Sample, Scores, unread
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.vlmeval_bridge.judge import Judge
 
 if TYPE_CHECKING:
+    from ivcp_eval.vlmeval_bridge.evaluate import Scored
     from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
 
@@ -103,6 +105,7 @@ def _run_pending(
     judges = judges_for(request, pending)
     for number, (benchmark, cell) in enumerate(pending, 1):
         say(f"[{number}/{len(pending)}] {cell.identity.variant.name} on {benchmark.name}")
+        cell.note(asdict(session.shape))
         answers = partial(PrunedVLM, session, cell.identity.variant)
         record = run_cell(request, answers, benchmark, cell, judges.get(cell.identity.judge))
         if record["status"] == "ok":
@@ -128,42 +131,50 @@ def run_cell(
     from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
     dataset = bridge.build(benchmark, request.limit)
+    cell.note()
     with Journal(cell.journal).open() as journal:
         model = answers(journal)
         prompts = bridge.prompts(dataset, model)
         work = cell.folder / "vlmeval"
         for index, why in prompts.broken.items():  # without a prompt there is no key but the row
-            if journal.records.get(f"row {index}", {}).get("error") != why["error"]:
-                journal.append({"key": f"row {index}", **why})
+            if journal.records.get(unread(index), {}).get("error") != why["error"]:
+                journal.append({"key": unread(index), **why})
         predictions = bridge.infer(dataset, model, work, prompts.broken)
         problem = bridge.data_problem(benchmark)
         try:
             scored = bridge.score(benchmark, dataset, predictions, judge)
         except (JudgeError, ScoreMissing) as error:
             scored, problem = bridge.Scored({}, {}), f"no score: {error}"
-        samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
-        failed = [row for row in samples if row["error"]]
-        if failed and not problem:
-            kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()
-            counted = ", ".join(f"{kind} {n}" for kind, n in kinds)
-            example = f"{failed[0]['index']}: {failed[0]['error']}"
-            problem = f"{len(failed)} of {len(samples)} samples failed ({counted}), e.g. {example}"
-        if not request.timing:
-            samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
-        write_samples(cell.predictions, samples)
-        used = [journal.records[row["prompt_sha256"]] for row in samples if not row["error"]]
-        record = {**record_of(cell, scored, samples, used, problem, request.timing), "timeout_s": request.timeout}
-        write_json(cell.record, record)
+        scores = _scores(cell, scored, bridge.sample_rows(benchmark, dataset, prompts, scored), problem, request)
+        scores.write(cell.scores)
+        record = recompute(cell).to_json()
     if record["status"] == "ok":
         shutil.rmtree(work)
     return record
 
 
-def record_failure(cell: Cell, error: ValueError, timing: bool) -> None:
-    """Note in the cell's ``run.json`` why it cannot be measured at all: the model cannot (skipped), or a mistake."""
-    from ivcp_eval.interface import Unsupported
-    from ivcp_eval.vlmeval_bridge.evaluate import Scored
+def _scores(cell: Cell, scored: Scored, rows: Sequence[Mapping[str, Any]], problem: str, request: Request) -> Scores:
+    return Scores(
+        _made(cell, request.timing, request.timeout),
+        dict(scored.metrics),
+        tuple(Sample(**{**row, "key": row["key"] or unread(row["index"])}) for row in rows),
+        scored.judge_failures,
+        scored.remark,
+        problem,
+    )
 
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    record = record_of(cell, Scored({}, {}), [], [], str(error), timing)
-    write_json(cell.record, {**record, "status": "skipped" if isinstance(error, Unsupported) else "failed"})
+
+def _made(cell: Cell, timing: bool, timeout: float | None = None) -> Made:
+    variant = cell.identity.variant
+    faithfulness = make_method(variant.method, variant.parameters).faithfulness
+    return Made.now(cell.identity.code, faithfulness, timing, timeout)
+
+
+def record_failure(cell: Cell, error: ValueError, timing: bool) -> None:
+    """Note in the cell's files why it cannot be measured at all: the model cannot (skipped), or a mistake."""
+    from ivcp_eval.interface import Unsupported
+
+    cell.note()
+    unsupported = isinstance(error, Unsupported)
+    Scores(_made(cell, timing), problem=str(error), unsupported=unsupported).write(cell.scores)
+    recompute(cell)

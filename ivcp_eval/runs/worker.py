@@ -153,6 +153,7 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
     for cell in cells:
         if cell.noted() is not None:
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
+        cell.note(asdict(session.shape))
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
     start = time.monotonic()
     with ExitStack() as stack:

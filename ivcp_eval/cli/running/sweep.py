@@ -256,8 +256,11 @@ def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:
     if not quiet:
         for text in built.skipped:
             say(f"cannot run: {text}")
-    if built.missing:
-        say(f"{built.missing} cells of {name} have no record yet; run the sweep again")
+    if built.unscored:
+        say(f"{built.unscored} cells of {name} were scored by an earlier version, which kept no scores.json: their "
+            "rows cannot be made again and are left out; run the sweep again")  # fmt: skip
+    if built.missing > built.unscored:
+        say(f"{built.missing - built.unscored} cells of {name} have no record yet; run the sweep again")
     if not quiet:
         for path in built.tables:
             if path.suffix == ".md":

@@ -21,6 +21,7 @@ from ivcp_eval.interface.registry import adapter, make_method, method_source, pa
 from ivcp_eval.interface.variants import BASELINE, Variant
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
+from ivcp_eval.runs.planning.closure import code_of
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ def _cell(
     variant: Variant,
 ) -> Cell:
     method = make_method(variant.method, variant.parameters)
+    code = code_of(variant.method, weights.family)
     identity = Identity(
         variant=variant,
         method_parameters=parameters_of(method),
@@ -198,10 +200,10 @@ def _cell(
         limits=dataclasses.asdict(limits),
         placement={**dataclasses.asdict(placement), "device": placement.device.partition(":")[0]},
         versions=cells.versions(),
-        code=cells.code_hash(),
+        code=code.hash,
         method_source=method_source(variant.method),
     )
-    return Cell(identity, request.runs, request.exact)
+    return Cell(identity, request.runs, request.exact, code.files)
 
 
 def _judge_config(request: Request, benchmark: Benchmark) -> JudgeConfig | None:

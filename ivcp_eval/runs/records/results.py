@@ -1,4 +1,4 @@
-"""The CSV and the wide tables of a sweep, from its records alone: no weights, no data, no GPU."""
+"""The CSV and the wide tables of a sweep, from its answers and scores: no weights, no data, no GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ivcp_eval.reports.table import Row, read_results, write_results
 from ivcp_eval.reports.wide import write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
-from ivcp_eval.runs.records.record import cell_rows
+from ivcp_eval.runs.records.recompute import recompute
+from ivcp_eval.runs.records.rows import cell_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Built:
     Attributes:
         csv: one row per cell and metric. tables: wide tables. missing: cells without a record. unfinished: cells whose
             record says why they have no score. skipped: cells whose method their model cannot run, with the reason.
+        unscored: cells of an earlier version, which kept no scores; they are among the missing.
     """
 
     csv: Path
@@ -32,10 +34,13 @@ class Built:
     missing: int
     unfinished: list[str]
     skipped: list[str]
+    unscored: int = 0
 
 
 def build(name: str, runs: Path | None = None, output: Path | None = None) -> Built:
     """Write ``results/<name>.csv`` and its tables from the manifest that a run of the sweep left.
+
+    Every cell's record is made again from its answers and scores (`recompute`), so what is corrected there shows.
 
     Raises:
         FileNotFoundError: the sweep has never run with these ``runs``.
@@ -48,20 +53,22 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     csv = output or runs.parent / f"{name}.csv"
     found: list[Row] = []
     planned: dict[str, list[str]] = {}
-    missing = 0
+    missing = unscored = 0
     for entry in noted["cells"]:
         folder = runs / entry["folder"]
         planned.setdefault(entry["model"], []).append(folder.parent.name)  # its benchmark (`Cell.folder`)
-        if (folder / "run.json").is_file():
-            found += _rows(folder, runs, noted["models"][entry["model"]], csv)
-        else:
+        if not (folder / "run.json").is_file():
             missing += 1
+        elif not (folder / "scores.json").is_file():
+            missing, unscored = missing + 1, unscored + 1
+        else:
+            found += _rows(folder, runs, noted["models"][entry["model"]], csv)
     csv.parent.mkdir(parents=True, exist_ok=True)
     write_results(csv, found)
     unfinished = [_reason(row) for row in found if row["status"] not in ("ok", "skipped")]
     skipped = [_reason(row) for row in found if row["status"] == "skipped"]
     tables = write_tables(read_results(csv), csv.with_suffix(""), planned) if found else []
-    return Built(csv, tables, missing, unfinished, skipped)
+    return Built(csv, tables, missing, unfinished, skipped, unscored)
 
 
 def _reason(row: Row) -> str:
@@ -70,7 +77,9 @@ def _reason(row: Row) -> str:
 
 
 def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Row]:
-    identity = _identity(json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"])
+    identity = _identity(json.loads((folder / "cell.json").read_text(encoding="utf-8"))["identity"])
+    cell = Cell(identity, runs)
+    recompute(cell)
     benchmark = _benchmark(identity.benchmark)
     hub = model["checkpoint"] if model["hub"] else ""
     weights = Weights(
@@ -80,7 +89,7 @@ def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Ro
         model["revision"],
         model["trained"],
     )
-    return cell_rows(weights, benchmark, Cell(identity, runs), csv)
+    return cell_rows(weights, benchmark, cell, csv)
 
 
 def _identity(noted: dict[str, Any]) -> Identity:

@@ -5,8 +5,6 @@ Knows no method and no family by name.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.engine.cost.predicted import described
 from ivcp_eval.interface.registry import make_method
-from ivcp_eval.interface.variants import PROMPT
 from ivcp_eval.reports.table import write_results
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.request import Plan, Request, judges_for, make_plan
+from ivcp_eval.runs.planning.uncounted import uncounted_lines
 from ivcp_eval.runs.records.recompute import recompute
 from ivcp_eval.runs.records.rows import cell_rows
 from ivcp_eval.runs.records.scores import Made, Sample, Scores, unread
@@ -61,10 +59,12 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
                 raise ValueError(budgeted.budget.problem)
             say(described(budgeted))
     pending = [(benchmark, cell) for benchmark, cell in plan.cells if cell.finished() is None]
-    outcome = Outcome(csv=request.output or _output(request), reused=len(plan.cells) - len(pending))
+    outcome = Outcome(csv=request.output or _output(request, plan), reused=len(plan.cells) - len(pending))
     outcome.problems += plan.missing
     if outcome.reused:
         say(f"reusing {outcome.reused} finished of {len(plan.cells)} cells (a cell is one variant on one benchmark)")
+    for text in uncounted_lines(cell for _, cell in pending):
+        say(text)
     if pending:
         _run_pending(request, plan, pending, outcome, say)
     rows = [row for benchmark, cell in plan.cells for row in cell_rows(plan.weights, benchmark, cell, outcome.csv)]
@@ -73,15 +73,8 @@ def evaluate(request: Request, say: Callable[[str], None] = lambda text: None) -
     return outcome
 
 
-def _output(request: Request) -> Path:
-    name, budget = request.variant.name, request.variant.budget
-    unnamed = dict(request.variant.parameters)
-    if budget is not None and budget.prompt not in (None, PROMPT):
-        unnamed["budget_prompt"] = budget.prompt
-    if unnamed:
-        text = json.dumps(unnamed, sort_keys=True, default=str)
-        name += "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
-    return request.runs.parent / "eval" / f"{name}.csv"
+def _output(request: Request, plan: Plan) -> Path:
+    return request.runs.parent / "eval" / f"{plan.cells[-1][1].identity.variant.name}.csv"
 
 
 def _run_pending(

@@ -131,8 +131,8 @@ def _plan(plan: SweepPlan) -> int:
     found = status.lines(plan)
     wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
     say(status.table(found))
-    for line in plan.budgets():
-        say(line)
+    for text in [*status.uncounted(plan), *plan.budgets()]:
+        say(text)
     for problem in plan.problems:
         say(f"\nnot here: {problem}")
     cost = status.cost(plan)
@@ -160,6 +160,8 @@ def _status(plan: SweepPlan) -> int:
     say(f"\n{left} samples left" + (f", about {duration(3600 * hours)}" if left and hours is not None else ""))
     if status.agreement(found):
         say(status.agreement(found))
+    for text in status.uncounted(plan):
+        say(text)
     for line in found:
         for reason in line.reasons:
             say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")

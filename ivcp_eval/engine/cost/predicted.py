@@ -224,7 +224,8 @@ def described(variant: Variant) -> str:
     """One line about a variant with a budget: the ratio that holds it, or why none does."""
     budget = variant.budget
     assert budget is not None
-    name = variant.name
     if budget.problem:
-        return f"{name} cannot run: {budget.problem}"
-    return f"{name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
+        return f"{variant.name} cannot run: {budget.problem}"
+    return (
+        f"{variant.name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
+    )

@@ -17,7 +17,7 @@ from ivcp_eval.benchmarks import Benchmark, DataMissing
 from ivcp_eval.engine.cost.predicted import Decoder, hold
 from ivcp_eval.files import file_digest
 from ivcp_eval.interface import models
-from ivcp_eval.interface.registry import adapter, make_method, method_source, parameters_of, unknown
+from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of, unknown
 from ivcp_eval.interface.variants import BASELINE, Variant
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
@@ -114,9 +114,10 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
             "given): lower the first or raise the second"
         )
     if variants is None:
-        own = request.variant
-        variants = [own.baseline] if own.method == BASELINE else [own.baseline, own]
-    tuned = [v.with_parameters({**weights.checkpoint.methods.get(v.method, {}), **v.parameters}) for v in variants]
+        asked = request.variant
+        variants = [asked.baseline] if asked.method == BASELINE else [asked.baseline, asked]
+    own = weights.checkpoint.methods
+    tuned = [v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in variants]
     if any(variant.budget for variant in tuned):
         decoder = Decoder.of(weights)
         tuned = [hold(variant, decoder) for variant in tuned]

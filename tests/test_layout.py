@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.interface import registry
-from ivcp_eval.runs.planning import cells
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ivcp_eval", "model_adapters")
@@ -146,25 +145,3 @@ def test_every_public_function_has_a_docstring(package: str) -> None:
             if not ast.get_docstring(node):
                 missing.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert not missing
-
-
-# What answers are made with but not changed by: what it says is part of a cell's identity (benchmark, variant, judge),
-# or it stores, finds, times out and reports.
-NOT_HASHED = {
-    *("__init__", "benchmarks", "models", "registry", "variants", "judge/__init__", "judge/config"),
-    *("cpu_torchvision", "data", "failures", "files", "journal", "judge/cache", "refcoco/partial"),
-}
-
-
-def test_the_code_hash_covers_what_answers_are_made_with() -> None:
-    patterns = {pattern: {path for path in ROOT.glob(pattern) if path.is_file()} for pattern in cells._CODE}
-    assert [pattern for pattern, files in patterns.items() if not files] == []
-    hashed = set().union(*patterns.values())
-    wanted = {module.replace(".", "/") for path in hashed for module in imported(path)}
-    files = {ROOT / f"{name}{end}" for name in wanted for end in (".py", "/__init__.py")}
-    loose = {
-        path.relative_to(ROOT / "ivcp_eval").with_suffix("").as_posix()
-        for path in files - hashed
-        if path.is_file() and path.is_relative_to(ROOT / "ivcp_eval")
-    }
-    assert loose == NOT_HASHED

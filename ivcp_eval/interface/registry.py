@@ -82,13 +82,8 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Abstr
         ValueError: an unknown name or parameter, a value that is not of the declared type, or ``+ivc`` on a
             method that selects no tokens.
     """
-    base, plus, _ = name.partition(PLUS_IVC)
-    if plus and base + plus != name:
-        raise unknown("method", name, method_names())
-    cls = method_class(base)
-    wrapper = import_module("ivcp_eval.methods._plus_ivc").PlusIvc if plus else None
-    own = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    added = {f.name: f for f in dataclasses.fields(wrapper) if f.name != "inner"} if wrapper else {}
+    cls, wrapper = _classes(name)
+    own, added = _fields(cls), _fields(wrapper)
     known = own | added
     for parameter, value in (parameters or {}).items():
         if parameter not in known:
@@ -106,6 +101,28 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Abstr
     outer = {key: given.pop(key) for key in added.keys() & given.keys()}
     method: AbstractMethod = cls(**given)
     return wrapper(method, **outer) if wrapper else method
+
+
+def _classes(name: str) -> tuple[type[AbstractMethod], Any]:
+    """The method's class, and the wrapper's where the name has one."""
+    base, plus, _ = name.partition(PLUS_IVC)
+    if plus and base + plus != name:
+        raise unknown("method", name, method_names())
+    return method_class(base), import_module("ivcp_eval.methods._plus_ivc").PlusIvc if plus else None
+
+
+def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The parameters of a class; a wrapper's method is none."""
+    return {} if cls is None else {f.name: f for f in dataclasses.fields(cls) if f.name != "inner"}
+
+
+def default_parameters(name: str) -> dict[str, Any]:
+    """The default of every parameter of a method, with ``+ivc`` the wrapper's too. Raises as `make_method`."""
+    cls, wrapper = _classes(name)
+    known = _fields(cls) | _fields(wrapper)
+    return {
+        key: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for key, f in known.items()
+    }
 
 
 def _fits(value: Any, declared: str) -> bool:

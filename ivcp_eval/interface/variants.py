@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import quote, unquote
 
 BASELINE = "none"
 SEPARATOR = "__"
@@ -18,6 +20,7 @@ KINDS: tuple[BudgetKind, ...] = ("final", "layer_mean", "flops")
 #: families, and a question with its chat template.
 PROMPT = (1024, 64)
 _UNSOLVED = "no ratio was found yet that holds this budget; see ivcp_eval.engine.cost.predicted.hold"
+_SEED, _PROMPT = "seed", "budget_prompt"  # among the parameters in a name; no method has parameters of these names
 _NAME = re.compile(rf"(r|{'|'.join(KINDS)})([0-9.eE+-]+)")
 
 
@@ -68,6 +71,7 @@ class Variant:
         model: short name. method: registered name. ratio: retention ratio in (0, 1], which the method is run at.
         parameters: of the method, as the user gave them. seed: of methods that draw.
         budget: what is held in place of a ratio of the user's; ``ratio`` is then the one that was found to hold it.
+        implied: parameters that go without saying, since the checkpoint sets them to these values itself (`tuned`).
     """
 
     model: str
@@ -76,6 +80,7 @@ class Variant:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     budget: Budget | None = None
+    implied: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def key(self) -> str:
@@ -90,31 +95,46 @@ class Variant:
     @property
     def share(self) -> str:
         """``r0.5``, or ``flops0.5`` for a held budget."""
-        return f"{'r' if self.budget is None else self.budget.kind}{self.asked:g}"
+        return f"{'r' if self.budget is None else self.budget.kind}{_short(self.asked)}"
 
     @property
     def name(self) -> str:
-        """``tiny__ivc_prune__r0.5``, the name in VLMEvalKit; parameters do not show, so hashes tell cells apart."""
+        """``tiny__ivc_prune__r0.5``, with what else was asked for: ``tiny__fastv__r0.5__layer=3__seed=1``.
+
+        Different for different variants, back by `parse`, and safe as a file name and as a model name in VLMEvalKit.
+        """
         if self.method == BASELINE:
             return self.model
-        return SEPARATOR.join((self.model, self.method, self.share))
+        shown = {key: value for key, value in self.parameters.items() if key not in self.implied}
+        if self.seed:
+            shown[_SEED] = self.seed
+        if self.budget is not None and self.budget.prompt not in (None, PROMPT):
+            shown[_PROMPT] = "+".join(map(str, self.budget.prompt or ()))
+        parts = [f"{_safe(key)}={_safe(text_of(shown[key]))}" for key in sorted(shown)]
+        return SEPARATOR.join((self.model, self.method, self.share, *parts))
 
     @property
     def baseline(self) -> Variant:
         """The unpruned variant of the same model."""
         return Variant(self.model)
 
-    def with_parameters(self, parameters: Mapping[str, Any]) -> Variant:
-        """The same variant with other parameters."""
-        return dataclasses.replace(self, parameters=dict(parameters))
+    def tuned(self, own: Mapping[str, Any], defaults: Mapping[str, Any]) -> Variant:
+        """The variant on a checkpoint: with the checkpoint's parameters where the user gave none.
 
-    def tuned(self, defaults: Mapping[str, Mapping[str, Any]]) -> Variant:
-        """With a checkpoint's own parameters of the method (method -> parameters) where the user gave none."""
-        return self.with_parameters({**defaults.get(self.method, {}), **self.parameters})
+        Parameters at the method's defaults are left out, so that saying them makes no other variant.
+
+        Args:
+            own: what the checkpoint sets for this method. defaults: of the method.
+        """
+        merged = {**own, **self.parameters}
+        kept = {k: v for k, v in merged.items() if k in own or k not in defaults or v != defaults[k]}
+        implied = tuple(sorted(key for key in own if kept[key] == own[key]))
+        return dataclasses.replace(self, parameters=kept, implied=implied)
 
     def to_json(self) -> dict[str, Any]:
         """As a record holds it; without a budget as before there were any, so that earlier hashes stay."""
         fields = dataclasses.asdict(self)
+        del fields["implied"]
         if self.budget is None:
             del fields["budget"]
         return fields
@@ -129,7 +149,7 @@ class Variant:
 
 
 def parse(name: str) -> Variant:
-    """``MODEL``, ``MODEL__METHOD`` or ``MODEL__METHOD__rRATIO`` back into a variant (ratio 0.5 if not named).
+    """What `Variant.name` gave, back into a variant; the ratio is 0.5 if none is named.
 
     ``MODEL__METHOD__layer_mean0.6`` and the like name a budget, whose ratio is still to be found.
 
@@ -139,16 +159,52 @@ def parse(name: str) -> Variant:
     model, separator, rest = name.partition(SEPARATOR)
     if model and not separator:
         return Variant(model)
-    method, _, share = rest.partition(SEPARATOR)
-    found = _NAME.fullmatch(share or "r0.5")
+    method, *parts = rest.split(SEPARATOR)
+    share = parts.pop(0) if parts and "=" not in parts[0] else "r0.5"
+    found = _NAME.fullmatch(share)
     try:
         value = float(found[2]) if found else 0.0
-    except ValueError:
-        value = 0.0
+        given = dict(parameter(unquote(part)) for part in parts)
+        seed, prompt = int(given.pop(_SEED, 0)), given.pop(_PROMPT, None)
+        counts = None if prompt is None else tuple(int(text) for text in str(prompt).split("+"))
+    except (TypeError, ValueError):
+        found = None
     if not model or not method or not found or not 0 < value <= 1:
         raise ValueError(
             f"model name {name!r} is not MODEL, MODEL__METHOD or MODEL__METHOD__rRATIO with 0 < RATIO <= 1 "
-            f"({', '.join(f'{kind}SHARE' for kind in KINDS)} in place of rRATIO hold a budget)"
+            f"({', '.join(f'{kind}SHARE' for kind in KINDS)} in place of rRATIO hold a budget), and after it "
+            "__KEY=VALUE for every parameter, and seed=N"
         )
-    kind = found[1]
-    return Variant(model, method, value, budget=None if kind == "r" else Budget.of(kind, value))
+    kind = OWN if found[1] == "r" else found[1]
+    return Variant(model, method, value, given, seed, Budget.of(kind, value, counts))
+
+
+def parameter(text: str) -> tuple[str, Any]:
+    """``key=value`` as users write it; the value is JSON where it is JSON, else text.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"parameter {text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def text_of(value: Any) -> str:
+    """A parameter's value as `parameter` reads it back; files are named by their path."""
+    plain = isinstance(value, str) and parameter(f"key={value}") == ("key", value)
+    return value if plain else json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _safe(text: str) -> str:
+    """Percent-encoded but for what file names and `SEPARATOR` leave alone."""
+    return re.sub("_(?=_|$)|(?<=_)_", "%5F", quote(text, safe="+,"))
+
+
+def _short(number: float) -> str:
+    """``0.5``; all digits where six do not tell numbers apart."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)

@@ -152,6 +152,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
     for cell in cells:
         if cell.noted() is not None:
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
+        cell.note(asdict(session.shape))
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
     start = time.monotonic()
     with ExitStack() as stack:
@@ -244,7 +245,7 @@ def _runnable(plan: RunPlan, session: Session, unit: Unit) -> list[Cell]:
             if plan.spec.kind == "eval":
                 raise
             if cell.noted() is None:
-                record_failure(cell, error, bool(plan.options.timing))
+                record_failure(cell, error, plan.options)
     return found
 
 

@@ -22,7 +22,6 @@ from ivcp_eval.benchmarks.refcoco.partial import PARTIAL, not_whole
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.interface.failures import FAILURES, failure
 from ivcp_eval.interface.registry import unknown
-from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.vlmeval_bridge import answers, judging, scores, stock
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
@@ -254,36 +253,26 @@ def data_problem(benchmark: Benchmark) -> str:
     return "" if problem.startswith(PARTIAL) else problem
 
 
-def sample_rows(
-    benchmark: Benchmark,
-    dataset: Any,
-    prompts: Prompts,
-    journal: Journal,
-    scored: Scored,
-) -> list[dict[str, Any]]:
-    """One record per row of the data set, in its order, in the per-sample schema (ivcp_eval.reports.schema)."""
+def sample_rows(benchmark: Benchmark, dataset: Any, prompts: Prompts, scored: Scored) -> list[dict[str, Any]]:
+    """What is known of each row of the data set but for its answer, in its order.
+
+    Returns:
+        index, key (of its prompt; empty where there is none), cluster, category, answer, score, iou; the last two are
+        None where the row is not scored alone.
+    """
     rows = []
-    fields = (
-        *("visual_tokens", "visual_kept", "layer_mean_ratio", "kv_ratio", "flops_ratio"),
-        *("prefill_ms", "decode_ms", "new_tokens"),
-    )
     for line in dataset.data.to_dict("records"):
         index = str(line["index"])
-        key = prompts.keys.get(index, "")
-        answer = journal.records.get(key, {})
         cluster = prompts.pictures.get(index) if benchmark.cluster == "image" else line.get(benchmark.cluster)
         rows.append(
             {
                 "index": index,
+                "key": prompts.keys.get(index, ""),
                 "cluster": str(cluster or index),
                 "category": str(line.get(benchmark.category, "")),
-                "prompt_sha256": key,
-                "prediction": answer.get("raw", answer.get("prediction", "")),
                 "answer": str(line.get("answer", "")),
                 "score": scored.samples.get(index),
                 "iou": scored.ious.get(index),
-                **{name: answer.get(name) for name in fields},
-                "error": prompts.broken.get(index, answer).get("error", ""),
             }
         )
     return rows

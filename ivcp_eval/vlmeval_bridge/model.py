@@ -14,6 +14,7 @@ from ivcp_eval import benchmarks
 from ivcp_eval.engine.cost.predicted import Decoder, hold
 from ivcp_eval.interface import QuestionKind, models, variants
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure, settled
+from ivcp_eval.interface.registry import default_parameters
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement
@@ -122,13 +123,13 @@ def _present(cell: Any) -> bool:
 
 
 def from_variant_name(name: str, **_: Any) -> PrunedVLM:
-    """What VLMEvalKit's registry calls: load the model of ``MODEL__METHOD__rRATIO`` on the default device."""
+    """What VLMEvalKit's registry calls: load the model of a variant's name on the default device."""
     variant = variants.parse(name)
     weights = models.locate(variant.model)
     placement = Placement().resolve()
     session = Session(weights, placement, Limits.published(weights))
-    tuned = weights.checkpoint.methods.get(variant.method, {})
-    variant = variant.with_parameters(tuned)
+    own = weights.checkpoint.methods.get(variant.method, {})
+    variant = variant.tuned(own, default_parameters(variant.method))
     if variant.budget is not None:
         variant = hold(variant, Decoder.of(weights))
     session.check(variant)

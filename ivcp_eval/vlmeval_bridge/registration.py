@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ivcp_eval.interface import models, variants
-from ivcp_eval.interface.registry import method_names, unknown
+from ivcp_eval.interface.registry import make_method, method_names
 from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 
 DEFAULT_RATIOS = (0.9, 0.75, 0.5, 0.35, 0.25, 0.11, 0.1)
@@ -53,8 +53,7 @@ def default_names() -> list[str]:
 
 def _check(variant: variants.Variant) -> None:
     models.find(variant.model)
-    if variant.method.removesuffix("+ivc") not in method_names():
-        raise unknown("method", variant.method, method_names())
+    make_method(variant.method, variant.parameters)
 
 
 def _check_files(arguments: Sequence[str]) -> None:

@@ -94,16 +94,13 @@ class Laboratory:
         return dataset, prompts, bridge.infer(dataset, model, self.work / name, {})
 
     def score(self, name: str, answers: Mapping[str, str], judge: Any = None) -> tuple[Any, list[dict[str, Any]]]:
-        """What the bridge reads from VLMEvalKit's evaluation, and the per-sample rows."""
-        from ivcp_eval.runs.store.journal import Journal
+        """What the bridge reads from VLMEvalKit's evaluation, and what it says of each sample."""
         from ivcp_eval.vlmeval_bridge import evaluate as bridge
 
         benchmark = benchmarks.load(name)
         dataset, prompts, predictions = self.infer(name, answers)
         scored = bridge.score(benchmark, dataset, predictions, judge)
-        journal = Journal(self.work / "unused.jsonl")
-        journal.records = {key: {"prediction": answers[index]} for index, key in prompts.keys.items()}
-        return scored, bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
+        return scored, bridge.sample_rows(benchmark, dataset, prompts, scored)
 
 
 def judge_for(miniature: Miniature) -> ListJudge | None:

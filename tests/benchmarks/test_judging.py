@@ -103,7 +103,6 @@ def test_unreadable_options_are_read_by_the_judge(laboratory: Laboratory, tmp_pa
     # 0 and 3 right, 1 wrong (the judge says: none of the options), 2 unrated: two of three.
     assert metric(scored, "accuracy") == pytest.approx(200 / 3)
     assert [row["score"] for row in rows] == [1, 0, None, 1]
-    assert rows[0]["prediction"] == "the one like blood", "the model's words are kept, not the judge's"
 
 
 def test_a_rotation_that_is_wrong_saves_the_others(laboratory: Laboratory, tmp_path: Path):

@@ -9,6 +9,7 @@ import torch
 
 import ivcp_eval
 from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.cost.measured import measured
 from ivcp_eval.engine.cost.predicted import (
     Decoder,
     Prompt,
@@ -16,7 +17,6 @@ from ivcp_eval.engine.cost.predicted import (
     cost,
     described,
     hold,
-    measured_flops,
     processed,
     solve_ratio,
 )
@@ -153,9 +153,12 @@ def test_flops_of_a_measured_run_are_those_held(name: str) -> None:
     with ivcp_eval.prune(model, name, ratio) as run, torch.no_grad():
         model(**inputs)
     layers = [layer[0] for layer in run.visual_per_layer]
-    measured = measured_flops(shape, layers, len(run.kept[0]) - run.visual_kept[0], visual)
-    one_token = 1 - measured_flops(shape, [visual - 1] * shape.layers, prompt.n_text, visual)
-    assert measured == pytest.approx(0.8, abs=one_token)
+    text, cached = len(run.kept[0]) - run.visual_kept[0], [layer[0] for layer in run.visual_cached]
+    shares = measured(visual, text, layers, cached, shape)
+    one_less = measured(visual, prompt.n_text, [visual - 1] * shape.layers, cached, shape).flops
+    assert one_less is not None
+    assert shares.flops == pytest.approx(0.8, abs=1 - one_less)
+    assert (shares.layer_mean, shares.cached) == pytest.approx((run.layer_mean_ratio, run.cache_ratio), abs=1e-4)
 
 
 def test_ratio_for_a_model_in_a_notebook() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from ivcp_eval.cli.running.eval import _parameter
 from ivcp_eval.interface import variants
 from ivcp_eval.interface.variants import Budget, Variant
 from ivcp_eval.runs.planning.cells import Identity
@@ -21,10 +21,43 @@ from ivcp_eval.runs.planning.cells import Identity
         Variant("x_1", "fastv+ivc", 0.11),
         Variant("tiny", "fastv", 0.6, budget=Budget.of("layer_mean", 0.6)),
         Variant("tiny", "fastv", 0.25, budget=Budget.of("flops", 0.25)),
+        Variant("tiny", "fastv", 0.25, {"layer": 1}, budget=Budget.of("flops", 0.25, (576, 40))),
+        Variant("tiny", "random", 0.5, seed=3),
+        Variant("tiny", "fastv", 0.12345678),
+        Variant("tiny", "ivc_prune", 0.5, {"preset": "official", "layer": 16, "ivc": 0.2, "foreground": False}),
+        Variant("tiny", "x", 0.5, {"a": None, "b": "null", "c": "a__b_", "d": "../e f=%25", "g": [1, "_"], "h": ""}),
     ],
 )
-def test_names_come_back(variant: Variant) -> None:
+def test_names_come_back_and_are_file_names(variant: Variant) -> None:
     assert variants.parse(variant.name) == variant
+    assert re.fullmatch(r"[\w.=+,%-]+", variant.name, flags=re.ASCII)
+
+
+def test_names_tell_apart_what_differs_in_a_parameter_or_the_seed() -> None:
+    base = Variant("tiny", "fastv", 0.5)
+    more = [{"parameters": {"layer": 3}}, {"parameters": {"layer": "3"}}, {"seed": 1}, {"ratio": 0.50000001}]
+    names = [base.name, *(dataclasses.replace(base, **fields).name for fields in more)]
+    assert len(set(names)) == len(names)
+    assert names[1] == "tiny__fastv__r0.5__layer=3"
+
+
+def test_what_goes_without_saying_is_not_in_a_name() -> None:
+    defaults, own = {"layer": 2, "ivc": 0.1}, {"layer": 4}
+
+    def tuned(**parameters: object) -> Variant:
+        return Variant("m", "x", 0.5, parameters).tuned(own, defaults)
+
+    assert tuned().name == tuned(layer=4).name == tuned(ivc=0.1).name == "m__x__r0.5"
+    assert tuned().parameters == {"layer": 4}
+    assert tuned(layer=2).name == "m__x__r0.5__layer=2", "the checkpoint would be run at 4"
+    assert tuned(layer=2, ivc=0.3).name == "m__x__r0.5__ivc=0.3__layer=2"
+    assert variants.parse(tuned(ivc=0.3).name).tuned(own, defaults) == tuned(ivc=0.3)
+
+
+@pytest.mark.parametrize("name", ["tiny__fastv__r0.5__layer", "tiny__fastv__r0.5__seed=x", "tiny__fastv__r0.5____a=1"])
+def test_bad_parameters_in_a_name_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="__KEY=VALUE for every parameter"):
+        variants.parse(name)
 
 
 def test_ratio_defaults_to_a_half() -> None:
@@ -52,7 +85,7 @@ def test_other_forms_are_refused(name: str) -> None:
     ],
 )
 def test_parameters_are_json_or_text(text: str, expected: tuple[str, object]) -> None:
-    assert _parameter(text) == expected
+    assert variants.parameter(text) == expected
 
 
 IDENTITY = Identity(

@@ -69,9 +69,10 @@ def run(args: argparse.Namespace) -> int:
 def _raw(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say, as a sweep file would: one method at one ratio, no controls."""
     from ivcp_eval.interface import models
+    from ivcp_eval.interface.variants import parameter
 
     _, checkpoint = models.find(args.model)
-    parameters = dict(_parameter(text) for text in args.set)
+    parameters = dict(parameter(text) for text in args.set)
     entry = {
         "method": args.method,
         "ratios": [args.ratio],
@@ -102,6 +103,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.executors.local import run as run_local
     from ivcp_eval.runs.planning.data import fetch_missing
     from ivcp_eval.runs.planning.plan import make, write_manifest
+    from ivcp_eval.runs.planning.uncounted import uncounted_lines
     from ivcp_eval.runs.progress.display import Progress
     from ivcp_eval.runs.records.results import collect
     from ivcp_eval.runs.store.finished import Finished, note
@@ -118,7 +120,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
             raise ValueError(budget.problem)
     for line in plan.budgets():
         tell(line)
-    for line in plan.notices:
+    for line in [*plan.notices, *uncounted_lines(cell for _, _, cell in plan.cells() if cell.finished() is None)]:
         tell(line)
     write_manifest(plan)
     reopen(plan, args.retry_failed)
@@ -186,14 +188,3 @@ def _estimate(args: argparse.Namespace) -> int:
     cache = cache_folder(args.runs or cells.RUNS)
     say(f"judge, at most: {estimate_eval(names, args.judge or '', cache, variants, **known)}")
     return 0
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    """``key=value``; the value is JSON where it is JSON, else text."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"parameter {text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, {"True": True, "False": False, "None": None}.get(value, value)

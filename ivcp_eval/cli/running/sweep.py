@@ -133,8 +133,8 @@ def _plan(plan: RunPlan) -> int:
     found = status.lines(plan)
     wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
     say(status.table(found))
-    for line in plan.budgets():
-        say(line)
+    for text in [*status.uncounted(plan), *plan.budgets()]:
+        say(text)
     for problem in plan.problems:
         say(f"\nnot here: {problem}")
     cost = status.cost(plan)
@@ -162,6 +162,8 @@ def _status(plan: RunPlan) -> int:
     say(f"\n{left} samples left" + (f", about {duration(3600 * hours)}" if left and hours is not None else ""))
     if status.agreement(found):
         say(status.agreement(found))
+    for text in status.uncounted(plan):
+        say(text)
     for line in found:
         for reason in line.reasons:
             say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
@@ -252,8 +254,11 @@ def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:
     if not quiet:
         for text in built.skipped:
             say(f"cannot run: {text}")
-    if built.missing:
-        say(f"{built.missing} cells of {name} have no record yet; run the sweep again")
+    if built.unscored:
+        say(f"{built.unscored} cells of {name} were scored by an earlier version, which kept no scores.json: their "
+            "rows cannot be made again and are left out; run the sweep again")  # fmt: skip
+    if built.missing > built.unscored:
+        say(f"{built.missing - built.unscored} cells of {name} have no record yet; run the sweep again")
     if not quiet:
         for path in built.tables:
             if path.suffix == ".md":

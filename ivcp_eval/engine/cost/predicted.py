@@ -224,19 +224,8 @@ def described(variant: Variant) -> str:
     """One line about a variant with a budget: the ratio that holds it, or why none does."""
     budget = variant.budget
     assert budget is not None
-    given = ", ".join(f"{key}={value}" for key, value in variant.parameters.items())
-    name = f"{variant.name} ({given})" if given else variant.name
     if budget.problem:
-        return f"{name} cannot run: {budget.problem}"
-    return f"{name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
-
-
-def measured_flops(shape: DecoderShape, visual_per_layer: Sequence[int], text: int, whole: int) -> float:
-    """Share of the unpruned prefill's decoder FLOPs that a prefill took, from the tokens its layers did process.
-
-    Args:
-        visual_per_layer: visual tokens of one row in each decoder layer. text: its other tokens, in every layer.
-        whole: visual tokens of its unpruned prompt.
-    """
-    taken = shape.prefill_flops([visual + text for visual in visual_per_layer])
-    return taken / shape.prefill_flops([whole + text] * shape.layers)
+        return f"{variant.name} cannot run: {budget.problem}"
+    return (
+        f"{variant.name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
+    )

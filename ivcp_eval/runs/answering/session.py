@@ -12,7 +12,6 @@ from ivcp_eval.benchmarks.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.engine.cost.predicted import measured_flops
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import InputRefused, deadline, steps
@@ -56,7 +55,7 @@ class Session:
         )
         device = next(self.model.parameters()).device
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._shape = DecoderShape.of(self.adapter.text_model(self.model).config)
+        self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
 
     def check(self, variant: Variant) -> None:
@@ -78,9 +77,10 @@ class Session:
                 "no box" where the answer holds none in the family's declared format.
 
         Returns:
-            prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
-            kv_ratio, flops_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first); dear (of a
-            smaller picture: whether it still costs more than asked).
+            prediction, raw (the text as generated), new_tokens, visual_tokens and text_tokens (of the unpruned
+            prompt), visual_kept (after the last cut), visual_per_layer (processed) and visual_cached, from which
+            costs are counted (`engine.cost.measured`), vision_ms, prefill_ms, decode_ms (per new token after the
+            first); dear (of a smaller picture: whether it still costs more than asked).
 
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
@@ -203,20 +203,17 @@ class Session:
         sample: int = 0,
     ) -> dict[str, Any]:
         raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
-        # A smaller image saves its tokens everywhere, against those of the image as it was.
-        scale = run.visual_prompt[0] / whole if whole else 1.0
-        text, whole = len(run.kept[0]) - run.visual_kept[0], whole or run.visual_prompt[0]
-        layers = [layer[0] for layer in run.visual_per_layer]
         return {
             "prediction": self._box(raw, inputs, sample) if grounding else raw,
             "raw": raw,
             "device": self.device_name,
             "new_tokens": int(new.numel()),
-            "visual_tokens": whole,
+            # Of the image as it was: a smaller one saves its tokens everywhere.
+            "visual_tokens": whole or run.visual_prompt[0],
             "visual_kept": run.visual_kept[0],
-            "layer_mean_ratio": _round(run.layer_mean_ratio * scale),
-            "kv_ratio": _round(run.cache_ratio * scale),
-            "flops_ratio": _round(measured_flops(self._shape, layers, text, whole)) if whole else None,
+            "text_tokens": len(run.kept[0]) - run.visual_kept[0],
+            "visual_per_layer": [layer[0] for layer in run.visual_per_layer],
+            "visual_cached": [layer[0] for layer in run.visual_cached],
             "vision_ms": _round(phases.vision_ms) if phases else None,
             "prefill_ms": _round(phases.prefill_ms) if phases else None,
             "decode_ms": _round(phases.decode_ms_per_token) if phases else None,

@@ -1,7 +1,10 @@
 """A cell is one variant on one benchmark: its content hash, its folder, and whether it is done. No torch.
 
-The hash covers everything that can change a prediction or a verdict, the source of the code that makes them included.
+The hash covers everything that can change an answer or a verdict, the source of the code that makes them included.
 Two runs with the same hash are the same measurement, so finished cells are reused and killed ones are continued.
+
+Files of a cell, in the order in which they come: ``cell.json`` (what it is), ``journal.jsonl`` (its answers),
+``scores.json`` (what the evaluator said); from these alone ``predictions.csv`` and ``run.json`` are made.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,31 +20,20 @@ from typing import Any
 
 from ivcp_eval import files
 from ivcp_eval.interface.failures import settled
-from ivcp_eval.interface.variants import Variant
+from ivcp_eval.interface.variants import BASELINE, Variant
 
-ROOT = files.PACKAGE.parent
 RUNS = files.RESULTS / "runs"
 
-# Source files whose change can change a prediction, a score or a measured cost; no reports, no commands.
-_CODE = (
-    "model_adapters/**/*.py",
-    "ivcp_eval/engine/**/*.py",
-    "ivcp_eval/methods/**/*.py",
-    "ivcp_eval/interface/*.py",
-    "ivcp_eval/benchmarks/*.py",
-    "ivcp_eval/vlmeval_bridge/**/*.py",
-    "ivcp_eval/runs/answering/*.py",
-)
-_DISTRIBUTIONS = {"torch": "torch", "transformers": "transformers", "vlmeval": "ms-vlmeval"}
-
-
-@cache
-def code_hash() -> str:
-    """Hash of the source that makes predictions and scores; 12 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in _CODE for path in ROOT.glob(pattern) if path.is_file()}):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+# What takes part in an answer or a verdict, pictures and tokens included.
+_DISTRIBUTIONS = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "vlmeval": "ms-vlmeval",
+    "tokenizers": "tokenizers",
+    "pillow": "pillow",
+    "torchvision": "torchvision",
+    "numpy": "numpy",
+}
 
 
 @cache
@@ -71,7 +63,7 @@ class Identity:
         scoring: SHA-256 of where its data file says that scores stand.
         prompt: SHA-256 of the prompt templates.
         judge: who rates. limits: pixels and answer length. placement: device kind, dtype, attention.
-        versions, code: of the libraries and of our own source.
+        versions: of the libraries. code: hash of our own source behind the cell (`closure.code_of`).
         method_source: package, version and code of a plug-in's method; empty for a method of this package.
     """
 
@@ -104,11 +96,17 @@ class Identity:
         return hashlib.sha256(self.canonical.encode()).hexdigest()[:16]
 
 
+def code_listing(runs: Path, code: str) -> Path:
+    """Where the files behind a code hash are listed, for all cells of it."""
+    return runs / "code" / f"{code}.json"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One variant on one benchmark, and its files.
 
     Attributes:
+        code: source file -> digest, of what the identity has the hash of.
         exact: answers that were made together with others in half precision, where company changes how a row is
             rounded, do not count; the cell is then answered again, and serves everybody.
     """
@@ -116,18 +114,34 @@ class Cell:
     identity: Identity
     runs: Path = RUNS
     exact: bool = False
+    code: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         """``<runs>/<model>/<benchmark>/<variant>-<hash>``."""
         variant = self.identity.variant
-        label = "none" if variant.method == "none" else f"{variant.method}-{variant.share}"
-        return self.runs / variant.model / self.identity.benchmark / f"{label}-{self.identity.hash}"
+        return self.runs / variant.model / self.identity.benchmark / f"{self.label}-{self.identity.hash}"
+
+    @property
+    def label(self) -> str:
+        """What its folder's name begins with; variants that differ in a parameter or the seed alone share it."""
+        variant = self.identity.variant
+        return variant.method if variant.method == BASELINE else f"{variant.method}-{variant.share}"
+
+    @property
+    def notes(self) -> Path:
+        """What the cell is: `note`."""
+        return self.folder / "cell.json"
 
     @property
     def journal(self) -> Path:
         """Append-only answers."""
         return self.folder / "journal.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        """What the evaluator said of the answers (`runs.records.scores`)."""
+        return self.folder / "scores.json"
 
     @property
     def predictions(self) -> Path:
@@ -138,6 +152,25 @@ class Cell:
     def record(self) -> Path:
         """``run.json``, renamed into place last: its presence means the cell is whole."""
         return self.folder / "run.json"
+
+    def note(self, decoder: Mapping[str, Any] | None = None) -> None:
+        """Note, before the first answer, what the cell is, and once for each code hash the files that it covers.
+
+        Args:
+            decoder: sizes of the model's decoder (`engine.cost.flops.DecoderShape`), by which FLOPs are counted; None
+                where no model is loaded, which leaves what was noted.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(self.notes.read_text(encoding="utf-8")) if self.notes.is_file() else None
+        found = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
+        if decoder is not None:
+            found["decoder"] = json.loads(json.dumps(decoder))
+        if found != before:
+            files.write_json(self.notes, found)
+        listing = code_listing(self.runs, self.identity.code)
+        if self.code and not listing.is_file():
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(listing, dict(self.code))
 
     def finished(self) -> dict[str, Any] | None:
         """The record of a whole cell, or None."""

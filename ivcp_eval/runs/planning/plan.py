@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
 from ivcp_eval.engine.cost.predicted import Decoder, described, hold
 from ivcp_eval.interface import models
-from ivcp_eval.interface.registry import adapter, make_method, method_source, parameters_of
+from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.planning import cells, data
 from ivcp_eval.runs.planning.cells import Cell, Identity
+from ivcp_eval.runs.planning.closure import code_of
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.planning.spec import Spec
@@ -151,7 +152,8 @@ def _model_plan(
     weights = models.locate(model, folder, offline=True if plan_only else None)
     placement = _placement(spec.options, weights, device, plan_only)
     limits = _limits(spec.options, weights)
-    tuned = {variant.key: variant.tuned(weights.checkpoint.methods) for variant in spec.variants(model)}
+    own = weights.checkpoint.methods
+    tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
     if any(variant.budget for variant in tuned.values()):
         decoder = Decoder.of(weights)
         tuned = {key: hold(variant, decoder) for key, variant in tuned.items()}
@@ -225,6 +227,7 @@ class _Identities:
     def cell(self, variant: Variant) -> Cell:
         """The cell of one variant."""
         options, placement = self.plan.options, dataclasses.asdict(self.placement)
+        code = code_of(variant.method, self.weights.family)
         identity = Identity(
             variant=variant,
             method_parameters=parameters_of(make_method(variant.method, variant.parameters)),
@@ -238,10 +241,10 @@ class _Identities:
             limits=dataclasses.asdict(self.limits),
             placement={**placement, "device": self.placement.device.partition(":")[0]},
             versions=cells.versions(),
-            code=cells.code_hash(),
+            code=code.hash,
             method_source=method_source(variant.method),
         )
-        return Cell(identity, self.plan.runs, options.exact)
+        return Cell(identity, self.plan.runs, options.exact, code.files)
 
 
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ivcp_eval.runs.planning import data
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
+from ivcp_eval.runs.planning.uncounted import uncounted_lines
 from ivcp_eval.runs.store.lease import held
 from ivcp_eval.runs.store.state import lease, mark
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
@@ -94,6 +95,11 @@ def agreement(found: list[Line]) -> str:
     compared = sum(line.compared for line in found)
     agree = sum(line.agree for line in found)
     return f"half precision: {agree} of {compared} answers made together equal those made alone" if compared else ""
+
+
+def uncounted(plan: RunPlan) -> list[str]:
+    """What was answered before under other code or libraries, and what changed since."""
+    return uncounted_lines(cell for _, _, cell in plan.cells())
 
 
 def table(found: list[Line]) -> str:

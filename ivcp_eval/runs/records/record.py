@@ -1,80 +1,180 @@
-"""What a cell measured: the content of its ``run.json``, and from that its rows of the results CSV."""
+"""What a cell measured: the content of its ``run.json`` and of its per-sample CSV, from its answers and scores alone.
+
+Everything here is a pure function of the journal and ``scores.json``, so a correction here or in `engine.cost` shows
+in the results after ``ivcp sweep results``, without answering or scoring anything again.
+"""
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
+import hashlib
 import json
-import os
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-import ivcp_eval
-from ivcp_eval import files
-from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.interface import models
-from ivcp_eval.interface.registry import make_method
-from ivcp_eval.runs.planning import cells
-from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.cost.measured import Shares, measured
+from ivcp_eval.interface.failures import misses
+from ivcp_eval.reports.schema import SAMPLE_COLUMN_NAMES
+from ivcp_eval.runs.records.scores import Sample, Scores, unread
 
-if TYPE_CHECKING:
-    from ivcp_eval.vlmeval_bridge.evaluate import Scored
+Answers = Mapping[str, Mapping[str, Any]]
+"""Records of a journal by key."""
+_UNANSWERED = {"error": "no answer was made"}
 
 
-def record_of(
-    cell: Cell,
-    scored: Scored,
-    samples: Sequence[Mapping[str, Any]],
-    used: Sequence[Mapping[str, Any]],
-    problem: str,
-    timing: bool,
-) -> dict[str, Any]:
-    """The content of a cell's ``run.json``.
+@dataclass(frozen=True)
+class CellRecord:
+    """What a cell measured.
+
+    Attributes:
+        status: "ok", "incomplete" (scored, but not all of it), "failed", or "skipped" (the model cannot run it).
+        reason: in words if the status is not "ok", else a remark.
+        identity: of the cell. metrics: name -> {"score", "scale"}.
+        together: an answer was made together with others in half precision (`Cell.exact`).
+        visual_tokens_prompt_mean, new_tokens_mean: per sample.
+        ratio_*: shares of the unpruned model, weighted by visual tokens, so that big images weigh as they cost.
+        *_median: milliseconds per sample, or per token.
+        samples_sha256: of the rows of the per-sample CSV, which tells whether that file is up to date.
+    """
+
+    status: str
+    reason: str
+    identity: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, float]]
+    faithfulness: str
+    judge_failures: int | None
+    n_samples: int
+    n_clusters: int
+    n_failed: int
+    together: bool
+    visual_tokens_prompt_mean: float | None
+    ratio_kept_final: float | None
+    ratio_layer_mean: float | None
+    ratio_flops: float | None
+    ratio_kv_cache: float | None
+    new_tokens_mean: float | None
+    prefill_ms_median: float | None
+    decode_ms_per_token_median: float | None
+    vision_ms_median: float | None
+    ivcp_commit: str
+    ivcp_dirty: bool | None
+    device: str
+    date: str
+    timeout_s: float | None
+    samples_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``run.json`` holds it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> CellRecord:
+        """Back from `to_json`, through JSON."""
+        return cls(**found)
+
+
+def cell_record(
+    identity: Mapping[str, Any], answers: Answers, scores: Scores, decoder: Mapping[str, Any] | None = None
+) -> CellRecord:
+    """The record of a cell.
 
     Args:
-        scored: what the evaluation left. samples: per-sample rows, failed ones included.
-        used: journal records of the samples that were answered.
-        problem: why the cell is not whole; empty if it is.
-        timing: whether times and the date are noted.
+        identity: as JSON. answers: the journal's records. decoder: sizes by which FLOPs are counted (`Cell.note`).
     """
-    status = "ok" if not problem else ("incomplete" if scored.metrics else "failed")
-    prompt = sum(u["visual_tokens"] for u in used)
-    dear = sum(u.get("dear", False) for u in used)
-    remarks = [scored.remark, f"{dear} of {len(used)} samples have pictures that cost more at any size" if dear else ""]
-    variant = cell.identity.variant
+    rows = sample_rows(answers, scores, decoder)
+    good = [row for row in rows if not row["error"]]
+    used = [answers[sample.key] for sample, row in zip(scores.samples, rows, strict=True) if not row["error"]]
+    failed, refused = misses(rows, answers)
+    problem = scores.problem or failed
+    status = "ok" if not problem else ("incomplete" if scores.metrics else "failed")
+    dear = sum(bool(answer.get("dear")) for answer in used)
+    remarks = [
+        scores.remark,
+        refused,
+        f"{dear} of {len(used)} samples have pictures that cost more at any size" if dear else "",
+    ]
+    visual = sum(row["visual_tokens"] for row in good)
 
-    def share(key: str) -> float | None:
-        """Mean over visual tokens, so that big images weigh as they cost."""
-        if not prompt:
-            return None
-        return sum((u[key] if u[key] is not None else 1.0) * u["visual_tokens"] for u in used) / prompt
+    def share(column: str) -> float | None:
+        """Mean over visual tokens; where there are none, nothing was saved or spent."""
+        values = [row[column] * row["visual_tokens"] for row in good if row[column] is not None]
+        return sum(values) / visual if values else None
 
+    timed = used if scores.made.timing else []
+    return CellRecord(
+        status="skipped" if scores.unsupported else status,
+        reason=problem or "; ".join(filter(None, remarks)),
+        identity=dict(identity),
+        metrics={name: {"score": score, "scale": scale} for name, (score, scale) in scores.metrics.items()},
+        faithfulness=scores.made.faithfulness,
+        judge_failures=scores.judge_failures,
+        n_samples=len(rows),
+        n_clusters=len({row["cluster"] for row in rows}),
+        n_failed=len(rows) - len(good),
+        together=any(answer.get("together") for answer in used),
+        visual_tokens_prompt_mean=visual / len(good) if good else None,
+        ratio_kept_final=sum(row["visual_kept"] for row in good) / visual if visual else None,
+        ratio_layer_mean=share("layer_mean_ratio"),
+        ratio_flops=share("flops_ratio"),
+        ratio_kv_cache=share("kv_ratio"),
+        new_tokens_mean=statistics.fmean(row["new_tokens"] for row in good) if good else None,
+        prefill_ms_median=_median(timed, "prefill_ms"),
+        decode_ms_per_token_median=_median(timed, "decode_ms"),
+        vision_ms_median=_median(timed, "vision_ms"),
+        ivcp_commit=scores.made.commit,
+        ivcp_dirty=scores.made.dirty,
+        device=_devices(identity, used),
+        date=scores.made.date,
+        timeout_s=scores.made.timeout_s,
+        samples_sha256=_digest(rows),
+    )
+
+
+def sample_rows(answers: Answers, scores: Scores, decoder: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The rows of the per-sample CSV (`reports.schema`), one for each of the benchmark's, in its order."""
+    shape = _shape(decoder)
+    return [_sample_row(s, answers.get(s.key, _UNANSWERED), shape, scores.made.timing) for s in scores.samples]
+
+
+def _sample_row(sample: Sample, answer: Mapping[str, Any], shape: DecoderShape | None, timing: bool) -> dict[str, Any]:
+    cost = _shares(answer, shape)
     return {
-        "status": status,
-        "reason": problem or "; ".join(filter(None, remarks)),
-        "identity": json.loads(cell.identity.canonical),
-        "metrics": {name: {"score": score, "scale": scale} for name, (score, scale) in scored.metrics.items()},
-        "faithfulness": make_method(variant.method, variant.parameters).label,
-        "judge_failures": scored.judge_failures,
-        "n_samples": len(samples),
-        "n_clusters": len({row["cluster"] for row in samples}),
-        "n_failed": sum(bool(row["error"]) for row in samples),
-        "together": any(u.get("together") for u in used),
-        "visual_tokens_prompt_mean": prompt / len(used) if used else None,
-        "ratio_kept_final": sum(u["visual_kept"] for u in used) / prompt if prompt else None,
-        "ratio_layer_mean": share("layer_mean_ratio"),
-        "ratio_flops": share("flops_ratio"),
-        "ratio_kv_cache": share("kv_ratio"),
-        "new_tokens_mean": statistics.fmean(u["new_tokens"] for u in used) if used else None,
-        "prefill_ms_median": _median(used, "prefill_ms") if timing else None,
-        "decode_ms_per_token_median": _median(used, "decode_ms") if timing else None,
-        "vision_ms_median": _median(used, "vision_ms") if timing else None,
-        **_git(),
-        "device": _device_names(cell, used),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds") if timing else "",
+        "index": sample.index,
+        "cluster": sample.cluster,
+        "category": sample.category,
+        "prompt_sha256": "" if sample.key == unread(sample.index) else sample.key,
+        "prediction": answer.get("raw", answer.get("prediction", "")),
+        "answer": sample.answer,
+        "score": sample.score,
+        "iou": sample.iou,
+        "visual_tokens": answer.get("visual_tokens"),
+        "visual_kept": answer.get("visual_kept"),
+        "layer_mean_ratio": cost.layer_mean,
+        "kv_ratio": cost.cached,
+        "flops_ratio": cost.flops,
+        "prefill_ms": answer.get("prefill_ms") if timing else None,
+        "decode_ms": answer.get("decode_ms") if timing else None,
+        "new_tokens": answer.get("new_tokens"),
+        "error": answer["error"],
     }
+
+
+def _shape(decoder: Mapping[str, Any] | None) -> DecoderShape | None:
+    return None if decoder is None else DecoderShape(**{**decoder, "mlps": tuple(decoder["mlps"])})
+
+
+def _shares(answer: Mapping[str, Any], shape: DecoderShape | None) -> Shares:
+    if answer["error"]:
+        return Shares()
+    layers, cached = answer["visual_per_layer"], answer["visual_cached"]
+    return measured(answer["visual_tokens"], answer["text_tokens"], layers, cached, shape)
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([SAMPLE_COLUMN_NAMES, rows]).encode()).hexdigest()
 
 
 def _median(records: Iterable[Mapping[str, Any]], key: str) -> float | None:
@@ -82,74 +182,7 @@ def _median(records: Iterable[Mapping[str, Any]], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _device_names(cell: Cell, used: Sequence[Mapping[str, Any]]) -> str:
+def _devices(identity: Mapping[str, Any], used: Sequence[Mapping[str, Any]]) -> str:
     """What answered, by the answers themselves: who scores may have no GPU, and several kinds may share a cell."""
-    names = sorted({record["device"] for record in used if record.get("device")})
-    return " + ".join(names) or ("cpu" if cell.identity.placement["device"] == "cpu" else "")
-
-
-def _git() -> dict[str, Any]:
-    """Commit of the code, and whether tracked files differ from it; an installed package has its version instead."""
-    if files.CHECKOUT is None:  # what it is installed in may be a checkout of something else
-        return {"ivcp_commit": f"version {ivcp_eval.__version__}, code {cells.code_hash()}", "ivcp_dirty": None}
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=cells.ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"ivcp_commit": commit or "", "ivcp_dirty": None if dirty is None else bool(dirty)}
-
-
-def cell_rows(weights: models.Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> list[dict[str, Any]]:
-    """The CSV rows of one cell: one for each metric, or one that says why there is none."""
-    identity, variant = cell.identity, cell.identity.variant
-    record = json.loads(cell.record.read_text(encoding="utf-8"))
-    measured = (
-        *("n_samples", "n_clusters", "n_failed", "judge_failures", "status", "reason"),
-        *("visual_tokens_prompt_mean", "ratio_kept_final"),
-        *("ratio_layer_mean", "ratio_kv_cache", "new_tokens_mean", "prefill_ms_median", "decode_ms_per_token_median"),
-        *("vision_ms_median", "ivcp_commit", "ivcp_dirty", "device", "date"),
-    )
-    common = {
-        "model": variant.model,
-        "checkpoint": weights.checkpoint.hub or weights.source.name,
-        "revision": weights.revision,
-        "family": weights.family,
-        "method": variant.method,
-        "method_parameters": identity.method_parameters,
-        "method_source": identity.method_source,
-        # Rows of a plug-in can be written again where it is not installed any more.
-        "faithfulness": record.get("faithfulness") or make_method(variant.method, variant.parameters).label,
-        "preset": identity.method_parameters.get("preset", ""),
-        "seed": variant.seed,
-        "ratio_asked": variant.asked,
-        "budget": variant.budget.label if variant.budget else "",
-        "ratio_method": None if variant.budget and variant.budget.problem else variant.ratio,
-        "ratio_flops": record.get("ratio_flops"),
-        "benchmark": benchmark.name,
-        "benchmark_sha256": identity.data,
-        "prompt_sha256": identity.prompt,
-        **identity.limits,
-        "judge": identity.judge,
-        **{f"{name}_version": number for name, number in identity.versions.items()},
-        "dtype": identity.placement["dtype"],
-        "attention": identity.placement["attention"],
-        "trained_weights": weights.trained,
-        "run_id": identity.hash,
-        "predictions": Path(_relative(cell.predictions, csv.parent)).as_posix(),
-        **{name: record[name] for name in measured},
-    }
-    metrics = record["metrics"] or {(benchmark.metrics[0].name if benchmark.metrics else "score"): {}}
-    return [
-        {**common, "metric": name, "score": value.get("score"), "score_scale": value.get("scale")}
-        for name, value in metrics.items()
-    ]
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path.resolve(), folder.resolve())
+    names = sorted({answer["device"] for answer in used if answer.get("device")})
+    return " + ".join(names) or ("cpu" if identity["placement"]["device"] == "cpu" else "")

@@ -1,4 +1,4 @@
-"""The CSV and the wide tables of a sweep, from its records alone: no weights, no data, no GPU."""
+"""The CSV and the wide tables of a sweep, from its answers and scores: no weights, no data, no GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ivcp_eval.reports.table import Row, read_results, write_results
 from ivcp_eval.reports.wide import write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
-from ivcp_eval.runs.records.record import cell_rows
+from ivcp_eval.runs.records.recompute import recompute
+from ivcp_eval.runs.records.rows import cell_rows
 from ivcp_eval.runs.store import manifest
 
 
@@ -26,6 +27,7 @@ class Built:
     Attributes:
         csv: one row per cell and metric. tables: wide tables. missing: cells without a record. unfinished: cells whose
             record says why they have no score. skipped: cells whose method their model cannot run, with the reason.
+        unscored: cells of an earlier version, which kept no scores; they are among the missing.
     """
 
     csv: Path
@@ -33,10 +35,13 @@ class Built:
     missing: int
     unfinished: list[str]
     skipped: list[str]
+    unscored: int = 0
 
 
 def build(name: str, runs: Path | None = None, output: Path | None = None) -> Built:
     """Write ``results/<name>.csv`` and its tables from the manifest that a run of the sweep left.
+
+    Every cell's record is made again from its answers and scores (`recompute`), so what is corrected there shows.
 
     Raises:
         FileNotFoundError: the sweep has never run with these ``runs``.
@@ -48,7 +53,12 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     write_results(csv, collected.rows)
     tables = write_tables(read_results(csv), csv.with_suffix(""), collected.planned) if collected.rows else []
     return Built(
-        csv, tables, collected.missing, collected.reasons("failed", "incomplete"), collected.reasons("skipped")
+        csv,
+        tables,
+        collected.missing,
+        collected.reasons("failed", "incomplete"),
+        collected.reasons("skipped"),
+        collected.unscored,
     )
 
 
@@ -58,11 +68,13 @@ class Collected:
 
     Attributes:
         rows: of the CSV, in the order of the plan. planned: model -> benchmarks. missing: cells without a record.
+        unscored: those of them that an earlier version left, which kept no scores.
     """
 
     rows: list[Row]
     planned: dict[str, list[str]]
-    missing: int
+    missing: int = 0
+    unscored: int = 0
 
     def reasons(self, *statuses: str) -> list[str]:
         """Why cells are not whole, one line each."""
@@ -79,16 +91,18 @@ def collect(state: Path, runs: Path, csv: Path) -> Collected:
         FileNotFoundError: the run was never started.
     """
     noted = manifest.read(state)
-    collected = Collected([], {}, 0)
-    missing = 0
+    collected = Collected([], {})
+    missing = unscored = 0
     for entry in noted["cells"]:
         folder = runs / entry["folder"]
         collected.planned.setdefault(entry["model"], []).append(folder.parent.name)  # its benchmark (`Cell.folder`)
-        if (folder / "run.json").is_file():
-            collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))
-        else:
+        if not (folder / "run.json").is_file():
             missing += 1
-    return dataclasses.replace(collected, missing=missing)
+        elif not (folder / "scores.json").is_file():
+            missing, unscored = missing + 1, unscored + 1
+        else:
+            collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))
+    return dataclasses.replace(collected, missing=missing, unscored=unscored)
 
 
 def _reason(row: Row) -> str:
@@ -97,7 +111,9 @@ def _reason(row: Row) -> str:
 
 
 def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Row]:
-    identity = _identity(json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"])
+    identity = _identity(json.loads((folder / "cell.json").read_text(encoding="utf-8"))["identity"])
+    cell = Cell(identity, runs)
+    recompute(cell)
     benchmark = _benchmark(identity.benchmark)
     hub = model["checkpoint"] if model["hub"] else ""
     weights = Weights(
@@ -107,7 +123,7 @@ def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Ro
         model["revision"],
         model["trained"],
     )
-    return cell_rows(weights, benchmark, Cell(identity, runs), csv)
+    return cell_rows(weights, benchmark, cell, csv)
 
 
 def _identity(noted: dict[str, Any]) -> Identity:

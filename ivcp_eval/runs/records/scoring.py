@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.files import write_json
-from ivcp_eval.interface.failures import misses
-from ivcp_eval.reports.table import write_samples
+from ivcp_eval.interface.registry import make_method
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.plan import ModelPlan, RunPlan, judge_config
-from ivcp_eval.runs.records.record import record_of
+from ivcp_eval.runs.records.recompute import recompute
+from ivcp_eval.runs.records.scores import Made, Sample, Scores, unread
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, held
 from ivcp_eval.runs.store.state import answers, lease, mark
@@ -26,6 +24,7 @@ from ivcp_eval.vlmeval_bridge.judge import Judge, cache_folder
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.worker import Stop
+    from ivcp_eval.vlmeval_bridge.evaluate import Scored
     from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
 
@@ -112,39 +111,50 @@ def _score_cell(
     from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
     dataset = bridge.build(benchmark, options.limit)
+    cell.note()
     with Journal(cell.journal).open() as journal:
         model = answers(journal)
         prompts = bridge.prompts(dataset, model)
         work = cell.folder / "vlmeval"
         for index, why in prompts.broken.items():  # without a prompt there is no key but the row
-            if journal.records.get(f"row {index}", {}).get("error") != why["error"]:
-                journal.append({"key": f"row {index}", **why})
+            if journal.records.get(unread(index), {}).get("error") != why["error"]:
+                journal.append({"key": unread(index), **why})
         predictions = bridge.infer(dataset, model, work, prompts.broken)
         problem = bridge.data_problem(benchmark)
         try:
             scored = bridge.score(benchmark, dataset, predictions, judge)
         except (JudgeError, ScoreMissing) as error:
             scored, problem = bridge.Scored({}, {}), f"no score: {error}"
-        samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
-        failed, refused = misses(samples, journal.records)
-        problem = problem or failed
-        scored = replace(scored, remark="; ".join(filter(None, (scored.remark, refused))))
-        if not options.timing:
-            samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
-        write_samples(cell.predictions, samples)
-        used = [journal.records[row["prompt_sha256"]] for row in samples if not row["error"]]
-        record = {**record_of(cell, scored, samples, used, problem, bool(options.timing)), "timeout_s": options.timeout}
-        write_json(cell.record, record)
+        scores = _scores(cell, scored, bridge.sample_rows(benchmark, dataset, prompts, scored), problem, options)
+        scores.write(cell.scores)
+        record = recompute(cell).to_json()
     if record["status"] == "ok":
         shutil.rmtree(work)
     return record
 
 
-def record_failure(cell: Cell, error: ValueError, timing: bool) -> None:
-    """Note in the cell's ``run.json`` why it cannot be measured at all: the model cannot (skipped), or a mistake."""
-    from ivcp_eval.interface import Unsupported
-    from ivcp_eval.vlmeval_bridge.evaluate import Scored
+def _scores(cell: Cell, scored: Scored, rows: Sequence[Mapping[str, Any]], problem: str, options: Options) -> Scores:
+    return Scores(
+        _made(cell, options),
+        dict(scored.metrics),
+        tuple(Sample(**{**row, "key": row["key"] or unread(row["index"])}) for row in rows),
+        scored.judge_failures,
+        scored.remark,
+        problem,
+    )
 
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    record = record_of(cell, Scored({}, {}), [], [], str(error), timing)
-    write_json(cell.record, {**record, "status": "skipped" if isinstance(error, Unsupported) else "failed"})
+
+def _made(cell: Cell, options: Options) -> Made:
+    variant = cell.identity.variant
+    label = make_method(variant.method, variant.parameters).label
+    return Made.now(cell.identity.code, label, bool(options.timing), options.timeout)
+
+
+def record_failure(cell: Cell, error: ValueError, options: Options) -> None:
+    """Note in the cell's files why it cannot be measured at all: the model cannot (skipped), or a mistake."""
+    from ivcp_eval.interface import Unsupported
+
+    cell.note()
+    unsupported = isinstance(error, Unsupported)
+    Scores(_made(cell, options), problem=str(error), unsupported=unsupported).write(cell.scores)
+    recompute(cell)

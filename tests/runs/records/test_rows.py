@@ -12,7 +12,9 @@ from ivcp_eval.interface import models
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import write_results
 from ivcp_eval.runs.planning.cells import Cell, Identity
-from ivcp_eval.runs.records.record import cell_rows
+from ivcp_eval.runs.records.recompute import recompute
+from ivcp_eval.runs.records.rows import cell_rows
+from ivcp_eval.runs.records.scores import Made, Scores
 
 SOURCE = "gone-package 1.2 (code 0123456789ab)"
 
@@ -39,16 +41,9 @@ def identity(method: str, source: str) -> Identity:
 
 def test_rows_of_a_method_that_is_not_installed(tmp_path: Path) -> None:
     cell = Cell(identity("long_gone", SOURCE), tmp_path)
-    cell.folder.mkdir(parents=True)
-    measured = dict.fromkeys(
-        (
-            *("n_samples", "n_clusters", "n_failed", "judge_failures", "visual_tokens_prompt_mean", "ratio_kept_final"),
-            *("ratio_layer_mean", "ratio_kv_cache", "new_tokens_mean", "prefill_ms_median", "ivcp_dirty"),
-            *("decode_ms_per_token_median", "vision_ms_median"),
-        )
-    )
-    said = {"status": "failed", "reason": "a reason", "faithfulness": "from_formula", "metrics": {}, "device": "cpu"}
-    cell.record.write_text(json.dumps({**measured, **said, "ivcp_commit": "", "date": ""}))
+    cell.note()
+    Scores(Made(faithfulness="from_formula"), problem="a reason").write(cell.scores)
+    recompute(cell)
     family, checkpoint = models.find("tiny")
     weights = models.Weights(checkpoint, family, tmp_path, "w")
     (row,) = cell_rows(weights, benchmarks.load("tiny_short"), cell, tmp_path / "r.csv")

@@ -1,0 +1,138 @@
+"""What the evaluation of a cell left, and who made it: the content of ``scores.json``, beside the journal.
+
+Together with the journal it is all that a record is made of, so records and tables can be made again without
+VLMEvalKit, data, weights or a GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ivcp_eval
+from ivcp_eval import files
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the benchmark.
+
+    Attributes:
+        index: the benchmark's own. key: of its answer in the journal; `unread` where there is no prompt.
+        cluster, category, answer: as in the per-sample CSV.
+        score: in 0..1, None if it is not scored alone. iou: grounding: overlap of the box with the true one.
+    """
+
+    index: str
+    key: str
+    cluster: str = ""
+    category: str = ""
+    answer: str = ""
+    score: float | None = None
+    iou: float | None = None
+
+
+def unread(index: str) -> str:
+    """Key in the journal of the failure of a row whose prompt cannot be built."""
+    return f"row {index}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """By which code and when a cell was scored; making its record again leaves this as it is.
+
+    Attributes:
+        commit, dirty: of ivcp-eval. faithfulness: of the method, which may be a plug-in that is not installed later.
+        date: ISO 8601; empty without ``timing``, so that equal runs are equal bytes.
+        timing: whether times and the date are noted. timeout_s: time limit of an answer.
+    """
+
+    commit: str = ""
+    dirty: bool | None = None
+    faithfulness: str = ""
+    date: str = ""
+    timing: bool = True
+    timeout_s: float | None = None
+
+    @classmethod
+    def now(cls, code: str, faithfulness: str, timing: bool, timeout_s: float | None = None) -> Made:
+        """By the code at hand, whose hash is ``code``."""
+        commit, dirty = _git(code)
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds") if timing else ""
+        return cls(commit, dirty, faithfulness, date, timing, timeout_s)
+
+
+def _git(code: str) -> tuple[str, bool | None]:
+    """Commit of the code, and whether tracked files differ from it; an installed package has its version instead."""
+    if files.CHECKOUT is None:  # what it is installed in may be a checkout of something else
+        return f"version {ivcp_eval.__version__}, code {code}", None
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=files.CHECKOUT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return commit or "", None if dirty is None else bool(dirty)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the evaluation of a cell left.
+
+    Attributes:
+        made: by which code and when.
+        metrics: name -> (score, scale). samples: the benchmark's rows, in its order.
+        judge_failures: answers that the judge could not rate, which are left out of the score; None if none was asked.
+        remark: what else should be known. problem: why the scores are not those of the whole benchmark, failed answers
+            apart, or why there are none. unsupported: the model cannot run the method at all.
+    """
+
+    made: Made
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    judge_failures: int | None = None
+    remark: str = ""
+    problem: str = ""
+    unsupported: bool = False
+
+    def write(self, path: Path) -> None:
+        """Atomically."""
+        files.write_json(path, _without_nan(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Scores:
+        """What `write` wrote.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it holds something else.
+        """
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found["made"] = Made(**found["made"])
+            found["metrics"] = {name: (score, scale) for name, (score, scale) in found["metrics"].items()}
+            found["samples"] = tuple(Sample(**sample) for sample in found["samples"])
+            return cls(**found)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} holds no scores as this version writes them ({error}); remove it and run.json beside it, and "
+                "run again: the answers are kept"
+            ) from error
+
+
+def _without_nan(value: Any) -> Any:
+    """A score that an evaluator left as NaN is none."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,75 @@
+"""A cell's record is a function of its identity, answers and scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.runs.records.record import CellRecord, cell_record, sample_rows
+from ivcp_eval.runs.records.scores import Made, Sample, Scores, unread
+
+IDENTITY = {"placement": {"device": "cpu"}}
+SHAPE = asdict(DecoderShape(2, 8, 2, 2, 4, 16))
+
+
+def answer(visual: int, per_layer: list[int], **more: Any) -> dict[str, Any]:
+    common = {"raw": "A", "visual_tokens": visual, "visual_kept": per_layer[-1], "text_tokens": 3, "new_tokens": 2}
+    return {**common, "visual_per_layer": per_layer, "visual_cached": per_layer, "error": "", **more}
+
+
+ANSWERS = {"a": answer(10, [10, 5]), "b": answer(30, [30, 30], dear=True), "row 2": {"error": "OSError: no picture"}}
+SCORES = Scores(
+    Made("c0ffee", False, "faithful", timing=False),
+    {"accuracy": (50.0, 100.0)},
+    (Sample("0", "a", "x", score=1.0), Sample("1", "b", "x", score=0.0), Sample("2", unread("2"), "y")),
+)
+
+
+def test_shares_weigh_as_pictures_cost() -> None:
+    record = cell_record(IDENTITY, ANSWERS, SCORES, SHAPE)
+    assert record.ratio_layer_mean == record.ratio_kv_cache == pytest.approx((0.75 * 10 + 30) / 40)
+    assert record.ratio_kept_final == 35 / 40
+    assert record.visual_tokens_prompt_mean == 20
+    assert 0.75 < (record.ratio_flops or 0) < 1
+    assert cell_record(IDENTITY, ANSWERS, SCORES).ratio_flops is None, "nobody noted the decoder's sizes"
+
+
+def test_failures_are_counted_and_named() -> None:
+    record = cell_record(IDENTITY, ANSWERS, SCORES, SHAPE)
+    assert (record.status, record.n_samples, record.n_clusters, record.n_failed) == ("incomplete", 3, 2, 1)
+    assert record.reason == "1 of 3 samples failed (OSError 1), e.g. 2: OSError: no picture"
+    whole = replace(SCORES, samples=SCORES.samples[:2])
+    record = cell_record(IDENTITY, ANSWERS, whole, SHAPE)
+    assert (record.status, record.reason) == ("ok", "1 of 2 samples have pictures that cost more at any size")
+    lost = cell_record(IDENTITY, {"a": ANSWERS["a"]}, whole, SHAPE)
+    assert (lost.status, lost.n_failed) == ("incomplete", 1), "an answer that is not there is a failure, not a gap"
+    unsupported = replace(Scores(SCORES.made), problem="it cannot", unsupported=True)
+    assert cell_record(IDENTITY, {}, unsupported).status == "skipped"
+    assert cell_record(IDENTITY, {}, replace(unsupported, unsupported=False)).status == "failed"
+
+
+def test_times_stay_out_where_equal_runs_are_to_be_equal_bytes() -> None:
+    timed = {"a": {**ANSWERS["a"], "prefill_ms": 3.0}}
+    scores = replace(SCORES, samples=SCORES.samples[:1])
+    assert cell_record(IDENTITY, timed, scores) == cell_record(IDENTITY, ANSWERS, scores)
+    dated = replace(scores, made=replace(scores.made, timing=True))
+    assert cell_record(IDENTITY, timed, dated).prefill_ms_median == 3
+    assert sample_rows(timed, scores)[0]["prefill_ms"] is None
+
+
+def test_scores_and_records_come_back_from_their_files(tmp_path: Path) -> None:
+    SCORES.write(tmp_path / "scores.json")
+    assert Scores.read(tmp_path / "scores.json") == SCORES
+    record = cell_record(IDENTITY, ANSWERS, SCORES, SHAPE)
+    assert CellRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    nan = replace(SCORES, samples=(Sample("0", "a", score=float("nan")),))
+    nan.write(tmp_path / "scores.json")
+    assert Scores.read(tmp_path / "scores.json").samples[0].score is None
+    (tmp_path / "scores.json").write_text('{"made": {"by": "me"}, "metrics": {}, "samples": []}')
+    with pytest.raises(ValueError, match="the answers are kept"):
+        Scores.read(tmp_path / "scores.json")

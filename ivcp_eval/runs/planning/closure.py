@@ -186,7 +186,7 @@ def _fields(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in kind._fields if name not in _DERIVED)
 
 
-def _write(node: ast.AST, parts: list[str]) -> None:
+def _write(node: Any, parts: list[str]) -> None:
     """Append one node as text; `ascii` has no version of Unicode's tables, unlike `repr`."""
     kind: Any = type(node)
     parts.append(kind.__name__ + "(")

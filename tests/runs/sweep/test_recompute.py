@@ -11,7 +11,7 @@ import pytest
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.reports.table import read_results, read_samples
 from ivcp_eval.runs.answering.session import Session
-from ivcp_eval.runs.planning import request
+from ivcp_eval.runs.planning import plan as planning
 from ivcp_eval.runs.planning.closure import Code, code_of
 from tests.runs.sweep.conftest import Bench
 
@@ -90,7 +90,7 @@ def test_cells_that_changed_code_leaves_uncounted_are_said(
         found = dict(code_of(method, family).files)
         return Code({p: "0" * 16 if p == "ivcp_eval/methods/fastv.py" else d for p, d in found.items()})
 
-    monkeypatch.setattr(request, "code_of", changed)
+    monkeypatch.setattr(planning, "code_of", changed)
     said = "2 answered cells of fastv on tiny are not counted: ivcp_eval/methods/fastv.py changed\n"
     for verb in ("plan", "status"):
         bench.call(verb)
@@ -101,7 +101,7 @@ def test_cells_that_changed_code_leaves_uncounted_are_said(
     bench.call("plan")
     assert "not counted" not in capsys.readouterr().out, "fewer rows are another question"
 
-    monkeypatch.setattr(request.cells, "versions", lambda: {**_versions(bench), "pillow": "0"})
+    monkeypatch.setattr(planning.cells, "versions", lambda: {**_versions(bench), "pillow": "0"})
     bench.spec.write_text(bench.spec.read_text().replace("limit: 4", "limit: 5"))
     bench.call("plan")
     out = capsys.readouterr().out

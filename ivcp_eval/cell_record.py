@@ -40,7 +40,12 @@ def record_of(
     status = "ok" if not problem else ("incomplete" if scored.metrics else "failed")
     prompt = sum(u["visual_tokens"] for u in used)
     dear = sum(u.get("dear", False) for u in used)
-    remarks = [scored.remark, f"{dear} of {len(used)} samples have pictures that cost more at any size" if dear else ""]
+    broken = sum(bool(u.get("nonfinite_scores")) for u in used)
+    remarks = [
+        scored.remark,
+        f"{dear} of {len(used)} samples have pictures that cost more at any size" if dear else "",
+        f"{broken} of {len(used)} samples had scores that are not finite" if broken else "",
+    ]
     variant = cell.identity.variant
 
     def share(key: str) -> float | None:

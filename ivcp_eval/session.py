@@ -134,7 +134,7 @@ class Session:
         Returns:
             prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
             kv_ratio, flops_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first); dear (of a
-            smaller picture: whether it still costs more than asked).
+            smaller picture: whether it still costs more than asked); nonfinite_scores (only where there were any).
 
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
@@ -258,7 +258,8 @@ class Session:
         scale = run.visual_prompt[0] / whole if whole else 1.0
         text, whole = len(run.kept[0]) - run.visual_kept[0], whole or run.visual_prompt[0]
         layers = [layer[0] for layer in run.visual_per_layer]
-        return {
+        broken = {"nonfinite_scores": sum(run.nonfinite_scores)} if any(run.nonfinite_scores) else {}
+        return broken | {
             "prediction": self._box(raw, inputs, sample) if grounding else raw,
             "raw": raw,
             "device": self.device_name,

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from ivcp_eval.engine.cache import PrunedLayer
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.names import TESTED, check_names, output_cache, spelling
+from ivcp_eval.engine.refusals import refuse_compiled
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signals
 
@@ -40,6 +41,7 @@ def self_test(model: Any, adapter: AbstractAdapter, family: str) -> None:
     Costs six forwards of ten tokens through two layers, once; later calls look up a set. Models that accelerate has
     dispatched (their modules' forwards are bound to the originals) are checked by names alone.
     """
+    refuse_compiled(model)
     text_model = adapter.text_model(model)
     check_names(model, text_model)
     key = (family, type(text_model), *{type(layer) for layer in text_model.layers[:2]}, transformers.__version__)

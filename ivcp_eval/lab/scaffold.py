@@ -282,6 +282,8 @@ def _first_look(case: Any) -> str:
             case.forward(inputs)
         if changed:
             return f"`select` changed signals.{changed[0]} in place; work on a copy"
+        if broken := sum(recording.run.nonfinite_scores):
+            return f"{broken} scores are not finite (NaN or infinite); they rank lowest, so position decides"
         found.append([selection.keep.tolist() for _, selection in recording.calls])
     if found[0] != found[1]:
         return "the same prompt was answered differently the second time; draw from signals.generator and nothing else"

@@ -80,7 +80,8 @@ class Session:
             prediction, raw (the text as generated), new_tokens, visual_tokens and text_tokens (of the unpruned
             prompt), visual_kept (after the last cut), visual_per_layer (processed) and visual_cached, from which
             costs are counted (`engine.cost.measured`), vision_ms, prefill_ms, decode_ms (per new token after the
-            first); dear (of a smaller picture: whether it still costs more than asked).
+            first); dear (of a smaller picture: whether it still costs more than asked); nonfinite_scores (only where
+            there were any).
 
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
@@ -203,7 +204,8 @@ class Session:
         sample: int = 0,
     ) -> dict[str, Any]:
         raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
-        return {
+        broken = {"nonfinite_scores": sum(run.nonfinite_scores)} if any(run.nonfinite_scores) else {}
+        return broken | {
             "prediction": self._box(raw, inputs, sample) if grounding else raw,
             "raw": raw,
             "device": self.device_name,

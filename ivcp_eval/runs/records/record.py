@@ -90,11 +90,11 @@ def cell_record(
     failed, refused = misses(rows, answers)
     problem = scores.problem or failed
     status = "ok" if not problem else ("incomplete" if scores.metrics else "failed")
-    dear = sum(bool(answer.get("dear")) for answer in used)
     remarks = [
         scores.remark,
         refused,
-        f"{dear} of {len(used)} samples have pictures that cost more at any size" if dear else "",
+        _counted(used, "dear", "samples have pictures that cost more at any size"),
+        _counted(used, "nonfinite_scores", "samples had scores that are not finite"),
     ]
     visual = sum(row["visual_tokens"] for row in good)
 
@@ -171,6 +171,11 @@ def _shares(answer: Mapping[str, Any], shape: DecoderShape | None) -> Shares:
         return Shares()
     layers, cached = answer["visual_per_layer"], answer["visual_cached"]
     return measured(answer["visual_tokens"], answer["text_tokens"], layers, cached, shape)
+
+
+def _counted(answers: Sequence[Mapping[str, Any]], key: str, what: str) -> str:
+    n = sum(bool(answer.get(key)) for answer in answers)
+    return f"{n} of {len(answers)} {what}" if n else ""
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -467,6 +467,14 @@ def hooks_of(model: Any) -> list[tuple[str, str, int]]:
 
 
 @check
+def scores_are_finite(case: Case) -> None:
+    """Every score is a number; NaN and infinity rank by position alone."""
+    with case.prune() as recording:
+        case.forward(case.inputs(*RAGGED))
+    assert not any(recording.run.nonfinite_scores), f"scores that are not finite: {recording.run.nonfinite_scores}"
+
+
+@check
 def nothing_is_left_behind(case: Case) -> None:
     """After the block, after an exception inside a forward and inside the block, the model is as before."""
     inputs = case.inputs(*RAGGED)

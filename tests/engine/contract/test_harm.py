@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ivcp_eval.runs.record import record_of
 from torch import nn
 
 import ivcp_eval
@@ -198,6 +200,15 @@ def test_scores_that_are_not_finite_are_counted_and_said(value: float) -> None:
         with ivcp_eval.prune(PLAIN.model, Careless(scored), 0.5) as run:
             PLAIN.generate(PLAIN.inputs(*RAGGED), 2)
         assert run.nonfinite_scores == [0, 0, 0]
+
+
+def test_a_run_says_how_many_samples_had_broken_scores() -> None:
+    used = [{"visual_tokens": 4, "visual_kept": 2, "new_tokens": 1, "layer_mean_ratio": 1, "flops_ratio": 1}] * 2
+    used = [{**u, "device": "cpu", "kv_ratio": 1, "nonfinite_scores": n} for u, n in zip(used, (0, 3), strict=True)]
+    identity = SimpleNamespace(variant=Variant("", "fastv", 0.5), canonical="{}")
+    scored = SimpleNamespace(remark="", metrics={"score": (1.0, 1.0)}, judge_failures=0)
+    record = record_of(SimpleNamespace(identity=identity), scored, [], used, "", False)  # type: ignore[arg-type]
+    assert record["reason"] == "1 of 2 samples had scores that are not finite"
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def pruned_layer() -> PrunedLayer:
     """Two rows of a prompt of 6 columns; the second row has one padding slot."""
     layer = DynamicLayer()
     states = torch.arange(6.0)[None, None, :, None].expand(2, 1, 6, 2) + torch.tensor([0.0, 100.0])[:, None, None, None]
+    layer.masked = True  # as a prune block says
     layer.update(states, -states)
     columns = torch.tensor([[0, 3, 5], [-1, 4, 5]])
     gather_slots(layer, columns)
@@ -120,6 +121,7 @@ def test_pruned_layer_is_short_and_counts_long() -> None:
     assert layer.values[1, 0, :, 0].tolist() == [-100, -104, -105]
     assert (layer.get_seq_length(), layer.dropped) == (6, 3)
     assert layer.get_mask_sizes(2) == (5, 3)
+    layer.masked = True  # as a prune block says
     layer.update(torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2))
     assert (layer.get_seq_length(), layer.keys.shape[-2]) == (8, 5)
     assert layer.record.key_columns(5).tolist() == [[0, 3, 5, 6, 7], [-1, 4, 5, 6, 7]]
@@ -128,6 +130,7 @@ def test_pruned_layer_is_short_and_counts_long() -> None:
 @pytest.mark.parametrize(("argument", "left"), [(-1, 4), (-2, 3), (0, 5), (7, 4), (6, 3), (9, 5)])
 def test_crop_relative_and_absolute(argument: int, left: int) -> None:
     layer = pruned_layer()
+    layer.masked = True  # as a prune block says
     layer.update(torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2))
     layer.crop(argument)
     assert layer.keys.shape[-2] == layer.values.shape[-2] == left

@@ -96,7 +96,7 @@ def checkout(what: str) -> Path:
         FileNotFoundError: neither is a checkout.
     """
     for folder in (files.CHECKOUT, Path.cwd()):
-        if folder is not None and (folder / "tests" / "contract").is_dir():
+        if folder is not None and (folder / "tests" / "engine" / "contract").is_dir():
             return folder
     raise FileNotFoundError(NO_CHECKOUT.format(what=what))
 

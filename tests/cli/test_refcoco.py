@@ -15,7 +15,7 @@ from PIL import Image
 from ivcp_eval.cli import main as ivcp
 from tests.benchmarks.refcoco.data import Corpus, convert, truncate
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

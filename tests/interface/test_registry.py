@@ -21,13 +21,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_names_are_the_files() -> None:
-    files = {p.stem for p in (ROOT / "ivcp_eval" / "methods").glob("*.py") if p.stem[0] != "_"}
-    assert set(registry.method_names()) >= files >= {"none", "ivc_prune"}
-    folder = ROOT / "model_adapters"
-    families = {p.stem for p in folder.glob("*.py") if p.stem[0] != "_"} | {
-        p.parent.name for p in folder.glob("*/__init__.py")
-    }
-    assert set(registry.family_names()) == families
+    def files(folder: Path) -> set[str]:
+        found = {path.stem for path in folder.glob("*.py")} | {
+            path.parent.name for path in folder.glob("*/__init__.py")
+        }
+        return {name for name in found if name[0] != "_"}
+
+    assert set(registry.method_names()) >= files(ROOT / "ivcp_eval" / "methods") >= {"none", "ivc_prune"}
+    assert set(registry.family_names()) == files(ROOT / "model_adapters")
 
 
 @pytest.mark.parametrize(

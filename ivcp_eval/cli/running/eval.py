@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
     add_flags(parser)
-    add("--retry-failed", action="store_true", help="try again what failed")
     add("--estimate", action="store_true", help="only say what the judge would cost at most; nothing is sent or run")
     add("--output", type=Path, help="results CSV, rows are merged into it (default: results/eval/<model>.csv)")
     add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
@@ -113,7 +112,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     fetch_missing((name for _, name in spec.cells), tell)
     plan = make(spec, runs)
     if not plan.models:
-        raise ValueError("\n".join(problem.partition(": ")[2] for problem in plan.problems))
+        raise ValueError("\n".join(_without_model(plan.problems)))
     for _, _, cell in plan.cells():
         budget = cell.identity.variant.budget
         if budget is not None and budget.problem:
@@ -123,7 +122,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     for line in [*plan.notices, *uncounted_lines(cell for _, _, cell in plan.cells() if cell.finished() is None)]:
         tell(line)
     write_manifest(plan)
-    reopen(plan, args.retry_failed)
+    reopen(plan, failures=True)  # who asks again wants another try
     finished = [cell.finished() is not None for _, _, cell in plan.cells()]
     if any(finished):
         tell(f"reusing {sum(finished)} finished of {len(finished)} cells (a cell is one variant on one benchmark)")
@@ -136,18 +135,27 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
         return 75
     csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
     collected = collect(plan.state, plan.runs, csv)
+    problems = [*_without_model(plan.problems), *collected.reasons("incomplete", "failed")]
+    if collected.missing:
+        problems.append(f"{collected.missing} of {len(finished)} cells have no answers; the reason stands above")
+    if not collected.rows:
+        raise ValueError("nothing was measured: " + "; ".join(problems))
     csv.parent.mkdir(parents=True, exist_ok=True)
     update_results(csv, collected.rows)
-    problems = [*plan.problems, *collected.reasons("incomplete", "failed")]
     for problem in problems:
         say(f"NOT WHOLE: {problem}")
     if problems:
-        say("run the same command again with --retry-failed to try again what failed; finished cells are reused")
+        say("run the same command again to retry what failed; finished cells are reused")
     done = Finished(csv, frozenset(row["run_id"] for row in collected.rows))
     if not problems:
         note(plan.state, done, _inputs(plan))
     _print_table(done)
     return 1 if problems else 0
+
+
+def _without_model(problems: list[str]) -> list[str]:
+    """A plan's problems begin with the model, of which an evaluation has one."""
+    return [problem.partition(": ")[2] for problem in problems]
 
 
 def _inputs(plan: RunPlan) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from ivcp_eval.vlmeval_bridge.registration import default_names
 
 @pytest.mark.slow
 def test_vlmeval_runs_a_pruned_variant_of_any_ratio(tmp_path: Path) -> None:
-    if not (models.PACKAGE / "tiny" / "model" / "config.json").is_file():
+    if not (models.PACKAGE / "lab" / "tiny" / "model" / "config.json").is_file():
         pytest.fail("the shipped model is missing")
     name = "tiny__ivc_prune__r0.4"
     arguments = ["--data", "tiny_mcq", "--model", name, "--limit", "2", "--judge", "exact_matching"]

@@ -185,12 +185,12 @@ def test_eval_ends_with_its_gpu_and_goes_on_in_the_next_process(
     lab = Lab(random_model, bench.folder)
     single = ("--data", "tiny_mcq", "--limit", "2", "--ratio", "0.5")
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "answer", lost)
-        patch.setattr("ivcp_eval.vlmeval_bridge.model.device_lost", lambda model: True)
-        assert lab.eval(*single) == 2
-    assert "lost its GPU (AcceleratorError: CUDA error: device-side assert triggered); run" in capsys.readouterr().err
-    (journal,) = bench.folder.glob("runs/tiny/tiny_mcq/*/journal.jsonl")
-    assert len(Journal(journal).load()) == 1, "the rest is not asked"
+        for name in ("answer_all", "answer_batch"):
+            patch.setattr(Session, name, lost)
+        patch.setattr("ivcp_eval.runs.answering.samples.device_lost", lambda model: True)
+        assert lab.eval(*single) == 75
+    assert "lost its GPU (AcceleratorError: CUDA error: device-side assert triggered)" in capsys.readouterr().out
+    assert not lab.csv.exists()
     assert lab.eval(*single) == 0
 
 

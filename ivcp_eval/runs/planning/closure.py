@@ -188,7 +188,7 @@ def _fields(kind: Any) -> tuple[str, ...]:
 
 def _write(node: ast.AST, parts: list[str]) -> None:
     """Append one node as text; `ascii` has no version of Unicode's tables, unlike `repr`."""
-    kind = type(node)
+    kind: Any = type(node)
     parts.append(kind.__name__ + "(")
     if kind is ast.Constant:
         parts.append(ascii(node.value))  # type: ignore[attr-defined]

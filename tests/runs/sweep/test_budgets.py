@@ -58,7 +58,7 @@ def test_measured_costs_are_equal_and_what_cannot_be_held_is_a_row(
     assert held.call("plan") == 0
     planned = capsys.readouterr().out
     assert "tiny__fastv__layer_mean0.6 runs at retention ratio 0.4667, which costs 0.6 of layer_mean" in planned
-    assert "tiny__ivc_prune__layer_mean0.25 (layer=4) cannot run: layer_mean: this method costs at least" in planned
+    assert "tiny__ivc_prune__layer_mean0.25__layer=4 cannot run: layer_mean: this method costs at least" in planned
     assert held.call("run") == 0, "what a model cannot do is no failure"
     said = capsys.readouterr().out
     rows = [row for row in read_results(held.csv) if row["metric"] == "accuracy"]

@@ -11,8 +11,8 @@ import pytest
 
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
-from ivcp_eval.reports.comparison import LOUD
 from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.terminal import LOUD
 
 BASELINES = Path(__file__).parents[2] / "results" / "baselines"
 N = 60

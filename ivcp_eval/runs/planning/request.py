@@ -134,10 +134,8 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
 
 
 def _benchmarks(request: Request, weights: models.Weights) -> list[Benchmark]:
-    groups = benchmarks.groups()
     asked = request.data or ("embedded" if weights.checkpoint.local else "matrix",)
-    members = [member for name in asked for member in groups.get(name, (name,))]
-    return [_benchmark(member) for member in dict.fromkeys(members)]
+    return [_benchmark(name) for name in benchmarks.expand(asked)]
 
 
 def _benchmark(name: str) -> Benchmark:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+from ivcp_eval import benchmarks
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.table import KEY, Row
 
@@ -20,6 +21,7 @@ __all__ = [
     "candidates",
     "described",
     "differences",
+    "finished_headline",
     "grouped",
     "label",
     "merged",
@@ -75,6 +77,11 @@ class Reference:
 
 Against = Literal["none", "same_method"] | str | Reference
 """Which rows are the baseline; any other text is the name of a method."""
+
+
+def finished_headline(row: Row) -> bool:
+    """Whether a row is finished and of its benchmark's headline metric."""
+    return bool(row["status"] == "ok" and row["metric"] == benchmarks.headline(row))
 
 
 def grouped(rows: Iterable[Row]) -> list[Group]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ __all__ = [
     "disk_full_as_clear_error",
     "file_digest",
     "file_digests",
+    "locked",
     "remembered",
     "sweep_file",
     "write_json",
@@ -147,6 +149,18 @@ def atomic_write(
         # Also on KeyboardInterrupt: a stray temporary file of several hundred MB is nobody's friend.
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of the same block for the same ``path``; waits until they are done.
+
+    The lock is the empty file ``.<name>.lock`` beside it, which stays: removing it would let two processes hold it.
+    """
+    target = Path(path).resolve()
+    with target.with_name(f".{target.name}.lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

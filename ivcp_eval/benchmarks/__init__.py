@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -149,6 +149,25 @@ def names(group: str | None = None) -> tuple[str, ...]:
 def groups() -> dict[str, tuple[str, ...]]:
     """Every group with its members, both sorted."""
     return {group: names(group) for group in sorted({load(name).group for name in names()})}
+
+
+def expand(names_or_groups: Iterable[str]) -> tuple[str, ...]:
+    """Names with every group replaced by its members, each once, in the order given.
+
+    A name that is neither declared nor a group passes through: VLMEvalKit may know it.
+    """
+    known = groups()
+    return tuple(dict.fromkeys(member for name in names_or_groups for member in known.get(name, (name,))))
+
+
+def headline(row: Mapping[str, Any]) -> str:
+    """The metric that stands for the benchmark of a results row: the first declared one.
+
+    A benchmark without declared metrics has none; the row's own metric then stands for itself.
+    """
+    name = row["benchmark"]
+    declared = load(name).metrics if (FOLDER / f"{name}.yaml").is_file() else ()
+    return declared[0].name if declared else str(row["metric"])
 
 
 @cache

@@ -1,54 +1,67 @@
 """Compare pruned results with a baseline: what was lost, what was gained, and how sure we are.
 
-Rows are joined on (model, benchmark, metric). Where both sides have per-sample files of the same samples, the
-comparison is paired; else it is unpaired and says so. Unlike makings (judge, prompts, pixel limits, ...) are refused
-unless forced.
+Rows are joined on (model, benchmark, metric); the seeds of a method that draws are one row. Where both sides have
+per-sample files of the same samples, the comparison is paired; else it is unpaired and says so. Different settings
+(judge, prompts, pixel limits, ...) are refused unless forced.
+
+This is the one comparison of the project: curves and the sensitivity page are views of its rows.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-
-import numpy as np
 
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.provenance import (
     Against,
+    Group,
     baseline_of,
     candidates,
+    described,
     differences,
+    grouped,
     label,
+    merged,
     remarks,
     sample_differences,
+    settings,
+    telling_parameters,
     unknown_provenance,
+    why_none,
 )
-from ivcp_eval.reports.stats.aggregates import COLUMNS, rule_for
+from ivcp_eval.reports.stats.paired import PairedMetric, Samples, paired_metric
+from ivcp_eval.reports.stats.timing import Timings, read_timings, time_ratios
 from ivcp_eval.reports.table import Row, read_results, read_samples
 
 __all__ = ["ComparedRow", "Comparison", "compare"]
 
-Samples = dict[str, Row]
-# Evaluators round: half a unit of the first decimal of a percentage, and a little.
-_REPRODUCED = 5.1e-4
 _ALPHA = 0.05
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two rows to compare and, where both have per-sample files of the same samples, those."""
+    """Two groups of rows to compare.
 
-    baseline: Row
-    pruned: Row
-    samples: tuple[Samples, Samples] | None
+    Attributes:
+        samples: where both have per-sample files of the same samples, those of each seed.
+        why_unpaired: why there are none.
+        refused: what forbids the comparison.
+        timings: of the first seed of each, where they were measured.
+    """
+
+    baseline: Group
+    pruned: Group
+    samples: tuple[list[Samples], list[Samples]] | None
     why_unpaired: str
     refused: tuple[str, ...]
+    timings: tuple[Timings | None, Timings | None]
 
 
 def compare(
@@ -59,60 +72,68 @@ def compare(
     against: Against = "none",
     margin: float | None = None,
     resamples: int = 10_000,
-    runs: Collection[str] | None = None,
+    select: Callable[[Row], bool] = lambda row: True,
 ) -> Comparison:
     """Compare every finished row of a results CSV with its baseline.
 
     Args:
         results_csv: results; pruned rows, and with another baseline file unpruned ones too.
-        baseline_csv: baseline rows, ours or published; by default the unpruned rows of ``results_csv``.
-        force: compare in spite of differences in the making; they are then named in the table.
-        against: ``"none"``: the baseline is the unpruned model. ``"same_method"``: the row of the same method and
-            ratio, to hold a reproduction against published numbers.
+        baseline_csv: baseline rows, ours or published; by default rows of ``results_csv``.
+        force: compare in spite of different settings; they are then named in the table.
+        against: which rows are the baseline: ``"none"``, the unpruned model; ``"same_method"``, the row of the same
+            method and ratio, to hold a reproduction against published numbers; the name of a method, its row at the
+            same ratio or budget (``"random"``: is it better than chance?); or a `Reference`, a method with parameters.
         margin: largest acceptable loss in percent of the metric's scale; adds a verdict per row.
         resamples: bootstrap resamples and permutations per row.
-        runs: only rows of these ``run_id``; None: all.
+        select: which pruned rows are compared.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: broken files (`results.ResultsError`), unlike makings (each named), ambiguous baselines, or nothing
-            to compare.
+        ValueError: broken files (`table.ResultsError`), different settings (each named), ambiguous baselines, or
+            nothing to compare.
     """
     results_csv = Path(results_csv)
     baseline_csv = results_csv if baseline_csv is None else Path(baseline_csv)
     results, baselines = read_results(results_csv), read_results(baseline_csv)
-    if runs is not None:
-        results, baselines = ([row for row in rows if row["run_id"] in runs] for rows in (results, baselines))
     left_out: list[str] = []
     pairs = []
+    folders = baseline_csv.parent, results_csv.parent
     load = cache(_load)
-    for row in candidates(results, baselines, own=results_csv.resolve() == baseline_csv.resolve()):
-        if row["status"] != "ok":
-            left_out.append(f"{label(row)}: {row['status']} ({row['reason']})")
-            continue
-        found = baseline_of(row, baselines, against)
-        if isinstance(found, str):
-            left_out.append(f"{label(row)}: {found}")
-            continue
-        before, why = load(baseline_csv.parent, found["predictions"])
-        after, also_why = load(results_csv.parent, row["predictions"])
-        pairs.append(_pair(found, row, before, after, why or also_why))
+    own = results_csv.resolve() == baseline_csv.resolve()
+    chosen = [row for row in candidates(results, baselines, against, own=own) if select(row)]
+    left_out += [f"{label(row)}: {row['status']} ({row['reason']})" for row in chosen if row["status"] != "ok"]
+    known = grouped(baselines)
+    for group in grouped(row for row in chosen if row["status"] == "ok"):
+        baseline = baseline_of(group, known, against)
+        if isinstance(baseline, str):
+            left_out.append(f"{label(merged(group))}: {baseline}")
+        else:
+            pairs.append(_pair(baseline, group, folders, load))
     if not pairs:
-        reasons = "".join(f"\n  {line}" for line in left_out) or f"\n  {results_csv} has no pruned row"
+        reasons = "".join(f"\n  {line}" for line in left_out) or f"\n  {results_csv}: {why_none(results)}"
         raise ValueError(f"nothing to compare between {results_csv} and {baseline_csv}:{reasons}")
-    refused = [f"{label(pair.pruned)}: {line}" for pair in pairs for line in pair.refused]
+    refused = [f"{label(merged(pair.pruned))}: {line}" for pair in pairs for line in pair.refused]
     if refused and not force:
         raise ValueError(
-            f"{results_csv} and {baseline_csv} were not made alike, so a difference would not be due to pruning:\n  "
+            f"{results_csv} and {baseline_csv} were made with different settings, so a difference would not be due to "
+            "pruning:\n  "
             + "\n  ".join(refused)
             + "\nRun the baseline again in the same way, or force the comparison; the table then names the differences."
         )
-    rows = [_compared(pair, margin, resamples) for pair in pairs]
+    telling = telling_parameters(results)
+    rows = [replace(_compared(pair, margin, resamples), settings=settings(pair.pruned[0], telling)) for pair in pairs]
     p_values = [row.p_value for row in rows]
     adjusted = zip(rows, stats.holm(p_values), stats.benjamini_hochberg(p_values), strict=True)
     rows = [replace(row, p_holm=float(a), p_benjamini_hochberg=float(b)) for row, a, b in adjusted]
     return Comparison(
-        tuple(rows), str(results_csv), str(baseline_csv), tuple(left_out), tuple(refused), resamples, margin
+        rows=tuple(rows),
+        results=str(results_csv),
+        baseline=str(baseline_csv),
+        against=described(against),
+        left_out=tuple(left_out),
+        forced=tuple(refused),
+        resamples=resamples,
+        margin=margin,
     )
 
 
@@ -125,18 +146,35 @@ def _load(folder: Path, predictions: str) -> tuple[Samples | None, str]:
     return {row["index"]: row for row in read_samples(path)}, ""
 
 
-def _pair(baseline: Row, pruned: Row, before: Samples | None, after: Samples | None, why: str) -> _Pair:
-    refused = differences(baseline, pruned)
-    if _partial(baseline, pruned) and (baseline["source"] or pruned["source"]):
-        refused.append("a score on part of the test set against a published one on the whole")
-    if before is None or after is None:
-        return _Pair(baseline, pruned, None, why, tuple(refused))
-    refused += sample_differences(before, after)
-    if before.keys() != after.keys():
-        only = len(before.keys() - after.keys()), len(after.keys() - before.keys())
-        why = f"not the same samples: {only[0]} only in the baseline, {only[1]} only in the results"
-        return _Pair(baseline, pruned, None, why, tuple(refused))
-    return _Pair(baseline, pruned, (before, after), "", tuple(refused))
+def _pair(
+    baseline: Group,
+    pruned: Group,
+    folders: tuple[Path, Path],
+    load: Callable[[Path, str], tuple[Samples | None, str]],
+) -> _Pair:
+    refused = dict.fromkeys(line for before in baseline for after in pruned for line in differences(before, after))
+    if _partial(*baseline, *pruned) and any(row["source"] for row in (*baseline, *pruned)):
+        refused["a score on part of the test set against a published one on the whole"] = None
+    loaded = [
+        [load(folder, row["predictions"]) for row in g] for folder, g in zip(folders, (baseline, pruned), strict=True)
+    ]
+    why = next((why for side in loaded for samples, why in side if samples is None), "")
+    sides = [[samples for samples, _ in side if samples is not None] for side in loaded]
+    if not why:
+        first = sides[0][0]
+        others = [*sides[0][1:], *sides[1]]
+        refused |= dict.fromkeys(line for other in others for line in sample_differences(first, other))
+        unequal = next((other for other in others if other.keys() != first.keys()), None)
+        if unequal is not None:
+            only = len(first.keys() - unequal.keys()), len(unequal.keys() - first.keys())
+            why = f"not the same samples: {only[0]} only in the baseline, {only[1]} only in the results"
+    samples = None if why else (sides[0], sides[1])
+    timings = _timings(folders[0], baseline[0]), _timings(folders[1], pruned[0])
+    return _Pair(baseline, pruned, samples, why, tuple(refused), timings)
+
+
+def _timings(folder: Path, row: Row) -> Timings | None:
+    return read_timings((folder / row["predictions"]).with_name("timing.json")) if row["predictions"] else None
 
 
 def _partial(*rows: Row) -> list[str]:
@@ -146,37 +184,57 @@ def _partial(*rows: Row) -> list[str]:
 
 
 def _compared(pair: _Pair, margin: float | None, resamples: int) -> ComparedRow:
-    baseline, pruned = pair.baseline, pair.pruned
-    notes = [f"differs, forced: {line}" for line in pair.refused]
-    notes += [f"!!! PARTIAL DATA: {line} !!!" for line in _partial(baseline, pruned)]
-    notes += [f"differs: {line}" for line in remarks(baseline, pruned)]
-    unknown = unknown_provenance(baseline, pruned)
-    notes += [f"not stated by the published row: {', '.join(unknown)}"] if unknown else []
+    baseline, pruned = merged(pair.baseline), merged(pair.pruned)
     if baseline["score_scale"] != pruned["score_scale"]:
         raise ValueError(
             f"{label(pruned)}: the scales of the scores differ, {baseline['score_scale']:g} and "
             f"{pruned['score_scale']:g}; convert one of the files"
         )
-    row = _skeleton(baseline, pruned)
-    why = pair.why_unpaired
-    if pair.samples:
-        paired = _paired(row, pair.samples, resamples)
-        if isinstance(paired, ComparedRow):
-            return _finished(paired, margin, notes)
-        why = paired
-    return _finished(_unpaired(row, baseline, pruned, why), margin, notes)
+    row = _skeleton(baseline, pruned, pair)
+    found = pair.why_unpaired if pair.samples is None else _from_samples(row, pair, pair.samples, resamples)
+    row = _unpaired(row, baseline, pruned, found) if isinstance(found, str) else _paired(row, found)
+    return _finished(row, margin, _notes(pair, baseline, pruned))
 
 
-def _skeleton(baseline: Row, pruned: Row) -> ComparedRow:
+def _from_samples(
+    row: ComparedRow, pair: _Pair, samples: tuple[list[Samples], list[Samples]], resamples: int
+) -> PairedMetric | str:
+    return paired_metric(
+        row.benchmark,
+        row.metric,
+        row.score_scale,
+        *samples,
+        ([r["score"] for r in pair.baseline], [r["score"] for r in pair.pruned]),
+        resamples=resamples,
+        seed=_seed(row),
+    )
+
+
+def _notes(pair: _Pair, baseline: Row, pruned: Row) -> list[str]:
+    notes = [f"differs, forced: {line}" for line in pair.refused]
+    notes += [f"!!! PARTIAL DATA: {line} !!!" for line in _partial(baseline, pruned)]
+    notes += [f"differs: {line}" for line in remarks(baseline, pruned)]
+    unknown = unknown_provenance(baseline, pruned)
+    notes += [f"not stated by the published row: {', '.join(unknown)}"] if unknown else []
+    limits = {row["limit"] for row in (baseline, pruned) if row["limit"]}
+    return notes + [f"only the first {limit} rows of the benchmark were asked" for limit in sorted(limits)]
+
+
+def _seed(row: ComparedRow) -> int:
+    """One seed per row, whatever the order of the file."""
+    name = f"{row.model}|{row.benchmark}|{row.metric}|{row.method}|{row.ratio_asked}|{row.method_parameters}"
+    return zlib.crc32((name + (f"|{row.budget}" if row.budget else "")).encode())
+
+
+def _skeleton(baseline: Row, pruned: Row, pair: _Pair) -> ComparedRow:
+    """The row without its statistics."""
+
     def number(value: float | None) -> float:
         return math.nan if value is None else value
 
-    def time_ratio(name: str) -> float:
-        same = all(baseline[c] and baseline[c] == pruned[c] for c in ("device", "dtype", "attention"))
-        return pruned[name] / baseline[name] if same and baseline[name] and pruned[name] is not None else math.nan
-
     before, after = baseline["score"], pruned["score"]
-    failed = max(baseline["n_failed"] or 0, pruned["n_failed"] or 0)
+    failed = max(row["n_failed"] or 0 for row in (*pair.baseline, *pair.pruned))
+    scores = [row["score"] for row in pair.pruned]
     return ComparedRow(
         model=pruned["model"],
         benchmark=pruned["benchmark"],
@@ -185,9 +243,11 @@ def _skeleton(baseline: Row, pruned: Row) -> ComparedRow:
         method_parameters=pruned["method_parameters"],
         preset=pruned["preset"],
         seed=pruned["seed"],
+        n_seeds=len(pair.pruned),
         baseline_method=baseline["method"],
         baseline_source=baseline["source"],
         source=pruned["source"],
+        limit=pruned["limit"],
         ratio_asked=number(pruned["ratio_asked"]),
         ratio_kept_final=number(pruned["ratio_kept_final"]),
         ratio_layer_mean=number(pruned["ratio_layer_mean"]),
@@ -198,55 +258,21 @@ def _skeleton(baseline: Row, pruned: Row) -> ComparedRow:
         score_scale=pruned["score_scale"],
         score_baseline=before,
         score_pruned=after,
+        score_lowest_seed=min(scores),
+        score_highest_seed=max(scores),
         difference=after - before,
         retained_percent=100 * after / before if before else math.nan,
-        prefill_time_ratio=time_ratio("prefill_ms_median"),
-        decode_time_ratio=time_ratio("decode_ms_per_token_median"),
+        times=time_ratios(*pair.timings),
         trained_weights=baseline["trained_weights"] is not False and pruned["trained_weights"] is not False,
+        n_samples=pruned["n_samples"],
         notes=(f"up to {failed} samples without a usable answer",) if failed else (),
     )
 
 
-def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) -> ComparedRow | str:
-    """The row with its paired statistics, or why the per-sample scores do not give this metric."""
-    rule = rule_for(row.benchmark, row.metric, row.score_scale)
-    before = samples[0]
-    of_metric = _of_category(before, row.metric)
-    columns = [_columns(one, of_metric) for one in samples]
-    old, new = (rule.scores(one) for one in columns)
-    scored = ~np.isnan(old + new)
-    if not scored.any():
-        return "no sample has a score of its own"
-    old, new = old[scored], new[scored]
-    columns = [{name: values[scored] for name, values in one.items()} for one in columns]
-    given = np.array([before[i]["cluster"] or f"index {i}" for i in columns[0]["index"]])
-    # One seed per row, whatever the order of the file.
-    name = f"{row.model}|{row.benchmark}|{row.metric}|{row.method}|{row.ratio_asked}|{row.method_parameters}"
-    name += f"|{row.budget}" if row.budget else ""
-    result = stats.paired_bootstrap(
-        old,
-        new,
-        rule.clusters(columns[0], given),
-        aggregate=rule.aggregate,
-        columns=rule.prepare(columns[0]),
-        pruned_columns=rule.prepare(columns[1]),
-        scale=row.score_scale,
-        resamples=resamples,
-        seed=zlib.crc32(name.encode()),
-    )
-    for got, stated in ((result.baseline, row.score_baseline), (result.pruned, row.score_pruned)):
-        if abs(got - stated) > _REPRODUCED * row.score_scale:
-            return f"the per-sample scores give {got:.6g}, not the reported {stated:.6g}"
-    changed = stats.flips(old, new, *(one["prediction"].tolist() for one in columns))
-    # McNemar's test needs independent samples and an average of their verdicts.
-    independent = result.n_clusters == result.n_samples and rule.aggregate is None
-    exact = independent and not changed.graded
-    unscored = len(of_metric) - int(scored.sum())
-    notes = (
-        *row.notes,
-        *result.notes,
-        *([f"{unscored} samples without a score of their own left out"] if unscored else []),
-    )
+def _paired(row: ComparedRow, found: PairedMetric) -> ComparedRow:
+    result, changed = found.result, found.flips
+    notes = [*row.notes, *result.notes]
+    notes += [f"{found.unscored} samples without a score of their own left out"] if found.unscored else []
     return replace(
         row,
         paired=True,
@@ -256,25 +282,15 @@ def _paired(row: ComparedRow, samples: tuple[Samples, Samples], resamples: int) 
         retained_percent_high=100 * result.retained_interval.high,
         right_to_wrong=changed.right_to_wrong,
         wrong_to_right=changed.wrong_to_right,
-        answers_changed=changed.answers_changed,
+        answers_changed=changed.answers_changed if row.n_seeds == 1 else None,
         graded=changed.graded,
         n_samples=result.n_samples,
         n_clusters=result.n_clusters,
         standard_error=result.standard_error,
-        test="McNemar" if exact else "permutation",
-        p_value=stats.mcnemar(old, new).p_value if exact else result.p_value,
-        notes=notes,
+        test=found.test,
+        p_value=found.p_value,
+        notes=tuple(notes),
     )
-
-
-def _of_category(samples: Samples, metric: str) -> list[str]:
-    """Indices of the samples that a metric is about: those of the category it is named after, else all."""
-    named = [index for index, row in samples.items() if row["category"].lower() == metric.lower()]
-    return named or list(samples)
-
-
-def _columns(samples: Samples, indices: Sequence[str]) -> dict[str, np.ndarray]:
-    return {name: np.array([samples[i][name] for i in indices], dtype=object) for name in COLUMNS}
 
 
 def _unpaired(row: ComparedRow, baseline: Row, pruned: Row, why: str) -> ComparedRow:

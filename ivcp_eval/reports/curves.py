@@ -1,43 +1,34 @@
 """Score against retention ratio, with intervals, and which methods beat random: a CSV and a plot from a results CSV.
 
 ``ivcp curves results/tiny.csv`` writes ``results/tiny.curves.csv`` and ``results/tiny.curves.png``.
-Every point is paired, sample by sample and clustered, with the unpruned rows and with the rows of ``random`` (the mean
-of its seeds) at the same ratio, or at the same share of the same budget. A method that is not significantly better than
+Every point is a row of `compare`, once against the unpruned rows and once against the rows of ``random`` (the mean of
+its seeds) at the same ratio, or at the same share of the same budget. A method that is not significantly better than
 random there is marked as such. Where a budget was held, the plot is against what was measured of it.
 """
 
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ivcp_eval import benchmarks
 from ivcp_eval.files import atomic_write
 from ivcp_eval.interface.variants import BASELINE
-from ivcp_eval.reports.stats import holm, paired_bootstrap
-from ivcp_eval.reports.stats.resampling import PairedResult
-from ivcp_eval.reports.table import Row, read_results, read_samples
+from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.comparison import ComparedRow
+from ivcp_eval.reports.provenance import finished_headline
+from ivcp_eval.reports.table import read_results
 
 BETTER = "better than random"
 CONTROL = "random"
+_VARIANT = ("model", "benchmark", "limit", "metric", "method", "method_parameters", "ratio_asked", "budget")
 COLUMNS = (
-    *("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "ratio_method"),
-    *(
-        "ratio_kept_final",
-        "ratio_layer_mean",
-        "ratio_kv_cache",
-        "ratio_flops",
-        "score",
-        "baseline",
-        "difference",
-        "difference_low",
-        "difference_high",
-    ),
+    *_VARIANT,
+    *("ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
+    *("score", "n_seeds", "score_lowest_seed", "score_highest_seed", "baseline"),
+    *("difference", "difference_low", "difference_high", "paired"),
     *("random", "over_random", "over_random_low", "over_random_high", "p_over_random_holm", "verdict", "n", "clusters"),
 )
 #: Kind of budget -> column that is plotted against, and its name on the axis; "" is the methods' own ratio.
@@ -49,84 +40,53 @@ AXES = {
 }
 
 
-def curve_rows(results: Path, resamples: int = 2000) -> list[dict[str, Any]]:
+def curve_rows(results: Path, resamples: int = 10_000) -> list[dict[str, Any]]:
     """One row per benchmark and pruned variant, headline metric only; the schema is `COLUMNS`.
 
     Differences are in the metric's own units. ``verdict`` is "better than random", "worse than random" or "not
     distinguishable from random" at 5 % after Holm's correction over all rows, "" for random itself.
 
     Raises:
-        ValueError: the file has no unpruned row or no per-sample predictions to pair with.
+        ValueError: a benchmark has no finished unpruned row; or as `compare`.
     """
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in read_results(results):
-        if row["status"] == "ok" and row["metric"] == _headline(row):
-            groups[row["model"], row["benchmark"]].append(row)
+    chosen = [row for row in read_results(results) if finished_headline(row)]
+    unpruned = {(row["model"], row["benchmark"]) for row in chosen if row["method"] == BASELINE}
+    for row in chosen:
+        if (row["model"], row["benchmark"]) not in unpruned:
+            raise ValueError(f"{row['benchmark']}: no finished unpruned row to compare with; run the sweep to its end")
     # Correction must leave room below 5 % for the smallest p-value that so many permutations can give.
-    resamples = max(resamples, 40 * sum(map(len, groups.values())))
-    made = [made for group in groups.values() for made in _benchmark_rows(group, results.parent, resamples)]
-    tested = [row for row in made if row["p_over_random_holm"] is not None]
-    for row, p in zip(tested, holm([row["p_over_random_holm"] for row in tested]), strict=True):
-        row["p_over_random_holm"] = float(p)
-        if p < 0.05:
-            row["verdict"] = BETTER if row["over_random"] > 0 else "worse than random"
-        else:
-            row["verdict"] = "not distinguishable from random"
-    return made
+    resamples = max(resamples, 40 * len(chosen))
+    rows = compare(results, resamples=resamples, select=finished_headline).rows
+    beside: dict[tuple[Any, ...], ComparedRow] = {}
+    if {row["method"] for row in chosen} - {BASELINE} > {CONTROL}:
+        beside = {
+            _name(r): r for r in compare(results, against=CONTROL, resamples=resamples, select=finished_headline).rows
+        }
+    return [_point(row, beside.get(_name(row))) for row in rows]
 
 
-def _headline(row: Row) -> str:
-    declared = benchmarks.load(row["benchmark"]).metrics if row["benchmark"] in benchmarks.names() else ()
-    return declared[0].name if declared else row["metric"]
+def _name(row: ComparedRow) -> tuple[Any, ...]:
+    return tuple(getattr(row, name) for name in _VARIANT)
 
 
-def _benchmark_rows(group: Sequence[Row], folder: Path, resamples: int) -> list[dict[str, Any]]:
-    samples = {row["run_id"]: _scores(folder / row["predictions"]) for row in group}
-    baselines = [row for row in group if row["method"] == BASELINE]
-    if not baselines:
-        raise ValueError(f"{group[0]['benchmark']}: no finished unpruned row to compare with; run the sweep to its end")
-    indices, before, clusters = samples[baselines[0]["run_id"]]
-    random: dict[tuple[str, float], list[np.ndarray]] = defaultdict(list)
-    for row in group:
-        if row["method"] == CONTROL:
-            random[row["budget"], row["ratio_asked"]].append(samples[row["run_id"]][1])
-
-    def paired(control: np.ndarray, after: np.ndarray, scale: float) -> PairedResult:
-        return paired_bootstrap(control, after, clusters, scale=scale, resamples=resamples)
-
-    made = []
-    for row in (row for row in group if row["method"] != BASELINE):
-        if samples[row["run_id"]][0] != indices:
-            raise ValueError(f"{row['benchmark']}: {row['method']} has other samples than the unpruned rows")
-        after, scale = samples[row["run_id"]][1], float(row["score_scale"])
-        against = paired(before, after, scale)
-        beside = None
-        cost = row["budget"], row["ratio_asked"]
-        if row["method"] != CONTROL and cost in random:
-            beside = paired(np.mean(random[cost], axis=0), after, scale)
-        made.append(
-            {
-                **{name: row[name] for name in COLUMNS if name in row},
-                "baseline": baselines[0]["score"],
-                "difference": against.difference,
-                "difference_low": against.difference_interval.low,
-                "difference_high": against.difference_interval.high,
-                "random": beside.baseline if beside else None,
-                "over_random": beside.difference if beside else None,
-                "over_random_low": beside.difference_interval.low if beside else None,
-                "over_random_high": beside.difference_interval.high if beside else None,
-                "p_over_random_holm": beside.p_value if beside else None,
-                "verdict": "",
-                "n": against.n_samples,
-                "clusters": against.n_clusters,
-            }
-        )
-    return made
-
-
-def _scores(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
-    rows = read_samples(path)
-    return [r["index"] for r in rows], np.array([r["score"] for r in rows], dtype=float), [r["cluster"] for r in rows]
+def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:
+    """``over``: the row against random, where there is one."""
+    verdict = "" if over is None else "not distinguishable from random"
+    if over is not None and over.p_holm < 0.05:
+        verdict = BETTER if over.difference > 0 else "worse than random"
+    return {
+        **{name: getattr(row, name) for name in COLUMNS if hasattr(row, name)},
+        "score": row.score_pruned,
+        "baseline": row.score_baseline,
+        "random": over and over.score_baseline,
+        "over_random": over and over.difference,
+        "over_random_low": over and over.difference_low,
+        "over_random_high": over and over.difference_high,
+        "p_over_random_holm": over and over.p_holm,
+        "verdict": verdict,
+        "n": row.n_samples,
+        "clusters": row.n_clusters,
+    }
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -135,22 +95,15 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float, float, float]]:
-    """(share, score, half intervals below and above) of one method, seeds of one ratio joined, by increasing ratio."""
-    by_ratio: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_ratio[row["ratio_asked"]].append(row)
-
-    def mean(values: Iterable[float]) -> float:
-        return float(np.mean(list(values)))
-
+    """(share, score, half intervals below and above) of one method, by increasing ratio."""
     return [
         (
-            mean(row[column] for row in seeds),
-            mean(row["score"] for row in seeds),
-            mean(row["difference"] - row["difference_low"] for row in seeds),
-            mean(row["difference_high"] - row["difference"] for row in seeds),
+            row[column],
+            row["score"],
+            row["difference"] - row["difference_low"],
+            row["difference_high"] - row["difference"],
         )
-        for _, seeds in sorted(by_ratio.items())
+        for row in sorted(rows, key=lambda row: float(row["ratio_asked"]))
     ]
 
 
@@ -172,7 +125,7 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, (name, budget) in zip(axes[0], panels, strict=True):
         here = [row for row in rows if (row["benchmark"], row["budget"]) == (name, budget)]
         column, words = AXES[budget.partition("(")[0]]
-        if any(row[column] is None for row in here):
+        if any(math.isnan(row[column]) for row in here):
             raise ValueError(f"{name}: rows that hold {budget} have no {column}; run the sweep again to measure it")
         axis.axhline(here[0]["baseline"], color="black", linewidth=1, label="unpruned")
         for number, entry in enumerate(labels):
@@ -201,6 +154,12 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     temporary.replace(path)
 
 
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
 def write(results: Path, resamples: int) -> tuple[Path, Path]:
     """Write ``<results>.curves.csv`` and ``.curves.png`` beside the results; returns both."""
     rows = curve_rows(results, resamples)
@@ -209,7 +168,6 @@ def write(results: Path, resamples: int) -> tuple[Path, Path]:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({name: "" if rounded[name] is None else rounded[name] for name in COLUMNS})
+            writer.writerow({name: _cell(row[name]) for name in COLUMNS})
     write_plot(rows, plot)
     return table, plot

@@ -1,25 +1,37 @@
-"""Which row is whose baseline, and may the two be compared: what differs between their makings, what is not known."""
+"""Which rows belong together, which is whose baseline, and may the two be compared: what differs between them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
-from ivcp_eval.reports.table import Row
+from ivcp_eval import benchmarks
+from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.reports.table import KEY, Row
 
 __all__ = [
     "REFUSED",
     "Against",
+    "Group",
+    "Reference",
     "baseline_of",
     "candidates",
+    "described",
     "differences",
+    "finished_headline",
+    "grouped",
     "label",
+    "merged",
     "remarks",
     "sample_differences",
+    "settings",
+    "telling_parameters",
     "unknown_provenance",
+    "why_none",
 ]
-
-Against = Literal["none", "same_method"]
 
 REFUSED = (
     "judge",
@@ -28,13 +40,101 @@ REFUSED = (
     "min_pixels",
     "max_pixels",
     "max_new_tokens",
+    "generation",
     "benchmark_sha256",
+    "limit",
     "revision",
     "trained_weights",
 )
 """Columns whose difference changes scores by itself, so that a comparison would blame or praise the pruning for it."""
 
 _REMARKED = ("checkpoint", "dtype", "device", "attention", "torch_version", "transformers_version", "ivcp_commit")
+_MEASURED = (
+    *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
+    *("visual_tokens_prompt_mean", "new_tokens_mean"),
+)
+
+Group = tuple[Row, ...]
+"""Rows of one variant, benchmark and metric that differ in their seed only; most have one row."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A pruned variant as the baseline, at the ratio or budget of the row that is compared with it.
+
+    Attributes:
+        method: its method. parameters: all of them; None for whatever the file has.
+    """
+
+    method: str
+    parameters: Mapping[str, Any] | None = None
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row is of this variant, at any ratio."""
+        given = json.loads(row["method_parameters"] or "{}")
+        return bool(row["method"] == self.method and (self.parameters is None or given == self.parameters))
+
+
+Against = Literal["none", "same_method"] | str | Reference
+"""Which rows are the baseline; any other text is the name of a method."""
+
+
+def finished_headline(row: Row) -> bool:
+    """Whether a row is finished and of its benchmark's headline metric."""
+    return bool(row["status"] == "ok" and row["metric"] == benchmarks.headline(row))
+
+
+def grouped(rows: Iterable[Row]) -> list[Group]:
+    """Seeds of one variant put together, in the order of the rows; unfinished rows stay apart from finished ones."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        name = tuple(row[column] for column in (*KEY, *REFUSED, "status") if column != "seed")
+        copies = 0  # of this seed: they are no seeds of one variant
+        while row["seed"] in [other["seed"] for other in groups.get((*name, copies), ())]:
+            copies += 1
+        groups.setdefault((*name, copies), []).append(row)
+    return [tuple(group) for group in groups.values()]
+
+
+def merged(group: Group) -> Row:
+    """One row for a group: means over the seeds of what was measured, the rest as in the first; ``seed`` is None."""
+    if len(group) == 1:
+        return group[0]
+    means = {}
+    for name in _MEASURED:
+        values = [row[name] for row in group]
+        means[name] = None if None in values else fmean(values)
+    return {**group[0], **means, "seed": None}
+
+
+def telling_parameters(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """For each method the names of the parameters that tell its variants in these rows apart."""
+    values: dict[str, dict[str, set[str]]] = {}
+    sets: dict[str, set[str]] = {}
+    for row in rows:
+        of_method = values.setdefault(row["method"], {})
+        sets.setdefault(row["method"], set()).add(row["method_parameters"] or "{}")
+        for name, value in json.loads(row["method_parameters"] or "{}").items():
+            of_method.setdefault(name, set()).add(json.dumps(value))
+    return {
+        method: [
+            name
+            for name, seen in of_method.items()
+            if len(seen) > 1 or any(name not in json.loads(text) for text in sets[method])
+        ]
+        for method, of_method in values.items()
+    }
+
+
+def settings(row: Row, telling: Mapping[str, Sequence[str]]) -> str:
+    """``layer=3, ivc=0.0``: the parameters in ``telling`` (`telling_parameters`) of the row's method."""
+    parameters = json.loads(row["method_parameters"] or "{}")
+    names = [name for name in telling.get(row["method"], ()) if name in parameters]
+    return ", ".join(f"{name}={_plain(parameters[name])}" for name in names)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _empty(value: Any) -> bool:
@@ -48,14 +148,15 @@ def _shown(value: Any) -> str:
 
 def _unequal(baseline: Mapping[str, Any], pruned: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     published = bool(baseline["source"] or pruned["source"])
-    found = []
+    lines = []
     for name in columns:
         before, after = baseline[name], pruned[name]
-        # In an own row an empty cell is a statement (the default); in a published one it is ignorance.
-        ignorance = published and (_empty(before) or _empty(after))
+        # In an own row an empty cell is a statement (the default); in a published one it is ignorance, and so are
+        # generation parameters, which were not noted at first.
+        ignorance = (published or name == "generation") and (_empty(before) or _empty(after))
         if before != after and not ignorance:
-            found.append(f"{name}: baseline {_shown(before)}, results {_shown(after)}")
-    return found
+            lines.append(f"{name}: baseline {_shown(before)}, results {_shown(after)}")
+    return lines
 
 
 def differences(baseline: Row, pruned: Row) -> list[str]:
@@ -75,53 +176,83 @@ def unknown_provenance(baseline: Row, pruned: Row) -> list[str]:
     return [name for name in REFUSED if _empty(baseline[name]) != _empty(pruned[name])]
 
 
-def sample_differences(baseline: Mapping[str, Row], pruned: Mapping[str, Row]) -> list[str]:
+def sample_differences(baseline: Mapping[str, Mapping[str, Any]], pruned: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Samples of one index that are not the same question; both map the index to the sample's row."""
-    found = []
+    lines = []
     shared = [index for index in baseline if index in pruned]
     for name, what in (("prompt_sha256", "prompts"), ("answer", "true answers")):
-        unlike = [i for i in shared if not _empty(baseline[i][name]) and not _empty(pruned[i][name])]
-        unlike = [i for i in unlike if baseline[i][name] != pruned[i][name]]
-        if unlike:
-            found.append(f"{what} of {len(unlike)} of {len(shared)} samples differ, e.g. index {unlike[0]}")
-    return found
+        stated = [i for i in shared if not _empty(baseline[i][name]) and not _empty(pruned[i][name])]
+        unequal = [i for i in stated if baseline[i][name] != pruned[i][name]]
+        if unequal:
+            lines.append(f"{what} of {len(unequal)} of {len(shared)} samples differ, e.g. index {unequal[0]}")
+    return lines
 
 
-def candidates(results: Sequence[Row], baselines: Sequence[Row], *, own: bool) -> list[Row]:
-    """Rows to compare: pruned ones and, with a foreign baseline, unpruned ones that are not the baseline itself."""
-    if own:
-        return [row for row in results if row["method"] != "none"]
+def candidates(results: Sequence[Row], baselines: Sequence[Row], against: Against, *, own: bool) -> list[Row]:
+    """Rows to compare: pruned ones that are not the baseline themselves, and with a foreign file unpruned ones too."""
+    if own or against not in ("none", "same_method"):
+        reference = _reference(against)
+        return [r for r in results if r["method"] != BASELINE and not (reference and reference.fits(r))]
     known = {row["run_id"] for row in baselines if row["run_id"]}
-    return [row for row in results if row["method"] != "none" or row["run_id"] not in known]
+    return [row for row in results if row["method"] != BASELINE or row["run_id"] not in known]
+
+
+def _reference(against: Against) -> Reference | None:
+    if isinstance(against, Reference):
+        return against
+    return None if against in ("none", "same_method") else Reference(against)
+
+
+def described(against: Against) -> str:
+    """The baseline rows in words."""
+    words = {"none": "unpruned rows", "same_method": "rows of the same method"}
+    reference = _reference(against)
+    return words[str(against)] if reference is None else f"{reference.method} rows"
 
 
 def label(row: Row) -> str:
     """A row's name in messages."""
-    ratio = "" if row["ratio_asked"] is None or row["method"] == "none" else f" {row['ratio_asked']:g}"
+    ratio = "" if row["ratio_asked"] is None or row["method"] == BASELINE else f" {row['ratio_asked']:g}"
     budget = f" of {row['budget']}" if row["budget"] else ""
-    return f"{row['model']} {row['benchmark']} {row['metric']} {row['method']}{ratio}{budget}"
+    limit = f" (first {row['limit']})" if row["limit"] else ""
+    return f"{row['model']} {row['benchmark']} {row['metric']} {row['method']}{ratio}{budget}{limit}"
 
 
-def baseline_of(row: Row, baselines: Sequence[Row], against: Against) -> Row | str:
-    """The one baseline row, or why there is none. Raises ValueError if there are several that fit equally."""
-    same = [r for r in baselines if all(r[name] == row[name] for name in ("model", "benchmark", "metric"))]
+def why_none(results: Sequence[Row]) -> str:
+    """Why no row is to be compared: there is no pruned one, or none that was asked for; then what there is."""
+    pruned = [row for row in results if row["method"] != BASELINE]
+    if not pruned:
+        return "no pruned row"
+    telling = telling_parameters(results)
+    names = list(dict.fromkeys(f"{label(merged(g))} {settings(g[0], telling)}".strip() for g in grouped(pruned)))
+    more = f"\n    ... and {len(names) - 20} more" if len(names) > 20 else ""
+    return "no row is the one asked for; there are:\n    " + "\n    ".join(names[:20]) + more
+
+
+def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
+    """The one baseline of a group, or why there is none. Raises ValueError if there are several that fit equally."""
+    row = group[0]
+    same = [g for g in baselines if all(g[0][name] == row[name] for name in ("model", "benchmark", "metric"))]
+    reference = _reference(against)
     if against == "none":
-        same = [r for r in same if r["method"] == "none"]
+        same = [g for g in same if g[0]["method"] == BASELINE]
     else:
-        same = [r for r in same if all(r[name] == row[name] for name in ("method", "ratio_asked", "budget"))]
-    finished = [r for r in same if r["status"] == "ok"]
+        same = [g for g in same if all(g[0][name] == row[name] for name in ("ratio_asked", "budget"))]
+        same = [g for g in same if (reference.fits(g[0]) if reference else g[0]["method"] == row["method"])]
+    finished = [g for g in same if g[0]["status"] == "ok"]
     if not finished:
         if same:
-            return f"its baseline is {same[0]['status']} ({same[0]['reason']})"
-        models = sorted({r["model"] for r in baselines})
+            return f"its baseline is {same[0][0]['status']} ({same[0][0]['reason']})"
+        models = sorted({g[0]["model"] for g in baselines})
         hint = "" if row["model"] in models else f"; the baseline file knows the models {', '.join(models) or 'none'}"
-        return f"no baseline row{hint}"
-    alike = [r for r in finished if not differences(r, row)]
+        what = f"row of {reference.method} at the same cost" if reference else "baseline row"
+        return f"no {what}{hint}"
+    alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
     if len(chosen) > 1:
-        unlike = [name for name in row if len({str(r[name]) for r in chosen}) > 1]
+        unequal = [name for name in row if len({str(g[0][name]) for g in chosen}) > 1]
         raise ValueError(
-            f"{len(chosen)} baseline rows fit {label(row)}; they differ in {', '.join(unlike) or 'nothing'}. "
+            f"{len(chosen)} baseline rows fit {label(row)}; they differ in {', '.join(unequal) or 'nothing'}. "
             "Keep one of them in the baseline file."
         )
     return chosen[0]

@@ -1,6 +1,6 @@
 """The one schema of results: what each column of a results CSV and of a per-sample CSV means, and what may stand in it.
 
-`results.py` reads and writes the files. Missing values are empty cells: ``""`` for text, ``None`` for everything else.
+`table.py` reads and writes the files. Missing values are empty cells: ``""`` for text, ``None`` for everything else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["COLUMNS", "COLUMN_NAMES", "SAMPLE_COLUMNS", "SAMPLE_COLUMN_NAMES", "STATUSES", "Column", "schema_markdown"]
+__all__ = [
+    "COLUMNS",
+    "COLUMN_NAMES",
+    "ROW_COLUMNS",
+    "RUN_COLUMNS",
+    "SAMPLE_COLUMNS",
+    "SAMPLE_COLUMN_NAMES",
+    "STATUSES",
+    "Column",
+    "canonical_json",
+    "schema_markdown",
+]
 
 Kind = Literal["text", "integer", "number", "boolean", "json", "sha256", "date", "status"]
 STATUSES = ("ok", "incomplete", "skipped", "failed")
@@ -42,6 +53,7 @@ class Column:
         required: an empty cell is an error.
         low, high: limits of a number, both allowed.
         late: files written before the column was added lack it; its cells are then empty.
+        of_run: how a row was made. It holds for all rows of a run, so it stands once per run in ``<name>.runs.csv``.
     """
 
     name: str
@@ -51,6 +63,7 @@ class Column:
     low: float | None = None
     high: float | None = None
     late: bool = False
+    of_run: bool = False
 
     @property
     def allowed(self) -> str:
@@ -147,14 +160,20 @@ _PARSERS: dict[str, Any] = {
 
 COLUMNS: tuple[Column, ...] = (
     Column("model", "text", "short model name, e.g. `qwen25`", required=True),
-    Column("checkpoint", "text", "hub repository or folder name of the weights"),
-    Column("revision", "text", "commit of the checkpoint, or a hash of local weights"),
-    Column("family", "text", "model family (file name in `model_adapters/`)"),
+    Column("checkpoint", "text", "hub repository or folder name of the weights", of_run=True),
+    Column("revision", "text", "commit of the checkpoint, or a hash of local weights", of_run=True),
+    Column("family", "text", "model family (file name in `model_adapters/`)", of_run=True),
     Column("method", "text", "pruning method; `none` is the unpruned baseline", required=True),
     Column("method_parameters", "json", "all parameters of the method; keys sorted, no spaces"),
-    Column("method_source", "text", "package, version and code hash of a plug-in's method, else empty", late=True),
-    Column("faithfulness", "text", "`faithful`, `from_formula`, `variant` or `control` (see `ivcp list`)"),
-    Column("preset", "text", "named set of method parameters, e.g. `official`"),
+    Column(
+        "method_source",
+        "text",
+        "package, version and code hash of a plug-in's method, else empty",
+        late=True,
+        of_run=True,
+    ),
+    Column("faithfulness", "text", "`faithful`, `from_formula`, `variant` or `control` (see `ivcp list`)", of_run=True),
+    Column("preset", "text", "named set of method parameters, e.g. `official`", of_run=True),
     Column("seed", "integer", "seed of the method's random choices"),
     Column(
         "ratio_asked", "number", "share that was asked for, in (0, 1]: of visual tokens, or of `budget`", low=0, high=1
@@ -173,6 +192,7 @@ COLUMNS: tuple[Column, ...] = (
         low=0,
         high=1,
         late=True,
+        of_run=True,
     ),
     Column("ratio_kept_final", "number", "measured share alive after the last cut, mean over samples", low=0, high=1),
     Column(
@@ -190,11 +210,18 @@ COLUMNS: tuple[Column, ...] = (
         high=1,
         late=True,
     ),
-    Column("visual_tokens_prompt_mean", "number", "visual tokens of the unpruned prompt, mean over samples", low=0),
+    Column(
+        "visual_tokens_prompt_mean",
+        "number",
+        "visual tokens of the unpruned prompt, mean over samples",
+        low=0,
+        of_run=True,
+    ),
     Column(
         "benchmark", "text", "VLMEvalKit's name, e.g. `MMStar`; `RefCOCO_val`, `RefCOCO+_testA`, ...", required=True
     ),
-    Column("benchmark_sha256", "sha256", "checksum of the benchmark file"),
+    Column("limit", "integer", "only the first so many rows of the benchmark were asked; empty: all", low=1, late=True),
+    Column("benchmark_sha256", "sha256", "checksum of the benchmark file", of_run=True),
     Column("metric", "text", "name of the metric, e.g. `Overall`, `Acc@0.5`", required=True),
     Column("score", "number", "the metric's value as the benchmark's own evaluation gives it"),
     Column("score_scale", "number", "the metric's largest possible value, e.g. 100 (percent) or 2800 (MME)", low=0),
@@ -203,29 +230,38 @@ COLUMNS: tuple[Column, ...] = (
     Column("n_failed", "integer", "samples without a usable answer (counted as wrong, never dropped)", low=0),
     Column("status", "status", "`ok`, or why there is no comparable score", required=True),
     Column("reason", "text", "in words, if the status is not `ok`; else a remark"),
-    Column("prefill_ms_median", "number", "prefill of the language model, selection included, milliseconds", low=0),
-    Column("decode_ms_per_token_median", "number", "one decode step, milliseconds", low=0),
-    Column("vision_ms_median", "number", "vision encoder, milliseconds", low=0),
-    Column("new_tokens_mean", "number", "generated tokens per sample", low=0),
-    Column("prompt_sha256", "sha256", "hash of the set of prompt templates"),
-    Column("min_pixels", "integer", "lower pixel limit of an image; empty: the processor's own", low=0),
-    Column("max_pixels", "integer", "upper pixel limit of an image; empty: the processor's own", low=0),
-    Column("max_new_tokens", "integer", "generation limit", low=1),
+    Column(
+        "prefill_ms_median",
+        "number",
+        "prefill of the language model, selection included, milliseconds",
+        low=0,
+        of_run=True,
+    ),
+    Column("decode_ms_per_token_median", "number", "one decode step, milliseconds", low=0, of_run=True),
+    Column("vision_ms_median", "number", "vision encoder, milliseconds", low=0, of_run=True),
+    Column("new_tokens_mean", "number", "generated tokens per sample", low=0, of_run=True),
+    Column("prompt_sha256", "sha256", "hash of the set of prompt templates", of_run=True),
+    Column("min_pixels", "integer", "lower pixel limit of an image; empty: the processor's own", low=0, of_run=True),
+    Column("max_pixels", "integer", "upper pixel limit of an image; empty: the processor's own", low=0, of_run=True),
+    Column("max_new_tokens", "integer", "generation limit", low=1, of_run=True),
+    Column("generation", "json", "every generation parameter in force; empty: not noted", late=True, of_run=True),
     Column("judge", "text", "`name@snapshot`, `exact_matching`, or `none` where nothing is judged"),
-    Column("judge_failures", "integer", "answers that the judge could not rate", low=0),
-    Column("ivcp_commit", "text", "commit of ivcp-eval; version and code hash of an installed package"),
-    Column("ivcp_dirty", "boolean", "the working tree had uncommitted changes"),
-    Column("torch_version", "text", "PyTorch"),
-    Column("transformers_version", "text", "transformers"),
-    Column("vlmeval_version", "text", "VLMEvalKit (distribution and version, or commit)"),
-    Column("dtype", "text", "weights and activations, e.g. `bfloat16`"),
-    Column("device", "text", "accelerator name, or `cpu`"),
-    Column("attention", "text", "attention kernel: `sdpa`, `eager`, `flash_attention_2`"),
-    Column("trained_weights", "boolean", "false: random weights, whose accuracies mean nothing"),
+    Column("judge_failures", "integer", "answers that the judge could not rate", low=0, of_run=True),
+    Column("ivcp_commit", "text", "commit of ivcp-eval; version and code hash of an installed package", of_run=True),
+    Column("ivcp_dirty", "boolean", "the working tree had uncommitted changes", of_run=True),
+    Column("torch_version", "text", "PyTorch", of_run=True),
+    Column("transformers_version", "text", "transformers", of_run=True),
+    Column("vlmeval_version", "text", "VLMEvalKit (distribution and version, or commit)", of_run=True),
+    Column("dtype", "text", "weights and activations, e.g. `bfloat16`", of_run=True),
+    Column("device", "text", "accelerator name, or `cpu`", of_run=True),
+    Column("attention", "text", "attention kernel: `sdpa`, `eager`, `flash_attention_2`", of_run=True),
+    Column("trained_weights", "boolean", "false: random weights, whose accuracies mean nothing", of_run=True),
     Column("run_id", "text", "hash of everything that can change the row; empty for published numbers"),
     Column("predictions", "text", "per-sample CSV, relative to this file's folder; empty: totals only"),
-    Column("source", "text", "citation of a published number, and how far to trust it; empty for own runs"),
-    Column("date", "date", "when the row was made or published"),
+    Column(
+        "source", "text", "citation of a published number, and how far to trust it; empty for own runs", of_run=True
+    ),
+    Column("date", "date", "when the row was made or published", of_run=True),
 )
 
 SAMPLE_COLUMNS: tuple[Column, ...] = (
@@ -250,6 +286,10 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("error", "text", "why there is no answer; empty if there is one"),
 )
 
+_RUN_ID = next(column for column in COLUMNS if column.name == "run_id")
+#: Columns of ``<name>.csv``: what was measured; and of ``<name>.runs.csv``: how, one line per run.
+ROW_COLUMNS: tuple[Column, ...] = tuple(column for column in COLUMNS if not column.of_run)
+RUN_COLUMNS: tuple[Column, ...] = (_RUN_ID, *(column for column in COLUMNS if column.of_run))
 COLUMN_NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
 SAMPLE_COLUMN_NAMES: tuple[str, ...] = tuple(column.name for column in SAMPLE_COLUMNS)
 
@@ -260,12 +300,16 @@ def _table(columns: Sequence[Column]) -> list[str]:
 
 
 def schema_markdown() -> str:
-    """Both schemas as Markdown tables: the generated part of `results/README.md`."""
+    """The schemas as Markdown tables: the generated part of `results/README.md`."""
     shown = (
         "Text cells that a spreadsheet would run as a formula (`=`, `+`, `-`, `@` in front, numbers aside) have an "
         "apostrophe in front; control characters stand as `\u241b` and two hexadecimal digits, `\u241b` itself twice. "
         "`ivcp_eval.reports.table` reads them back as they were."
     )
-    return "\n".join(
-        [shown, "", "## Results CSV", "", *_table(COLUMNS), "", "## Per-sample CSV", "", *_table(SAMPLE_COLUMNS), ""]
+    parts = (
+        ("Results CSV: `<name>.csv`", ROW_COLUMNS),
+        ("Runs CSV: `<name>.runs.csv`", RUN_COLUMNS),
+        ("Per-sample CSV", SAMPLE_COLUMNS),
     )
+    lines = [line for title, columns in parts for line in (f"## {title}", "", *_table(columns), "")]
+    return "\n".join([shown, "", *lines])

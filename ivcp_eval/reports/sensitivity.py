@@ -1,23 +1,25 @@
-"""How much each parameter of a method matters: one value changed at a time against the defaults, paired, as Markdown.
+"""How much each parameter of a method matters: one value changed at a time against the defaults, as Markdown.
 
-``ivcp sensitivity results/iwp_sensitivity.csv docs/iwp_sensitivity.md`` reads the CSV of a sweep with
-one method at its defaults and with single parameters changed. Other methods in it (``random``) are compared too.
+A view of `compare`'s rows against the method at its defaults.
+
+``ivcp sensitivity results/iwp_sensitivity.csv docs/iwp_sensitivity.md`` reads the CSV of a sweep with one method at its
+defaults and with single parameters changed. Other methods in it (``random``) are compared too.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ivcp_eval import benchmarks
 from ivcp_eval.files import atomic_write
 from ivcp_eval.interface.variants import BASELINE
-from ivcp_eval.reports.stats import holm, paired_bootstrap
-from ivcp_eval.reports.table import Row, read_results, read_samples
+from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.comparison import ComparedRow
+from ivcp_eval.reports.provenance import Reference, finished_headline
+from ivcp_eval.reports.table import Row, read_results
 
 
 def defaults_of(rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
@@ -42,63 +44,43 @@ def defaults_of(rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
     )
 
 
-def table(results: Path, resamples: int = 2000) -> list[dict[str, str]]:
+def table(results: Path, resamples: int = 10_000) -> list[dict[str, str]]:
     """Rows of text cells: what was changed, and one column per benchmark and ratio.
 
     A cell is the headline score for the defaults, else its paired difference to them with the 95 % interval over
     clusters; ``*`` marks p < 0.05 after Holm's correction over the whole table. Seeds of one method are averaged.
 
     Raises:
-        ValueError: see `defaults_of`; or a sample is missing somewhere.
+        ValueError: see `defaults_of` and `compare`.
     """
-    rows = [row for row in read_results(results) if row["status"] == "ok" and row["metric"] == _headline(row)]
-    method, usual = defaults_of(rows)
-    groups: dict[str, dict[tuple[str, float], list[Row]]] = {}
-    for row in rows:
-        if row["method"] != BASELINE:
-            column = row["benchmark"], row["ratio_asked"]
-            groups.setdefault(_label(row, method, usual), {}).setdefault(column, []).append(row)
-    first, columns = groups.pop(""), sorted({column for group in groups.values() for column in group}, reverse=True)
-    tested: list[tuple[str, str, float]] = []
-    cells: dict[str, dict[str, str]] = {f"{method}, defaults": {}}
-    for column in columns:
-        title = f"{column[0]} {column[1]:g}"
-        (reference,) = first[column]
-        before, clusters = _scores(results.parent, [reference])
-        cells[f"{method}, defaults"][title] = f"{reference['score']:.1f}"
-        for label, group in groups.items():
-            after, _ = _scores(results.parent, group[column])
-            paired = paired_bootstrap(
-                before, after, clusters, scale=float(reference["score_scale"]), resamples=resamples
-            )
-            low, high = paired.difference_interval.low, paired.difference_interval.high
-            cells.setdefault(label, {})[title] = f"{paired.difference:+.1f} ({low:+.1f} to {high:+.1f})"
-            tested.append((label, title, paired.p_value))
-    for (label, title, _), p in zip(tested, holm([p for *_, p in tested]), strict=True):
-        cells[label][title] += " *" if p < 0.05 else ""
+    method, usual = defaults_of([row for row in read_results(results) if finished_headline(row)])
+    compared = compare(results, against=Reference(method, usual), resamples=resamples, select=finished_headline).rows
+    columns = sorted({(row.benchmark, row.ratio_asked) for row in compared}, reverse=True)
+    titles = {column: f"{column[0]} {column[1]:g}" for column in columns}
+    first = f"{method}, defaults"
+    cells: dict[str, dict[str, str]] = {first: dict.fromkeys(titles.values(), "")}
+    for row in compared:
+        title = titles[row.benchmark, row.ratio_asked]
+        cells[first][title] = f"{row.score_baseline:.1f}"
+        cells.setdefault(_label(row, method, usual), dict.fromkeys(titles.values(), ""))[title] = _cell(row)
     return [{"changed": label, **found} for label, found in cells.items()]
 
 
-def _headline(row: Row) -> str:
-    return benchmarks.load(row["benchmark"]).metrics[0].name
+def _cell(row: ComparedRow) -> str:
+    interval = (
+        "no interval"
+        if math.isnan(row.difference_low)
+        else (f"{row.difference_low:+.1f} to {row.difference_high:+.1f}")
+    )
+    unpaired = "" if row.paired else ", unpaired"
+    return f"{row.difference:+.1f} ({interval}{unpaired})" + (" *" if row.p_holm < 0.05 else "")
 
 
-def _label(row: Row, method: str, usual: Mapping[str, Any]) -> str:
-    if row["method"] != method:
-        return str(row["method"])
-    parameters = json.loads(row["method_parameters"])
+def _label(row: ComparedRow, method: str, usual: Mapping[str, Any]) -> str:
+    if row.method != method:
+        return row.method
+    parameters = json.loads(row.method_parameters or "{}")
     return ", ".join(f"{name}={parameters[name]}" for name in usual if parameters[name] != usual[name])
-
-
-def _scores(folder: Path, group: Sequence[Row]) -> tuple[np.ndarray, list[str]]:
-    """Per-sample scores in the order of the index, mean over the rows' seeds, and the clusters."""
-    found = []
-    for row in group:
-        samples = sorted(read_samples(folder / row["predictions"]), key=lambda sample: sample["index"])
-        found.append(([s["index"] for s in samples], [s["score"] for s in samples], [s["cluster"] for s in samples]))
-    if any(entry[0] != found[0][0] for entry in found):
-        raise ValueError(f"rows of {group[0]['method']} on {group[0]['benchmark']} have unlike samples")
-    return np.mean([entry[1] for entry in found], axis=0, dtype=float), found[0][2]
 
 
 def markdown(results: Path, note: str = "") -> str:

@@ -7,7 +7,6 @@ import pytest
 
 from ivcp_eval import benchmarks
 from ivcp_eval.reports.schema import SAMPLE_COLUMN_NAMES
-from ivcp_eval.reports.stats import Sample
 from ivcp_eval.reports.stats.aggregates import COLUMNS, rule_for
 from tests.benchmarks.conftest import Laboratory, judge_for
 from tests.benchmarks.miniatures import GROUNDING, miniatures
@@ -53,9 +52,5 @@ def recomputed(name: str, metric: str, scale: float, rows: list) -> float:
     rows = [row for row in rows if row["score"] is not None]
     columns = {column: np.array([row[column] for row in rows], dtype=object) for column in COLUMNS}
     rule = rule_for(name, metric, scale)
-    scores = rule.scores(columns)
     clusters = rule.clusters(columns, np.array([row["cluster"] for row in rows]))
-    ids = np.unique(clusters, return_inverse=True)[1]
-    if rule.aggregate is None:
-        return scale * float(scores.mean())
-    return rule.aggregate(Sample(scores, ids, rule.prepare(columns)))
+    return rule.value(columns, rule.scores(columns), clusters)

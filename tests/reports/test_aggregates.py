@@ -9,20 +9,28 @@ import pandas as pd
 import pytest
 
 from ivcp_eval.reports import stats
-from ivcp_eval.reports.stats import Sample
 from ivcp_eval.reports.stats.aggregates import rule_for
 from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 
 GENERATOR = np.random.default_rng(0)
 
 
-def score_of(benchmark: str, metric: str, table: pd.DataFrame, scale: float = 100) -> float:
+def parts_of(benchmark: str, metric: str, table: pd.DataFrame, scale: float = 100):
+    """The rule, its per-sample terms and the numbers of the clusters."""
     rule = rule_for(benchmark, metric, scale)
     columns = {name: table[name].astype(str).to_numpy() for name in ("index", "category", "prediction", "answer")}
     clusters = rule.clusters(columns, table["cluster"].to_numpy())
-    ids = np.unique(clusters, return_inverse=True)[1]
-    assert rule.aggregate is not None
-    return rule.aggregate(Sample(table["score"].to_numpy(float), ids, rule.prepare(columns)))
+    return (
+        rule,
+        rule.summands(columns, table["score"].to_numpy(float), clusters),
+        np.unique(clusters, return_inverse=True)[1],
+    )
+
+
+def score_of(benchmark: str, metric: str, table: pd.DataFrame, scale: float = 100) -> float:
+    rule, terms, _ = parts_of(benchmark, metric, table, scale)
+    assert rule.terms is not None
+    return float(rule.combine(terms.sum(axis=0)))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +101,7 @@ def test_hallusion_bench(yorn, tmp_path):
     theirs = yorn.Hallusion_rating(str(tmp_path / "t.tsv")).set_index("split").loc["Overall"]
     for metric in ("fAcc", "qAcc"):
         assert score_of("HallusionBench", metric, table) == pytest.approx(theirs[metric])
-    assert rule_for("HallusionBench", "aAcc", 100).aggregate is None
+    assert rule_for("HallusionBench", "aAcc", 100).terms is None
     assert table["score"].mean() * 100 == pytest.approx(theirs["aAcc"])
 
 
@@ -101,7 +109,7 @@ def test_circular_counts_questions_not_rotations():
     table = pd.DataFrame({"index": [1, 1_000_001, 2_000_001, 2, 1_000_002], "score": [1, 1, 1, 1, 0]})
     table = table.assign(category="", prediction="", answer="", cluster=table["index"])
     assert score_of("MMBench_DEV_EN_V11", "accuracy", table) == 50
-    assert rule_for("MMStar", "accuracy", 100).aggregate is None
+    assert rule_for("MMStar", "accuracy", 100).terms is None
 
 
 def test_clusters_never_tear_a_group():
@@ -117,39 +125,35 @@ def test_clusters_never_tear_a_group():
     ("benchmark", "metric", "make"),
     [("MME", "total", mme_table), ("POPE", "f1", pope_table), ("HallusionBench", "qAcc", hallusion_table)],
 )
-def test_two_draws_of_a_cluster_are_two_groups(benchmark, metric, make):
-    """A resample that draws every cluster twice scores like the sample itself, even if the draws' scores differ."""
-    rule, table, other = rule_for(benchmark, metric, 100), make(), make()
-    other["score"] = other["score"].to_numpy()[::-1]
-    values, both = [], []
-    for one in (table, other):
-        columns = {name: one[name].astype(str).to_numpy() for name in ("index", "category", "prediction", "answer")}
-        ids = np.unique(rule.clusters(columns, one["cluster"].to_numpy()), return_inverse=True)[1]
-        both.append(Sample(one["score"].to_numpy(float), ids, rule.prepare(columns)))
-        values.append(rule.aggregate(both[-1]))
-    joined = Sample(
-        np.concatenate([sample.scores for sample in both]),
-        np.concatenate([both[0].clusters, both[1].clusters + both[0].clusters.max() + 1]),
-        {name: np.concatenate([sample.columns[name] for sample in both]) for name in both[0].columns},
-    )
-    if benchmark == "POPE":  # F1 is no mean, it only lies between
-        assert min(values) <= rule.aggregate(joined) <= max(values)
-    else:
-        assert rule.aggregate(joined) == pytest.approx(np.mean(values))
+def test_sums_of_clusters_score_any_resample(benchmark, metric, make):
+    """The sums of drawn clusters give what the metric says of their samples, two draws of a cluster renamed apart."""
+    table = make()
+    rule, terms, ids = parts_of(benchmark, metric, table)
+    for seed in range(5):
+        draw = np.random.default_rng(seed).integers(0, ids.max() + 1, ids.max() + 1)
+        pieces = []
+        for number, cluster in enumerate(draw):
+            piece = table[ids == cluster].copy()
+            piece["cluster"] = [f"{number} {name}" for name in piece["cluster"]]
+            if benchmark == "HallusionBench":
+                piece["index"] = [f"{index}".replace("_ocr_", f"_ocr{number}_") for index in piece["index"]]
+                piece["index"] = [f"{index}".replace("_map_", f"_map{number}_") for index in piece["index"]]
+            pieces.append(piece)
+        drawn = sum(terms[ids == cluster].sum(axis=0) for cluster in draw)
+        assert float(rule.combine(drawn)) == pytest.approx(score_of(benchmark, metric, pd.concat(pieces)))
 
 
 def test_bootstrap_of_a_sum_of_categories():
-    """End to end: MME's interval is on MME's scale, and halving every score halves what is retained."""
+    """End to end: MME's interval is on MME's scale."""
     table = mme_table()
-    columns = {name: table[name].astype(str).to_numpy() for name in ("index", "category", "prediction", "answer")}
-    rule = rule_for("MME", "total", 2800)
-    worse = table["score"].to_numpy(float) * (np.arange(len(table)) % 3 > 0)
+    worse = table.assign(score=table["score"].to_numpy(float) * (np.arange(len(table)) % 3 > 0))
+    rule, before, ids = parts_of("MME", "total", table, 2800)
+    _, after, _ = parts_of("MME", "total", worse, 2800)
     result = stats.paired_bootstrap(
         table["score"].to_numpy(float),
-        worse,
-        rule.clusters(columns, table["cluster"].to_numpy()),
-        aggregate=rule.aggregate,
-        columns=rule.prepare(columns),
+        worse["score"].to_numpy(float),
+        ids,
+        sums=stats.Sums(before, after, rule.combine),
         resamples=300,
     )
     assert result.n_clusters == 36

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ivcp_eval.reports import stats
 from ivcp_eval.reports.curves import AXES, curve, curve_rows, write
 from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 
@@ -85,26 +86,32 @@ def test_a_held_budget_is_compared_at_equal_cost_and_plotted_against_what_was_me
         write(path, resamples=200)
 
 
-def test_seeds_of_a_ratio_are_one_point() -> None:
-    def point(ratio: float, score: float) -> dict[str, float]:
-        return {
-            "ratio_asked": ratio,
-            "score": score,
-            "difference": -10,
-            "difference_low": -14,
-            "difference_high": -7,
-        }
+def test_seeds_are_one_point_with_their_spread(tmp_path: Path) -> None:
+    scores = _scores()
+    (random,) = [row for row in curve_rows(_sweep(tmp_path, scores)) if row["method"] == "random"]
+    both = [scores["random", seed] for seed in (0, 1)]
+    assert random["n_seeds"] == 2
+    assert random["score"] == pytest.approx(100 * np.mean(both))
+    spread = sorted(100 * values.mean() for values in both)
+    assert [random["score_lowest_seed"], random["score_highest_seed"]] == pytest.approx(spread)
+    expected = stats.paired_bootstrap(scores["none", 0], np.mean(both, axis=0), np.arange(N) // 2, scale=100)
+    width = expected.difference_interval.high - expected.difference_interval.low
+    assert random["difference"] == pytest.approx(expected.difference)
+    assert random["difference_low"] == pytest.approx(expected.difference_interval.low, abs=0.08 * width)
 
-    assert curve([point(0.5, 60), point(0.25, 30), point(0.5, 64)], "ratio_asked") == [
-        (0.25, 30, 4, 3),
-        (0.5, 62, 4, 3),
+
+def test_points_are_in_the_order_of_the_ratio() -> None:
+    rows = [
+        {"ratio_asked": ratio, "score": score, "difference": -10, "difference_low": -14, "difference_high": -7}
+        for ratio, score in ((0.5, 60), (0.25, 30))
     ]
+    assert curve(rows, "ratio_asked") == [(0.25, 30, 4, 3), (0.5, 60, 4, 3)]
 
 
 def test_files_are_written_beside_the_results(tmp_path: Path) -> None:
     path = _sweep(tmp_path, _scores())
     write(path, resamples=200)
-    assert (tmp_path / "sweep.curves.csv").read_text().count("\n") == 1 + 5
+    assert (tmp_path / "sweep.curves.csv").read_text().count("\n") == 1 + 4
     assert (tmp_path / "sweep.curves.png").read_bytes()[:4] == b"\x89PNG"
 
 

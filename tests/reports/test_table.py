@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ivcp_eval import benchmarks
 from ivcp_eval.reports import table as results
-from ivcp_eval.reports.schema import COLUMNS
-from ivcp_eval.reports.table import COLUMN_NAMES, ResultsError, make_row, merge_rows, read_results, write_results
+from ivcp_eval.reports.schema import COLUMN_NAMES, COLUMNS, SAMPLE_COLUMN_NAMES
+from ivcp_eval.reports.table import ResultsError, make_row, merge_rows, read_results, write_results
 from ivcp_eval.reports.wide import Table
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -33,6 +33,16 @@ def io_csv(rows):
 def make(**values):
     common = {"model": "tiny", "benchmark": "dev", "metric": "accuracy", "method": "none", "status": "ok"}
     return make_row(**{**common, "score": 80.0, "score_scale": 100, "run_id": "r1", **values})
+
+
+def single_file(path, rows, without=()):
+    """Results as they were written before the runs had a file of their own."""
+    names = [column.name for column in COLUMNS if column.name not in without]
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(names)
+        cells = {column.name: column.cell for column in COLUMNS}
+        writer.writerows([cells[name](row[name]) for name in names] for row in rows)
 
 
 class TestRoundTrip:
@@ -52,7 +62,7 @@ class TestRoundTrip:
                 score=np.float32(0.5),
                 prefill_ms_median=math.nan,
             ),
-            make(status="failed", reason="out of memory", score=None),
+            make(status="failed", reason="out of memory", score=None, run_id="r2"),
         ]
         write_results(tmp_path / "new" / "r.csv", rows)
         back = read_results(tmp_path / "new" / "r.csv")
@@ -122,6 +132,7 @@ class TestRoundTrip:
         lines = list(csv.reader((tmp_path / "r.csv").open(newline="")))
         with (tmp_path / "odd.csv").open("w", newline="", encoding="utf-8-sig") as stream:
             csv.writer(stream).writerows([line[::-1] for line in lines])
+        (tmp_path / "r.runs.csv").rename(tmp_path / "odd.runs.csv")
         assert read_results(tmp_path / "odd.csv") == [make()]
 
 
@@ -157,14 +168,7 @@ class TestRefusals:
     def test_a_file_older_than_a_late_column(self, tmp_path):
         late = [column for column in COLUMNS if column.late]
         assert "method_source" in [column.name for column in late]
-        write_results(tmp_path / "r.csv", [make()])
-        with (tmp_path / "r.csv").open(newline="") as stream:
-            lines = list(csv.DictReader(stream))
-        kept = [name for name in lines[0] if name not in {column.name for column in late}]
-        with (tmp_path / "old.csv").open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, kept, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(lines)
+        single_file(tmp_path / "old.csv", [make()], without={column.name for column in late})
         (row,) = read_results(tmp_path / "old.csv")
         assert {column.name: row[column.name] for column in late} == {
             column.name: "" if column.kind == "text" else None for column in late
@@ -177,7 +181,7 @@ class TestRefusals:
         with pytest.raises(ResultsError, match=r"r\.csv was not written: row 2: column 'score'"):
             write_results(tmp_path / "r.csv", [make(), {**make(), "score": "good"}])
         assert (tmp_path / "r.csv").read_bytes() == before
-        assert [path.name for path in tmp_path.iterdir()] == ["r.csv"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.runs.csv"]
 
     def test_missing_and_unknown_columns(self, tmp_path):
         write_results(tmp_path / "r.csv", [make()])
@@ -226,10 +230,78 @@ class TestRefusals:
             results.write_samples(tmp_path / "s.csv", [{"index": 7, "score": 100}])
 
 
+class TestTwoFiles:
+    def test_what_and_how_stand_apart(self, tmp_path):
+        rows = [make(metric=name, torch_version="2", run_id=run) for run in ("r1", "r2") for name in "ab"]
+        write_results(tmp_path / "r.csv", rows)
+        with (tmp_path / "r.csv").open(newline="") as stream:
+            what = list(csv.DictReader(stream))
+        with (tmp_path / "r.runs.csv").open(newline="") as stream:
+            how = list(csv.DictReader(stream))
+        assert len(what) == 4
+        assert len(what[0]) <= 24
+        assert [line["run_id"] for line in how] == ["r1", "r2"]
+        assert set(what[0]) | set(how[0]) == set(COLUMN_NAMES)
+        assert set(what[0]) & set(how[0]) == {"run_id"}
+        assert read_results(tmp_path / "r.csv") == rows
+
+    def test_a_single_file_with_all_columns_is_read_as_before(self, tmp_path):
+        rows = [make(torch_version="2"), make(metric="b", torch_version="2")]
+        single_file(tmp_path / "r.csv", rows)
+        assert read_results(tmp_path / "r.csv") == rows
+
+    def test_published_rows_have_no_run_and_stay_one_file(self, tmp_path):
+        write_results(tmp_path / "r.csv", [make()])
+        published = [make(run_id="", source="a paper")]
+        write_results(tmp_path / "r.csv", published)
+        assert [path.name for path in tmp_path.iterdir()] == ["r.csv"]
+        assert read_results(tmp_path / "r.csv") == published
+
+    def test_rows_of_a_run_agree_on_how_it_was_made(self, tmp_path):
+        with pytest.raises(ResultsError, match="rows of run r1 differ in torch_version"):
+            write_results(tmp_path / "r.csv", [make(torch_version="1"), make(metric="b", torch_version="2")])
+        assert not list(tmp_path.iterdir())
+
+    def test_missing_runs_are_named(self, tmp_path):
+        write_results(tmp_path / "r.csv", [make()])
+        text = (tmp_path / "r.runs.csv").read_text()
+        (tmp_path / "r.runs.csv").write_text(text.replace("r1", "r9"))
+        with pytest.raises(ResultsError, match=r"line 2: run 'r1' is not in r\.runs\.csv"):
+            read_results(tmp_path / "r.csv")
+        (tmp_path / "r.runs.csv").unlink()
+        with pytest.raises(FileNotFoundError, match=r"r\.runs\.csv is missing"):
+            read_results(tmp_path / "r.csv")
+
+    @pytest.mark.parametrize("killed_at", [1, 2, 3])
+    def test_a_kill_between_the_files_leaves_no_row_without_its_run(self, tmp_path, monkeypatch, killed_at):
+        path = tmp_path / "r.csv"
+        old, new = [make(run_id="old", score=1.0)], [make(run_id="new", score=2.0)]
+        write_results(path, old)
+        write, writes = results.write_csv, iter(range(1, 9))
+
+        def killed(*arguments):
+            if next(writes) == killed_at:
+                raise KeyboardInterrupt
+            write(*arguments)
+
+        monkeypatch.setattr(results, "write_csv", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_results(path, new)
+        assert read_results(path) == (old if killed_at <= 2 else new)
+        monkeypatch.undo()
+        write_results(path, new)
+        assert results.runs_file(path).read_text().count("\n") == 2, "runs that no row has are gone"
+
+
 class TestMerge:
-    def test_same_key_is_replaced_in_place(self):
-        rows = merge_rows([make(), make(metric="b")], [make(score=81.0, run_id="r2"), make(metric="c")])
-        assert [(row["metric"], row["score"]) for row in rows] == [("accuracy", 81.0), ("b", 80.0), ("c", 80.0)]
+    def test_a_cell_is_replaced_in_place(self):
+        old = [make(), make(metric="b"), make(benchmark="other", run_id="o")]
+        rows = merge_rows(old, [make(score=81.0, run_id="r2"), make(metric="c", run_id="r2")])
+        assert [(row["benchmark"], row["metric"], row["score"]) for row in rows] == [
+            ("dev", "accuracy", 81.0),
+            ("dev", "c", 80.0),
+            ("other", "accuracy", 80.0),
+        ]
 
     @pytest.mark.parametrize(
         "unlike",
@@ -240,22 +312,45 @@ class TestMerge:
             {"judge": "x"},
             {"max_pixels": 9},
             {"method_parameters": "{}"},
+            {"limit": 4},
+            {"generation": {"repetition_penalty": 1.05}},
         ],
     )
     def test_another_question_is_another_row(self, unlike):
-        assert len(merge_rows([make()], [make(**unlike)])) == 2
+        assert len(merge_rows([make()], [make(run_id="r2", **unlike)])) == 2
 
-    def test_a_finished_row_outlives_a_failure_of_the_same_run(self):
-        failed = make(status="failed", reason="killed", score=None)
+    def test_a_smaller_run_never_replaces_the_whole_one(self, tmp_path):
+        results.update_results(tmp_path / "r.csv", [make(n_samples=300)])
+        results.update_results(tmp_path / "r.csv", [make(n_samples=4, limit=4, score=25.0, run_id="r4")])
+        rows = results.update_results(tmp_path / "r.csv", [make(n_samples=4, limit=4, score=50.0, run_id="r5")])
+        assert [(row["limit"], row["score"]) for row in rows] == [(None, 80.0), (4, 50.0)]
+
+    @pytest.mark.parametrize("run", ["r1", "r2"])
+    def test_a_finished_row_outlives_a_failure(self, run):
+        failed = make(status="failed", reason="killed", score=None, run_id=run, metric="score")
         assert merge_rows([make()], [failed]) == [make()]
         assert merge_rows([failed], [make()]) == [make()]
-        newer = {**failed, "run_id": "r2"}
-        assert merge_rows([make()], [newer]) == [newer]
+
+    def test_a_run_stands_once(self):
+        """A column that was not noted at first must not leave the same run in the file twice."""
+        noted = make(generation={"do_sample": False})
+        assert merge_rows([make()], [noted]) == [noted]
 
     def test_update(self, tmp_path):
-        results.update_results(tmp_path / "r.csv", [make()])
-        results.update_results(tmp_path / "r.csv", [make(score=70.0), make(metric="b")])
-        assert [row["score"] for row in read_results(tmp_path / "r.csv")] == [70.0, 80.0]
+        results.update_results(tmp_path / "new" / "r.csv", [make()])
+        results.update_results(tmp_path / "new" / "r.csv", [make(score=70.0), make(metric="b")])
+        assert [row["score"] for row in read_results(tmp_path / "new" / "r.csv")] == [70.0, 80.0]
+
+    def test_updates_of_several_processes_are_all_kept(self, tmp_path):
+        code = "import sys; from ivcp_eval.reports.table import make_row, update_results\n"
+        code += (
+            "for i in range(8):\n    update_results(sys.argv[1], [make_row(model='m', benchmark=f'{sys.argv[2]}{i}',"
+        )
+        code += "metric='a', method='none', status='ok', score=1, score_scale=1, run_id=f'{sys.argv[2]}{i}')])"
+        path = tmp_path / "r.csv"
+        processes = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "abc"]
+        assert [process.wait() for process in processes] == [0, 0, 0]
+        assert {row["benchmark"] for row in read_results(path)} == {f"{name}{i}" for name in "abc" for i in range(8)}
 
 
 class TestPublished:
@@ -311,7 +406,7 @@ class TestReadme:
     def test_is_current(self):
         text = (RESULTS / "README.md").read_text(encoding="utf-8")
         assert results.render_readme(text) == text, "run `ivcp docs`"
-        for name in (*COLUMN_NAMES, *results.SAMPLE_COLUMN_NAMES):
+        for name in (*COLUMN_NAMES, *SAMPLE_COLUMN_NAMES):
             assert f"| `{name}` |" in text
 
     def test_restores_a_stale_one(self):

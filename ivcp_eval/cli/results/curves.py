@@ -11,7 +11,7 @@ from ivcp_eval.cli import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("results", type=Path, help="results CSV of a sweep, per-sample files beside it")
-    parser.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples (default: %(default)s)")
+    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

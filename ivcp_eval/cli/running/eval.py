@@ -173,7 +173,8 @@ def _print_table(finished: Finished) -> int:
     from ivcp_eval.reports.compare import compare
 
     try:
-        say(f"\n{compare(finished.csv, runs=finished.run_ids).to_terminal()}")
+        comparison = compare(finished.csv, select=lambda row: row["run_id"] in finished.run_ids)
+        say(f"\n{comparison.to_terminal()}")
     except ValueError as error:
         # Where every cell has a problem (said above), or only the baseline was asked for, there is no table.
         say(f"\nno comparison: {error}")

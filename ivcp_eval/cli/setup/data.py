@@ -101,9 +101,7 @@ def prepare(names: Sequence[str], root: Path, say: Say = lambda text: None) -> l
 
 def chosen(names: Sequence[str]) -> list[Benchmark]:
     """Benchmarks by name or group, each once; all of them without a name. Raises ValueError for an unknown name."""
-    groups = benchmarks.groups()
-    members = [member for name in names or groups for member in groups.get(name, (name,))]
-    return [benchmarks.load(member) for member in dict.fromkeys(members)]
+    return [benchmarks.load(name) for name in benchmarks.expand(names or benchmarks.groups())]
 
 
 def _get(benchmark: Benchmark, root: Path, say: Say) -> str:

@@ -16,15 +16,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ivcp_eval.reports.stats.resampling import Aggregate, Array, Interval, PairedResult, Sample, paired_bootstrap
+from ivcp_eval.reports.stats.resampling import Array, Interval, PairedResult, Sums, paired_bootstrap
 
 __all__ = [
-    "Aggregate",
     "Flips",
     "Interval",
     "McNemar",
     "PairedResult",
-    "Sample",
+    "Sums",
     "UnpairedResult",
     "benjamini_hochberg",
     "discordance_standard_error",
@@ -53,7 +52,7 @@ def mcnemar(baseline: ArrayLike, pruned: ArrayLike) -> McNemar:
     Raises:
         ValueError: scores other than 0 and 1, or unequal lengths.
     """
-    from scipy import stats
+    from scipy import special
 
     before, after = np.asarray(baseline, dtype=np.float64), np.asarray(pruned, dtype=np.float64)
     if before.shape != after.shape:
@@ -61,8 +60,9 @@ def mcnemar(baseline: ArrayLike, pruned: ArrayLike) -> McNemar:
     if not (np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all()):
         raise ValueError("McNemar's test needs scores 0 and 1; use paired_bootstrap for graded scores")
     lost, gained = int(np.sum(before > after)), int(np.sum(before < after))
-    p_value = stats.binomtest(lost, lost + gained, 0.5).pvalue if lost + gained else 1.0
-    return McNemar(lost, gained, float(p_value))
+    # Twice the smaller tail of Binomial(lost + gained, 1/2); both tails meet where the two are equal.
+    p_value = min(1.0, 2 * float(special.bdtr(min(lost, gained), lost + gained, 0.5)))
+    return McNemar(lost, gained, p_value)
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,20 @@ def unpaired_interval(
     Raises:
         ValueError: a mean outside [0, scale], or fewer than one sample.
     """
-    from scipy import stats
+    from scipy import special
 
     if n_baseline < 1 or n_pruned < 1:
         raise ValueError(f"an interval needs the numbers of samples, got {n_baseline} and {n_pruned}")
     p, q = baseline / scale, pruned / scale
     if not (0 <= p <= 1 and 0 <= q <= 1):
         raise ValueError(f"means must lie in [0, {scale:g}], got {baseline:g} and {pruned:g}")
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(special.ndtri((1 + level) / 2))
     (low_p, high_p), (low_q, high_q) = _wilson(p, n_baseline, z), _wilson(q, n_pruned, z)
     low = q - p - math.hypot(q - low_q, high_p - p)
     high = q - p + math.hypot(high_q - q, p - low_p)
     pooled = (p * n_baseline + q * n_pruned) / (n_baseline + n_pruned)
     pooled_error = math.sqrt(pooled * (1 - pooled) * (1 / n_baseline + 1 / n_pruned))
-    p_value = 2 * float(stats.norm.sf(abs(q - p) / pooled_error)) if pooled_error else 1.0
+    p_value = 2 * float(special.ndtr(-abs(q - p) / pooled_error)) if pooled_error else 1.0
     ratio_interval = Interval(math.nan, math.nan, level)
     if p and q:
         spread = math.exp(z * math.sqrt((1 - p) / (n_baseline * p) + (1 - q) / (n_pruned * q)))
@@ -192,11 +192,11 @@ def minimal_detectable_effect(standard_error: float, *, alpha: float = 0.05, pow
     In the unit of ``standard_error``; about 2.8 standard errors by default. NaN for a standard error of zero: nothing
     varied, so nothing is known about what could have been seen.
     """
-    from scipy import stats
+    from scipy import special
 
     if not standard_error > 0:
         return math.nan
-    return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * standard_error
+    return float(special.ndtri(1 - alpha / 2) + special.ndtri(power)) * standard_error
 
 
 Verdict = Literal["not worse", "worse", "undecided"]

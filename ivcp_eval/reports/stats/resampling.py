@@ -1,27 +1,27 @@
 """Paired cluster bootstrap and paired permutation test of a pruned model against its baseline.
 
-Use them through `stats.py`, whose conventions hold here. A mean has a vectorised path; any other aggregate is called
-once per resample.
+Use them through `ivcp_eval.reports.stats`, whose conventions hold here. Every metric is a function of sums over
+samples (`Sums`): a mean of two sums, MME's total of four sums per category. Resamples therefore need only the sums of
+each cluster, and clusters with equal sums are drawn together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Aggregate", "Array", "Interval", "PairedResult", "Sample", "paired_bootstrap"]
+__all__ = ["Array", "Interval", "PairedResult", "Sums", "paired_bootstrap"]
 
 Array = NDArray[np.float64]
 FEW_CLUSTERS = 20
-_CHUNK = 4_000_000  # resampled clusters held in memory at once
+_CHUNK = 4_000_000  # numbers drawn at once
 #: What scores and their means over a few seeds are multiples of; then every permutation can be counted.
 _UNITS = tuple(1 / parts for parts in (1, 2, 3, 6, 10, 30, 100, 300))
 _MOST_STEPS = 2_000_000_000
-_Resampler = Callable[[np.random.Generator, int], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,18 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What an aggregate is computed from; in a resample, clusters drawn twice stand in it twice.
+class Sums:
+    """A metric as a function of sums over samples, so that a resample is scored from the sums of its clusters.
 
     Attributes:
-        scores: (n,) per-sample scores.
-        clusters: (n,) cluster numbers 0..C-1, distinct for two draws of one cluster: group by them, never by an
-            image name of `columns`, which would melt the draws into one.
-        columns: further per-sample arrays (n,), e.g. ``category``.
+        baseline, pruned: (n, K) terms of each sample. A term may concern a group of samples (e.g. all rotations of a
+            question); it then stands at one of them, and the group lies inside one cluster.
+        combine: sums (..., K) of the terms -> metric (...).
     """
 
-    scores: Array
-    clusters: NDArray[np.int64]
-    columns: Mapping[str, NDArray] = field(default_factory=dict)
-
-
-Aggregate = Callable[[Sample], float]
-"""A benchmark's own rule from per-sample scores to its score, e.g. MME's sum of accuracy and accuracy+."""
+    baseline: Array
+    pruned: Array
+    combine: Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -92,9 +87,7 @@ def paired_bootstrap(
     pruned: ArrayLike,
     clusters: Sequence[object] | NDArray | None = None,
     *,
-    aggregate: Aggregate | None = None,
-    columns: Mapping[str, NDArray] | None = None,
-    pruned_columns: Mapping[str, NDArray] | None = None,
+    sums: Sums | None = None,
     scale: float = 1.0,
     resamples: int = 10_000,
     level: float = 0.95,
@@ -108,9 +101,7 @@ def paired_bootstrap(
     Args:
         baseline, pruned: (n,) scores of the same samples in the same order.
         clusters: (n,) hashable cluster names; by default every sample is its own cluster.
-        aggregate: from `Sample` to a score; by default the mean, which has a fast vectorised path.
-        columns: per-sample arrays (n,) for `aggregate`.
-        pruned_columns: those of the pruned model where they differ (its predictions); by default ``columns``.
+        sums: the metric, where it is not the mean of the scores times ``scale``.
         scale: factor on the default mean, e.g. 100 for percent.
         resamples: number of bootstrap resamples, and of permutations where these are drawn.
         level: confidence level.
@@ -122,40 +113,24 @@ def paired_bootstrap(
     names = np.arange(np.size(baseline)) if clusters is None else np.asarray(clusters)
     before, after, ids = _checked(baseline, pruned, names, level)
     n_clusters = int(ids.max()) + 1
-    columns = columns or {}
-    pairs = (Sample(before, ids, columns), Sample(after, ids, pruned_columns or columns))
-    if aggregate is None:
-        rule: Aggregate = lambda sample: scale * float(sample.scores.mean())  # noqa: E731
-        resample, permute = _mean_resamplers(before, after, ids, n_clusters, scale)
-    else:
-        rule = aggregate
-        resample, permute = _general_resamplers(pairs, n_clusters, rule)
-    moves = np.bincount(ids, weights=after - before, minlength=n_clusters).astype(np.float64)
-    exact = _exact_p(moves) if aggregate is None else None
-    of_baseline, of_pruned = rule(pairs[0]), rule(pairs[1])
+    metric = sums or _mean(before, after, scale)
+    totals = np.stack([metric.baseline.sum(axis=0), metric.pruned.sum(axis=0)])
+    of_baseline, of_pruned = (float(value) for value in metric.combine(totals))
     difference = of_pruned - of_baseline
     undefined = Interval(math.nan, math.nan, level)
     notes = []
     if of_baseline == 0:
         notes.append("the baseline score is zero: retained is undefined")
     retained = of_pruned / of_baseline if of_baseline != 0 else math.nan
-    sizes = {"n_samples": before.size, "n_clusters": n_clusters}
+    sizes = before.size, n_clusters
     if n_clusters == 1:
         notes.append("one cluster only: no interval and no test")
         return PairedResult(
-            of_baseline,
-            of_pruned,
-            difference,
-            undefined,
-            retained,
-            undefined,
-            math.nan,
-            math.nan,
-            **sizes,
-            notes=(*notes,),
+            *(of_baseline, of_pruned, difference), undefined, retained, undefined, math.nan, math.nan, *sizes, (*notes,)
         )
     generator = np.random.default_rng(seed)
-    drawn = resample(generator, resamples)
+    kinds = _Kinds.of(metric, ids, n_clusters)
+    drawn = metric.combine(kinds.resampled(generator, resamples))
     differences = drawn[1] - drawn[0]
     difference_interval = _expanded_percentiles(differences, n_clusters, level)
     retained_interval = undefined
@@ -164,12 +139,14 @@ def paired_bootstrap(
         notes.append(f"the baseline score is zero in {zeros} of {resamples} resamples: no interval of retained")
     elif of_baseline != 0:
         retained_interval = _expanded_percentiles(drawn[1] / drawn[0], n_clusters, level)
-    notes += _interval_notes(before, after, n_clusters)
-    if exact is None:
-        swapped = permute(generator, resamples)
+    notes += _interval_notes(metric, n_clusters)
+    moves = np.bincount(ids, weights=after - before, minlength=n_clusters).astype(np.float64)
+    p_value = _exact_p(moves) if sums is None else None
+    if p_value is None:
+        swapped = metric.combine(kinds.permuted(generator, resamples))
         tolerance = 1e-9 * max(1.0, abs(of_baseline), abs(of_pruned))
         as_extreme = int(np.count_nonzero(np.abs(swapped[1] - swapped[0]) >= abs(difference) - tolerance))
-        exact = (1 + as_extreme) / (1 + resamples)
+        p_value = (1 + as_extreme) / (1 + resamples)
     return PairedResult(
         of_baseline,
         of_pruned,
@@ -178,9 +155,9 @@ def paired_bootstrap(
         retained,
         retained_interval,
         float(differences.std(ddof=1)),
-        exact,
-        **sizes,
-        notes=tuple(notes),
+        p_value,
+        *sizes,
+        tuple(notes),
     )
 
 
@@ -224,8 +201,8 @@ def _exact_p(moves: Array) -> float | None:
     return min(1.0, float(chances[np.abs(sums) >= abs(int(steps.sum()))].sum()))
 
 
-def _interval_notes(before: Array, after: Array, n_clusters: int) -> list[str]:
-    if not np.any(before != after):
+def _interval_notes(metric: Sums, n_clusters: int) -> list[str]:
+    if not np.any(metric.baseline != metric.pruned):
         return [
             "no score differs, so the interval has no width; with 95 % confidence fewer than "
             f"{min(1.0, 3 / n_clusters):.2g} of all clusters would differ (rule of three)"
@@ -233,80 +210,62 @@ def _interval_notes(before: Array, after: Array, n_clusters: int) -> list[str]:
     return [f"only {n_clusters} clusters: read the interval with care"] if n_clusters < FEW_CLUSTERS else []
 
 
-def _mean_resamplers(
-    before: Array, after: Array, ids: NDArray[np.int64], n_clusters: int, scale: float
-) -> tuple[_Resampler, _Resampler]:
-    """A mean needs only sums and sizes of clusters, so all resamples are a few array operations."""
-    sums = [np.bincount(ids, weights=scores, minlength=n_clusters) for scores in (before, after)]
-    sizes = np.bincount(ids, minlength=n_clusters).astype(np.float64)
+def _mean(before: Array, after: Array, scale: float) -> Sums:
+    ones = np.ones(before.size)
+    return Sums(
+        np.stack([before, ones], axis=1),
+        np.stack([after, ones], axis=1),
+        lambda totals: scale * totals[..., 0] / totals[..., 1],
+    )
 
-    def resample(generator: np.random.Generator, count: int) -> tuple[Array, Array]:
+
+@dataclass(frozen=True)
+class _Kinds:
+    """Clusters whose sums are equal are of one kind, and only how many of each kind are drawn matters.
+
+    Attributes:
+        sums: (kinds, 2, K) sums of one cluster, of the baseline and of the pruned model.
+        counts: (kinds,) clusters of each kind.
+    """
+
+    sums: Array
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, metric: Sums, ids: NDArray[np.int64], n_clusters: int) -> _Kinds:
+        """``ids``: (n,) cluster 0..C-1 of each sample."""
+        terms = np.concatenate([metric.baseline, metric.pruned], axis=1)
+        sums = np.zeros((n_clusters, terms.shape[1]))
+        np.add.at(sums, ids, terms)
+        # Rounded, so that the order of a cluster's samples does not make two kinds of one.
+        kinds, counts = np.unique(np.round(sums, 10), axis=0, return_counts=True)
+        return cls(kinds.reshape(len(kinds), 2, -1), counts)
+
+    def resampled(self, generator: np.random.Generator, count: int) -> Array:
+        """(2, count, K) sums of resamples with as many clusters as there are."""
+        n_clusters = int(self.counts.sum())
+        draws = (generator.multinomial(n_clusters, self.counts / n_clusters, rows) for rows in self._chunks(count))
+        return np.concatenate([np.tensordot(drawn, self.sums, 1) for drawn in draws]).transpose(1, 0, 2)
+
+    def permuted(self, generator: np.random.Generator, count: int) -> Array:
+        """(2, count, K) sums after the two sides changed places in a random half of the clusters."""
         parts = []
-        for rows in _chunks(count, n_clusters):
-            draws = generator.integers(0, n_clusters, (rows, n_clusters), dtype=np.int32)
-            totals = sizes.take(draws).sum(axis=1)
-            parts.append([scale * values.take(draws).sum(axis=1) / totals for values in sums])
-        return _joined(parts)
+        for rows in self._chunks(count):
+            swapped = generator.binomial(self.counts, 0.5, (rows, self.counts.size))
+            moved = np.tensordot(swapped, self.sums[:, ::-1] - self.sums, 1)
+            parts.append(np.tensordot(self.counts, self.sums, 1) + moved)
+        return np.concatenate(parts).transpose(1, 0, 2)
 
-    def permute(generator: np.random.Generator, count: int) -> tuple[Array, Array]:
-        parts = []
-        for rows in _chunks(count, n_clusters):
-            swap = generator.integers(0, 2, (rows, n_clusters), dtype=np.int8).astype(np.float64)
-            moved = swap @ (sums[1] - sums[0])
-            parts.append([scale * (sums[0].sum() + moved) / sizes.sum(), scale * (sums[1].sum() - moved) / sizes.sum()])
-        return _joined(parts)
-
-    return resample, permute
-
-
-def _general_resamplers(
-    pairs: tuple[Sample, Sample], n_clusters: int, aggregate: Aggregate
-) -> tuple[_Resampler, _Resampler]:
-    """Any aggregate: build every resample and call it."""
-    ids = pairs[0].clusters
-    by_cluster = np.argsort(ids, kind="stable")
-    sizes = np.bincount(ids, minlength=n_clusters)
-    starts = np.cumsum(sizes) - sizes
-
-    def resample(generator: np.random.Generator, count: int) -> tuple[Array, Array]:
-        values = np.empty((2, count))
-        for i in range(count):
-            draw = generator.integers(0, n_clusters, n_clusters)
-            drawn = sizes[draw]
-            new_ids = np.repeat(np.arange(n_clusters), drawn)
-            offsets = np.arange(new_ids.size) - np.repeat(np.cumsum(drawn) - drawn, drawn)
-            rows = by_cluster[np.repeat(starts[draw], drawn) + offsets]
-            for j, pair in enumerate(pairs):
-                taken = {name: column[rows] for name, column in pair.columns.items()}
-                values[j, i] = aggregate(Sample(pair.scores[rows], new_ids, taken))
-        return values[0], values[1]
-
-    def permute(generator: np.random.Generator, count: int) -> tuple[Array, Array]:
-        values = np.empty((2, count))
-        first, second = pairs
-        for i in range(count):
-            swap = generator.integers(0, 2, n_clusters).astype(bool)[ids]
-            for j, (one, other) in enumerate(((first, second), (second, first))):
-                mixed = {name: np.where(swap, other.columns[name], one.columns[name]) for name in one.columns}
-                values[j, i] = aggregate(Sample(np.where(swap, other.scores, one.scores), ids, mixed))
-        return values[0], values[1]
-
-    return resample, permute
-
-
-def _chunks(count: int, n_clusters: int) -> list[int]:
-    rows = max(1, _CHUNK // n_clusters)
-    return [min(rows, count - start) for start in range(0, count, rows)]
-
-
-def _joined(parts: list[list[Array]]) -> tuple[Array, Array]:
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    def _chunks(self, count: int) -> list[int]:
+        rows = max(1, _CHUNK // self.counts.size)
+        return [min(rows, count - start) for start in range(0, count, rows)]
 
 
 def _expanded_percentiles(values: Array, n: int, level: float) -> Interval:
-    from scipy import stats
+    # scipy.special, since importing scipy.stats takes longer than most comparisons.
+    from scipy import special
 
-    quantile = stats.t.ppf((1 + level) / 2, n - 1)
-    tail = float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * quantile))
+    quantile = special.stdtrit(n - 1, (1 + level) / 2)
+    tail = float(special.ndtr(-math.sqrt(n / (n - 1)) * quantile))
     low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(float(low), float(high), level)

@@ -169,16 +169,12 @@ def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
 
 
 def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
-    declared, groups = benchmarks.names(), benchmarks.groups()
-    found: list[str] = []
-    for i, name in enumerate(marked.listed(place, raw, str, "the name of a benchmark or group")):
-        if name in groups:
-            found += groups[name]
-        elif name in declared or vlmeval_bridge.knows(name):
-            found.append(name)
-        else:
-            raise marked.error((*place, i), str(unknown("benchmark or group", name, [*declared, *groups])))
-    return list(dict.fromkeys(found))
+    known = {*benchmarks.names(), *benchmarks.groups()}
+    names = marked.listed(place, raw, str, "the name of a benchmark or group")
+    for i, name in enumerate(names):
+        if name not in known and not vlmeval_bridge.knows(name):
+            raise marked.error((*place, i), str(unknown("benchmark or group", name, known)))
+    return list(benchmarks.expand(names))
 
 
 def _entry(

@@ -43,6 +43,7 @@ def cell_rows(weights: Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> 
         "benchmark": benchmark.name,
         "benchmark_sha256": identity.data,
         "prompt_sha256": identity.prompt,
+        "limit": identity.limit,
         **identity.limits,
         "judge": identity.judge,
         # The other libraries' are in run.json only.

@@ -1,0 +1,142 @@
+"""Reading and writing a CSV file by a schema: whole files only, and errors that name the place.
+
+Through `table.py`, which knows what a row means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.files import as_read, as_shown, atomic_write
+from ivcp_eval.interface.registry import nearest
+from ivcp_eval.reports.schema import Column
+
+__all__ = ["ResultsError", "Row", "check_problems", "checked", "header_of", "known", "read_csv", "write_csv"]
+
+Row = dict[str, Any]
+"""Column name -> value. Missing: ``""`` for text, ``None`` for everything else."""
+
+
+class ResultsError(ValueError):
+    """A results file or row that breaks the schema; the message names the file, the place and what is allowed."""
+
+
+def known(values: Iterable[str], names: Sequence[str], what: str) -> None:
+    """Raise ResultsError, with the nearest name, for a value that is no column."""
+    for name in values:
+        if name not in names:
+            raise ResultsError(f"{what} has no column {name!r}{nearest(name, names)}")
+
+
+def checked(values: Mapping[str, Any], columns: Sequence[Column]) -> Row:
+    """Every column's value as it will be read back. Raises ResultsError for a bad one."""
+    row: Row = {}
+    for column in columns:
+        try:
+            row[column.name] = column.parse(column.cell(values.get(column.name)))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ResultsError(f"column {column.name!r}: {error}") from None
+    return row
+
+
+def write_csv(path: Path, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+    """Write checked rows atomically; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as stream:
+        stream.write(_line([column.name for column in columns]))
+        stream.writelines(_line([_shown(column, row[column.name]) for column in columns]) for row in rows)
+
+
+def read_csv(path: Path, columns: Sequence[Column]) -> list[tuple[int, Row]]:
+    """Rows with their line numbers; late columns that the file lacks are empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ResultsError: no CSV file, unknown or missing columns (all but late ones are needed), or bad values.
+    """
+    rows: list[tuple[int, Row]] = []
+    problems: list[str] = []
+    # utf-8-sig: spreadsheet programs put a byte order mark in front.
+    with path.open(encoding="utf-8-sig", newline="") as stream, _long_cells():
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = next(reader, [])
+            _check_header(path, header, columns)
+            by_name = {column.name: column for column in columns}
+            for cells in reader:
+                if not cells:
+                    continue
+                row, bad = _parsed(header, cells, by_name)
+                problems += [f"line {reader.line_num}: {problem}" for problem in bad]
+                rows.append((reader.line_num, row))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ResultsError(f"{path}, line {reader.line_num}: not a UTF-8 CSV file: {error}") from None
+    check_problems(path, problems)
+    return rows
+
+
+def check_problems(path: Path, problems: Sequence[str]) -> None:
+    """Raise ResultsError with the first ten problems of a file, if it has any."""
+    if problems:
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ResultsError(f"{path} breaks the schema (see results/README.md):\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def header_of(path: Path) -> list[str]:
+    """Column names of a CSV file; an empty list where the first line is none."""
+    with path.open(encoding="utf-8-sig", newline="", errors="replace") as stream:
+        return next(csv.reader([stream.readline()]), [])
+
+
+def _shown(column: Column, value: Any) -> str:
+    cell = column.cell(value)
+    return as_shown(cell) if column.kind == "text" else cell
+
+
+def _line(cells: Sequence[str]) -> str:
+    # The csv module quotes a lone "\r" only if it is part of the line terminator (before Python 3.13).
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """A runaway answer can be longer than the csv module's 128 Ki characters; its limit is global, so put it back."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _check_header(path: Path, header: Sequence[str], columns: Sequence[Column]) -> None:
+    names = [column.name for column in columns]
+    missing = [column.name for column in columns if column.name not in header and not column.late]
+    unknown = [name for name in header if name not in names]
+    if missing:
+        said = "; ".join(f"{name!r}{nearest(name, unknown).removesuffix('.')}" for name in missing)
+        raise ResultsError(f"{path} lacks the column(s) {said}. The schema is in results/README.md.")
+    if unknown:
+        said = "; ".join(f"{name!r}{nearest(name, names).removesuffix('.')}" for name in unknown)
+        raise ResultsError(f"{path} has unknown column(s) {said}. The schema is in results/README.md.")
+    if len(set(header)) != len(header):
+        raise ResultsError(f"{path} names a column twice: {', '.join(header)}")
+
+
+def _parsed(header: Sequence[str], cells: Sequence[str], columns: Mapping[str, Column]) -> tuple[Row, list[str]]:
+    if len(cells) != len(header):
+        return {}, [f"{len(cells)} cells, but the header has {len(header)}"]
+    row: Row = {}
+    problems = []
+    for name, text in zip(header, cells, strict=True):
+        try:
+            row[name] = columns[name].parse(as_read(text) if columns[name].kind == "text" else text)
+        except ValueError as error:
+            problems.append(f"column {name!r}: {error}")
+    return {name: row.get(name, "" if column.kind == "text" else None) for name, column in columns.items()}, problems

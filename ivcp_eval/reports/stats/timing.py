@@ -1,0 +1,109 @@
+"""How much faster or slower a variant is: ratios of times of the same sample, measured side by side in one session.
+
+``timing.json`` lies beside the journal of a cell: ``{"session": ..., "samples": [{"index": ..., "prefill_ms": ...,
+"decode_ms_per_token": ..., "end_to_end_ms": ...}, ...]}``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["STAGES", "TimeRatio", "Timings", "paired_ratio", "read_timings", "time_ratios"]
+
+#: Stage as tables name it -> field of a timed sample, in milliseconds.
+STAGES = {"prefill": "prefill_ms", "decode": "decode_ms_per_token", "end_to_end": "end_to_end_ms"}
+
+
+@dataclass(frozen=True)
+class Timings:
+    """The timed samples of one cell.
+
+    Attributes:
+        session: what ran side by side has the same one. samples: index -> field -> milliseconds; a sample that was
+            timed several times has the geometric mean.
+    """
+
+    session: str
+    samples: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TimeRatio:
+    """Time of the variant / time of the baseline; below 1 is faster.
+
+    Attributes:
+        ratio: geometric mean over samples, NaN if there is none. low, high: its 95 % interval, NaN below two samples.
+        n: samples timed on both sides.
+    """
+
+    ratio: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+
+
+def read_timings(path: Path) -> Timings | None:
+    """The content of a ``timing.json``; None if there is no such file.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        session, logs = str(content["session"]), _logs(content["samples"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no record of times ({type(error).__name__}: {error}); remove it and run again to time anew"
+        ) from None
+    means = {i: {name: math.exp(np.mean(v)) for name, v in fields.items()} for i, fields in logs.items()}
+    return Timings(session, means)
+
+
+def _logs(samples: list[dict[str, float]]) -> dict[str, dict[str, list[float]]]:
+    """Logarithms of the times by index and field; what was not measured (None, 0) is left out."""
+    logs: dict[str, dict[str, list[float]]] = {}
+    for sample in samples:
+        fields = logs.setdefault(str(sample["index"]), {})
+        for name in STAGES.values():
+            if sample.get(name):
+                fields.setdefault(name, []).append(math.log(sample[name]))
+    return logs
+
+
+def time_ratios(baseline: Timings | None, variant: Timings | None) -> dict[str, TimeRatio]:
+    """The ratio of every stage; none of times that were not measured in one session."""
+    if baseline is None or variant is None or baseline.session != variant.session:
+        return {stage: TimeRatio() for stage in STAGES}
+    ratios = {}
+    for stage, name in STAGES.items():
+        before, after = (
+            {index: fields[name] for index, fields in side.samples.items() if name in fields}
+            for side in (baseline, variant)
+        )
+        ratios[stage] = paired_ratio(before, after)
+    return ratios
+
+
+def paired_ratio(baseline: Mapping[str, float], variant: Mapping[str, float], level: float = 0.95) -> TimeRatio:
+    """Geometric mean of variant / baseline over the samples that both have, with Student's interval of its logarithm.
+
+    Args:
+        baseline, variant: index of a sample -> time > 0, in one unit.
+        level: of the interval.
+    """
+    from scipy import special
+
+    logs = np.array([math.log(variant[index] / baseline[index]) for index in baseline if index in variant])
+    if logs.size < 2:
+        return TimeRatio(math.exp(logs[0]) if logs.size else math.nan, n=logs.size)
+    half = special.stdtrit(logs.size - 1, (1 + level) / 2) * logs.std(ddof=1) / math.sqrt(logs.size)
+    mean = logs.mean()
+    return TimeRatio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), logs.size)

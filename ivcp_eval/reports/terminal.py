@@ -1,0 +1,264 @@
+"""The comparison as text: a table that folds to the terminal's width, Markdown, and what must be known to read it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+
+from tabulate import tabulate
+
+from ivcp_eval.reports.comparison import ComparedRow, Comparison
+from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
+
+__all__ = ["LOUD", "footer", "render", "render_markdown"]
+
+LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
+#: Lines of a table into a pipe or file are as long as this at most.
+_WIDTH = 120
+_NARROWEST = 40
+#: These name a row; one that is the same in all rows is said once, above the table.
+_NAMES = ("model", "benchmark", "metric", "variant")
+_GAP = "  "
+
+
+def render(comparison: Comparison, width: int | None = None) -> str:
+    """Table and footer; no line is longer than ``width`` (by default the terminal's, else 120)."""
+    width = max(_NARROWEST, width or shutil.get_terminal_size((_WIDTH, 24)).columns)
+    cells = _table(comparison)
+    same = {name: c[0] for name, c in cells.items() if name in _NAMES and len(set(c)) == 1 and len(comparison.rows) > 1}
+    names = {name: column for name, column in cells.items() if name in _NAMES and name not in same}
+    values = {name: column for name, column in cells.items() if name not in _NAMES}
+    lines = [_title(comparison)]
+    lines += [", ".join(f"{name} {value}" for name, value in same.items())] if same else []
+    wrapped = [line for text in lines for line in _wrapped(text, width, "")]
+    loud = _wrapped(LOUD, width, "") if comparison.meaningless else []
+    blocks = [text for block in _folded(names, values, width) for text in (block, "")]
+    notes = [line for text in footer(comparison) for line in _wrapped(text, width, "  ")]
+    return "\n".join([*wrapped, "", *loud, *([""] if loud else []), *blocks, *notes, *(["", *loud] if loud else [])])
+
+
+def render_markdown(comparison: Comparison) -> str:
+    """One table, however wide, and the footer as a list."""
+    cells = _table(comparison)
+    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
+    loud = [LOUD, ""] if comparison.meaningless else []
+    notes = [f"- {line}" for line in footer(comparison)]
+    return "\n".join([_title(comparison), "", *loud, table, "", *notes, *(["", LOUD] if loud else [])])
+
+
+def _title(comparison: Comparison) -> str:
+    file = "its" if comparison.results == comparison.baseline else f"{comparison.baseline}'s"
+    return f"{comparison.results} against {file} {comparison.against}"
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+
+
+def _folded(names: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[str]], width: int) -> list[str]:
+    """As few tables under each other as fit, each with the names of the rows; no column of values is torn apart."""
+    widest = max((_width(name, column) for name, column in values.items()), default=0)
+    names = _narrowed(names, max(10, width - widest - len(_GAP)))
+    taken = sum(_width(name, column) + len(_GAP) for name, column in names.items())
+    blocks: list[dict[str, Sequence[str]]] = [{}]
+    room = width - taken
+    for name, column in values.items():
+        needed = _width(name, column)
+        if blocks[-1] and needed > room:
+            blocks.append({})
+            room = width - taken
+        blocks[-1][name] = column
+        room -= needed + len(_GAP)
+    # Cells are text already: tabulate must not turn "0.50" into 0.5.
+    return [tabulate({**names, **block}, headers="keys", tablefmt="simple", disable_numparse=True) for block in blocks]
+
+
+def _width(name: str, column: Sequence[str]) -> int:
+    return max(len(line) for cell in (name, *column) for line in cell.split("\n"))
+
+
+def _narrowed(names: Mapping[str, Sequence[str]], width: int) -> dict[str, Sequence[str]]:
+    """Names broken into several lines where they would leave no room for a value; the longest column gives way."""
+    limits = {name: _width(name, column) for name, column in names.items()}
+    while limits and sum(limits.values()) + len(_GAP) * len(limits) > width and max(limits.values()) > 8:
+        limits[max(limits, key=lambda name: limits[name])] -= 1
+    return {
+        "\n".join(textwrap.wrap(name, limits[name])): ["\n".join(textwrap.wrap(c, limits[name])) for c in column]
+        for name, column in names.items()
+    }
+
+
+def _table(comparison: Comparison) -> dict[str, list[str]]:
+    """Column -> its cells; columns in which no row has anything are left out."""
+    rows = comparison.rows
+    makers: dict[str, Callable[[ComparedRow], str]] = {
+        "model": lambda row: row.model,
+        "benchmark": lambda row: row.benchmark,
+        "metric": lambda row: row.metric,
+        "variant": lambda row: row.variant,
+        "baseline": lambda row: f"{row.score_baseline:.{_digits(row)}f}",
+        "pruned": lambda row: f"{row.score_pruned:.{_digits(row)}f}" + ("*" if row.p_holm < 0.05 else ""),
+        "difference [95 %]": _difference,
+        "n": lambda row: "-" if row.n_samples is None else str(row.n_samples),
+        "limit": lambda row: "" if row.limit is None else str(row.limit),
+        "seeds: range": _seeds,
+        "retained %": lambda row: _number(row.retained_percent, 1),
+        "flips": lambda row: f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-",
+        "final": lambda row: _number(row.ratio_kept_final, 2),
+        "layers": lambda row: _number(row.ratio_layer_mean, 2),
+        "KV": lambda row: _number(row.ratio_kv_cache, 2),
+        "FLOPs": lambda row: _number(row.ratio_flops, 2),
+    }
+    cells = {name: [make(row) for row in rows] for name, make in makers.items()}
+    cells |= {f"{stage.replace('_', ' ')} time": [time_cell(row.times[stage]) for row in rows] for stage in STAGES}
+    cells["verdict"] = [row.verdict for row in rows]
+    return {name: column for name, column in cells.items() if any(column) or name in _NAMES}
+
+
+def _digits(row: ComparedRow) -> int:
+    return 3 if row.score_scale <= 1 else 1
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _difference(row: ComparedRow) -> str:
+    digits = _digits(row)
+    interval = f"[{row.difference_low:+.{digits}f}, {row.difference_high:+.{digits}f}]"
+    if math.isnan(row.difference_low):
+        interval = "[none]"
+    return f"{row.difference:+.{digits}f} {interval}" + ("" if row.paired else " unpaired")
+
+
+def _seeds(row: ComparedRow) -> str:
+    digits = _digits(row)
+    spread = f"{row.score_lowest_seed:.{digits}f} to {row.score_highest_seed:.{digits}f}"
+    return "" if row.n_seeds == 1 else f"{row.n_seeds}: {spread}"
+
+
+def time_cell(time: TimeRatio) -> str:
+    """``0.72x [0.70, 0.75]``, with a word where the variant is slower; empty if nothing was timed."""
+    if not time.n:
+        return ""
+    interval = "" if math.isnan(time.low) else f" [{time.low:.2f}, {time.high:.2f}]"
+    return f"{time.ratio:.2f}x{interval}" + (" slower" if time.low > 1 else "")
+
+
+def footer(comparison: Comparison) -> list[str]:
+    """What must be known to read the table, one statement per line."""
+    rows, resamples = comparison.rows, comparison.resamples
+    lines = [*_what_is_paired(rows, resamples), *_corrections(rows, resamples), *_noise(rows)]
+    lines += [
+        "Flips: answers that turned right -> wrong / wrong -> right (where answers are graded: score fell / rose).",
+        "Cost, measured: share of the prompt's visual tokens alive after the last cut (final), mean over the prefill's "
+        "layers, in the KV cache; of the prefill's FLOPs in the decoder.",
+    ]
+    if comparison.margin is not None:
+        lines.append(f"Verdict: not worse means a loss below {comparison.margin:g} % of the scale, one-sided 2.5 %.")
+    if any(row.n_seeds > 1 for row in rows):
+        lines.append("Seeds: number, lowest and highest score; score, difference and interval are of their mean.")
+    lines += _speed(rows)
+    lines += _mean_retained(rows)
+    lines += [f"FORCED although settings differ: {line}" for line in comparison.forced]
+    lines += _grouped_notes(rows)
+    lines += [f"Not compared: {line}" for line in comparison.left_out]
+    return lines
+
+
+def _what_is_paired(rows: Sequence[ComparedRow], resamples: int) -> list[str]:
+    paired = sum(row.paired for row in rows)
+    lines = []
+    if paired:
+        lines.append(
+            f"Paired: {paired} of {len(rows)} rows, sample by sample; 95 % intervals from {resamples} bootstrap "
+            "resamples of clusters (samples that share an image or a question)."
+        )
+    if paired < len(rows):
+        lines.append(
+            f"Unpaired: {len(rows) - paired} of {len(rows)} rows. Their intervals come from totals and are much wider: "
+            "they cannot know which samples both models got right, and take samples as independent."
+        )
+    return lines
+
+
+def _corrections(rows: Sequence[ComparedRow], permutations: int) -> list[str]:
+    tests = sum(not math.isnan(row.p_value) for row in rows)
+    if not tests:
+        return ["No row could be tested."]
+    kinds = ", ".join(sorted({row.test for row in rows if row.test}))
+    marked = sum(row.p_holm < 0.05 for row in rows)
+    coarse = sum(tests / (1 + permutations) >= 0.05 and row.p_value == 1 / (1 + permutations) for row in rows)
+    advice = (
+        f" {coarse} rows differ more than in any of {permutations} random permutations, which are too few for {tests} "
+        f"tests to show it; compare fewer rows at a time, or pass --resamples {math.ceil(40 * tests / 1e4) * 10_000}."
+    )
+    return [
+        f"* differs from the baseline at 5 % after Holm's correction over {tests} tests ({kinds}): {marked} of "
+        f"{len(rows)} rows. Intervals are not corrected. The CSV has Benjamini-Hochberg's values too."
+        + advice
+        * bool(coarse)
+    ]
+
+
+def _noise(rows: Sequence[ComparedRow]) -> list[str]:
+    """In percent of each scale, so that benchmarks of different scales can be named together."""
+    shares = [100 * row.minimal_detectable_effect / row.score_scale for row in rows]
+    shares = [share for share in shares if not math.isnan(share)]
+    if not shares:
+        return []
+    span = " to ".join(dict.fromkeys(f"{share:.2g}" for share in (min(shares), max(shares))))
+    return [
+        f"Noise: a true difference below {span} % of the scale would have been missed more often than in one run of "
+        "five (80 % power). Intervals cover the choice of samples; not the judge's, the clock's or sampling's noise."
+    ]
+
+
+def _speed(rows: Sequence[ComparedRow]) -> list[str]:
+    """Whose times were measured, and who is slower than the baseline."""
+    timed = [row for row in rows if any(time.n for time in row.times.values())]
+    if not timed:
+        return []
+    counts = sorted({time.n for row in timed for time in row.times.values() if time.n})
+    n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    slower = [
+        f"{row.model} {row.benchmark} {row.variant}, {stage.replace('_', ' ')}: {time_cell(time)}"
+        for row in timed
+        for stage, time in row.times.items()
+        if time.low > 1
+    ]
+    lines = [
+        f"Times: of the variant over those of the baseline for the same sample in one session, {n} samples; geometric "
+        "mean and 95 % interval, below 1 is faster. Decode is per token; end to end from the picture to the last token."
+    ]
+    return lines + [f"Slower than the baseline: {line}" for line in dict.fromkeys(slower)]
+
+
+def _mean_retained(rows: Sequence[ComparedRow]) -> list[str]:
+    """The papers' headline number: mean over benchmarks (the first metric of each) of the share retained."""
+    groups: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.variant), {}).setdefault(row.benchmark, row.retained_percent)
+    lines = []
+    for (model, variant), by_benchmark in groups.items():
+        values = [value for value in by_benchmark.values() if not math.isnan(value)]
+        if len(values) > 1:
+            mean = sum(values) / len(values)
+            lines.append(f"Mean retained, {model} {variant}: {mean:.1f} % over {len(values)} benchmarks.")
+    return lines
+
+
+def _grouped_notes(rows: Sequence[ComparedRow]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            if not note.startswith("differs, forced"):
+                groups.setdefault(note, []).append(row.where)
+    lines = []
+    for note, places in groups.items():
+        where = "all rows" if len(places) == len(rows) > 1 else "; ".join(places[:3])
+        more = f"; and {len(places) - 3} more" if len(places) > 3 and where != "all rows" else ""
+        lines.append(f"{where}{more}: {note}")
+    return lines

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.estimate:
         return _estimate(args)
     runs = args.runs or RUNS
-    raw = _raw(args)
-    name = f"{args.model}-{_digest(raw, args)}"
+    name = f"{args.model}-{_digest(args)}"
     finished = known(eval_state(runs, name))
     if finished is not None:
         if not args.quiet:
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         return _print_table(finished)
     from ivcp_eval.runs.planning.spec import check
 
-    return _evaluate(check(raw, name), runs, args)
+    return _evaluate(check(_raw(args), name), runs, args)
 
 
 def _raw(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,9 +90,11 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _digest(raw: Mapping[str, Any], args: argparse.Namespace) -> str:
-    asked = {**raw, "output": str(args.output), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+def _digest(args: argparse.Namespace) -> str:
+    """Equal for equal requests; nothing is looked up for it."""
+    asked = {**vars(args), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's name)
+    told = {key: value for key, value in asked.items() if key not in ("quiet", "every", "estimate")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
@@ -161,6 +162,7 @@ def _without_model(problems: list[str]) -> list[str]:
 def _inputs(plan: RunPlan) -> Iterator[Path]:
     from ivcp_eval.runs.planning.data import path_of
 
+    yield DATASETS  # a file more or less
     for model, benchmark, cell in plan.cells():
         yield from (path for path in model.weights.source.iterdir() if path.is_file())
         yield path_of(benchmark)

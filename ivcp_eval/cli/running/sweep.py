@@ -142,7 +142,7 @@ def _plan(plan: RunPlan) -> int:
     say(f"\ntime limit of an answer: {'none but its length' if limit is None else f'{limit:g} s'}")
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
     say(
-        f"{wanted} cells, {here} of them possible here, {sum(line.finished for line in found)} finished\n"
+        f"{wanted} cells, {here} of them possible here, {sum(line.scored - line.broken for line in found)} finished\n"
         f"GPU hours (rough; constants in ivcp_eval/runs/progress/status.py): {cost.gpu_hours:.1f}\n"
         f"judge calls: {cost.judge_calls:,} ({dollars}), "
         f"and where rules cannot read one of {cost.judge_fallbacks:,} answers\n"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ivcp_eval.runs.planning import data
-from ivcp_eval.runs.planning.plan import RunPlan, Unit
+from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.planning.uncounted import uncounted_lines
-from ivcp_eval.runs.store.lease import held
-from ivcp_eval.runs.store.state import lease, mark
+from ivcp_eval.runs.progress.watch import Tally, Watch
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together
@@ -22,75 +20,21 @@ ASSUMED_BYTES = 16e9  # of weights that are not here: 8 billion parameters
 JUDGE_TOKENS = (700, 60)  # in and out, per judged answer
 
 
-@dataclass
-class Line:
-    """One benchmark of one model."""
-
-    model: str
-    benchmark: str
-    cells: int = 0
-    finished: int = 0
-    units: int = 0
-    answered: int = 0
-    running: int = 0
-    samples: int = 0
-    left: int = 0
-    failed: int = 0
-    agree: int = 0
-    compared: int = 0
-    seconds: float = 0.0
-    timed: int = 0
-    reasons: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+def lines(plan: RunPlan) -> list[Tally]:
+    """The state of every benchmark of every model: one observation of `watch`."""
+    return list(Watch(plan).tallies.values())
 
 
-def lines(plan: RunPlan) -> list[Line]:
-    """The state of every benchmark of every model."""
-    found: dict[tuple[str, str], Line] = {}
-    for _, benchmark, cell in plan.cells():
-        line = found.setdefault(
-            (cell.identity.variant.model, benchmark.name), Line(cell.identity.variant.model, benchmark.name)
-        )
-        line.cells += 1
-        if (record := cell.noted()) is None:
-            continue
-        line.finished += record["status"] in ("ok", "skipped")
-        if record["status"] != "ok":
-            told = line.skipped if record["status"] == "skipped" else line.reasons
-            told.append(f"{cell.identity.variant.name}: {record['reason']}")
-    for unit in plan.units():
-        _count(plan, unit, found[unit.model, unit.benchmark.name])
-    return list(found.values())
-
-
-def _count(plan: RunPlan, unit: Unit, line: Line) -> None:
-    n = unit.stop - unit.start
-    line.units += 1
-    line.samples += n
-    path = mark(plan, unit)
-    if path.is_file():
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        line.answered += 1
-        line.failed += noted["failed"]
-        line.agree, line.compared = line.agree + noted.get("agree", 0), line.compared + noted.get("compared", 0)
-        line.seconds, line.timed = line.seconds + noted["seconds"], line.timed + noted["answered"]
-    elif not unit.pending:
-        line.answered += 1
-    else:
-        line.left += n
-        line.running += held(lease(plan, unit.name))
-
-
-def eta_hours(found: list[Line]) -> float | None:
+def eta_hours(found: list[Tally]) -> float | None:
     """Hours until the last answer at the speed and with the workers of now; None before anything was timed."""
     timed = sum(line.timed for line in found)
     if not timed:
         return None
     seconds = sum(line.seconds for line in found) / timed * sum(line.left for line in found)
-    return seconds / max(1, sum(line.running for line in found)) / 3600
+    return seconds / max(1, sum(line.working for line in found)) / 3600
 
 
-def agreement(found: list[Line]) -> str:
+def agreement(found: list[Tally]) -> str:
     """How many answers made together in half precision equal those made alone; empty where none were compared."""
     compared = sum(line.compared for line in found)
     agree = sum(line.agree for line in found)
@@ -102,7 +46,7 @@ def uncounted(plan: RunPlan) -> list[str]:
     return uncounted_lines(cell for _, _, cell in plan.cells())
 
 
-def table(found: list[Line]) -> str:
+def table(found: list[Tally]) -> str:
     """For the terminal."""
     from tabulate import tabulate
 
@@ -111,9 +55,9 @@ def table(found: list[Line]) -> str:
         (
             li.model,
             li.benchmark,
-            f"{li.finished}/{li.cells}",
-            f"{li.answered}/{li.units}",
-            li.running,
+            f"{li.scored - li.broken}/{li.cells}",
+            f"{li.units_done}/{li.units}",
+            li.working,
             li.left,
             li.failed,
         )

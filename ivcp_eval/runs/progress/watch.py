@@ -29,6 +29,10 @@ class Tally:
         cells, scored, broken: variants; ``broken`` are scored ones that are not whole.
         working: units that a live worker holds.
         visual_tokens, visual_kept: of the pruned answers seen so far, so that big pictures weigh as they cost.
+        units, units_done: ranges of samples that one worker takes at a time.
+        agree, compared: answers made together in half precision, of which one of every unit is made alone too.
+        seconds, timed: that the finished units took, and the samples that were answered in them.
+        reasons, skipped: why cells are not whole, and why their model cannot run others.
     """
 
     model: str = ""
@@ -42,6 +46,19 @@ class Tally:
     working: int = 0
     visual_tokens: int = 0
     visual_kept: int = 0
+    units: int = 0
+    units_done: int = 0
+    agree: int = 0
+    compared: int = 0
+    seconds: float = 0.0
+    timed: int = 0
+    reasons: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """Samples that are not answered yet."""
+        return self.samples - self.answered
 
     @property
     def kept(self) -> float | None:
@@ -135,7 +152,11 @@ class Watch:
         for unit in self.plan.units():
             followed = _Followed(unit, _tails(unit), done=not unit.pending)
             self._units.append(followed)
-            self._of(followed).samples += followed.size
+            tally = self._of(followed)
+            tally.samples += followed.size
+            tally.units += 1
+            if followed.done:  # whole before, by this run or another
+                self._take_mark(followed, tally)
         self._recount = set(self.tallies)
         self.look()
         self._fresh = 0  # what was there before is no speed
@@ -167,8 +188,8 @@ class Watch:
     @property
     def total(self) -> Tally:
         """The sum over all benchmarks."""
-        names = [name for name in vars(Tally()) if name not in ("model", "benchmark")]
-        return Tally(**{name: sum(getattr(tally, name) for tally in self.tallies.values()) for name in names})
+        numbers = [name for name, value in vars(Tally()).items() if isinstance(value, int | float)]
+        return Tally(**{name: sum(getattr(tally, name) for tally in self.tallies.values()) for name in numbers})
 
     @property
     def rate(self) -> float:
@@ -189,6 +210,7 @@ class Watch:
         unit, tally = followed.unit, self._of(followed)
         if followed.marked and unit.name not in done:  # open again: --retry-failed
             followed.done, followed.marked, followed.seen, followed.tails = False, False, False, _tails(unit)
+            tally.units_done -= 1
             self._recount.add((unit.model, unit.benchmark.name))
         working = unit.name in leased and held(lease(self.plan, unit.name))
         tally.working += working
@@ -203,15 +225,24 @@ class Watch:
             self._add(followed, answered - followed.answered)
         followed.seen, followed.answered = True, answered
         if finished:
-            noted = json.loads(mark(self.plan, unit).read_text(encoding="utf-8"))
+            noted = self._take_mark(followed, tally)
             self._add(followed, min(noted["answered"], followed.size) - followed.fresh)
-            followed.done, followed.marked, followed.answered, followed.failed = (
-                True,
-                True,
-                followed.size,
-                noted["failed"],
-            )
+            followed.done, followed.marked, followed.answered = True, True, followed.size
             followed.tails = []
+
+    def _take_mark(self, followed: _Followed, tally: Tally) -> dict[str, Any]:
+        """Count a unit that is done, by what its worker noted."""
+        path = mark(self.plan, followed.unit)
+        noted: dict[str, Any] = {"answered": 0, "failed": 0, "seconds": 0.0}
+        if path.is_file():
+            noted |= json.loads(path.read_text(encoding="utf-8"))
+        tally.units_done += 1
+        tally.agree += noted.get("agree", 0)
+        tally.compared += noted.get("compared", 0)
+        tally.seconds += noted["seconds"]
+        tally.timed += noted["answered"]
+        followed.failed = noted["failed"]
+        return noted
 
     def _add(self, followed: _Followed, n: int) -> None:
         followed.fresh += max(0, n)
@@ -223,9 +254,14 @@ class Watch:
             open_ = tally.answered < tally.samples or tally.scored == tally.cells
             if open_ and key not in self._recount:
                 continue
-            noted = [record for cell in self.plan.models[key[0]].groups[key[1]][1] if (record := cell.noted())]
-            tally.scored = len(noted)
-            tally.broken = sum(record["status"] not in ("ok", "skipped") for record in noted)
+            tally.scored, tally.reasons, tally.skipped = 0, [], []
+            for cell in self.plan.models[key[0]].groups[key[1]][1]:
+                record = cell.noted()
+                tally.scored += record is not None
+                if record is not None and record["status"] != "ok":
+                    reasons = tally.skipped if record["status"] == "skipped" else tally.reasons
+                    reasons.append(f"{cell.identity.variant.name}: {record['reason']}")
+            tally.broken = len(tally.reasons)
         self._recount.clear()
 
 

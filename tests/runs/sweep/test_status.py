@@ -31,8 +31,8 @@ def test_running_done_failed_and_the_time_left(bench: Bench, capsys: pytest.Capt
         for unit in units[1:3]:
             assert stack.enter_context(claim(lease(plan, unit.name)))
         (line, other) = status.lines(plan)
-        assert (line.cells, line.finished, line.units, line.answered, line.failed) == (5, 0, 2, 1, 1)
-        assert (line.samples, line.left, line.running + other.running) == (5, 2, 2)
+        assert (line.cells, line.scored, line.units, line.units_done, line.failed) == (5, 0, 2, 1, 1)
+        assert (line.samples, line.left, line.working + other.working) == (5, 2, 2)
         assert status.eta_hours([line, other]) == pytest.approx(7 * 20 / 2 / 3600), "seven samples, two workers"
         assert bench.call("status") == 1, "a sample failed"
         assert "7 samples left, about 70 s" in capsys.readouterr().out

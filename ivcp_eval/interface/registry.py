@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -37,7 +36,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 def module_names(package: str) -> tuple[str, ...]:
     """Public module names of a package, sorted, without importing any of them."""
     folder = Path(str(import_module(package).__file__)).parent
-    return _module_names(folder, tuple(os.listdir(folder)))
+    return _module_names(folder, tuple(sorted(path.name for path in folder.iterdir())))
 
 
 @cache

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +16,17 @@ from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.engine.cost.predicted import described
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.variants import PROMPT
-from ivcp_eval.reports.table import write_results, write_samples
+from ivcp_eval.reports.table import write_results
+from ivcp_eval.runs.answering.prompts import Prompts
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.request import Plan, Request, judges_for, make_plan
 from ivcp_eval.runs.records.record import cell_rows, record_of
+from ivcp_eval.runs.records.scoring import score_answers
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.vlmeval_bridge.judge import Judge
 
 if TYPE_CHECKING:
-    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
+    from ivcp_eval.runs.answering.session import Session
 
 
 @dataclass
@@ -93,7 +92,6 @@ def _run_pending(
 
     register()
     from ivcp_eval.runs.answering.session import timed_load
-    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
     session, seconds = timed_load(plan.weights, plan.placement, plan.limits, request.trust_remote_code, request.timeout)
     place = plan.placement
@@ -103,60 +101,28 @@ def _run_pending(
     judges = judges_for(request, pending)
     for number, (benchmark, cell) in enumerate(pending, 1):
         say(f"[{number}/{len(pending)}] {cell.identity.variant.name} on {benchmark.name}")
-        answers = partial(PrunedVLM, session, cell.identity.variant)
-        record = run_cell(request, answers, benchmark, cell, judges.get(cell.identity.judge))
+        record = _run_cell(request, session, benchmark, cell, judges.get(cell.identity.judge))
         if record["status"] == "ok":
             outcome.computed += 1
         else:
             outcome.problems.append(f"{cell.identity.variant.name} on {benchmark.name}: {record['reason']}")
 
 
-def run_cell(
-    request: Request,
-    answers: Callable[[Journal], PrunedVLM],
-    benchmark: Benchmark,
-    cell: Cell,
-    judge: Judge | None,
+def _run_cell(
+    request: Request, session: Session, benchmark: Benchmark, cell: Cell, judge: Judge | None
 ) -> dict[str, Any]:
-    """Answer what the cell's journal lacks, score, and write the cell's files; returns the content of ``run.json``.
-
-    Args:
-        answers: makes the model that VLMEvalKit asks, from the open journal.
-    """
+    """Answer what the cell's journal lacks, score, and write the cell's files; returns the content of ``run.json``."""
+    from ivcp_eval.runs.answering.live import live_model
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
-    from ivcp_eval.vlmeval_bridge.judge import JudgeError
-    from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
+    from ivcp_eval.vlmeval_bridge.model import Prompting
 
     dataset = bridge.build(benchmark, request.limit)
     with Journal(cell.journal).open() as journal:
-        model = answers(journal)
-        prompts = bridge.prompts(dataset, model)
-        work = cell.folder / "vlmeval"
-        for index, why in prompts.broken.items():  # without a prompt there is no key but the row
-            if journal.records.get(f"row {index}", {}).get("error") != why["error"]:
-                journal.append({"key": f"row {index}", **why})
-        predictions = bridge.infer(dataset, model, work, prompts.broken)
-        problem = bridge.data_problem(benchmark)
-        try:
-            scored = bridge.score(benchmark, dataset, predictions, judge)
-        except (JudgeError, ScoreMissing) as error:
-            scored, problem = bridge.Scored({}, {}), f"no score: {error}"
-        samples = bridge.sample_rows(benchmark, dataset, prompts, journal, scored)
-        failed = [row for row in samples if row["error"]]
-        if failed and not problem:
-            kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()
-            counted = ", ".join(f"{kind} {n}" for kind, n in kinds)
-            example = f"{failed[0]['index']}: {failed[0]['error']}"
-            problem = f"{len(failed)} of {len(samples)} samples failed ({counted}), e.g. {example}"
-        if not request.timing:
-            samples = [{**row, "prefill_ms": None, "decode_ms": None} for row in samples]
-        write_samples(cell.predictions, samples)
-        used = [journal.records[row["prompt_sha256"]] for row in samples if not row["error"]]
-        record = {**record_of(cell, scored, samples, used, problem, request.timing), "timeout_s": request.timeout}
-        write_json(cell.record, record)
-    if record["status"] == "ok":
-        shutil.rmtree(work)
-    return record
+        prompts = Prompts.of(bridge.messages(dataset, Prompting(session.adapter)))
+        prompts.note(cell, 0, len(dataset.data))
+        model = live_model(session, cell.identity.variant, journal)
+        bridge.infer(dataset, model, cell.folder / "vlmeval", prompts.broken)
+        return score_answers(request, session.adapter, benchmark, cell, journal, dataset, judge)
 
 
 def record_failure(cell: Cell, error: ValueError, timing: bool) -> None:

@@ -165,7 +165,7 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
             key, records = sample
             for cell, journal, before, record in zip(cells, journals, known, records, strict=True):
                 if record is not None and record is not before.get(key) and cell.lacks(before.get(key)):
-                    journal.append({**record, "key": key})
+                    journal.append(key, record)
                     before[key] = record
 
         try:
@@ -175,7 +175,7 @@ def _answer(plan: SweepPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Repor
                     continue
                 keep((key, records))
                 answered += 1
-                failed += any(before[key]["error"] for before in known)
+                failed += any(before[key].error for before in known)
                 if stop.requested:
                     break
         except DeviceLost as lost:

@@ -11,7 +11,8 @@ from ivcp_eval.cli import main
 from ivcp_eval.cli.setup.check_model import check_model
 from ivcp_eval.interface import models
 from ivcp_eval.lab.tiny.processor import build_random
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.placement import Limits, Placement
+from ivcp_eval.runs.answering.session import Session
 
 
 @pytest.fixture(scope="module")

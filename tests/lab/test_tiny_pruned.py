@@ -9,7 +9,8 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.evaluate import is_right, read_benchmark
 from ivcp_eval.reports.table import read_results
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.placement import Limits, Placement
+from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.cells import ROOT
 
 #: Questions of each benchmark, and how far such a slice may stray from the recorded accuracy (percent).
@@ -38,7 +39,7 @@ def test_a_slice_stays_in_the_recorded_band(benchmark: str) -> None:
     for question in questions:
         parts = [{"image": question.image}, {"text": tasks.build_prompt(question.sample)}]
         for i, answer in enumerate(session.answer_all(parts, variants)):
-            hits[i] += is_right(question.sample, answer["raw"])
+            hits[i] += is_right(question.sample, answer.prediction)
     for variant, right in zip(variants, hits, strict=True):
         assert 100 * right / SLICE == pytest.approx(_recorded(benchmark, variant), abs=BAND), variant
     assert hits[0] > hits[2], "pruning to a quarter costs this model many points; if it costs none, nothing was pruned"

@@ -27,7 +27,8 @@ from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.lab.tiny.processor import build_processor
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.placement import Limits, Placement
+from ivcp_eval.runs.answering.session import Session
 from model_adapters._shrink import shrink, shrunk_grid, shrunk_to_count
 from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor
 from tests.engine import tiny_models
@@ -185,7 +186,7 @@ def test_a_session_notes_images_that_stay_dear(monkeypatch: pytest.MonkeyPatch) 
     variant = Variant("tiny", "downsample", 0.5)
     parts = [{"image": Image.new("RGB", (112, 112))}, {"image": Image.new("RGB", (140, 84))}, {"text": "what is it?"}]
     answer = session.answer(parts, variant)
-    assert (answer["visual_tokens"], answer["visual_kept"], answer["dear"]) == (16 + 15, 8 + 8, False)
+    assert (answer.visual_tokens, answer.visual_kept, answer.dear) == (16 + 15, 8 + 8, False)
     monkeypatch.setattr(type(session.adapter), "shrunk_size", lambda _self, _processor, size, _share: size)
     answer = session.answer(parts, variant)
-    assert (answer["visual_tokens"], answer["visual_kept"], answer["dear"]) == (31, 31, True)
+    assert (answer.visual_tokens, answer.visual_kept, answer.dear) == (31, 31, True)

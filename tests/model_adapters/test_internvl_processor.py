@@ -14,7 +14,8 @@ import ivcp_eval
 from ivcp_eval.interface.models import locate
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.placement import Limits, Placement
+from ivcp_eval.runs.answering.session import Session
 from model_adapters._internvl_processor import read_sentencepiece
 from model_adapters.internvl import SYSTEM, conversation
 from tests.model_adapters import published_layout
@@ -152,4 +153,4 @@ def test_a_session_answers_with_the_official_preset(preset: str, tmp_path: Path)
     )
     variant = Variant("internvl25_1b", "ivc_prune", 0.5, {"preset": preset, "layer": 1})
     answer = session.answer([{"image": Image.new("RGB", (60, 30))}, {"text": "cat"}], variant)
-    assert (answer["visual_tokens"], answer["visual_kept"], answer["new_tokens"]) == (12, 6, 3)
+    assert (answer.visual_tokens, answer.visual_kept, answer.new_tokens) == (12, 6, 3)

@@ -14,7 +14,8 @@ from torch import Tensor
 from ivcp_eval.engine import prune
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals, models
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.placement import Limits, Placement
+from ivcp_eval.runs.answering.session import Session
 
 QUESTION = "What colour is the large shape in the picture?"
 
@@ -169,6 +170,6 @@ def run(args: argparse.Namespace) -> int:
     parts = [{"image": picture()}, {"text": QUESTION}]
     for variant in (Variant(args.model), Variant(args.model, "ivc_prune", args.ratio)):
         answer = session.answer(parts, variant)
-        say(f"{variant.name} ({answer['visual_kept']} of {answer['visual_tokens']} visual tokens): {answer['raw']!r}")
+        say(f"{variant.name} ({answer.visual_kept} of {answer.visual_tokens} visual tokens): {answer.prediction!r}")
     say("every check passed" if not failures else f"{len(failures)} checks failed; do not trust numbers of this model")
     return 1 if failures else 0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +19,30 @@ from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import deadline, steps
 from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.placement import Limits, Placement
+from ivcp_eval.runs.answering.timing import Times
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
+Parts = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where and how a model runs. `resolve` fills what was left to be found."""
+class _Generated:
+    """New tokens and what they were made from.
 
-    device: str = ""
-    dtype: str = ""
-    attention: str = ""
+    Attributes:
+        whole: the conversation before its pictures were made smaller; None if they were not. share: of their tokens.
+    """
 
-    def resolve(self, here: bool = True) -> Placement:
-        """CUDA with bfloat16 (and FlashAttention-2 if it is installed) where there is a GPU, else CPU and float32.
-
-        Args:
-            here: the model will run on this machine; False finds what a machine that has the device would, in an
-                environment like this one's (a cluster's login node, a scoring job without a GPU).
-
-        Raises:
-            ValueError: a device or dtype that torch does not know or have.
-        """
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if here and device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
-        dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-        flash = device != "cpu" and _has_flash_attention(here)
-        attention = self.attention or ("flash_attention_2" if flash else "sdpa")
-        return Placement(device, dtype, attention)
-
-
-def _has_flash_attention(here: bool) -> bool:
-    if not here:
-        return find_spec("flash_attn") is not None  # transformers also asks for a GPU
-    from transformers.utils import is_flash_attn_2_available
-
-    return bool(is_flash_attn_2_available())
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Pixel limits and answer length of a run."""
-
-    min_pixels: int | None
-    max_pixels: int | None
-    max_new_tokens: int
-
-    @classmethod
-    def published(cls, weights: Weights) -> Limits:
-        """Those of the family's published evaluation, or of the checkpoint where it has its own."""
-        wired = adapter(weights.family)
-        longest = weights.checkpoint.max_new_tokens or int(wired.generation["max_new_tokens"])
-        return cls(wired.min_pixels, wired.max_pixels, longest)
+    new: torch.Tensor
+    run: Run
+    inputs: Mapping[str, Any]
+    whole: list[Mapping[str, Any]] | None
+    share: float
 
 
 class Session:
@@ -108,9 +73,10 @@ class Session:
             max_pixels=limits.max_pixels,
             trust_remote_code=trust_remote_code,
         )
-        device = next(self.model.parameters()).device
-        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._shape = DecoderShape.of(self.adapter.text_model(self.model).config)
+        self._device = next(self.model.parameters()).device
+        cuda = self._device.type == "cuda"
+        self.device_name = torch.cuda.get_device_name(self._device) if cuda else self._device.type
+        self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
 
     def check(self, variant: Variant) -> None:
@@ -123,52 +89,57 @@ class Session:
         with self._pruned(variant):
             pass
 
-    def answer(self, parts: Sequence[Mapping[str, Any]], variant: Variant, grounding: bool = False) -> dict[str, Any]:
+    def answer(self, parts: Parts, variant: Variant, grounding: bool = False) -> Answer:
         """Answer one conversation greedily.
 
         Args:
             parts: ``{"image": PIL.Image or path}`` and ``{"text": str}`` in order.
-            grounding: turn the answer into a canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or
-                "no box" where the answer holds none in the family's declared format.
-
-        Returns:
-            prediction, raw (the text as generated), new_tokens, visual_tokens, visual_kept, layer_mean_ratio,
-            kv_ratio, flops_ratio, vision_ms, prefill_ms, decode_ms (per new token after the first); dear (of a
-            smaller picture: whether it still costs more than asked).
+            grounding: also find the canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or "no box"
+                where the answer holds none in the family's declared format.
 
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
+        made = self._generate(parts, variant)
+        if made.whole is None:
+            return self._answer(made.new, made.run, made.inputs, grounding)
+        whole = self._visual_tokens(self._encoded(made.whole)[0])
+        answer = self._answer(made.new, made.run, made.inputs, grounding, whole=whole)
+        # Each image may round up to one token more.
+        allowed = made.share * whole + sum("image" in part for part in parts)
+        return replace(answer, dear=made.run.visual_kept[0] > allowed)
+
+    def time(self, parts: Parts, variant: Variant) -> Times:
+        """Answer one conversation under the clock; raises as `answer`."""
+        with clock.phases(self.model, self.adapter) as phases:
+            total = clock.timed(lambda: self._generate(parts, variant), self._device)
+        return Times(
+            vision_ms=_round(phases.vision_ms),
+            prefill_ms=round(phases.prefill_ms, 4),
+            decode_ms=_round(phases.decode_ms_per_token),
+            total_ms=round(total, 4),
+        )
+
+    def _generate(self, parts: Parts, variant: Variant) -> _Generated:
         with self._time(1) as check:
             conversation, whole = _decoded(parts), None
             share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
             if share is not None:
-                whole = self._visual_tokens(self._encoded(conversation)[0])
+                whole = conversation
                 conversation = [
                     {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
                     for part in conversation
                 ]
             inputs, tensors = self._encoded(conversation)
             check()
-            with (
-                torch.inference_mode(),
-                self._pruned(variant, self.adapter.layout(self.processor, [conversation])) as run,
-                clock.phases(self.model, self.adapter) as phases,
-            ):
+            layout = self.adapter.layout(self.processor, [conversation])
+            with torch.inference_mode(), self._pruned(variant, layout) as run:
                 out = self.model.generate(**tensors, **self._options)
-        new = out[0, tensors["input_ids"].shape[1] :]
-        record = self._record(new, run, inputs, grounding, phases, whole)
-        if share is not None and whole is not None:  # each image may round up to one token more
-            record["dear"] = record["visual_kept"] > share * whole + sum("image" in part for part in conversation)
-        return record
+        return _Generated(out[0, tensors["input_ids"].shape[1] :], run, inputs, whole, share or 1.0)
 
     def answer_all(
-        self,
-        parts: Sequence[Mapping[str, Any]],
-        variants: Sequence[Variant],
-        grounding: bool = False,
-        exact: bool = False,
-    ) -> list[dict[str, Any]]:
+        self, parts: Parts, variants: Sequence[Variant], grounding: bool = False, exact: bool = False
+    ) -> list[Answer]:
         """Answer one conversation under every variant, sharing what they share (`engine.fork`).
 
         The picture is decoded, preprocessed and encoded once; variants that change the picture run on their own.
@@ -177,7 +148,7 @@ class Session:
             parts, grounding: as for `answer`. exact: one variant after the other, for half precision.
 
         Returns:
-            Per variant what `answer` returns; the times are None, since no variant has any of its own.
+            Per variant what `answer` returns.
 
         Raises:
             AnswerTimeout: an answer that ran on its own, or all others together, took longer than allowed.
@@ -185,8 +156,8 @@ class Session:
         return self._together([parts], variants, grounding, exact)[0]
 
     def answer_batch(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], variants: Sequence[Variant], grounding: bool = False
-    ) -> list[list[dict[str, Any]]]:
+        self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool = False
+    ) -> list[list[Answer]]:
         """`answer_all` of several conversations at once, padded to the longest; they should be about equally long.
 
         Returns:
@@ -197,13 +168,13 @@ class Session:
         """
         return self._together(conversations, variants, grounding, False)
 
+    def prompt_tokens(self, parts: Parts) -> int:
+        """Length of the unpruned prompt of a conversation. Raises OSError if a picture cannot be decoded."""
+        return int(self._encoded(_decoded(parts))[0]["input_ids"].shape[1])
+
     def _together(
-        self,
-        conversations: Sequence[Sequence[Mapping[str, Any]]],
-        variants: Sequence[Variant],
-        grounding: bool,
-        exact: bool,
-    ) -> list[list[dict[str, Any]]]:
+        self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool, exact: bool
+    ) -> list[list[Answer]]:
         decoded = [_decoded(parts) for parts in conversations]
         layouts = [self.adapter.layout(self.processor, [conversation]) for conversation in decoded]
         if any(layout != layouts[0] for layout in layouts):
@@ -212,22 +183,18 @@ class Session:
             i for i, v in enumerate(variants) if make_method(v.method, v.parameters).pixel_share(v.ratio) is not None
         ]
         rest = [i for i in range(len(variants)) if i not in own]
-        no_times = {"vision_ms": None, "prefill_ms": None, "decode_ms": None}
-        found = [
-            {i: {**self.answer(conversation, variants[i], grounding), **no_times} for i in own}
-            for conversation in decoded
-        ]
+        found = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
             with self._time(len(rest) * len(decoded)) as check, torch.inference_mode():
                 inputs, tensors = self._encoded(*decoded)
                 check()
                 chosen = [variants[i] for i in rest]
-                answers = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
-            for i, answer in zip(rest, answers, strict=True):
-                for sample, records in enumerate(found):
-                    row = answer.run.row(sample)
-                    records[i] = self._record(answer.tokens[sample], row, inputs, grounding, sample=sample)
-        return [[records[i] for i in range(len(variants))] for records in found]
+                forked = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
+            for i, branch in zip(rest, forked, strict=True):
+                for sample, answers in enumerate(found):
+                    row = branch.run.row(sample)
+                    answers[i] = self._answer(branch.tokens[sample], row, inputs, grounding, sample)
+        return [[answers[i] for i in range(len(variants))] for answers in found]
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""
@@ -240,38 +207,38 @@ class Session:
     def _encoded(self, *conversations: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """What the processor made, and the same on the model's device."""
         inputs = self.adapter.encode(self.processor, list(conversations))
-        device = next(self.model.parameters()).device
-        return inputs, {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+        return inputs, {k: v.to(self._device) if hasattr(v, "to") else v for k, v in inputs.items()}
 
-    def _record(
+    def _answer(
         self,
         new: torch.Tensor,
         run: Run,
         inputs: Mapping[str, Any],
         grounding: bool,
-        phases: clock.Phases | None = None,
-        whole: int | None = None,
         sample: int = 0,
-    ) -> dict[str, Any]:
-        raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
+        whole: int | None = None,
+    ) -> Answer:
+        """From the new tokens and the facts of one row.
+
+        Args:
+            sample: of ``inputs``. whole: visual tokens of the image as it was, where a smaller one was asked about.
+        """
+        text = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
         # A smaller image saves its tokens everywhere, against those of the image as it was.
         scale = run.visual_prompt[0] / whole if whole else 1.0
-        text, whole = len(run.kept[0]) - run.visual_kept[0], whole or run.visual_prompt[0]
+        other, whole = len(run.kept[0]) - run.visual_kept[0], whole or run.visual_prompt[0]
         layers = [layer[0] for layer in run.visual_per_layer]
-        return {
-            "prediction": self._box(raw, inputs, sample) if grounding else raw,
-            "raw": raw,
-            "device": self.device_name,
-            "new_tokens": int(new.numel()),
-            "visual_tokens": whole,
-            "visual_kept": run.visual_kept[0],
-            "layer_mean_ratio": _round(run.layer_mean_ratio * scale),
-            "kv_ratio": _round(run.cache_ratio * scale),
-            "flops_ratio": _round(measured_flops(self._shape, layers, text, whole)) if whole else None,
-            "vision_ms": _round(phases.vision_ms) if phases else None,
-            "prefill_ms": _round(phases.prefill_ms) if phases else None,
-            "decode_ms": _round(phases.decode_ms_per_token) if phases else None,
-        }
+        return Answer(
+            prediction=text,
+            box=self._box(text, inputs, sample) if grounding else None,
+            device=self.device_name,
+            visual_tokens=whole,
+            visual_kept=run.visual_kept[0],
+            ratio_layer_mean=_round(run.layer_mean_ratio * scale),
+            ratio_kv_cache=_round(run.cache_ratio * scale),
+            ratio_flops=_round(measured_flops(self.shape, layers, other, whole)) if whole else None,
+            new_tokens=int(new.numel()),
+        )
 
     def _visual_tokens(self, inputs: Mapping[str, Any]) -> int:
         mask = self.adapter.image_mask(self.model, inputs)
@@ -289,7 +256,7 @@ class Session:
         return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
 
 
-def _decoded(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _decoded(parts: Parts) -> list[Mapping[str, Any]]:
     return [{"image": _image(part["image"])} if "image" in part else part for part in parts]
 
 

@@ -24,7 +24,7 @@ from ivcp_eval.runs.planning.cells import Cell, Identity
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, Judge, JudgeConfig, asked_judge, cache_folder
 
 if TYPE_CHECKING:
-    from ivcp_eval.runs.answering.session import Limits, Placement
+    from ivcp_eval.runs.answering.placement import Limits, Placement
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def make_plan(request: Request, variants: Sequence[Variant] | None = None) -> Pl
     """
     import torch
 
-    from ivcp_eval.runs.answering.session import Limits, Placement
+    from ivcp_eval.runs.answering.placement import Limits, Placement
 
     weights = models.locate(request.variant.model, request.model_path)
     device = request.device or ("cuda" if request.elsewhere and not weights.checkpoint.local else "")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ import ivcp_eval
 from ivcp_eval import files
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.interface import models
+from ivcp_eval.interface.records import Answer, averages
 from ivcp_eval.interface.registry import make_method
+from ivcp_eval.runs.answering.timing import Timings, timings_of
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell
 
@@ -27,7 +29,7 @@ def record_of(
     cell: Cell,
     scored: Scored,
     samples: Sequence[Mapping[str, Any]],
-    used: Sequence[Mapping[str, Any]],
+    used: Sequence[Answer],
     problem: str,
     timing: bool,
 ) -> dict[str, Any]:
@@ -35,22 +37,15 @@ def record_of(
 
     Args:
         scored: what the evaluation left. samples: per-sample rows, failed ones included.
-        used: journal records of the samples that were answered.
+        used: the good answers, one per sample.
         problem: why the cell is not whole; empty if it is.
         timing: whether times and the date are noted.
     """
     status = "ok" if not problem else ("incomplete" if scored.metrics else "failed")
-    prompt = sum(u["visual_tokens"] for u in used)
-    dear = sum(u.get("dear", False) for u in used)
+    dear = sum(answer.dear for answer in used)
     remarks = [scored.remark, f"{dear} of {len(used)} samples have pictures that cost more at any size" if dear else ""]
     variant = cell.identity.variant
-
-    def share(key: str) -> float | None:
-        """Mean over visual tokens, so that big images weigh as they cost."""
-        if not prompt:
-            return None
-        return sum((u[key] if u[key] is not None else 1.0) * u["visual_tokens"] for u in used) / prompt
-
+    timings = timings_of(cell) if timing else Timings()
     return {
         "status": status,
         "reason": problem or "; ".join(filter(None, remarks)),
@@ -61,33 +56,22 @@ def record_of(
         "n_samples": len(samples),
         "n_clusters": len({row["cluster"] for row in samples}),
         "n_failed": sum(bool(row["error"]) for row in samples),
-        "together": any(u.get("together") for u in used),
-        "visual_tokens_prompt_mean": prompt / len(used) if used else None,
-        "ratio_kept_final": sum(u["visual_kept"] for u in used) / prompt if prompt else None,
-        "ratio_layer_mean": share("layer_mean_ratio"),
-        "ratio_flops": share("flops_ratio"),
-        "ratio_kv_cache": share("kv_ratio"),
-        "new_tokens_mean": statistics.fmean(u["new_tokens"] for u in used) if used else None,
-        "prefill_ms_median": _median(used, "prefill_ms") if timing else None,
-        "decode_ms_per_token_median": _median(used, "decode_ms") if timing else None,
-        "vision_ms_median": _median(used, "vision_ms") if timing else None,
+        "together": any(answer.together for answer in used),
+        **averages(used),
+        **timings.medians(),
         **_git(),
         "device": _device_names(cell, used),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds") if timing else "",
     }
 
 
-def _median(records: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    values = [record[key] for record in records if record.get(key) is not None]
-    return statistics.median(values) if values else None
-
-
-def _device_names(cell: Cell, used: Sequence[Mapping[str, Any]]) -> str:
+def _device_names(cell: Cell, used: Sequence[Answer]) -> str:
     """What answered, by the answers themselves: who scores may have no GPU, and several kinds may share a cell."""
-    names = sorted({record["device"] for record in used if record.get("device")})
+    names = sorted({answer.device for answer in used if answer.device})
     return " + ".join(names) or ("cpu" if cell.identity.placement["device"] == "cpu" else "")
 
 
+@cache
 def _git() -> dict[str, Any]:
     """Commit of the code, and whether tracked files differ from it; an installed package has its version instead."""
     if files.CHECKOUT is None:  # what it is installed in may be a checkout of something else

@@ -84,7 +84,7 @@ def test_a_failing_variant_fails_alone_and_is_retried(
     table = next(bench.csv.with_suffix("").glob("*.md")).read_text()
     assert next(line for line in table.splitlines() if "fastv" in line).count(" - ") == 2, "no score, no average"
     (journal,) = bench.folder.glob("runs/tiny/tiny_mcq/fastv-*/journal.jsonl")
-    assert "Traceback" in next(r for r in Journal(journal).load().values() if r["error"])["traceback"]
+    assert "Traceback" in next(r for r in Journal(journal).load().values() if r.error).traceback
 
     capsys.readouterr()
     assert bench.call("status") == 1

@@ -186,7 +186,7 @@ def test_eval_ends_with_its_gpu_and_goes_on_in_the_next_process(
     single = ("--data", "tiny_mcq", "--limit", "2", "--ratio", "0.5")
     with monkeypatch.context() as patch:
         patch.setattr(Session, "answer", lost)
-        patch.setattr("ivcp_eval.vlmeval_bridge.model.device_lost", lambda model: True)
+        patch.setattr("ivcp_eval.runs.answering.live.device_lost", lambda model: True)
         assert lab.eval(*single) == 2
     assert "lost its GPU (AcceleratorError: CUDA error: device-side assert triggered); run" in capsys.readouterr().err
     (journal,) = bench.folder.glob("runs/tiny/tiny_mcq/*/journal.jsonl")
@@ -294,11 +294,11 @@ def test_who_goes_on_asks_in_the_company_of_before(bench: Bench, monkeypatch: py
     cut = bench.elsewhere(bench.folder.parent / "cut")
     kept: list[str] = []
 
-    def killed(self: Journal, record: Any) -> None:
+    def killed(self: Journal, key: str, answer: Any) -> None:
         if len(kept) == 5:  # four variants of the first sample, one of the second
             raise KeyboardInterrupt
-        kept.append(record["key"])
-        append(self, record)
+        kept.append(key)
+        append(self, key, answer)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", killed)

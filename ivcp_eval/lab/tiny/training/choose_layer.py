@@ -23,7 +23,8 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.build_benchmarks import build
 from ivcp_eval.lab.tiny.evaluate import Question, is_right, read_benchmark
-from ivcp_eval.runs.answering.session import Limits, Placement, Session
+from ivcp_eval.runs.answering.placement import Limits, Placement
+from ivcp_eval.runs.answering.session import Session
 
 RATIOS = (0.5, 0.25)
 TASKS = ("tiny_grounding.tsv", "tiny_short.tsv")
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     for question in tqdm(asked):
         parts: list[Mapping[str, Any]] = [{"image": question.image}, {"text": tasks.build_prompt(question.sample)}]
         for i, answer in enumerate(session.answer_all(parts, variants)):
-            hits[question.sample.task, i].append(is_right(question.sample, answer["raw"]))
+            hits[question.sample.task, i].append(is_right(question.sample, answer.prediction))
     with atomic_write(args.out) as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("task", "method", "layer", "ratio", "accuracy_percent", "n"))

@@ -1,0 +1,64 @@
+"""Where a model runs, and the limits it runs within."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.registry import adapter
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model runs. `resolve` fills what was left to be found."""
+
+    device: str = ""
+    dtype: str = ""
+    attention: str = ""
+
+    def resolve(self, here: bool = True) -> Placement:
+        """CUDA with bfloat16 (and FlashAttention-2 if it is installed) where there is a GPU, else CPU and float32.
+
+        Args:
+            here: the model will run on this machine; False finds what a machine that has the device would, in an
+                environment like this one's (a cluster's login node, a scoring job without a GPU).
+
+        Raises:
+            ValueError: a device or dtype that torch does not know or have.
+        """
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if here and device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+        dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+        flash = device != "cpu" and _has_flash_attention(here)
+        attention = self.attention or ("flash_attention_2" if flash else "sdpa")
+        return Placement(device, dtype, attention)
+
+
+def _has_flash_attention(here: bool) -> bool:
+    if not here:
+        return find_spec("flash_attn") is not None  # transformers also asks for a GPU
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Pixel limits and answer length of a run."""
+
+    min_pixels: int | None
+    max_pixels: int | None
+    max_new_tokens: int
+
+    @classmethod
+    def published(cls, weights: Weights) -> Limits:
+        """Those of the family's published evaluation, or of the checkpoint where it has its own."""
+        wired = adapter(weights.family)
+        longest = weights.checkpoint.max_new_tokens or int(wired.generation["max_new_tokens"])
+        return cls(wired.min_pixels, wired.max_pixels, longest)

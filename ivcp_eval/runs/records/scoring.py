@@ -164,11 +164,11 @@ def score_answers(
 
 
 def _failures(samples: Sequence[Mapping[str, Any]]) -> str:
-    """How many samples have no answer, of which kinds, and what can be done; empty if all have one."""
+    """How many samples have no answer, and of which kinds; empty if all have one."""
     failed = [row for row in samples if row["error"]]
     if not failed:
         return ""
     kinds = Counter(row["error"].partition(":")[0] for row in failed).most_common()
     counted = ", ".join(f"{kind} {n}" for kind, n in kinds)
     example = f"{failed[0]['index']}: {failed[0]['error']}"
-    return f"{len(failed)} of {len(samples)} samples failed ({counted}; --retry-failed asks again), e.g. {example}"
+    return f"{len(failed)} of {len(samples)} samples failed ({counted}), e.g. {example}"

@@ -11,7 +11,7 @@ import torch
 
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import read_results
-from ivcp_eval.runs.answering import session
+from ivcp_eval.runs.answering import placement as places
 from ivcp_eval.runs.executors.slurm import Task
 from ivcp_eval.runs.planning.plan import SweepPlan, make, write_manifest
 from ivcp_eval.runs.planning.request import Request, make_plan
@@ -29,7 +29,7 @@ def hashes(plan: SweepPlan) -> list[str]:
 def test_a_login_node_plans_the_cells_of_a_gpu_node(bench: Bench, monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
     runs = bench.folder / "runs"
     assert not torch.cuda.is_available()
-    monkeypatch.setattr(session, "find_spec", lambda name: object() if flash and name == "flash_attn" else None)
+    monkeypatch.setattr(places, "find_spec", lambda name: object() if flash and name == "flash_attn" else None)
     planned = make(load(bench.spec), runs, "cuda", elsewhere=True)
     placement = planned.models["tiny"].plan.placement
     assert (placement.device, placement.dtype) == ("cuda", "bfloat16")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ivcp_eval.engine import prune as prune
     from ivcp_eval.engine.cost.predicted import ratio_for as ratio_for
-    from ivcp_eval.vlmeval_bridge import register as register
+    from ivcp_eval.runs.answering.live import register as register
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "prune", "ratio_for", "register"]
@@ -21,7 +21,7 @@ __all__ = ["__version__", "prune", "ratio_for", "register"]
 _LAZY = {
     "prune": "ivcp_eval.engine",
     "ratio_for": "ivcp_eval.engine.cost.predicted",
-    "register": "ivcp_eval.vlmeval_bridge",
+    "register": "ivcp_eval.runs.answering.live",
 }
 
 

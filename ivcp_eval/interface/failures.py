@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from ivcp_eval.interface.records import Answer
+
 __all__ = [
     "FAILURES",
     "AnswerTimeout",
@@ -22,7 +24,6 @@ __all__ = [
     "device_lost",
     "failure",
     "misses",
-    "settled",
     "steps",
 ]
 
@@ -37,11 +38,6 @@ class AnswerTimeout(TimeoutError):
 
 class InputRefused(ValueError):
     """The model's processor refuses a sample, such as a picture of 300 x 1 pixels. It always will: a settled miss."""
-
-
-def settled(record: Mapping[str, Any]) -> bool:
-    """Whether a journal's record needs no other try: there is an answer, or there can be none."""
-    return not record.get("error") or bool(record.get("settled"))
 
 
 def check_timeout(seconds: float | None) -> None:
@@ -63,14 +59,14 @@ def failure(error: BaseException) -> dict[str, Any]:
     }
 
 
-def misses(samples: Sequence[Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+def misses(samples: Sequence[Mapping[str, Any]], records: Mapping[str, Answer]) -> tuple[str, str]:
     """(samples that failed and may be answered another time, samples that never will be), each in words or empty.
 
     Args:
         samples: per-sample rows. records: of the journal, by key.
     """
     missed = [row for row in samples if row["error"]]
-    closed = [row for row in missed if records.get(row["prompt_sha256"], {}).get("settled")]
+    closed = [row for row in missed if (record := records.get(row["prompt_sha256"])) and record.settled]
     if len(closed) == len(samples):  # then it is not the samples
         closed = []
     open_ = [row for row in missed if row not in closed]

@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,8 +109,12 @@ def wrong(cls: Any) -> str:
     return f"has parameters without a default: {', '.join(bare)}" if bare else ""
 
 
+@cache
 def found() -> tuple[Plugin, ...]:
-    """Every method that an installed package offers, by name; nothing is imported."""
+    """Every method that an installed package offers, by name; nothing is imported.
+
+    Installed packages are scanned once per process: it takes milliseconds, and names are looked up for every answer.
+    """
     entries = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _package(entry)))
     times = Counter(entry.name for entry in entries)
     return tuple(Plugin(e.name, _package(e), e, _problem(e.name, times[e.name])) for e in entries)

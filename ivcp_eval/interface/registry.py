@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
@@ -35,6 +36,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 def module_names(package: str) -> tuple[str, ...]:
     """Public module names of a package, sorted, without importing any of them."""
     folder = Path(str(import_module(package).__file__)).parent
+    return _module_names(folder, tuple(sorted(path.name for path in folder.iterdir())))
+
+
+@cache
+def _module_names(folder: Path, _content: tuple[str, ...]) -> tuple[str, ...]:
+    """Looked up for every answer, so not searched anew unless something was added."""
     files = [path.stem for path in folder.glob("*.py")] + [path.parent.name for path in folder.glob("*/__init__.py")]
     return tuple(sorted(name for name in files if not name.startswith("_")))
 
@@ -166,17 +173,29 @@ def family_names() -> tuple[str, ...]:
     return module_names("model_adapters")
 
 
+@cache
 def adapter(family: str) -> AbstractAdapter:
-    """The adapter of a family, by its file name."""
+    """The adapter of a family, by its file name. Adapters hold no state, so there is one of each."""
+    made: AbstractAdapter = _adapter_class(family)()
+    return made
+
+
+def _adapter_class(family: str) -> type[AbstractAdapter]:
     if family not in family_names():
         raise unknown("model family", family, family_names())
-    made: AbstractAdapter = import_module(f"model_adapters.{family}").Adapter()
-    return made
+    found: type[AbstractAdapter] = import_module(f"model_adapters.{family}").Adapter
+    return found
 
 
 def family_of(model_type: str) -> str:
     """The family that handles a ``config.model_type``; ValueError if none does."""
-    types = {kind: name for name in family_names() for kind in adapter(name).model_types}
+    types = _model_types(family_names())
     if model_type not in types:
         raise unknown("model type", model_type, types)
     return types[model_type]
+
+
+@cache
+def _model_types(families: tuple[str, ...]) -> dict[str, str]:
+    """``config.model_type`` -> family."""
+    return {kind: name for name in families for kind in _adapter_class(name).model_types}

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ivcp_eval.interface.records import measured
+
 __all__ = [
     "COLUMNS",
     "COLUMN_NAMES",
@@ -264,26 +266,32 @@ COLUMNS: tuple[Column, ...] = (
     Column("date", "date", "when the row was made or published", of_run=True),
 )
 
+_ANSWERED = {
+    said.column: Column(said.column, said.kind, said.description, low=said.low)  # type: ignore[arg-type]
+    for said in measured().values()
+    if said.column
+}
+
 SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("index", "text", "the benchmark's own index of the sample", required=True),
     Column("cluster", "text", "samples of one cluster are not independent (same image, same question group)"),
     Column("category", "text", "the benchmark's category"),
     Column("prompt_sha256", "sha256", "hash of the text and images of the question, before any resizing"),
-    Column("prediction", "text", "the generated answer, unchanged"),
+    _ANSWERED["prediction"],
     Column("answer", "text", "the true answer"),
     Column("score", "number", "score of this sample in [0, 1]; empty if it cannot be scored alone", low=0, high=1),
     Column("iou", "number", "grounding: overlap of the box with the true one", low=0, high=1, late=True),
-    Column("visual_tokens", "integer", "visual tokens in the unpruned prompt", low=0),
-    Column("visual_kept", "integer", "visual tokens alive after the last cut", low=0),
+    _ANSWERED["visual_tokens"],
+    _ANSWERED["visual_kept"],
     Column("layer_mean_ratio", "number", "share of them alive, mean over layers of the prefill", low=0, high=1),
     Column("kv_ratio", "number", "share of them in the KV cache, mean over layers", low=0, high=1),
     Column(
         "flops_ratio", "number", "decoder FLOPs of its prefill over those without pruning", low=0, high=1, late=True
     ),
-    Column("prefill_ms", "number", "milliseconds", low=0),
-    Column("decode_ms", "number", "milliseconds per generated token", low=0),
-    Column("new_tokens", "integer", "generated tokens", low=0),
-    Column("error", "text", "why there is no answer; empty if there is one"),
+    Column("prefill_ms", "number", "milliseconds, where the sample is one of those that were timed", low=0),
+    Column("decode_ms", "number", "milliseconds per generated token after the first, likewise", low=0),
+    _ANSWERED["new_tokens"],
+    _ANSWERED["error"],
 )
 
 _RUN_ID = next(column for column in COLUMNS if column.name == "run_id")

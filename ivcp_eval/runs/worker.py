@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.failures import FAILURES
 from ivcp_eval.runs.answering.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
+from ivcp_eval.runs.answering.timing import is_timed, time_cells
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.records.scoring import record_failure, score_any
@@ -91,11 +92,20 @@ class _NotLoadedError(RuntimeError):
         super().__init__(f"{name} could not be loaded, so nothing of it is answered: {type(error).__name__}: {error}")
 
 
-def work(plan: RunPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: bool = True, model: str = "") -> Report:
-    """Take what is left of a sweep until nothing is, or until asked to stop.
+def work(
+    plan: RunPlan,
+    stop: Stop,
+    hooks: Hooks,
+    answer: bool = True,
+    score: bool = True,
+    model: str = "",
+    measure_time: bool = True,
+) -> Report:
+    """Take what is left of a run until nothing is, or until asked to stop.
 
     Args:
         answer, score: which kinds of work; scoring needs no GPU. model: only units of this model.
+        measure_time: time samples of what is answered; False where others are at work on the same device.
 
     Raises:
         DiskFullError: nothing half-written is left; run again when there is space. DeviceLost: this process can answer
@@ -107,6 +117,8 @@ def work(plan: RunPlan, stop: Stop, hooks: Hooks, answer: bool = True, score: bo
         if answer:
             taken, waiting = _answer_any(plan, stop, hooks, report, model)
             left, busy = left or taken, busy or waiting
+        if answer and measure_time and not left and not stop.requested:
+            left = _time_any(plan, stop, hooks, report, model)
         if score and not stop.requested:
             scored, waiting = score_any(plan, stop, hooks.say)
             report.scored += scored
@@ -165,7 +177,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
             key, records = sample
             for cell, journal, before, record in zip(cells, journals, known, records, strict=True):
                 if record is not None and record is not before.get(key) and cell.lacks(before.get(key)):
-                    journal.append({**record, "key": key})
+                    journal.append(key, record)
                     before[key] = record
 
         try:
@@ -175,7 +187,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
                     continue
                 keep((key, records))
                 answered += 1
-                failed += any(before[key]["error"] for before in known)
+                failed += any(before[key].error for before in known)
                 if stop.requested:
                     break
         except DeviceLost as lost:
@@ -197,6 +209,40 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
     hooks.say(
         f"{unit.model} on {unit.benchmark.name}, rows {unit.start}-{unit.stop}: {answered} answered, {failed} failed"
     )
+
+
+def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str) -> bool:
+    """Time samples of the benchmarks that are answered and were not timed yet; whether there were any."""
+    if not plan.options.timing:
+        return False
+    timed = False
+    open_ = {
+        (unit.model, unit.benchmark.name) for unit in plan.units() if unit.pending and not mark(plan, unit).exists()
+    }
+    for name, model in plan.models.items():
+        for benchmark, cells in model.groups.values():
+            if stop.requested or (name, benchmark.name) in open_ or {name, benchmark.name} & report.broken:
+                continue
+            if (only and name != only) or all(is_timed(cell) for cell in cells):
+                continue
+            with claim(lease(plan, f"time.{name}.{benchmark.name}")) as mine:
+                if mine and not all(is_timed(cell) for cell in cells):
+                    unit = Unit(name, benchmark, 0, 0, cells)
+                    session, dataset = _session(plan, name, hooks, report), _dataset(plan, unit, report)
+                    n = time_cells(session, dataset, _capable(session, cells), plan.options.timing)
+                    hooks.say(f"timed {n} samples of {benchmark.name} under every variant of {name}")
+                    timed = True
+    return timed
+
+
+def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells whose method works on the model; the others' records say why not."""
+    found = []
+    for cell in cells:
+        with suppress(ValueError):
+            session.check(cell.identity.variant)
+            found.append(cell)
+    return found
 
 
 def _session(plan: RunPlan, model: str, hooks: Hooks, report: Report) -> Session:

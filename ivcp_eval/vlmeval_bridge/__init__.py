@@ -6,7 +6,8 @@ Importing VLMEvalKit takes about ten seconds and changes its process (TLS defaul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 __all__ = ["knows", "noted_md5", "register", "run_vlmeval"]
 
@@ -31,13 +32,14 @@ def noted_md5(name: str) -> str:
     return noted(name)
 
 
-def register(models: Sequence[str] = ()) -> list[str]:
-    """Make our models and benchmarks known to VLMEvalKit in this process (idempotent).
+def register(make: Callable[[str], Any] | None = None, models: Sequence[str] = ()) -> list[str]:
+    """Make our benchmarks, and our models if there is a ``make``, known to VLMEvalKit in this process (idempotent).
 
     Afterwards ``vlmeval``'s own runner, ``build_dataset`` and ``supported_VLM`` know every benchmark under
     ``datasets/`` that ships here, and every model as ``MODEL``, ``MODEL__METHOD`` and ``MODEL__METHOD__rRATIO``.
 
     Args:
+        make: gives VLMEvalKit's model of a variant name (`model.BridgedVLM`); see `runs.answering.live`.
         models: further variant names, for ratios that are not registered by default.
 
     Returns:
@@ -48,11 +50,11 @@ def register(models: Sequence[str] = ()) -> list[str]:
     """
     from ivcp_eval.vlmeval_bridge.registration import register as register_all
 
-    return register_all(models)
+    return register_all(make, models)
 
 
-def run_vlmeval(arguments: Sequence[str]) -> int:
-    """Call VLMEvalKit's own runner with its own arguments, our models and benchmarks registered."""
+def run_vlmeval(arguments: Sequence[str], make: Callable[[str], Any]) -> int:
+    """Call VLMEvalKit's own runner with its own arguments, our models (of ``make``) and benchmarks registered."""
     from ivcp_eval.vlmeval_bridge.registration import run
 
-    return run(arguments)
+    return run(arguments, make)

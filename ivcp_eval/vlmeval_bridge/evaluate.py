@@ -1,7 +1,7 @@
-"""One cell through VLMEvalKit: its `build_dataset`, its inference loop, its `evaluate`.
+"""One cell through VLMEvalKit: its `build_dataset`, its prompts, its inference loop, its `evaluate`.
 
 VLMEvalKit writes into a folder made for this cell and emptied first, since its caches are keyed by sample index alone
-and would hand one run's verdicts to another. What survives a kill is our journal.
+and would hand one run's verdicts to another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ivcp_eval.vlmeval_bridge import answers, judging, scores, stock
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.judge import Judge
-from ivcp_eval.vlmeval_bridge.model import PrunedVLM
+from ivcp_eval.vlmeval_bridge.model import BridgedVLM, Message, Prompting
 from ivcp_eval.vlmeval_bridge.pictures import alone, unpacked
 from ivcp_eval.vlmeval_bridge.sample_scores import RULES
 from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
@@ -67,65 +67,40 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """All prompts of a data set.
-
-    Attributes:
-        keys: index -> content hash of the prompt. pictures: index -> content hash of its images alone.
-        broken: index -> what is kept of the failure (`failures.failure`), for rows whose prompt cannot be built, e.g.
-            because of a corrupt image.
-    """
-
-    keys: dict[str, str]
-    pictures: dict[str, str]
-    broken: dict[str, dict[str, str]]
-
-
-def prompts(dataset: Any, model: PrunedVLM) -> Prompts:
-    """Build every prompt as VLMEvalKit's loop will."""
-    found = Prompts({}, {}, {})
-    for asked in messages(dataset, model):
-        if asked.message is None:
-            found.broken[asked.index] = asked.failure
-        else:
-            found.keys[asked.index], found.pictures[asked.index] = asked.key, image_key(asked.message)
-    return found
-
-
-@dataclass(frozen=True)
 class Asked:
     """The prompt of one row.
 
     Attributes:
-        index: of the row. message: None if it cannot be built; then ``failure`` says why. key: its content hash.
+        index: of the row. message: None if it cannot be built; then ``failure`` says why (`failures.failure`).
+        key: content hash of the message. pictures: that of its images alone.
     """
 
     index: str
-    message: list[dict[str, str]] | None = None
+    message: Message | None = None
     key: str = ""
-    failure: dict[str, str] = field(default_factory=dict)
+    pictures: str = ""
+    failure: Mapping[str, str] = field(default_factory=dict)
 
 
-def messages(dataset: Any, model: PrunedVLM, start: int = 0, stop: int | None = None) -> Iterator[Asked]:
+def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | None = None) -> Iterator[Asked]:
     """The prompts of the rows ``start`` to ``stop``, as VLMEvalKit's loop will build them."""
-    model.set_dump_image(dataset.dump_image)
-    custom = model.use_custom_prompt(dataset.dataset_name) and not getattr(dataset, "force_use_dataset_prompt", False)
+    kind = None if getattr(dataset, "force_use_dataset_prompt", False) else prompting.kind(dataset.dataset_name)
     for i in range(*slice(start, stop).indices(len(dataset.data))):
         line = dataset.data.iloc[i]
-        build = partial(model.build_prompt, line, dataset=dataset.dataset_name) if custom else None
+        build = partial(prompting.message, line, kind, dataset.dump_image) if kind else None
         try:
             with alone(dataset):
                 message = unpacked(build or partial(dataset.build_prompt, line), again="image" in dataset.data)
-            key = message_key(message)
+            key, pictures = message_key(message), image_key(message)
         except DiskFullError:
             raise
         except FAILURES as error:
             yield Asked(str(line["index"]), failure=failure(error))
         else:
-            yield Asked(str(line["index"]), message, key)
+            yield Asked(str(line["index"]), message, key, pictures)
 
 
-def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Collection[str]) -> Path:
+def infer(dataset: Any, model: BridgedVLM, folder: Path, broken: Collection[str]) -> Path:
     """VLMEvalKit's inference loop over the rows that have a prompt; the other rows join with an empty answer.
 
     Returns:
@@ -135,7 +110,7 @@ def infer(dataset: Any, model: PrunedVLM, folder: Path, broken: Collection[str])
     folder.mkdir(parents=True)
     whole = dataset.data
     dataset.data = whole[~whole["index"].astype(str).isin(broken)].copy()
-    name = model.variant.name
+    name = model.name
     try:
         with lossless_files(), torch.inference_mode():
             infer_data_job(model, str(folder), name, dataset)
@@ -251,28 +226,3 @@ def data_problem(benchmark: Benchmark) -> str:
     """Why the benchmark's file is not what its converter reported; empty if it is, a partial one being a remark."""
     problem = not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
     return "" if problem.startswith(PARTIAL) else problem
-
-
-def sample_rows(benchmark: Benchmark, dataset: Any, prompts: Prompts, scored: Scored) -> list[dict[str, Any]]:
-    """What is known of each row of the data set but for its answer, in its order.
-
-    Returns:
-        index, key (of its prompt; empty where there is none), cluster, category, answer, score, iou; the last two are
-        None where the row is not scored alone.
-    """
-    rows = []
-    for line in dataset.data.to_dict("records"):
-        index = str(line["index"])
-        cluster = prompts.pictures.get(index) if benchmark.cluster == "image" else line.get(benchmark.cluster)
-        rows.append(
-            {
-                "index": index,
-                "key": prompts.keys.get(index, ""),
-                "cluster": str(cluster or index),
-                "category": str(line.get(benchmark.category, "")),
-                "answer": str(line.get("answer", "")),
-                "score": scored.samples.get(index),
-                "iou": scored.ious.get(index),
-            }
-        )
-    return rows

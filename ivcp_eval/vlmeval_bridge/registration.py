@@ -1,11 +1,12 @@
-"""Registration with VLMEvalKit: three of its containers are filled in place; nothing of it is patched."""
+"""Registration with VLMEvalKit: its containers are filled in place; nothing of it is patched."""
 
 from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from ivcp_eval.interface import models, variants
 from ivcp_eval.interface.registry import make_method, method_names
@@ -14,29 +15,32 @@ from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 DEFAULT_RATIOS = (0.9, 0.75, 0.5, 0.35, 0.25, 0.11, 0.1)
 
 
-def register(extra: Sequence[str] = ()) -> list[str]:
+def register(make: Callable[[str], Any] | None, extra: Sequence[str] = ()) -> list[str]:
     """See `ivcp_eval.vlmeval_bridge.register`."""
     import_vlmeval()
     import vlmeval.dataset
-    import vlmeval.vlm
     from vlmeval.config import supported_VLM
 
     from ivcp_eval.vlmeval_bridge.datasets import CLASSES
-    from ivcp_eval.vlmeval_bridge.model import PrunedVLM, from_variant_name
 
-    names = default_names()
-    for name in extra:
-        _check(variants.parse(name))
-        names.append(name)
-    for name in names:
-        supported_VLM[name] = partial(from_variant_name, name)
     for cls in CLASSES:
         if cls not in vlmeval.dataset.DATASET_CLASSES:
             vlmeval.dataset.DATASET_CLASSES.insert(0, cls)
             vlmeval.dataset.SUPPORTED_DATASETS.extend(cls.supported_datasets())
         setattr(vlmeval.dataset, cls.__name__, cls)
-    vlmeval.vlm.PrunedVLM = PrunedVLM
+    if make is None:
+        return []
+    for name in extra:
+        _check(variants.parse(name))
+    names = [*default_names(), *extra]
+    for name in names:
+        supported_VLM[name] = partial(_made, make, name)
     return names
+
+
+def _made(make: Callable[[str], Any], name: str, **_: Any) -> Any:
+    """What VLMEvalKit calls, with options of its own models."""
+    return make(name)
 
 
 def default_names() -> list[str]:
@@ -69,10 +73,10 @@ def _check_files(arguments: Sequence[str]) -> None:
             tsv.read(path, stock.noted_md5(word))
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], make: Callable[[str], Any]) -> int:
     """Run ``python -m vlmeval.run`` in this process with our names registered; returns its exit code."""
     asked = [a for a in arguments if variants.SEPARATOR in a]
-    register(asked)
+    register(make, asked)
     _check_files(arguments)
     before = sys.argv
     sys.argv = ["vlmeval", *arguments]

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from ivcp_eval import benchmarks
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.prompts import Prompts
 from ivcp_eval.vlmeval_bridge.judge import Question
 from tests.benchmarks.miniatures import Miniature, miniatures
 
@@ -30,14 +32,14 @@ class RecordingSession:
         self.answers = answers
         self.sent: list[tuple[str, str]] = []
 
-    def answer(self, parts: Sequence[Mapping[str, Any]], variant: Variant, grounding: bool = False) -> dict[str, Any]:
+    def answer(self, parts: Sequence[Mapping[str, Any]], variant: Variant, grounding: bool = False) -> Answer:
         from ivcp_eval.vlmeval_bridge.datasets import message_key
 
         message = [{"type": kind, "value": value} for part in parts for kind, value in part.items()]
         key = message_key(message)
         self.sent.append((key, json.dumps(message)))
         text = "" if self.answers is None else self.answers[key]
-        return {"prediction": text, "raw": text}
+        return Answer(prediction=text)
 
 
 class ListJudge:
@@ -77,16 +79,16 @@ class Laboratory:
         return self._built[name]
 
     def model(self, session: RecordingSession, variant: Variant | None = None) -> Any:
-        from ivcp_eval.vlmeval_bridge.model import PrunedVLM
+        from ivcp_eval.runs.answering.live import live_model
 
-        return PrunedVLM(session, variant or Variant("tiny"))  # type: ignore[arg-type]
+        return live_model(session, variant or Variant("tiny"))  # type: ignore[arg-type]
 
     def infer(self, name: str, answers: Mapping[str, str]) -> tuple[Any, Any, Path]:
         """(data set, prompts, prediction file) of a model with these answers, through VLMEvalKit's loop."""
         from ivcp_eval.vlmeval_bridge import evaluate as bridge
 
         dataset = self.dataset(name)
-        prompts = bridge.prompts(dataset, self.model(RecordingSession()))
+        prompts = Prompts.of(bridge.messages(dataset, self.model(RecordingSession()).prompting))
         assert not prompts.broken
         by_key = {key: answers[index] for index, key in prompts.keys.items()}
         assert len(by_key) == len(prompts.keys), "two rows of a miniature have one prompt"

@@ -21,7 +21,7 @@ def test_leading_options_reach_their_parser(
     verb: str, owner: object, name: str, separator: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     got: list[list[str]] = []
-    monkeypatch.setattr(owner, name, lambda arguments: got.append(arguments) or 7)
+    monkeypatch.setattr(owner, name, lambda arguments, *_: got.append(arguments) or 7)
     assert main([verb, *separator, "--size", "small", "--data", "A", "B"]) == 7
     assert got == [["--size", "small", "--data", "A", "B"]]
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -99,7 +100,47 @@ def test_every_model_type_has_one_family() -> None:
             assert registry.family_of(kind) == family
 
 
-def test_installed_plug_ins_are_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Entry points as installed packages declare them; they are scanned once per process."""
+
+    def declare(*entries: EntryPoint) -> None:
+        monkeypatch.setattr(plugins, "entry_points", lambda group: entries if group == plugins.GROUP else [])
+        plugins.found.cache_clear()
+
+    yield declare
+    plugins.found.cache_clear()
+
+
+def test_names_are_looked_up_without_scanning_installed_packages_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer makes a method; a scan of what is installed takes 10 ms."""
+    scans: list[str] = []
+    monkeypatch.setattr(plugins, "entry_points", lambda group: scans.append(group) or [])
+    plugins.found.cache_clear()
+    for _ in range(3):
+        registry.make_method("fastv")
+        registry.family_of("qwen2_5_vl")
+    assert scans == [plugins.GROUP]
+    assert registry.adapter("qwen2_5_vl") is registry.adapter("qwen2_5_vl")
+    plugins.found.cache_clear()
+
+
+def test_a_method_that_is_added_while_the_process_runs_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "growing_methods"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    assert registry.module_names("growing_methods") == ()
+    (package / "late.py").touch()
+    assert registry.module_names("growing_methods") == ("late",)
+
+
+def test_installed_plug_ins_are_methods(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("some_plug_in")
     module.Method = none.Method  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "some_plug_in", module)
@@ -107,7 +148,7 @@ def test_installed_plug_ins_are_methods(monkeypatch: pytest.MonkeyPatch) -> None
         EntryPoint("from_a_module", "some_plug_in", plugins.GROUP),
         EntryPoint("from_a_class", "some_plug_in:Method", plugins.GROUP),
     ]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: entries if group == plugins.GROUP else [])
+    install(*entries)
     for name in ("from_a_module", "from_a_class"):
         assert name in registry.method_names()
         assert registry.method_class(name) is none.Method
@@ -134,18 +175,18 @@ class Unfinished(AbstractMethod):
         ("gone", r"cannot be imported \(AttributeError"),
     ],
 )
-def test_a_plug_in_that_is_no_method(target: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plug_in_that_is_no_method(target: str, words: str, install: Install) -> None:
     entry = EntryPoint("strange", f"{__name__}:{target}", plugins.GROUP)
-    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
+    install(entry)
     with pytest.raises(ValueError, match=f"method 'strange' of an unknown package .*{words}"):
         registry.make_method("strange")
     assert registry.make_method("none") == none.Method()
 
 
-def test_names_that_a_plug_in_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_a_plug_in_cannot_have(install: Install) -> None:
     names = ("twice", "twice", "fastv", "a__b", "A", "+ivc", "fine")
     entries = [EntryPoint(name, f"{none.__name__}:Method", plugins.GROUP) for name in names]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    install(*entries)
     assert set(registry.method_names()) - set(registry.module_names("ivcp_eval.methods")) == {"fine"}
     with pytest.raises(ValueError, match=r"'twice' .* cannot be used: several installed packages claim this name"):
         registry.make_method("twice")
@@ -153,13 +194,15 @@ def test_names_that_a_plug_in_cannot_have(monkeypatch: pytest.MonkeyPatch) -> No
         assert registry.method_class("fastv").__module__ == "ivcp_eval.methods.fastv"
 
 
-def test_the_source_of_a_plug_in_follows_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_of_a_plug_in_follows_its_code(
+    tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "sourced" / "deep").mkdir(parents=True)
     (tmp_path / "sourced" / "__init__.py").write_text("")
     (tmp_path / "sourced" / "deep" / "__init__.py").write_text("from ivcp_eval.methods.none import Method\n")
     entry = EntryPoint("mine", "sourced.deep", plugins.GROUP)
-    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
+    install(entry)
     before = registry.method_source("mine")
     assert re.fullmatch(r"an unknown package \(code [0-9a-f]{12}\)", before)
     assert registry.method_source("mine+ivc") == before

@@ -39,7 +39,7 @@ def test_a_slice_stays_in_the_recorded_band(benchmark: str) -> None:
     for question in questions:
         parts = [{"image": question.image}, {"text": tasks.build_prompt(question.sample)}]
         for i, answer in enumerate(session.answer_all(parts, variants)):
-            hits[i] += is_right(question.sample, answer["raw"])
+            hits[i] += is_right(question.sample, answer.prediction)
     for variant, right in zip(variants, hits, strict=True):
         assert 100 * right / SLICE == pytest.approx(_recorded(benchmark, variant), abs=BAND), variant
     assert hits[0] > hits[2], "pruning to a quarter costs this model many points; if it costs none, nothing was pruned"

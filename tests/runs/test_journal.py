@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.files import DiskFullError
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.runs.store.journal import Journal
 
 
-def _records(path: Path) -> dict[str, dict[str, object]]:
+def answer(text: str) -> Answer:
+    return Answer(prediction=text, visual_tokens=4, visual_kept=2, new_tokens=1)
+
+
+def _records(path: Path) -> dict[str, Answer]:
     with Journal(path).open() as journal:
         return dict(journal.records)
 
@@ -21,16 +26,16 @@ def _records(path: Path) -> dict[str, dict[str, object]]:
 def test_any_cut_of_the_last_line_loses_that_line_only(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path).open() as journal:
-        journal.append({"key": "a", "prediction": "first"})
+        journal.append("a", answer("first"))
         whole = path.stat().st_size
-        journal.append({"key": "b", "prediction": "second, the longer one"})
+        journal.append("b", answer("second, the longer one"))
     end = path.stat().st_size
     cut = min(cut, end - whole)
     with path.open("r+b") as file:
         file.truncate(end - cut)
     assert set(_records(path)) == {"a"}
     with Journal(path).open() as journal:
-        journal.append({"key": "c", "prediction": "after"})
+        journal.append("c", answer("after"))
     assert set(_records(path)) == {"a", "c"}
     assert path.read_bytes().count(b"\n") == 2
 
@@ -38,9 +43,9 @@ def test_any_cut_of_the_last_line_loses_that_line_only(tmp_path: Path, cut: int)
 def test_last_record_of_a_key_counts(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path).open() as journal:
-        journal.append({"key": "a", "prediction": "", "error": "OSError"})
-        journal.append({"key": "a", "prediction": "yes\u2028\r", "error": ""})
-    assert _records(path)["a"]["prediction"] == "yes\u2028\r"
+        journal.append("a", Answer(error="OSError"))
+        journal.append("a", answer("yes\u2028\r"))
+    assert _records(path)["a"].prediction == "yes\u2028\r"
 
 
 class _FullDisk:
@@ -63,14 +68,14 @@ class _FullDisk:
 def test_full_disk_is_said_and_harms_nothing(tmp_path: Path, room: int) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path).open() as journal:
-        journal.append({"key": "a", "prediction": "first"})
+        journal.append("a", answer("first"))
         real = journal._file
         journal._file = _FullDisk(real, room)
         with pytest.raises(DiskFullError, match="full"):
-            journal.append({"key": "b", "prediction": "second"})
+            journal.append("b", answer("second"))
         assert "b" not in journal.records
         journal._file = real
-        journal.append({"key": "c", "prediction": "third"})
+        journal.append("c", answer("third"))
     assert set(_records(path)) == {"a", "c"}
 
 

@@ -9,6 +9,7 @@ FOREIGN = True  # what follows belongs to the bench
 BENCHES = {
     "pruning": "prefill, decode, selection and memory, pruned against untouched (the default)",
     "fork": "many variants in one pass against one by one",
+    "eval": "the runner against VLMEvalKit's own loop, one answer after the other",
 }
 
 

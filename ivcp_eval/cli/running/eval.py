@@ -100,6 +100,7 @@ def _digest(args: argparse.Namespace) -> str:
 def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.reports.table import update_results
     from ivcp_eval.runs.answering.samples import DeviceLost
+    from ivcp_eval.runs.answering.timing import is_timed
     from ivcp_eval.runs.executors.local import run as run_local
     from ivcp_eval.runs.planning.data import fetch_missing
     from ivcp_eval.runs.planning.plan import make, write_manifest
@@ -128,7 +129,9 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     if any(finished):
         tell(f"reusing {sum(finished)} finished of {len(finished)} cells (a cell is one variant on one benchmark)")
     try:
-        if not all(finished) and not run_local(plan, 0, Progress(plan, args.quiet, args.every), spec.options.device):
+        timed = not spec.options.timing or all(is_timed(cell) for _, _, cell in plan.cells())
+        whole = all(finished) and timed
+        if not whole and not run_local(plan, 0, Progress(plan, args.quiet, args.every), spec.options.device):
             say("stopped; run the same command again to continue")
             return 75
     except DeviceLost as lost:

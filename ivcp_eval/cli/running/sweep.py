@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             verb.add_argument("--model", default="", help="only this model")
             verb.add_argument("--no-score", action="store_true", help="only answer; another worker scores")
             verb.add_argument("--no-answer", action="store_true", help="only score; needs no GPU")
+            verb.add_argument("--not-alone", action="store_true", help="others work on the same device: time nothing")
         if name == "run":
             _add_run(verb)
 
@@ -191,7 +192,9 @@ def _work(plan: RunPlan, args: argparse.Namespace) -> int:
 
     try:
         with Stop().signals() as stop, Progress(plan, args.quiet, args.every) as progress:
-            report = work(plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model)
+            report = work(
+                plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model, not args.not_alone
+            )
     except DeviceLost as lost:
         say(str(lost))
         return LOST

@@ -15,5 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The runner's exit code."""
     from ivcp_eval import vlmeval_bridge
+    from ivcp_eval.runs.answering.live import from_variant_name
 
-    return vlmeval_bridge.run_vlmeval(args.further)
+    return vlmeval_bridge.run_vlmeval(args.further, from_variant_name)

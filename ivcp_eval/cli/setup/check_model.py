@@ -170,6 +170,6 @@ def run(args: argparse.Namespace) -> int:
     parts = [{"image": picture()}, {"text": QUESTION}]
     for variant in (Variant(args.model), Variant(args.model, "ivc_prune", args.ratio)):
         answer = session.answer(parts, variant)
-        say(f"{variant.name} ({answer['visual_kept']} of {answer['visual_tokens']} visual tokens): {answer['raw']!r}")
+        say(f"{variant.name} ({answer.visual_kept} of {answer.visual_tokens} visual tokens): {answer.prediction!r}")
     say("every check passed" if not failures else f"{len(failures)} checks failed; do not trust numbers of this model")
     return 1 if failures else 0

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,10 +89,23 @@ def _gpu() -> dict[str, str] | None:
 
 
 class Report:
-    """Collects rows, prints each group at once, and rewrites the files after each, so that a killed run keeps them."""
+    """Collects rows, prints each group at once, and rewrites the files after each, so that a killed run keeps them.
 
-    def __init__(self, out: Path | None, before: dict[str, Any], stream: IO[str]) -> None:
+    Args:
+        out: name of the files without an ending; None writes none. before: what `environment` gave.
+        columns: of the CSV. shown: of the printed tables, see `table`.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        before: dict[str, Any],
+        stream: IO[str],
+        columns: Sequence[str] = COLUMNS,
+        shown: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
         self.out, self.before, self.stream = out, before, stream
+        self.columns, self.shown = columns, shown or _SHOWN
         self.after: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
         if out is not None:
@@ -107,7 +121,7 @@ class Report:
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Take the rows of one cell."""
         self.rows += rows
-        self.stream.write(f"\n{table(rows)}\n")
+        self.stream.write(f"\n{table(rows, self.shown)}\n")
         self.stream.flush()
         self._write()
 
@@ -121,7 +135,7 @@ class Report:
             return
         write_json(self.out.with_name(f"{self.out.name}.json"), {**self.before, "after": self.after, "rows": self.rows})
         with atomic_write(self.out.with_name(f"{self.out.name}.csv")) as stream:
-            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            writer = csv.DictWriter(stream, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
 
@@ -130,14 +144,19 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one cell as text: ratios beside their bounds."""
+def table(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """The rows of one cell as text: ratios beside their bounds.
+
+    Args:
+        columns: heading -> (key, format), in order; those without a value in any row are left out.
+    """
+    columns = columns or _SHOWN
     from tabulate import tabulate
 
     first = rows[0]
     title = ", ".join(f"{first[key]} {word}" for key, word in _TITLE.items() if key in first)
-    shown = [{head: _show(row.get(key), style) for head, (key, style) in _SHOWN.items()} for row in rows]
-    used = [head for head in _SHOWN if any(line[head] for line in shown)]
+    shown = [{head: _show(row.get(key), style) for head, (key, style) in columns.items()} for row in rows]
+    used = [head for head in columns if any(line[head] for line in shown)]
     body = tabulate([[line[head] for head in used] for line in shown], headers=used, disable_numparse=True)
     return f"{title}\n{body}" if title else body
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,31 @@ from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import InputRefused, deadline, steps
 from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.vlmeval_bridge.pictures import decoded
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
+Parts = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """New tokens and what they were made from.
+
+    Attributes:
+        whole: the conversation before its pictures were made smaller; None if they were not. share: of their tokens.
+    """
+
+    new: torch.Tensor
+    run: Run
+    inputs: Mapping[str, Any]
+    whole: list[Mapping[str, Any]] | None
+    share: float
 
 
 class Session:
@@ -53,8 +72,9 @@ class Session:
             max_pixels=limits.max_pixels,
             trust_remote_code=trust_remote_code,
         )
-        device = next(self.model.parameters()).device
-        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._device = next(self.model.parameters()).device
+        cuda = self._device.type == "cuda"
+        self.device_name = torch.cuda.get_device_name(self._device) if cuda else self._device.type
         self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
 
@@ -68,54 +88,57 @@ class Session:
         with self._pruned(variant):
             pass
 
-    def answer(self, parts: Sequence[Mapping[str, Any]], variant: Variant, grounding: bool = False) -> dict[str, Any]:
+    def answer(self, parts: Parts, variant: Variant, grounding: bool = False) -> Answer:
         """Answer one conversation greedily.
 
         Args:
             parts: ``{"image": PIL.Image or path}`` and ``{"text": str}`` in order.
-            grounding: turn the answer into a canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or
-                "no box" where the answer holds none in the family's declared format.
-
-        Returns:
-            prediction, raw (the text as generated), new_tokens, visual_tokens and text_tokens (of the unpruned
-            prompt), visual_kept (after the last cut), visual_per_layer (processed) and visual_cached, from which
-            costs are counted (`engine.cost.measured`), vision_ms, prefill_ms, decode_ms (per new token after the
-            first); dear (of a smaller picture: whether it still costs more than asked); nonfinite_scores (only where
-            there were any).
+            grounding: also find the canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or "no box"
+                where the answer holds none in the family's declared format.
 
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
+        made = self._generate(parts, variant)
+        if made.whole is None:
+            return self._answer(made.new, made.run, made.inputs, grounding)
+        whole = self._visual_tokens(self._encoded(made.whole)[0])
+        answer = self._answer(made.new, made.run, made.inputs, grounding, whole=whole)
+        # Each image may round up to one token more.
+        allowed = made.share * whole + sum("image" in part for part in parts)
+        return replace(answer, over_budget=made.run.visual_kept[0] > allowed)
+
+    def time(self, parts: Parts, variant: Variant) -> Times:
+        """Answer one conversation under the clock; raises as `answer`."""
+        with clock.phases(self.model, self.adapter) as phases:
+            total = clock.timed(lambda: self._generate(parts, variant), self._device)
+        return Times(
+            vision_ms=_round(phases.vision_ms),
+            prefill_ms=round(phases.prefill_ms, 4),
+            decode_ms_per_token=_round(phases.decode_ms_per_token),
+            end_to_end_ms=round(total, 4),
+        )
+
+    def _generate(self, parts: Parts, variant: Variant) -> _Generated:
         with self._time(1) as check:
             conversation, whole = _decoded(parts), None
             share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
             if share is not None:
-                whole = self._visual_tokens(self._encoded(conversation)[0])
+                whole = conversation
                 conversation = [
                     {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
                     for part in conversation
                 ]
             inputs, tensors = self._encoded(conversation)
             check()
-            with (
-                torch.inference_mode(),
-                self._pruned(variant, self.adapter.layout(self.processor, [conversation])) as run,
-                clock.phases(self.model, self.adapter) as phases,
-            ):
+            layout = self.adapter.layout(self.processor, [conversation])
+            with torch.inference_mode(), self._pruned(variant, layout) as run:
                 out = self.model.generate(**tensors, **self._options)
-        new = out[0, tensors["input_ids"].shape[1] :]
-        record = self._record(new, run, inputs, grounding, phases, whole)
-        if share is not None and whole is not None:  # each image may round up to one token more
-            record["dear"] = record["visual_kept"] > share * whole + sum("image" in part for part in conversation)
-        return record
+        return _Generated(out[0, tensors["input_ids"].shape[1] :], run, inputs, whole, share or 1.0)
 
     def answer_all(
-        self,
-        parts: Sequence[Mapping[str, Any]],
-        variants: Sequence[Variant],
-        grounding: bool = False,
-        exact: bool = False,
-    ) -> list[dict[str, Any]]:
+        self, parts: Parts, variants: Sequence[Variant], grounding: bool = False, exact: bool = False
+    ) -> list[Answer]:
         """Answer one conversation under every variant, sharing what they share (`engine.fork`).
 
         The picture is decoded, preprocessed and encoded once; variants that change the picture run on their own.
@@ -124,7 +147,7 @@ class Session:
             parts, grounding: as for `answer`. exact: one variant after the other, for half precision.
 
         Returns:
-            Per variant what `answer` returns; the times are None, since no variant has any of its own.
+            Per variant what `answer` returns.
 
         Raises:
             AnswerTimeout: an answer that ran on its own, or all others together, took longer than allowed.
@@ -132,8 +155,8 @@ class Session:
         return self._together([parts], variants, grounding, exact)[0]
 
     def answer_batch(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], variants: Sequence[Variant], grounding: bool = False
-    ) -> list[list[dict[str, Any]]]:
+        self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool = False
+    ) -> list[list[Answer]]:
         """`answer_all` of several conversations at once, padded to the longest; they should be about equally long.
 
         Returns:
@@ -144,13 +167,13 @@ class Session:
         """
         return self._together(conversations, variants, grounding, False)
 
+    def prompt_tokens(self, parts: Parts) -> int:
+        """Length of the unpruned prompt of a conversation. Raises OSError if a picture cannot be decoded."""
+        return int(self._encoded(_decoded(parts))[0]["input_ids"].shape[1])
+
     def _together(
-        self,
-        conversations: Sequence[Sequence[Mapping[str, Any]]],
-        variants: Sequence[Variant],
-        grounding: bool,
-        exact: bool,
-    ) -> list[list[dict[str, Any]]]:
+        self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool, exact: bool
+    ) -> list[list[Answer]]:
         decoded = [_decoded(parts) for parts in conversations]
         layouts = [self.adapter.layout(self.processor, [conversation]) for conversation in decoded]
         if any(layout != layouts[0] for layout in layouts):
@@ -159,22 +182,18 @@ class Session:
             i for i, v in enumerate(variants) if make_method(v.method, v.parameters).pixel_share(v.ratio) is not None
         ]
         rest = [i for i in range(len(variants)) if i not in own]
-        no_times = {"vision_ms": None, "prefill_ms": None, "decode_ms": None}
-        found = [
-            {i: {**self.answer(conversation, variants[i], grounding), **no_times} for i in own}
-            for conversation in decoded
-        ]
+        found = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
             with self._time(len(rest) * len(decoded)) as check, torch.inference_mode():
                 inputs, tensors = self._encoded(*decoded)
                 check()
                 chosen = [variants[i] for i in rest]
-                answers = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
-            for i, answer in zip(rest, answers, strict=True):
-                for sample, records in enumerate(found):
-                    row = answer.run.row(sample)
-                    records[i] = self._record(answer.tokens[sample], row, inputs, grounding, sample=sample)
-        return [[records[i] for i in range(len(variants))] for records in found]
+                forked = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
+            for i, branch in zip(rest, forked, strict=True):
+                for sample, answers in enumerate(found):
+                    row = branch.run.row(sample)
+                    answers[i] = self._answer(branch.tokens[sample], row, inputs, grounding, sample)
+        return [[answers[i] for i in range(len(variants))] for answers in found]
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""
@@ -190,36 +209,35 @@ class Session:
             inputs = self.adapter.encode(self.processor, list(conversations))
         except (ValueError, ArithmeticError, IndexError) as error:
             raise InputRefused(f"the model's processor refuses the sample: {error}") from error
-        device = next(self.model.parameters()).device
-        return inputs, {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+        return inputs, {k: v.to(self._device) if hasattr(v, "to") else v for k, v in inputs.items()}
 
-    def _record(
+    def _answer(
         self,
         new: torch.Tensor,
         run: Run,
         inputs: Mapping[str, Any],
         grounding: bool,
-        phases: clock.Phases | None = None,
-        whole: int | None = None,
         sample: int = 0,
-    ) -> dict[str, Any]:
-        raw = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
-        broken = {"nonfinite_scores": sum(run.nonfinite_scores)} if any(run.nonfinite_scores) else {}
-        return broken | {
-            "prediction": self._box(raw, inputs, sample) if grounding else raw,
-            "raw": raw,
-            "device": self.device_name,
-            "new_tokens": int(new.numel()),
-            # Of the image as it was: a smaller one saves its tokens everywhere.
-            "visual_tokens": whole or run.visual_prompt[0],
-            "visual_kept": run.visual_kept[0],
-            "text_tokens": len(run.kept[0]) - run.visual_kept[0],
-            "visual_per_layer": [layer[0] for layer in run.visual_per_layer],
-            "visual_cached": [layer[0] for layer in run.visual_cached],
-            "vision_ms": _round(phases.vision_ms) if phases else None,
-            "prefill_ms": _round(phases.prefill_ms) if phases else None,
-            "decode_ms": _round(phases.decode_ms_per_token) if phases else None,
-        }
+        whole: int | None = None,
+    ) -> Answer:
+        """From the new tokens and the facts of one row.
+
+        Args:
+            sample: of ``inputs``. whole: visual tokens of the image as it was, where a smaller one was asked about.
+        """
+        text = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
+        return Answer(
+            prediction=text,
+            box=self._box(text, inputs, sample) if grounding else None,
+            device=self.device_name,
+            visual_tokens=whole or run.visual_prompt[0],
+            visual_kept=run.visual_kept[0],
+            text_tokens=len(run.kept[0]) - run.visual_kept[0],
+            visual_per_layer=tuple(layer[0] for layer in run.visual_per_layer),
+            visual_cached=tuple(layer[0] for layer in run.visual_cached),
+            new_tokens=int(new.numel()),
+            nonfinite_scores=sum(run.nonfinite_scores),
+        )
 
     def _visual_tokens(self, inputs: Mapping[str, Any]) -> int:
         mask = self.adapter.image_mask(self.model, inputs)
@@ -237,7 +255,7 @@ class Session:
         return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
 
 
-def _decoded(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _decoded(parts: Parts) -> list[Mapping[str, Any]]:
     return [{"image": decoded(part["image"])} if "image" in part else part for part in parts]
 
 

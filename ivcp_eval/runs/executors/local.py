@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from ivcp_eval.runs.answering.cpu import cpu_workers
 from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.progress.display import Progress
 from ivcp_eval.runs.store.manifest import spec_path
+from ivcp_eval.runs.store.state import mark
 from ivcp_eval.runs.worker import Report, Stop, devices, work
 
 LOST = 76  # exit code of a worker that lost its GPU; a new process may go on with it
@@ -29,19 +32,42 @@ def run(plan: RunPlan, workers: int, progress: Progress, device: str = "") -> bo
         DeviceLost: it was at work in this process, which cannot go on; a new one can.
     """
     places = [device] * bool(device) or devices()
-    count = workers or len(places) or 1
+    on_cpu = not places or places[0] == "cpu"
+    count, threads = (workers or len(places), 0) if not on_cpu else _cpu_share(plan, workers)
     with Stop().signals() as stop, progress:
-        if count == 1:
-            return not work(plan, stop, progress.hooks).stopped
-        return _processes(plan, stop, progress, places, count)
+        if count > 1:
+            done = _processes(plan, stop, progress, places, count, threads)
+            if not done or not on_cpu:
+                return done
+        elif threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        return not work(plan, stop, progress.hooks).stopped  # with several processes, only times are left
 
 
-def _processes(plan: RunPlan, stop: Stop, progress: Progress, places: list[str], count: int) -> bool:
+def _cpu_share(plan: RunPlan, workers: int) -> tuple[int, int]:
+    """(processes, threads of each; 0 leaves what torch takes)."""
+    if workers:
+        return workers, 0
+    units = [unit for unit in plan.units() if unit.pending and not mark(plan, unit).exists()]
+    answers = sum((unit.stop - unit.start) * len(unit.pending) for unit in units)
+    weights = max(
+        (path.stat().st_size for model in plan.models.values() for path in model.weights.source.glob("*.safetensors")),
+        default=0,
+    )
+    if os.environ.get("OMP_NUM_THREADS"):  # somebody has shared out the cores already
+        return 1, 0
+    return cpu_workers(weights, answers)
+
+
+def _processes(plan: RunPlan, stop: Stop, progress: Progress, places: list[str], count: int, threads: int = 0) -> bool:
     arguments = ["sweep", "work", str(spec_path(plan.state)), "--runs", str(plan.runs)]
 
     def start(i: int) -> subprocess.Popen[bytes]:
         device = ["--device", places[i % len(places)]] if places else []
-        return _start([*arguments, *device, "--no-score", "--every", "0"], logs / f"worker-{i}.log")
+        alone = ["--not-alone"] if threads else []
+        return _start([*arguments, *device, *alone, "--no-score", "--every", "0"], logs / f"worker-{i}.log", threads)
 
     started: list[subprocess.Popen[bytes]] = []
     restarts = [0] * count
@@ -77,9 +103,11 @@ def _processes(plan: RunPlan, stop: Stop, progress: Progress, places: list[str],
     return not report.stopped
 
 
-def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+def _start(arguments: list[str], log: Path, threads: int = 0) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    command = [sys.executable, "-m", "ivcp_eval", *arguments]
     with log.open("ab") as stream:
-        return subprocess.Popen([sys.executable, "-m", "ivcp_eval", *arguments], stdout=stream, stderr=stream)
+        return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
 
 
 def _score(plan: RunPlan, stop: Stop, progress: Progress) -> Report:

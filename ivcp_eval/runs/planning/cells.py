@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval import files
-from ivcp_eval.interface.failures import settled
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.variants import BASELINE, Variant
 
 RUNS = files.RESULTS / "runs"
@@ -182,8 +182,8 @@ class Cell:
         if not self.record.is_file():
             return None
         record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
-        return None if self.lacks(record) else record
+        return None if self.exact and record.get("together") else record
 
-    def lacks(self, record: Mapping[str, Any] | None) -> bool:
-        """Whether an answer, or the record of all answers, is missing, failed and open, or not counted (``exact``)."""
-        return not record or not settled(record) or (self.exact and bool(record.get("together")))
+    def lacks(self, answer: Answer | None) -> bool:
+        """Whether an answer is missing, failed and may be tried again, or does not count (``exact``)."""
+        return answer is None or not answer.is_settled or (self.exact and answer.together)

@@ -13,6 +13,7 @@ from typing import Any
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
+from ivcp_eval.runs.store.journal import entry
 from ivcp_eval.runs.store.lease import held
 from ivcp_eval.runs.store.state import lease, mark, shard
 
@@ -95,18 +96,18 @@ class _Tail:
         for line in whole.splitlines():
             try:
                 self._take(json.loads(line), tally)
-            except json.JSONDecodeError:
-                continue  # the worker that opens it next drops this line, and answers the sample again
+            except ValueError:
+                continue  # the worker that opens it next drops this line, or says what is wrong with it
         return True
 
-    def _take(self, record: dict[str, Any], tally: Tally) -> None:
-        key = record["key"]
-        if self.cell.lacks(record):
-            self.bad |= {key} if record.get("error") else set()
+    def _take(self, record: Any, tally: Tally) -> None:
+        key, answer = entry(record)
+        if self.cell.lacks(answer):
+            self.bad |= {key} if answer.error else set()
             return
         if key not in self.good and self.cell.identity.variant.method != BASELINE:
-            tally.visual_tokens += record["visual_tokens"]
-            tally.visual_kept += record["visual_kept"]
+            tally.visual_tokens += answer.visual_tokens or 0
+            tally.visual_kept += answer.visual_kept or 0
         self.good.add(key)
         self.bad.discard(key)
 

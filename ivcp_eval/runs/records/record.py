@@ -10,19 +10,24 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.cost.measured import Shares, measured
+from ivcp_eval.interface import records
 from ivcp_eval.interface.failures import misses
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.reports.schema import SAMPLE_COLUMN_NAMES
+from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.records.scores import Sample, Scores, unread
 
-Answers = Mapping[str, Mapping[str, Any]]
-"""Records of a journal by key."""
-_UNANSWERED = {"error": "no answer was made"}
+Answers = Mapping[str, Answer]
+"""Of a journal by key."""
+_ANSWERED = {name: meaning.column for name, meaning in records.measured().items() if meaning.column}
+_UNANSWERED = Answer(error="no answer was made")
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,19 @@ class CellRecord:
 
 
 def cell_record(
-    identity: Mapping[str, Any], answers: Answers, scores: Scores, decoder: Mapping[str, Any] | None = None
+    identity: Mapping[str, Any],
+    answers: Answers,
+    scores: Scores,
+    decoder: Mapping[str, Any] | None = None,
+    times: Mapping[str, Times] = MappingProxyType({}),
 ) -> CellRecord:
     """The record of a cell.
 
     Args:
         identity: as JSON. answers: the journal's records. decoder: sizes by which FLOPs are counted (`Cell.note`).
+        times: of the samples that were timed, by index.
     """
-    rows = sample_rows(answers, scores, decoder)
+    rows = sample_rows(answers, scores, decoder, times)
     good = [row for row in rows if not row["error"]]
     used = [answers[sample.key] for sample, row in zip(scores.samples, rows, strict=True) if not row["error"]]
     failed, refused = misses(rows, answers)
@@ -93,8 +103,8 @@ def cell_record(
     remarks = [
         scores.remark,
         refused,
-        _counted(used, "dear", "samples have pictures that cost more at any size"),
-        _counted(used, "nonfinite_scores", "samples had scores that are not finite"),
+        _counted([answer.over_budget for answer in used], "samples have pictures that cost more at any size"),
+        _counted([answer.nonfinite_scores > 0 for answer in used], "samples had scores that are not finite"),
     ]
     visual = sum(row["visual_tokens"] for row in good)
 
@@ -103,7 +113,6 @@ def cell_record(
         values = [row[column] * row["visual_tokens"] for row in good if row[column] is not None]
         return sum(values) / visual if values else None
 
-    timed = used if scores.made.timing else []
     return CellRecord(
         status="skipped" if scores.unsupported else status,
         reason=problem or "; ".join(filter(None, remarks)),
@@ -114,16 +123,16 @@ def cell_record(
         n_samples=len(rows),
         n_clusters=len({row["cluster"] for row in rows}),
         n_failed=len(rows) - len(good),
-        together=any(answer.get("together") for answer in used),
+        together=any(answer.together for answer in used),
         visual_tokens_prompt_mean=visual / len(good) if good else None,
         ratio_kept_final=sum(row["visual_kept"] for row in good) / visual if visual else None,
         ratio_layer_mean=share("layer_mean_ratio"),
         ratio_flops=share("flops_ratio"),
         ratio_kv_cache=share("kv_ratio"),
         new_tokens_mean=statistics.fmean(row["new_tokens"] for row in good) if good else None,
-        prefill_ms_median=_median(timed, "prefill_ms"),
-        decode_ms_per_token_median=_median(timed, "decode_ms"),
-        vision_ms_median=_median(timed, "vision_ms"),
+        prefill_ms_median=_median(times, "prefill_ms"),
+        decode_ms_per_token_median=_median(times, "decode_ms_per_token"),
+        vision_ms_median=_median(times, "vision_ms"),
         ivcp_commit=scores.made.commit,
         ivcp_dirty=scores.made.dirty,
         device=_devices(identity, used),
@@ -133,32 +142,33 @@ def cell_record(
     )
 
 
-def sample_rows(answers: Answers, scores: Scores, decoder: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def sample_rows(
+    answers: Answers,
+    scores: Scores,
+    decoder: Mapping[str, Any] | None = None,
+    times: Mapping[str, Times] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """The rows of the per-sample CSV (`reports.schema`), one for each of the benchmark's, in its order."""
     shape = _shape(decoder)
-    return [_sample_row(s, answers.get(s.key, _UNANSWERED), shape, scores.made.timing) for s in scores.samples]
+    return [_sample_row(s, answers.get(s.key, _UNANSWERED), shape, times.get(s.index)) for s in scores.samples]
 
 
-def _sample_row(sample: Sample, answer: Mapping[str, Any], shape: DecoderShape | None, timing: bool) -> dict[str, Any]:
+def _sample_row(sample: Sample, answer: Answer, shape: DecoderShape | None, times: Times | None) -> dict[str, Any]:
     cost = _shares(answer, shape)
     return {
         "index": sample.index,
         "cluster": sample.cluster,
         "category": sample.category,
         "prompt_sha256": "" if sample.key == unread(sample.index) else sample.key,
-        "prediction": answer.get("raw", answer.get("prediction", "")),
         "answer": sample.answer,
         "score": sample.score,
         "iou": sample.iou,
-        "visual_tokens": answer.get("visual_tokens"),
-        "visual_kept": answer.get("visual_kept"),
         "layer_mean_ratio": cost.layer_mean,
         "kv_ratio": cost.cached,
         "flops_ratio": cost.flops,
-        "prefill_ms": answer.get("prefill_ms") if timing else None,
-        "decode_ms": answer.get("decode_ms") if timing else None,
-        "new_tokens": answer.get("new_tokens"),
-        "error": answer["error"],
+        "prefill_ms": times.prefill_ms if times else None,
+        "decode_ms": times.decode_ms_per_token if times else None,
+        **{column: getattr(answer, name) for name, column in _ANSWERED.items()},
     }
 
 
@@ -166,28 +176,26 @@ def _shape(decoder: Mapping[str, Any] | None) -> DecoderShape | None:
     return None if decoder is None else DecoderShape(**{**decoder, "mlps": tuple(decoder["mlps"])})
 
 
-def _shares(answer: Mapping[str, Any], shape: DecoderShape | None) -> Shares:
-    if answer["error"]:
+def _shares(answer: Answer, shape: DecoderShape | None) -> Shares:
+    if answer.error or answer.visual_tokens is None or answer.text_tokens is None:
         return Shares()
-    layers, cached = answer["visual_per_layer"], answer["visual_cached"]
-    return measured(answer["visual_tokens"], answer["text_tokens"], layers, cached, shape)
+    return measured(answer.visual_tokens, answer.text_tokens, answer.visual_per_layer, answer.visual_cached, shape)
 
 
-def _counted(answers: Sequence[Mapping[str, Any]], key: str, what: str) -> str:
-    n = sum(bool(answer.get(key)) for answer in answers)
-    return f"{n} of {len(answers)} {what}" if n else ""
+def _counted(hits: Sequence[bool], what: str) -> str:
+    return f"{sum(hits)} of {len(hits)} {what}" if any(hits) else ""
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps([SAMPLE_COLUMN_NAMES, rows]).encode()).hexdigest()
 
 
-def _median(records: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    values = [record[key] for record in records if record.get(key) is not None]
+def _median(times: Mapping[str, Times], name: str) -> float | None:
+    values = [value for timed in times.values() if (value := getattr(timed, name)) is not None]
     return statistics.median(values) if values else None
 
 
-def _devices(identity: Mapping[str, Any], used: Sequence[Mapping[str, Any]]) -> str:
+def _devices(identity: Mapping[str, Any], used: Sequence[Answer]) -> str:
     """What answered, by the answers themselves: who scores may have no GPU, and several kinds may share a cell."""
-    names = sorted({answer["device"] for answer in used if answer.get("device")})
+    names = sorted({answer.device for answer in used if answer.device})
     return " + ".join(names) or ("cpu" if identity["placement"]["device"] == "cpu" else "")

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.interface.registry import make_method
+from ivcp_eval.interface.registry import adapter, make_method
+from ivcp_eval.runs.answering.prompts import prompts_of
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.plan import ModelPlan, RunPlan, judge_config
 from ivcp_eval.runs.records.recompute import recompute
-from ivcp_eval.runs.records.scores import Made, Sample, Scores, unread
+from ivcp_eval.runs.records.record import CellRecord
+from ivcp_eval.runs.records.sample_rows import answers_by_index, samples
+from ivcp_eval.runs.records.scores import Made, Scores, unread
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, held
 from ivcp_eval.runs.store.state import answers, lease, mark
 from ivcp_eval.vlmeval_bridge.judge import Judge, cache_folder
 
 if TYPE_CHECKING:
+    from ivcp_eval.interface import AbstractAdapter
     from ivcp_eval.runs.worker import Stop
-    from ivcp_eval.vlmeval_bridge.evaluate import Scored
-    from ivcp_eval.vlmeval_bridge.model import PrunedVLM
 
 
 def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[int, bool]:
     """Score what is whole, until asked to stop: (cells scored, anything that is not whole yet or held by others)."""
-    scored, waiting = 0, False
+    scored, waiting, dataset = 0, False, _Dataset()
     open_units: dict[tuple[str, str], bool] = {}
     for unit in plan.units():
         key = unit.model, unit.benchmark.name
@@ -48,12 +49,35 @@ def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[in
             elif cell.noted() is None:
                 try:
                     with _aside(plan):
-                        _score(plan, model, benchmark, cell, say)
+                        _score(plan, model, benchmark, cell, dataset.of(benchmark, plan.options.limit), say)
                 except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
                     waiting = True
                     continue
                 scored += 1
     return scored, waiting
+
+
+class _Dataset:
+    """VLMEvalKit's data set of the benchmark at hand: read once, handed out anew to every cell."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[str, int | None] | None = None
+        self._dataset: Any = None
+        self._rows: Any = None
+
+    def of(self, benchmark: Benchmark, limit: int | None) -> Any:
+        """The data set with all of its rows, whatever an evaluator did to them before."""
+        from ivcp_eval.vlmeval_bridge import register
+
+        if self._asked != (benchmark.name, limit):
+            self._dataset = self._rows = None  # two need not fit into memory
+            register()
+            from ivcp_eval.vlmeval_bridge.evaluate import build
+
+            self._dataset = build(benchmark, limit)
+            self._asked, self._rows = (benchmark.name, limit), self._dataset.data
+        self._dataset.data = self._rows.copy()
+        return self._dataset
 
 
 @contextmanager
@@ -76,72 +100,72 @@ class _Log(io.TextIOBase):
             return stream.write(text)
 
 
-def _score(plan: RunPlan, model: ModelPlan, benchmark: Benchmark, cell: Cell, say: Callable[[str], None]) -> None:
-    from ivcp_eval.vlmeval_bridge import register
-    from ivcp_eval.vlmeval_bridge.model import RecordedVLM
-
-    register()
+def _score(
+    plan: RunPlan, model: ModelPlan, benchmark: Benchmark, cell: Cell, dataset: Any, say: Callable[[str], None]
+) -> None:
     with Journal(cell.journal).open() as journal:
-        for key, record in sorted(answers(cell).items()):
-            if cell.lacks(journal.records.get(key)) and journal.records.get(key) != {"key": key, **record}:
-                journal.append({**record, "key": key})
-    config = judge_config(plan.options, benchmark)
-    judge = Judge(config, cache_folder(plan.runs)) if config else None
-    recorded = partial(RecordedVLM, model.weights.family, cell.identity.variant)
-    record = _score_cell(plan.options, recorded, benchmark, cell, judge)
-    say(f"scored {cell.identity.variant.name} on {benchmark.name}: {record['status']} {record['reason']}".rstrip())
-    if record["status"] == "ok":
+        for key, answer in sorted(answers(cell).items()):
+            if cell.lacks(journal.records.get(key)) and journal.records.get(key) != answer:
+                journal.append(key, answer)
+        config = judge_config(plan.options, benchmark)
+        judge = Judge(config, cache_folder(plan.runs)) if config else None
+        family = adapter(model.weights.family)
+        record = score_answers(plan.options, family, benchmark, cell, journal, dataset, judge)
+    say(f"scored {cell.identity.variant.name} on {benchmark.name}: {record.status} {record.reason}".rstrip())
+    if record.status == "ok":
         shutil.rmtree(cell.folder / "shards", ignore_errors=True)
 
 
-def _score_cell(
+def score_answers(
     options: Options,
-    answers: Callable[[Journal], PrunedVLM],
+    family: AbstractAdapter,
     benchmark: Benchmark,
     cell: Cell,
+    journal: Journal,
+    dataset: Any,
     judge: Judge | None,
-) -> dict[str, Any]:
-    """Answer what the cell's journal lacks, score, and write the cell's files; returns the content of ``run.json``.
+) -> CellRecord:
+    """Score what a cell's journal holds and write the cell's files.
+
+    Prompts are not built and VLMEvalKit's loop does not run: rows find their answers by the keys that were noted when
+    they were asked. A row without a usable answer counts as wrong; it is never left out.
 
     Args:
-        answers: makes the model that VLMEvalKit asks, from the open journal.
+        family: adapter of the model. journal: of the cell, open. dataset: VLMEvalKit's, with the rows that count.
     """
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
     from ivcp_eval.vlmeval_bridge.judge import JudgeError
     from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
-    dataset = bridge.build(benchmark, options.limit)
     cell.note()
-    with Journal(cell.journal).open() as journal:
-        model = answers(journal)
-        prompts = bridge.prompts(dataset, model)
-        work = cell.folder / "vlmeval"
-        for index, why in prompts.broken.items():  # without a prompt there is no key but the row
-            if journal.records.get(unread(index), {}).get("error") != why["error"]:
-                journal.append({"key": unread(index), **why})
-        predictions = bridge.infer(dataset, model, work, prompts.broken)
-        problem = bridge.data_problem(benchmark)
-        try:
-            scored = bridge.score(benchmark, dataset, predictions, judge)
-        except (JudgeError, ScoreMissing) as error:
-            scored, problem = bridge.Scored({}, {}), f"no score: {error}"
-        scores = _scores(cell, scored, bridge.sample_rows(benchmark, dataset, prompts, scored), problem, options)
-        scores.write(cell.scores)
-        record = recompute(cell).to_json()
-    if record["status"] == "ok":
-        shutil.rmtree(work)
-    return record
-
-
-def _scores(cell: Cell, scored: Scored, rows: Sequence[Mapping[str, Any]], problem: str, options: Options) -> Scores:
-    return Scores(
+    prompts = prompts_of(cell, dataset, family, journal.records)
+    indices = [str(index) for index in dataset.data["index"]]
+    found = answers_by_index(indices, prompts, journal.records)
+    for index, answer in found.items():  # without an answer, and with it a prompt, there is no key but the row
+        if answer.error and journal.records.get(prompts.keys.get(index, unread(index))) != answer:
+            journal.append(prompts.keys.get(index, unread(index)), answer)
+    work = cell.folder / "vlmeval"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    predictions = bridge.stored(dataset, {index: answer.scored for index, answer in found.items()}, work)
+    problem = bridge.data_problem(benchmark)
+    lines = dataset.data.drop(columns="image", errors="ignore").to_dict("records")
+    try:
+        scored = bridge.score(benchmark, dataset, predictions, judge)
+    except (JudgeError, ScoreMissing) as error:
+        scored, problem = bridge.Scored({}, {}), f"no score: {error}"
+    Scores(
         _made(cell, options),
         dict(scored.metrics),
-        tuple(Sample(**{**row, "key": row["key"] or unread(row["index"])}) for row in rows),
+        samples(benchmark, lines, prompts, scored),
         scored.judge_failures,
         scored.remark,
         problem,
-    )
+    ).write(cell.scores)
+    record = recompute(cell)
+    if record.status == "ok":
+        shutil.rmtree(work)
+    return record
 
 
 def _made(cell: Cell, options: Options) -> Made:

@@ -1,16 +1,17 @@
-"""An append-only file of per-sample records that survives a kill at any moment."""
+"""An append-only file of answers that survives a kill at any moment."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ivcp_eval.files import disk_full_as_clear_error
+from ivcp_eval.interface.records import Answer
 
 
 class JournalHeld(RuntimeError):
@@ -18,15 +19,15 @@ class JournalHeld(RuntimeError):
 
 
 class Journal:
-    """Records by key, one JSON line each. The last record of a key counts.
+    """Answers by the key of their prompt, one JSON line each. The last answer of a key counts.
 
-    A line that a kill cut short is dropped when the file is opened again; the records before it are whole, since each
+    A line that a kill cut short is dropped when the file is opened again; the answers before it are whole, since each
     is written and flushed at once.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, Answer] = {}
         self._file: Any = None
 
     @contextmanager
@@ -34,7 +35,7 @@ class Journal:
         """Read what is there and hold the file, alone, for appending.
 
         Raises:
-            JournalHeld: by another process.
+            JournalHeld: by another process. ValueError: a line that is whole and yet no answer.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: what a full disk refused must not stay in a buffer, to be written after the next record.
@@ -54,7 +55,7 @@ class Journal:
             finally:
                 self._file = None
 
-    def load(self) -> dict[str, dict[str, Any]]:
+    def load(self) -> dict[str, Answer]:
         """The records as they are now, without holding the file, which another process may be writing."""
         if self.path.is_file():
             self._read(self.path.read_bytes())
@@ -64,14 +65,18 @@ class Journal:
         """Fill `records`; returns the length of the readable part."""
         self.records = {}
         whole = 0
-        for line in content.splitlines(keepends=True):
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 break
             try:
                 record = json.loads(line)
             except ValueError:  # neither JSON nor, after a crash of the machine, text
                 break
-            self.records[record["key"]] = record
+            try:
+                key, answer = entry(record)
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number}: {error}") from error
+            self.records[key] = answer
             whole += len(line)
         return whole
 
@@ -79,13 +84,13 @@ class Journal:
         """Wait until all of it is on the disk, where not even a crash of the machine undoes it."""
         os.fsync(self._file.fileno())
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record (with its "key") and flush it to the operating system.
+    def append(self, key: str, answer: Answer) -> None:
+        """Write one answer and flush it to the operating system.
 
         Raises:
-            DiskFullError: no space is left; what was written of the record is removed.
+            DiskFullError: no space is left; what was written of the answer is removed.
         """
-        line = (json.dumps(dict(record), ensure_ascii=False, sort_keys=True) + "\n").encode()
+        line = (json.dumps({"key": key, **answer.to_json()}, ensure_ascii=False, sort_keys=True) + "\n").encode()
         start = self._file.seek(0, os.SEEK_END)
         try:
             with disk_full_as_clear_error(self.path, self.path.with_suffix(".partial")):
@@ -95,4 +100,18 @@ class Journal:
         except OSError:
             self._file.truncate(start)
             raise
-        self.records[record["key"]] = dict(record)
+        self.records[key] = answer
+
+
+def entry(record: Any) -> tuple[str, Answer]:
+    """The key and the answer of a journal line.
+
+    Args:
+        record: the line, parsed.
+
+    Raises:
+        ValueError: it has no key, or is no answer (`Answer.from_json`).
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
+        raise ValueError(f'a journal line is an object with a text "key", not {str(record)[:80]}')
+    return record.pop("key"), Answer.from_json(record)

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ivcp_eval.runs.answering.samples import Records
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.store.journal import Journal
@@ -27,20 +27,20 @@ def shard(cell: Cell, unit: Unit) -> Path:
     return cell.folder / "shards" / f"{unit.start:07d}-{unit.stop:07d}.jsonl"
 
 
-def answers(cell: Cell, unit: Unit | None = None) -> Records:
+def answers(cell: Cell, unit: Unit | None = None) -> dict[str, Answer]:
     """What is known of a cell, whoever wrote it; a good answer is preferred to a failed one.
 
     Args:
         unit: leave out what was written of other rows, whose number grows with the benchmark.
     """
-    found: Records = {}
+    found: dict[str, Answer] = {}
     paths = sorted((cell.folder / "shards").glob("*.jsonl"))
     if unit is not None:
         paths = [path for path in paths if _overlaps(path, unit)]
     for path in [cell.journal, *paths]:
-        for key, record in Journal(path).load().items():
+        for key, answer in Journal(path).load().items():
             if key not in found or cell.lacks(found[key]):
-                found[key] = record
+                found[key] = answer
     return found
 
 

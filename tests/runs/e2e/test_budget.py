@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ivcp_eval.reports.table import read_samples
-from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
+from ivcp_eval.runs.answering.live import from_variant_name
 from tests.runs.e2e.conftest import Lab
 
 
@@ -44,10 +44,7 @@ def test_what_cannot_be_held_is_refused_before_anything_runs(
 
 
 def test_a_vlmevalkit_name_holds_a_budget_too() -> None:
-    import_vlmeval()
-    from ivcp_eval.vlmeval_bridge.model import from_variant_name
-
-    variant = from_variant_name("tiny__ivc_prune__flops0.7").variant
+    variant = from_variant_name("tiny__ivc_prune__flops0.7").answer.variant
     assert variant.budget is not None
     assert variant.budget.label == "flops(1024+64)"
     assert variant.budget.problem == ""

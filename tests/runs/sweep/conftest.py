@@ -23,6 +23,7 @@ controls: []
 limit: {limit}
 shard: 3
 max_new_tokens: 5
+batch: 1
 timing: false
 """
 

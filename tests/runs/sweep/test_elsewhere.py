@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,9 @@ def test_answers_of_a_gpu_are_seen_and_scored_without_one(bench: Bench, capsys: 
     for unit, twin in zip(plan.units(), here.units(), strict=True):
         for cell, other in zip(unit.cells, twin.cells, strict=True):
             with Journal(shard(cell, unit)).open() as journal:
-                for record in Journal(other.journal).load().values():
-                    assert record["device"] == "cpu"
-                    journal.append({**record, "device": "Test GPU"})
+                for key, answer in Journal(other.journal).load().items():
+                    assert answer.device == "cpu"
+                    journal.append(key, replace(answer, device="Test GPU"))
         mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
         mark(plan, unit).write_text(json.dumps({"samples": 3, "answered": 3, "failed": 0, "seconds": 1.0}))
 

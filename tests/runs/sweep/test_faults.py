@@ -22,6 +22,7 @@ from PIL import Image
 from ivcp_eval import benchmarks
 from ivcp_eval.engine import fork
 from ivcp_eval.engine.fork.trunk import Branch, Trunk
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.reports.table import read_results, read_samples
 from ivcp_eval.runs.answering.samples import answer_samples
 from ivcp_eval.runs.answering.session import Session
@@ -36,7 +37,7 @@ def test_out_of_memory_anywhere_at_any_time(bench: Bench, monkeypatch: pytest.Mo
     """Encoding, trunk, branches, joining and single runs fail at random; what is left is retried to the same bytes."""
     assert bench.call("run", "--quiet") == 0
     disturbed = bench.elsewhere(bench.folder.parent / "tight")
-    bench.spec.write_text(bench.spec.read_text() + "batch: 2\n")
+    bench.spec.write_text(bench.spec.read_text().replace("batch: 1", "batch: 2"))
     draw, share = random.Random(3), [0.35]
     hits: Counter[str] = Counter()
     places: list[tuple[Any, str]] = [
@@ -74,15 +75,18 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     keys = {key for key, _ in samples}
     groups: list[list[str]] = []
 
-    def answer_batch(parts: Any, variants: Any, grounding: bool) -> list[list[dict[str, Any]]]:
+    def answer(text: str) -> Answer:
+        return Answer(prediction=text, visual_tokens=4, visual_kept=2, new_tokens=1)
+
+    def answer_batch(parts: Any, variants: Any, grounding: bool) -> list[list[Answer]]:
         groups.append([Path(part[0]["image"]).stem for part in parts])
         if "05" in groups[-1]:
             raise torch.OutOfMemoryError("injected")
-        return [[{"raw": "together"} for _ in variants] for _ in parts]
+        return [[answer("together") for _ in variants] for _ in parts]
 
-    def answer_all(parts: Any, variants: Any, grounding: bool, exact: bool) -> list[dict[str, Any]]:
+    def answer_all(parts: Any, variants: Any, grounding: bool, exact: bool) -> list[Answer]:
         groups.append([Path(parts[0]["image"]).stem])
-        return [{"raw": "alone"} for _ in variants]
+        return [answer("alone") for _ in variants]
 
     session: Any = SimpleNamespace(
         answer_batch=answer_batch,
@@ -95,9 +99,9 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     assert sorted(got) == [key for key, _ in samples]
     small, large = [f"{i:02d}" for i in range(0, 16, 2)], [f"{i:02d}" for i in range(1, 16, 2)]
     assert groups == [small, large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]]
-    raws = {key: {record["raw"] for record in records} for key, records in got.items()}
+    raws = {key: {record.prediction for record in records} for key, records in got.items()}
     assert raws == {key: {"alone" if key in ("05", "07") else "together"} for key, _ in samples}
-    assert all(record["together"] for records in got.values() for record in records), "two variants are company, too"
+    assert all(record.together for records in got.values() for record in records), "two variants are company, too"
     groups.clear()
     rest = dict(answer_samples(session, samples, {"09"}, cells, grounding=False, exact=False, batch=8))
     assert groups == [large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]], (
@@ -107,7 +111,7 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     groups.clear()
     exact = dict(answer_samples(session, samples, keys, cells, grounding=False, exact=True, batch=8))
     assert all(len(group) == 1 for group in groups)
-    assert not any("together" in record for records in exact.values() for record in records)
+    assert not any(record.together for records in exact.values() for record in records)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -170,10 +174,10 @@ def test_damaged_pictures_are_errors_with_a_traceback(bench: Bench, pictures: Ca
         samples = read_samples(bench.csv.parent / row["predictions"])
         assert [bool(sample["error"]) for sample in samples] == [False, True, False, True, False]
         journal = (bench.csv.parent / row["predictions"]).with_name("journal.jsonl")
-        errors = [record for record in Journal(journal).load().values() if record["error"]]
+        errors = {key: answer for key, answer in Journal(journal).load().items() if answer.error}
         assert len(errors) == 2
-        assert all("Traceback (most recent call last)" in record["traceback"] for record in errors)
-        assert {record["key"] for record in errors} >= {"row 1"}
+        assert all("Traceback (most recent call last)" in answer.traceback for answer in errors.values())
+        assert set(errors) >= {"row 1"}
     marks = [json.loads(path.read_text())["failed"] for path in sorted(bench.folder.glob("sweeps/*/done/*.json"))]
     assert marks == [1, 1, 0]
     before = bench.results()
@@ -193,8 +197,8 @@ def test_a_picture_that_could_not_be_read_for_a_while(
     pictures("", "", "")
     messages = evaluate.messages
 
-    def away(dataset: Any, model: Any, start: int = 0, stop: int | None = None) -> Any:
-        for asked in messages(dataset, model, start, stop):
+    def away(dataset: Any, prompting: Any, start: int = 0, stop: int | None = None) -> Any:
+        for asked in messages(dataset, prompting, start, stop):
             gone = stop is not None and asked.index == "1"
             yield evaluate.Asked("1", failure={"error": "OSError: stale file handle"}) if gone else asked
 
@@ -202,7 +206,7 @@ def test_a_picture_that_could_not_be_read_for_a_while(
         patch.setattr(evaluate, "messages", away)
         assert bench.call("run", "--quiet") == 1
     assert all((row["status"], row["n_failed"]) == ("incomplete", 1) for row in read_results(bench.csv))
-    assert "--retry-failed" in read_results(bench.csv)[0]["reason"]
+    assert "1 of 3 samples failed (OSError 1), e.g. 1: OSError: stale file" in read_results(bench.csv)[0]["reason"]
     assert bench.call("run", "--quiet", "--retry-failed") == 0
     clean = bench.elsewhere(bench.folder.parent / "clean")
     assert clean.call("run", "--quiet") == 0

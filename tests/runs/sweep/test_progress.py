@@ -49,7 +49,7 @@ def answer(unit: Unit, key: str, error: str = "", cells: int | None = None) -> N
     for cell in unit.cells[:cells]:
         path = shard(cell, unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokens = {"visual_tokens": 100, "visual_kept": round(100 * cell.identity.variant.ratio)}
+        tokens = {"visual_tokens": 100, "visual_kept": round(100 * cell.identity.variant.ratio), "new_tokens": 1}
         with path.open("a") as stream:
             stream.write(json.dumps({"key": key, "error": error, **({} if error else tokens)}) + "\n")
 

@@ -84,7 +84,7 @@ def test_a_failing_variant_fails_alone_and_is_retried(
     table = next(bench.csv.with_suffix("").glob("*.md")).read_text()
     assert next(line for line in table.splitlines() if "fastv" in line).count(" - ") == 2, "no score, no average"
     (journal,) = bench.folder.glob("runs/tiny/tiny_mcq/fastv-*/journal.jsonl")
-    assert "Traceback" in next(r for r in Journal(journal).load().values() if r["error"])["traceback"]
+    assert "Traceback" in next(r for r in Journal(journal).load().values() if r.error).traceback
 
     capsys.readouterr()
     assert bench.call("status") == 1
@@ -102,7 +102,7 @@ def test_batches_of_samples_change_no_answer(bench: Bench, monkeypatch: pytest.M
     bench.spec.write_text(bench.spec.read_text().replace("  - {method: downsample, ratios: [0.5]}\n", ""))
     assert bench.call("run", "--quiet") == 0
     batched = bench.elsewhere(bench.folder.parent / "batched")
-    bench.spec.write_text(bench.spec.read_text() + "batch: 2\n")
+    bench.spec.write_text(bench.spec.read_text().replace("batch: 1", "batch: 2"))
     sizes: list[int] = []
     answer_batch = Session.answer_batch
 
@@ -161,9 +161,9 @@ def test_a_full_disk_loses_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch
     append = Journal.append
     room = [0]
 
-    def tight(self: Journal, record: Any) -> None:
+    def tight(self: Journal, *line: Any) -> None:
         self._file = Full(self._file, room) if not isinstance(self._file, Full) else self._file
-        append(self, record)
+        append(self, *line)
 
     draw = random.Random(0)
     with monkeypatch.context() as patch:

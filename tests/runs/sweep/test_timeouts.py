@@ -104,7 +104,7 @@ def test_a_session_counts_what_is_made_together(
     with pytest.raises(AnswerTimeout, match="within 10 s"):
         session.answer(parts, VARIANTS[1])
     session.timeout = 30
-    assert session.answer(parts, VARIANTS[1])["raw"] == wanted[1]["raw"]
+    assert session.answer(parts, VARIANTS[1]) == wanted[1]
 
 
 @pytest.fixture
@@ -154,10 +154,9 @@ def test_a_late_answer_is_an_error_of_its_variant_and_retried_with_more_time(
         "the limit is no part of a cell's identity"
     )
     (cell,) = bench.folder.glob("runs/tiny/tiny_mcq/fastv-*")
-    (error,) = [record for record in Journal(cell / "journal.jsonl").load().values() if record["error"]]
-    assert error["prediction"] == ""
-    assert "raw" not in error, "nothing of a cut answer is kept"
-    assert "in check" in error["traceback"]
+    (error,) = [record for record in Journal(cell / "journal.jsonl").load().values() if record.error]
+    assert error.prediction == "", "nothing of a cut answer is kept"
+    assert "in check" in error.traceback
     assert json.loads((cell / "run.json").read_text())["timeout_s"] == 10
     table = next(bench.csv.with_suffix("").glob("*.md")).read_text()
     assert next(line for line in table.splitlines() if "fastv" in line).count(" - ") == 2, "no score, no average"

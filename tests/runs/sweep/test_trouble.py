@@ -119,7 +119,7 @@ def poison_benchmark(bench: Bench) -> str:
 
 def test_a_batch_that_costs_a_gpu_is_answered_one_by_one(poison: Poison, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = poison.bench
-    bench.spec.write_text(bench.spec.read_text() + "batch: 3\n")
+    bench.spec.write_text(bench.spec.read_text().replace("batch: 1", "batch: 3"))
     answer_batch = Session.answer_batch
 
     def poisoned(self: Session, conversations: Any, *more: Any) -> Any:
@@ -279,7 +279,7 @@ def test_an_evaluator_that_lacks_a_package_fails_its_cells_alone(bench: Bench, m
 def test_who_goes_on_asks_in_the_company_of_before(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision a row depends on its batch, so a batch that was cut short is answered whole again."""
     small = bench.spec.read_text().replace("  - {method: downsample, ratios: [0.5]}\n", "")
-    bench.spec.write_text(small.replace("shard: 3", "shard: 5") + "batch: 2\ndtype: bfloat16\n")
+    bench.spec.write_text(small.replace("shard: 3", "shard: 5").replace("batch: 1", "batch: 2") + "dtype: bfloat16\n")
     groups: list[Any] = []
     answer_batch, append = Session.answer_batch, Journal.append
 
@@ -294,11 +294,11 @@ def test_who_goes_on_asks_in_the_company_of_before(bench: Bench, monkeypatch: py
     cut = bench.elsewhere(bench.folder.parent / "cut")
     kept: list[str] = []
 
-    def killed(self: Journal, record: Any) -> None:
+    def killed(self: Journal, key: str, answer: Any) -> None:
         if len(kept) == 5:  # four variants of the first sample, one of the second
             raise KeyboardInterrupt
-        kept.append(record["key"])
-        append(self, record)
+        kept.append(key)
+        append(self, key, answer)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", killed)

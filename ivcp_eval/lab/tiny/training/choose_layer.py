@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     for question in tqdm(asked):
         parts: list[Mapping[str, Any]] = [{"image": question.image}, {"text": tasks.build_prompt(question.sample)}]
         for i, answer in enumerate(session.answer_all(parts, variants)):
-            hits[question.sample.task, i].append(is_right(question.sample, answer["raw"]))
+            hits[question.sample.task, i].append(is_right(question.sample, answer.prediction))
     with atomic_write(args.out) as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("task", "method", "layer", "ratio", "accuracy_percent", "n"))

@@ -1,0 +1,72 @@
+"""How many samples are answered together: what fits the device's memory, up to where more gains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ivcp_eval.interface.failures import FAILURES
+
+if TYPE_CHECKING:
+    from ivcp_eval.engine.cost.flops import DecoderShape
+    from ivcp_eval.runs.answering.session import Parts, Session
+
+#: More gains nothing: on a CPU four rows keep the cores busy, on a GPU the weights are read for all rows at once.
+MOST_CPU, MOST_GPU = 4, 32
+#: Part of the memory beside the weights that rows may take; the rest is for fragments and what was not foreseen.
+SHARE = 0.5
+
+
+def batch_size(session: Session, longest_first: Iterable[Parts], variants: int) -> int:
+    """Samples to answer together, at least 1.
+
+    It depends on the model, the device's whole memory and the longest sample alone, not on what is free or still
+    unanswered: in half precision a row is rounded as its company has it, so who goes on after an interruption must
+    come to the same number.
+
+    Args:
+        longest_first: conversations; the first that can be read stands for all.
+        variants: how many answer each sample.
+    """
+    most = MOST_CPU if session.placement.device == "cpu" else MOST_GPU
+    for parts in longest_first:
+        try:
+            tokens = session.prompt_tokens(parts)
+        except FAILURES:  # answering it will say why
+            continue
+        itemsize = next(session.model.parameters()).element_size()
+        row = row_bytes(session.shape, tokens, session.limits.max_new_tokens, variants, itemsize)
+        return max(1, min(most, int(SHARE * _room(session.model) / row)))
+    return 1
+
+
+def row_bytes(shape: DecoderShape, tokens: int, new_tokens: int, variants: int, itemsize: int) -> int:
+    """Estimate of what one sample takes under all variants.
+
+    Args:
+        shape: of the decoder. tokens: of the prompt. new_tokens: most that are generated.
+        itemsize: bytes of a number of weights and activations.
+    """
+    per_token = shape.layers * shape.kv_heads * (shape.head_dim + (shape.value_dim or shape.head_dim))
+    # The unpruned prefill beside the variants' own caches, at their longest.
+    cache = per_token * (tokens + variants * (tokens + new_tokens))
+    # In flight in one layer: residuals, queries, keys, values and the two halves of a gated MLP; as much again for a
+    # vision tower, which is narrower and sees four patches a token.
+    activations = 2 * tokens * (8 * shape.hidden + 3 * shape.intermediate)
+    return (cache + activations) * itemsize
+
+
+def _room(model: Any) -> int:
+    """Bytes beside the weights, on all of the model's devices together."""
+    import torch
+
+    parameters = list(model.parameters())
+    total = 0
+    for device in {parameter.device for parameter in parameters}:
+        if device.type == "cuda":
+            total += torch.cuda.get_device_properties(device).total_memory
+        else:
+            import psutil
+
+            total += psutil.virtual_memory().total
+    return total - sum(parameter.nbytes for parameter in parameters)

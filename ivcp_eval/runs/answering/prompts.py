@@ -1,0 +1,92 @@
+"""What was asked: the key of every row's prompt, noted once per (model, benchmark), so that scoring builds no prompts.
+
+Answers are kept under the content hash of their prompt. The hash of a row is in small files that all variants of a
+model share, one for each unit that was answered. They are a cache: a file that is missing or stale is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ivcp_eval.files import write_json
+from ivcp_eval.runs.planning.cells import Cell
+
+if TYPE_CHECKING:
+    from ivcp_eval.interface import AbstractAdapter
+    from ivcp_eval.interface.records import Answer
+    from ivcp_eval.vlmeval_bridge.evaluate import Asked
+
+
+@dataclass
+class Prompts:
+    """Of the rows of a data set.
+
+    Attributes:
+        keys: index -> content hash of the prompt. pictures: index -> content hash of its images alone.
+        broken: index -> what is kept of the failure (`failures.failure`), for rows whose prompt cannot be built, e.g.
+            because of a corrupt image.
+    """
+
+    keys: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, asked: Iterable[Asked]) -> Prompts:
+        """From the prompts themselves."""
+        found = cls()
+        for row in asked:
+            if row.message is None:
+                found.broken[row.index] = dict(row.failure)
+            else:
+                found.keys[row.index], found.pictures[row.index] = row.key, row.pictures
+        return found
+
+    def note(self, cell: Cell, start: int, stop: int) -> None:
+        """Keep them as those of the rows ``start`` to ``stop`` of a cell's model and benchmark."""
+        path = _folder(cell) / f"{start:07d}-{stop:07d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, vars(self))
+
+    @classmethod
+    def noted(cls, cell: Cell) -> Prompts:
+        """Whatever is noted of a cell's model and benchmark. A row that could be read once is not broken."""
+        found = cls()
+        for path in sorted(_folder(cell).glob("*.json")):
+            part: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            found.keys |= part["keys"]
+            found.pictures |= part["pictures"]
+            found.broken |= part["broken"]
+        found.broken = {index: why for index, why in found.broken.items() if index not in found.keys}
+        return found
+
+    def fit(self, rows: Iterable[str], answers: Mapping[str, Answer]) -> bool:
+        """Whether they cover ``rows`` (indices) and were those asked."""
+        return all(index in self.broken or self.keys.get(index) in answers for index in rows)
+
+
+def prompts_of(cell: Cell, dataset: Any, adapter: AbstractAdapter, answers: Mapping[str, Answer]) -> Prompts:
+    """The prompts to which a cell's answers belong: those noted, or made again where they do not fit.
+
+    Args:
+        dataset: VLMEvalKit's, with the rows that count. adapter: of the model's family.
+    """
+    from ivcp_eval.vlmeval_bridge.evaluate import messages
+    from ivcp_eval.vlmeval_bridge.model import Prompting
+
+    found = Prompts.noted(cell)
+    if not found.fit((str(index) for index in dataset.data["index"]), answers):
+        found = Prompts.of(messages(dataset, Prompting(adapter)))
+        found.note(cell, 0, len(dataset.data))
+    return found
+
+
+def _folder(cell: Cell) -> Path:
+    identity = cell.identity
+    told = json.dumps([identity.data, identity.prompt, identity.versions["vlmeval"]])
+    return cell.folder.parent / "prompts" / f"{identity.variant.model}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"

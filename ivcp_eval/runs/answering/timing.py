@@ -1,0 +1,112 @@
+"""Times, measured apart from answering: some samples under the baseline and every variant in turn, in one process.
+
+Answers are made in batches and in one pass for all variants, so none of them has a time of its own. After a benchmark
+is answered, a few of its samples therefore run again, each variant alone. A sample runs under all variants before the
+next one does, every second time in the opposite order, so that drift of the machine (clocks, other users) cancels in
+the ratio of a variant to the baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ivcp_eval.files import write_json
+from ivcp_eval.interface.failures import FAILURES
+from ivcp_eval.runs.planning.cells import Cell
+
+if TYPE_CHECKING:
+    from ivcp_eval.runs.answering.session import Parts, Session
+
+FILE = "timing.json"  # in each cell's folder; `reports.stats.timing` pairs them by session and index
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one answer.
+
+    Attributes:
+        vision_ms: vision encoder and projector; None for a model without one. prefill_ms: of the decoder, selection
+            included. decode_ms_per_token: after the first; None where there was none.
+        end_to_end_ms: from opening the picture to the last token.
+    """
+
+    vision_ms: float | None
+    prefill_ms: float
+    decode_ms_per_token: float | None
+    end_to_end_ms: float
+
+
+def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) -> int:
+    """Time ``n`` samples of one benchmark under all cells in turn, and write each cell's ``timing.json``.
+
+    To be called once per model and benchmark, when it is answered, by one process that has its device to itself. Each
+    cell first runs one sample untimed. A sample that fails under any cell is left out for all.
+
+    Args:
+        session: the model. dataset: VLMEvalKit's data set, whole.
+        cells: the baseline's and the variants' on this benchmark; those that can run on the model (`Session.check`).
+        n: samples, spread evenly over the benchmark, the same ones each time; 0 times nothing.
+
+    Returns:
+        How many samples were timed.
+    """
+    if not n or not cells:
+        return 0
+    rounds: dict[str, list[Times]] = {}
+    for index, parts in _chosen(session, dataset, n):
+        order = list(range(len(cells)))
+        if len(rounds) % 2:
+            order.reverse()
+        try:
+            if not rounds:
+                for i in order:  # the first call of a kernel also loads or tunes it
+                    session.time(parts, cells[i].identity.variant)
+            times = {i: session.time(parts, cells[i].identity.variant) for i in order}
+        except FAILURES:  # answering it said why
+            continue
+        rounds[index] = [times[i] for i in range(len(cells))]
+    name = secrets.token_hex(8)
+    for i, cell in enumerate(cells):
+        samples = [{"index": index, **asdict(times[i])} for index, times in rounds.items()]
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        found = {"session": name, "device": session.device_name, "samples": samples}
+        write_json(cell.folder / FILE, found)
+    return len(rounds)
+
+
+def is_timed(cell: Cell) -> bool:
+    """Whether the cell was timed, or cannot be since its model cannot run it."""
+    record = cell.noted()
+    return (cell.folder / FILE).is_file() or (record is not None and record["status"] in ("skipped", "failed"))
+
+
+def times_of(cell: Cell) -> dict[str, Times]:
+    """What was measured of a cell, by the index of the sample; empty if it was not timed.
+
+    Raises:
+        ValueError: its ``timing.json`` does not hold what this version writes.
+    """
+    path = cell.folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))["samples"]
+        return {str(sample.pop("index")): Times(**sample) for sample in samples}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}); remove it, and the cell is timed again") from error
+
+
+def _chosen(session: Session, dataset: Any, n: int) -> Iterator[tuple[str, Parts]]:
+    """(index, conversation) of ``n`` rows spread evenly; rows whose picture cannot be read are left out."""
+    from ivcp_eval.vlmeval_bridge.evaluate import messages
+    from ivcp_eval.vlmeval_bridge.model import Prompting
+
+    total = len(dataset.data)
+    for row in sorted({(2 * i + 1) * total // (2 * n) for i in range(n)}):
+        for asked in messages(dataset, Prompting(session.adapter), row, row + 1):
+            if asked.message is not None:
+                yield asked.index, [{part["type"]: part["value"]} for part in asked.message]

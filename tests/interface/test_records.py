@@ -1,0 +1,76 @@
+"""An answer: what a journal keeps of it, and what a cell's averages are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ivcp_eval.interface.records import Answer, averages, measured
+from ivcp_eval.reports.schema import SAMPLE_COLUMN_NAMES
+
+GOOD = Answer(
+    prediction="yes",
+    device="cpu",
+    visual_tokens=100,
+    visual_kept=50,
+    ratio_layer_mean=0.75,
+    ratio_kv_cache=0.6,
+    ratio_flops=0.7,
+    new_tokens=2,
+)
+
+
+@pytest.mark.parametrize(
+    "answer", [GOOD, Answer.failed(OSError("gone")), Answer(visual_tokens=0, visual_kept=0, new_tokens=1)]
+)
+def test_a_journal_line_gives_the_answer_back(answer: Answer) -> None:
+    assert Answer.from_json(json.loads(json.dumps(answer.to_json()))) == answer
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kv_ratio": 0.5}, "unknown keys of an answer: kv_ratio; known: prediction, box"),
+        ({"visual_kept": None}, "lacks visual_kept"),
+        ({"new_tokens": "2"}, "new_tokens of an answer is '2', which is no integer"),
+        ({"together": 1}, "no boolean"),
+        ({"visual_tokens": True}, "no integer"),
+    ],
+)
+def test_what_is_no_answer_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Answer.from_json({**GOOD.to_json(), **change})
+
+
+def test_a_failure_says_what_went_wrong_and_counts_as_an_empty_text() -> None:
+    answer = Answer.failed(RuntimeError("kernel at 0x7f12 gave up"))
+    assert answer.error == "RuntimeError: kernel gave up"
+    assert "RuntimeError" in answer.traceback
+    assert answer.scored == ""
+    assert Answer(prediction="<box>", box="[0, 0, 1, 1]").scored == "[0, 0, 1, 1]"
+
+
+def test_big_images_weigh_as_they_cost() -> None:
+    small = Answer(visual_tokens=100, visual_kept=100, ratio_layer_mean=1.0, ratio_kv_cache=1.0, new_tokens=1)
+    large = Answer(visual_tokens=300, visual_kept=60, ratio_layer_mean=0.6, ratio_kv_cache=0.2, new_tokens=4)
+    found = averages([small, large])
+    assert found == {
+        "visual_tokens_prompt_mean": 200,
+        "ratio_kept_final": 160 / 400,
+        "ratio_layer_mean": pytest.approx((100 * 1.0 + 300 * 0.6) / 400),
+        "ratio_kv_cache": pytest.approx((100 * 1.0 + 300 * 0.2) / 400),
+        "ratio_flops": 1.0,
+        "new_tokens_mean": 2.5,
+    }
+    assert set(averages([]).values()) == {None}
+
+
+def test_columns_that_users_hold_keep_their_names() -> None:
+    assert (
+        *("index", "cluster", "category", "prompt_sha256", "prediction", "answer", "score", "iou"),
+        *("visual_tokens", "visual_kept", "layer_mean_ratio", "kv_ratio", "flops_ratio"),
+        *("prefill_ms", "decode_ms", "new_tokens", "error"),
+    ) == SAMPLE_COLUMN_NAMES
+    assert {said.column for said in measured().values()} - {""} <= set(SAMPLE_COLUMN_NAMES)

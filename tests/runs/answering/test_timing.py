@@ -1,0 +1,103 @@
+"""Times: which samples, in which order, paired with the baseline of the same round."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ivcp_eval.reports.stats.times import time_ratio
+
+from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.answering.timing import Times, time_cells, timings_of
+from ivcp_eval.runs.planning.plan import make
+from ivcp_eval.runs.planning.spec import load
+from ivcp_eval.vlmeval_bridge import register
+from tests.runs.sweep.conftest import Bench
+
+
+@pytest.fixture
+def material(bench: Bench) -> tuple[Any, list[Any], Session]:
+    """A data set of five rows, its cells under three variants, and the model."""
+    register()
+    from ivcp_eval.vlmeval_bridge.evaluate import build
+
+    plan = make(load(bench.spec), bench.folder / "runs")
+    model = plan.models["tiny"]
+    benchmark, cells = model.groups["tiny_mcq"]
+    session = Session(model.weights, model.plan.placement, model.plan.limits)
+    return build(benchmark, 5), [cells[0], cells[1], cells[4]], session
+
+
+def test_every_sample_runs_under_all_variants_in_turn(
+    material: tuple[Any, list[Any], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, cells, session = material
+    ran: list[tuple[str, str]] = []
+
+    def fake(self: Session, parts: Any, variant: Variant) -> Times:
+        ran.append((parts[-1]["text"], variant.method))
+        return Times(1.0, 10.0 * len(ran), None, 5.0)
+
+    monkeypatch.setattr(Session, "time", fake)
+    assert time_cells(session, dataset, cells, n=3) == 3
+    methods = [method for _, method in ran]
+    forward = ["none", "ivc_prune", "downsample"]
+    assert methods == forward + forward + forward[::-1] + forward, "one untimed round, then there and back"
+    first, second = timings_of(cells[0]), timings_of(cells[1])
+    assert first.session == second.session != ""
+    assert list(first.samples) == [str(dataset.data.iloc[i]["index"]) for i in (0, 2, 4)], "evenly spread"
+    assert all(timed.baseline is None for timed in first.samples.values())
+    own, baseline = second.pairs("prefill_ms")
+    assert (own, baseline) == ([50.0, 80.0, 110.0], [40.0, 90.0, 100.0])
+    assert second.pairs("decode_ms") == ([], []), "nothing was decoded"
+    assert first.medians() == {"vision_ms_median": 1.0, "prefill_ms_median": 90.0, "decode_ms_per_token_median": None}
+
+
+def test_a_sample_that_fails_is_left_out_for_all(
+    material: tuple[Any, list[Any], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, cells, session = material
+    bad = str(dataset.data.iloc[2]["question"])
+
+    def fake(self: Session, parts: Any, variant: Variant) -> Times:
+        if bad in parts[-1]["text"] and variant.method == "downsample":
+            raise RuntimeError("a kernel gave up")
+        return Times(None, 1.0, 1.0, 3.0)
+
+    monkeypatch.setattr(Session, "time", fake)
+    left = len({str(row["question"]) for row in dataset.data.to_dict("records") if bad not in str(row["question"])})
+    assert 0 < left < 5, "the test proves nothing"
+    n = time_cells(session, dataset, cells, n=50)
+    assert n == sum(bad not in str(q) for q in dataset.data["question"])
+    assert {len(timings_of(cell).samples) for cell in cells} == {n}
+    assert time_cells(session, dataset, cells, n=0) == 0
+
+
+def test_real_times_and_their_ratio(
+    material: tuple[Any, list[Any], Session], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, cells, session = material
+    assert time_cells(session, dataset, cells, n=2) == 2
+    for cell in cells:
+        for timed in timings_of(cell).samples.values():
+            own = timed.own
+            assert own.vision_ms is not None
+            assert own.decode_ms is not None
+            assert 0 < own.vision_ms + own.prefill_ms + own.decode_ms < own.total_ms
+    found = time_ratio(*timings_of(cells[1]).pairs("total_ms"))
+    assert found.n == 2
+    assert found.ratio > 0
+    path = cells[1].folder / "timing.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "samples": [{"index": "1"}]}))
+    with pytest.raises(ValueError, match="delete it"):
+        timings_of(cells[1])
+
+
+def test_cells_without_times_have_none() -> None:
+    from pathlib import Path
+
+    cell: Any = SimpleNamespace(folder=Path("nowhere"))
+    assert set(timings_of(cell).medians().values()) == {None}

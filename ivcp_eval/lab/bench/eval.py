@@ -8,6 +8,7 @@ in its journal: prompts, pictures, model and journal, no imports and no weights.
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import shlex
 import sys
@@ -56,9 +57,10 @@ class Arm:
 
 
 def arms(cores: int) -> tuple[Arm, ...]:
-    """What is compared; the first is the measure of all others."""
+    """What is compared. A loop has one process; the faster one of its two ways is the measure of all others."""
     return (
-        Arm("loop, one by one", False, 2, 1, cores),
+        Arm(f"loop, 1 process x {cores} threads", False, 2, 1, cores),
+        Arm("loop, 1 process x 1 thread", False, 2, 1, 1),
         Arm(f"runner, 1 process x {cores} threads", True, 2, 1, cores),
         Arm(f"runner, {cores} processes x 1 thread", True, 2, cores, 1),
         Arm(f"runner, baseline alone, {cores} processes x 1 thread", True, 1, cores, 1),
@@ -161,8 +163,13 @@ def _pass(name: str, folder: Path, start: int, stop: int, variants: int, threads
         return [{key: answer.scored for key, answer in journal.records.items()} for journal in journals]
 
 
-def _score(name: str, folders: Sequence[Path]) -> float:
-    """Milliseconds a sample of scoring the baseline's answers, which lie in journals of the folders."""
+def _score(name: str, folders: Sequence[Path]) -> tuple[float, float]:
+    """Milliseconds a sample of scoring the baseline's answers: (our own part, VLMEvalKit's evaluator).
+
+    Args:
+        folders: whose journals hold the answers.
+    """
+    from ivcp_eval.engine.cost.clock import call_time
     from ivcp_eval.runs.records.scoring import score_answers
     from ivcp_eval.runs.store.journal import Journal
 
@@ -172,13 +179,17 @@ def _score(name: str, folders: Sequence[Path]) -> float:
         for folder in folders:
             for key, answer in Journal(folder / "0.jsonl").load().items():
                 journal.append(key, answer)
-    dataset, times = worker.dataset(name), []
-    for _ in range(3):
-        start = time.perf_counter()
-        with Journal(cell.journal).open() as journal:
-            score_answers(worker.model.request, worker.session.adapter, benchmark, cell, journal, dataset, None)
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times[1:]) / len(dataset.data)
+    dataset, times = copy.copy(worker.dataset(name)), []
+    with call_time(worker.session.model) as evaluator:
+        dataset.evaluate = evaluator.around(dataset.evaluate)
+        for _ in range(4):  # the first is warm-up
+            start = time.perf_counter()
+            with Journal(cell.journal).open() as journal:
+                score_answers(worker.model.request, worker.session.adapter, benchmark, cell, journal, dataset, None)
+            times.append(1e3 * (time.perf_counter() - start))
+    pairs = [(total - theirs, theirs) for total, theirs in zip(times[1:], evaluator.ms[1:], strict=True)]
+    own, theirs = min(pairs)
+    return own / len(dataset.data), theirs / len(dataset.data)
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------
@@ -247,11 +258,11 @@ def measure(pool: Pool, chosen: Sequence[Arm], names: Sequence[str], folder: Pat
         scorings.append(pool.first(_score, name, [folder / name / last.name / str(i) for i in range(last.processes)]))
         yield [*_rows_of(name, rows, {arm: sums[arm][-1] for arm in chosen}), _scoring(name, rows, scorings[-1])]
     whole = {arm: sum(seconds) for arm, seconds in sums.items()}
-    yield [*_targets(_rows_of("all", total, whole), whole), _scoring("all", total, max(scorings), SCORING_MS)]
+    yield [*_targets(_rows_of("all", total, whole), whole), _scoring("all", total, max(scorings), True)]
 
 
 def _rows_of(name: str, samples: int, seconds: Mapping[Arm, float]) -> list[dict[str, Any]]:
-    first = next(iter(seconds.values()))
+    first = min(spent for arm, spent in seconds.items() if not arm.runner)
     return [
         {
             **{"benchmark": name, "samples": samples, "arm": arm.name, "processes": arm.processes},
@@ -262,9 +273,11 @@ def _rows_of(name: str, samples: int, seconds: Mapping[Arm, float]) -> list[dict
     ]
 
 
-def _scoring(name: str, samples: int, ms: float, target: float | None = None) -> dict[str, Any]:
-    row = {"benchmark": name, "samples": samples, "arm": "scoring stored answers", "ms_per_sample": ms}
-    return row if target is None else {**row, "target": f"<= {target} ms", "met": ms <= target, "note": "slowest set"}
+def _scoring(name: str, samples: int, ms: tuple[float, float], slowest: bool = False) -> dict[str, Any]:
+    own, theirs = ms
+    note = f"beside {theirs:.2f} ms of VLMEvalKit's evaluator"
+    row = {"benchmark": name, "samples": samples, "arm": "scoring stored answers", "ms_per_sample": own, "note": note}
+    return {**row, "target": f"<= {SCORING_MS} ms", "met": own <= SCORING_MS} if slowest else row
 
 
 def _targets(rows: list[dict[str, Any]], seconds: Mapping[Arm, float]) -> list[dict[str, Any]]:

@@ -203,7 +203,7 @@ def _import_tests(root: Path) -> None:
 
 
 def _check_docstring(root: Path, name: str, report: CheckReport) -> None:
-    from ivcp_eval.interface.cards import MethodCard
+    from ivcp_eval.methods._cards import MethodCard
 
     folder = files.PACKAGE / "methods"
     package = folder / name / "__init__.py"

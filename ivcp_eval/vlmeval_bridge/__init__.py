@@ -27,7 +27,7 @@ def noted_md5(name: str) -> str:
     from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 
     import_vlmeval()
-    from ivcp_eval.vlmeval_bridge.stock import noted_md5 as noted
+    from ivcp_eval.vlmeval_bridge.reading.stock import noted_md5 as noted
 
     return noted(name)
 

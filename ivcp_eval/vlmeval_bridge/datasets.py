@@ -23,8 +23,8 @@ from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks.boxes import FORMATS
 from ivcp_eval.benchmarks.grounding import ground_truth, score
 from ivcp_eval.files import file_digest
-from ivcp_eval.vlmeval_bridge import answers, tsv
-from ivcp_eval.vlmeval_bridge.pictures import Unpacking
+from ivcp_eval.vlmeval_bridge.reading import answers, tsv
+from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
 
 REQUIRED = {
     "grounding": ("index", "image", "question", "answer", "width", "height"),

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from ivcp_eval.files import commit_file, file_digest
+
 MISSING = (
     "VLMEvalKit is not installed. `make setup` installs the tested set; by hand: "
     "pip install --no-deps ms-vlmeval==0.0.20 (see CONTRIBUTING.md for what it needs)."
@@ -107,6 +109,23 @@ def download(url: str, path: Path) -> str:
     except Exception as error:  # VLMEvalKit raises nothing more precise
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def fetch(url: str, md5: str, path: Path) -> str:
+    """VLMEvalKit's download, to a temporary name; why there is no file now, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        problem = download(url, part)
+        if problem:
+            return f"{url} could not be fetched ({problem}); fetch it by hand and put it at {path}"
+        got = file_digest(part, "md5")
+        if md5 and got != md5:
+            return f"{url} gave a file with MD5 {got}, VLMEvalKit notes {md5}; not kept"
+        commit_file(part, path)
+        return ""
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def stock_address(name: str) -> tuple[str, str]:

@@ -22,12 +22,13 @@ from ivcp_eval.benchmarks.refcoco.partial import PARTIAL, not_whole
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.interface.failures import FAILURES, failure
 from ivcp_eval.interface.registry import unknown
-from ivcp_eval.vlmeval_bridge import answers, judging, scores, stock
+from ivcp_eval.vlmeval_bridge import judging, scores
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.judge import Judge
 from ivcp_eval.vlmeval_bridge.model import BridgedVLM, Message, Prompting
-from ivcp_eval.vlmeval_bridge.pictures import alone, unpacked
+from ivcp_eval.vlmeval_bridge.reading import answers, stock
+from ivcp_eval.vlmeval_bridge.reading.pictures import alone, unpacked
 from ivcp_eval.vlmeval_bridge.sample_scores import RULES
 from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 

@@ -29,9 +29,9 @@ from vlmeval.smp.vlm import build_option_str
 from vlmeval.utils import can_infer
 
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.vlmeval_bridge import answers
-from ivcp_eval.vlmeval_bridge.answers import is_empty
 from ivcp_eval.vlmeval_bridge.judge import Judge, Question
+from ivcp_eval.vlmeval_bridge.reading import answers
+from ivcp_eval.vlmeval_bridge.reading.answers import is_empty
 from ivcp_eval.vlmeval_bridge.scores import ScoreMissing, read_table
 
 _LLAVA_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."

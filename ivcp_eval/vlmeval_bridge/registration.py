@@ -62,8 +62,8 @@ def _check(variant: variants.Variant) -> None:
 
 def _check_files(arguments: Sequence[str]) -> None:
     """Raise ValueError if VLMEvalKit's own reader, which runs cells and replaces files, must not get a file."""
-    from ivcp_eval.vlmeval_bridge import stock, tsv
     from ivcp_eval.vlmeval_bridge.environment import data_root
+    from ivcp_eval.vlmeval_bridge.reading import stock, tsv
 
     asked = False
     for word in arguments:

@@ -17,7 +17,7 @@ from vlmeval.dataset.utils.multiple_choice import prefetch_answer
 from vlmeval.dataset.utils.vqa_eval import hit_calculate
 from vlmeval.smp import load
 
-from ivcp_eval.vlmeval_bridge import answers
+from ivcp_eval.vlmeval_bridge.reading import answers
 from ivcp_eval.vlmeval_bridge.scores import read_table
 
 Rule = Callable[[Any, Path, str], dict[str, float]]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from ivcp_eval.benchmarks.pictures import decoded, rgb
 from ivcp_eval.cli import main
 from ivcp_eval.reports.table import read_results, read_samples
-from ivcp_eval.vlmeval_bridge.pictures import decoded, rgb
 from tests.benchmarks.conftest import Laboratory, RecordingSession
 from tests.benchmarks.files import MCQ, Files, files
 

@@ -107,8 +107,8 @@ def test_a_test_set_that_is_not_whole_is_named(laboratory: Laboratory):
 
 def test_an_evaluator_that_fails_is_a_missing_score(laboratory: Laboratory):
     """MM-Vet's divides by the number of samples of each ability: zero in a run cut by --limit."""
-    from ivcp_eval.vlmeval_bridge import answers
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
+    from ivcp_eval.vlmeval_bridge.reading import answers
     from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
 
     dataset, _, predictions = laboratory.infer("POPE", miniatures()["POPE"].right)

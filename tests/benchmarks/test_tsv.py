@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ivcp_eval.vlmeval_bridge import tsv
+from ivcp_eval.vlmeval_bridge.reading import tsv
 from tests.benchmarks.conftest import Laboratory
 from tests.benchmarks.files import MCQ, SHORT, Files, files
 from tests.benchmarks.miniatures import miniatures, picture

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ivcp_eval.cli import main
-from ivcp_eval.cli.setup.check_model import check_model
 from ivcp_eval.interface import models
+from ivcp_eval.lab.model_check import check_model
 from ivcp_eval.lab.tiny.processor import build_random
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement

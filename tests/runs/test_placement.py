@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import ivcp_eval
-from ivcp_eval.cli.setup.check_model import QUESTION, picture
 from ivcp_eval.interface.registry import adapter
+from ivcp_eval.lab.model_check import QUESTION, picture
 from ivcp_eval.lab.tiny.processor import build_random
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ivcp_eval.vlmeval_bridge.pictures import decoded
+from ivcp_eval.benchmarks.pictures import decoded
 
 __all__ = ["EncodedImage", "available_cores", "encode_bytes", "encode_file", "ordered_map"]
 

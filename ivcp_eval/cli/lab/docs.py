@@ -41,7 +41,7 @@ def render_methods(text: str) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    from ivcp_eval.interface.cards import method_table
+    from ivcp_eval.methods._cards import method_table
 
     head, found, rest = text.partition(OPENING)
     _, ended, tail = rest.partition(CLOSING)

@@ -12,7 +12,7 @@ from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.benchmarks.refcoco.partial import not_whole
 from ivcp_eval.cli import say
-from ivcp_eval.files import commit_file, file_digest
+from ivcp_eval.files import file_digest
 
 State = Literal["here", "not whole", "wrong checksum", "missing"]
 Say = Callable[[str], None]
@@ -106,6 +106,8 @@ def chosen(names: Sequence[str]) -> list[Benchmark]:
 
 def _get(benchmark: Benchmark, root: Path, say: Say) -> str:
     """Why it could not be had; empty if it was."""
+    from ivcp_eval.vlmeval_bridge.environment import fetch
+
     if benchmark.url:
         return fetch(benchmark.url, benchmark.md5, root / f"{benchmark.vlmeval}.tsv")
     if benchmark.kind == "grounding":
@@ -113,31 +115,12 @@ def _get(benchmark: Benchmark, root: Path, say: Say) -> str:
     return how_to_get(benchmark)
 
 
-def fetch(url: str, md5: str, path: Path) -> str:
-    """VLMEvalKit's download, to a temporary name; why there is no file now, or nothing."""
-    from ivcp_eval.vlmeval_bridge.environment import download
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        problem = download(url, part)
-        if problem:
-            return f"{url} could not be fetched ({problem}); fetch it by hand and put it at {path}"
-        got = file_digest(part, "md5")
-        if md5 and got != md5:
-            return f"{url} gave a file with MD5 {got}, VLMEvalKit notes {md5}; not kept"
-        commit_file(part, path)
-        return ""
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _split_stock(root: Path, say: Say) -> str:
     """All eight grounding sets from VLMEvalKit's one file."""
     from ivcp_eval.benchmarks.refcoco.records import ConversionError
     from ivcp_eval.benchmarks.refcoco.stock import convert_stock
     from ivcp_eval.benchmarks.refcoco.writer import Options
-    from ivcp_eval.vlmeval_bridge.environment import stock_address
+    from ivcp_eval.vlmeval_bridge.environment import fetch, stock_address
 
     stock = root / f"{STOCK_GROUNDING}.tsv"
     if not stock.is_file():

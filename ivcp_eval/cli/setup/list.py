@@ -18,7 +18,8 @@ def run(args: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from ivcp_eval import benchmarks
-    from ivcp_eval.interface import cards, models
+    from ivcp_eval.interface import models
+    from ivcp_eval.methods import _cards as cards
 
     every = not (args.models or args.methods or args.benchmarks)
     if args.models or every:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ivcp_eval.benchmarks.boxes import FORMATS, format_answer, parse_answer
+from ivcp_eval.benchmarks.pictures import decoded
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
@@ -22,7 +23,6 @@ from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.planning.placement import Limits, Placement
-from ivcp_eval.vlmeval_bridge.pictures import decoded
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"

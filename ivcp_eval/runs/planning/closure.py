@@ -37,6 +37,7 @@ OUTSIDE: Mapping[str, str] = {
     "ivcp_eval.benchmarks": "declarations; the identity has the wording, the data and how it is scored",
     "ivcp_eval.benchmarks.refcoco.partial": "what a converter reports",
     "ivcp_eval.engine.cost": "costs, made again from what the answers note",
+    "ivcp_eval.runs.answering.timing": "times, measured apart from answering",
     "ivcp_eval.runs.planning": "what is to be answered",
     "ivcp_eval.runs.store": "how answers are stored",
     "ivcp_eval.vlmeval_bridge.cpu_torchvision": "an import that fails otherwise",

@@ -29,9 +29,9 @@ from typing import Any, Literal
 
 from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import models
-from ivcp_eval.interface.cards import control_names
 from ivcp_eval.interface.registry import make_method, method_names, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, Budget, Variant
+from ivcp_eval.methods._cards import control_names
 from ivcp_eval.runs.planning.marked import Marked, Place, SpecError
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.options import check as check_option

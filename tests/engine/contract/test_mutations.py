@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import ivcp_eval.engine
-from ivcp_eval.engine import continuation, geometry, hooks, prefill, signals
+from ivcp_eval.engine import geometry, hooks, prefill
 from ivcp_eval.engine.cache import PrunedLayer, Record
-from ivcp_eval.engine.drafts import Drafts
+from ivcp_eval.engine.decoding import continuation
+from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.prefill import Prefill
+from ivcp_eval.engine.signals import source as signals
 from ivcp_eval.interface import ops
 from tests.engine.contract.cases import Case
 from tests.engine.contract.checks import CHECKS

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ivcp_eval.files import DiskFullError
-from ivcp_eval.vlmeval_bridge.pictures import unpacked, whole
+from ivcp_eval.vlmeval_bridge.reading.pictures import unpacked, whole
 from tests.runs.sweep.conftest import Bench
 
 

@@ -15,7 +15,7 @@ from ivcp_eval.files import PACKAGE
 from ivcp_eval.interface import plugins
 from ivcp_eval.interface.registry import PLUS_IVC, module_names
 
-FILE = Path(__file__).with_name("catalogue.yaml")
+FILE = Path(__file__).with_name("_catalogue.yaml")
 STATES = ("planned", "gaps", "weights", "frames", "depth", "calibration", "model", "tool")
 
 _FIELDS = ("Paper", "Reference", "Differs")

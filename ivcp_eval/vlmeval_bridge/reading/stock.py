@@ -15,9 +15,9 @@ from vlmeval.dataset.image_base import ImageBaseDataset
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import DataMissing
-from ivcp_eval.vlmeval_bridge import tsv
-from ivcp_eval.vlmeval_bridge.environment import data_root
-from ivcp_eval.vlmeval_bridge.pictures import Unpacking
+from ivcp_eval.vlmeval_bridge.environment import data_root, fetch
+from ivcp_eval.vlmeval_bridge.reading import tsv
+from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
 
 
 def build(name: str) -> Any:
@@ -49,8 +49,6 @@ class _StockFile(Unpacking):
 
     def prepare_tsv(self, url: str, file_md5: str | None = None) -> pd.DataFrame:
         """The table of ``<data root>/<name>.tsv``, which is fetched if it is not there, and never if it is."""
-        from ivcp_eval.cli.setup.data import fetch
-
         path = data_root() / f"{self.dataset_name}.tsv"  # type: ignore[attr-defined]
         self.data_path = str(path)
         if not path.is_file():

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval.interface import cards
-from ivcp_eval.interface.cards import MethodCard, method_cards, method_table
 from ivcp_eval.interface.registry import make_method, method_class, method_names
 from ivcp_eval.lab.scaffold import PLACEHOLDERS
+from ivcp_eval.methods import _cards as cards
+from ivcp_eval.methods._cards import MethodCard, method_cards, method_table
 
 # The systems that were named when the catalogue was planned, and their papers (POINTS-Long has no arXiv number).
 NAMED = {
@@ -92,7 +92,7 @@ def test_a_row_without_reason_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_listing_stays_light() -> None:
-    code = "import sys; from ivcp_eval.interface import cards; cards.rows(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from ivcp_eval.methods import _cards; _cards.rows(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -226,7 +226,7 @@ def _image_cell(path: Path, row: int, cell: str, known: Iterable[str]) -> str:
 
 def _enlarged(cell: str) -> str:
     """A tiny picture (a GIF of one pixel, say) as a PNG, whose text is too long for a reference; "" if it is none."""
-    from ivcp_eval.vlmeval_bridge.pictures import decoded
+    from ivcp_eval.benchmarks.pictures import decoded
 
     try:
         picture = decoded(io.BytesIO(base64.b64decode(cell, validate=True)))

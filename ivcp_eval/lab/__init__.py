@@ -1,0 +1,1 @@
+"""Laboratory models: small, real architectures trained here, for tests and for studying methods."""

@@ -116,7 +116,7 @@ def build_config(
     num_heads: int = 4,
     num_key_value_heads: int = 2,
     intermediate_size: int = 640,
-    mrope_section: tuple[int, int, int] = (2, 6, 24),
+    mrope_section: tuple[int, int, int] = (2, 4, 26),
     rope_theta: float = 1e4,
     vision_hidden_size: int = 128,
     vision_depth: int = 5,
@@ -128,7 +128,7 @@ def build_config(
 
     ``mrope_section`` counts rotary frequencies for (time, height, width), fastest first. Thirds, as published,
     would leave the width only frequencies that turn by 0.05 rad over a whole picture at this head size and theta;
-    (2, 6, 24) gives both axes frequencies that turn by about half a circle.
+    (2, 4, 26) gives both axes frequencies that turn by about half a circle.
 
     Raises:
         ValueError: if the head size does not fit ``mrope_section`` or heads do not divide.

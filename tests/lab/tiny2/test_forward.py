@@ -65,7 +65,8 @@ def test_packed_questions_equal_single_prompts_through_processor_and_stock_forwa
     batch = batches.make_text_batch("train", 5, 2, (192, 128), phase)
     processor, labelled = build_processor(), batch.labels[1] != batches.IGNORED
     with torch.no_grad():
-        tokens = merge(model.model.visual, tower_features(model.model.visual, batch.images.flatten(0, 1), torch.float32))
+        features = tower_features(model.model.visual, batch.images.flatten(0, 1), torch.float32)
+        tokens = merge(model.model.visual, features)
         embeddings = model.get_input_embeddings()(batch.ids)
         embeddings = embeddings.index_copy(1, batch.layout.visual, tokens.unflatten(0, (2, pictures)).flatten(1, 2))
         ours = model.lm_head(decode(model.model.language_model, embeddings, batch.layout)[1][labelled])

@@ -28,7 +28,8 @@ from ivcp_eval.lab.tiny2.training.batches import (
     make_tower_batch,
 )
 from ivcp_eval.lab.tiny2.training.decoder import decode
-from ivcp_eval.lab.tiny2.training.state import Curve, State
+from ivcp_eval.lab.tiny2.training.export import export
+from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads, merge, tower_features
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
 from ivcp_eval.tiny.fast import EAGER, compiled_kernels
@@ -118,13 +119,26 @@ def active_layers(depth: int, count: int | None) -> list[int]:
     return [round(i * (depth - 1) / (count - 1)) for i in range(count)]
 
 
-def silence_layers(model: Any, active: list[int]) -> None:
-    """Make every other decoder layer pass its input on unchanged, so that it can join later without a jolt."""
+def begin_text(run: Run, phase: dict[str, Any]) -> None:
+    """Go over from the pre-trained tower to the decoder: average, gain, silent layers, fresh optimizers.
+
+    The visual tokens are scaled by ``visual_gain``, because the tower's heads leave them far larger than what the
+    decoder's first layers can add to them. Layers that do not take part yet pass their input on unchanged, so that
+    they can join later without a jolt.
+    """
+    state = run.state
+    model = state.model
+    active = active_layers(len(model.model.language_model.layers), phase.get("layers"))
     with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), state.average)
+        for parameter in model.model.visual.merger.mlp[2].parameters():
+            parameter.mul_(run.config["visual_gain"])
         for index, layer in enumerate(model.model.language_model.layers):
             if index not in active:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
+        torch._foreach_copy_(state.average, [p.detach() for p in model.parameters()])
+    state.optimizers = build_optimizers(model, state.heads, run.config)
 
 
 class Batches(Dataset[Any]):
@@ -164,18 +178,15 @@ def train(run: Run, seconds: float) -> bool:
     if not resumed and config.get("tower"):
         state.load_tower(Path(config["tower"]))
         state.progress["phase"] = sum(phase["kind"] == "tower" for phase in config["phases"])
-    if not resumed:
-        first = next((p for p in config["phases"] if p["kind"] == "text"), {})
-        silence_layers(
-            state.model, active_layers(state.model.config.text_config.num_hidden_layers, first.get("layers"))
-        )
     say(f"{'resumed at' if resumed else 'started'} {state.progress}, {run.device}, {run.dtype}")
     began = saved = time.monotonic()
     while state.progress["phase"] < len(config["phases"]):
         phase = config["phases"][state.progress["phase"]]
         curve = Curve(run.folder / f"{phase['kind']}_loss.csv", state.progress["steps"])
         smooth: dict[str, Tensor] = {}
-        prepare(run, phase)
+        if is_first_text(config, state.progress):
+            begin_text(run, phase)
+        freeze(run, phase)
         for batch in stream(config, phase, state.progress):
             tick = time.monotonic()
             parts = run.step(batch.to(run.device), phase)
@@ -197,7 +208,13 @@ def train(run: Run, seconds: float) -> bool:
     return True
 
 
-def prepare(run: Run, phase: dict[str, Any]) -> None:
+def is_first_text(config: dict[str, Any], progress: dict[str, Any]) -> bool:
+    """Tell whether the next step is the decoder's first."""
+    kinds = [phase["kind"] for phase in config["phases"][: progress["phase"] + 1]]
+    return kinds[-1] == "text" and "text" not in kinds[:-1] and progress["phase_images"] == 0
+
+
+def freeze(run: Run, phase: dict[str, Any]) -> None:
     """Freeze what the phase does not train."""
     visual = run.state.model.model.visual
     for parameter in visual.parameters():
@@ -261,7 +278,10 @@ def run(args: argparse.Namespace) -> int:
     """Train as ``args`` say; 0 whether all phases are done or the time is up."""
     config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
-    train(Run(config, args.out), 60 * args.minutes)
+    training = Run(config, args.out)
+    if train(training, 60 * args.minutes):
+        export(training.state, args.out / "model")
+        say(f"done: {args.out / 'model'}")
     return 0
 
 

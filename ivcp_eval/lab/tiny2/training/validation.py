@@ -8,7 +8,7 @@ import torch
 
 from ivcp_eval.lab.tiny2.processor import build_tokenizer
 from ivcp_eval.lab.tiny2.training.batches import IGNORED, TextBatch
-from ivcp_eval.tiny.validation import overlap, parse_box
+from ivcp_eval.tiny.validation import BOX_START, overlap, parse_box
 
 
 def predictions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -35,21 +35,21 @@ def score(hits: dict[str, list[float]], batch: TextBatch, predicted: torch.Tenso
             labels, got = batch.labels[row, place].cpu(), predicted[row, place].cpu()
             chosen = labels != IGNORED
             name = sample.task if sample.task == sample.category else f"{sample.task}_{sample.category}"
-            right, said = (_decode(t[chosen].tolist()) for t in (labels, got))
-            hits.setdefault(name, []).extend(_verdicts(sample.task, right, said, bool((labels == got)[chosen].all())))
+            hits.setdefault(name, []).extend(_verdicts(sample.task, labels[chosen].tolist(), got[chosen].tolist()))
 
 
-def _verdicts(task: str, right: str, said: str, same: bool) -> list[float]:
-    if task == "grounding":
-        return [float(overlap(parse_box(said), parse_box(right)) >= 0.5)]
-    if task == "list":
-        pairs = zip(right.split("\n"), said.split("\n"), strict=False)
-        boxes = [(parse_box(r), parse_box(s)) for r, s in pairs]
-        return [float(overlap(s, r) >= 0.5) for r, s in boxes if r]
+def _verdicts(task: str, right: list[int], said: list[int]) -> list[float]:
     if task == "point":
-        numbers = [[int(v) for v in t.strip("[]").split(", ") if v.isdigit()] for t in (right, said)]
+        numbers = [[int(v) for v in _decode(ids).strip("[]").split(", ") if v.isdigit()] for ids in (right, said)]
         return [float(len(numbers[1]) == 2 and all(abs(a - b) <= 24 for a, b in zip(*numbers, strict=True)))]
-    return [float(same)]
+    if task not in ("grounding", "list"):
+        return [float(right == said)]
+    # The format counts too: an untrained model that repeats its input repeats the right box, one token too late.
+    opening = build_tokenizer().token_to_id(BOX_START)
+    in_place = all(s == opening for r, s in zip(right, said, strict=True) if r == opening)
+    pairs = zip(_decode(right).split("\n"), _decode(said).split("\n"), strict=False)
+    boxes = [(parse_box(r), parse_box(s)) for r, s in pairs]
+    return [float(in_place and overlap(s, r) >= 0.5) for r, s in boxes if r]
 
 
 def _decode(ids: list[int]) -> str:

@@ -39,11 +39,11 @@ class State:
         """All parameters in a fixed order."""
         return [*self.model.parameters(), *self.heads.parameters()]
 
-    def set_rates(self, factor: float) -> None:
-        """Set every learning rate to ``factor`` times its configured value."""
+    def set_rates(self, factor: float, tower: float = 1.0) -> None:
+        """Set every learning rate to ``factor`` times its configured value, the tower's ``tower`` times that."""
         groups = [group for o in self.optimizers for group in o.param_groups]
         for group, rate in zip(groups, self.base_rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * (tower if group["tower"] else 1.0)
 
     def update(self) -> None:
         """One step of the optimizers on the gradients at hand, then of the average."""
@@ -142,20 +142,27 @@ def build_optimizers(model: nn.Module, heads: nn.Module, config: dict[str, Any])
 
     Parameters without a gradient (a frozen tower, unused heads) are left alone by both.
     """
-    matrices: list[Tensor] = []
-    others: list[Tensor] = list(heads.parameters())
+    matrices: dict[bool, list[Tensor]] = {True: [], False: []}
+    others: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
+        tower = name.startswith(_VISUAL) and ".merger." not in name
         inside = ".blocks." in name or ".layers." in name or ".merger.mlp." in name
-        (matrices if inside and parameter.ndim == 2 else others).append(parameter)
+        (matrices if inside and parameter.ndim == 2 else others)[tower].append(parameter)
+    head_group = {"params": list(heads.parameters()), "tower": False}
     return [
         torch.optim.Muon(
-            matrices,
+            [{"params": matrices[tower], "tower": tower} for tower in (True, False)],
             lr=config["muon_lr"],
             weight_decay=config["weight_decay"],
             momentum=0.95,
             adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(others, lr=config["adam_lr"], betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(
+            [head_group, *({"params": others[tower], "tower": tower} for tower in (True, False))],
+            lr=config["adam_lr"],
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+        ),
     ]
 
 

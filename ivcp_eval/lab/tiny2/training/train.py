@@ -71,7 +71,7 @@ class Run:
         """Logits (labels, vocabulary) at the labelled slot tokens; only the phase's decoder layers take part."""
         model = self.state.model
         visual, text = model.model.visual, model.model.language_model
-        with torch.set_grad_enabled(torch.is_grad_enabled() and phase.get("train_tower", False)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and phase.get("tower_rate", 0) > 0):
             features = tower_features(visual, batch.images.flatten(0, 1), self.dtype, self.kernels)
         tokens = merge(visual, features, self.kernels).unflatten(0, batch.images.shape[:2]).flatten(1, 2)
         embeddings = model.get_input_embeddings()(batch.ids).to(tokens.dtype)
@@ -88,7 +88,7 @@ class Run:
         done = progress["phase_images"] / phase["images"]
         start, end = phase["rate"]
         warm = min(1.0, (progress["phase_images"] / phase["batch"] + 1) / phase.get("warmup_steps", 20))
-        self.state.set_rates(warm * (start + (end - start) * done))
+        self.state.set_rates(warm * (start + (end - start) * done), phase.get("tower_rate", 1.0))
         self.state.update()
         progress["steps"] += 1
         progress["images"] += phase["batch"]
@@ -218,7 +218,7 @@ def freeze(run: Run, phase: dict[str, Any]) -> None:
     """Freeze what the phase does not train."""
     visual = run.state.model.model.visual
     for parameter in visual.parameters():
-        parameter.requires_grad_(phase["kind"] == "tower" or phase.get("train_tower", False))
+        parameter.requires_grad_(phase["kind"] == "tower" or phase.get("tower_rate", 0) > 0)
     if phase["kind"] == "text":
         visual.merger.requires_grad_(True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -138,7 +138,7 @@ class Asker:
         kept = torch.nonzero(torch.isin(visual, run.kept[0].cpu())).flatten()
         return is_right(question.sample, said), kept.numpy()
 
-    def keep(self, question: Question, tokens: Sequence[int]) -> tuple[bool, Any]:
+    def keep(self, question: Question, tokens: np.ndarray[Any, Any]) -> tuple[bool, Any]:
         """`ask` with exactly ``tokens`` of the only picture."""
         cell = self.model.config.vision_config.patch_size * MERGE_SIZE
         image = question.images[0]

@@ -28,7 +28,7 @@ class State:
         average: running average of the model's parameters, which is what is validated and exported.
     """
 
-    def __init__(self, model: nn.Module, heads: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    def __init__(self, model: Any, heads: Any, config: dict[str, Any], folder: Path) -> None:
         self.model, self.heads, self.folder = model, heads, folder
         self.optimizers = build_optimizers(model, heads, config)
         self.base_rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
@@ -111,8 +111,8 @@ class State:
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
                 if key.startswith(f"optimizer.{number}."):
-                    _, _, index, name = key.split(".", 3)
-                    state.setdefault(int(index), {})[name] = value
+                    _, _, parameter, name = key.split(".", 3)
+                    state.setdefault(int(parameter), {})[name] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return True
 
@@ -148,7 +148,7 @@ def build_optimizers(model: nn.Module, heads: nn.Module, config: dict[str, Any])
         tower = name.startswith(_VISUAL) and ".merger." not in name
         inside = ".blocks." in name or ".layers." in name or ".merger.mlp." in name
         (matrices if inside and parameter.ndim == 2 else others)[tower].append(parameter)
-    head_group = {"params": list(heads.parameters()), "tower": False}
+    head_group: dict[str, Any] = {"params": list(heads.parameters()), "tower": False}
     return [
         torch.optim.Muon(
             [{"params": matrices[tower], "tower": tower} for tower in (True, False)],

@@ -171,7 +171,8 @@ def test_shipped_configurations_run_with_tiny_shapes(name: str, tmp_path: Path) 
     """Every phase of the configuration takes a step: its sizes, questions and options are good."""
     config = yaml.safe_load((CONFIGS / name).read_text())
     phases = [{**p, "images": 2, "batch": 2, "sizes": p["sizes"][-1:]} for p in config["phases"]]
-    _run(tmp_path, {**config, "model": SMALL, "compile": False, "workers": 0, "validate_every": 999, "phases": phases})
+    model = {**SMALL, "num_layers": config["model"].get("num_layers", 12)}
+    _run(tmp_path, {**config, "model": model, "compile": False, "workers": 0, "validate_every": 999, "phases": phases})
     assert (tmp_path / "model" / "config.json").is_file()
 
 
@@ -186,6 +187,18 @@ def test_slots_of_the_shipped_configurations_hold_the_longest_box_question(name:
                 box = (100, 100, 200, 200)
                 sample = tasks.Sample("grounding", "relation", question, tasks.format_box(box), (), box, picture)
                 batches.pack([[sample]], ((1, group["tokens"]),))
+
+
+@pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml"])
+def test_layers_of_the_shipped_configurations_only_join(name: str) -> None:
+    config = yaml.safe_load((CONFIGS / name).read_text())
+    train.check_phases(config, config["model"].get("num_layers", 12))
+
+
+def test_layers_that_drop_out_again_are_refused() -> None:
+    phases = [{"kind": "text", "layers": count} for count in (4, 8)]
+    with pytest.raises(ValueError, match=r"leaves out decoder layers \[4, 7\]"):
+        train.check_phases({"phases": phases}, 12)
 
 
 def test_tower_knows_no_place() -> None:

@@ -50,6 +50,7 @@ class Run:
         self.dtype = choose_dtype(self.device)
         self.kernels = compiled_kernels() if config["compile"] else EAGER
         model = Qwen2_5_VLForConditionalGeneration(build_config(**config["model"])).to(self.device)
+        check_phases(config, model.config.text_config.num_hidden_layers)
         heads = WhatHeads(model.config.text_config.hidden_size).to(self.device)
         self.state = State(model, heads, config, folder)
 
@@ -206,6 +207,26 @@ def train(run: Run, seconds: float) -> bool:
         finish_phase(run, phase)
         state.save()
     return True
+
+
+def check_phases(config: dict[str, Any], depth: int) -> None:
+    """Refuse a configuration that would fail or jolt only after hours.
+
+    Raises:
+        ValueError: unknown kind of phase; or decoder layers that drop out again, whose share of the work would be lost.
+    """
+    known: set[int] = set()
+    for number, phase in enumerate(config["phases"]):
+        if phase["kind"] not in ("tower", "text"):
+            raise ValueError(f"phase {number} is of kind {phase['kind']!r}; use tower or text")
+        if phase["kind"] == "text":
+            active = set(active_layers(depth, phase.get("layers")))
+            if lost := sorted(known - active):
+                raise ValueError(
+                    f"phase {number} leaves out decoder layers {lost} that an earlier phase trains; "
+                    "choose `layers` so that each phase's evenly spread layers hold those before (4, 6, 12 of 12)"
+                )
+            known = active
 
 
 def is_first_text(config: dict[str, Any], progress: dict[str, Any]) -> bool:

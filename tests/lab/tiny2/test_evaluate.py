@@ -102,3 +102,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         evaluate.main(["--model", str(tmp_path)])
     assert "holds no model" in capsys.readouterr().err
+
+
+def test_nothing_outside_the_training_folder_imports_it() -> None:
+    package = Path(evaluate.__file__).parents[2]
+    training = Path(evaluate.__file__).parent / "training"
+    found = [p for p in package.rglob("*.py") if training not in p.parents and "import" in p.read_text()]
+    assert len(found) > 50
+    assert not [p.name for p in found if "lab.tiny2.training" in p.read_text()]

@@ -1,0 +1,146 @@
+"""The acceptance table of the second embedded model, from verdicts on every condition.
+
+Each row is one figure of ``evaluate``'s table: what was measured, with its paired, clustered interval, and whether it
+passes. Differences are in points, condition minus reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ivcp_eval.reports.stats import PairedResult, paired_bootstrap
+
+
+@dataclass
+class Verdicts:
+    """Right or wrong, by condition, of the same questions in the same order.
+
+    Attributes:
+        clusters: picture of every question.
+        scores: per condition 1.0 or 0.0 for every question.
+        recall: per condition the share of the target's tokens that survived, for every question.
+    """
+
+    clusters: list[str] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    recall: dict[str, list[float]] = field(default_factory=dict)
+
+    def percent(self, condition: str) -> float:
+        """Accuracy in percent."""
+        return 100 * float(np.mean(self.scores[condition]))
+
+    def against(self, condition: str, reference: str) -> PairedResult:
+        """``condition`` against ``reference`` in points, paired and clustered by picture."""
+        return paired_bootstrap(self.scores[reference], self.scores[condition], self.clusters, scale=100)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the table; ``passed`` is None where nothing is demanded or it could not be measured."""
+
+    number: str
+    what: str
+    measured: str
+    passed: bool | None
+
+
+def table(grounding: Verdicts, short: Verdicts, two_pictures: Verdicts, layers: Sequence[int]) -> list[Figure]:
+    """All figures: A1 to A8, A10 and the part of A11 that asks about pictures."""
+    return [
+        *_unpruned(grounding, short),
+        _retained(grounding),
+        _recall(grounding),
+        _random(grounding),
+        _half_target(grounding),
+        *_without_coordinates(grounding, short),
+        *_foreground(grounding),
+        _plateau(grounding, layers),
+        Figure(
+            "A11",
+            "grounding in the named one of two pictures",
+            f"{two_pictures.percent('none'):.1f} %",
+            two_pictures.percent("none") >= 80,
+        ),
+    ]
+
+
+def _unpruned(grounding: Verdicts, short: Verdicts) -> list[Figure]:
+    boxes, words = grounding.percent("none"), short.percent("none")
+    changed = sum(a != b for a, b in zip(grounding.scores["none"], grounding.scores["none again"], strict=True))
+    return [
+        Figure("A1", "unpruned grounding", f"{boxes:.1f} %", boxes >= 90),
+        Figure("A1", "unpruned short answers", f"{words:.1f} %", words >= 90),
+        Figure("A1", "flips in a second unpruned run", str(changed), changed == 0),
+    ]
+
+
+def _retained(grounding: Verdicts) -> Figure:
+    result = grounding.against("ivc_prune 0.5", "none")
+    low, high = 100 * result.retained_interval.low, 100 * result.retained_interval.high
+    measured = f"{100 * result.retained:.1f} % [{low:.1f}, {high:.1f}]"
+    return Figure("A2", "retained by IVC-Prune at 0.5", measured, result.retained >= 0.97 and low >= 95)
+
+
+def _recall(grounding: Verdicts) -> Figure:
+    ours, chance = grounding.recall["value 0.5"], grounding.recall["random 0.5"]
+    result = paired_bootstrap(chance, ours, grounding.clusters, scale=100)
+    measured = f"{result.pruned:.1f} %, random {result.baseline:.1f} %, p {result.p_value:.2g}"
+    passed = result.pruned >= 75 and result.difference > 0 and result.p_value < 0.001
+    return Figure("A3", "target tokens kept by the value stage at 0.5", measured, passed)
+
+
+def _random(grounding: Verdicts) -> Figure:
+    results = [grounding.against(f"random {r}", f"ivc_prune {r}") for r in (0.25, 0.11)]
+    measured = "; ".join(_points(r) for r in results)
+    passed = all(r.difference <= -5 and r.difference_interval.high < 0 for r in results)
+    return Figure("A4", "random against IVC-Prune at 0.25; 0.11", measured, passed)
+
+
+def _half_target(grounding: Verdicts) -> Figure:
+    result = grounding.against("half of the target dropped", "none")
+    return Figure("A5", "half of the target's tokens dropped", _points(result), result.difference >= -3)
+
+
+def _without_coordinates(grounding: Verdicts, short: Verdicts) -> list[Figure]:
+    boxes, words = (v.against("all but IVC", "none") for v in (grounding, short))
+    control = grounding.against("all but IVC outside the target", "all but as many outside the target")
+    clear = control.difference <= -3 and control.difference_interval.high < 0
+    return [
+        Figure("A6", "all but IVC, grounding", _points(boxes), -16 <= boxes.difference <= -8),
+        Figure("A6", "all but IVC, short answers", _points(words), abs(words.difference) <= 1),
+        Figure("A7", "IVC outside the target against as many others there", _points(control), clear),
+    ]
+
+
+def _foreground(grounding: Verdicts) -> list[Figure]:
+    alone, with_ivc, with_random = (
+        grounding.against(name, "none") for name in ("target only", "target + IVC", "target + as many")
+    )
+    control = grounding.against("target + as many", "target + IVC")
+    below = control.difference < 0 and control.difference_interval.high < 0
+    return [
+        Figure("A8", "retained by the target alone", f"{100 * alone.retained:.1f} %", alone.retained <= 0.6),
+        Figure("A8", "retained by target + IVC", f"{100 * with_ivc.retained:.1f} %", with_ivc.retained >= 0.97),
+        Figure(
+            "A8", "target + as many random", f"{100 * with_random.retained:.1f} %, {_points(control)} to + IVC", below
+        ),
+    ]
+
+
+def _plateau(grounding: Verdicts, layers: Sequence[int]) -> Figure:
+    values = [grounding.percent(f"ivc_prune 0.5 at {layer}") for layer in layers]
+    best, longest, run = max(values), 0, 0
+    # The last layers keep everything that matters to them and are no middle layers.
+    for value in values[: len(values) * 3 // 4]:
+        run = run + 1 if value >= best - 2 else 0
+        longest = max(longest, run)
+    measured = ", ".join(f"L{layer} {value:.1f}" for layer, value in zip(layers, values, strict=True))
+    return Figure("A10", "grounding over the cut layer (plateau of 3)", measured, longest >= 3)
+
+
+def _points(result: PairedResult) -> str:
+    interval = result.difference_interval
+    return f"{result.difference:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"

@@ -1,0 +1,199 @@
+"""Training batches: scenes of one size with what the tower's heads or the decoder are to say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivcp_eval.lab.tiny.processor import SYSTEM_PROMPT
+from ivcp_eval.lab.tiny2 import tasks
+from ivcp_eval.lab.tiny2.processor import build_tokenizer
+from ivcp_eval.lab.tiny2.scenes import CELL, Scene, render, sample_scene, scene_rng
+from ivcp_eval.lab.tiny2.tasks import Sample
+from ivcp_eval.lab.tiny2.training.decoder import Groups, Layout
+from ivcp_eval.lab.tiny2.training.tower import what_targets
+
+BEFORE_PICTURES = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
+BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
+IGNORED = -100
+#: Weights of an answer's tokens: brackets and names in lists; a number's last digit, which is finer than a box's
+#: IoU asks for; its other digits; words.
+MARK_WEIGHT, LAST_DIGIT_WEIGHT, DIGIT_WEIGHT, WORD_WEIGHT = 0.1, 0.3, 1.0, 1.0
+
+
+@lru_cache(maxsize=100_000)
+def encode(text: str) -> tuple[int, ...]:
+    """Token ids of ``text``."""
+    return tuple(build_tokenizer().encode(text).ids)
+
+
+@dataclass
+class TowerBatch:
+    """Pictures (batch, height, width, 3) uint8 and the classes of what lies under each cell."""
+
+    images: Tensor
+    targets: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> TowerBatch:
+        """The batch on ``device``."""
+        return TowerBatch(self.images.to(device), {k: v.to(device) for k, v in self.targets.items()})
+
+
+@dataclass
+class TextBatch:
+    """Questions about pictures of one size, the same number of pictures in every row.
+
+    Attributes:
+        images: (batch, pictures, height, width, 3) uint8.
+        ids: (batch, tokens) int64, the pictures' tokens included.
+        labels: (batch, slot tokens) next token of every slot token, or -100.
+        weights: (batch, slot tokens) weight of each label.
+        layout: layout of the sequence.
+        samples: per row, the question of every slot in order, None for an empty one.
+    """
+
+    images: Tensor
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    layout: Layout
+    samples: list[list[Sample | None]]
+
+    def to(self, device: torch.device) -> TextBatch:
+        """The batch on ``device``."""
+        moved = {name: getattr(self, name).to(device) for name in ("images", "ids", "labels", "weights", "layout")}
+        return replace(self, **moved)
+
+
+def make_tower_batch(split: str, first: int, count: int, size: tuple[int, int], phase: dict[str, Any]) -> TowerBatch:
+    """The scenes ``first`` .. ``first + count - 1`` of ``split``."""
+    scenes = [draw(scene_rng(split, index), size, phase) for index in range(first, first + count)]
+    return TowerBatch(torch.from_numpy(np.stack([render(s) for s in scenes])), what_targets(scenes))
+
+
+def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], phase: dict[str, Any]) -> TextBatch:
+    """Rows ``first`` .. ``first + count - 1`` of ``split``: ``pictures`` scenes each, and the phase's questions."""
+    pictures = phase.get("pictures", 1)
+    groups = tuple((len(group["kinds"]), group["tokens"]) for group in phase["groups"])
+    images, rows, samples = [], [], []
+    for index in range(first, first + count):
+        rng = scene_rng(split, index)
+        scenes = [draw(rng, size, phase) for _ in range(pictures)]
+        asked = [ask(rng, scenes, group["kinds"]) for group in phase["groups"]]
+        images.append(np.stack([render(scene) for scene in scenes]))
+        rows.append(pack(asked, groups))
+        samples.append([s for own, (n, _) in zip(asked, groups, strict=True) for s in [*own, *[None] * (n - len(own))]])
+    prefix = prefix_ids(size, pictures)
+    return TextBatch(
+        images=torch.from_numpy(np.stack(images)),
+        ids=torch.tensor([prefix + row[0] for row in rows]),
+        labels=torch.tensor([row[1] for row in rows]),
+        weights=torch.tensor([row[2] for row in rows]),
+        layout=layout_for(size, pictures, groups),
+        samples=samples,
+    )
+
+
+def draw(rng: np.random.Generator, size: tuple[int, int], phase: dict[str, Any]) -> Scene:
+    """A scene in the size and crowd of ``phase``."""
+    return sample_scene(rng, size, tuple(phase["objects"]), phase.get("sign_percent", 25))
+
+
+def ask(rng: np.random.Generator, scenes: Sequence[Scene], kinds: Sequence[str]) -> list[Sample]:
+    """A question of each of ``kinds`` that its scene offers; with several scenes each names its picture."""
+    if len(scenes) == 1:
+        return tasks.pick(rng, scenes[0], kinds)
+    found = []
+    for kind in kinds:
+        number = int(rng.integers(len(scenes)))
+        found += [replace(s, picture=number + 1) for s in tasks.pick(rng, scenes[number], [kind])]
+    return found
+
+
+def prefix_ids(size: tuple[int, int], pictures: int) -> list[int]:
+    """Token ids of everything before the question."""
+    cells = (size[0] // CELL) * (size[1] // CELL)
+    one = [*encode("<|vision_start|>"), *encode("<|image_pad|>") * cells, *encode("<|vision_end|>")]
+    return [*encode(BEFORE_PICTURES), *one * pictures]
+
+
+@lru_cache(maxsize=64)
+def layout_for(size: tuple[int, int], pictures: int, groups: Groups) -> Layout:
+    """Layout of a sequence with ``pictures`` of ``size`` (width, height) pixels, each token at its lone position."""
+    columns, rows = size[0] // CELL, size[1] // CELL
+    cells = torch.arange(rows * columns)
+    start = len(encode(BEFORE_PICTURES)) + 1
+    pieces, visual, at = [torch.arange(start).expand(3, -1)], [], start
+    for picture in range(pictures):
+        visual.append(cells + start + picture * (len(cells) + 2))
+        pieces.append(torch.stack((torch.zeros_like(cells), cells // columns, cells % columns)) + at)
+        at += max(rows, columns)
+        # The picture's end, and the next one's start.
+        closing = 1 if picture == pictures - 1 else 2
+        pieces.append((torch.arange(closing) + at).expand(3, -1))
+        at += closing
+    prefix = sum(p.shape[1] for p in pieces)
+    pieces += [(torch.arange(length) + at).repeat(count).expand(3, -1) for count, length in groups]
+    return Layout(prefix, groups, torch.cat(pieces, dim=1), torch.cat(visual))
+
+
+def answer_tokens(sample: Sample) -> tuple[list[int], list[float]]:
+    """Token ids of the answer with its end, and their weights."""
+    ids = [*encode(sample.answer), *encode(END)]
+    if sample.task not in ("grounding", "list", "point"):
+        return ids, [WORD_WEIGHT] * (len(ids) - 1) + [MARK_WEIGHT]
+    digit = [token in _digits() for token in ids]
+    weights = [
+        MARK_WEIGHT if not here else DIGIT_WEIGHT if following else LAST_DIGIT_WEIGHT
+        for here, following in zip(digit, [*digit[1:], False], strict=True)
+    ]
+    return ids, weights
+
+
+@lru_cache(maxsize=1)
+def _digits() -> frozenset[int]:
+    return frozenset(encode(str(d))[0] for d in range(10))
+
+
+def pack(asked: Sequence[Sequence[Sample]], groups: Groups) -> tuple[list[int], list[int], list[float]]:
+    """Place questions in the groups of slots: (ids, labels, weights) over all slot tokens.
+
+    A list that is longer than its slot is cut there; it still teaches what it holds.
+
+    Raises:
+        ValueError: if another question does not fit its slot, or there are more questions than slots.
+    """
+    pad = encode("<|endoftext|>")[0]
+    ids: list[int] = []
+    labels: list[int] = []
+    weights: list[float] = []
+    for (count, length), samples in zip(groups, asked, strict=True):
+        if len(samples) > count:
+            raise ValueError(f"{len(samples)} questions for {count} slots of {length} tokens")
+        for slot in range(count):
+            row, row_labels, row_weights = [pad] * length, [IGNORED] * length, [0.0] * length
+            if slot < len(samples):
+                sample = samples[slot]
+                question = [*encode(tasks.prompt_of(sample)), *encode(BEFORE_ANSWER)]
+                answer, answer_weights = answer_tokens(sample)
+                used = len(question) + len(answer) - 1
+                if used > length and (sample.task != "list" or len(question) >= length):
+                    raise ValueError(
+                        f"{sample.question!r} with its answer takes {used} tokens and its slot has {length}; "
+                        "give the group of its kind more tokens"
+                    )
+                used = min(used, length)
+                row[:used] = [*question, *answer[:-1]][:used]
+                row_labels[len(question) - 1 : used] = answer[: used - len(question) + 1]
+                row_weights[len(question) - 1 : used] = answer_weights[: used - len(question) + 1]
+            ids += row
+            labels += row_labels
+            weights += row_weights
+    return ids, labels, weights

@@ -1,0 +1,85 @@
+"""The trainer sees exactly what generation sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ivcp_eval.lab.tiny2 import tasks
+from ivcp_eval.lab.tiny2.processor import build_config, build_processor
+from ivcp_eval.lab.tiny2.training import batches
+from ivcp_eval.lab.tiny2.training.decoder import decode
+from ivcp_eval.lab.tiny2.training.tower import merge, tower_features
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_heads": 2,
+    "num_key_value_heads": 1,
+    "num_layers": 3,
+    "intermediate_size": 96,
+    "mrope_section": (2, 4, 10),
+    "vision_hidden_size": 64,
+    "vision_intermediate_size": 96,
+    "vision_depth": 2,
+    "fullatt_block_indexes": (1,),
+}
+GROUPS = [
+    {"tokens": 102, "kinds": ["list"]},
+    {"tokens": 42, "kinds": ["box", "mcq"]},
+    {"tokens": 22, "kinds": ["inverse", "point", "relation", "yes_no", "colour", "count"]},
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen2_5_VLForConditionalGeneration(build_config(**SMALL)).eval()
+
+
+@pytest.mark.parametrize("size", [(256, 256), (320, 208), (64, 256)])
+def test_batched_tower_equals_the_stock_tower(model: Any, size: tuple[int, int]) -> None:
+    phase = {"objects": (1, 2)}
+    images = batches.make_tower_batch("train", 0, 2, size, phase).images
+    visual = model.model.visual
+    with torch.no_grad():
+        ours = merge(visual, tower_features(visual, images, torch.float32))
+        pixels = build_processor().image_processor(
+            images=[Image.fromarray(image.numpy()) for image in images], return_tensors="pt"
+        )
+        assert pixels["image_grid_thw"].tolist() == [[1, size[1] // 8, size[0] // 8]] * 2
+        stock = visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output
+    torch.testing.assert_close(ours.flatten(0, 1), stock, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_packed_questions_equal_single_prompts_through_processor_and_stock_forward(model: Any, pictures: int) -> None:
+    """Every slot's logits against the stock model on the processor's output for that question alone."""
+    phase = {"objects": (2, 4), "groups": GROUPS, "pictures": pictures}
+    batch = batches.make_text_batch("train", 5, 2, (192, 128), phase)
+    processor, labelled = build_processor(), batch.labels[1] != batches.IGNORED
+    with torch.no_grad():
+        features = tower_features(model.model.visual, batch.images.flatten(0, 1), torch.float32)
+        tokens = merge(model.model.visual, features)
+        embeddings = model.get_input_embeddings()(batch.ids)
+        embeddings = embeddings.index_copy(1, batch.layout.visual, tokens.unflatten(0, (2, pictures)).flatten(1, 2))
+        ours = model.lm_head(decode(model.model.language_model, embeddings, batch.layout)[1][labelled])
+    images = [Image.fromarray(np.asarray(image)) for image in batch.images[1]]
+    rows, kinds = [], set()
+    for sample in filter(None, batch.samples[1]):
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": tasks.prompt_of(sample)}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = processor(text=[text + sample.answer], images=images, return_tensors="pt")
+        with torch.no_grad():
+            rows.append(model(**inputs).logits[0, -len(batches.encode(sample.answer)) - 1 :])
+        kinds.add(sample.task)
+    assert {"list", "grounding", "mcq", "inverse", "yes_no"} <= kinds
+    torch.testing.assert_close(ours, torch.cat(rows), atol=5e-5, rtol=1e-4)

@@ -1,0 +1,211 @@
+"""The trainer learns, resumes exactly where it stopped, and exports the model it trained."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ivcp_eval.lab.tiny2 import tasks
+from ivcp_eval.lab.tiny2.processor import build_processor
+from ivcp_eval.lab.tiny2.training import batches, train
+from ivcp_eval.lab.tiny2.training.state import STATE, TOWER
+from ivcp_eval.lab.tiny2.training.tower import merge, tower_features
+from ivcp_eval.lab.tiny2.training.validation import means, score
+
+CONFIGS = Path(train.__file__).parent
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_heads": 2,
+    "num_key_value_heads": 1,
+    "num_layers": 4,
+    "intermediate_size": 96,
+    "mrope_section": [2, 4, 10],
+    "vision_hidden_size": 64,
+    "vision_intermediate_size": 96,
+    "vision_depth": 2,
+    "fullatt_block_indexes": [1],
+}
+CONFIG: dict[str, Any] = {
+    "seed": 0,
+    "compile": False,
+    "workers": 0,
+    "visual_gain": 0.2,
+    "model": SMALL,
+    "muon_lr": 0.004,
+    "adam_lr": 0.002,
+    "weight_decay": 0.02,
+    "log_every": 1,
+    "validate_every": 4,
+    "save_every": 1e9,
+    "phases": [
+        {"kind": "tower", "images": 16, "batch": 8, "sizes": [[96, 96]], "objects": [1, 2], "rate": [1.0, 0.5]},
+        {
+            "kind": "text",
+            "images": 16,
+            "batch": 4,
+            "layers": 2,
+            "sizes": [[96, 96], [64, 128]],
+            "objects": [1, 1],
+            "rate": [1.0, 1.0],
+            "groups": [{"tokens": 40, "kinds": ["list"]}, {"tokens": 30, "kinds": ["box", "inverse", "shape"]}],
+        },
+    ],
+}
+
+
+def _run(folder: Path, config: dict[str, Any], minutes: float = float("inf")) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert train.run(argparse.Namespace(config=path, out=folder, minutes=minutes)) == 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    _run(folder, CONFIG)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tower", "text"])
+def test_training_lowers_the_loss(kind: str, tmp_path: Path) -> None:
+    """Ten steps on one batch."""
+    run = train.Run(CONFIG, tmp_path)
+    phase = {**CONFIG["phases"][kind == "text"], "images": 1000, "warmup_steps": 1}
+    make: Any = batches.make_text_batch if kind == "text" else batches.make_tower_batch
+    batch = make("train", 0, 4, (96, 96), phase)
+    train.freeze(run, phase)
+    losses = [run.step(batch, phase)["loss"].item() for _ in range(10)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_repeating_the_question_is_no_right_box() -> None:
+    """An untrained model with tied embeddings says its last input token again."""
+    phase = CONFIG["phases"][1]
+    batch = batches.make_text_batch("validation", 0, 4, (96, 96), phase)
+    hits: dict[str, list[float]] = {}
+    score(hits, batch, batch.labels)
+    assert means(hits)["grounding_plain"] == means(hits)["list"] == 1
+    repeated = batch.ids[:, batch.layout.prefix :].masked_fill(batch.labels == batches.IGNORED, batches.IGNORED)
+    hits.clear()
+    score(hits, batch, repeated)
+    assert means(hits)["grounding_plain"] == means(hits)["list"] == 0
+
+
+def test_resuming_after_every_step_ends_in_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    """Stopped after each step, even between the phases: same weights, optimizers, curve, to the bit."""
+    for _ in range(20):
+        _run(tmp_path, CONFIG, minutes=0)
+        if (tmp_path / "model").exists():
+            break
+    first, second = load_file(whole / STATE), load_file(tmp_path / STATE)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert (whole / TOWER).read_bytes() == (tmp_path / TOWER).read_bytes()
+    steps = [[r["steps"] for r in csv.DictReader((f / "text_loss.csv").open())] for f in (whole, tmp_path)]
+    assert steps[0] == steps[1] == [str(n) for n in range(3, 7)]
+
+
+def test_a_crash_while_saving_leaves_the_old_state(whole: Path, tmp_path: Path) -> None:
+    """What a killed writer leaves behind is never read."""
+    for name in (STATE, TOWER):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    (tmp_path / "state.tmp").write_bytes(b"half a file")
+    run = train.Run(CONFIG, tmp_path)
+    assert run.state.load()
+    assert run.state.progress["phase"] == 2
+
+
+def test_state_of_another_model_is_refused(whole: Path) -> None:
+    run = train.Run({**CONFIG, "model": {**SMALL, "num_layers": 3}}, whole)
+    with pytest.raises(ValueError, match="state of another model"):
+        run.state.load()
+
+
+def test_export_loads_with_stock_classes_and_says_what_the_trained_model_says(whole: Path) -> None:
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(whole / "model", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(whole / "model")
+    assert processor.tokenizer.get_vocab() == build_processor().tokenizer.get_vocab()
+    run = train.Run(CONFIG, whole)
+    run.state.load()
+    with run.state.averaged():
+        averaged = {k: v.clone() for k, v in run.state.model.state_dict().items()}
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, averaged[name].bfloat16().float(), atol=0, rtol=0, msg=name)
+
+
+def test_layers_that_do_not_take_part_yet_change_nothing_when_they_join(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / TOWER).write_bytes((whole / TOWER).read_bytes())
+    run = train.Run({**CONFIG, "tower": str(tmp_path / TOWER)}, tmp_path)
+    phase = CONFIG["phases"][1]
+    run.dtype = torch.float32
+    run.state.load_tower(tmp_path / TOWER)
+    train.begin_text(run, phase)
+    batch = batches.make_text_batch("train", 0, 2, (96, 96), phase)
+    with torch.no_grad():
+        few, all_of_them = run.answer_logits(batch, phase), run.answer_logits(batch, {**phase, "layers": None})
+    torch.testing.assert_close(few, all_of_them)
+
+
+def test_decoder_phases_leave_the_tower_alone(whole: Path) -> None:
+    """Only the merger learns on: the blocks are those that the pre-training left."""
+    tower, state = load_file(whole / TOWER), load_file(whole / STATE)
+    blocks = [k for k in tower if ".blocks." in k or ".patch_embed." in k]
+    assert len(blocks) > 10
+    assert all(torch.equal(tower[k], state[f"model.{k}"]) for k in blocks)
+    assert not torch.equal(tower["model.visual.merger.mlp.0.weight"], state["model.model.visual.merger.mlp.0.weight"])
+
+
+@pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml"])
+def test_shipped_configurations_run_with_tiny_shapes(name: str, tmp_path: Path) -> None:
+    """Every phase of the configuration takes a step: its sizes, questions and options are good."""
+    config = yaml.safe_load((CONFIGS / name).read_text())
+    phases = [{**p, "images": 2, "batch": 2, "sizes": p["sizes"][-1:]} for p in config["phases"]]
+    model = {**SMALL, "num_layers": config["model"].get("num_layers", 12)}
+    _run(tmp_path, {**config, "model": model, "compile": False, "workers": 0, "validate_every": 999, "phases": phases})
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml"])
+def test_slots_of_the_shipped_configurations_hold_the_longest_box_question(name: str) -> None:
+    """Two names, a relation, four three-digit numbers: rare enough to end a run only after an hour."""
+    question = "purple star right of the purple cross"
+    for phase in yaml.safe_load((CONFIGS / name).read_text())["phases"]:
+        for group in phase.get("groups", []):
+            if "box" in group["kinds"]:
+                picture = 2 if phase.get("pictures", 1) > 1 else 0
+                box = (100, 100, 200, 200)
+                sample = tasks.Sample("grounding", "relation", question, tasks.format_box(box), (), box, picture)
+                batches.pack([[sample]], ((1, group["tokens"]),))
+
+
+@pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml"])
+def test_layers_of_the_shipped_configurations_only_join(name: str) -> None:
+    config = yaml.safe_load((CONFIGS / name).read_text())
+    train.check_phases(config, config["model"].get("num_layers", 12))
+
+
+def test_layers_that_drop_out_again_are_refused() -> None:
+    phases = [{"kind": "text", "layers": count} for count in (4, 8)]
+    with pytest.raises(ValueError, match=r"leaves out decoder layers \[4, 7\]"):
+        train.check_phases({"phases": phases}, 12)
+
+
+def test_tower_knows_no_place() -> None:
+    """Equal cells are equal tokens wherever they lie: without content to lean on, the tower has no coordinates."""
+    run = train.Run(CONFIG, Path())
+    images = torch.arange(768).remainder(255).to(torch.uint8).view(1, 16, 16, 3).repeat(1, 4, 4, 1)
+    visual = run.state.model.model.visual
+    with torch.no_grad():
+        tokens = merge(visual, tower_features(visual, images, torch.float32))[0]
+    torch.testing.assert_close(tokens, tokens[:1].expand_as(tokens), atol=1e-3, rtol=0)

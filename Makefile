@@ -66,7 +66,7 @@ test-transformers: $(READY)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(OTHER)/lib/python*/site-packages)/base.pth"
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --upgrade transformers$(if $(filter-out newest,$(VERSION)),==$(VERSION))
 	$(OTHER)/bin/python -c 'import transformers as t; v = "$(VERSION)"; print("transformers", t.__version__); assert v in ("newest", t.__version__)'
-	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/oracle tests/contract --ignore tests/engine/contract/test_mutations.py $(if $(ARGS),$(ARGS),-k "$(SOME)")
+	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/engine/oracle tests/engine/contract --ignore tests/engine/contract/test_mutations.py $(if $(ARGS),$(ARGS),-k "$(SOME)")
 
 check: $(READY)
 	$(BIN)/ruff format --check .

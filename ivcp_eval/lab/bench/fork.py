@@ -1,4 +1,4 @@
-"""``python -m ivcp_eval.lab.bench.fork``: many variants in one pass against one by one, in one process, side by side.
+"""``ivcp bench fork``: many variants in one pass against one by one, in one process, side by side.
 
 Rounds are interleaved and the median of the rounds' ratios is printed with its quartiles, beside the ratio of the
 floating-point operations. Decoding several rows together reads the weights once, so the measured ratio may be higher.
@@ -231,7 +231,7 @@ def _into_vocabulary(inputs: dict[str, Any], config: Any) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of the bench."""
-    made = argparse.ArgumentParser(prog="python -m ivcp_eval.lab.bench.fork", description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(prog="ivcp bench fork", description=__doc__.splitlines()[0])
     made.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
     made.add_argument("--device", default="cpu")
     made.add_argument("--dtype", default="float32")
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     command = shlex.join(
-        ["python", "-m", "ivcp_eval.lab.bench.fork", *(sys.argv[1:] if arguments is None else arguments)]
+        ["ivcp", "bench", "fork", *(sys.argv[1:] if arguments is None else arguments)]
     )
     before, rows = environment(options.device, command), []
     clock = time.process_time if options.cpu_time else time.perf_counter

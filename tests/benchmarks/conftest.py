@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.prompts import Prompts
+from ivcp_eval.runs.records.sample_rows import samples
 from ivcp_eval.vlmeval_bridge.judge import Question
 from tests.benchmarks.miniatures import Miniature, miniatures
 
@@ -102,7 +103,8 @@ class Laboratory:
         benchmark = benchmarks.load(name)
         dataset, prompts, predictions = self.infer(name, answers)
         scored = bridge.score(benchmark, dataset, predictions, judge)
-        return scored, bridge.sample_rows(benchmark, dataset, prompts, scored)
+        lines = dataset.data.drop(columns="image", errors="ignore").to_dict("records")
+        return scored, [asdict(sample) for sample in samples(benchmark, lines, prompts, scored)]
 
 
 def judge_for(miniature: Miniature) -> ListJudge | None:

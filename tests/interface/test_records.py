@@ -1,4 +1,4 @@
-"""An answer: what a journal keeps of it, and what a cell's averages are."""
+"""An answer: what a journal keeps of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ivcp_eval.interface.records import Answer, averages, measured
+from ivcp_eval.interface.failures import InputRefused
+from ivcp_eval.interface.records import Answer, measured
 from ivcp_eval.reports.schema import SAMPLE_COLUMN_NAMES
 
 GOOD = Answer(
@@ -15,16 +16,14 @@ GOOD = Answer(
     device="cpu",
     visual_tokens=100,
     visual_kept=50,
-    ratio_layer_mean=0.75,
-    ratio_kv_cache=0.6,
-    ratio_flops=0.7,
+    text_tokens=7,
+    visual_per_layer=(100, 50),
+    visual_cached=(50, 50),
     new_tokens=2,
 )
 
 
-@pytest.mark.parametrize(
-    "answer", [GOOD, Answer.failed(OSError("gone")), Answer(visual_tokens=0, visual_kept=0, new_tokens=1)]
-)
+@pytest.mark.parametrize("answer", [GOOD, Answer.failed(OSError("gone")), Answer.failed(InputRefused("too thin"))])
 def test_a_journal_line_gives_the_answer_back(answer: Answer) -> None:
     assert Answer.from_json(json.loads(json.dumps(answer.to_json()))) == answer
 
@@ -52,19 +51,10 @@ def test_a_failure_says_what_went_wrong_and_counts_as_an_empty_text() -> None:
     assert Answer(prediction="<box>", box="[0, 0, 1, 1]").scored == "[0, 0, 1, 1]"
 
 
-def test_big_images_weigh_as_they_cost() -> None:
-    small = Answer(visual_tokens=100, visual_kept=100, ratio_layer_mean=1.0, ratio_kv_cache=1.0, new_tokens=1)
-    large = Answer(visual_tokens=300, visual_kept=60, ratio_layer_mean=0.6, ratio_kv_cache=0.2, new_tokens=4)
-    found = averages([small, large])
-    assert found == {
-        "visual_tokens_prompt_mean": 200,
-        "ratio_kept_final": 160 / 400,
-        "ratio_layer_mean": pytest.approx((100 * 1.0 + 300 * 0.6) / 400),
-        "ratio_kv_cache": pytest.approx((100 * 1.0 + 300 * 0.2) / 400),
-        "ratio_flops": 1.0,
-        "new_tokens_mean": 2.5,
-    }
-    assert set(averages([]).values()) == {None}
+def test_only_what_can_change_is_tried_again() -> None:
+    assert GOOD.is_settled
+    assert not Answer.failed(OSError("gone")).is_settled
+    assert Answer.failed(InputRefused("too thin")).is_settled
 
 
 def test_columns_that_users_hold_keep_their_names() -> None:

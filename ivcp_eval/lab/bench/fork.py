@@ -252,9 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    command = shlex.join(
-        ["ivcp", "bench", "fork", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = shlex.join(["ivcp", "bench", "fork", *(sys.argv[1:] if arguments is None else arguments)])
     before, rows = environment(options.device, command), []
     clock = time.process_time if options.cpu_time else time.perf_counter
     missed = False

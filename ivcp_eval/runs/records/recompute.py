@@ -24,7 +24,7 @@ def recompute(cell: Cell) -> CellRecord:
     scores = Scores.read(cell.scores)
     notes: dict[str, Any] = json.loads(cell.notes.read_text(encoding="utf-8"))
     answers = Journal(cell.journal).load()
-    times = times_of(cell)
+    times = times_of(cell) if scores.made.timing else {}
     record = cell_record(notes["identity"], answers, scores, notes["decoder"], times)
     before = json.loads(cell.record.read_text(encoding="utf-8")) if cell.record.is_file() else {}
     fresh = before.get("samples_sha256") == record.samples_sha256 and cell.predictions.is_file()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ivcp_eval.reports.stats.times import time_ratio
 
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.reports.stats.timing import read_timings, time_ratios
 from ivcp_eval.runs.answering.session import Session
-from ivcp_eval.runs.answering.timing import Times, time_cells, timings_of
+from ivcp_eval.runs.answering.timing import FILE, Times, is_timed, time_cells, times_of
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.vlmeval_bridge import register
@@ -27,7 +28,7 @@ def material(bench: Bench) -> tuple[Any, list[Any], Session]:
     plan = make(load(bench.spec), bench.folder / "runs")
     model = plan.models["tiny"]
     benchmark, cells = model.groups["tiny_mcq"]
-    session = Session(model.weights, model.plan.placement, model.plan.limits)
+    session = Session(model.weights, model.placement, model.limits)
     return build(benchmark, 5), [cells[0], cells[1], cells[4]], session
 
 
@@ -46,14 +47,16 @@ def test_every_sample_runs_under_all_variants_in_turn(
     methods = [method for _, method in ran]
     forward = ["none", "ivc_prune", "downsample"]
     assert methods == forward + forward + forward[::-1] + forward, "one untimed round, then there and back"
-    first, second = timings_of(cells[0]), timings_of(cells[1])
+    first, second = (read_timings(cell.folder / FILE) for cell in cells[:2])
+    assert first is not None
+    assert second is not None
     assert first.session == second.session != ""
-    assert list(first.samples) == [str(dataset.data.iloc[i]["index"]) for i in (0, 2, 4)], "evenly spread"
-    assert all(timed.baseline is None for timed in first.samples.values())
-    own, baseline = second.pairs("prefill_ms")
-    assert (own, baseline) == ([50.0, 80.0, 110.0], [40.0, 90.0, 100.0])
-    assert second.pairs("decode_ms") == ([], []), "nothing was decoded"
-    assert first.medians() == {"vision_ms_median": 1.0, "prefill_ms_median": 90.0, "decode_ms_per_token_median": None}
+    own, baseline = times_of(cells[1]), times_of(cells[0])
+    assert list(own) == [str(dataset.data.iloc[i]["index"]) for i in (0, 2, 4)], "evenly spread"
+    assert [times.prefill_ms for times in own.values()] == [50.0, 80.0, 110.0]
+    assert [times.prefill_ms for times in baseline.values()] == [40.0, 90.0, 100.0]
+    assert time_ratios(first, second)["decode"].n == 0, "nothing was decoded"
+    assert time_ratios(first, second)["prefill"].n == 3
 
 
 def test_a_sample_that_fails_is_left_out_for_all(
@@ -72,7 +75,7 @@ def test_a_sample_that_fails_is_left_out_for_all(
     assert 0 < left < 5, "the test proves nothing"
     n = time_cells(session, dataset, cells, n=50)
     assert n == sum(bad not in str(q) for q in dataset.data["question"])
-    assert {len(timings_of(cell).samples) for cell in cells} == {n}
+    assert {len(times_of(cell)) for cell in cells} == {n}
     assert time_cells(session, dataset, cells, n=0) == 0
 
 
@@ -82,22 +85,22 @@ def test_real_times_and_their_ratio(
     dataset, cells, session = material
     assert time_cells(session, dataset, cells, n=2) == 2
     for cell in cells:
-        for timed in timings_of(cell).samples.values():
-            own = timed.own
+        for own in times_of(cell).values():
             assert own.vision_ms is not None
-            assert own.decode_ms is not None
-            assert 0 < own.vision_ms + own.prefill_ms + own.decode_ms < own.total_ms
-    found = time_ratio(*timings_of(cells[1]).pairs("total_ms"))
+            assert own.decode_ms_per_token is not None
+            assert 0 < own.vision_ms + own.prefill_ms + own.decode_ms_per_token < own.end_to_end_ms
+    found = time_ratios(*(read_timings(cell.folder / FILE) for cell in cells[:2]))["end_to_end"]
     assert found.n == 2
     assert found.ratio > 0
-    path = cells[1].folder / "timing.json"
+    path = cells[1].folder / FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "samples": [{"index": "1"}]}))
-    with pytest.raises(ValueError, match="delete it"):
-        timings_of(cells[1])
+    with pytest.raises(ValueError, match="remove it"):
+        times_of(cells[1])
 
 
 def test_cells_without_times_have_none() -> None:
-    from pathlib import Path
-
-    cell: Any = SimpleNamespace(folder=Path("nowhere"))
-    assert set(timings_of(cell).medians().values()) == {None}
+    cell: Any = SimpleNamespace(folder=Path("nowhere"), noted=lambda: None)
+    assert times_of(cell) == {}
+    assert not is_timed(cell)
+    cell.noted = lambda: {"status": "skipped"}
+    assert is_timed(cell), "its model cannot run it"

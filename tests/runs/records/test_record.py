@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.interface.records import Answer
+from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.records.record import CellRecord, cell_record, sample_rows
 from ivcp_eval.runs.records.scores import Made, Sample, Scores, unread
 
@@ -17,12 +19,16 @@ IDENTITY = {"placement": {"device": "cpu"}}
 SHAPE = asdict(DecoderShape(2, 8, 2, 2, 4, 16))
 
 
-def answer(visual: int, per_layer: list[int], **more: Any) -> dict[str, Any]:
-    common = {"raw": "A", "visual_tokens": visual, "visual_kept": per_layer[-1], "text_tokens": 3, "new_tokens": 2}
-    return {**common, "visual_per_layer": per_layer, "visual_cached": per_layer, "error": "", **more}
+def answer(visual: int, *per_layer: int, **more: Any) -> Answer:
+    counts = {"visual_tokens": visual, "visual_kept": per_layer[-1], "text_tokens": 3, "new_tokens": 2}
+    return Answer(prediction="A", visual_per_layer=per_layer, visual_cached=per_layer, **counts, **more)
 
 
-ANSWERS = {"a": answer(10, [10, 5]), "b": answer(30, [30, 30], dear=True), "row 2": {"error": "OSError: no picture"}}
+ANSWERS = {
+    "a": answer(10, 10, 5),
+    "b": answer(30, 30, 30, over_budget=True),
+    "row 2": Answer(error="OSError: no picture"),
+}
 SCORES = Scores(
     Made("c0ffee", False, "faithful", timing=False),
     {"accuracy": (50.0, 100.0)},
@@ -53,13 +59,12 @@ def test_failures_are_counted_and_named() -> None:
     assert cell_record(IDENTITY, {}, replace(unsupported, unsupported=False)).status == "failed"
 
 
-def test_times_stay_out_where_equal_runs_are_to_be_equal_bytes() -> None:
-    timed = {"a": {**ANSWERS["a"], "prefill_ms": 3.0}}
-    scores = replace(SCORES, samples=SCORES.samples[:1])
-    assert cell_record(IDENTITY, timed, scores) == cell_record(IDENTITY, ANSWERS, scores)
-    dated = replace(scores, made=replace(scores.made, timing=True))
-    assert cell_record(IDENTITY, timed, dated).prefill_ms_median == 3
-    assert sample_rows(timed, scores)[0]["prefill_ms"] is None
+def test_times_of_timed_samples_are_medians_and_cells() -> None:
+    times = {"0": Times(None, 3.0, 1.0, 9.0), "1": Times(None, 5.0, None, 9.0)}
+    record = cell_record(IDENTITY, ANSWERS, SCORES, SHAPE, times)
+    assert (record.prefill_ms_median, record.decode_ms_per_token_median, record.vision_ms_median) == (4, 1, None)
+    assert [row["prefill_ms"] for row in sample_rows(ANSWERS, SCORES, SHAPE, times)] == [3, 5, None]
+    assert cell_record(IDENTITY, ANSWERS, SCORES, SHAPE).prefill_ms_median is None
 
 
 def test_scores_and_records_come_back_from_their_files(tmp_path: Path) -> None:

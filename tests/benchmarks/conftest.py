@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.prompts import Prompts
+from ivcp_eval.runs.records.record import sample_rows
 from ivcp_eval.runs.records.sample_rows import samples
+from ivcp_eval.runs.records.scores import Made, Scores
 from ivcp_eval.vlmeval_bridge.judge import Question
+from tests.answers import answer
 from tests.benchmarks.miniatures import Miniature, miniatures
 
 if importlib.util.find_spec("vlmeval") is None:
@@ -40,7 +43,7 @@ class RecordingSession:
         key = message_key(message)
         self.sent.append((key, json.dumps(message)))
         text = "" if self.answers is None else self.answers[key]
-        return Answer(prediction=text)
+        return answer(text)
 
 
 class ListJudge:
@@ -97,14 +100,15 @@ class Laboratory:
         return dataset, prompts, bridge.infer(dataset, model, self.work / name, {})
 
     def score(self, name: str, answers: Mapping[str, str], judge: Any = None) -> tuple[Any, list[dict[str, Any]]]:
-        """What the bridge reads from VLMEvalKit's evaluation, and what it says of each sample."""
+        """What the bridge reads from VLMEvalKit's evaluation, and the per-sample rows."""
         from ivcp_eval.vlmeval_bridge import evaluate as bridge
 
         benchmark = benchmarks.load(name)
         dataset, prompts, predictions = self.infer(name, answers)
         scored = bridge.score(benchmark, dataset, predictions, judge)
         lines = dataset.data.drop(columns="image", errors="ignore").to_dict("records")
-        return scored, [asdict(sample) for sample in samples(benchmark, lines, prompts, scored)]
+        facts = Scores(Made(), {}, samples(benchmark, lines, prompts, scored))
+        return scored, sample_rows({key: answer(answers[index]) for index, key in prompts.keys.items()}, facts)
 
 
 def judge_for(miniature: Miniature) -> ListJudge | None:

@@ -55,7 +55,7 @@ class Files:
         from ivcp_eval.vlmeval_bridge import evaluate as bridge
 
         dataset = bridge.build(benchmark, None)
-        asked = list(bridge.messages(dataset, laboratory.model(RecordingSession())))
+        asked = list(bridge.messages(dataset, laboratory.model(RecordingSession()).prompting))
         assert all(one.message for one in asked), asked
         return [one.message[-1]["value"] for one in asked if one.message]
 

@@ -229,7 +229,7 @@ def test_a_failing_judge_writes_nothing(results: Path, tmp_path: Path):
 def test_the_verb(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     import argparse
 
-    from ivcp_eval.vlmeval_bridge.judge import command
+    from ivcp_eval.cli.running import rejudge as command
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import DataMissing
-from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.planning import Request, make_plan
+from ivcp_eval.runs.planning.plan import RunPlan, make
+from ivcp_eval.runs.planning.spec import check
 from tests.benchmarks.conftest import Laboratory, judge_for
 from tests.benchmarks.miniatures import miniatures
 from tests.benchmarks.test_matrix import NAMES
@@ -38,22 +39,27 @@ def test_what_is_answered_is_scored(laboratory: Laboratory, tmp_path: Path, name
     assert len(scored.samples) >= (len(dataset.data) if name != "MMMU_DEV_VAL" else limit - 1)
 
 
+def plan(*data: str, runs: Path | None = None, **options: Any) -> RunPlan:
+    raw = {"models": ["tiny"], "benchmarks": list(data), "methods": [{"method": "none"}], **options}
+    return make(check(raw, "limits"), runs)
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_no_row_is_no_run(limit: int):
-    with pytest.raises(ValueError, match=f"limit {limit} leaves no row"):
-        make_plan(Request(Variant("tiny"), ("tiny_mcq",), limit=limit))
+    with pytest.raises(ValueError, match=f"limit must be a whole number above 0, got {limit}"):
+        plan("tiny_mcq", limit=limit)
 
 
 def test_what_cannot_be_scored_is_said_and_passed_over(laboratory: Laboratory):
     laboratory.dataset("MMMU_DEV_VAL")
     laboratory.dataset("ChartQA_TEST")
-    plan = make_plan(Request(Variant("tiny"), ("MMMU_DEV_VAL", "ChartQA_TEST"), limit=1))
-    assert {benchmark.name for benchmark, _ in plan.cells} == {"ChartQA_TEST"}
-    assert "no split that is scored" in plan.missing[0]
-    assert plan.notices == ["ChartQA_TEST: not scored under --limit 1, for want of rows: augmented"]
+    made = plan("MMMU_DEV_VAL", "ChartQA_TEST", limit=1)
+    assert {benchmark.name for _, benchmark, _ in made.cells()} == {"ChartQA_TEST"}
+    assert "no split that is scored" in made.problems[0]
+    assert made.notices == ["ChartQA_TEST: not scored under --limit 1, for want of rows: augmented"]
 
 
 @pytest.mark.parametrize("folder", ["a{}b", "x.tsv"])
 def test_a_folder_that_vlmevalkit_cannot_use_is_said_first(tmp_path: Path, folder: str):
     with pytest.raises(ValueError, match="VLMEvalKit cannot work below"):
-        make_plan(Request(Variant("tiny"), ("tiny_mcq",), runs=tmp_path / folder))
+        plan("tiny_mcq", runs=tmp_path / folder)

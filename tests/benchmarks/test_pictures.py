@@ -75,7 +75,7 @@ def test_every_mode_reaches_the_model_from_a_tsv(laboratory: Laboratory, files: 
     }
     row |= {"answer": "A"} | ({"image_path": path} if path else {})
     for benchmark in (files.put("own", [row], MCQ), files.put("MMStar", [row])):
-        (asked,) = bridge.messages(bridge.build(benchmark, None), laboratory.model(RecordingSession()))
+        (asked,) = bridge.messages(bridge.build(benchmark, None), laboratory.model(RecordingSession()).prompting)
         assert asked.message, asked.failure
         pictures = [part["value"] for part in asked.message if part["type"] == "image"]
         assert len(pictures) == (2 if path.startswith("[") else 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval import benchmarks
-from tests.benchmarks.conftest import Laboratory, ListJudge, judge_for
+from tests.benchmarks.conftest import Laboratory, ListJudge, RecordingSession, judge_for
 from tests.benchmarks.files import GROUNDING, MCQ, SHORT, YES_NO, Files, files
 from tests.benchmarks.miniatures import miniatures
 from tests.benchmarks.test_matrix import NAMES
@@ -25,7 +25,7 @@ def test_no_answer_scores_nothing(laboratory: Laboratory, tmp_path: Path, name: 
     dataset = laboratory.dataset(name)
     indices = [str(index) for index in dataset.data["index"]]
     if answer == "failed":
-        predictions = bridge.infer(dataset, laboratory.model(None), tmp_path / "work", indices)  # type: ignore[arg-type]
+        predictions = bridge.infer(dataset, laboratory.model(RecordingSession()), tmp_path / "work", indices)
     else:
         predictions = bridge.stored(dataset, dict.fromkeys(indices, answer), tmp_path)
     # The most generous judge there is: it is not to be asked.

@@ -11,10 +11,7 @@ import pytest
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.runs.store.journal import Journal
-
-
-def answer(text: str) -> Answer:
-    return Answer(prediction=text, visual_tokens=4, visual_kept=2, new_tokens=1)
+from tests.answers import answer
 
 
 def _records(path: Path) -> dict[str, Answer]:

@@ -27,6 +27,7 @@ from ivcp_eval.reports.table import read_results, read_samples
 from ivcp_eval.runs.answering.samples import answer_samples
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.store.journal import Journal
+from tests.answers import answer as good
 from tests.runs.e2e.conftest import Lab
 from tests.runs.sweep.conftest import Bench, _child
 
@@ -76,7 +77,7 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     groups: list[list[str]] = []
 
     def answer(text: str) -> Answer:
-        return Answer(prediction=text, visual_tokens=4, visual_kept=2, new_tokens=1)
+        return good(text)
 
     def answer_batch(parts: Any, variants: Any, grounding: bool) -> list[list[Answer]]:
         groups.append([Path(part[0]["image"]).stem for part in parts])

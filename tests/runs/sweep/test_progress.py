@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from ivcp_eval.files import write_json
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit, make
 from ivcp_eval.runs.planning.spec import load
@@ -28,6 +29,7 @@ from ivcp_eval.runs.progress.display import Progress, benchmark_line, duration, 
 from ivcp_eval.runs.progress.watch import Watch
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark, shard
+from tests.answers import answer as good
 from tests.runs.sweep.conftest import SPEC, Bench
 
 
@@ -49,9 +51,10 @@ def answer(unit: Unit, key: str, error: str = "", cells: int | None = None) -> N
     for cell in unit.cells[:cells]:
         path = shard(cell, unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokens = {"visual_tokens": 100, "visual_kept": round(100 * cell.identity.variant.ratio), "new_tokens": 1}
+        kept = round(100 * cell.identity.variant.ratio)
+        made = Answer(error=error) if error else good(visual=100, kept=kept)
         with path.open("a") as stream:
-            stream.write(json.dumps({"key": key, "error": error, **({} if error else tokens)}) + "\n")
+            stream.write(json.dumps({"key": key, **made.to_json()}) + "\n")
 
 
 def finish(plan: RunPlan, unit: Unit, answered: int, failed: int = 0) -> None:

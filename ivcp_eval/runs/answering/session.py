@@ -18,8 +18,10 @@ from ivcp_eval.interface.failures import InputRefused, deadline, steps
 from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.generation import finite_logits, neutral
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.vlmeval_bridge.pictures import decoded
+from model_adapters._checkpoint import refuse_broken
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
@@ -53,6 +55,8 @@ class Session:
             max_pixels=limits.max_pixels,
             trust_remote_code=trust_remote_code,
         )
+        refuse_broken(self.model, str(weights.source))
+        self.model.generation_config = neutral(self.model.generation_config)
         device = next(self.model.parameters()).device
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
@@ -182,7 +186,11 @@ class Session:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {**self.adapter.generation, "max_new_tokens": self.limits.max_new_tokens}
+        return {
+            **self.adapter.stated(),
+            "max_new_tokens": self.limits.max_new_tokens,
+            "logits_processor": finite_logits(),
+        }
 
     def _encoded(self, *conversations: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """What the processor made, and the same on the model's device."""

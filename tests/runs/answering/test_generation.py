@@ -68,7 +68,7 @@ def test_every_family_states_its_generation(family: str) -> None:
 
 
 def test_it_is_part_of_the_cell(lab: Lab) -> None:
-    assert lab.eval("--method", "random", "--ratio", "0.5", "--data", "tiny_yesno", "--limit", "2") == 0
+    assert lab.eval("--method", "random", "--ratio", "0.5", "--data", "tiny_yes_no", "--limit", "2") == 0
     noted = json.loads(next((lab.folder / "runs").rglob("cell.json")).read_text())["identity"]
     assert noted["generation"] == {
         "do_sample": False,

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model_adapters._checkpoint import whole
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -219,9 +221,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, **placement: An
         output_loading_info=True,
         **placement,
     )
-    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        raise ValueError(f"{folder} does not hold a whole InternVL checkpoint: {wrong}")
+    whole(str(folder), report)
     end = tokens.get("<|im_end|>")
     if end is not None:
         model.generation_config.eos_token_id = end  # the originals' chat() stops there; the config says </s>

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.interface import AbstractAdapter, ImageSpan, Signal
+from model_adapters._checkpoint import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,13 +82,24 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return self.load_model(source, dtype=dtype, device=device, attention=attention, **common), processor
 
     def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
-        """``AutoModelForImageTextToText``, in eval mode, on ``device`` ("auto": spread over all GPUs)."""
+        """``AutoModelForImageTextToText``, in eval mode, on ``device`` ("auto": spread over all GPUs).
+
+        Raises:
+            ValueError: tensors that are missing, left over or of another shape.
+        """
         from transformers import AutoModelForImageTextToText
 
         placement = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, **placement, **options
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            **placement,
+            **options,
         )
+        whole(source, report)
         return (model if placement else model.to(device)).eval()
 
     def load_processor(self, source: str, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
+from ivcp_eval.interface import GREEDY, Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters import _internvl_checkpoint as original
 from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
@@ -52,7 +52,7 @@ class Adapter(AbstractTransformersAdapter):
         *_originals("internvl3", "InternVL3", "1B 2B 8B 14B 38B 78B", plain="8B"),
     )
     box_format = "internvl"
-    generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 4096, "do_sample": False}
+    generation: ClassVar[Mapping[str, Any]] = {**GREEDY, "max_new_tokens": 4096}
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """One image per run of <IMG_CONTEXT>: its tiles, row by row, and the thumbnail last.

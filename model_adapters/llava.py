@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
+from ivcp_eval.interface import GREEDY, Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
 from model_adapters._vision import feature_tap
@@ -34,7 +34,7 @@ class Adapter(AbstractTransformersAdapter):
         Checkpoint("llava15", "llava-hf/llava-1.5-7b-hf"),
         Checkpoint("llava15_13b", "llava-hf/llava-1.5-13b-hf"),
     )
-    generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 2048, "do_sample": False}
+    generation: ClassVar[Mapping[str, Any]] = {**GREEDY, "max_new_tokens": 2048}
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """Images of the fixed number of tokens; nothing stands between consecutive ones (``<image><image>``)."""

@@ -11,7 +11,7 @@ cache, position ids to be edited, or the batch: `ivcp_eval.engine` applies what 
 
 from __future__ import annotations
 
-from ivcp_eval.interface.family import AbstractAdapter, Checkpoint, PatchStates, QuestionKind, VisionTap
+from ivcp_eval.interface.family import GREEDY, AbstractAdapter, Checkpoint, PatchStates, QuestionKind, VisionTap
 from ivcp_eval.interface.method import (
     AbstractMethod,
     AbstractScorer,
@@ -31,6 +31,7 @@ from ivcp_eval.interface.method import (
 )
 
 __all__ = [
+    "GREEDY",
     "AbstractAdapter",
     "AbstractMethod",
     "AbstractScorer",

@@ -82,6 +82,15 @@ class VisionTap:
     method: str = "forward"
 
 
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""The generation parameters of every published evaluation that is wired here (VLMEvalKit's model classes)."""
+
+
 class AbstractAdapter(ABC):
     """How one model family is wired. The class is named ``Adapter`` and lives in ``model_adapters/<family>.py``.
 
@@ -97,7 +106,12 @@ class AbstractAdapter(ABC):
     box_format: ClassVar[str] = ""  # key of `benchmarks.boxes.FORMATS`; empty if the family was not trained to ground
     min_pixels: ClassVar[int | None] = None  # limits of the published evaluation, where the processor has such
     max_pixels: ClassVar[int | None] = None
-    generation: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 512, "do_sample": False}
+    # Everything that is not stated here is neutral, whatever the checkpoint's generation_config.json asks for.
+    generation: ClassVar[Mapping[str, Any]] = {**GREEDY, "max_new_tokens": 512}
+
+    def stated(self) -> dict[str, Any]:
+        """The generation parameters in force, all others being neutral; the length is a limit of the run."""
+        return {name: value for name, value in self.generation.items() if name != "max_new_tokens"}
 
     def facts(self, config: Any, family: str) -> ModelFacts:
         """Layer counts for `AbstractMethod.cuts`, from a model's ``config``."""

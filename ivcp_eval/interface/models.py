@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivcp_eval.files import PACKAGE
+from ivcp_eval.files import PACKAGE, file_digest, remembered
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.registry import adapter, family_names, unknown
 
@@ -88,6 +89,9 @@ def _checked(folder: Path, name: str) -> Path:
         )
     if not any(folder.glob("*.safetensors")):
         raise MissingWeights(f"model {name!r}: {folder} holds no *.safetensors weights; download the checkpoint whole.")
+    _check_index(folder, name)
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_safetensors(path, name)
     return folder
 
 
@@ -116,18 +120,53 @@ def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A content hash of a checkpoint folder: configuration files whole, weights by size, head and tail.
+    """A content hash of a checkpoint folder, 12 hexadecimal digits.
 
-    The head of a safetensors file is its index of tensors. 12 hexadecimal digits.
+    Weights are read whole, once, and remembered by path, size, time of change and inode: fine-tunes differ anywhere.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".json" or path.suffix in (".model", ".txt", ".jinja"):
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                digest.update(f"{path.name}/{size}".encode() + file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read())
+            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest)}".encode())
     return digest.hexdigest()[:12]
+
+
+def _check_safetensors(path: Path, name: str) -> None:
+    """Raise MissingWeights if a file is cut short or is none: its header says where its last tensor ends."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"its header has {length} bytes")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise MissingWeights(
+            f"model {name!r}: {path} is no safetensors file, or damaged ({error}); download it again."
+        ) from None
+    if size != expected:
+        raise MissingWeights(
+            f"model {name!r}: {path} has {size} bytes, its header announces {expected}: the download was cut short or "
+            "the file is damaged; download it again."
+        )
+
+
+def _check_index(folder: Path, name: str) -> None:
+    """Raise MissingWeights if a part that the index of a split checkpoint names is not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        parts = sorted({str(part) for part in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MissingWeights(f"model {name!r}: {index} is damaged ({error!r}); download it again.") from None
+    lacking = [part for part in parts if not (folder / part).is_file()]
+    if lacking:
+        raise MissingWeights(
+            f"model {name!r}: {folder} lacks {', '.join(lacking[:5])} of {len(parts)} parts of the weights; download "
+            "the checkpoint whole."
+        )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, Signal, VisionTap
+from ivcp_eval.interface import GREEDY, Checkpoint, ImageSpan, QuestionKind, Signal, VisionTap
 from model_adapters._shrink import shrunk_to_count
 from model_adapters._transformers import AbstractTransformersAdapter, rotate_half, split_heads
 from model_adapters._vision import vit_layers, vit_tap
@@ -32,7 +32,7 @@ class Adapter(AbstractTransformersAdapter):
         Checkpoint("deepseek_vl2", "deepseek-ai/deepseek-vl2", note="27B"),
     )
     box_format = "deepseek_vl2"
-    generation = {"max_new_tokens": 2048, "do_sample": False}  # noqa: RUF012 (declared a ClassVar by the base class)
+    generation = {**GREEDY, "max_new_tokens": 2048}  # noqa: RUF012 (declared a ClassVar by the base class)
 
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """None for a language model alone: it does not know which tokens show an image."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from model_adapters._checkpoint import whole
 from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
 from model_adapters.deepseek_vl2.modeling import DeepseekVL2ForConditionalGeneration
 from model_adapters.deepseek_vl2.processing import DeepseekVL2Processor
@@ -35,10 +36,7 @@ def load_checkpoint(
         output_loading_info=True,
         **({"device_map": "auto"} if device == "auto" else {}),
     )
-    problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if problems:
-        shown = "; ".join(f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in problems.items())
-        raise ValueError(f"{source} is not a checkpoint of this model. {shown}")
+    whole(source, info)
     tokenizer = processor.tokenizer
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id

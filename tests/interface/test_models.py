@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,39 @@ def test_fingerprint_follows_content_not_time(tmp_path: Path) -> None:
     weights.write_bytes(b"a" * 3_000_000)
     (tmp_path / "config.json").write_text('{"x": 1}')
     assert models.fingerprint(tmp_path) != first
+
+
+def _safetensors(path: Path, data: bytes) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def test_fine_tunes_that_differ_in_the_middle_have_two_fingerprints(tmp_path: Path) -> None:
+    found = set()
+    for name, middle in (("one", b"a"), ("two", b"b")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        _safetensors(folder / "model.safetensors", b"a" * 2_000_000 + middle + b"a" * 2_000_000)
+        found.add(models.fingerprint(folder))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 500, 996])
+def test_weights_cut_short_are_said_with_their_name(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    _safetensors(file, b"a" * 900)
+    file.write_bytes(file.read_bytes()[:-cut] if cut < 996 else b"abc")
+    with pytest.raises(models.MissingWeights, match=r"model\.safetensors .*download it again") as error:
+        models.locate("qwen25", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _safetensors(tmp_path / "model-1.safetensors", b"a")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(models.MissingWeights, match=r"lacks model-2\.safetensors of 2 parts"):
+        models.locate("qwen25", tmp_path)

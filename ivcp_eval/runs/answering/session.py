@@ -21,8 +21,10 @@ from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.generation import finite_logits, neutral
 from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.planning.placement import Limits, Placement
+from model_adapters._checkpoint import refuse_broken
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
@@ -72,6 +74,8 @@ class Session:
             max_pixels=limits.max_pixels,
             trust_remote_code=trust_remote_code,
         )
+        refuse_broken(self.model, str(weights.source))
+        self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device
         cuda = self._device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(self._device) if cuda else self._device.type
@@ -201,7 +205,11 @@ class Session:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {**self.adapter.generation, "max_new_tokens": self.limits.max_new_tokens}
+        return {
+            **self.adapter.stated(),
+            "max_new_tokens": self.limits.max_new_tokens,
+            "logits_processor": finite_logits(),
+        }
 
     def _encoded(self, *conversations: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """What the processor made, and the same on the model's device."""

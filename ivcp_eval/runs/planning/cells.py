@@ -65,6 +65,8 @@ class Identity:
         judge: who rates. limits: pixels and answer length. placement: device kind, dtype, attention.
         versions: of the libraries. code: hash of our own source behind the cell (`closure.code_of`).
         method_source: package, version and code of a plug-in's method; empty for a method of this package.
+        generation: the parameters of generation that are stated, all others being neutral (`AbstractAdapter.stated`);
+            empty in cells of an earlier version, which took what the checkpoint's generation_config.json said.
     """
 
     variant: Variant
@@ -81,13 +83,15 @@ class Identity:
     versions: Mapping[str, str]
     code: str
     method_source: str = ""
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def canonical(self) -> str:
         """Canonical JSON; fields that came later are left out at their default, so that earlier hashes stay."""
         fields = {**asdict(self), "variant": self.variant.to_json()}
-        if not self.method_source:
-            del fields["method_source"]
+        for late in ("method_source", "generation"):
+            if not fields[late]:
+                del fields[late]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
 
     @property

@@ -243,6 +243,7 @@ class _Identities:
             versions=cells.versions(),
             code=code.hash,
             method_source=method_source(variant.method),
+            generation=adapter(self.weights.family).stated(),
         )
         return Cell(identity, self.plan.runs, options.exact, code.files)
 

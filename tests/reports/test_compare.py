@@ -375,7 +375,7 @@ class TestTable:
     def test_terminal(self, folder):
         text = compare(folder / "results.csv").to_terminal(999)
         line = next(line for line in text.splitlines() if "ivc_prune 0.5" in line)
-        for cell in ("qwen25", "dev", "80.0", "70.0", "-10.0 [-", " 60 ", "87.5", "10 / 4", "0.50     0.75      0.50"):
+        for cell in ("qwen25", "dev", "80.0", "70.0", "-10.0 [-", " 60 ", "87.5", "10 / 4", "0.50   0.75    0.50"):
             assert cell in line
         assert "its unpruned rows" in text
         assert "Paired: 1 of 1 rows" in text

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import ivcp_eval
 
@@ -55,6 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         args = parser.parse_args(rest)
     return _guarded(lambda: int(module.run(args)))
+
+
+def parameter(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of a command line; a value that is no JSON is text. Raises ValueError without ``=``."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"parameter {text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, {"True": True, "False": False, "None": None}.get(value, value)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from ivcp_eval.cli.running.eval import _parameter
+from ivcp_eval.cli import parameter
 from ivcp_eval.interface import variants
 from ivcp_eval.interface.variants import Budget, Variant
 from ivcp_eval.runs.planning.cells import Identity
@@ -52,7 +52,7 @@ def test_other_forms_are_refused(name: str) -> None:
     ],
 )
 def test_parameters_are_json_or_text(text: str, expected: tuple[str, object]) -> None:
-    assert _parameter(text) == expected
+    assert parameter(text) == expected
 
 
 IDENTITY = Identity(

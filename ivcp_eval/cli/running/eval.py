@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import parameter, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     check_timeout(args.timeout)
     if args.estimate:
         return _estimate(args)
-    parameters = dict(_parameter(text) for text in args.set)
+    parameters = dict(parameter(text) for text in args.set)
     make_method(args.method, parameters)
     budget = Budget.of(args.budget, args.ratio, args.budget_prompt and tuple(args.budget_prompt))
     request = Request(
@@ -111,14 +109,3 @@ def _estimate(args: argparse.Namespace) -> int:
     cache = cache_folder(args.runs or cells.RUNS)
     say(f"judge, at most: {estimate_eval(names, args.judge, cache, variants, **known)}")
     return 0
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    """``key=value``; the value is JSON where it is JSON, else text."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"parameter {text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, {"True": True, "False": False, "None": None}.get(value, value)

@@ -132,6 +132,7 @@ def cell_rows(weights: models.Weights, benchmark: Benchmark, cell: Cell, csv: Pa
         "ratio_method": None if variant.budget and variant.budget.problem else variant.ratio,
         "ratio_flops": record.get("ratio_flops"),
         "benchmark": benchmark.name,
+        "limit": identity.limit,
         "benchmark_sha256": identity.data,
         "prompt_sha256": identity.prompt,
         **identity.limits,

@@ -11,7 +11,7 @@ from ivcp_eval import benchmarks
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.reports.table import Row, read_results, write_results
+from ivcp_eval.reports.table import Row, write_results
 from ivcp_eval.reports.wide import write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
@@ -60,7 +60,7 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     write_results(csv, found)
     unfinished = [_reason(row) for row in found if row["status"] not in ("ok", "skipped")]
     skipped = [_reason(row) for row in found if row["status"] == "skipped"]
-    tables = write_tables(read_results(csv), csv.with_suffix(""), planned) if found else []
+    tables = write_tables(csv, planned) if found else []
     return Built(csv, tables, missing, unfinished, skipped)
 
 

@@ -32,10 +32,12 @@ $(READY): requirements.lock pyproject.toml
 eval: $(READY)
 	@$(BIN)/ivcp eval --model $(MODEL) --method $(METHOD) --ratio $(RATIO) $(OPTIONS)
 
-# RESULTS defaults to the CSV that `make eval` with the same variables wrote.
-RESULTS ?= results/eval/$(MODEL)__$(METHOD)__$(if $(filter-out own,$(BUDGET)),$(BUDGET),r)$(RATIO).csv
+# `make eval` leaves the results of a model in one file; the same variables choose its rows. Another file is compared whole.
+RESULTS ?= results/eval/$(MODEL).csv
+CHOICE = $(if $(filter file,$(origin RESULTS)),--method $(METHOD) --ratio $(RATIO) --budget $(or $(BUDGET),own) \
+         $(if $(SET),--set $(SET)) $(if $(LIMIT),--limit $(LIMIT)))
 compare: $(READY)
-	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(ARGS)
+	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(CHOICE) $(ARGS)
 
 # Many variants on many benchmarks in one pass each; run again to continue. ARGS="--executor slurm --partition gpu ..."
 SWEEP ?= sweeps/smoke.yaml

@@ -22,6 +22,7 @@ from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.provenance import (
     Against,
     Group,
+    NotComparable,
     baseline_of,
     candidates,
     described,
@@ -89,8 +90,8 @@ def compare(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: broken files (`table.ResultsError`), different settings (each named), ambiguous baselines, or
-            nothing to compare.
+        ValueError: broken files (`table.ResultsError`), unequal scales, or `NotComparable`: different settings (each
+            named), ambiguous baselines, or nothing to compare.
     """
     results_csv = Path(results_csv)
     baseline_csv = results_csv if baseline_csv is None else Path(baseline_csv)
@@ -111,10 +112,10 @@ def compare(
             pairs.append(_pair(baseline, group, folders, load))
     if not pairs:
         reasons = "".join(f"\n  {line}" for line in left_out) or f"\n  {results_csv}: {why_none(results)}"
-        raise ValueError(f"nothing to compare between {results_csv} and {baseline_csv}:{reasons}")
+        raise NotComparable(f"nothing to compare between {results_csv} and {baseline_csv}:{reasons}")
     refused = [f"{label(merged(pair.pruned))}: {line}" for pair in pairs for line in pair.refused]
     if refused and not force:
-        raise ValueError(
+        raise NotComparable(
             f"{results_csv} and {baseline_csv} were made with different settings, so a difference would not be due to "
             "pruning:\n  "
             + "\n  ".join(refused)

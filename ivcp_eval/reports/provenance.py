@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
 from ivcp_eval import benchmarks
-from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.interface.variants import BASELINE, OWN
 from ivcp_eval.reports.table import KEY, Row
 
 __all__ = [
     "REFUSED",
     "Against",
     "Group",
+    "NotComparable",
     "Reference",
+    "Selection",
     "baseline_of",
     "candidates",
     "described",
@@ -54,6 +56,11 @@ _MEASURED = (
     *("visual_tokens_prompt_mean", "new_tokens_mean"),
 )
 
+
+class NotComparable(ValueError):
+    """There is nothing to compare, the settings differ, or several baselines fit; the message says which and why."""
+
+
 Group = tuple[Row, ...]
 """Rows of one variant, benchmark and metric that differ in their seed only; most have one row."""
 
@@ -73,6 +80,36 @@ class Reference:
         """Whether a row is of this variant, at any ratio."""
         given = json.loads(row["method_parameters"] or "{}")
         return bool(row["method"] == self.method and (self.parameters is None or given == self.parameters))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pruned rows a user asks for; None, or no parameters, is any.
+
+    Attributes:
+        method, ratio: of the row. budget: kind that it holds; "own" for none. parameters: of the method, those named.
+        limit: of the run.
+    """
+
+    method: str | None = None
+    ratio: float | None = None
+    budget: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row is among them."""
+        given = json.loads(row["method_parameters"] or "{}")
+        kind = row["budget"].partition("(")[0] or OWN
+        # Through JSON, as the file has them.
+        wanted = json.loads(json.dumps(dict(self.parameters)))
+        return bool(
+            self.method in (None, row["method"])
+            and self.ratio in (None, row["ratio_asked"])
+            and self.budget in (None, kind)
+            and self.limit in (None, row["limit"])
+            and all(name in given and given[name] == value for name, value in wanted.items())
+        )
 
 
 Against = Literal["none", "same_method"] | str | Reference
@@ -230,7 +267,7 @@ def why_none(results: Sequence[Row]) -> str:
 
 
 def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
-    """The one baseline of a group, or why there is none. Raises ValueError if there are several that fit equally."""
+    """The one baseline of a group, or why there is none. Raises NotComparable if there are several that fit equally."""
     row = group[0]
     same = [g for g in baselines if all(g[0][name] == row[name] for name in ("model", "benchmark", "metric"))]
     reference = _reference(against)
@@ -251,7 +288,7 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
     chosen = alike or finished
     if len(chosen) > 1:
         unequal = [name for name in row if len({str(g[0][name]) for g in chosen}) > 1]
-        raise ValueError(
+        raise NotComparable(
             f"{len(chosen)} baseline rows fit {label(row)}; they differ in {', '.join(unequal) or 'nothing'}. "
             "Keep one of them in the baseline file."
         )

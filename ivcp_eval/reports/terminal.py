@@ -7,8 +7,6 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-from tabulate import tabulate
-
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
 
@@ -41,7 +39,10 @@ def render(comparison: Comparison, width: int | None = None) -> str:
 
 def render_markdown(comparison: Comparison) -> str:
     """One table, however wide, and the footer as a list."""
+    from tabulate import tabulate
+
     cells = _table(comparison)
+    # Cells are text already: tabulate must not turn "0.50" into 0.5.
     table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
     loud = [LOUD, ""] if comparison.meaningless else []
     notes = [f"- {line}" for line in footer(comparison)]
@@ -71,8 +72,20 @@ def _folded(names: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[st
             room = width - taken
         blocks[-1][name] = column
         room -= needed + len(_GAP)
-    # Cells are text already: tabulate must not turn "0.50" into 0.5.
-    return [tabulate({**names, **block}, headers="keys", tablefmt="simple", disable_numparse=True) for block in blocks]
+    return [_plain({**names, **block}) for block in blocks]
+
+
+def _plain(columns: Mapping[str, Sequence[str]]) -> str:
+    """Columns side by side under their names; a cell may have several lines."""
+    widths = [_width(name, column) for name, column in columns.items()]
+    rows = [list(columns), ["-" * width for width in widths], *map(list, zip(*columns.values(), strict=True))]
+    lines = []
+    for row in rows:
+        cells = [cell.split("\n") for cell in row]
+        for number in range(max(map(len, cells))):
+            parts = [cell[number] if number < len(cell) else "" for cell in cells]
+            lines.append(_GAP.join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+    return "\n".join(lines)
 
 
 def _width(name: str, column: Sequence[str]) -> int:

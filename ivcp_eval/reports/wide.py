@@ -1,12 +1,14 @@
 """Wide tables as papers print them: one per model, variants as rows, benchmarks as columns; CSV, Markdown and LaTeX.
 
-A ratio is the one asked for, with what it is a share of where a budget was held (``0.6 layer_mean``). A cell is the
-headline metric and, beside it, what is retained of the unpruned score. The averages stand only where
-every benchmark of the row has a score: nothing is averaged over what happens to be there.
+The headline metric of each benchmark; what is retained of the unpruned score; what was measured of the cost. ``*`` is
+at a score that differs from the unpruned one at 5 % after Holm's correction over the tables. Averages stand only where
+every benchmark of the row has a score: nothing is averaged over what happens to be there. The seeds of a method that
+draws are one row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -14,75 +16,160 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from ivcp_eval import benchmarks
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.provenance import Group, NotComparable, finished_headline, grouped, merged
+from ivcp_eval.reports.table import Row, read_results
 
-Row = Mapping[str, Any]
 MISSING = "-"
+_VARIANT = ("method", "method_parameters", "ratio_asked", "budget", "limit")
 _LATEX = str.maketrans(
     {c: "\\" + c for c in "%_&#${}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 
 
 @dataclass(frozen=True)
-class Table:
-    """One model's table as text cells.
+class Cell:
+    """One variant on one benchmark.
 
     Attributes:
-        model: short name. header, rows: cells. note: what holds for the whole table.
+        score: in the metric's unit, mean over seeds. deviation: standard deviation over seeds, None for a single one.
+        retained: percent of the unpruned score. significant: differs from it; None if not tested.
+        kept, layer_mean: measured shares of the visual tokens.
+    """
+
+    score: float
+    deviation: float | None = None
+    retained: float | None = None
+    significant: bool | None = None
+    kept: float | None = None
+    layer_mean: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One variant: its name with the parameters that are not defaults, what was asked for, its cells by benchmark."""
+
+    method: str
+    ratio: float
+    budget: str
+    limit: int | None
+    seeds: int
+    cells: Mapping[str, Cell]
+
+    @property
+    def share(self) -> str:
+        """``0.5``, or ``0.6 layer_mean`` where a budget was held."""
+        first = f" (first {self.limit})" if self.limit else ""
+        return f"{self.ratio:g} {self.budget}".rstrip() + first
+
+    def mean(self, field: str, names: Sequence[str]) -> float | None:
+        """Mean of a field of the cells over all benchmarks of the table; None if one lacks it."""
+        values = [getattr(self.cells.get(name), field, None) for name in names]
+        known = [value for value in values if value is not None]
+        return fmean(known) if known and len(known) == len(names) else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One model's table.
+
+    Attributes:
+        model: short name. names: benchmarks, in the order of the columns. lines: variants. note: what holds for all.
     """
 
     model: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+    lines: tuple[Line, ...]
     note: str = ""
 
     def to_csv(self) -> str:
-        """Comma-separated, header first."""
+        """Numbers only; per benchmark its score, what is retained, the significance, the deviation over seeds."""
+        columns = [(name, field) for name in self.names for field in ("score", "retained", "significant", "deviation")]
+        words = {"score": "", "retained": " retained %", "significant": " significant", "deviation": " sd over seeds"}
+        header = ["method", "ratio", "budget", "limit", "seeds", "kept", "layer_mean"]
+        rows = [[*header, *(name + words[field] for name, field in columns), "retained %"]]
+        for line in self.lines:
+            cells = [getattr(line.cells.get(name), field, None) for name, field in columns]
+            means = [line.mean(field, self.names) for field in ("kept", "layer_mean", "retained")]
+            values = [line.ratio, line.budget, line.limit, line.seeds, *means[:2], *cells, means[2]]
+            rows.append([line.method, *map(_csv_cell, values)])
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(
-            [[as_shown(cell) for cell in row] for row in (self.header, *self.rows)]
+            [[as_shown(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
         )
         return stream.getvalue()
 
     def to_markdown(self) -> str:
-        """A Markdown table under the model's name, aligned also as plain text."""
-        rows = [[cell.replace("|", r"\|") for cell in row] for row in (self.header, *self.rows)]
-        widths = [max(4, *map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        lines = [f"### {self.model}", "", *(_bar(row, widths) for row in rows)]
-        return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
+        """Two Markdown tables under the model's name, scores and retained shares, aligned also as plain text."""
+        parts = [f"### {self.model}", "", *_markdown(self._scores()), ""]
+        if any(line.mean("retained", self.names[:1]) for line in self.lines):
+            parts += ["Retained, percent of the unpruned score:", "", *_markdown(self._shares()), ""]
+        return "\n".join([*parts, *([self.note, ""] if self.note else [])])
 
     def to_latex(self) -> str:
-        """A ``tabular`` that needs the package booktabs."""
-        lines = [r"\begin{tabular}{l" + "r" * (len(self.header) - 1) + "}", r"\toprule", _ampersands(self.header)]
-        lines += [r"\midrule", *[_ampersands(row) for row in self.rows], r"\bottomrule", r"\end{tabular}"]
-        return "\n".join([*([f"% {self.note}"] if self.note else []), *lines, ""])
+        """Two ``tabular`` that need the package booktabs: scores and retained shares."""
+        notes = [f"% {self.note}"] if self.note else []
+        return "\n".join([*notes, *_latex(self._scores()), "", *_latex(self._shares()), ""])
+
+    def _scores(self) -> list[list[str]]:
+        rows = [["method", "ratio", "kept", "layers", *self.names, "retained %"]]
+        for line in self.lines:
+            kept, layers, retained = (line.mean(field, self.names) for field in ("kept", "layer_mean", "retained"))
+            scores = [_score(line.cells.get(name)) for name in self.names]
+            rows.append([line.method, line.share, _number(kept, 2), _number(layers, 2), *scores, _number(retained)])
+        return rows
+
+    def _shares(self) -> list[list[str]]:
+        rows = [["method", "ratio", *self.names, "mean"]]
+        for line in self.lines:
+            shares = [line.cells[name].retained if name in line.cells else None for name in self.names]
+            rows.append([line.method, line.share, *map(_number, shares), _number(line.mean("retained", self.names))])
+        return rows
 
 
-def tables(rows: Iterable[Row], planned: Mapping[str, Sequence[str]] | None = None) -> list[Table]:
+def tables(
+    rows: Iterable[Row],
+    planned: Mapping[str, Sequence[str]] | None = None,
+    p_values: Mapping[tuple[Any, ...], float] | None = None,
+    note: str = "",
+) -> list[Table]:
     """One table per model of a results file, models and variants in the order of the file.
 
     Args:
         planned: benchmarks of each model, which are columns even where no row is there yet.
+        p_values: Holm's, by `_key`.
+        note: for under each table.
     """
     rows, planned = list(rows), planned or {}
     return [
-        _table(model, [r for r in rows if r["model"] == model], planned.get(model, ()))
+        _table([r for r in rows if r["model"] == model], planned.get(model, ()), p_values or {}, note)
         for model in dict.fromkeys(r["model"] for r in rows)
     ]
 
 
-def write_tables(rows: Iterable[Row], folder: Path, planned: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
-    """Write ``<folder>/<model>.csv``, ``.md`` and ``.tex`` of `tables`; returns the files."""
+def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
+    """Write ``<results>/<model>.csv``, ``.md`` and ``.tex`` of `tables` for a results CSV; returns the files."""
+    folder = results.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
+    p_values: dict[tuple[Any, ...], float] = {}
+    note = "* differs from the unpruned score at 5 % after Holm's correction. ±: standard deviation over seeds."
+    try:
+        for row in compare(results, select=finished_headline).rows:
+            p_values[_key({name: getattr(row, name) for name in ("model", "benchmark", "metric", *_VARIANT)})] = (
+                row.p_holm
+            )
+    except NotComparable as error:
+        note = f"Without marks of significance: {str(error).splitlines()[0]}"
     written = []
-    for table in tables(rows, planned):
+    for table in tables(read_results(results), planned, p_values, note):
         for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
             path = folder / f"{table.model}.{suffix}"
             with atomic_write(path) as stream:
@@ -91,67 +178,99 @@ def write_tables(rows: Iterable[Row], folder: Path, planned: Mapping[str, Sequen
     return written
 
 
-def _table(model: str, rows: Sequence[Row], planned: Sequence[str]) -> Table:
-    measured = dict.fromkeys(row["benchmark"] for row in rows)
-    names = list(dict.fromkeys([*planned, *measured]))
-    headline = {name: _headline(name, [row for row in rows if row["benchmark"] == name]) for name in measured}
-    scores: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        variant = _variant(row)
-        scores.setdefault(variant, {})
-        if row["status"] == "ok" and row["metric"] == headline[row["benchmark"]]:
-            scores[variant][row["benchmark"]] = row["score"]
-    baseline = next((found for variant, found in scores.items() if variant[0] == BASELINE), {})
-    lines = [_line(variant, found, baseline, names) for variant, found in scores.items()]
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "benchmark", "metric", *_VARIANT))
+
+
+def _table(rows: Sequence[Row], planned: Sequence[str], p_values: Mapping[tuple[Any, ...], float], note: str) -> Table:
+    first = {row["benchmark"]: row for row in reversed(rows)}
+    metric = {name: benchmarks.headline(row) for name, row in first.items()}
+    names = tuple(dict.fromkeys([*planned, *(row["benchmark"] for row in rows)]))
+    groups: dict[tuple[Any, ...], dict[str, Group]] = {_variant(row): {} for row in rows}
+    for group in grouped(row for row in rows if row["status"] == "ok" and row["metric"] == metric[row["benchmark"]]):
+        groups[_variant(group[0])][group[0]["benchmark"]] = group
+    lines = []
+    for variant, found in groups.items():
+        method, parameters, ratio, budget, limit = variant
+        baseline = groups.get((BASELINE, None, 1.0, "", limit), {})
+        lines.append(
+            Line(
+                "unpruned" if method == BASELINE else _name(rows[0]["model"], method, parameters),
+                *(ratio, budget, limit),
+                max(map(len, found.values()), default=1),
+                {name: _cell(group, baseline.get(name), p_values) for name, group in found.items()},
+            )
+        )
     random = any(row["trained_weights"] is False for row in rows)
-    note = "Random weights: these numbers mean nothing." if random else ""
-    return Table(model, ("method", "ratio", *names, "retained"), tuple(lines), note)
-
-
-def _headline(benchmark: str, rows: Sequence[Row]) -> str:
-    if benchmark in benchmarks.names() and benchmarks.load(benchmark).metrics:
-        return benchmarks.load(benchmark).metrics[0].name
-    return str(rows[0]["metric"])
+    notes = [*(["Random weights: these numbers mean nothing."] if random else []), *([note] if note else [])]
+    return Table(rows[0]["model"], names, tuple(lines), " ".join(notes))
 
 
 def _variant(row: Row) -> tuple[Any, ...]:
     if row["method"] == BASELINE:
-        return (BASELINE,)
-    return row["method"], row["ratio_asked"], row["method_parameters"], row["seed"], row["budget"]
+        return BASELINE, None, 1.0, "", row["limit"]
+    return tuple(row[name] for name in _VARIANT)
 
 
-def _line(
-    variant: tuple[Any, ...], scores: Mapping[str, float], baseline: Mapping[str, float], names: Sequence[str]
-) -> tuple[str, ...]:
-    shares = {n: scores[n] / baseline[n] for n in names if n in scores and baseline.get(n)}
-    cells = []
-    for name in names:
-        if name not in scores:
-            cells.append(MISSING)
-        elif variant[0] == BASELINE or name not in shares:
-            cells.append(f"{scores[name]:.1f}")
-        else:
-            cells.append(f"{scores[name]:.1f} ({100 * shares[name]:.1f}%)")
-    whole = len(shares) == len(names)
-    mean = f"{100 * sum(shares.values()) / len(names):.1f}%" if whole else MISSING
-    return _name(variant), "1" if len(variant) == 1 else f"{variant[1]:g} {variant[4]}".rstrip(), *cells, mean
+def _cell(group: Group, baseline: Group | None, p_values: Mapping[tuple[Any, ...], float]) -> Cell:
+    row = merged(group)
+    before = merged(baseline)["score"] if baseline else None
+    p_value = p_values.get(_key(row))
+    return Cell(
+        row["score"],
+        stdev(r["score"] for r in group) if len(group) > 1 else None,
+        100 * row["score"] / before if before else None,
+        # NaN: no test.
+        None if p_value is None or p_value != p_value else p_value < 0.05,
+        row["ratio_kept_final"],
+        row["ratio_layer_mean"],
+    )
 
 
-def _name(variant: tuple[Any, ...]) -> str:
-    """The method and those of its parameters that are not its defaults."""
+def _name(model: str, method: str, parameters: str | None) -> str:
+    """The method and those of its parameters that are neither its own nor the checkpoint's defaults."""
+    from ivcp_eval.interface.models import find
     from ivcp_eval.interface.registry import make_method
 
-    if len(variant) == 1:
-        return "unpruned"
-    method, _, parameters, seed = variant[:4]
+    given = json.loads(parameters or "{}")
     try:
         # Through JSON, as the file has them: tuples are lists there, and a wrapped method is a mapping.
-        defaults = json.loads(json.dumps(dataclasses.asdict(make_method(method))))  # type: ignore[call-overload]
-        extra = {k: v for k, v in json.loads(parameters or "{}").items() if defaults.get(k) != v}
+        usual = json.loads(json.dumps(dataclasses.asdict(make_method(method))))  # type: ignore[call-overload]
     except ValueError:  # a method that was removed since
-        extra = {}
-    words = [f"{key}={value}" for key, value in sorted(extra.items())] + ([f"seed={seed}"] if seed else [])
-    return f"{method} ({', '.join(words)})" if words else str(method)
+        return method
+    with contextlib.suppress(ValueError):  # a model that was removed since
+        usual |= find(model)[1].methods.get(method, {})
+    words = [f"{key}={value}" for key, value in sorted(given.items()) if usual.get(key) != value]
+    return f"{method} ({', '.join(words)})" if words else method
+
+
+def _csv_cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def _score(cell: Cell | None) -> str:
+    if cell is None:
+        return MISSING
+    spread = "" if cell.deviation is None else f" ± {cell.deviation:.1f}"
+    return f"{cell.score:.1f}{spread}" + ("*" if cell.significant else "")
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    widths = [max(4, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [_bar(row, widths) for row in (rows[0], rule, *rows[1:])]
+
+
+def _latex(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}", r"\toprule", _ampersands(rows[0])]
+    return [*lines, r"\midrule", *map(_ampersands, rows[1:]), r"\bottomrule", r"\end{tabular}"]
 
 
 def _bar(cells: Sequence[str], widths: Sequence[int]) -> str:

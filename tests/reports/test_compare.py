@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ivcp_eval import cli
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.provenance import Selection
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 from ivcp_eval.reports.terminal import LOUD
 
@@ -371,11 +375,116 @@ class TestRefusals:
             compare(folder / "absent.csv")
 
 
+class TestSelection:
+    @pytest.fixture
+    def several(self, folder) -> Path:
+        rows = [make(predictions="runs/none.csv"), make(limit=4, run_id="few")]
+        rows += [
+            make(
+                "ivc_prune",
+                run_id=f"{layer}-{ratio}",
+                ratio_asked=ratio,
+                method_parameters={"layer": layer},
+                score=70.0,
+            )
+            for layer in (2, 3)
+            for ratio in (0.5, 0.25)
+        ]
+        rows += [make("fastv", run_id="held", ratio_asked=0.5, budget="flops(1024+64)", score=75.0)]
+        rows += [make("fastv", run_id="small", limit=4, score=50.0)]
+        return write(folder, *rows)
+
+    @pytest.mark.parametrize(
+        ("chosen", "variants"),
+        [
+            ({"method": "fastv"}, ["fastv 0.5 of flops(1024+64)", "fastv 0.5"]),
+            ({"method": "fastv", "budget": "flops"}, ["fastv 0.5 of flops(1024+64)"]),
+            ({"budget": "own", "ratio": 0.5, "parameters": {"layer": 3}}, ["ivc_prune(layer=3) 0.5"]),
+            ({"parameters": {"layer": 2}}, ["ivc_prune(layer=2) 0.5", "ivc_prune(layer=2) 0.25"]),
+            ({"limit": 4}, ["fastv 0.5"]),
+        ],
+    )
+    def test_rows_of_a_request(self, several, chosen, variants):
+        rows = compare(several, select=Selection(**chosen).fits).rows
+        assert [row.variant for row in rows] == variants
+
+    def test_a_limited_row_is_compared_with_the_limited_baseline(self, several):
+        comparison = compare(several)
+        small = next(row for row in comparison.rows if row.limit == 4)
+        assert "only the first 4 rows of the benchmark were asked" in small.notes
+        assert "limit" in comparison.to_terminal(999)
+
+    def test_a_limited_row_is_not_compared_with_the_whole_baseline(self, folder):
+        with pytest.raises(ValueError, match="limit: baseline empty, results 4"):
+            compare(write(folder, make(), make("fastv", limit=4)))
+
+    def test_what_there_is_instead(self, several):
+        with pytest.raises(ValueError, match=r"(?s)nothing to compare.*there are:.*ivc_prune 0\.5 layer=2.*fastv 0\.5"):
+            compare(several, select=Selection(method="iwp").fits)
+
+    def test_different_generation_settings_are_refused_where_both_are_noted(self, folder):
+        greedy, sampled = {"do_sample": False}, {"do_sample": True}
+        with pytest.raises(ValueError, match="generation: baseline"):
+            compare(write(folder, make(generation=greedy), make("fastv", generation=sampled)))
+        assert compare(write(folder, make(), make("fastv", generation=sampled))).rows
+
+    def test_the_verb(self, several, capsys):
+        options = ["--method", "ivc_prune", "--ratio", "0.25", "--set", "layer=3"]
+        assert cli.main(["compare", str(several), *options]) == 0
+        assert "ivc_prune(layer=3) 0.25" in capsys.readouterr().out
+
+    def test_make_compare_asks_for_what_make_eval_made(self):
+        said = subprocess.run(
+            [
+                "make",
+                "-n",
+                "compare",
+                "READY=",
+                "MODEL=qwen25",
+                "METHOD=fastv",
+                "SET=layer=2",
+                "BUDGET=flops",
+                "RATIO=0.6",
+            ],
+            cwd=BASELINES.parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        words = "compare results/eval/qwen25.csv --method fastv --ratio 0.6 --budget flops --set layer=2"
+        assert words in " ".join(said.split())
+
+
 class TestTable:
+    @pytest.mark.parametrize("width", [80, 100, 120, 200])
+    def test_no_line_is_longer_than_the_terminal(self, folder, width):
+        name = {"model": "deepseek_vl2_small", "benchmark": "MMBench_DEV_EN_V11"}
+        rows = [make(**name, predictions="runs/none.csv"), make(predictions="runs/none.csv")]
+        for method in ("ivc_prune", "fastv+ivc"):
+            more = {"score": 70.0, "predictions": "runs/ivc.csv", "budget": "flops(1024+64)", "preset": "general"}
+            rows += [make(method, **name, **more, run_id=method), make(method, **more, run_id=f"{method} 2")]
+        results = write(folder, *rows)
+        monkey = {"results": "results.csv", "baseline": "results.csv"}
+        text = dataclasses.replace(compare(results), **monkey).to_terminal(width)
+        assert max(map(len, text.splitlines())) <= width
+        for cell in ("fastv+ivc", "flops(1024+64)", "MMBench", "-10.0 [-", "87.5", "10 / 4", "0.75", "60"):
+            assert cell in text
+
+    def test_outside_a_terminal_lines_have_at_most_120(self, folder, monkeypatch):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        text = dataclasses.replace(compare(folder / "results.csv"), results="r", baseline="r").to_terminal()
+        assert 80 < max(map(len, text.splitlines())) <= 120
+
+    def test_what_is_the_same_in_all_rows_is_said_once(self, folder):
+        rows = [make("ivc_prune", score=70.0, run_id="a"), make("fastv", score=60.0, run_id="b")]
+        text = compare(write(folder, make(), *rows)).to_terminal(999)
+        assert "model qwen25, benchmark dev, metric accuracy" in text
+        assert "qwen25" not in next(line for line in text.splitlines() if line.startswith("fastv 0.5"))
+
     def test_terminal(self, folder):
         text = compare(folder / "results.csv").to_terminal(999)
         line = next(line for line in text.splitlines() if "ivc_prune 0.5" in line)
-        for cell in ("qwen25", "dev", "80.0", "70.0", "-10.0 [-", " 60 ", "87.5", "10 / 4", "0.50     0.75      0.50"):
+        for cell in ("qwen25", "dev", "80.0", "70.0", "-10.0 [-", " 60 ", "87.5", "10 / 4", "0.50   0.75    0.50"):
             assert cell in line
         assert "its unpruned rows" in text
         assert "Paired: 1 of 1 rows" in text

@@ -6,15 +6,22 @@ import argparse
 from pathlib import Path
 
 from ivcp_eval.cli import say
+from ivcp_eval.interface.variants import parameter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
     add("results", type=Path, help="results CSV")
-    add("baseline", type=Path, nargs="?", help="baseline CSV; default: the unpruned rows of RESULTS")
+    add("baseline", type=Path, nargs="?", help="baseline CSV; default: rows of RESULTS itself")
+    add("--method", help="only rows of this method")
+    add("--ratio", type=float, help="only rows that asked for this share")
+    add("--budget", metavar="KIND", help="only rows that hold this budget: own, final, layer_mean or flops")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="only rows with these parameters of the method")
+    add("--limit", type=int, help="only rows of runs with this --limit")
     add("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
-    add("--against", choices=("none", "same_method"), default="none", help="which rows of BASELINE count")
+    add("--against", default="none", metavar="WHAT", help="which rows of BASELINE count: none (unpruned), same_method, "
+        "or the name of a method, e.g. random, at the same ratio or budget (default: %(default)s)")  # fmt: skip
     add("--margin", type=float, help="points that may be lost; adds a verdict per row")
     add("--resamples", type=int, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
     add("--output", type=Path, help="also write the comparison as CSV")
@@ -23,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the comparison."""
     from ivcp_eval.reports.compare import compare
+    from ivcp_eval.reports.provenance import Selection
 
+    chosen = Selection(args.method, args.ratio, args.budget, dict(parameter(text) for text in args.set), args.limit)
     comparison = compare(
         args.results,
         args.baseline,
@@ -31,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         against=args.against,
         margin=args.margin,
         resamples=args.resamples,
+        select=chosen.fits,
     )
     say(comparison.to_terminal())
     if args.output:

@@ -244,20 +244,38 @@ class _Kinds:
     def resampled(self, generator: np.random.Generator, count: int) -> Array:
         """(2, count, K) sums of resamples with as many clusters as there are."""
         n_clusters = int(self.counts.sum())
-        draws = (generator.multinomial(n_clusters, self.counts / n_clusters, rows) for rows in self._chunks(count))
-        return np.concatenate([np.tensordot(drawn, self.sums, 1) for drawn in draws]).transpose(1, 0, 2)
+        parts = []
+        for rows in self._chunks(count):
+            if self._few:
+                drawn = generator.multinomial(n_clusters, self.counts / n_clusters, rows)
+            else:
+                kind = np.repeat(np.arange(self.counts.size), self.counts)
+                places = kind[generator.integers(0, n_clusters, (rows, n_clusters), dtype=np.int32)]
+                places += self.counts.size * np.arange(rows)[:, None]
+                drawn = np.bincount(places.ravel(), minlength=rows * self.counts.size).reshape(rows, -1)
+            parts.append(np.tensordot(drawn.astype(np.float64), self.sums, 1))
+        return np.concatenate(parts).transpose(1, 0, 2)
 
     def permuted(self, generator: np.random.Generator, count: int) -> Array:
         """(2, count, K) sums after the two sides changed places in a random half of the clusters."""
         parts = []
         for rows in self._chunks(count):
-            swapped = generator.binomial(self.counts, 0.5, (rows, self.counts.size))
-            moved = np.tensordot(swapped, self.sums[:, ::-1] - self.sums, 1)
+            if self._few:
+                swapped = generator.binomial(self.counts, 0.5, (rows, self.counts.size))
+            else:
+                bits = generator.integers(0, 2, (rows, int(self.counts.sum())), dtype=np.int8)
+                swapped = np.add.reduceat(bits, np.cumsum(self.counts) - self.counts, axis=1, dtype=np.int64)
+            moved = np.tensordot(swapped.astype(np.float64), self.sums[:, ::-1] - self.sums, 1)
             parts.append(np.tensordot(self.counts, self.sums, 1) + moved)
         return np.concatenate(parts).transpose(1, 0, 2)
 
+    @property
+    def _few(self) -> bool:
+        """Whether numbers of each kind are drawn faster than single clusters: one of these takes about a tenth."""
+        return 10 * self.counts.size < int(self.counts.sum())
+
     def _chunks(self, count: int) -> list[int]:
-        rows = max(1, _CHUNK // self.counts.size)
+        rows = max(1, _CHUNK // int(self.counts.sum()))
         return [min(rows, count - start) for start in range(0, count, rows)]
 
 

@@ -11,7 +11,7 @@ from ivcp_eval import benchmarks
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.reports.table import Row, read_results, write_results
+from ivcp_eval.reports.table import Row, write_results
 from ivcp_eval.reports.wide import write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
@@ -51,7 +51,7 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     collected = collect(runs.parent / "sweeps" / name, runs, csv)
     csv.parent.mkdir(parents=True, exist_ok=True)
     write_results(csv, collected.rows)
-    tables = write_tables(read_results(csv), csv.with_suffix(""), collected.planned) if collected.rows else []
+    tables = write_tables(csv, collected.planned) if collected.rows else []
     return Built(
         csv,
         tables,

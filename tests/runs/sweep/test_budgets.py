@@ -87,8 +87,8 @@ def test_measured_costs_are_equal_and_what_cannot_be_held_is_a_row(
     assert failed["rotatek"]["ratio_asked"] == 0.5
     assert "cannot run: tiny rotatek final0.5 on tiny_short: final: this method's final cost" in said
     table = (held.csv.with_suffix("") / "tiny.csv").read_text()
-    assert "\nfastv,0.6 layer_mean," in table
-    assert "\nfastv,0.8 flops(150+40)," in table
+    assert "\nfastv,0.6,layer_mean," in table
+    assert "\nfastv,0.8,flops(150+40)," in table
 
 
 def test_the_stated_prompt_is_part_of_a_cell(held: Bench, random_model: Path) -> None:

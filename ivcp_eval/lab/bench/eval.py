@@ -25,7 +25,7 @@ BENCHMARKS = ("tiny_mcq", "tiny_yes_no", "tiny_short", "tiny_grounding")
 FASTER, DEARER, SCORING_MS = 3.0, 1.35, 0.4
 COLUMNS = (
     *("benchmark", "samples", "arm", "processes", "threads", "variants", "ms_per_sample", "ratio", "target", "met"),
-    *("equal", "note"),
+    *("cpu_ms_per_sample", "equal", "note"),
 )
 SHOWN = {
     "benchmark": ("benchmark", "{}"),
@@ -33,6 +33,7 @@ SHOWN = {
     "arm": ("arm", "{}"),
     "ms a sample": ("ms_per_sample", "{:.2f}"),
     "loop over it": ("ratio", "{:.2f}"),
+    "CPU ms a sample": ("cpu_ms_per_sample", "{:.2f}"),
     "target": ("target", "{}"),
     "met": ("met", "{}"),
     "answers equal": ("equal", "{}"),
@@ -115,6 +116,20 @@ def _rows(name: str) -> int:
 
 
 Answers = list[dict[str, str]]  # per variant: key -> text that is scored
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one arm: elapsed, and of processor time in all of its processes and threads."""
+
+    elapsed: float
+    cpu: float
+
+
+def _on_clock(way: Callable[..., Answers], *arguments: Any) -> tuple[Answers, float]:
+    """What a function returns, and the processor time it took."""
+    start = time.process_time()
+    return way(*arguments), time.process_time() - start
 
 
 def _loop(name: str, folder: Path, start: int, stop: int, variants: int, threads: int) -> Answers:
@@ -223,20 +238,21 @@ class Pool:
         """Call a function in the first process."""
         return self.workers[0].submit(function, *arguments).result()
 
-    def run(self, arm: Arm, name: str, rows: int, folder: Path) -> tuple[float, Answers]:
-        """(seconds, answers) of one benchmark; the processes of an arm take equal shares of its rows."""
+    def run(self, arm: Arm, name: str, rows: int, folder: Path) -> tuple[Spent, Answers]:
+        """Times and answers of one benchmark; the processes of an arm take equal shares of its rows."""
         bounds = [rows * i // arm.processes for i in range(arm.processes + 1)]
         way = _pass if arm.runner else _loop
         for i in range(arm.processes):
             (folder / str(i)).mkdir(parents=True)
         start = time.perf_counter()
         futures = [
-            worker.submit(way, name, folder / str(i), bounds[i], bounds[i + 1], arm.variants, arm.threads)
+            worker.submit(_on_clock, way, name, folder / str(i), bounds[i], bounds[i + 1], arm.variants, arm.threads)
             for i, worker in enumerate(self.workers[: arm.processes])
         ]
-        parts = [future.result() for future in futures]
-        seconds = time.perf_counter() - start
-        return seconds, [{k: v for part in parts for k, v in part[i].items()} for i in range(arm.variants)]
+        done = [future.result() for future in futures]
+        spent = Spent(time.perf_counter() - start, sum(cpu for _, cpu in done))
+        parts = [answers for answers, _ in done]
+        return spent, [{k: v for part in parts for k, v in part[i].items()} for i in range(arm.variants)]
 
 
 def measure(pool: Pool, chosen: Sequence[Arm], names: Sequence[str], folder: Path) -> Iterator[list[dict[str, Any]]]:
@@ -245,7 +261,7 @@ def measure(pool: Pool, chosen: Sequence[Arm], names: Sequence[str], folder: Pat
     Raises:
         AssertionError: an arm gave other answers than the first.
     """
-    sums: dict[Arm, list[float]] = {arm: [] for arm in chosen}
+    spent: dict[Arm, list[Spent]] = {arm: [] for arm in chosen}
     scorings, total = [], 0
     for arm in chosen:  # the first call of everything is warm-up
         pool.run(arm, names[0], 2, folder / "warm" / arm.name)
@@ -254,26 +270,26 @@ def measure(pool: Pool, chosen: Sequence[Arm], names: Sequence[str], folder: Pat
         total += rows
         found = {}
         for arm in chosen if turn % 2 == 0 else reversed(chosen):
-            seconds, found[arm] = pool.run(arm, name, rows, folder / name / arm.name)
-            sums[arm].append(seconds)
+            times, found[arm] = pool.run(arm, name, rows, folder / name / arm.name)
+            spent[arm].append(times)
         for arm in chosen:
             assert found[arm] == found[chosen[0]][: arm.variants], f"{arm.name} answers {name} otherwise"
         last = next(arm for arm in reversed(chosen) if arm.runner)
         scorings.append(pool.first(_score, name, [folder / name / last.name / str(i) for i in range(last.processes)]))
-        yield [*_rows_of(name, rows, {arm: sums[arm][-1] for arm in chosen}), _scoring(name, rows, scorings[-1])]
-    whole = {arm: sum(seconds) for arm, seconds in sums.items()}
+        yield [*_rows_of(name, rows, {arm: spent[arm][-1] for arm in chosen}), _scoring(name, rows, scorings[-1])]
+    whole = {arm: Spent(sum(s.elapsed for s in some), sum(s.cpu for s in some)) for arm, some in spent.items()}
     yield [*_targets(_rows_of("all", total, whole), whole), _scoring("all", total, max(scorings), True)]
 
 
-def _rows_of(name: str, samples: int, seconds: Mapping[Arm, float]) -> list[dict[str, Any]]:
-    first = min(spent for arm, spent in seconds.items() if not arm.runner)
+def _rows_of(name: str, samples: int, times: Mapping[Arm, Spent]) -> list[dict[str, Any]]:
+    first = min(spent.elapsed for arm, spent in times.items() if not arm.runner)
     return [
         {
             **{"benchmark": name, "samples": samples, "arm": arm.name, "processes": arm.processes},
-            **{"threads": arm.threads, "variants": arm.variants, "ms_per_sample": 1e3 * spent / samples},
-            **{"ratio": first / spent, "equal": True},
+            **{"threads": arm.threads, "variants": arm.variants, "ms_per_sample": 1e3 * spent.elapsed / samples},
+            **{"cpu_ms_per_sample": 1e3 * spent.cpu / samples, "ratio": first / spent.elapsed, "equal": True},
         }
-        for arm, spent in seconds.items()
+        for arm, spent in times.items()
     ]
 
 
@@ -284,17 +300,17 @@ def _scoring(name: str, samples: int, ms: tuple[float, float], slowest: bool = F
     return {**row, "target": f"<= {SCORING_MS} ms", "met": own <= SCORING_MS} if slowest else row
 
 
-def _targets(rows: list[dict[str, Any]], seconds: Mapping[Arm, float]) -> list[dict[str, Any]]:
+def _targets(rows: list[dict[str, Any]], times: Mapping[Arm, Spent]) -> list[dict[str, Any]]:
     """With what was to be reached: the fastest way of the runner, and two variants against one in the same layout."""
-    by_arm = dict(zip(seconds, rows, strict=True))
-    both = {arm: spent for arm, spent in seconds.items() if arm.runner and arm.variants == 2}
+    by_arm = dict(zip(times, rows, strict=True))
+    both = {arm: spent.elapsed for arm, spent in times.items() if arm.runner and arm.variants == 2}
     best = min(both, key=lambda arm: both[arm])
     faster = by_arm[best]["ratio"]
     by_arm[best] |= {"target": f">= {FASTER}", "met": faster >= FASTER, "note": "the fastest layout"}
-    for arm, spent in seconds.items():
+    for arm, spent in times.items():
         twin = next((a for a in both if (a.processes, a.threads) == (arm.processes, arm.threads)), None)
         if arm.variants == 1 and twin is not None:
-            dearer = both[twin] / spent
+            dearer = both[twin] / spent.elapsed
             note = f"baseline and variant take {dearer:.2f} times this"
             by_arm[arm] |= {"target": f"<= {DEARER}", "met": dearer <= DEARER, "note": note}
     return rows

@@ -100,6 +100,10 @@ class ShippedMCQ(_Shipped, ImageMCQDataset):
 
     KIND = "mcq"
 
+    def evaluate(self, eval_file: str, **judge_kwargs: Any) -> Any:
+        """As the base class, on the text of the file: indices are text in the table that it compares with."""
+        return super().evaluate(str(answers.pickled(Path(eval_file))), **judge_kwargs)
+
 
 class ShippedYesNo(_Shipped, ImageYORNDataset):
     """Yes/no, scored by VLMEvalKit's own evaluator."""
@@ -108,6 +112,7 @@ class ShippedYesNo(_Shipped, ImageYORNDataset):
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
         """As the base class, whose file of per-sample scores then gets its indices back: it read them as numbers."""
+        eval_file = str(answers.pickled(Path(eval_file)))
         table = super().evaluate(eval_file, **judge_kwargs)
         path = get_intermediate_file_path(eval_file, "_auxmatch")
         scored = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
@@ -126,7 +131,7 @@ class ShippedShortAnswer(_Shipped, ImageVQADataset):
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
         """Accuracy in percent, overall and per category."""
-        data = answers.read(Path(eval_file))
+        data = answers.read(answers.pickled(Path(eval_file)))
         data["eval_score"] = [
             float(given.strip().lower() in _truths(truth))
             for given, truth in zip(data["prediction"], data["answer"], strict=True)
@@ -175,7 +180,7 @@ class Grounding(_Shipped):
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, Any]:
         """Acc@0.5/0.75/0.9, mean IoU, per object size, and how many answers held no box."""
-        data = answers.read(Path(eval_file))
+        data = answers.read(answers.pickled(Path(eval_file)))
         for frame, side in (("answer_width", "width"), ("answer_height", "height")):
             if frame not in data:
                 data[frame] = data[side]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from ivcp_eval.files import PACKAGE
 from ivcp_eval.interface import models
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.evaluate import is_right, read_benchmark
 from ivcp_eval.reports.table import read_results
 from ivcp_eval.runs.answering.session import Session
-from ivcp_eval.runs.planning.cells import ROOT
 from ivcp_eval.runs.planning.placement import Limits, Placement
 
 #: Questions of each benchmark, and how far such a slice may stray from the recorded accuracy (percent).
@@ -19,7 +19,7 @@ SLICE, BAND = 60, 14.0
 
 def _recorded(benchmark: str, variant: Variant) -> float:
     layer = f'"layer":{variant.parameters["layer"]}' if variant.parameters else ""
-    for row in read_results(ROOT / "results" / "tiny.csv"):
+    for row in read_results(PACKAGE.parent / "results" / "tiny.csv"):
         same = (row["benchmark"], row["method"], row["ratio_asked"]) == (benchmark, variant.method, variant.ratio)
         if same and layer in row["method_parameters"] and '"ivc":0.0' not in row["method_parameters"]:
             return float(row["score"])
@@ -33,7 +33,7 @@ def test_a_slice_stays_in_the_recorded_band(benchmark: str) -> None:
     session = Session(weights, Placement("cpu").resolve(), Limits.published(weights))
     tuned = weights.checkpoint.methods["ivc_prune"]
     variants = [Variant("tiny"), *(Variant("tiny", "ivc_prune", ratio, tuned) for ratio in (0.5, 0.25))]
-    every = read_benchmark(ROOT / "datasets" / f"{benchmark}.tsv")
+    every = read_benchmark(PACKAGE.parent / "datasets" / f"{benchmark}.tsv")
     questions = every[:: len(every) // SLICE][:SLICE]
     hits = [0] * len(variants)
     for question in questions:

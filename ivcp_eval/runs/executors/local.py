@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ivcp_eval.runs.answering.cpu import cpu_workers
-from ivcp_eval.runs.planning.plan import RunPlan
+from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.progress.display import Progress
 from ivcp_eval.runs.store.manifest import spec_path
 from ivcp_eval.runs.store.state import mark
@@ -37,7 +37,7 @@ def run(plan: RunPlan, workers: int, progress: Progress, device: str = "") -> bo
     with Stop().signals() as stop, progress:
         if count > 1:
             done = _processes(plan, stop, progress, places, count, threads)
-            if not done or not on_cpu:
+            if not done or not on_cpu or _open_units(plan):
                 return done
         elif threads:
             import torch
@@ -46,11 +46,15 @@ def run(plan: RunPlan, workers: int, progress: Progress, device: str = "") -> bo
         return not work(plan, stop, progress.hooks).stopped  # with several processes, only times are left
 
 
+def _open_units(plan: RunPlan) -> list[Unit]:
+    return [unit for unit in plan.units() if unit.pending and not mark(plan, unit).exists()]
+
+
 def _cpu_share(plan: RunPlan, workers: int) -> tuple[int, int]:
     """(processes, threads of each; 0 leaves what torch takes)."""
     if workers:
         return workers, 0
-    units = [unit for unit in plan.units() if unit.pending and not mark(plan, unit).exists()]
+    units = _open_units(plan)
     answers = sum((unit.stop - unit.start) * len(unit.pending) for unit in units)
     weights = max(
         (path.stat().st_size for model in plan.models.values() for path in model.weights.source.glob("*.safetensors")),

@@ -8,12 +8,15 @@ it gets. No answer is put in words of its own, which nothing can match: the empt
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from pandas._libs.parsers import STR_NA_VALUES
+
+from ivcp_eval.vlmeval_bridge.reading import tsv
 
 #: Stands for an answer that is empty or failed: a character that no alphabet has.
 NO_ANSWER = "\ue000"
@@ -44,6 +47,19 @@ def read(path: Path) -> pd.DataFrame:
     table = pd.read_pickle(path)
     assert isinstance(table, pd.DataFrame)
     return table
+
+
+def pickled(path: Path) -> Path:
+    """A prediction file as `write` leaves it; one that VLMEvalKit's own runner wrote is read as text and written so."""
+    if path.suffix == ".pkl":
+        return path
+    if path.suffix == ".xlsx":
+        table = pd.read_excel(path, dtype=str, keep_default_na=False)
+    else:
+        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+    absent = [str(column) for column in table if column in (*string.ascii_uppercase, "hint")]
+    table[absent] = tsv.typed(table[absent], absent)
+    return write(table, path.with_suffix(""))
 
 
 def is_empty(answer: Any) -> bool:

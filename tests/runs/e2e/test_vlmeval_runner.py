@@ -21,6 +21,7 @@ from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.vlmeval_bridge.reading.answers import is_empty
 from ivcp_eval.vlmeval_bridge.registration import default_names
 from tests.runs.e2e.conftest import Lab
 
@@ -71,7 +72,7 @@ def test_both_ways_give_the_same_answers_and_scores(lab: Lab, name: str) -> None
     assert main(["sweep", "run", str(spec), "--runs", str(lab.folder / "runs"), "--quiet"]) == 0
     plan = make(load(spec), lab.folder / "runs")
     model = plan.models["tiny"]
-    session = Session(model.weights, model.plan.placement, model.plan.limits)
+    session = Session(model.weights, model.placement, model.limits)
     benchmark, cells = model.groups[name]
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
 
@@ -90,7 +91,8 @@ def test_both_ways_give_the_same_answers_and_scores(lab: Lab, name: str) -> None
 
 
 def _predictions(path: Path) -> list[str]:
-    return list(pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)["prediction"])
+    table = pd.read_pickle(path)  # which the bridge has just written
+    return ["" if is_empty(text) else text for text in table["prediction"]]
 
 
 def _scored(cell: Cell, samples: list[Row]) -> list[str]:

@@ -145,7 +145,7 @@ def test_processes_without_a_gpu_are_started_again_but_not_for_ever(
     monkeypatch.setattr(local, "MOST_RESTARTS", 2)
     started: list[str] = []
 
-    def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    def start(arguments: list[str], log: Path, threads: int = 0) -> subprocess.Popen[bytes]:
         started.append(log.stem)
         code = local.LOST if log.stem == "worker-1" or started.count(log.stem) == 1 else 0
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])

@@ -1,4 +1,4 @@
-"""Write the embedded benchmarks ``datasets/tiny_*.tsv``: ``python -m ivcp_eval.lab.tiny.build_benchmarks [--check]``.
+"""Write the embedded benchmarks ``datasets/tiny_*.tsv``: ``ivcp lab build-benchmarks [--check]``.
 
 The files follow VLMEvalKit's TSV conventions: one row per question, the picture as base64 PNG in the ``image``
 cell of its first question, and that row's index in the ``image`` cell of the others. They hold scenes of the

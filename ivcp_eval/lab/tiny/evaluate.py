@@ -1,4 +1,4 @@
-"""Held-out accuracies of a tiny model through stock ``generate``: ``python -m ivcp_eval.lab.tiny.evaluate``.
+"""Held-out accuracies of a tiny model through stock ``generate``: ``ivcp lab evaluate``.
 
 A plain check of the model itself, without VLMEvalKit and without pruning.
 """

@@ -1,6 +1,6 @@
 """Chooses the cut layer of IVC-Prune for the shipped model, on the validation split only.
 
-``python -m ivcp_eval.lab.tiny.training.choose_layer --out results/tiny_cut_layer.csv``: accuracy of every layer on
+``ivcp lab choose-layer --out results/tiny_cut_layer.csv``: accuracy of every layer on
 validation scenes, all layers of a sample in one pass. The held-out benchmarks are never read.
 """
 

@@ -1,4 +1,4 @@
-"""Plot a training curve: ``python -m ivcp_eval.lab.tiny.training.plot_curve CSV PNG`` (needs matplotlib)."""
+"""Plot a training curve: ``ivcp lab plot-curve CSV PNG`` (needs matplotlib)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the tiny Qwen2.5-VL: ``python -m ivcp_eval.lab.tiny.training.train --out runs/tiny [--config train.yaml]``.
+"""Train the tiny Qwen2.5-VL: ``ivcp lab train --out runs/tiny [--config train.yaml]``.
 
 Runs on CPU cores, one process each, gradients averaged; stops and resumes at any time (the state is written
 atomically every ``save_every`` seconds and when a phase ends).

@@ -26,7 +26,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/python -c 'import sysconfig, pathlib; pathlib.Path(sysconfig.get_path("purelib"), "ivcp_cpu_torchvision.pth").write_text("from ivcp_eval.vlmeval_bridge import cpu_torchvision; cpu_torchvision.install()\n")'
+	$(BIN)/python -c 'import sysconfig, pathlib; pathlib.Path(sysconfig.get_path("purelib"), "ivcp_cpu_torchvision.pth").write_text("import ivcp_eval.vlmeval_bridge.cpu_torchvision as fix; fix.install()\n")'
 	touch $(READY)
 
 eval: $(READY)

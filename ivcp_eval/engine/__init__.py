@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.engine.guards.refusals import refuse_labels, unwrapped
+from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.hooks import Engine
-from ivcp_eval.engine.refusals import refuse_labels, unwrapped
 from ivcp_eval.engine.run import Run
-from ivcp_eval.engine.selftest import self_test
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported
 from ivcp_eval.interface.registry import adapter as load_adapter
 from ivcp_eval.interface.registry import family_of, make_method, method_name

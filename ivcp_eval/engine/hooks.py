@@ -19,27 +19,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.engine.cache import PrunedLayer, check_cache
-from ivcp_eval.engine.capture import capture
-from ivcp_eval.engine.continuation import Continuation
-from ivcp_eval.engine.drafts import Drafts
+from ivcp_eval.engine.decoding.continuation import Continuation
+from ivcp_eval.engine.decoding.drafts import Drafts
+from ivcp_eval.engine.decoding.steps import Before, StepMasks
 from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
-from ivcp_eval.engine.guard import Untouched
-from ivcp_eval.engine.keys import KeyEditor
-from ivcp_eval.engine.names import check_names, output_cache, read, write
-from ivcp_eval.engine.prefill import LayerSlots, Prefill
-from ivcp_eval.engine.refusals import (
+from ivcp_eval.engine.guards.guard import Untouched
+from ivcp_eval.engine.guards.refusals import (
     refuse_chunks,
     refuse_compiled,
     refuse_labels,
     refuse_unsupported,
     refuse_videos,
 )
+from ivcp_eval.engine.guards.turns import Turns
+from ivcp_eval.engine.prefill import LayerSlots, Prefill
 from ivcp_eval.engine.run import Run
-from ivcp_eval.engine.signals import SignalSource
-from ivcp_eval.engine.steps import Before, StepMasks
-from ivcp_eval.engine.turns import Turns
-from ivcp_eval.engine.vision import MethodHook, VisionListener
+from ivcp_eval.engine.signals.capture import capture
+from ivcp_eval.engine.signals.keys import KeyEditor
+from ivcp_eval.engine.signals.source import SignalSource
+from ivcp_eval.engine.signals.vision import MethodHook, VisionListener
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Selection, check_type
+from ivcp_eval.interface.names import check_names, output_cache, read, write
 from ivcp_eval.interface.ops import merged_states
 
 if TYPE_CHECKING:

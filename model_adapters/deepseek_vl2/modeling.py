@@ -16,7 +16,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel, SiglipVisi
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ivcp_eval.engine.names import output_cache, spelling, spellings
+from ivcp_eval.interface.names import output_cache, spelling, spellings
 from model_adapters.deepseek_vl2.configuration import DeepseekVL2Config
 from model_adapters.deepseek_vl2.layout import assemble
 from model_adapters.deepseek_vl2.weights import register_weight_names

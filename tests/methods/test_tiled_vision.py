@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval.engine.vision import MethodHook
+from ivcp_eval.engine.signals.vision import MethodHook
 from ivcp_eval.interface import Selection, Signals
 from ivcp_eval.methods.visionzip import Method as VisionZip
 from model_adapters._vision import newlines_by_row

@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_window_index
 
 import ivcp_eval
-from ivcp_eval.engine.vision import patch_signals
+from ivcp_eval.engine.signals.vision import patch_signals
 from ivcp_eval.interface import PatchStates, Signals
 from ivcp_eval.interface.registry import make_method
 from model_adapters._vision import window_order

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ivcp_eval.engine.names import output_cache, read
+from ivcp_eval.interface.names import output_cache, read
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,10 +15,10 @@ import torch
 from ivcp_eval.engine import prune, resolve
 from ivcp_eval.engine.fork.join import claim, join
 from ivcp_eval.engine.fork.trunk import Branch, End, Joined, Trunk
-from ivcp_eval.engine.names import spelling, spellings
+from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.run import Run
-from ivcp_eval.engine.selftest import self_test
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Signal
+from ivcp_eval.interface.names import spelling, spellings
 from ivcp_eval.interface.variants import Variant
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from ivcp_eval.engine.cache import PrunedLayer
 from ivcp_eval.engine.geometry import Rows
 from ivcp_eval.engine.hooks import Engine
-from ivcp_eval.engine.names import output_cache, read, write
 from ivcp_eval.engine.prefill import LayerSlots, Prefill
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.interface.names import output_cache, read, write
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import ivcp_eval.engine
-from ivcp_eval.engine import continuation, geometry, hooks, prefill, signals
+from ivcp_eval.engine import geometry, hooks, prefill
 from ivcp_eval.engine.cache import PrunedLayer, Record
-from ivcp_eval.engine.drafts import Drafts
+from ivcp_eval.engine.decoding import continuation
+from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.prefill import Prefill
+from ivcp_eval.engine.signals import source as signals
 from ivcp_eval.interface import ops
 from tests.engine.contract.cases import Case
 from tests.engine.contract.checks import CHECKS
@@ -270,6 +272,8 @@ def shared_models() -> Iterator[None]:
     """A mutant may leave hooks on the models that all tests share."""
     case = Case("qwen2_5_vl", "none")
     case.forward(case.inputs("t3 i2 t3"))  # stock modules register hooks of their own in their first forward
+    with case.but(method="toy_all_layers").prune():
+        pass  # the self-test passes before the mutant comes: the checks must catch it
     before = [(kind, set(kind)) for kind in _hook_tables(case)]
     yield
     for kind, known in before:
@@ -277,10 +281,11 @@ def shared_models() -> Iterator[None]:
             del kind[key]
 
 
-def _hook_tables(case: Case) -> list[dict[int, Any]]:
+def _hook_tables(case: Case) -> list[dict[Any, Any]]:
     modules = [module for attn in ("sdpa", "eager") for module in case.but(attn=attn).model.modules()]
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
-    return [getattr(module, kind) for module in modules for kind in kinds]
+    models = [vars(case.but(attn=attn).model) for attn in ("sdpa", "eager")]  # `generate` is hidden inside a block
+    return [*models, *(getattr(module, kind) for module in modules for kind in kinds)]
 
 
 @pytest.mark.usefixtures("shared_models")

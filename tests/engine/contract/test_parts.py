@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from ivcp_eval.engine.cache import PrunedLayer, Record, gather_slots
 from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
 from ivcp_eval.engine.run import Run
-from ivcp_eval.engine.signals import attention_rows, question_tokens, rotary_spectrum
+from ivcp_eval.engine.signals.source import attention_rows, question_tokens, rotary_spectrum
 from ivcp_eval.interface import Image, ImageSpan, ops
 
 

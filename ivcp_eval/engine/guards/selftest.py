@@ -18,11 +18,11 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 from ivcp_eval.engine.cache import PrunedLayer
+from ivcp_eval.engine.guards.refusals import refuse_compiled
 from ivcp_eval.engine.hooks import Engine
-from ivcp_eval.engine.names import TESTED, check_names, output_cache, spelling
-from ivcp_eval.engine.refusals import refuse_compiled
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signals
+from ivcp_eval.interface.names import TESTED, check_names, output_cache, spelling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ivcp_eval.engine.names import SEQUENCE, read, spellings
+from ivcp_eval.interface.names import SEQUENCE, read, spellings
 
 CONTINUES = ("input_ids", "attention_mask", "position_ids", *spellings("cache"), "use_cache", "return_dict")
 

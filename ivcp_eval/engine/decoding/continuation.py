@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers.cache_utils import Cache
 
-    from ivcp_eval.engine.steps import Before
+    from ivcp_eval.engine.decoding.steps import Before
 
 
 class Continuation:

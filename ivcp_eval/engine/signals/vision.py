@@ -88,6 +88,9 @@ class MethodHook:
 
     The class stays as it is, and so do the results: ``before(owner, arguments by keyword)`` may raise, and
     ``after(owner, (), arguments by name, result)`` only listens. What hid the method before is called, and put back.
+
+    Raises:
+        ValueError: the object hides that method already, so that what is heard would not be the class's own.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class MethodHook:
         after: Callable[[Any, tuple[()], dict[str, Any], Any], None] | None = None,
         before: Callable[[Any, dict[str, Any]], None] | None = None,
     ) -> None:
+        if after is not None and name in vars(owner):
+            raise ValueError(f"{type(owner).__name__}.{name} is replaced on this object already; restore it first")
         self._hidden = {name: vars(owner)[name]} if name in vars(owner) else {}
         self.owner, self.name = owner, name
         method = getattr(owner, name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.engine.cache import check_cache
-from ivcp_eval.engine.names import read
+from ivcp_eval.interface.names import read
 
 if TYPE_CHECKING:
     from torch import nn

@@ -375,15 +375,15 @@ class Engine:
         layer = state.cache.layers[index]
         if not isinstance(layer, PrunedLayer):
             return kwargs
-        steps = layer.record.steps
+        steps = layer.slot_map.steps
         attended = None
         if self.steps is not None and steps is not None:
             attended = self.steps.attended(index, layer, steps, hidden.shape[1], state.before)
         mask = state.layer_mask(layer, hidden, self.text_model.config._attn_implementation, attended)
         kwargs = write(kwargs, attention_mask=mask)
-        if layer.record.shift is not None:
+        if layer.slot_map.shift is not None:
             assert self._position_ids is not None
-            kwargs = write(kwargs, position_embeddings=self._embed(hidden, self._position_ids - layer.record.shift))
+            kwargs = write(kwargs, position_embeddings=self._embed(hidden, self._position_ids - layer.slot_map.shift))
         if self.steps is not None:
             config = self.text_model.layers[index].self_attn.config
             state.before = Before(_not_yet, read(kwargs, "position_embeddings"), layer, config)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.engine.cache import PrunedLayer, Record, StepState, gather_slots
+from ivcp_eval.engine.cache import PrunedLayer, SlotMap, StepState, gather_slots
 from ivcp_eval.engine.geometry import Rows, is_member
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import Cut, ImageSpan
@@ -57,7 +57,7 @@ class Prefill:
         """Drop from the caches of the layers before the cut what did not survive it, as the cut's policy says."""
         if cut.cache == "from_cut":
             return
-        # Layers that held the same slots go on sharing one object: slots, records and masks are made once for all.
+        # Layers that held the same slots go on sharing one object: slots, maps and masks are made once for all.
         moved: dict[int, tuple[LayerSlots, Tensor]] = {}
         earlier = list(self.layers)
         for layer in range(1 if cut.cache == "all_but_first" else 0, cut.layer):
@@ -83,16 +83,16 @@ class Prefill:
         run.visual_per_layer = [counts[id(slots)] for slots in self.processed]
         if self.cache is None:
             return
-        records: dict[int, Record] = {}
+        maps: dict[int, SlotMap] = {}
         for slots, (index, layer) in zip(self.layers, enumerate(self.cache.layers), strict=True):
-            if id(slots) not in records:
-                records[id(slots)] = self._record(slots, layer.keys.device)
-                records[id(slots)].steps = steps
-            self.cache.layers[index] = PrunedLayer(layer, records[id(slots)])
-        for record in records.values():
-            record.plain = len(records) == 1 and not record.padded and record.shift is None and steps is None
+            if id(slots) not in maps:
+                maps[id(slots)] = self._slot_map(slots, layer.keys.device)
+                maps[id(slots)].steps = steps
+            self.cache.layers[index] = PrunedLayer(layer, maps[id(slots)])
+        for slot_map in maps.values():
+            slot_map.plain = len(maps) == 1 and not slot_map.padded and slot_map.shift is None and steps is None
 
-    def _record(self, slots: LayerSlots, device: torch.device) -> Record:
+    def _slot_map(self, slots: LayerSlots, device: torch.device) -> SlotMap:
         alive = torch.stack([is_member(*pair) for pair in zip(slots.matrix, slots.rows.columns, strict=True)])
         columns = torch.where(alive, slots.matrix, -1)
-        return Record(columns.to(device), self.image_mask.shape[1], not bool(alive.all()), slots.shift)
+        return SlotMap(columns.to(device), self.image_mask.shape[1], not bool(alive.all()), slots.shift)

@@ -54,7 +54,7 @@ class StepMasks:
                 own_query = self.adapter.rotate(query[row], embeddings)
                 there, own_tokens = _visual(before.cached, state, row)
                 own_key = before.cached.keys[row][:, there.to(before.cached.keys.device)]
-            number = cached - layer.record.columns.shape[1]
+            number = cached - layer.slot_map.columns.shape[1]
             memory = state.memory[row]
             step = Step(index, number, tokens, self.ratio, own_query, own_key, own_tokens, memory)
             wanted = self.method.attended(step)
@@ -71,7 +71,7 @@ class StepMasks:
 
 def _visual(layer: PrunedLayer, state: StepState, row: int) -> tuple[Tensor, Tensor]:
     """(C,) slots of the visual tokens in a layer's cache, and which of the prompt's visual tokens they are; on CPU."""
-    columns = layer.record.columns[row].cpu()
+    columns = layer.slot_map.columns[row].cpu()
     visual = state.visual[row]
     slots = ((columns >= 0) & visual[columns.clamp_min(0)]).nonzero().flatten()
     return slots, torch.searchsorted(visual.nonzero().flatten(), columns[slots])

@@ -5,20 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ivcp_eval.runs.record import record_of
 from torch import nn
 
 import ivcp_eval
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import AbstractScorer, Cut, Selection, Signals
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.records.record import cell_record
-from ivcp_eval.runs.records.scores import Made, Sample, Scores
-from tests.answers import answer
 from tests.engine import tiny_models
 from tests.engine.contract.cases import RAGGED, SINGLE, Case
 from tests.engine.contract.toys import TOYS
@@ -204,10 +203,12 @@ def test_scores_that_are_not_finite_are_counted_and_said(value: float) -> None:
 
 
 def test_a_run_says_how_many_samples_had_broken_scores() -> None:
-    answers = {"a": answer(), "b": answer(nonfinite_scores=3)}
-    scores = Scores(Made(), {"score": (1.0, 1.0)}, (Sample("0", "a"), Sample("1", "b")))
-    record = cell_record({"placement": {"device": "cpu"}}, answers, scores)
-    assert record.reason == "1 of 2 samples had scores that are not finite"
+    used = [{"visual_tokens": 4, "visual_kept": 2, "new_tokens": 1, "layer_mean_ratio": 1, "flops_ratio": 1}] * 2
+    used = [{**u, "device": "cpu", "kv_ratio": 1, "nonfinite_scores": n} for u, n in zip(used, (0, 3), strict=True)]
+    identity = SimpleNamespace(variant=Variant("", "fastv", 0.5), canonical="{}")
+    scored = SimpleNamespace(remark="", metrics={"score": (1.0, 1.0)}, judge_failures=0)
+    record = record_of(SimpleNamespace(identity=identity), scored, [], used, "", False)  # type: ignore[arg-type]
+    assert record["reason"] == "1 of 2 samples had scores that are not finite"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 import ivcp_eval.engine
 from ivcp_eval.engine import geometry, hooks, prefill
-from ivcp_eval.engine.cache import PrunedLayer, Record
+from ivcp_eval.engine.cache import PrunedLayer, SlotMap
 from ivcp_eval.engine.decoding import continuation
 from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
@@ -62,7 +62,7 @@ def decoding_forgets_the_renumbering(patch: pytest.MonkeyPatch) -> None:
     wrap(
         patch,
         prefill,
-        "Record",
+        "SlotMap",
         lambda original, columns, length, padded, shift=None: original(columns, length, padded),
     )
 
@@ -130,9 +130,9 @@ def logical_length_is_physical(patch: pytest.MonkeyPatch) -> None:
 
 
 @caught_by(("beams_equal_reference", "toy_all_layers"))
-def beams_do_not_reorder_the_record(patch: pytest.MonkeyPatch) -> None:
-    """Rows of a beam share their record, so the record of another *row* is handed out instead."""
-    wrap(patch, Record, "rows", lambda original, self, indices: original(self, indices.flip(0)))
+def beams_do_not_reorder_the_slot_map(patch: pytest.MonkeyPatch) -> None:
+    """Rows of a beam share their slots, so the map of another *row* is handed out instead."""
+    wrap(patch, SlotMap, "rows", lambda original, self, indices: original(self, indices.flip(0)))
 
 
 @caught_by(("prefill_equals_reference", "toy_draw"), ("decode_equals_reference", "toy_draw"))
@@ -254,8 +254,8 @@ def eager_gets_no_mask(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("half_precision_runs", "toy_all_layers"))
 def caches_become_float32(patch: pytest.MonkeyPatch) -> None:
-    def pruned(layer: Any, record: Any) -> PrunedLayer:
-        made = PrunedLayer(layer, record)
+    def pruned(layer: Any, slot_map: Any) -> PrunedLayer:
+        made = PrunedLayer(layer, slot_map)
         made.keys, made.values = made.keys.float(), made.values.float()
         return made
 

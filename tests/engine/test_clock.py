@@ -79,15 +79,16 @@ def test_time_goes_to_the_phase_that_spent_it(model, inputs, slow, where):
 @pytest.mark.parametrize("inside", [True, False])
 def test_pruning_counts_as_prefill_whichever_block_is_entered_first(model, inputs, monkeypatch, inside):
     from ivcp_eval.engine.hooks import Engine
+    from ivcp_eval.engine.prefill import Cutter, Prefill
 
-    for name in ("_before_text_model", "_cut", "_finish_prefill"):
-        stock = getattr(Engine, name)
+    for owner, name in ((Engine, "_before_text_model"), (Cutter, "cut"), (Prefill, "finish")):
+        stock = getattr(owner, name)
 
         def slower(self, *args, stock=stock, **kwargs):
             time.sleep(DELAY)
             return stock(self, *args, **kwargs)
 
-        monkeypatch.setattr(Engine, name, slower)
+        monkeypatch.setattr(owner, name, slower)
     blocks = [lambda: prune(model, "ivc_prune", 0.5, layer=1), lambda: clock.phases(model, ADAPTER)]
     with blocks[not inside]() as first, blocks[inside]() as second:
         generate(model, inputs, tokens=1)

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers.cache_utils import Cache
 
-    from ivcp_eval.engine.decoding.steps import Before
-
 
 class Continuation:
     """State of one forward on a pruned cache."""
@@ -21,7 +19,6 @@ class Continuation:
         self.cache = cache
         self.mask = mask  # the caller's (B, columns) mask, or None
         self.built: dict[tuple[int, int], Tensor | None] = {}
-        self.before: Before | None = None  # for masks of single steps
 
     def layer_mask(
         self, layer: PrunedLayer, hidden: Tensor, implementation: str, attended: Tensor | None = None

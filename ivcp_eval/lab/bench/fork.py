@@ -89,7 +89,7 @@ def flops(case: Case) -> tuple[float, float]:
 
     def tokens(variant: Variant) -> tuple[list[int], int]:
         """Tokens per layer, and the layer of the first cut (all of them if there is none)."""
-        *_, cuts = resolve(case.model, variant.method, variant.ratio, None, variant.parameters)
+        cuts = resolve(case.model, variant.method, variant.ratio, None, variant.parameters).cuts
         counts = [visual] * shape.layers
         for cut in cuts:
             counts[cut.layer :] = [round(cut.ratio * visual)] * (shape.layers - cut.layer)

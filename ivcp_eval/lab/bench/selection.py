@@ -73,11 +73,11 @@ def candidates(setup: Setup, names: Sequence[str], ratio: float) -> tuple[list[C
     usable, reasons = [], {}
     for name in names:
         try:
-            *_, method, _, cuts = resolve(setup.model, name, ratio, None, {})
+            resolved = resolve(setup.model, name, ratio, None, {})
         except ValueError as error:
             reasons[name] = str(error)
             continue
-        usable.append(Candidate(name, cuts, method.pixel_share(ratio) or 1.0))
+        usable.append(Candidate(name, resolved.cuts, resolved.method.pixel_share(ratio) or 1.0))
     return usable, reasons
 
 

@@ -93,7 +93,7 @@ def prune(
     try:
         engine.attach()
         yield engine.run
-        engine.warn_if_unhooked()
+        engine.continuity.warn()
     finally:
         engine.detach()
         if labels is not None:

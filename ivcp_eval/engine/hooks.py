@@ -10,7 +10,6 @@ needed: docs/design/engine.md.
 from __future__ import annotations
 
 import functools
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from ivcp_eval.engine.cache import PrunedLayer, check_cache
-from ivcp_eval.engine.decoding.continuation import Continuation
+from ivcp_eval.engine.decoding.continuation import Continuation, Continuity
 from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.decoding.steps import StepMasks
 from ivcp_eval.engine.geometry import Rows
@@ -65,7 +64,7 @@ class Engine(ABC):
     What happens at a cut, and what with a finished forward, is up to the subclass, which is final.
 
     Attributes:
-        run: what was measured. continued: forwards that ran on a cache pruned here.
+        run: what was measured. continuity: whether decoding found the cache that was pruned.
     """
 
     def __init__(self, parts: Parts, listeners: Sequence[Listener] = ()) -> None:
@@ -75,14 +74,13 @@ class Engine(ABC):
         self.cuts = {cut.layer: cut for cut in parts.resolved.cuts}
         self.rotary = Rotary(self.decoder.rotary_emb)
         self.cutter = Cutter(parts, self.decoder, self.rotary, self.run)
+        self.continuity = Continuity()
         self._needs_cache = any(listener.works_on_cache for listener in self.listeners)
         self._turns = Turns([self.model, self.adapter.multimodal_model(self.model), self.decoder])
         self._handles: list[Any] = []
         self._image_mask: Tensor | None = None
         self._inputs: dict[str, Any] = {}
         self._running: Forward = None
-        self._pruned_last = False  # whether the last prompt was pruned into a cache
-        self.continued = self._stray = 0  # forwards of one token after such a prompt, on its cache or not
 
     @abstractmethod
     def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -136,16 +134,6 @@ class Engine(ABC):
         self._handles.clear()
         self._forget()
         self._turns.end()
-
-    def warn_if_unhooked(self) -> None:
-        """At the end of a block: say so if decoding after a pruned prompt was never recognised as such."""
-        if self._stray and not self.continued:
-            warnings.warn(
-                f"{self._stray} decoding steps followed a pruned prompt, none of them on its cache as pruning knows "
-                "it. If they continued that prompt, their logits are wrong: see that the cache which the prefill "
-                "returned is passed on, and that transformers is a tested release.",
-                stacklevel=3,
-            )
 
     def resume(self, state: Prefill, position_ids: Tensor) -> None:
         """Go on with a prefill whose earlier layers another engine ran; its layers are then called one by one."""
@@ -202,11 +190,10 @@ class Engine(ABC):
                 "got an image on a cache that already holds a prompt (a second turn with a new image, or chunked "
                 "prefill). Prefill the whole conversation on a new cache instead."
             )
-        if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
+        pruned = any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+        self.continuity.continues(pruned)
+        if pruned:
             self._running = Continuation(cache, mask)
-            self.continued += 1
-        else:
-            self._stray += self._pruned_last
 
     def _begin_prefill(self, batch: int, length: int, mask: Tensor | None) -> None:
         valid = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
@@ -215,8 +202,7 @@ class Engine(ABC):
         alive = Rows(tuple(row.nonzero().flatten() for row in valid))
         visual = self._visual_mask(batch, length).cpu() & valid
         spans = self.adapter.image_spans(self.model, visual, self._inputs) if bool(visual.any()) else []
-        self._stray += self._pruned_last and length == 1
-        self._pruned_last = self._pruned_last and length == 1
+        self.continuity.prompt_begins(length)
         self.run.start(visual, alive.columns, len(self.decoder.layers))
         if self.cuts and bool(visual[:, -1].any()):
             raise ValueError(
@@ -299,7 +285,7 @@ class Engine(ABC):
                 "the cache of this forward did not reach the decoder layers by a name that pruning knows, so "
                 "it could not be pruned and decoding would be wrong; install a tested release of transformers"
             )
-        self._pruned_last = cache is not None and state.shorter
+        self.continuity.prompt_ended(pruned=cache is not None and state.shorter)
         if state.shorter:
             state.finish()
         for listener in self.listeners:

@@ -1,7 +1,8 @@
-"""A forward on a pruned cache: each layer needs a mask that fits what its own cache holds."""
+"""Forwards on a pruned cache: each layer needs a mask that fits what its own cache holds."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from ivcp_eval.engine.cache import PrunedLayer, SlotMap
@@ -53,3 +54,40 @@ class Continuation:
             if maskless and bool(allowed.all()):
                 return None
         return attention_mask(columns, q, implementation=implementation, dtype=hidden.dtype, allowed=allowed)
+
+
+class Continuity:
+    """Whether decoding after a pruned prompt runs on the cache that was pruned.
+
+    Attributes:
+        continued: forwards on a cache that was pruned.
+    """
+
+    def __init__(self) -> None:
+        self.continued = 0
+        self._strayed = 0  # decoding steps after a pruned prompt that were not on its cache
+        self._pruned = False  # whether the last prompt was pruned into a cache
+
+    def prompt_begins(self, length: int) -> None:
+        """A forward on no cache, or an empty one; of a single token after a pruned prompt it is a lost cache."""
+        self._pruned = self._pruned and length == 1
+        self._strayed += self._pruned
+
+    def prompt_ended(self, pruned: bool) -> None:
+        """A prompt with images is processed; whether tokens were removed and a cache holds the rest."""
+        self._pruned = pruned
+
+    def continues(self, on_pruned: bool) -> None:
+        """A forward on a filled cache; whether it is one that was pruned."""
+        self.continued += on_pruned
+        self._strayed += self._pruned and not on_pruned
+
+    def warn(self) -> None:
+        """At the end of a block: say so if decoding after a pruned prompt was never recognised as such."""
+        if self._strayed and not self.continued:
+            warnings.warn(
+                f"{self._strayed} decoding steps followed a pruned prompt, none of them on its cache as pruning knows "
+                "it. If they continued that prompt, their logits are wrong: see that the cache which the prefill "
+                "returned is passed on, and that transformers is a tested release.",
+                stacklevel=3,
+            )

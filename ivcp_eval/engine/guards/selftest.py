@@ -114,7 +114,7 @@ class _Trial:
             engine.attach()
             prefill = self._forward(list(range(LENGTH)), DynamicCache())
             step = self._forward([LENGTH], output_cache(prefill), behind=LENGTH)
-            if not engine.continued:
+            if not engine.continuity.continued:
                 raise AssertionError("the step after a pruned prompt was not recognised as its continuation")
         finally:
             engine.detach()

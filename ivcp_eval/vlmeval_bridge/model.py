@@ -11,7 +11,7 @@ from vlmeval.dataset import DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
 from ivcp_eval import benchmarks
-from ivcp_eval.engine.cost.predicted import Decoder, hold
+from ivcp_eval.engine.cost.predicted import Decoder, solve_budget
 from ivcp_eval.interface import QuestionKind, models, variants
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure, settled
 from ivcp_eval.interface.registry import default_parameters
@@ -131,6 +131,6 @@ def from_variant_name(name: str, **_: Any) -> PrunedVLM:
     own = weights.checkpoint.methods.get(variant.method, {})
     variant = variant.tuned(own, default_parameters(variant.method))
     if variant.budget is not None:
-        variant = hold(variant, Decoder.of(weights))
+        variant = solve_budget(variant, Decoder.of(weights))
     session.check(variant)
     return PrunedVLM(session, variant)

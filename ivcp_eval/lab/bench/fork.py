@@ -116,7 +116,7 @@ def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_coun
     """(`Spread` of the rounds' ratios, milliseconds of one pass, variants whose tokens are those of their own run)."""
     import torch
 
-    from ivcp_eval.engine.cost.clock import Spread, interleave
+    from ivcp_eval.engine.cost.rounds import Spread, interleave
     from ivcp_eval.engine.fork import fork
 
     answers: dict[str, Any] = {}

@@ -23,7 +23,7 @@ Asked = tuple[str, list[dict[str, Any]]]  # the key of a sample and the parts of
 Made = Sequence[dict[str, Any] | None]  # per cell a record, or None where none was made
 Answered = tuple[str, Made]  # the key of a sample and what was made of it
 WINDOW = 8  # batches whose samples are sorted by length together
-MOST_LOSSES = 2  # workers that one answer may end: one batched with others, one alone
+MOST_LOSSES = 2  # workers that one answer may end: one in company, one alone
 
 
 class DeviceLost(RuntimeError):
@@ -56,7 +56,7 @@ class Losses:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else found
 
     def of(self, key: str, cell: Cell) -> int:
-        """Workers that this answer ended, alone or batched with others."""
+        """Workers that this answer ended, alone or in company."""
         return self.counts.get(key, {}).get(cell.identity.hash, 0)
 
     def add(self, lost: DeviceLost) -> None:
@@ -239,6 +239,6 @@ def _check_device(session: Session, error: BaseException, group: list[Asked], ce
 
 
 def _noted(session: Session, record: dict[str, Any], company: bool) -> dict[str, Any]:
-    """A good answer as it is kept; one batched with others says so where that can change it (see `cells.Cell`)."""
+    """A good answer as it is kept; one made in company says so where that can change it (see `cells.Cell`)."""
     together = {"together": True} if company and session.placement.dtype != "float32" else {}
     return {**record, **together, "error": ""}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.engine.guards.refusals import refuse_labels, unwrapped
 from ivcp_eval.engine.guards.selftest import self_test
-from ivcp_eval.engine.hooks import Engine
+from ivcp_eval.engine.hooks import Pruner, listeners_for
+from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported
 from ivcp_eval.interface.registry import adapter as load_adapter
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 REQUIRED: Any = object()
 """No ratio was given."""
 
-__all__ = ["Run", "check_ratio", "prune", "resolve"]
+__all__ = ["Resolved", "Run", "check_ratio", "prune", "resolve"]
 
 
 @contextmanager
@@ -76,26 +77,23 @@ def prune(
     wrapper, model = model, unwrapped(model)
     if ratio is REQUIRED:
         ratio = _without_ratio(method)
-    adapter, family, method, name, cuts = resolve(model, method, ratio, family, parameters)
-    if cuts or (ratio < 1 and method.needs & {"cached_key", "step"}):
-        self_test(model, adapter, family)
+    resolved = resolve(model, method, ratio, family, parameters)
+    if resolved.cuts or resolved.works_on_cache:
+        self_test(model, resolved.adapter, resolved.family)
     options = {"grid": grid, "tiles": tiles, "padding": None if padding is None else tuple(int(p) for p in padding)}
-    engine = Engine(
+    parts = Parts(
         model=model,
-        adapter=adapter,
-        family=family,
-        method=method,
-        cuts=cuts,
-        run=Run(method=name, ratio=ratio),
+        resolved=resolved,
         image_mask=image_mask,
         span_options={key: value for key, value in options.items() if value is not None},
         seed=seed,
     )
+    engine = Pruner(parts, listeners_for(model, resolved))
     labels = wrapper.register_forward_pre_hook(refuse_labels, with_kwargs=True) if wrapper is not model else None
     try:
         engine.attach()
         yield engine.run
-        engine.warn_if_unhooked()
+        engine.continuity.warn()
     finally:
         engine.detach()
         if labels is not None:
@@ -114,8 +112,8 @@ def _without_ratio(method: str | AbstractMethod) -> float:
 
 def resolve(
     model: nn.Module, method: str | AbstractMethod, ratio: float, family: str | None, parameters: Mapping[str, Any]
-) -> tuple[AbstractAdapter, str, AbstractMethod, str, tuple[Cut, ...]]:
-    """(adapter, family, method, its name, its cuts) of a request, checked; raises as `prune`."""
+) -> Resolved:
+    """A request, checked; raises as `prune`."""
     check_ratio(ratio)
     name = method if isinstance(method, str) else method_name(method)
     if isinstance(method, str):
@@ -128,7 +126,7 @@ def resolve(
     if ratio < 1:
         _check_signals(method, adapter, model, family, name)
     _check_cuts(cuts, facts, name)
-    return adapter, family, method, name, cuts
+    return Resolved(adapter, family, method, name, ratio, cuts)
 
 
 def check_ratio(ratio: float) -> None:

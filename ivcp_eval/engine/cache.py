@@ -28,7 +28,7 @@ class StepState:
 
 
 @dataclass
-class Record:
+class SlotMap:
     """Which prompt columns the first slots of a cache layer hold.
 
     Attributes:
@@ -37,7 +37,7 @@ class Record:
         padded: whether any slot is padding, known on the host.
         shift: (B, 1) int64 or None: how far decode positions move down where the survivors were re-numbered.
         steps: for a method that masks single decode steps, else None.
-        plain: whether stock code alone continues rightly: one record for all layers, no padding, no shift, no masks.
+        plain: whether stock code alone continues rightly: one map for all layers, no padding, no shift, no masks.
     """
 
     columns: Tensor
@@ -53,8 +53,8 @@ class Record:
         tail = torch.arange(length - kept, device=self.columns.device) + self.prompt_length
         return torch.cat([self.columns, tail.expand(batch, -1)], dim=1)
 
-    def rows(self, indices: Tensor) -> Record:
-        """The record of the batch rows ``indices``.
+    def rows(self, indices: Tensor) -> SlotMap:
+        """The map of the batch rows ``indices``.
 
         Raises:
             ValueError: rows move (beam search) under a method that remembers something of each.
@@ -72,12 +72,12 @@ class PrunedLayer(DynamicLayer):
     Stock code therefore continues at the right position (second turn, manual decoding, prompt lookup).
     """
 
-    def __init__(self, layer: DynamicLayer, record: Record) -> None:
+    def __init__(self, layer: DynamicLayer, slot_map: SlotMap) -> None:
         super().__init__()
         self.keys, self.values = layer.keys, layer.values
         self.dtype, self.device = layer.keys.dtype, layer.keys.device
         self.is_initialized = True
-        self.record = record
+        self.slot_map = slot_map
         self.masked = False  # whether a prune block made the mask of the forward that is running
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class PrunedLayer(DynamicLayer):
             ValueError: outside of a prune block, where stock code would see padding, or this layer's slots as if they
                 were those of the first layer.
         """
-        if not (self.masked or self.record.plain):
+        if not (self.masked or self.slot_map.plain):
             raise ValueError(
                 "this cache was pruned inside a prune block, and its rows or layers hold different numbers of tokens "
                 "(or renumbered ones), which only a prune block can mask: continue inside one (any method and ratio)"
@@ -99,7 +99,7 @@ class PrunedLayer(DynamicLayer):
     @property
     def dropped(self) -> int:
         """Prompt columns that have no slot here."""
-        return self.record.prompt_length - self.record.columns.shape[1]
+        return self.slot_map.prompt_length - self.slot_map.columns.shape[1]
 
     def get_seq_length(self) -> int:
         """Logical length: prompt columns plus everything appended since."""
@@ -116,7 +116,7 @@ class PrunedLayer(DynamicLayer):
             ValueError: if that reaches into the pruned prompt.
         """
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.get_seq_length() - tokens_to_remove)
-        appended = self.keys.shape[-2] - self.record.columns.shape[1]
+        appended = self.keys.shape[-2] - self.slot_map.columns.shape[1]
         if count > appended:
             raise ValueError(f"cannot crop {count} tokens: only {appended} follow the pruned prompt. Prefill it again.")
         if count:
@@ -127,18 +127,18 @@ class PrunedLayer(DynamicLayer):
         raise ValueError("a pruned cache cannot be reset and filled again; create a new DynamicCache")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder rows, the record with them (beam search)."""
+        """Reorder rows, the slot map with them (beam search)."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, the record with it."""
+        """Repeat every row, the slot map with it."""
         self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, of the record too."""
+        """Keep the rows ``indices``, of the slot map too."""
         self.keys = self.keys.index_select(0, indices.to(self.keys.device))
         self.values = self.values.index_select(0, indices.to(self.values.device))
-        self.record = self.record.rows(indices)
+        self.slot_map = self.slot_map.rows(indices)
 
 
 def check_cache(cache: Cache | None) -> None:

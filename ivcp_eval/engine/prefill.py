@@ -1,20 +1,48 @@
-"""State of one pruned prefill: which prompt columns each layer computed, and which its cache still holds."""
+"""One pruned prefill: what it keeps account of, and what happens at a cut.
+
+`Prefill` knows which prompt columns each layer computed and which its cache still holds; `Cutter` asks the method and
+gathers what it keeps.
+"""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.engine.cache import PrunedLayer, Record, StepState, gather_slots
-from ivcp_eval.engine.geometry import Rows, is_member
+from ivcp_eval.engine.cache import PrunedLayer, SlotMap, gather_slots
+from ivcp_eval.engine.geometry import Rows, attention_mask, is_member, take_position_embeddings, take_sequence
+from ivcp_eval.engine.guards.guard import Untouched
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import Cut, ImageSpan
+from ivcp_eval.engine.signals.source import SignalSource
+from ivcp_eval.interface import Cut, ImageSpan, Selection, check_type
+from ivcp_eval.interface.names import read
+from ivcp_eval.interface.ops import merged_states
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers.cache_utils import Cache
+
+    from ivcp_eval.engine.parts import Parts
+    from ivcp_eval.engine.signals.capture import Rotary
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the rows of a prefill hold.
+
+    Attributes:
+        image_mask: (B, S) bool on CPU, the visual tokens. alive: the columns that are not padding.
+        spans: per row, its images. inputs: of the multimodal model, by name.
+    """
+
+    image_mask: Tensor
+    alive: Rows
+    spans: Sequence[list[ImageSpan]]
+    inputs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,16 +57,16 @@ class LayerSlots:
 class Prefill:
     """State of one pruned prefill."""
 
-    def __init__(self, mask: Tensor, spans: list[list[ImageSpan]], alive: Rows, n_layers: int) -> None:
-        self.image_mask = mask  # (B, S) bool, CPU
-        self.spans = spans
-        self.now = LayerSlots(alive, torch.arange(mask.shape[1]).expand(mask.shape[0], -1))
+    def __init__(self, prompt: Prompt, n_layers: int, run: Run) -> None:
+        self.prompt, self.run = prompt, run
+        batch, length = prompt.image_mask.shape
+        self.now = LayerSlots(prompt.alive, torch.arange(length).expand(batch, -1))
         self.layers = [self.now] * n_layers  # what each layer's cache holds
         self.processed = [self.now] * n_layers  # what each layer computed
         self.captured: dict[str, Tensor] = {}
-        self.memory: list[dict[str, Any]] = [{} for _ in spans]
-        self.vision: list[dict[str, Tensor]] = [{} for _ in spans]
-        self.stage = 0  # cuts and looks so far
+        self.memory: list[dict[str, Any]] = [{} for _ in prompt.spans]
+        self.vision: list[dict[str, Tensor]] = [{} for _ in prompt.spans]
+        self.stage = 0  # cuts and observations so far
         self.shorter = False  # whether anything was removed so far
         self.cache: Cache | None = None
         self.mask: Tensor | None = None
@@ -49,7 +77,7 @@ class Prefill:
         slots = self.layers[layer]
         found = []
         for row, alive in enumerate(slots.rows.columns):
-            columns = alive[self.image_mask[row, alive]]
+            columns = alive[self.prompt.image_mask[row, alive]]
             found.append(torch.searchsorted(slots.matrix[row].contiguous(), columns))
         return found
 
@@ -57,7 +85,7 @@ class Prefill:
         """Drop from the caches of the layers before the cut what did not survive it, as the cut's policy says."""
         if cut.cache == "from_cut":
             return
-        # Layers that held the same slots go on sharing one object: slots, records and masks are made once for all.
+        # Layers that held the same slots go on sharing one object: slots, maps and masks are made once for all.
         moved: dict[int, tuple[LayerSlots, Tensor]] = {}
         earlier = list(self.layers)
         for layer in range(1 if cut.cache == "all_but_first" else 0, cut.layer):
@@ -69,30 +97,137 @@ class Prefill:
             if self.cache is not None:
                 gather_slots(self.cache.layers[layer], slots)
 
-    def finish(self, run: Run, masks_steps: bool = False) -> None:
-        """After the last layer: count into ``run``, and make the cache's layers know what they hold."""
-        steps = StepState(self.image_mask, self.memory) if masks_steps else None
+    def finish(self) -> None:
+        """After the last layer: count into the run, and make the cache's layers know what they hold."""
+        run = self.run
         counts: dict[int, list[int]] = {}
         for slots in (*self.layers, *self.processed):
             if id(slots) not in counts:
                 alive_columns = enumerate(slots.rows.columns)
-                counts[id(slots)] = [int(self.image_mask[i, row].sum()) for i, row in alive_columns]
+                counts[id(slots)] = [int(self.prompt.image_mask[i, row].sum()) for i, row in alive_columns]
         run.kept = list(self.now.rows.columns)
         run.visual_kept = counts[id(self.now)]
         run.visual_cached = [counts[id(slots)] for slots in self.layers]
         run.visual_per_layer = [counts[id(slots)] for slots in self.processed]
         if self.cache is None:
             return
-        records: dict[int, Record] = {}
+        maps: dict[int, SlotMap] = {}
         for slots, (index, layer) in zip(self.layers, enumerate(self.cache.layers), strict=True):
-            if id(slots) not in records:
-                records[id(slots)] = self._record(slots, layer.keys.device)
-                records[id(slots)].steps = steps
-            self.cache.layers[index] = PrunedLayer(layer, records[id(slots)])
-        for record in records.values():
-            record.plain = len(records) == 1 and not record.padded and record.shift is None and steps is None
+            if id(slots) not in maps:
+                maps[id(slots)] = self._slot_map(slots, layer.keys.device)
+            self.cache.layers[index] = PrunedLayer(layer, maps[id(slots)])
+        for slot_map in maps.values():
+            slot_map.plain = len(maps) == 1 and not slot_map.padded and slot_map.shift is None
 
-    def _record(self, slots: LayerSlots, device: torch.device) -> Record:
+    def _slot_map(self, slots: LayerSlots, device: torch.device) -> SlotMap:
         alive = torch.stack([is_member(*pair) for pair in zip(slots.matrix, slots.rows.columns, strict=True)])
         columns = torch.where(alive, slots.matrix, -1)
-        return Record(columns.to(device), self.image_mask.shape[1], not bool(alive.all()), slots.shift)
+        return SlotMap(columns.to(device), self.prompt.image_mask.shape[1], not bool(alive.all()), slots.shift)
+
+
+class Cutter:
+    """Carries out the cuts of one engine."""
+
+    def __init__(self, parts: Parts, decoder: Any, rotary: Rotary, run: Run) -> None:
+        self.parts, self.decoder, self.rotary, self.run = parts, decoder, rotary, run
+        self.adapter, self.method = parts.resolved.adapter, parts.resolved.method
+
+    def cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The hidden states (B, n, E) that enter the layer of the cut; ``state`` gets the mask and embeddings to match.
+
+        Args:
+            hidden: (B, S, E) that would have entered it. kwargs: what else the layer gets.
+        """
+        if not state.shorter:
+            state.position_embeddings = read(kwargs, "position_embeddings")
+        columns, merged = self._select(state, cut, hidden)
+        state.captured = {}
+        state.stage += 1
+        if cut.ratio == 1:  # an observation: nothing is removed
+            return hidden
+        after = Rows(tuple(columns))
+        slots = after.slots_in(state.now.matrix)
+        hidden = take_sequence(merged, slots)
+        state.now = LayerSlots(after, after.matrix(), state.now.shift)
+        state.cut_caches(cut, hidden.device)
+        if cut.renumber:
+            state.now = self._renumber(state, hidden)
+        else:
+            state.position_embeddings = take_position_embeddings(state.position_embeddings, slots)
+        state.layers[cut.layer :] = [state.now] * (len(state.layers) - cut.layer)
+        state.processed[cut.layer :] = state.layers[cut.layer :]
+        state.mask = self._prefill_mask(state, hidden)
+        state.shorter = True
+        return hidden
+
+    def _select(self, state: Prefill, cut: Cut, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Per row the columns that survive, and the hidden states, merged where asked."""
+        source = SignalSource(
+            adapter=self.adapter,
+            family=self.parts.resolved.family,
+            text_model=self.decoder,
+            cut=cut,
+            stage=state.stage,
+            hidden=hidden,
+            captured=state.captured,
+            position_ids=self.rotary.ids,
+            position_embeddings=state.position_embeddings,
+        )
+        here = state.now.rows.slots_in(state.now.matrix)
+        columns: list[Tensor] = []
+        for row, alive in enumerate(state.now.rows.columns):
+            slots = here[row, here.shape[1] - alive.numel() :]
+            keep, hidden = self._select_row(state, source, row, alive, slots, hidden)
+            columns.append(alive[keep])
+        return columns, hidden
+
+    def _select_row(
+        self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the row's alive tokens survive, (n,) bool on CPU; and the hidden states, merged where asked."""
+        image_mask = state.prompt.image_mask[row]
+        is_visual = image_mask[alive]
+        if not bool(is_visual.any()):
+            return torch.ones(alive.numel(), dtype=torch.bool), hidden
+        # Vision signals cover the prompt's visual tokens; some may be gone by now.
+        among = torch.searchsorted(image_mask.nonzero().flatten(), alive[is_visual])
+        vision = {name: signal[among.to(signal.device)].to(hidden.device) for name, signal in state.vision[row].items()}
+        seed = self._row_seed(state, row, alive)
+        spans, memory = state.prompt.spans[row], state.memory[row]
+        shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed))
+        signals = shown.signals
+        selection: Selection = self.method.select(signals)
+        shown.check(self.run.method)
+        check_type(selection, Selection, self.run.method, "select")
+        selection.check(signals, self.run.method)
+        self.run.count_nonfinite(row, selection.nonfinite)
+        keep = ~is_visual
+        keep[signals.visual.cpu()[selection.keep.cpu()]] = True
+        if selection.merge is not None:
+            at = slots.to(hidden.device)[signals.visual]
+            merged = merged_states(selection.merge, hidden[row, at])
+            hidden = hidden.clone()
+            hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
+        return keep, hidden
+
+    def _row_seed(self, state: Prefill, row: int, alive: Tensor) -> int:
+        """A seed from the row's own tokens, so that a row draws the same in any batch."""
+        ids = read(state.prompt.inputs, "input_ids")
+        content = torch.tensor(alive.numel()) if ids is None else ids[row].cpu()[alive]
+        return zlib.crc32(content.long().numpy().tobytes(), zlib.crc32(str(self.parts.seed).encode()))
+
+    def _renumber(self, state: Prefill, hidden: Tensor) -> LayerSlots:
+        """Number the survivors 0..n-1; appended tokens move down by as much as the last survivor did."""
+        ids = self.rotary.ids
+        new = ((state.now.matrix >= 0).cumsum(1) - 1).clamp_min(0).to(ids.device)
+        last = ids[..., -1] if ids.ndim == 2 else ids[..., -1].amax(0)
+        numbers = new if ids.ndim == 2 else new.expand(ids.shape[0], -1, -1)
+        state.position_embeddings = self.rotary.embed(hidden, numbers)
+        return replace(state.now, shift=last[:, None] - new[:, -1:])
+
+    def _prefill_mask(self, state: Prefill, hidden: Tensor) -> Tensor | None:
+        implementation = self.decoder.config._attn_implementation
+        if not state.now.rows.padded and implementation != "eager":
+            return None  # sdpa and flash attention are causal by themselves where the keys are the queries
+        columns = state.now.matrix.to(hidden.device)
+        return attention_mask(columns, hidden.shape[1], implementation=implementation, dtype=hidden.dtype)

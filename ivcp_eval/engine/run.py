@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -37,6 +38,19 @@ class Run:
     kv_lengths: list[int] = field(default_factory=list)
     prefills: int = 0
     nonfinite_scores: list[int] = field(default_factory=list)
+
+    def start(self, image_mask: Tensor, alive: Sequence[Tensor], n_layers: int) -> None:
+        """Begin the facts of a prefill, as if nothing were removed.
+
+        Args:
+            image_mask: (B, S) bool, the visual tokens. alive: per row, the columns that are not padding.
+        """
+        self.kept = list(alive)
+        self.visual_prompt = self.visual_kept = image_mask.sum(1).tolist()
+        self.visual_per_layer = [self.visual_prompt] * n_layers
+        self.visual_cached = [self.visual_prompt] * n_layers
+        self.nonfinite_scores = [0] * image_mask.shape[0]
+        self.prefills += 1
 
     def count_nonfinite(self, row: int, count: int) -> None:
         """Add to a row's `nonfinite_scores`; the first time in a block, warn."""

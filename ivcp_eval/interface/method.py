@@ -54,8 +54,8 @@ class ModelFacts:
 class Cut:
     """One cut: the hidden states entering decoder layer ``layer`` (0-based) lose tokens.
 
-    ``ratio`` is the share of the *prompt's* visual tokens alive afterwards, in (0, 1]. With ratio 1 it is a look: the
-    method sees the signals and may remember something, nothing is removed or merged.
+    ``ratio`` is the share of the *prompt's* visual tokens alive afterwards, in (0, 1]. With ratio 1 it is an
+    observation: the method sees the signals and may remember something, nothing is removed or merged.
     ``renumber`` re-numbers the positions of the survivors 0..n-1 from this layer on; otherwise they keep theirs.
     ``needs`` are projections to capture for this cut beyond those of the method (what a preset of one family asks for).
     """

@@ -56,7 +56,7 @@ class Answer:
         box: grounding: the canonical box that is scored, or the words for "none in the answer"; None elsewhere.
         visual_tokens: of the unpruned prompt; of the picture as it was, where a smaller one was asked about.
         visual_per_layer, visual_cached: per decoder layer, in the prefill.
-        together: made beside other rows in half precision, where company changes how a row is rounded.
+        together: made beside other rows in half precision, where the other rows change how a row is rounded.
         over_budget: the picture was to be made smaller, and still costs more than asked.
         settled: a failure that every further try would repeat.
     """

@@ -19,7 +19,7 @@ KINDS: tuple[BudgetKind, ...] = ("final", "layer_mean", "flops")
 #: (visual, text) tokens of the prompt for which FLOPs are equal, where nothing else is said: about a megapixel in most
 #: families, and a question with its chat template.
 PROMPT = (1024, 64)
-_UNSOLVED = "no ratio was found yet that holds this budget; see ivcp_eval.engine.cost.predicted.hold"
+_UNSOLVED = "no ratio was found yet that holds this budget; see ivcp_eval.engine.cost.predicted.solve_budget"
 _SEED, _PROMPT = "seed", "budget_prompt"  # among the parameters in a name; no method has parameters of these names
 _NAME = re.compile(rf"(r|{'|'.join(KINDS)})([0-9.eE+-]+)")
 

@@ -88,7 +88,7 @@ class Method(AbstractMethod):
             raise ValueError(f"depths {self.depths} must be one to {most} increasing shares of the depth below 1")
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """A look at the input for the raters, then the stages; in a shallow model the last ones."""
+        """An observation of the input for the raters, then the stages; in a shallow model the last ones."""
         lowest = max(1, model.first_cut)
         depths = DEPTHS[self.counts] if self.depths is None else self.depths
         layers = sorted({max(lowest, round(depth * model.n_layers)) for depth in depths})
@@ -102,7 +102,7 @@ class Method(AbstractMethod):
         return (Cut(0, 1.0), *stages)
 
     def select(self, signals: Signals) -> Selection:
-        """Raters at the look, then the best and the recycled tokens."""
+        """Raters at the observation, then the best and the recycled tokens."""
         everything = torch.arange(signals.n_visual, device=signals.visual.device)
         if signals.stage == 0:
             signals.memory["raters"] = raters(signals)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ivcp_eval.engine import prune
-from ivcp_eval.engine.cost import clock
+from ivcp_eval.engine.cost import clock, rounds
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.lab.bench import models as bench_models
@@ -79,15 +79,16 @@ def test_time_goes_to_the_phase_that_spent_it(model, inputs, slow, where):
 @pytest.mark.parametrize("inside", [True, False])
 def test_pruning_counts_as_prefill_whichever_block_is_entered_first(model, inputs, monkeypatch, inside):
     from ivcp_eval.engine.hooks import Engine
+    from ivcp_eval.engine.prefill import Cutter, Prefill
 
-    for name in ("_before_text_model", "_cut", "_finish_prefill"):
-        stock = getattr(Engine, name)
+    for owner, name in ((Engine, "_before_text_model"), (Cutter, "cut"), (Prefill, "finish")):
+        stock = getattr(owner, name)
 
         def slower(self, *args, stock=stock, **kwargs):
             time.sleep(DELAY)
             return stock(self, *args, **kwargs)
 
-        monkeypatch.setattr(Engine, name, slower)
+        monkeypatch.setattr(owner, name, slower)
     blocks = [lambda: prune(model, "ivc_prune", 0.5, layer=1), lambda: clock.phases(model, ADAPTER)]
     with blocks[not inside]() as first, blocks[inside]() as second:
         generate(model, inputs, tokens=1)
@@ -181,22 +182,22 @@ def test_cpu_time_does_not_count_waiting(model, inputs, slow):
 def test_interleave_rotates_and_drops_the_warm_up():
     calls = []
     functions = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "abc"}
-    results = clock.interleave(functions, rounds=2, warmup=1)
+    results = rounds.interleave(functions, rounds=2, warmup=1)
     assert "".join(calls) == "cab" + "abc" + "bca"
     assert results == {"a": [4, 9], "b": [5, 7], "c": [6, 8]}
 
 
 def test_interleave_stops_between_rounds():
-    results = clock.interleave({"a": lambda: 1, "b": lambda: 2}, rounds=9, keep_going=lambda: False)
+    results = rounds.interleave({"a": lambda: 1, "b": lambda: 2}, rounds=9, keep_going=lambda: False)
     assert results == {"a": [1], "b": [2]}
 
 
 def test_spread():
-    assert clock.Spread.of([3.0]) == clock.Spread(3, 3, 3, 1)
-    assert clock.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == clock.Spread(3, 2, 4, 5)
-    assert clock.Spread.of_ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]).median == 3
+    assert rounds.Spread.of([3.0]) == rounds.Spread(3, 3, 3, 1)
+    assert rounds.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == rounds.Spread(3, 2, 4, 5)
+    assert rounds.Spread.of_ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]).median == 3
     with pytest.raises(ValueError):
-        clock.Spread.of([])
+        rounds.Spread.of([])
 
 
 def test_timed():

@@ -21,8 +21,8 @@ from tests.engine import tiny_models
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 IVC = tuple(Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in RATIOS)
-# No cut; cuts at the input, early, in the middle; several; a look before the first cut; renumbered positions; edits
-# of the cache, which share nothing; two variants that differ only in their seed.
+# No cut; cuts at the input, early, in the middle; several; an observation before the first cut; renumbered positions;
+# edits of the cache, which share nothing; two variants that differ only in their seed.
 MIX = (
     Variant(""),
     Variant("", "random", 0.5),

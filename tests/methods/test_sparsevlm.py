@@ -15,10 +15,10 @@ from tests.methods.material import best, random_signals
 
 
 def staged(signals: Signals, **parameters: object) -> Selection:
-    """The first stage after the look."""
+    """The first stage after the observation."""
     method = make_method("sparsevlm", parameters)
-    look = method.select(replace(signals, images=tuple(replace(i, budget=i.n_prompt) for i in signals.images)))
-    assert look.keep.numel() == signals.n_visual
+    observation = method.select(replace(signals, images=tuple(replace(i, budget=i.n_prompt) for i in signals.images)))
+    assert observation.keep.numel() == signals.n_visual
     return method.select(replace(signals, stage=1))
 
 

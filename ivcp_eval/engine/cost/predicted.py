@@ -4,8 +4,8 @@ Papers count differently: FastV's "50 %" processes 53.6 % of the visual tokens o
 (per stage) 46.9 %, IVC-Prune's 78.6 % while caching 50 %. Here every method has the same numbers, all shares of the
 unpruned model: visual tokens after the last cut, visual tokens processed in the prefill and cached (means over layers),
 and decoder FLOPs of the prefill (`ivcp_eval.engine.cost.flops`). The CSV carries what was measured; this module
-predicts it, up to rounding, and finds the ratio at which a method costs a given share (`hold`, `ratio_for`), for
-``ivcp eval --budget`` and the ``budget:`` of a sweep file.
+predicts it, up to rounding, and finds the ratio at which a method costs a given share (`solve_budget`, `ratio_for`),
+for ``ivcp eval --budget`` and the ``budget:`` of a sweep file.
 
 Predictions are made from the cuts that a method declares. A method whose own rule overrides its budget (SparseVLM's
 counts by rank, IVC-Prune's released presets) is not held by them: believe what was measured.
@@ -174,7 +174,7 @@ class Decoder:
         return cls(wired.facts(config, weights.family), DecoderShape.of(config))
 
 
-def hold(variant: Variant, decoder: Decoder) -> Variant:
+def solve_budget(variant: Variant, decoder: Decoder) -> Variant:
     """The variant with the ratio that holds its budget, for its tuned parameters; unchanged without a budget.
 
     Where no ratio does, the variant keeps its target as its ratio and its budget says why (``problem``): it cannot be
@@ -214,7 +214,7 @@ def ratio_for(
     """
     family = family or family_of(model.config.model_type)
     decoder = Decoder(adapter(family).facts(model.config, family), DecoderShape.of(model.config))
-    held = hold(Variant("", method, target, parameters, budget=Budget.of(budget, target, prompt)), decoder)
+    held = solve_budget(Variant("", method, target, parameters, budget=Budget.of(budget, target, prompt)), decoder)
     if held.budget is not None and held.budget.problem:
         raise ValueError(held.budget.problem)
     return held.ratio

@@ -1,17 +1,16 @@
-"""A forward on a pruned cache: each layer needs a mask that fits what its own cache holds."""
+"""Forwards on a pruned cache: each layer needs a mask that fits what its own cache holds."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
-from ivcp_eval.engine.cache import PrunedLayer, Record
+from ivcp_eval.engine.cache import PrunedLayer, SlotMap
 from ivcp_eval.engine.geometry import attention_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers.cache_utils import Cache
-
-    from ivcp_eval.engine.decoding.steps import Before
 
 
 class Continuation:
@@ -21,34 +20,33 @@ class Continuation:
         self.cache = cache
         self.mask = mask  # the caller's (B, columns) mask, or None
         self.built: dict[tuple[int, int], Tensor | None] = {}
-        self.before: Before | None = None  # for masks of single steps
 
     def layer_mask(
         self, layer: PrunedLayer, hidden: Tensor, implementation: str, attended: Tensor | None = None
     ) -> Tensor | None:
         """The mask of one layer for the queries ``hidden`` (B, q, E); None where the kernel needs none.
 
-        Layers that share a record share the mask, unless this one attends to some slots only (``attended`` (B, m)).
+        Layers that share a slot map share the mask, unless this one attends to some slots only (``attended`` (B, m)).
         """
         layer.masked = True
         length = layer.keys.shape[-2] + hidden.shape[1]
         if attended is not None and not bool(attended.all()):
-            columns = layer.record.key_columns(length).to(hidden.device)
+            columns = layer.slot_map.key_columns(length).to(hidden.device)
             if self.mask is not None:
                 attended = attended & self.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
             q, dtype = hidden.shape[1], hidden.dtype
             return attention_mask(columns, q, implementation=implementation, dtype=dtype, allowed=attended)
-        key = (id(layer.record), length)
+        key = (id(layer.slot_map), length)
         if key not in self.built:
-            self.built[key] = self._build(layer.record, length, hidden, implementation)
+            self.built[key] = self._build(layer.slot_map, length, hidden, implementation)
         return self.built[key]
 
-    def _build(self, record: Record, length: int, hidden: Tensor, implementation: str) -> Tensor | None:
+    def _build(self, slot_map: SlotMap, length: int, hidden: Tensor, implementation: str) -> Tensor | None:
         q = hidden.shape[1]
-        maskless = not record.padded and (q == 1 or "flash" in implementation)
+        maskless = not slot_map.padded and (q == 1 or "flash" in implementation)
         if maskless and self.mask is None:
             return None
-        columns = record.key_columns(length).to(hidden.device)
+        columns = slot_map.key_columns(length).to(hidden.device)
         allowed = None
         if self.mask is not None:
             allowed = self.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
@@ -56,3 +54,40 @@ class Continuation:
             if maskless and bool(allowed.all()):
                 return None
         return attention_mask(columns, q, implementation=implementation, dtype=hidden.dtype, allowed=allowed)
+
+
+class Continuity:
+    """Whether decoding after a pruned prompt runs on the cache that was pruned.
+
+    Attributes:
+        continued: forwards on a cache that was pruned.
+    """
+
+    def __init__(self) -> None:
+        self.continued = 0
+        self._strayed = 0  # decoding steps after a pruned prompt that were not on its cache
+        self._pruned = False  # whether the last prompt was pruned into a cache
+
+    def prompt_begins(self, length: int) -> None:
+        """A forward on no cache, or an empty one; of a single token after a pruned prompt it is a lost cache."""
+        self._pruned = self._pruned and length == 1
+        self._strayed += self._pruned
+
+    def prompt_ended(self, pruned: bool) -> None:
+        """A prompt with images is processed; whether tokens were removed and a cache holds the rest."""
+        self._pruned = pruned
+
+    def continues(self, on_pruned: bool) -> None:
+        """A forward on a filled cache; whether it is one that was pruned."""
+        self.continued += on_pruned
+        self._strayed += self._pruned and not on_pruned
+
+    def warn(self) -> None:
+        """At the end of a block: say so if decoding after a pruned prompt was never recognised as such."""
+        if self._strayed and not self.continued:
+            warnings.warn(
+                f"{self._strayed} decoding steps followed a pruned prompt, none of them on its cache as pruning knows "
+                "it. If they continued that prompt, their logits are wrong: see that the cache which the prefill "
+                "returned is passed on, and that transformers is a tested release.",
+                stacklevel=3,
+            )

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ivcp_eval.engine.cache import PrunedLayer, StepState
 from ivcp_eval.engine.geometry import row_position_embeddings
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Step
+from ivcp_eval.engine.parts import Listener
+from ivcp_eval.engine.signals.capture import capture
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Signal, Step
+
+if TYPE_CHECKING:
+    from ivcp_eval.engine.parts import Forward
+    from ivcp_eval.engine.prefill import Prefill
 
 
 @dataclass
@@ -29,18 +35,45 @@ class Before:
     config: Any
 
 
-class StepMasks:
+class StepMasks(Listener):
     """Asks the method before every layer of every forward after the prefill."""
+
+    works_on_cache = True
 
     def __init__(self, adapter: AbstractAdapter, method: AbstractMethod, name: str, ratio: float) -> None:
         self.adapter, self.method, self.name, self.ratio = adapter, method, name, ratio
+        self._before: Before | None = None  # of the forward that is running, if it is one on a pruned cache
 
-    def attended(self, index: int, layer: PrunedLayer, state: StepState, new: int, before: Before | None) -> Tensor:
-        """(B, m) bool: the slots of a layer's cache that the forward may attend to, its own ``new`` tokens included.
+    def attach(self, decoder: Any, running: Callable[[], Forward]) -> list[Any]:
+        """Listen to the queries of every layer."""
+        self._layers = decoder.layers
+        needs: frozenset[Signal] = frozenset({"query"})
+        return [handle for layer in decoder.layers for handle in capture(self.adapter, layer, needs, self._query)]
 
-        Args:
-            index: of the decoder layer. layer: its cache before the forward. before: None for layer 0.
-        """
+    def after(self, state: Prefill) -> None:
+        """Make every layer of the cache know its slots, even where no token was removed, and what a step needs."""
+        if not state.shorter:
+            state.finish()
+        steps = StepState(state.prompt.image_mask, state.memory)
+        assert state.cache is not None
+        for layer in state.cache.layers:
+            layer.slot_map.steps, layer.slot_map.plain = steps, False
+
+    def attended(self, index: int, cached: PrunedLayer, new: int, embeddings: Any) -> Tensor | None:
+        """What the method wants the layer to attend to."""
+        steps, before = cached.slot_map.steps, self._before
+        self._before = Before(_not_yet, embeddings, cached, self._layers[index].self_attn.config)
+        return None if steps is None else self._slots(index, cached, steps, new, before)
+
+    def forget(self) -> None:
+        """Drop what is known of the layer before."""
+        self._before = None
+
+    def _query(self, _signal: str, make: Callable[[], Tensor]) -> None:
+        if self._before is not None:
+            self._before.make_query = make
+
+    def _slots(self, index: int, layer: PrunedLayer, state: StepState, new: int, before: Before | None) -> Tensor:
         cached = layer.keys.shape[-2]
         allowed = torch.ones(layer.keys.shape[0], cached + new, dtype=torch.bool, device=layer.keys.device)
         query = before.make_query() if before is not None else None
@@ -54,7 +87,7 @@ class StepMasks:
                 own_query = self.adapter.rotate(query[row], embeddings)
                 there, own_tokens = _visual(before.cached, state, row)
                 own_key = before.cached.keys[row][:, there.to(before.cached.keys.device)]
-            number = cached - layer.record.columns.shape[1]
+            number = cached - layer.slot_map.columns.shape[1]
             memory = state.memory[row]
             step = Step(index, number, tokens, self.ratio, own_query, own_key, own_tokens, memory)
             wanted = self.method.attended(step)
@@ -69,9 +102,13 @@ class StepMasks:
         return allowed
 
 
+def _not_yet() -> Tensor:
+    raise AssertionError("the layer before has not projected its queries")
+
+
 def _visual(layer: PrunedLayer, state: StepState, row: int) -> tuple[Tensor, Tensor]:
     """(C,) slots of the visual tokens in a layer's cache, and which of the prompt's visual tokens they are; on CPU."""
-    columns = layer.record.columns[row].cpu()
+    columns = layer.slot_map.columns[row].cpu()
     visual = state.visual[row]
     slots = ((columns >= 0) & visual[columns.clamp_min(0)]).nonzero().flatten()
     return slots, torch.searchsorted(visual.nonzero().flatten(), columns[slots])

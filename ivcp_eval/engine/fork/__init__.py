@@ -16,8 +16,9 @@ from ivcp_eval.engine import prune, resolve
 from ivcp_eval.engine.fork.join import claim, join
 from ivcp_eval.engine.fork.trunk import Branch, End, Joined, Trunk
 from ivcp_eval.engine.guards.selftest import self_test
+from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Signal
+from ivcp_eval.interface import Signal
 from ivcp_eval.interface.names import spelling, spellings
 from ivcp_eval.interface.variants import Variant
 
@@ -50,22 +51,12 @@ class _Plan:
     """One variant, resolved."""
 
     variant: Variant
-    adapter: AbstractAdapter
-    family: str
-    method: AbstractMethod
-    name: str
-    cuts: tuple[Cut, ...]
-
-    @property
-    def first(self) -> int | None:
-        """The decoder layer before which tokens leave for the first time; None if none ever do."""
-        return next((cut.layer for cut in self.cuts if cut.ratio < 1), None)
+    resolved: Resolved
 
     @property
     def alone(self) -> bool:
-        """Whether nothing can be shared: it works on every layer's cache or decode step, or only looks."""
-        edits = bool({"cached_key", "step"} & self.method.needs) and self.variant.ratio < 1
-        return edits or (bool(self.cuts) and self.first is None)
+        """Whether nothing can be shared: it works on every layer's cache or decode step, or only observes."""
+        return self.resolved.works_on_cache or (bool(self.resolved.cuts) and self.resolved.first_cut is None)
 
 
 def fork(
@@ -101,11 +92,11 @@ def fork(
     """
     plans = [_plan(model, variant, family) for variant in variants]
     _check(plans, options)
-    if any(plan.cuts for plan in plans):
-        self_test(model, plans[0].adapter, plans[0].family)
+    if any(plan.resolved.cuts for plan in plans):
+        self_test(model, plans[0].resolved.adapter, plans[0].resolved.family)
     layout = dict(layout or {})
     # Variants that remove nothing are the trunk: one row answers for all of them.
-    plain = [i for i, plan in enumerate(plans) if not plan.cuts and not plan.alone]
+    plain = [i for i, plan in enumerate(plans) if not plan.resolved.cuts and not plan.alone]
     distinct = {i: plan for i, plan in enumerate(plans) if i not in plain[1:]}
     shared = {} if exact else {i: plan for i, plan in distinct.items() if not plan.alone}
     answers = _together(model, shared, inputs, layout, at_once, options) if len(shared) > 1 else {}
@@ -114,14 +105,13 @@ def fork(
     for i in plain[1:]:
         answers[i] = answers[plain[0]]
     return [
-        Answer(answers[i].tokens, replace(answers[i].run, method=plan.name, ratio=plan.variant.ratio))
+        Answer(answers[i].tokens, replace(answers[i].run, method=plan.resolved.name, ratio=plan.variant.ratio))
         for i, plan in enumerate(plans)
     ]
 
 
 def _plan(model: Any, variant: Variant, family: str | None) -> _Plan:
-    adapter, family, method, name, cuts = resolve(model, variant.method, variant.ratio, family, variant.parameters)
-    return _Plan(variant, adapter, family, method, name, cuts)
+    return _Plan(variant, resolve(model, variant.method, variant.ratio, family, variant.parameters))
 
 
 def _check(plans: Sequence[_Plan], options: Mapping[str, Any]) -> None:
@@ -130,15 +120,18 @@ def _check(plans: Sequence[_Plan], options: Mapping[str, Any]) -> None:
     if refused:
         raise ValueError(f"fork decodes greedily and cannot honour {', '.join(refused)}; use `prune` for each variant")
     for plan in plans:
-        share = plan.method.pixel_share(plan.variant.ratio) if plan.variant.ratio < 1 else None
+        share = plan.resolved.method.pixel_share(plan.variant.ratio) if plan.variant.ratio < 1 else None
         if share is not None:
-            raise ValueError(f"method {plan.name!r} changes the picture itself; encode its own and run it with `prune`")
+            raise ValueError(
+                f"method {plan.resolved.name!r} changes the picture itself; encode its own and run it with `prune`"
+            )
 
 
 def _single(
     model: Any, plan: _Plan, inputs: Mapping[str, Any], layout: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Answer:
-    with prune(model, plan.method, plan.variant.ratio, family=plan.family, seed=plan.variant.seed, **layout) as run:
+    method, family = plan.resolved.method, plan.resolved.family
+    with prune(model, method, plan.variant.ratio, family=family, seed=plan.variant.seed, **layout) as run:
         out = model.generate(**inputs, **{"do_sample": False, **options})
     return Answer(_rows(model, out, inputs["input_ids"].shape[1], options), run)
 
@@ -185,11 +178,12 @@ def _together(
 def _trunk(model: Any, plans: Mapping[int, _Plan], inputs: Mapping[str, Any], layout: Mapping[str, Any]) -> Trunk:
     layers: dict[int, frozenset[Signal]] = {}
     for plan in plans.values():
-        for cut in plan.cuts:
-            if plan.first is not None and cut.layer <= plan.first:
-                layers[cut.layer] = layers.get(cut.layer, frozenset()) | plan.method.needs | cut.needs
-    some = next(iter(plans.values()))
-    whole = any(not plan.cuts for plan in plans.values())
+        resolved = plan.resolved
+        for cut in resolved.cuts:
+            if resolved.first_cut is not None and cut.layer <= resolved.first_cut:
+                layers[cut.layer] = layers.get(cut.layer, frozenset()) | resolved.method.needs | cut.needs
+    some = next(iter(plans.values())).resolved
+    whole = any(not plan.resolved.cuts for plan in plans.values())
     trunk = Trunk(model, some.adapter, some.family, dict(sorted(layers.items())), whole, layout)
     trunk.prefill(inputs)
     return trunk
@@ -228,12 +222,10 @@ def _pass(
 
 
 def _end(trunk: Trunk, plan: _Plan) -> End:
-    if plan.first is None or trunk.prompt is None:  # cuts nothing, or a text-only prompt
+    first = plan.resolved.first_cut
+    if first is None or trunk.prompt is None:  # cuts nothing, or a text-only prompt
         return trunk.end()
-    run = Run(method=plan.name, ratio=plan.variant.ratio)
-    seed = plan.variant.seed
-    branch = Branch(trunk.model, trunk.adapter, trunk.family, plan.method, plan.cuts, run, seed=seed)
-    return branch.prefill(trunk, plan.first)
+    return Branch(Parts(trunk.model, plan.resolved, seed=plan.variant.seed)).prefill(trunk, first)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

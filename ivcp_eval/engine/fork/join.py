@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ivcp_eval.engine.cache import PrunedLayer, Record
+from ivcp_eval.engine.cache import PrunedLayer, SlotMap
 from ivcp_eval.engine.fork.trunk import End
 from ivcp_eval.engine.geometry import is_member
 from ivcp_eval.engine.prefill import LayerSlots
@@ -22,19 +22,19 @@ def join(ends: Sequence[End], prompt_length: int) -> tuple[Tensor, list[PrunedLa
     that never much more than one copy of all rows exists.
     """
     hidden = _interleaved([end.hidden for end in ends])
-    records: dict[tuple[int, ...], Record] = {}
+    maps: dict[tuple[int, ...], SlotMap] = {}
     layers = []
     for index in range(len(ends[0].cache.layers)):
         parts = [end.cache.layers[index] for end in ends]
         key = tuple(id(end.slots[index]) for end in ends)
-        if key not in records:
-            records[key] = _record([end.slots[index] for end in ends], prompt_length, parts[0].keys.device)
+        if key not in maps:
+            maps[key] = _slot_map([end.slots[index] for end in ends], prompt_length, parts[0].keys.device)
         joined = DynamicLayer()
         joined.keys = _padded([part.keys for part in parts])
         joined.values = _padded([part.values for part in parts])
         for end in ends:
             end.cache.layers[index] = DynamicLayer()
-        layers.append(PrunedLayer(joined, records[key]))
+        layers.append(PrunedLayer(joined, maps[key]))
     return hidden, layers
 
 
@@ -46,7 +46,7 @@ def claim(layers: Sequence[PrunedLayer], length: int) -> Cache:
         empty = DynamicLayer()
         empty.keys, empty.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         columns = torch.empty(layer.keys.shape[0], 0, dtype=torch.int64, device=layer.keys.device)
-        cache.layers.append(PrunedLayer(empty, Record(columns, length, False)))
+        cache.layers.append(PrunedLayer(empty, SlotMap(columns, length, False)))
     return cache
 
 
@@ -65,7 +65,7 @@ def _padded(parts: Sequence[Tensor]) -> Tensor:
     return out.flatten(0, 1)
 
 
-def _record(slots: Sequence[LayerSlots], prompt_length: int, device: torch.device) -> Record:
+def _slot_map(slots: Sequence[LayerSlots], prompt_length: int, device: torch.device) -> SlotMap:
     longest = max(part.matrix.shape[1] for part in slots)
     columns, shifts = [], []
     for part in slots:
@@ -77,4 +77,4 @@ def _record(slots: Sequence[LayerSlots], prompt_length: int, device: torch.devic
     shift = None
     if any(part.shift is not None for part in slots):
         shift = _interleaved([part.to(device) for part in shifts])
-    return Record(joined.to(device), prompt_length, bool((joined < 0).any()), shift)
+    return SlotMap(joined.to(device), prompt_length, bool((joined < 0).any()), shift)

@@ -1,6 +1,6 @@
 """Engines of a one-pass fork: the shared unpruned prefill, one variant's own layers, and the common decoding.
 
-All three are the `Engine` itself, so a variant in a fork goes through the code of `ivcp_eval.prune`.
+All three are engines like that of `ivcp_eval.prune`, so a variant in a fork goes through the same code.
 See docs/design/fork.md.
 """
 
@@ -9,21 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from ivcp_eval.engine.cache import PrunedLayer
 from ivcp_eval.engine.geometry import Rows
-from ivcp_eval.engine.hooks import Engine
-from ivcp_eval.engine.prefill import LayerSlots, Prefill
+from ivcp_eval.engine.hooks import Engine, listeners_for
+from ivcp_eval.engine.parts import Parts, Resolved
+from ivcp_eval.engine.prefill import LayerSlots, Prefill, Prompt
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
 from ivcp_eval.interface.names import output_cache, read, write
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class TrunkDone(Exception):
@@ -31,7 +32,7 @@ class TrunkDone(Exception):
 
 
 @dataclass(frozen=True)
-class _Listener(AbstractMethod):
+class _Unpruned(AbstractMethod):
     """Chooses nothing; it only has needs."""
 
     needs: frozenset[Signal]  # type: ignore[misc] # a class variable of the base; here it is the variants' union
@@ -68,13 +69,14 @@ class End:
     slots: list[LayerSlots]
 
 
+@final
 class Trunk(Engine):
-    """The unpruned prefill of B rows, which keeps references at the layers where variants look or cut.
+    """The unpruned prefill of B rows, which keeps references at the layers where variants observe or cut.
 
     Attributes:
         snapshots: by layer. cache: the prompt's keys and values, never written by anyone. hidden: (B, 1, E), None if
             the prefill ended early. position_ids: what the rotary embedding got.
-        prompt: the rows' images; None without any.
+        prompt: the rows' images; None without any. vision: per row, signals of its visual tokens.
     """
 
     def __init__(
@@ -88,20 +90,14 @@ class Trunk(Engine):
     ) -> None:
         needs = frozenset().union(*layers.values()) & {"vision"}
         options = {key: value for key, value in layout.items() if value is not None}
-        super().__init__(
-            model=model,
-            adapter=adapter,
-            family=family,
-            method=_Listener(needs),
-            cuts=tuple(Cut(layer, 1.0, needs=wanted) for layer, wanted in layers.items()),
-            run=Run(method="none", ratio=1.0),
-            image_mask=options.pop("image_mask", None),
-            span_options=options,
-        )
+        cuts = tuple(Cut(layer, 1.0, needs=wanted) for layer, wanted in layers.items())
+        resolved = Resolved(adapter, family, _Unpruned(needs), "none", 1.0, cuts)
+        parts = Parts(model, resolved, image_mask=options.pop("image_mask", None), span_options=options)
+        super().__init__(parts, listeners_for(model, resolved))
         self.last = None if whole else max(layers)
         self.snapshots: dict[int, Snapshot] = {}
-        self.prompt: Prefill | None = None
-        self.prompt_inputs: dict[str, Any] = {}
+        self.prompt: Prompt | None = None
+        self.vision: list[dict[str, Tensor]] = []
         self.position_ids: Tensor | None = None
         self.cache: Cache | None = None
         self.hidden: Tensor | None = None
@@ -110,8 +106,7 @@ class Trunk(Engine):
         """Run it through ``generate``, so that the model prepares everything as it does for a variant alone."""
         try:
             self.attach()
-            model: Any = self.model
-            model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+            self.model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         except TrunkDone:
             pass
         finally:
@@ -126,31 +121,28 @@ class Trunk(Engine):
         slots = LayerSlots(Rows(tuple(run.kept)), torch.arange(length).expand(len(run.kept), -1))
         return End(run, self.hidden, _shared(self.cache, len(self.cache.layers)), [slots] * len(self.cache.layers))
 
-    def _before_layer(self, index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        changed = super()._before_layer(index, layer, args, kwargs)
-        if index == self.last and isinstance(self._pass, Prefill):
+    def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Keep what variants need here, and end the prefill where none needs more."""
+        self.prompt, self.vision = state.prompt, state.vision
+        self.snapshots[cut.layer] = Snapshot(hidden, dict(kwargs), state.captured, self.rotary.ids)
+        state.captured = {}
+        if cut.layer == self.last:
             self._keep(read(kwargs, "cache"))
             raise TrunkDone
-        return changed
-
-    def _cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        assert self._position_ids is not None
-        self.prompt, self.prompt_inputs = state, self._inputs
-        self.snapshots[cut.layer] = Snapshot(hidden, dict(kwargs), state.captured, self._position_ids)
-        state.captured = {}
         return hidden
 
-    def _keep(self, cache: Cache) -> None:
-        self.position_ids = self._position_ids
-        self.cache = _shared(cache, len(cache.layers))
-
-    def _after_text_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self.cache is None and output is not None:
+    def after_forward(self, output: Any) -> None:
+        """Keep the whole cache and the last hidden states of the prefill."""
+        if self.cache is None:
             self._keep(output_cache(output))
             self.hidden = output.last_hidden_state[:, -1:]
-        super()._after_text_model(module, args, kwargs, output)
+
+    def _keep(self, cache: Cache) -> None:
+        self.position_ids = self.rotary.ids
+        self.cache = _shared(cache, len(cache.layers))
 
 
+@final
 class Branch(Engine):
     """One variant: layers k..L-1 alone on its own, unpadded sequence, k being its first cut."""
 
@@ -162,45 +154,59 @@ class Branch(Engine):
         """
         assert trunk.prompt is not None
         assert trunk.cache is not None
-        prompt, layers = trunk.prompt, self.text_model.layers
+        layers = self.decoder.layers
         cache = _shared(trunk.cache, first)
         self.attach()
         try:
-            self._start_record(prompt.image_mask, prompt.now.rows)
-            state = Prefill(prompt.image_mask, prompt.spans, prompt.now.rows, len(layers))
-            state.vision, state.cache = prompt.vision, cache
-            self._pass, self._inputs = state, trunk.prompt_inputs
+            self.run.start(trunk.prompt.image_mask, trunk.prompt.alive.columns, len(layers))
+            state = Prefill(trunk.prompt, len(layers), self.run)
+            state.vision, state.cache = trunk.vision, cache
             for index in (layer for layer in self.cuts if layer < first):
-                # Looks before the first cut remember what they saw in the trunk.
+                # Observations before the first cut remember what they saw in the trunk.
                 self._enter(state, trunk.snapshots[index])
-                self._cut(state, self.cuts[index], trunk.snapshots[index].hidden, dict(trunk.snapshots[index].kwargs))
+                self.at_cut(state, self.cuts[index], trunk.snapshots[index].hidden, trunk.snapshots[index].kwargs)
             snapshot = trunk.snapshots[first]
             self._enter(state, snapshot)
             hidden, kwargs = snapshot.hidden, write(snapshot.kwargs, cache=cache)
             for layer in layers[first:]:
                 hidden = layer(hidden, **kwargs)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            self._finish_prefill(state)
+            state.finish()
             self.run.kv_lengths = [layer.keys.shape[-2] for layer in cache.layers]
-            return End(self.run, self.text_model.norm(hidden[:, -1:]), cache, state.layers)
+            return End(self.run, self.decoder.norm(hidden[:, -1:]), cache, state.layers)
         finally:
             self.detach()
 
+    def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """What the method keeps."""
+        return self.cutter.cut(state, cut, hidden, kwargs)
+
+    def after_forward(self, output: Any) -> None:
+        """The text model itself never runs here."""
+
     def _enter(self, state: Prefill, snapshot: Snapshot) -> None:
-        state.captured, self._position_ids = dict(snapshot.captured), snapshot.position_ids
+        state.captured = dict(snapshot.captured)
+        self.resume(state, snapshot.position_ids)
 
 
+@final
 class Joined(Engine):
     """Decoding of all rows: the first step of ``generate`` is answered from the prefills, the others are computed."""
 
     def __init__(self, trunk: Trunk, hidden: Tensor, layers: Sequence[PrunedLayer]) -> None:
-        super().__init__(trunk.model, trunk.adapter, trunk.family, _Listener(frozenset()), (), Run("none", 1.0))
+        of = trunk.parts.resolved
+        resolved = Resolved(of.adapter, of.family, _Unpruned(frozenset()), "none", 1.0, ())
+        super().__init__(Parts(trunk.model, resolved))
         self._hidden: Tensor | None = hidden
         self._layers = list(layers)
 
-    def _after_text_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        super()._after_text_model(module, args, kwargs, output)
-        if self._hidden is not None and output is not None:
+    def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Decoding has no cut."""
+        raise AssertionError("the rows of a fork are decoded without a cut")
+
+    def after_forward(self, output: Any) -> None:
+        """Put the prefills' last hidden states and their caches in place of what the first step gave."""
+        if self._hidden is not None:
             output.last_hidden_state = self._hidden
             output_cache(output).layers[:] = self._layers
             self._hidden, self._layers = None, []

@@ -38,7 +38,13 @@ def unwrapped(model: Any) -> Any:
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raise ValueError for a compiled model, whose code ignores hooks that are registered later."""
-    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+    # Not `model.modules()`: in deep models that is most of what entering a block costs.
+    pending, compiled = [model], hasattr(model, "_orig_mod")
+    while pending and not compiled:
+        module = pending.pop()
+        compiled = module._compiled_call_impl is not None
+        pending += [child for child in module._modules.values() if child is not None]
+    if compiled:
         raise ValueError("the model is compiled, so pruning hooks would be ignored; pass it without torch.compile")
 
 

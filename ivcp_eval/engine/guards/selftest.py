@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicCache
 
 from ivcp_eval.engine.cache import PrunedLayer
 from ivcp_eval.engine.guards.refusals import refuse_compiled
-from ivcp_eval.engine.hooks import Engine
-from ivcp_eval.engine.run import Run
+from ivcp_eval.engine.hooks import Pruner
+from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signals
 from ivcp_eval.interface.names import TESTED, check_names, output_cache, spelling
 
@@ -38,15 +38,18 @@ _passed: set[tuple[Any, ...]] = set()
 def self_test(model: Any, adapter: AbstractAdapter, family: str) -> None:
     """Raise ValueError if hooks on this class of model, in this release of transformers, do not do what they should.
 
-    Costs six forwards of ten tokens through two layers, once; later calls look up a set. Models that accelerate has
+    Costs six forwards of ten tokens through two layers, once; later calls look up a set, and leave the model's own
+    state to `Engine.attach`. Models that accelerate has
     dispatched (their modules' forwards are bound to the originals) are checked by names alone.
     """
-    refuse_compiled(model)
     text_model = adapter.text_model(model)
-    check_names(model, text_model)
     key = (family, type(text_model), *{type(layer) for layer in text_model.layers[:2]}, transformers.__version__)
     modules = [text_model, *text_model.layers[:2]]
-    if key in _passed or model.training or any("forward" in vars(module) for module in modules):
+    if key in _passed:
+        return
+    refuse_compiled(model)
+    check_names(model, text_model)
+    if model.training or any("forward" in vars(module) for module in modules):
         return
     try:
         with torch.no_grad():
@@ -71,6 +74,12 @@ class _EveryOther(AbstractMethod):
         return Selection(torch.arange(0, signals.n_visual, 2, device=signals.visual.device))
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    prefill: Any
+    step: Any
+
+
 class _Trial:
     """Two layers of a decoder under the hooks, and without them."""
 
@@ -83,33 +92,33 @@ class _Trial:
 
     def compare(self) -> None:
         """Raise AssertionError, in words, at the first difference."""
-        prefill, step, _ = self._hooked(0)
+        hooked = self._hooked(0)
         plain = self._forward(list(KEPT), DynamicCache())
         wanted = self._forward([LENGTH], output_cache(plain), behind=len(KEPT))
-        for what, got, right in (("prefill", prefill, plain), ("decoding step", step, wanted)):
+        for what, got, right in (("prefill", hooked.prefill, plain), ("decoding step", hooked.step, wanted)):
             _same(what, got.last_hidden_state[:, -1], right.last_hidden_state[:, -1])
-        *_, cache = self._hooked(self.last)
+        cache = output_cache(self._hooked(self.last).step)
         lengths = [layer.keys.shape[-2] for layer in cache.layers]
         if not all(isinstance(layer, PrunedLayer) for layer in cache.layers) or set(lengths) != {len(KEPT) + 1}:
             raise AssertionError(f"the caches hold {lengths} tokens instead of {len(KEPT) + 1} in every layer")
 
-    def _hooked(self, layer: int) -> tuple[Any, Any, Any]:
-        """Outputs of a pruned prefill and of one step on its cache, and that cache."""
+    def _hooked(self, layer: int) -> _Outputs:
+        """A pruned prefill and one step on its cache."""
         method = _EveryOther(layer)
         mask = torch.zeros(1, LENGTH, dtype=torch.bool)
         mask[:, VISUAL] = True
         cuts = method.cuts(ModelFacts(self.family, len(self.shell.layers)), 0.5)
-        engine = Engine(self.model, self.adapter, self.family, method, cuts, Run("self-test", 0.5), image_mask=mask)
-        engine.text_model = self.shell
+        resolved = Resolved(self.adapter, self.family, method, "self-test", 0.5, cuts)
+        engine = Pruner(Parts(self.model, resolved, image_mask=mask, text_model=self.shell))
         try:
             engine.attach()
             prefill = self._forward(list(range(LENGTH)), DynamicCache())
             step = self._forward([LENGTH], output_cache(prefill), behind=LENGTH)
-            if not engine.continued:
+            if not engine.continuity.continued:
                 raise AssertionError("the step after a pruned prompt was not recognised as its continuation")
         finally:
             engine.detach()
-        return prefill, step, output_cache(step)
+        return _Outputs(prefill, step)
 
     def _forward(self, columns: list[int], cache: Any, behind: int = 0) -> Any:
         ids = torch.tensor([columns], device=self.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,25 +79,25 @@ def _at(states: Tensor, slots: Tensor) -> Tensor:
     return states if slots.numel() == states.shape[-2] else states.index_select(-2, slots.to(states.device))
 
 
+@dataclass(frozen=True)
 class SignalSource:
-    """Row views on one prefill's captured tensors, at one cut."""
+    """Row views on one prefill's captured tensors, at one cut.
 
-    def __init__(
-        self,
-        adapter: AbstractAdapter,
-        family: str,
-        text_model: Any,
-        cut: Cut,
-        stage: int,
-        hidden: Tensor,
-        captured: dict[str, Tensor],
-        position_ids: Tensor,
-        position_embeddings: Any,
-    ) -> None:
-        self.adapter, self.family, self.text_model = adapter, family, text_model
-        self.cut, self.stage = cut, stage
-        self.hidden, self.captured = hidden, captured
-        self.position_ids, self.position_embeddings = position_ids, position_embeddings
+    Attributes:
+        adapter, family, text_model: of the model. cut, stage: the cut, and how many came before it.
+        hidden: (B, n, E) states that enter its layer. captured: projections of the layer before.
+        position_ids, position_embeddings: what the rotary embedding got and what the layer gets.
+    """
+
+    adapter: AbstractAdapter
+    family: str
+    text_model: Any
+    cut: Cut
+    stage: int
+    hidden: Tensor
+    captured: Mapping[str, Tensor]
+    position_ids: Tensor
+    position_embeddings: Any
 
     def row(
         self,

@@ -6,17 +6,34 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ivcp_eval.engine.parts import Listener
 from ivcp_eval.interface import PatchStates, VisionTap
+
+if TYPE_CHECKING:
+    from ivcp_eval.engine.parts import Forward
+    from ivcp_eval.engine.prefill import Prefill
 
 CHUNK = 256  # query rows whose attention exists at a time
 
 
-class VisionListener(threading.local):
+class _Heard(threading.local):
+    """What a tower said, for each thread on its own."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.patches: dict[str, Tensor] = {}
+        self.images: list[dict[str, Tensor]] = []
+        self.read = False  # whether a prefill used it
+
+
+class VisionListener(Listener):
     """Hooks on a vision tower. What it hears is kept until other images are encoded, for each thread on its own.
 
     `generate` of transformers 5.20+ encodes the images once, before the first forward of the multimodal model (without
@@ -26,12 +43,10 @@ class VisionListener(threading.local):
     def __init__(self, tap: VisionTap | None) -> None:
         assert tap is not None  # `prune` asked the adapter before
         self.tap = tap
-        self._patches: dict[str, Tensor] = {}
-        self._heard: list[dict[str, Tensor]] = []
-        self._read = False  # whether a prefill used what was heard
+        self._heard = _Heard()
 
-    def attach(self) -> list[Any]:
-        """Register the hooks and return their handles."""
+    def attach(self, decoder: Any, running: Callable[[], Forward]) -> list[Any]:
+        """Listen to the tower."""
         tap = self.tap
         return [
             tap.attention.register_forward_hook(self._after_attention, with_kwargs=True),
@@ -41,9 +56,13 @@ class VisionListener(threading.local):
             else MethodHook(tap.tower, tap.method, self._after_tower),
         ]
 
-    def clear(self) -> None:
+    def encode(self) -> None:
         """Forget every image."""
-        self._patches, self._heard, self._read = {}, [], False
+        self._heard.clear()
+
+    def begin(self, state: Prefill) -> None:
+        """Give the prefill the signals of its visual tokens."""
+        state.vision = self.rows(state.prompt.image_mask.sum(1).tolist())
 
     def rows(self, sizes: list[int]) -> list[dict[str, Tensor]]:
         """Per row the signals of its visual tokens.
@@ -55,7 +74,7 @@ class VisionListener(threading.local):
         Raises:
             ValueError: the images that were encoded are not those of the prompt.
         """
-        heard, self._read = self._heard, True
+        heard, self._heard.read = self._heard.images, True
         total = sum(next(iter(part.values())).shape[0] for part in heard)
         for repeats in (r for r in range(1, len(sizes) + 1) if len(sizes) % r == 0):
             distinct = sizes[::repeats]
@@ -68,19 +87,19 @@ class VisionListener(threading.local):
         )
 
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        if self._read:
-            self.clear()
+        if self._heard.read:
+            self._heard.clear()
         with torch.no_grad():
-            self._patches.update(patch_signals(self.tap.states(module, args, kwargs)))
+            self._heard.patches.update(patch_signals(self.tap.states(module, args, kwargs)))
 
     def _after_block(self, _module: Any, _args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        self._patches["feature"] = states.detach().flatten(0, -2)
+        self._heard.patches["feature"] = states.detach().flatten(0, -2)
 
     def _after_tower(self, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        if self._patches:
-            patches, self._patches = self._patches, {}
-            self._heard.append(self.tap.tokens(patches, args, kwargs))
+        if self._heard.patches:
+            patches, self._heard.patches = self._heard.patches, {}
+            self._heard.images.append(self.tap.tokens(patches, args, kwargs))
 
 
 class MethodHook:

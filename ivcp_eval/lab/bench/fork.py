@@ -89,7 +89,7 @@ def flops(case: Case) -> tuple[float, float]:
 
     def tokens(variant: Variant) -> tuple[list[int], int]:
         """Tokens per layer, and the layer of the first cut (all of them if there is none)."""
-        *_, cuts = resolve(case.model, variant.method, variant.ratio, None, variant.parameters)
+        cuts = resolve(case.model, variant.method, variant.ratio, None, variant.parameters).cuts
         counts = [visual] * shape.layers
         for cut in cuts:
             counts[cut.layer :] = [round(cut.ratio * visual)] * (shape.layers - cut.layer)
@@ -116,7 +116,7 @@ def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_coun
     """(`Spread` of the rounds' ratios, milliseconds of one pass, variants whose tokens are those of their own run)."""
     import torch
 
-    from ivcp_eval.engine.cost.clock import Spread, interleave
+    from ivcp_eval.engine.cost.rounds import Spread, interleave
     from ivcp_eval.engine.fork import fork
 
     answers: dict[str, Any] = {}

@@ -97,7 +97,7 @@ def _run_once(setup: Setup, inputs: dict[str, Any], variant: Variant) -> Sample:
 
 def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -> list[dict[str, Any]]:
     """Rows of one (visual tokens, batch): every variant, interleaved, for ``seconds`` or all rounds."""
-    from ivcp_eval.engine.cost.clock import interleave
+    from ivcp_eval.engine.cost.rounds import interleave
     from ivcp_eval.lab.bench.models import make_inputs
 
     every = variants(setup.size, visual_tokens)
@@ -118,7 +118,7 @@ def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -
 
 
 def _row(setup: Setup, variant: Variant, visual_tokens: int, samples: dict[str, list[Sample]]) -> dict[str, Any]:
-    from ivcp_eval.engine.cost.clock import Spread
+    from ivcp_eval.engine.cost.rounds import Spread
     from ivcp_eval.interface.ops import budget
 
     def prefills(name: str) -> list[float]:

@@ -17,6 +17,7 @@ import torch
 
 from ivcp_eval.engine import prune, resolve
 from ivcp_eval.engine.cost import clock
+from ivcp_eval.engine.cost.rounds import Spread, interleave
 from ivcp_eval.interface import AbstractMethod, AbstractScorer, Cut, ModelFacts, Signals
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method
@@ -73,11 +74,11 @@ def candidates(setup: Setup, names: Sequence[str], ratio: float) -> tuple[list[C
     usable, reasons = [], {}
     for name in names:
         try:
-            *_, method, _, cuts = resolve(setup.model, name, ratio, None, {})
+            resolved = resolve(setup.model, name, ratio, None, {})
         except ValueError as error:
             reasons[name] = str(error)
             continue
-        usable.append(Candidate(name, cuts, method.pixel_share(ratio) or 1.0))
+        usable.append(Candidate(name, resolved.cuts, resolved.method.pixel_share(ratio) or 1.0))
     return usable, reasons
 
 
@@ -112,7 +113,7 @@ def measure_selection(
         if one.cuts:
             calls.setdefault(one.cuts, partial(_run_once, setup, inputs[1.0], Idle(one.cuts), ratio))
     end = time.monotonic() + seconds
-    rounds = clock.interleave(calls, setup.size.rounds, 1, keep_going=lambda: time.monotonic() < end)
+    rounds = interleave(calls, setup.size.rounds, 1, keep_going=lambda: time.monotonic() < end)
     common = {"attention": setup.attention, "visual_tokens": visual_tokens, "batch": batch, "ratio": ratio}
     rows = [_row(one, rounds) for one in [Candidate(BASELINE, ()), *usable]]
     rows += [{"variant": name, "note": reason} for name, reason in reasons.items()]
@@ -143,7 +144,7 @@ def _row(one: Candidate, rounds: dict[Any, list[Timed]]) -> dict[str, Any]:
     idle = rounds[one.cuts] if one.cuts else stock
 
     def median(values: list[float]) -> float:
-        return clock.Spread.of(values).median
+        return Spread.of(values).median
 
     def difference(before: list[Timed], after: list[Timed]) -> float:
         """Median of the differences round by round: drift that both share cancels."""

@@ -21,8 +21,8 @@ def batch_size(session: Session, longest_first: Iterable[Parts], variants: int) 
     """Samples to answer together, at least 1.
 
     It depends on the model, the device's whole memory and the longest sample alone, not on what is free or still
-    unanswered: in half precision a row is rounded as its company has it, so who goes on after an interruption must
-    come to the same number.
+    unanswered: in half precision a row is rounded as the rest of its batch has it, so who goes on after an interruption
+    must come to the same number.
 
     Args:
         longest_first: conversations; the first that can be read stands for all.

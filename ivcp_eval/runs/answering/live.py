@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ivcp_eval.engine.cost.predicted import Decoder, hold
+from ivcp_eval.engine.cost.predicted import Decoder, solve_budget
 from ivcp_eval.interface import models, variants
 from ivcp_eval.interface.failures import FAILURES, device_lost
 from ivcp_eval.interface.records import Answer
@@ -81,7 +81,7 @@ def from_variant_name(name: str) -> BridgedVLM:
     own = weights.checkpoint.methods.get(variant.method, {})
     variant = variant.tuned(own, default_parameters(variant.method))
     if variant.budget is not None:
-        variant = hold(variant, Decoder.of(weights))
+        variant = solve_budget(variant, Decoder.of(weights))
     session.check(variant)
     return live_model(session, variant)
 

@@ -25,7 +25,7 @@ Records = dict[str, Answer]  # by the key of the sample
 Sample = tuple[str, list[dict[str, Any]]]  # the key of a sample and the parts of its prompt
 Made = Sequence[Answer | None]  # per cell an answer, or None where none was made
 Answered = tuple[str, Made]  # the key of a sample and what was made of it
-MOST_LOSSES = 2  # workers that one answer may end: one in company, one alone
+MOST_LOSSES = 2  # workers that one answer may end: one batched with others, one alone
 
 
 class DeviceLost(RuntimeError):
@@ -58,7 +58,7 @@ class Losses:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else found
 
     def of(self, key: str, cell: Cell) -> int:
-        """Workers that this answer ended, alone or in company."""
+        """Workers that this answer ended, alone or batched with others."""
         return self.counts.get(key, {}).get(cell.identity.hash, 0)
 
     def add(self, lost: DeviceLost) -> None:
@@ -100,8 +100,8 @@ def answered_samples(
     """(key, one answer per cell) of every sample that some cell lacks; ("", []) where a picture cannot be read.
 
     All cells answer even where only one lacks the sample, and all samples of a batch: in half precision rows depend on
-    their company, and a run that was interrupted shall end like one that was not. An answer that ended a worker is made
-    alone, and is a failure for good once it did so again.
+    which others are batched with them, and a run that was interrupted shall end like one that was not. An answer that
+    ended a worker is made alone, and is a failure for good once it did so again.
 
     Raises:
         DeviceLost: this process can answer nothing more.
@@ -118,7 +118,7 @@ def answered_samples(
     }
     if not lacking:
         return
-    company = []
+    together = []
     for key, parts in samples:
         suspects = lacking.get(key, [])
         if any(losses.of(key, cell) for cell in suspects):
@@ -127,10 +127,10 @@ def answered_samples(
             yield key, _one_by_one(session, (key, parts), cells, grounding, kept)
             del lacking[key]
         else:
-            company.append((key, parts))
-    first = next((sample for sample in company if sample[0] in lacking), None)
-    batch = _batch(plan, session, company, exact, len(cells))
-    for key, answers in answer_samples(session, company, lacking, cells, grounding, exact, batch):
+            together.append((key, parts))
+    first = next((sample for sample in together if sample[0] in lacking), None)
+    batch = _batch(plan, session, together, exact, len(cells))
+    for key, answers in answer_samples(session, together, lacking, cells, grounding, exact, batch):
         if first and key == first[0]:
             agreement.look(session, first, answers, cells, grounding)
         yield key, answers
@@ -191,7 +191,7 @@ def _answer_group(session: Session, group: list[Sample], cells: list[Cell], grou
         _check_device(session, error, group, cells)
     if together:
         for (key, _), answers in zip(group, together, strict=True):
-            yield key, [_noted(session, answer, company=True) for answer in answers]
+            yield key, [_noted(session, answer, together=True) for answer in answers]
         return
     half = len(group) // 2
     yield from _answer_group(session, group[:half], cells, grounding)
@@ -216,11 +216,11 @@ def _size(sample: Sample) -> tuple[int, int]:
 def answer_sample(session: Session, sample: Sample, cells: list[Cell], grounding: bool, exact: bool) -> Made:
     """One answer per cell: together, and one by one where that fails, so that one variant cannot fail the others."""
     variants = [cell.identity.variant for cell in cells]
-    company = len(variants) > 1 and not exact
+    together = len(variants) > 1 and not exact
     if len(variants) > 1:
         try:
             found = session.answer_all(sample[1], variants, grounding, exact)
-            return [_noted(session, answer, company) for answer in found]
+            return [_noted(session, answer, together) for answer in found]
         except FAILURES as error:  # whose failure it is shows below, with its traceback
             _check_device(session, error, [sample], cells)
     return _one_by_one(session, sample, cells, grounding, [None] * len(cells))
@@ -248,6 +248,6 @@ def _check_device(session: Session, error: BaseException, group: list[Sample], c
         raise DeviceLost(error, samples, cells) from error
 
 
-def _noted(session: Session, answer: Answer, company: bool) -> Answer:
-    """A good answer as it is kept; one made in company says so where that can change it (see `cells.Cell`)."""
-    return replace(answer, together=company and session.placement.dtype != "float32")
+def _noted(session: Session, answer: Answer, together: bool) -> Answer:
+    """A good answer as it is kept; one made among others says so where that can change it (see `cells.Cell`)."""
+    return replace(answer, together=together and session.placement.dtype != "float32")

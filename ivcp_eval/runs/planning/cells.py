@@ -111,7 +111,7 @@ class Cell:
 
     Attributes:
         code: source file -> digest, of what the identity has the hash of.
-        exact: answers that were made together with others in half precision, where company changes how a row is
+        exact: answers that were made together with others in half precision, where the other rows change how a row is
             rounded, do not count; the cell is then answered again, and serves everybody.
     """
 

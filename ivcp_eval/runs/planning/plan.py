@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
-from ivcp_eval.engine.cost.predicted import Decoder, described, hold
+from ivcp_eval.engine.cost.predicted import Decoder, described, solve_budget
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Variant
@@ -156,7 +156,7 @@ def _model_plan(
     tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
     if any(variant.budget for variant in tuned.values()):
         decoder = Decoder.of(weights)
-        tuned = {key: hold(variant, decoder) for key, variant in tuned.items()}
+        tuned = {key: solve_budget(variant, decoder) for key, variant in tuned.items()}
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
     missing: list[str] = []
     for name in spec.benchmarks(model):

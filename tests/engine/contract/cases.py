@@ -45,10 +45,12 @@ class Recording:
         edits = list(self.edits)
         self.calls.clear()
         self.edits.clear()
-        cuts = [cut for cut in self.cuts if cut.ratio < 1]  # the others only look
-        looks = {stage for stage, cut in enumerate(self.cuts) if cut.ratio == 1}
+        cuts = [cut for cut in self.cuts if cut.ratio < 1]  # the others only observe
+        observed = {stage for stage, cut in enumerate(self.cuts) if cut.ratio == 1}
         renumbered = [
-            (stage - sum(look < stage for look in looks), selection) for stage, selection in calls if stage not in looks
+            (stage - sum(earlier < stage for earlier in observed), selection)
+            for stage, selection in calls
+            if stage not in observed
         ]
         return make_plan(inputs, image_token, cuts, renumbered, edits)
 

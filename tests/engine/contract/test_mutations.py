@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import ivcp_eval.engine
-from ivcp_eval.engine import geometry, hooks, prefill
-from ivcp_eval.engine.cache import PrunedLayer, Record
+from ivcp_eval.engine import geometry, prefill
+from ivcp_eval.engine.cache import PrunedLayer, SlotMap
 from ivcp_eval.engine.decoding import continuation
 from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
-from ivcp_eval.engine.prefill import Prefill
+from ivcp_eval.engine.prefill import Cutter, Prefill
 from ivcp_eval.engine.signals import source as signals
 from ivcp_eval.interface import ops
 from tests.engine.contract.cases import Case
@@ -43,18 +43,18 @@ def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[...,
 
 @caught_by(("prefill_equals_reference", "toy_all_layers"), ("decode_equals_reference", "ivc_prune"))
 def survivors_are_renumbered(patch: pytest.MonkeyPatch) -> None:
-    def cut(original: Any, self: Engine, state: Any, cut: Any, *rest: Any) -> Any:
+    def cut(original: Any, self: Cutter, state: Any, cut: Any, *rest: Any) -> Any:
         return original(self, state, replace(cut, renumber=True), *rest)
 
-    wrap(patch, Engine, "_cut", cut)
+    wrap(patch, Cutter, "cut", cut)
 
 
 @caught_by(("prefill_equals_reference", "toy_renumber"), ("decode_equals_reference", "toy_renumber"))
 def renumbering_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    def cut(original: Any, self: Engine, state: Any, cut: Any, *rest: Any) -> Any:
+    def cut(original: Any, self: Cutter, state: Any, cut: Any, *rest: Any) -> Any:
         return original(self, state, replace(cut, renumber=False), *rest)
 
-    wrap(patch, Engine, "_cut", cut)
+    wrap(patch, Cutter, "cut", cut)
 
 
 @caught_by(("decode_equals_reference", "toy_renumber"), ("second_turn_equals_reference", "toy_renumber_from_cut"))
@@ -62,14 +62,14 @@ def decoding_forgets_the_renumbering(patch: pytest.MonkeyPatch) -> None:
     wrap(
         patch,
         prefill,
-        "Record",
+        "SlotMap",
         lambda original, columns, length, padded, shift=None: original(columns, length, padded),
     )
 
 
 @caught_by(("decode_equals_reference", "toy_renumber_once"))
 def a_later_cut_forgets_the_renumbering(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, hooks, "LayerSlots", lambda original, rows, matrix, shift=None: original(rows, matrix))
+    wrap(patch, prefill, "LayerSlots", lambda original, rows, matrix, shift=None: original(rows, matrix))
 
 
 @caught_by(
@@ -96,7 +96,7 @@ def earlier_caches_keep_the_wrong_slots(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("prefill_equals_reference", "toy_all_layers"), ("decode_equals_reference", "toy_stages_mixed"))
 def embeddings_are_taken_one_off(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, hooks, "take_position_embeddings", lambda original, parts, slots: original(parts, slots - 1))
+    wrap(patch, prefill, "take_position_embeddings", lambda original, parts, slots: original(parts, slots - 1))
 
 
 @caught_by(("prefill_equals_reference", "toy_all_layers"), ("batch_equals_its_rows", "toy_all_layers"))
@@ -104,7 +104,7 @@ def padding_is_visible(patch: pytest.MonkeyPatch) -> None:
     def mask(original: Any, key_columns: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(key_columns.clamp_min(0), *args, **kwargs)
 
-    for module in (hooks, continuation):
+    for module in (prefill, continuation):
         wrap(patch, module, "attention_mask", mask)
 
 
@@ -115,7 +115,7 @@ def the_mask_is_not_causal(patch: pytest.MonkeyPatch) -> None:
         last = wide[:, :, -1:].expand_as(wide)
         return last.clone()
 
-    for module in (hooks, continuation):
+    for module in (prefill, continuation):
         wrap(patch, module, "attention_mask", mask)
 
 
@@ -130,23 +130,23 @@ def logical_length_is_physical(patch: pytest.MonkeyPatch) -> None:
 
 
 @caught_by(("beams_equal_reference", "toy_all_layers"))
-def beams_do_not_reorder_the_record(patch: pytest.MonkeyPatch) -> None:
-    """Rows of a beam share their record, so the record of another *row* is handed out instead."""
-    wrap(patch, Record, "rows", lambda original, self, indices: original(self, indices.flip(0)))
+def beams_do_not_reorder_the_slot_map(patch: pytest.MonkeyPatch) -> None:
+    """Rows of a beam share their slots, so the map of another *row* is handed out instead."""
+    wrap(patch, SlotMap, "rows", lambda original, self, indices: original(self, indices.flip(0)))
 
 
 @caught_by(("prefill_equals_reference", "toy_draw"), ("decode_equals_reference", "toy_draw"))
 def other_tokens_survive_than_chosen(patch: pytest.MonkeyPatch) -> None:
-    def select(original: Any, self: Engine, state: Any, *rest: Any) -> Any:
+    def select(original: Any, self: Cutter, state: Any, *rest: Any) -> Any:
         keep, hidden = original(self, state, *rest)
         return keep.roll(1), hidden
 
-    wrap(patch, Engine, "_select_row", select)
+    wrap(patch, Cutter, "_select_row", select)
 
 
 @caught_by(("prefill_equals_reference", "toy_all_layers"), ("decode_equals_reference", "toy_all_layers"))
 def survivors_are_out_of_order(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, hooks, "Rows", lambda original, columns: original(tuple(row.flip(0) for row in columns)))
+    wrap(patch, prefill, "Rows", lambda original, columns: original(tuple(row.flip(0) for row in columns)))
 
 
 @caught_by(("budget_is_exact_per_image", "toy_all_layers"), ("budget_is_exact_per_image", "ivc_prune"))
@@ -187,9 +187,9 @@ def a_failed_forward_leaves_its_state(patch: pytest.MonkeyPatch) -> None:
     begin = Engine._before_text_model
 
     def before(self: Engine, *args: Any) -> None:
-        stale = self._pass
+        stale = self._running
         begin(self, *args)
-        self._pass = stale or self._pass
+        self._running = stale or self._running
 
     patch.setattr(Engine, "_before_text_model", before)
     patch.setattr(Engine, "_after_text_model", _after_without_cleaning)
@@ -205,22 +205,22 @@ def _after_without_cleaning(self: Engine, module: Any, args: Any, kwargs: Any, o
 
 @caught_by(("repeatable", "toy_draw"), ("batch_equals_its_rows", "toy_draw"))
 def rows_draw_from_the_global_generator(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_row_seed", lambda self, row, alive: int(torch.randint(1 << 30, ())))
+    patch.setattr(Cutter, "_row_seed", lambda self, state, row, alive: int(torch.randint(1 << 30, ())))
 
 
 @caught_by(("batch_equals_its_rows", "toy_draw"))
 def rows_draw_by_their_place_in_the_batch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_row_seed", lambda self, row, alive: row)
+    patch.setattr(Cutter, "_row_seed", lambda self, state, row, alive: row)
 
 
 @caught_by(("prefill_equals_reference", "toy_merge"))
 def merging_is_ignored(patch: pytest.MonkeyPatch) -> None:
     def select(
-        original: Any, self: Engine, state: Any, source: Any, row: int, alive: Any, slots: Any, hidden: Any
+        original: Any, self: Cutter, state: Any, source: Any, row: int, alive: Any, slots: Any, hidden: Any
     ) -> Any:
         return original(self, state, source, row, alive, slots, hidden)[0], hidden
 
-    wrap(patch, Engine, "_select_row", select)
+    wrap(patch, Cutter, "_select_row", select)
 
 
 @caught_by(("ratio_one_is_bit_equal", "toy_merge"), ("ratio_one_is_bit_equal", "toy_renumber"))
@@ -239,23 +239,23 @@ def drafts_are_pruned_with_the_prompt(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("question_before_image_equals_reference", "toy_all_layers"), ("decode_equals_reference", "toy_all_layers"))
 def text_may_be_dropped(patch: pytest.MonkeyPatch) -> None:
-    def select(original: Any, self: Engine, state: Any, source: Any, row: int, alive: Any, *rest: Any) -> Any:
+    def select(original: Any, self: Cutter, state: Any, source: Any, row: int, alive: Any, *rest: Any) -> Any:
         keep, hidden = original(self, state, source, row, alive, *rest)
         keep[0] = False
         return keep, hidden
 
-    wrap(patch, Engine, "_select_row", select)
+    wrap(patch, Cutter, "_select_row", select)
 
 
 @caught_by(("eager_equals_sdpa", "toy_all_layers"))
 def eager_gets_no_mask(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_prefill_mask", lambda self, state, hidden: None)
+    patch.setattr(Cutter, "_prefill_mask", lambda self, state, hidden: None)
 
 
 @caught_by(("half_precision_runs", "toy_all_layers"))
 def caches_become_float32(patch: pytest.MonkeyPatch) -> None:
-    def pruned(layer: Any, record: Any) -> PrunedLayer:
-        made = PrunedLayer(layer, record)
+    def pruned(layer: Any, slot_map: Any) -> PrunedLayer:
+        made = PrunedLayer(layer, slot_map)
         made.keys, made.values = made.keys.float(), made.values.float()
         return made
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from ivcp_eval.engine.cache import PrunedLayer, Record, gather_slots
+from ivcp_eval.engine.cache import PrunedLayer, SlotMap, gather_slots
 from ivcp_eval.engine.geometry import Rows, attention_mask, take_position_embeddings, take_sequence
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals.source import attention_rows, question_tokens, rotary_spectrum
@@ -112,7 +112,7 @@ def pruned_layer() -> PrunedLayer:
     layer.update(states, -states)
     columns = torch.tensor([[0, 3, 5], [-1, 4, 5]])
     gather_slots(layer, columns)
-    return PrunedLayer(layer, Record(columns, 6, padded=True, shift=torch.tensor([[3], [4]])))
+    return PrunedLayer(layer, SlotMap(columns, 6, padded=True, shift=torch.tensor([[3], [4]])))
 
 
 def test_pruned_layer_is_short_and_counts_long() -> None:
@@ -124,7 +124,7 @@ def test_pruned_layer_is_short_and_counts_long() -> None:
     layer.masked = True  # as a prune block says
     layer.update(torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2))
     assert (layer.get_seq_length(), layer.keys.shape[-2]) == (8, 5)
-    assert layer.record.key_columns(5).tolist() == [[0, 3, 5, 6, 7], [-1, 4, 5, 6, 7]]
+    assert layer.slot_map.key_columns(5).tolist() == [[0, 3, 5, 6, 7], [-1, 4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize(("argument", "left"), [(-1, 4), (-2, 3), (0, 5), (7, 4), (6, 3), (9, 5)])
@@ -139,15 +139,15 @@ def test_crop_relative_and_absolute(argument: int, left: int) -> None:
 def test_rows_of_a_pruned_layer_move_with_their_record() -> None:
     layer = pruned_layer()
     layer.reorder_cache(torch.tensor([1, 1]))
-    assert layer.record.columns.tolist() == [[-1, 4, 5], [-1, 4, 5]]
-    assert layer.record.shift is not None
-    assert layer.record.shift.tolist() == [[4], [4]]
+    assert layer.slot_map.columns.tolist() == [[-1, 4, 5], [-1, 4, 5]]
+    assert layer.slot_map.shift is not None
+    assert layer.slot_map.shift.tolist() == [[4], [4]]
     assert layer.keys[0, 0, :, 0].tolist() == [100, 104, 105]
     layer = pruned_layer()
     layer.batch_repeat_interleave(2)
-    assert layer.record.columns[:, 0].tolist() == [0, 0, -1, -1]
+    assert layer.slot_map.columns[:, 0].tolist() == [0, 0, -1, -1]
     layer.batch_select_indices(torch.tensor([3, 0]))
-    assert layer.record.columns[:, 0].tolist() == [-1, 0]
+    assert layer.slot_map.columns[:, 0].tolist() == [-1, 0]
     assert layer.keys.shape[0] == 2
 
 

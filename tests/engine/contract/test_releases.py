@@ -47,7 +47,7 @@ def test_only_one_file_of_the_engine_knows_the_names() -> None:
     raw = re.compile(r"""kwargs(\.get\(|\[)["']|past_key_values["')\]]|\.past_key_values""")
     found = [
         f"{file.name}:{number}: {line.strip()}"
-        for file in ENGINE.glob("*.py")
+        for file in ENGINE.rglob("*.py")
         if file.name != "names.py"
         for number, line in enumerate(file.read_text().splitlines(), 1)
         if raw.search(line) and "generation_config" not in line and "prefill_chunk_size" not in line

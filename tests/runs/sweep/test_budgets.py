@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.engine.cost.predicted import Decoder, hold
+from ivcp_eval.engine.cost.predicted import Decoder, solve_budget
 from ivcp_eval.interface import ModelFacts, models
 from ivcp_eval.reports.table import Row, read_results, read_samples
 from ivcp_eval.runs.planning.plan import make
@@ -135,6 +135,6 @@ def test_the_shipped_comparison_can_be_held_on_its_models(model: str, layers: in
     family, _ = models.find(model)
     decoder = Decoder(ModelFacts(family, layers), shape)
     spec = load(Path(__file__).parents[3] / "sweeps" / "equal_cost.yaml")
-    held = [hold(variant, decoder) for variant in spec.variants(model) if variant.budget]
+    held = [solve_budget(variant, decoder) for variant in spec.variants(model) if variant.budget]
     assert {variant.budget.kind for variant in held if variant.budget} == {"layer_mean", "flops"}
     assert [variant.budget.problem for variant in held if variant.budget and variant.budget.problem] == []

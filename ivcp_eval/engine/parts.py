@@ -1,0 +1,109 @@
+"""What an engine is made of: the resolved request, where to find the images, and optional listeners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ivcp_eval.engine.cache import PrunedLayer
+    from ivcp_eval.engine.decoding.continuation import Continuation
+    from ivcp_eval.engine.prefill import Prefill
+
+    Forward: TypeAlias = Prefill | Continuation | None
+    """The state of the forward that is running: a pruned prefill, a forward on a pruned cache, or neither."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked request: which method cuts where in which model family.
+
+    Attributes:
+        adapter, family: of the model, and the adapter's name.
+        method, name: the method, and the name it is registered under.
+        ratio: the retention ratio asked for, in (0, 1].
+        cuts: in increasing layer order; none where nothing is removed from the sequence.
+    """
+
+    adapter: AbstractAdapter
+    family: str
+    method: AbstractMethod
+    name: str
+    ratio: float
+    cuts: tuple[Cut, ...]
+
+    @property
+    def first_cut(self) -> int | None:
+        """The decoder layer before which tokens are removed for the first time; None if none ever are."""
+        return next((cut.layer for cut in self.cuts if cut.ratio < 1), None)
+
+    @property
+    def works_on_cache(self) -> bool:
+        """Whether the method edits cached keys or masks single decode steps, at this ratio."""
+        return self.ratio < 1 and bool(self.method.needs & {"cached_key", "step"})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything an engine works with.
+
+    Attributes:
+        model: the outer model. resolved: what runs on it.
+        image_mask: (B, S) bool, the visual tokens of the prompt; None: the adapter finds them.
+        span_options: fields of `ImageSpan` that the caller knows better than the adapter.
+        seed: of methods that draw.
+        text_model: decoder to hook in place of the model's own.
+    """
+
+    model: Any
+    resolved: Resolved
+    image_mask: Tensor | None = None
+    span_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    text_model: Any = None
+
+    @property
+    def decoder(self) -> Any:
+        """The text model that is hooked, with ``layers``, ``norm`` and ``rotary_emb``."""
+        return self.resolved.adapter.text_model(self.model) if self.text_model is None else self.text_model
+
+
+class Listener:
+    """An optional part of an engine. Every hook does nothing unless a listener has a use for it.
+
+    Of each forward come, in this order: `encode` where the vision tower runs inside it; then for a prefill with images
+    `begin`, the layers, `after`, and for a forward on a pruned cache `attended` before every layer; always `forget`.
+    """
+
+    works_on_cache: ClassVar[bool] = False
+    """Whether it needs the cache of the prompt, also where no token is removed."""
+
+    def attach(self, decoder: Any, running: Callable[[], Forward]) -> list[Any]:
+        """Register hooks of its own; returns their handles. ``running()`` gives the state of the forward."""
+        return []
+
+    def encode(self) -> None:
+        """Images are about to be encoded inside the forward that begins."""
+
+    def begin(self, state: Prefill) -> None:
+        """A prefill with images is about to run through the layers."""
+
+    def attended(self, index: int, cached: PrunedLayer, new: int, embeddings: Any) -> Tensor | None:
+        """(B, m) bool: the slots to which layer ``index`` may attend in a forward on a pruned cache; None for all.
+
+        Args:
+            cached: the layer's cache before the forward. new: tokens of the forward, which are the last slots.
+            embeddings: position embeddings that the layer gets.
+        """
+        return None
+
+    def after(self, state: Prefill) -> None:
+        """The layers ran, and what was removed is counted."""
+
+    def forget(self) -> None:
+        """The forward ended, perhaps by an exception: drop every tensor of it."""

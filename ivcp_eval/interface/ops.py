@@ -185,36 +185,26 @@ def merged_states(merge: Tensor, states: Tensor, chunk: int = 256) -> Tensor:
     return torch.cat([merge.index_select(0, part).to_dense().float() @ states for part in rows.split(chunk)])
 
 
-def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
-    """``k`` indices of ``states`` (N, E), increasing: greedy max-min selection by cosine distance.
+def block_rows(n: int) -> int:
+    """How many of ``n`` rows to compare with all others at a time: few blocks, and memory linear in ``n``."""
+    return min(2048, max(256, n // 8))
 
-    Starts with the state whose nearest neighbour is farthest; ties fall to the lower index, states that are not finite
-    come last. Up to ``whole`` states all similarities are held, a quarter of a gigabyte at most (twice that while they
-    are joined); beyond, each step computes the ones it needs.
-    """
+
+def unit_rows(states: Tensor) -> Tensor:
+    """(N, E) float32 ``states`` of length 1; rows that are not finite become 0."""
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
-    broken = ~unit.isfinite().all(dim=1)
-    unit = unit.masked_fill(broken[:, None], 0)
-    n = unit.shape[0]
-    places = torch.arange(n, device=unit.device)
-    nearest, parts = [], []
-    for rows in places.split(1024):
-        similarity = unit[rows] @ unit.T
-        if n <= whole:
-            parts.append(similarity.clone())
-        similarity[rows - rows[0], rows] = -torch.inf  # itself
-        nearest.append(similarity.amax(dim=1))
-    held = torch.cat(parts) if parts else None
-    chosen = [first_best((-torch.cat(nearest)).masked_fill(broken, LOWEST))]
-    covered = torch.full((n,), -torch.inf, device=unit.device)  # largest similarity to any chosen state
-    taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
-    for _ in range(k - 1):
-        last = chosen[-1][None]  # indexed with as a vector: a scalar would wait for the device at every step
-        taken |= places == last
-        row = held.index_select(0, last)[0] if held is not None else unit @ unit.index_select(0, last)[0]
-        covered = torch.maximum(covered, row)
-        chosen.append(first_best((-covered).masked_fill(broken, LOWEST).masked_fill(taken, -torch.inf)))
-    return torch.stack(chosen).sort().values
+    return unit.masked_fill(~unit.isfinite().all(dim=1, keepdim=True), 0)
+
+
+def max_similarity(rows: Tensor, others: Tensor) -> Tensor:
+    """(N,) the largest inner product of each of ``rows`` (N, E) with one of ``others`` (M, E)."""
+    return torch.cat([(part @ others.T).amax(dim=1) for part in rows.split(block_rows(len(rows)))])
+
+
+def nearest_of(rows: Tensor, others: Tensor) -> Tensor:
+    """(N,) int64 which of ``others`` (M, E) has the largest cosine to each of ``rows`` (N, E)."""
+    rows, others = unit_rows(rows), unit_rows(others)
+    return torch.cat([(part @ others.T).argmax(dim=1) for part in rows.split(block_rows(len(rows)))])
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

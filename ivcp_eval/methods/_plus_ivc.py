@@ -12,7 +12,7 @@ Differs: the paper does not say how large the set is beside another method; here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,8 @@ from ivcp_eval.interface import (
     Selection,
     Signal,
     Signals,
+    TowerFacts,
+    TowerSignal,
 )
 from ivcp_eval.interface.ops import coordinate_set, sparse_weights, top_of_each_image
 from ivcp_eval.interface.registry import PLUS_IVC, method_name
@@ -55,6 +57,11 @@ class PlusIvc(AbstractMethod):
         def needs(self) -> frozenset[Signal]:
             """What the inner method needs; rotary angles need no capture."""
             return self.inner.needs
+
+        @property
+        def tower_signals(self) -> frozenset[TowerSignal]:
+            """What the inner method wants of the vision tower."""
+            return self.inner.tower_signals
 
         @property
         def sweep_seeds(self) -> tuple[int, ...]:
@@ -90,6 +97,10 @@ class PlusIvc(AbstractMethod):
         if not cuts:
             raise ValueError(self._refusal())
         return cuts
+
+    def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
+        """Those of the inner method."""
+        return self.inner.tower_blocks(tower)
 
     def select(self, signals: Signals) -> Selection:
         """Coordinates first; the inner method's choice fills the budget.

@@ -85,7 +85,7 @@ def test_published_split() -> None:
 def test_received_attention_is_chunked_right() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(3, 700, 8, generator=generator) for _ in range(2))
-    got = patch_signals(PatchStates(query, key, (500, 200), 0.3))
+    got = patch_signals(PatchStates(query, key, (500, 200), 0.3), frozenset({"received"}))
     for start, end in ((0, 500), (500, 700)):
         attention = (query[:, start:end] @ key[:, start:end].transpose(1, 2) * 0.3).softmax(-1)
         assert torch.allclose(got["received"][start:end], attention.mean(0).sum(0), atol=1e-5)

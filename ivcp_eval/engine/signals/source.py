@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.engine.geometry import is_member, row_position_embeddings
-from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
+from ivcp_eval.interface import Cut, Image, ImageSpan, Signal, Signals
 from ivcp_eval.interface.ops import budget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ivcp_eval.interface import AbstractAdapter
+
+ENTERING: tuple[Signal, ...] = ("query", "key")
 
 
 def images_at_cut(spans: list[ImageSpan], visual_columns: Tensor, ratio: float) -> tuple[Image, ...]:
@@ -109,6 +111,7 @@ class SignalSource:
         vision: dict[str, Tensor],
         memory: dict[str, Any],
         seed: int,
+        ids: Tensor | None,
     ) -> Signals:
         """The signals of batch row ``index``, whose alive prompt ``columns`` (n,) stand at ``slots`` (n,)."""
         device = self.hidden.device
@@ -134,11 +137,15 @@ class SignalSource:
             rope=rope,
             attention=self._attention(index, slots, states, rotated),
             rotate=rotated,
+            project=lambda signal: self._entering(index, slots, signal),
+            normed=lambda: self.text_model.norm(_at(self.hidden[index], slots)),
             value=states.get("value"),
             key=states.get("key"),
             query=states.get("query"),
             raw_value=states.get("raw_value"),
             vision=vision,
+            cut=self.cut,
+            ids=ids,
             stage=self.stage,
             family=self.family,
             generator=torch.Generator().manual_seed(seed),
@@ -159,8 +166,7 @@ class SignalSource:
         def attention(rows: Tensor, entering: bool = False) -> Tensor:
             layer = self.text_model.layers[self.cut.layer if entering else self.cut.layer - 1]
             if entering:
-                normed = layer.input_layernorm(_at(self.hidden[index], slots)[None])
-                query, key = (self._project(layer, name, normed) for name in ("query", "key"))
+                query, key = (self._entering(index, slots, name) for name in ENTERING)
             else:
                 if not {"query", "key"} <= states.keys():
                     raise ValueError(
@@ -173,6 +179,8 @@ class SignalSource:
 
         return attention
 
-    def _project(self, layer: Any, name: Any, normed: Tensor) -> Tensor:
-        module, heads = self.adapter.projection(layer, name)
-        return heads(module(normed))[0]
+    def _entering(self, index: int, slots: Tensor, signal: Signal) -> Tensor:
+        """(heads, n, D) what the layer of the cut projects from the states that enter it."""
+        layer = self.text_model.layers[self.cut.layer]
+        module, heads = self.adapter.projection(layer, signal)
+        return heads(module(layer.input_layernorm(_at(self.hidden[index], slots)[None])))[0]

@@ -48,6 +48,17 @@ def best_of_rest(score: Tensor, kept: Tensor, k: int) -> Tensor:
     return ranking(finite.masked_fill(kept, -torch.inf))[: max(0, k)]
 
 
+def place_in_group(score: Tensor, group: Tensor) -> Tensor:
+    """(N,) how many members of a token's own ``group`` (N,) have a better ``score`` (N,); ties as in `ranking`."""
+    order = ranking(score)
+    order = order[torch.sort(group[order], stable=True).indices]
+    sizes = torch.bincount(group)
+    first = (sizes.cumsum(0) - sizes)[group[order]]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device) - first
+    return place
+
+
 def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: float) -> Tensor:
     """(N,) bool: the implicit visual coordinates of IVC-Prune among an image's alive tokens.
 

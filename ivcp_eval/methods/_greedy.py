@@ -41,14 +41,23 @@ def farthest_points(states: Tensor, k: int) -> Tensor:
     return torch.tensor(_greedy(_Spread(unit, torch.zeros(len(unit)), 1.0, [first]), k), device=states.device).sort()[0]
 
 
-def marginal_relevance(states: Tensor, relevance: Tensor, k: int, trade: float) -> Tensor:
+def marginal_relevance(states: Tensor, relevance: Tensor, k: int, trade: float, together: int = 1) -> Tensor:
     """``k`` indices of ``states`` (N, E) in order of choice, beginning with the most relevant.
 
-    Each next one has the largest (1 - trade) * relevance - trade * largest cosine to one that is chosen.
+    Each next one has the largest (1 - trade) * relevance - trade * largest cosine to one that is chosen; ``together``
+    are chosen at a time, not looking at each other.
     """
-    first = int(first_best(relevance))
-    state = _Spread(unit_rows(states), (1 - trade) * relevance, trade, [first])
-    return torch.tensor(_greedy(state, k), device=states.device)
+    unit, bias = unit_rows(states), (1 - trade) * relevance
+    if together == 1:
+        return torch.tensor(_greedy(_Spread(unit, bias, trade, [int(first_best(relevance))]), k), device=unit.device)
+    chosen, covered = ranking(relevance)[: min(together, k)], torch.full_like(bias, -torch.inf)
+    taken, new = torch.zeros_like(bias, dtype=torch.bool), chosen
+    while chosen.numel() < k:
+        taken[new] = True
+        covered = torch.maximum(covered, max_similarity(unit, unit[new]))
+        new = best_of_rest(bias - trade * covered, taken, min(together, k - chosen.numel()))
+        chosen = torch.cat((chosen, new))
+    return chosen
 
 
 def log_determinant(features: Tensor, k: int, ridge: float) -> Tensor:

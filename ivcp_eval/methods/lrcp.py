@@ -64,5 +64,6 @@ def residual(states: Tensor, rank: int) -> Tensor:
         start = torch.linalg.qr(seen.T @ (seen @ start)).Q
     turned = torch.linalg.svd(seen @ start, full_matrices=False).Vh[:rank]
     main = start @ turned.T  # (E, rank)
-    left = seen - (seen @ main) @ main.T
-    return left.square().sum(dim=1).masked_fill(~finite, torch.nan)
+    left = (seen - (seen @ main) @ main.T).square().sum(dim=1)
+    rounding = 1e-9 * seen.square().sum()  # all that is left of images of few tokens, and no ground to choose by
+    return left.masked_fill(left < rounding, 0).masked_fill(~finite, torch.nan)

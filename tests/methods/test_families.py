@@ -14,6 +14,11 @@ from tests.engine import tiny_models
 UNSUPPORTED = {
     ("downsample", "llava"): "every image costs the same number of visual tokens",
     ("rotatek", "deepseek_vl2"): "its cache holds compressed latents that all heads share, not keys",
+    **{
+        (method, family): "its vision tower has no class token"
+        for method in ("prumerge", "prumerge_plus")
+        for family in ("deepseek_vl2", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+    },
 }
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ivcp_eval.engine.parts import Forward
     from ivcp_eval.engine.prefill import Prefill
 
-CHUNK = 256  # query rows whose attention exists at a time
+BLOCK = {"cpu": 2**20, "gpu": 2**26}  # attention weights that exist at a time: what a cache holds; few kernels
 
 
 class _Heard(threading.local):
@@ -177,9 +177,13 @@ def patch_signals(states: PatchStates, wanted: frozenset[TowerSignal]) -> dict[s
 def received(query: Tensor, key: Tensor) -> Tensor:
     """(P,) attention that each key gets, mean over heads and summed over queries: (H, P, D), scaled, and (H, P, D).
 
-    `CHUNK` queries at a time are compared with all keys: no map of the whole image ever exists.
+    A block of queries and heads is compared with all keys at a time: no map of the whole image ever exists.
     """
-    total = torch.zeros(key.shape[1], device=key.device)
-    for rows in query.split(CHUNK, dim=1):
-        total += (rows @ key.transpose(1, 2)).softmax(dim=-1).mean(dim=0).sum(dim=0)
-    return total
+    numbers = BLOCK["cpu" if key.device.type == "cpu" else "gpu"]
+    n_heads, n_keys, _ = key.shape
+    heads = max(1, min(n_heads, numbers // (256 * n_keys)))
+    total = torch.zeros(n_keys, device=key.device)
+    for q, k in zip(query.split(heads), key.split(heads), strict=True):
+        for rows in q.split(max(1, numbers // (heads * n_keys)), dim=1):
+            total += (rows @ k.transpose(1, 2)).softmax(dim=-1).sum(dim=(0, 1))
+    return total / n_heads

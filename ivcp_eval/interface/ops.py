@@ -129,9 +129,10 @@ def partition(rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
     first_group = torch.cumsum(per_band, 0) - per_band
     widths = per_band[band_of_row][:, None]
     group = first_group[band_of_row][:, None] + torch.arange(columns)[None] * widths // columns
-    middles = evenly(rows, bands).tolist()
-    centres = [row * columns + evenly(columns, k) for row, k in zip(middles, per_band.tolist(), strict=True)]
-    return group.flatten(), torch.cat(centres)
+    middles, stretches = evenly(rows, bands).tolist(), per_band.tolist()
+    within = {k: evenly(columns, k).tolist() for k in set(stretches)}
+    centres = [row * columns + c for row, k in zip(middles, stretches, strict=True) for c in within[k]]
+    return group.flatten(), torch.tensor(centres)
 
 
 def image_partition(image: Image) -> tuple[Tensor, Tensor]:
@@ -209,7 +210,8 @@ def unit_rows(states: Tensor) -> Tensor:
 
 def max_similarity(rows: Tensor, others: Tensor) -> Tensor:
     """(N,) the largest inner product of each of ``rows`` (N, E) with one of ``others`` (M, E)."""
-    return torch.cat([(part @ others.T).amax(dim=1) for part in rows.split(block_rows(len(rows)))])
+    n, m = len(rows), max(1, len(others))
+    return torch.cat([(part @ others.T).amax(dim=1) for part in rows.split(max(256, block_rows(n + m) * (n + m) // m))])
 
 
 def nearest_of(rows: Tensor, others: Tensor) -> Tensor:

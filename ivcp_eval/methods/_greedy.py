@@ -25,7 +25,6 @@ from ivcp_eval.interface.ops import (
     unit_rows,
 )
 
-CANDIDATES = 256  # of a round
 SLACK = 1e-5  # more than the rounding error of a cosine
 
 Array = NDArray[np.floating]
@@ -111,18 +110,20 @@ class _Round(ABC):
     gain: Tensor  # (N,) of each token, or an upper bound
     chosen: list[int]
     least: float = -np.inf  # nothing is chosen for a gain of this or less
+    most: int  # candidates of a round
+    bounded = False  # whether `gain`, `open` and `pick` give upper bounds, which `exact` makes exact
 
     @abstractmethod
     def open(self, candidates: Tensor) -> Array:
-        """(B,) exact gains of these tokens."""
+        """(B,) gains of these tokens."""
 
     @abstractmethod
     def pick(self, place: int, value: Array) -> Array:
-        """Gains of the candidates, or bounds of them, once the one at ``place`` is chosen."""
+        """Gains of the candidates once the one at ``place`` is chosen."""
 
-    def exact(self, place: int, value: float) -> float:
-        """The gain of the candidate at ``place``; ``value`` is what `pick` said."""
-        return value
+    def exact(self, place: int) -> float:
+        """The gain of the candidate at ``place``."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self, candidates: Tensor, value: Array, new: list[int]) -> None:
@@ -134,9 +135,10 @@ def _greedy(state: _Round, k: int) -> list[int]:
     n, chosen = state.gain.numel(), state.chosen
     taken = torch.zeros(n, dtype=torch.bool, device=state.gain.device)
     taken[chosen] = True
-    size = min(CANDIDATES, max(16, n // 4))
+    size = min(state.most, max(256, n // 8), max(16, n // 4))
     while len(chosen) < k:
-        order = ranking(state.gain.masked_fill(taken, -torch.inf))[: min(size + 1, n - len(chosen))]
+        order = state.gain.masked_fill(taken, -torch.inf).sort(descending=True, stable=True).indices
+        order = order[: min(size + 1, n - len(chosen))]
         bound = (-np.inf, n)  # the best gain outside, and whose it is
         if n - len(chosen) > size:
             order, outside = order[:-1], int(order[-1])
@@ -144,11 +146,11 @@ def _greedy(state: _Round, k: int) -> list[int]:
         candidates = order.sort().values
         names, new = candidates.tolist(), []
         value = state.open(candidates)
-        fresh = np.ones(len(names), dtype=bool)
+        exact = np.full(len(names), not state.bounded)
         while len(chosen) < k and len(new) < len(names):
             place = int(value.argmax())
-            if not fresh[place]:
-                value[place], fresh[place] = state.exact(place, float(value[place])), True
+            if not exact[place]:
+                value[place], exact[place] = min(value[place], state.exact(place)), True
                 continue
             if (value[place], -names[place]) <= (bound[0], -bound[1]):
                 break
@@ -158,7 +160,7 @@ def _greedy(state: _Round, k: int) -> list[int]:
             new.append(place)
             value = state.pick(place, value)
             value[new] = -np.inf
-            fresh[:] = False
+            exact[:] = not state.bounded
         taken[candidates[new]] = True
         state.close(candidates, value, new)
     return chosen
@@ -166,6 +168,8 @@ def _greedy(state: _Round, k: int) -> list[int]:
 
 class _Spread(_Round):
     """Gain: bias_j - weight * largest cosine to one that is chosen."""
+
+    most = 1024
 
     def __init__(self, unit: Tensor, bias: Tensor, weight: float, chosen: list[int]) -> None:
         self.unit, self.weight, self.chosen = unit, weight, chosen
@@ -195,6 +199,8 @@ class _Determinant(_Round):
 
     `rest` is the matrix M of the conditional inner product f_i^T M f_j.
     """
+
+    most = 512
 
     def __init__(self, features: Tensor, length: Tensor, ridge: float) -> None:
         self.features, self.ridge, self.chosen = features, ridge, []
@@ -228,32 +234,36 @@ class _Determinant(_Round):
 
 
 class _Coverage(_Round):
-    """Gain: as in `coverage`; beyond the candidates of a round it is left as it was."""
+    """Gain: as in `coverage`. Most gains never need to be renewed."""
+
+    most = 2048
+    bounded = True
 
     def __init__(self, unit: Tensor, weight: Tensor) -> None:
         self.unit, self.chosen = unit, []
-        self.weight = weight.float().nan_to_num(0, 0, 0)
+        weight = weight.float().nan_to_num(0, 0, 0)
+        total = torch.cat([(rows @ unit.T).clamp_min(0).sum(dim=1) for rows in unit.split(block_rows(len(unit)))])
+        self.gain = (weight * total).masked_fill(~unit.any(dim=1), LOWEST)
+        self.weight: Array = weight.cpu().numpy()
         self.covered: Array = np.zeros(len(unit), dtype=np.float32)
-        blocks = unit.split(block_rows(len(unit)))
-        total = torch.cat([(rows @ unit.T).clamp_min(0).sum(dim=1) for rows in blocks])
-        self.gain = (self.weight * total).masked_fill(~unit.any(dim=1), LOWEST)
+        self.cosines: dict[int, Array] = {}  # of candidates to all tokens; most are candidates again
 
     def open(self, candidates: Tensor) -> Array:
-        similarity = self.unit[candidates] @ self.unit.T
-        covered = torch.from_numpy(self.covered).to(similarity.device)
-        total = (similarity - covered).clamp_min(0).sum(dim=1) * self.weight[candidates]
-        value: Array = torch.minimum(total, self.gain[candidates]).cpu().numpy()
-        self.similarity: Array = similarity.cpu().numpy()
-        self.own: Array = self.weight[candidates].cpu().numpy()
+        self.names = candidates.tolist()
+        new = [name for name in self.names if name not in self.cosines]
+        found: Array = (self.unit[new] @ self.unit.T).cpu().numpy()
+        self.cosines = {name: self.cosines[name] for name in self.names if name in self.cosines}
+        self.cosines |= zip(new, found, strict=True)
+        value: Array = self.gain[candidates].cpu().numpy()
         return value
 
     def pick(self, place: int, value: Array) -> Array:
-        self.covered = np.maximum(self.covered, self.similarity[place])
+        self.covered = np.maximum(self.covered, self.cosines[self.names[place]])
         return value
 
-    def exact(self, place: int, value: float) -> float:
-        total = np.maximum(self.similarity[place] - self.covered, 0).sum() * self.own[place]
-        return min(value, float(total))
+    def exact(self, place: int) -> float:
+        name = self.names[place]
+        return float(np.maximum(self.cosines[name] - self.covered, 0).sum() * self.weight[name])
 
     def close(self, candidates: Tensor, value: Array, new: list[int]) -> None:
         self.gain[candidates] = torch.from_numpy(np.maximum(value, LOWEST)).to(self.gain)

@@ -41,8 +41,11 @@ class Method(AtInput):
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        if not self.temperature > 0 or self.steps < 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0, steps={self.steps} 0 or more")
+        if not 0 < self.threshold <= 1 or not self.temperature > 0 or self.steps < 0:
+            raise ValueError(
+                f"threshold={self.threshold} must lie in (0, 1], temperature={self.temperature} be above 0, "
+                f"steps={self.steps} 0 or more"
+            )
 
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """The tokens of the largest score."""
@@ -52,15 +55,24 @@ class Method(AtInput):
         """(N,) of states (N, E)."""
         unit = unit_rows(states)
         flow = states.float().norm(dim=1).nan_to_num(0, 0, 0)
-        degree = torch.ones_like(flow)
-        for step in range(self.steps):
-            arrived = torch.zeros_like(flow)
-            for rows in torch.arange(len(unit), device=unit.device).split(block_rows(len(unit))):
-                cosine = unit[rows] @ unit.T
-                near = (cosine >= self.threshold) & (cosine.abs() >= 1e-6 * self.temperature)
-                graph = (cosine / self.temperature).masked_fill(~near, -5000).softmax(dim=1)
-                arrived += flow[rows] @ graph
-                if step == 0:
-                    degree[rows] = (graph > 0).sum(dim=1).float()
-            flow = arrived
-        return flow / degree
+        total, degree = self._spread(unit, torch.stack((torch.ones_like(flow), torch.ones_like(flow))), counted=True)
+        for _ in range(self.steps):
+            flow = self._spread(unit, (flow / total.clamp_min(1e-12))[None])[0]
+        return flow / degree.clamp_min(1)
+
+    def _spread(self, unit: Tensor, flows: Tensor, counted: bool = False) -> Tensor:
+        """(F, N) what arrives of ``flows`` (F, N) before rows are divided by their sums: the graph is symmetric then.
+
+        Each pair of tokens is looked at once. ``counted``: the last flow sees every neighbour as 1.
+        """
+        arrived, n, size = torch.zeros_like(flows), len(unit), block_rows(len(unit))
+        shift = torch.full((), -1 / self.temperature, device=unit.device)  # 1 is the largest cosine
+        for first, behind in ((first, min(n, first + size)) for first in range(0, n, size)):
+            graph = torch.addmm(shift, unit[first:behind], unit[first:].T, alpha=1 / self.temperature)
+            near = graph >= (self.threshold - 1) / self.temperature
+            graph = graph.exp_().mul_(near)
+            for f, one in enumerate(flows):
+                weights = near.float() if counted and f == len(flows) - 1 else graph
+                arrived[f, first:] += one[first:behind] @ weights
+                arrived[f, first:behind] += weights[:, behind - first :] @ one[behind:]
+        return arrived

@@ -67,7 +67,7 @@ class Method(AtInput):
         n = attention.numel()
         count = self.stretches or (16 if class_token else max(1, int(1024 / 576 * n / budget)))
         parts = torch.arange(n, device=attention.device).tensor_split(min(count, n))
-        scores = torch.stack([stretch_score(attention[part], states[part]) for part in parts]).nan_to_num(0, 0, 0)
+        scores = torch.stack([stretch_score(attention[part], states[part], block_rows(n)) for part in parts]).nan_to_num(0, 0, 0)
         shares = scores / (scores.sum() + 1e-6)
         quotas = (shares * budget).floor().long().clamp_min(0)
         quotas[ranking(shares)[: max(0, budget - int(quotas.sum()))]] += 1
@@ -75,12 +75,12 @@ class Method(AtInput):
         return [part[ranking(attention[part])[:quota]] if quota < part.numel() else part for part, quota in pairs]
 
 
-def stretch_score(attention: Tensor, states: Tensor) -> Tensor:
-    """() the mean score of a stretch, from its tokens' attention (m,) and states (m, E)."""
+def stretch_score(attention: Tensor, states: Tensor, size: int) -> Tensor:
+    """() the mean score of a stretch, from its tokens' attention (m,) and states (m, E), ``size`` at a time."""
     unit = states / (states.norm(dim=1, keepdim=True) + 1e-6)
     m, variances = len(unit), []
     places = torch.arange(m, device=unit.device)
-    for rows in places.split(block_rows(m)):
+    for rows in places.split(size):
         cosine = (unit[rows] @ unit.T).masked_fill(places == rows[:, None], 0)
         mean = cosine.sum(dim=1, keepdim=True) / max(1, m - 1)
         variances.append((cosine - mean).square().sum(dim=1) / max(1, m - 1))

@@ -147,8 +147,9 @@ class Updates:
     @classmethod
     def of(cls, key: Tensor, value: Tensor) -> Updates:
         """Of keys with RoPE and values, both (G, N, D)."""
-        centred = key.float() - key.float().mean(dim=1, keepdim=True)
-        centred = centred / key.shape[-1] ** 0.25
+        finite = key.isfinite().all(dim=-1, keepdim=True)
+        total = key.float().masked_fill(~finite, 0).sum(dim=1, keepdim=True)
+        centred = (key - total / finite.sum(dim=1, keepdim=True).clamp_min(1)) / key.shape[-1] ** 0.25
         half = -centred.square().sum(dim=-1, keepdim=True) / 2
         one = torch.ones_like(half)
         unit = torch.nn.functional.normalize(value.float(), dim=-1)
@@ -157,10 +158,15 @@ class Updates:
     def largest(self, rows: Tensor, columns: Tensor, heads: str) -> Tensor:
         """(R,) the largest `duplication` of each of ``rows`` (R,) with any of ``columns`` (C,), some rows at a time."""
         size = max(1, BLOCK // (self.unit.shape[0] * columns.numel()))
-        return torch.cat([self.duplication(part, columns, heads).amax(dim=1) for part in rows.split(size)])
+        right, unit = self.right[:, columns].transpose(1, 2), self.unit[:, columns].transpose(1, 2)
+        return torch.cat([self._against(part, right, unit, heads).amax(dim=1) for part in rows.split(size)])
 
     def duplication(self, rows: Tensor, columns: Tensor, heads: str) -> Tensor:
         """(R, C) eq. 12, mean or max over key heads."""
-        product = (self.left[:, rows] @ self.right[:, columns].transpose(1, 2)).clamp_max_(0).exp_()
-        product *= self.unit[:, rows] @ self.unit[:, columns].transpose(1, 2)
+        right, unit = self.right[:, columns].transpose(1, 2), self.unit[:, columns].transpose(1, 2)
+        return self._against(rows, right, unit, heads)
+
+    def _against(self, rows: Tensor, right: Tensor, unit: Tensor, heads: str) -> Tensor:
+        product = (self.left[:, rows] @ right).clamp_max_(0).exp_()
+        product *= self.unit[:, rows] @ unit
         return product.mean(dim=0) if heads == "mean" else product.amax(dim=0)

@@ -144,7 +144,7 @@ def _greedy(state: _Round, k: int) -> list[int]:
             order, outside = order[:-1], int(order[-1])
             bound = (float(state.gain[outside]), outside)
         candidates = order.sort().values
-        names, new = candidates.tolist(), []
+        names, new = candidates.tolist(), list[int]()
         value = state.open(candidates)
         exact = np.full(len(names), not state.bounded)
         while len(chosen) < k and len(new) < len(names):

@@ -1,8 +1,8 @@
 """Keeps the visual tokens whose features span the largest volume, each stretched by its relevance to the question.
 
 Paper: https://arxiv.org/abs/2506.10967 (section 3: a determinantal point process conditional on the instruction).
-Reference: https://github.com/Theia-4869/CDPruner @ 9541616 (llava/model/llava_arch.py, ``encode_images``), and its form
-without CLIP in https://github.com/openvinotoolkit/openvino.genai @ da1db86
+Reference: https://github.com/Theia-4869/CDPruner @ 9541616 (llava/model/llava_arch.py, ``encode_images``), and its
+form without CLIP in https://github.com/openvinotoolkit/openvino.genai @ da1db86
 
 The kernel is r_i cos(x_i, x_j) r_j of the language model's input embeddings; the next token is the one that makes the
 determinant of the chosen largest. Relevance, the rule that OpenVINO ships: the cosine of a token to the mean embedding

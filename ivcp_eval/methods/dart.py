@@ -1,8 +1,8 @@
 """Keeps the visual tokens that are least like a few pivots, the tokens of the largest keys, in an early decoder layer.
 
 Paper: https://arxiv.org/abs/2502.11494 (section 3.3: pivots by key norm, tokens of low duplication with each).
-Reference: https://github.com/xqy1111111/DART @ d6a5af6 (llava/model/language_model/modeling_llama_self.py, a fork), and
-its port to Qwen2.5-VL in https://github.com/Chenfei-Liao/VTC-Bench @ 983e443 (external/DART)
+Reference: https://github.com/xqy1111111/DART @ d6a5af6 (llava/model/language_model/modeling_llama_self.py, a fork),
+and its port to Qwen2.5-VL in https://github.com/Chenfei-Liao/VTC-Bench @ 983e443 (external/DART)
 
 Before layer K (2 is released) the key norm of a token is the L1 norm of its keys in layer K-1, RoPE applied, over all
 heads. Pivots are the four image tokens and the four tokens behind the image of the largest norm. Pivot after pivot, in

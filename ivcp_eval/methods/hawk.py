@@ -4,8 +4,8 @@ Paper: https://arxiv.org/abs/2604.07812 (eq. 4 to 7: head importance, text-guide
 Reference: https://github.com/peppery77/HAWK @ 3af2071 (src/hawk/pruning.py, ``compute_hawk_scores``)
 
 Before the first decoder layer, that layer's queries of the question and keys of the image give, without RoPE, the mean
-inner product over the question, of length 1 over the image's tokens in every head; heads add up by their weights. Every
-survivor keeps its position.
+inner product over the question, of length 1 over the image's tokens in every head; heads add up by their weights.
+Every survivor keeps its position.
 
 Differs: the released weights of the heads come from ablations on evaluation sets and exist for one model, so they are
 read from a file; without one all heads weigh the same, which makes the method a variant. The budget is rounded, not

@@ -5,9 +5,9 @@ Reference: https://github.com/Danielement321/HiPrune @ 6e83a12 (LLaVA/llava/mode
 Qwen2_5_VL/qwen2_5_vl_HiPrune.py)
 
 Anchors, one in five of a share alpha of the budget, receive most attention in a middle block (index 8 of CLIP's 24, 15
-of Qwen2.5-VL's 32); with each stay the tokens left, right, above and below it. What receives most attention in the deep
-block (the one that the projector reads, in Qwen2.5-VL the last) fills the budget. Neighbours wrap over the ends of rows
-and pile up on the first and the last token of the image, as released.
+of Qwen2.5-VL's 32); with each stay the tokens left, right, above and below it. What receives most attention in the
+deep block (the one that the projector reads, in Qwen2.5-VL the last) fills the budget. Neighbours wrap over the ends
+of rows and pile up on the first and the last token of the image, as released.
 
 Differs: an anchor or neighbour is never counted twice; the released Qwen2.5-VL code takes 1 off its deep attention, a
 sum over queries, which need not keep it out. Images that are no grid (tiles, newlines) have the width of a square.

@@ -4,14 +4,15 @@ Paper: https://arxiv.org/abs/2510.02912 (section 3: crop-wise attention, an adap
 Reference: https://github.com/obananas/HoloV @ 1d2e65e (llava/model/utils.py and qwen-model-HoloV/utils.py, ``HoloV``)
 
 The tokens are cut, in their order, into P stretches of equal length: 16 with a class token (LLaVA), else 1024/576 N/T
-for T of N tokens (Qwen). In a stretch a token scores a thousand times its attention plus 0.09 times the variance of its
-cosines to the others, brought to the same scale; the budget is dealt out in proportion to the mean scores, rounded down,
-what is left to the best stretches. A stretch keeps its tokens of the largest attention. Survivors stand stretch by
-stretch, by descending attention (in order where all stay), as in the released code, where their positions are numbered anew.
+for T of N tokens (Qwen). In a stretch a token scores a thousand times its attention plus 0.09 times the variance of
+its cosines to the others, brought to the same scale; the budget is dealt out in proportion to the mean scores, rounded
+down, what is left to the best stretches. A stretch keeps its tokens of the largest attention. Survivors stand stretch
+by stretch, by descending attention (in order where all stay), as in the released code, where their positions are
+numbered anew.
 
 Differs: a stretch that is due more than it has keeps everything, and the released code fills up with vectors of zeros;
-here these are a choice (``fill``). Attention of a windowed tower is put in the order of the image first. Each image has
-its own budget.
+here these are a choice (``fill``). Attention of a windowed tower is put in the order of the image first. Each image
+has its own budget.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Method(AtInput):
         n = attention.numel()
         count = self.stretches or (16 if class_token else max(1, int(1024 / 576 * n / budget)))
         parts = torch.arange(n, device=attention.device).tensor_split(min(count, n))
-        scores = torch.stack([stretch_score(attention[part], states[part], block_rows(n)) for part in parts]).nan_to_num(0, 0, 0)
+        scores = torch.stack(
+            [stretch_score(attention[part], states[part], block_rows(n)) for part in parts]
+        ).nan_to_num(0, 0, 0)
         shares = scores / (scores.sum() + 1e-6)
         quotas = (shares * budget).floor().long().clamp_min(0)
         quotas[ranking(shares)[: max(0, budget - int(quotas.sum()))]] += 1

@@ -3,11 +3,11 @@
 Paper: https://arxiv.org/abs/2602.13315 (section 3: importance and diversity by maximal marginal relevance).
 Reference: https://github.com/Tencent/AngelSlim @ 67394ce (angelslim/compressor/token_compressor/algorithm/idpruner.py)
 
-Importance, moved to 0..1 inside the image, times lambda, minus the largest cosine of a token's embedding to any that is
-kept already, times 1 - lambda; the largest is kept next.
+Importance, moved to 0..1 inside the image, times lambda, minus the largest cosine of a token's embedding to any that
+is kept already, times 1 - lambda; the largest is kept next.
 
-Differs: the released importance comes from a trained selector that exists for one model; here it is the attention of the
-vision tower (of the class token, else received), which makes this a variant. Each image has its own budget.
+Differs: the released importance comes from a trained selector that exists for one model; here it is the attention of
+the vision tower (of the class token, else received), which makes this a variant. Each image has its own budget.
 """
 
 from __future__ import annotations

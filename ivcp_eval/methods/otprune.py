@@ -1,11 +1,12 @@
 """Keeps the visual tokens whose features, compared by their whole second moment, span the largest volume.
 
 Paper: https://arxiv.org/abs/2602.20205 (section 3: a log-determinant objective for optimal transport to the full set).
-Reference: https://github.com/xiwenc1/OTPrune @ 3414730 (LLaVA/llava/model/llava_arch.py, ``OTPrune``, ``greedy_select``)
+Reference: https://github.com/xiwenc1/OTPrune @ 3414730 (LLaVA/llava/model/llava_arch.py, ``OTPrune``,
+``greedy_select``)
 
 The language model's input embeddings, each channel divided by its norm over the image's tokens, are F; G = F F^T; the
-next token is the one that makes the determinant of I + gamma G G^T, restricted to the chosen, largest. G G^T is computed
-as the inner products of F (F^T F)^(1/2), so that nothing as large as the square of the tokens exists.
+next token is the one that makes the determinant of I + gamma G G^T, restricted to the chosen, largest. G G^T is
+computed as the inner products of F (F^T F)^(1/2), so that nothing as large as the square of the tokens exists.
 
 Differs: the released code hands the survivors on in the order of a Python set of their indices; here they are sorted
 (CPython iterates a set of small numbers in increasing order in most cases, but not in all). Each image has its own

@@ -3,14 +3,14 @@
 Paper: https://arxiv.org/abs/2403.15388 (section 3: adaptive important token selection, token supplement).
 Reference: https://github.com/42Shawn/LLaVA-PruMerge @ 097c041 (llava/model/multimodal_encoder/clip_encoder.py)
 
-The attention is that of the class token in the tower's last block, all heads taken as one. Each token that stays becomes
-itself plus its 32 nearest neighbours (cosine of the keys of that block, heads joined), weighted by their attention; one
-more token is the sum of all others, weighted likewise. They stand by descending attention, that token last, where
-positions are numbered anew.
+The attention is that of the class token in the tower's last block, all heads taken as one. Each token that stays
+becomes itself plus its 32 nearest neighbours (cosine of the keys of that block, heads joined), weighted by their
+attention; one more token is the sum of all others, weighted likewise. They stand by descending attention, that token
+last, where positions are numbered anew.
 
-Differs: the budget says how many stay, the one for the others included; ``counts="outliers"`` is the released rule, which
-knows no ratio. Merging happens on the language model's input embeddings, not before the projector. Each image has its
-own budget; attention stays inside a tile.
+Differs: the budget says how many stay, the one for the others included; ``counts="outliers"`` is the released rule,
+which knows no ratio. Merging happens on the language model's input embeddings, not before the projector. Each image
+has its own budget; attention stays inside a tile.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ Reference: https://github.com/42Shawn/LLaVA-PruMerge @ 097c041 (llava/model/mult
 Everything is as in `prumerge`, but that to the tokens of the largest attention come others at an even stride, behind
 them.
 
-Differs: what `prumerge` names; and a fixed budget splits one to three between attention and stride, as the released rule
-comes out on average, which makes this a variant. ``counts="outliers"`` is that rule: a stride of a third of N over the
-number of outliers; the released code fails where more than a third are outliers, here the stride is then 1.
+Differs: what `prumerge` names; and a fixed budget splits one to three between attention and stride, as the released
+rule comes out on average, which makes this a variant. ``counts="outliers"`` is that rule: a stride of a third of N
+over the number of outliers; the released code fails where more than a third are outliers, here the stride is then 1.
 """
 
 from __future__ import annotations

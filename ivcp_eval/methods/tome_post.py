@@ -6,10 +6,10 @@ Reference: https://github.com/facebookresearch/ToMe @ af95e4b (tome/merge.py)
 Every second token looks for the one most like it among the others, by the cosine of the tower's keys, mean over heads;
 those that found the best match are merged into it, weighted by how many tokens each stands for.
 
-Differs: ToMe merges in every block of the tower, between attention and MLP; here it is done once, on the language model's
-input embeddings ("post"), so this is a variant. At most half of the tokens can be merged at a time: below that there are
-several rounds, each on the weighted means of the keys. Tokens keep the order of the image, a merged one the place of the
-token that the other was merged into. Each image has its own budget.
+Differs: ToMe merges in every block of the tower, between attention and MLP; here it is done once, on the language
+model's input embeddings ("post"), so this is a variant. At most half of the tokens can be merged at a time: below that
+there are several rounds, each on the weighted means of the keys. Tokens keep the order of the image, a merged one the
+place of the token that the other was merged into. Each image has its own budget.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """Keeps the visual tokens that the vision tower attends to most, and of the others those that are no duplicates.
 
-Paper: https://arxiv.org/abs/2412.01818 (section 3: important tokens by attention, diverse tokens by removing duplicates).
+Paper: https://arxiv.org/abs/2412.01818 (section 3: important tokens by attention, diverse tokens by removing
+duplicates).
 Reference: https://github.com/Theia-4869/VisPruner @ aefa01a (llava/model/llava_arch.py, ``encode_images``)
 
 The tokens are ordered by the class token's attention in the block that the projector reads, mean over heads (without a
 class token: received attention); the first half of the budget is important. The rest loses its duplicates, round by
-round: every second token is compared with the others by the cosine of the tower's features, and those most like any
-of them leave, 8 in a round. The survivors of a round are listed by descending likeness, before those they were compared
+round: every second token is compared with the others by the cosine of the tower's features, and those most like any of
+them leave, 8 in a round. The survivors of a round are listed by descending likeness, before those they were compared
 with, which is what the next round begins with.
 
-Differs: an image of more than 576 tokens loses as many times 8 in a round as it is larger, so that the number of rounds
-does not grow. Each image has its own budget, for which its tiles compete; the released code gives every crop the same.
-An odd number of candidates, on which the released code fails, is no special case. Likeness is float32.
+Differs: an image of more than 576 tokens loses as many times 8 in a round as it is larger, so that the number of
+rounds does not grow. Each image has its own budget, for which its tiles compete; the released code gives every crop
+the same. An odd number of candidates, on which the released code fails, is no special case. Likeness is float32.
 """
 
 from __future__ import annotations

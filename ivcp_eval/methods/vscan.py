@@ -5,18 +5,18 @@ Reference: https://github.com/Tencent/SelfEvolvingAgent @ a82450e (VScan/llava/m
 VScan/qwen/model/qwen2_5_vl_utils.py)
 
 Half of the first budget are the tokens of most attention in an early block of the tower, so many in each window of the
-image; the other half have most attention in the deep block. With a class token (CLIP: blocks 5 and 22 of 24) that is its
-attention, and 4 x 4 windows get equal parts; else (Qwen2.5-VL: the first and the last block whose attention spans the
-image) it is the received attention, windows are 4 x 4 tokens, and tokens are taken in order of attention while their
-window has less than its part. Every other token joins the one that stays most like it, and a group lives on as its mean.
-Before the middle layer (16 of 32, 14 of 28) the last token's attention drops more.
+image; the other half have most attention in the deep block. With a class token (CLIP: blocks 5 and 22 of 24) that is
+its attention, and 4 x 4 windows get equal parts; else (Qwen2.5-VL: the first and the last block whose attention spans
+the image) it is the received attention, windows are 4 x 4 tokens, and tokens are taken in order of attention while
+their window has less than its part. Every other token joins the one that stays most like it, and a group lives on as
+its mean. Before the middle layer (16 of 32, 14 of 28) the last token's attention drops more.
 
-The retention ratio is what is left at the end. Before that stay, by the published pairs 1/6 with 1/18 (LLaVA, Qwen2.5-VL)
-and 0.6 with 0.402 (RefCOCO), a power of it between these.
+The retention ratio is what is left at the end. Before that stay, by the published pairs 1/6 with 1/18 (LLaVA,
+Qwen2.5-VL) and 0.6 with 0.402 (RefCOCO), a power of it between these.
 
 Differs: parts that do not come out even are filled by the global scan. The second cut ranks with RoPE on every family
-(the Qwen2.5-VL code without), by the layer before. An image that is no grid (tiles, newlines) is one row of windows. Each
-image has its own budget.
+(the Qwen2.5-VL code without), by the layer before. An image that is no grid (tiles, newlines) is one row of windows.
+Each image has its own budget.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals, TowerFacts, TowerSignal
+from ivcp_eval.interface import (
+    Cut,
+    Faithfulness,
+    Image,
+    ModelFacts,
+    Selection,
+    Signal,
+    Signals,
+    TowerFacts,
+    TowerSignal,
+)
 from ivcp_eval.interface.ops import (
     best_of_rest,
     group_means,
@@ -37,7 +47,6 @@ from ivcp_eval.interface.ops import (
     mean_attention,
     nearest_of,
     place_in_group,
-    ranking,
     top_of_each_image,
 )
 from ivcp_eval.methods._at_input import AtInput, embeddings, importance

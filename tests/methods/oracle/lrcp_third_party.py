@@ -18,4 +18,8 @@ def outputs(case: Case) -> dict[str, Tensor]:
     alone = (selection.merge.to_dense() > 0).sum(dim=1) == 1
     features = merged(selection, states)
     features[alone] /= 2  # what the port makes of a token that nothing joins
-    return {"kept": selection.keep, "order": order, "merged_in_order": features[torch.searchsorted(selection.keep, order)]}
+    return {
+        "kept": selection.keep,
+        "order": order,
+        "merged_in_order": features[torch.searchsorted(selection.keep, order)],
+    }

@@ -11,9 +11,7 @@ from tests.methods.oracle import Case, answer, one_image
 
 def outputs(case: Case) -> dict[str, Tensor]:
     attention, alpha = case["cls_attention_sum"], float(case["alpha"])
-    signals = one_image(
-        len(attention), case["num_tokens"], vision={"cls": attention / 16, "feature": case["features"]}
-    )
+    signals = one_image(len(attention), case["num_tokens"], vision={"cls": attention / 16, "feature": case["features"]})
     return {
         "kept": answer(Method(alpha=alpha), signals).keep,
         "selection_order": coverage(case["features"], attention**alpha, int(case["num_tokens"])),

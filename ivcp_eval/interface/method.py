@@ -148,8 +148,8 @@ class Signals:
         attention: ``attention(rows, entering=False)`` gives (H, len(rows), n) float32 causal softmax rows of layer
             k-1 (needs query and key), or of layer k on the entering hidden states with ``entering=True``.
         rotate: ``rotate(states)`` applies RoPE at the row's positions to (heads, n, D) queries or keys.
-        project: ``project("query")`` gives (H, n, D) queries ("key", "value": (G, n, D)) that layer k itself makes of
-            the entering hidden states, before RoPE.
+        project: ``project("query")`` gives the queries (H, n, D), ``project("key")`` the keys (G, n, D) that layer k
+            itself makes of the entering hidden states, before RoPE.
         normed: ``normed()`` gives the hidden states (n, E) after the decoder's final norm.
         vision: per visual token signals of the vision tower, only if "vision" is in `needs`, those in the method's
             `tower_signals` of the blocks in its `tower_blocks`, by signal or ``BLOCK/SIGNAL``: ``received`` (V,)
@@ -176,7 +176,7 @@ class Signals:
     query: Tensor | None = None
     raw_value: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
-    project: Callable[[Signal], Tensor] | None = None
+    project: Callable[[Literal["query", "key"]], Tensor] | None = None
     normed: Callable[[], Tensor] | None = None
     vision: Mapping[str, Tensor] = field(default_factory=dict)
     cut: Cut | None = None

@@ -10,7 +10,7 @@ from ivcp_eval.interface.registry import make_method
 from tests.engine import tiny_models
 from tests.methods.material import pruned_columns
 
-RENUMBERED = ("pyramiddrop", "sparsevlm", "visionzip", "divprune")
+RENUMBERED = ("pyramiddrop", "sparsevlm", "visionzip", "divprune", "vispruner", "holov", "vscan")
 
 
 @pytest.mark.parametrize("family", registry.family_names())
@@ -42,6 +42,7 @@ def test_the_label_follows_the_parameters(name: str) -> None:
     assert make_method(name).label == make_method(name, {"renumber": True}).label == "faithful"
     assert make_method(name, {"renumber": False}).label == "variant"
     assert make_method("sparsevlm", {"recycle": False}).label == "variant"
+    assert make_method("holov", {"fill": "best"}).label == "variant"
     for method in registry.method_names():
         assert make_method(method).label == make_method(method).faithfulness
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ivcp_eval.engine.geometry import is_member, row_position_embeddings
-from ivcp_eval.interface import Cut, Image, ImageSpan, Signal, Signals
+from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
 from ivcp_eval.interface.ops import budget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ivcp_eval.interface import AbstractAdapter
-
-ENTERING: tuple[Signal, ...] = ("query", "key")
 
 
 def images_at_cut(spans: list[ImageSpan], visual_columns: Tensor, ratio: float) -> tuple[Image, ...]:
@@ -166,7 +164,7 @@ class SignalSource:
         def attention(rows: Tensor, entering: bool = False) -> Tensor:
             layer = self.text_model.layers[self.cut.layer if entering else self.cut.layer - 1]
             if entering:
-                query, key = (self._entering(index, slots, name) for name in ENTERING)
+                query, key = self._entering(index, slots, "query"), self._entering(index, slots, "key")
             else:
                 if not {"query", "key"} <= states.keys():
                     raise ValueError(
@@ -179,7 +177,7 @@ class SignalSource:
 
         return attention
 
-    def _entering(self, index: int, slots: Tensor, signal: Signal) -> Tensor:
+    def _entering(self, index: int, slots: Tensor, signal: Literal["query", "key"]) -> Tensor:
         """(heads, n, D) what the layer of the cut projects from the states that enter it."""
         layer = self.text_model.layers[self.cut.layer]
         module, heads = self.adapter.projection(layer, signal)

@@ -77,3 +77,27 @@ def in_output_order(signals: Signals, kept: Tensor, weights: Tensor) -> tuple[Te
     """
     assert signals.cut is not None
     return (kept.sort().values if signals.cut.renumber else kept), weights
+
+
+def grid_of(image: Image) -> tuple[int, int]:
+    """(rows, columns) of the image's alive tokens; one row where they form no full grid (tiles, newlines)."""
+    rows, columns = image.span.grid or (1, 0)
+    n = image.tokens.numel()
+    return (rows, columns) if rows * columns == n else (1, n)
+
+
+def equal_windows(image: Image, side: int) -> Tensor:
+    """(N,) the window of each token, ``side`` of them along either side of the image."""
+    rows, columns = grid_of(image)
+    places = torch.arange(rows * columns, device=image.tokens.device)
+    down, across = min(side, rows), min(side, columns)
+    return places // columns * down // rows * across + places % columns * across // columns
+
+
+def square_windows(image: Image, side: int) -> Tensor:
+    """(N,) the window of each token, ``side`` by ``side`` tokens; what is left over belongs to the last ones."""
+    rows, columns = grid_of(image)
+    places = torch.arange(rows * columns, device=image.tokens.device)
+    down, across = max(1, rows // side), max(1, columns // side)
+    row, column = (places // columns // side).clamp_max(down - 1), (places % columns // side).clamp_max(across - 1)
+    return row * across + column

@@ -49,8 +49,9 @@ from ivcp_eval.interface.ops import (
     place_in_group,
     top_of_each_image,
 )
-from ivcp_eval.methods._at_input import AtInput, embeddings, importance
+from ivcp_eval.methods._at_input import AtInput, embeddings, equal_windows, importance, square_windows
 
+WINDOWS = 4  # a side of the image, or tokens a side of a window
 POWER = math.log(0.6 * 6) / math.log(0.402 * 18)
 
 
@@ -100,7 +101,8 @@ class Method(AtInput):
     def choose(self, signals: Signals, image: Image) -> tuple[Tensor, Tensor]:
         """What the two scans find, and the means of what joins it."""
         early, deep = importance(signals, image, "early"), importance(signals, image)
-        window, equal = windows(image, "cls" in signals.vision), "cls" in signals.vision
+        equal = "cls" in signals.vision
+        window = equal_windows(image, WINDOWS) if equal else square_windows(image, WINDOWS)
         n_windows, half = int(window.max()) + 1, image.budget // 2
         limit = half // n_windows if equal else -(-half // n_windows)
         allowed = place_in_group(early, window) < limit
@@ -112,15 +114,3 @@ class Method(AtInput):
         group = nearest_of(states, states[kept])
         group[kept] = torch.arange(kept.numel(), device=kept.device)
         return kept, group_means(group, kept.numel())
-
-
-def windows(image: Image, equal: bool) -> Tensor:
-    """(N,) the window of each token: ``equal`` parts, four a side, or 4 x 4 tokens, what is left over in the last."""
-    n = image.tokens.numel()
-    rows, columns = image.span.grid or (1, n)
-    places = torch.arange(n, device=image.tokens.device)
-    row, column = places // columns, places % columns
-    down, across = (min(4, size) if equal else max(1, size // 4) for size in (rows, columns))
-    if equal:
-        return row * down // rows * across + column * across // columns
-    return (row // 4).clamp_max(down - 1) * across + (column // 4).clamp_max(across - 1)

@@ -244,7 +244,7 @@ class Judge:
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if error.code in _FILTERED:
                     return ""
-                if _NO_ROOM in str(error):
+                if _NO_ROOM in error.response.text:
                     raise _CutOff from None
                 if not self._does_without(error, fields):
                     self._renamed = before
@@ -254,8 +254,6 @@ class Judge:
             except openai.APIStatusError as error:
                 raise JudgeRefused(self._said(_refusal(error), error)) from None
             except openai.APIConnectionError as error:
-                if isinstance(error.__cause__, ReplyTooLong):
-                    raise JudgeUnreachable(self._said("does not answer with chat completions", error)) from None
                 raise JudgeUnreachable(self._said("cannot be reached", error)) from None
             except (
                 openai.APIResponseValidationError, json.JSONDecodeError, RecursionError, ReplyTooLong, _NotACompletion,
@@ -266,24 +264,26 @@ class Judge:
 
     def _does_without(self, error: APIStatusError, fields: Mapping[str, Any]) -> bool:
         """Whether the refusal names a field that need not be sent so; from now on it is not."""
-        text = f"{error.param} {error}"
+        text = error.response.text
         for name in _INSTEAD:
-            ours = (
-                name in LENGTHS or name not in self.config.extra
-            )  # a temperature that the user asks for is not dropped
-            new = name not in self._renamed and name not in self._renamed.values()
-            if ours and new and name in fields and re.search(rf"\b{name}\b", text):
+            asked = name == "temperature" and name in self.config.extra  # what the user asks for is not dropped
+            old = name in self._renamed or name in self._renamed.values()
+            if name in fields and not asked and not old and re.search(rf"\b{name}\b", text):
                 self._renamed[name] = _INSTEAD[name]
                 return True
         return False
 
     @property
     def _secrets(self) -> tuple[str, ...]:
-        return _key(), urlsplit(self.config.url).password or ""
+        url = urlsplit(self.config.url)
+        return _key(), url.username or "", url.password or ""
 
     def _said(self, what: str, error: Exception) -> str:
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        text = masked(f"{type(error).__name__}: {error}{cause}", self._secrets)
+        text = f"{type(error).__name__}: {error}"
+        response = getattr(error, "response", None)
+        if response is not None and " - " not in text:  # openai shows its own kind of message only
+            text += f" - {response.text}"
+        text = masked(f"{text} ({error.__cause__})" if error.__cause__ else text, self._secrets)
         return f"judge {self.identity} {what} ({text[:300]}). Verdicts so far are kept; run again to retry."
 
 

@@ -29,7 +29,7 @@ TEMPERATURES = (0.0, 0.5, 1.0)
 MORE_ROOM, MOST_ROOM = 8, 4096
 # A judge that makes no sense this often is no judge (wrong model, broken template); below it, samples are left out.
 MOST_UNREADABLE = 0.1
-_BAD_BODIES = 3
+_TRIES = 3  # after time-outs and bodies that are no completions; others are retried as often as the user allows
 _FILTERED = ("content_filter", "content_policy_violation")
 _CUT = ("length", "max_tokens", "model_length", "abort", "error")  # OpenAI's, and what other servers say
 _NO_ROOM = "output limit was reached"  # OpenAI's reasoning models refuse what they have no room to finish
@@ -157,7 +157,7 @@ class Judge:
         return AsyncOpenAI(
             api_key=key or "none",
             base_url=self.config.url,
-            timeout=self.config.timeout_s,
+            timeout=None,  # the client's own holds for all of an exchange
             max_retries=self.config.retries,
             http_client=BoundedClient(self.config.timeout_s),
         )
@@ -228,7 +228,7 @@ class Judge:
 
         from ivcp_eval.vlmeval_bridge.judge.transport import ReplyTooLong
 
-        trouble, tries, before = "", _BAD_BODIES, dict(self._renamed)
+        trouble, tries, before = "", min(_TRIES, 1 + self.config.retries), dict(self._renamed)
         while tries:
             fields = self._fields(room, temperature)
             self.sent += 1
@@ -253,6 +253,9 @@ class Judge:
                 raise JudgeUnreachable(self._said("fails", error)) from None
             except openai.APIStatusError as error:
                 raise JudgeRefused(self._said(_refusal(error), error)) from None
+            except openai.APITimeoutError as error:
+                trouble = self._said("cannot be reached", error)
+                tries -= 1
             except openai.APIConnectionError as error:
                 raise JudgeUnreachable(self._said("cannot be reached", error)) from None
             except (

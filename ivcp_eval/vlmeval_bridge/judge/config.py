@@ -35,7 +35,8 @@ class JudgeConfig:
         base_url: up to and including ``/v1``; empty takes ``$OPENAI_BASE_URL``, else OpenAI's.
         concurrency: requests under way at once.
         timeout_s: of one request, from connecting to the reply's last byte. retries: of one request after 408, 409,
-            429, 5xx and lost connections, waiting as long as ``Retry-After`` asks, else exponentially longer.
+            429, 5xx and lost connections, waiting as long as ``Retry-After`` asks, else exponentially longer; at most
+            two after a time-out or a reply of another shape.
         extra: further fields of each request (they take part in the identity), such as ``max_completion_tokens``,
             ``temperature`` or ``reasoning_effort``; None removes a field.
     """

@@ -27,14 +27,14 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
     """
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(timeout=seconds, headers={"Accept-Encoding": "identity"})
+        super().__init__(timeout=None, headers={"Accept-Encoding": "identity"})
         self._seconds = seconds
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """The reply, read to its end.
 
         Raises:
-            ReplyTooLong: as it says. httpx2.ReadTimeout: no whole reply in time.
+            ReplyTooLong: as it says. openai.APITimeoutError: no whole reply in time, which openai does not retry.
         """
         options |= {"stream": True, "follow_redirects": False}
         try:
@@ -47,7 +47,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
                     request = following
                 return response
         except TimeoutError:
-            raise httpx2.ReadTimeout(f"no whole reply within {self._seconds:g} s", request=request) from None
+            raise openai.APITimeoutError(request) from TimeoutError(f"no whole reply within {self._seconds:g} s")
 
     async def _read(self, response: httpx2.Response) -> httpx2.Response:
         content = bytearray()

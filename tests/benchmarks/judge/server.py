@@ -18,7 +18,7 @@ class Reply:
 
     Attributes:
         cut: sends only that many bytes of the body it promised. repeat: how often the body is sent.
-        drip_s: seconds before each of its bytes, beginning at the status line.
+        drip_s: seconds before each byte of a body that takes a minute; with ``drip_head``, of the headers before it.
     """
 
     status: int = 200
@@ -28,6 +28,7 @@ class Reply:
     cut: int | None = None
     repeat: int = 1
     drip_s: float = 0.0
+    drip_head: bool = False
 
 
 def completion(text: str | None, finish_reason: str = "stop") -> Reply:
@@ -97,8 +98,9 @@ def serve(respond: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
             time.sleep(reply.delay_s)
             try:
                 if reply.drip_s:
-                    for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + reply.body * 1000:
-                        time.sleep(reply.drip_s)
+                    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+                    for i, byte in enumerate(head + b" " * int(60 / reply.drip_s)):
+                        time.sleep(reply.drip_s if reply.drip_head or i > len(head) else 0)
                         self.wfile.write(bytes([byte]))
                 self.send_response(reply.status)
                 length = str(len(reply.body) * reply.repeat)

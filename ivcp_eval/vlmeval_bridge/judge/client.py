@@ -279,7 +279,7 @@ class Judge:
     @property
     def _secrets(self) -> tuple[str, ...]:
         url = urlsplit(self.config.url)
-        return _key(), url.username or "", url.password or ""
+        return _key(), url.password or url.username or ""
 
     def _said(self, what: str, error: Exception) -> str:
         text = f"{type(error).__name__}: {error}"

@@ -18,7 +18,8 @@ _SHORTEST = 8  # below it, parts of a secret are parts of words
 def masked(text: str, secrets: Collection[str]) -> str:
     """The text without the secrets and without parts of them: their beginnings, ends, and eight characters in a row."""
     for secret in filter(None, secrets):
-        text = text.replace(secret, _MASK)
+        edge = r"\b" if len(secret) < _SHORTEST else ""
+        text = re.sub(f"{edge}{re.escape(secret)}{edge}", _MASK, text)
     long = [secret for secret in secrets if len(secret) >= _SHORTEST]
     text = _WORD.sub(lambda found: _MASK if any(_has_part(found[0], secret) for secret in long) else found[0], text)
     return _OPENAI.sub(_MASK, text)

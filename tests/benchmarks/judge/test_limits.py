@@ -195,7 +195,8 @@ def test_words_are_not_keys():
     text = (
         "The model `gpt-4o` does not exist... 0.85 of 1, risk-free; see https://platform.openai.com/account/api-keys."
     )
-    assert masked(text, (KEY, "", "none")) == text
+    assert masked(text, (KEY, "", "none", "plat")) == text
+    assert masked("none, or plat", ("plat",)) == "none, or [key]"
 
 
 # -- newer judges ---------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: fl
 
 def first_best(score: Tensor) -> Tensor:
     """() int64: the lowest index of the maximum of ``score`` (N,), without a transfer to the host; NaN is worst."""
-    clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    clean = torch.where(score.isnan(), -torch.inf, score.float())
     places = torch.arange(clean.numel(), device=clean.device)
     return torch.where(clean == clean.amax(), places, clean.numel()).amin()
 
@@ -205,7 +205,7 @@ def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
         similarity[rows - rows[0], rows] = -torch.inf  # itself
         nearest.append(similarity.amax(dim=1))
     held = torch.cat(parts) if parts else None
-    chosen = [first_best((-torch.cat(nearest)).masked_fill(broken, LOWEST))]
+    chosen = [ranking((-torch.cat(nearest)).masked_fill(broken, torch.nan))[0]]
     covered = torch.full((n,), -torch.inf, device=unit.device)  # largest similarity to any chosen state
     taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
     for _ in range(k - 1):

@@ -275,6 +275,32 @@ def test_selections_of_another_type(value: Any, said: str) -> None:
         PLAIN.forward(PLAIN.inputs(*SINGLE))
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (None, TypeError, "`edit_keys` gave None, expected a torch tensor"),
+        (np.zeros(3), TypeError, "`edit_keys` gave a numpy.ndarray, expected a torch tensor"),
+        (torch.zeros(1), ValueError, r"`edit_keys` returned shape \(1,\), expected"),
+    ],
+)
+def test_edited_keys_of_another_kind(value: Any, error: type[Exception], said: str) -> None:
+    case = Case("llava", "rotatek")
+    method = case.make()
+    object.__setattr__(method, "edit_keys", lambda _cached: value)
+    with pytest.raises(error, match=f"method 'rotatek': {said}"), ivcp_eval.prune(case.model, method, 0.5):
+        case.generate(case.inputs(*SINGLE), 2)
+
+
+@pytest.mark.parametrize("value", [[True], np.ones(8, dtype=bool), "all"])
+def test_attended_tokens_of_another_kind(value: Any) -> None:
+    method = Careless(scored)
+    method.needs = frozenset({"step"})
+    method.attended = lambda _step: value
+    said = "`attended` gave a .*expected a bool tensor"
+    with pytest.raises(TypeError, match=said), ivcp_eval.prune(PLAIN.model, method, 0.5):
+        PLAIN.generate(PLAIN.inputs(*SINGLE), 2)
+
+
 # -- what is handed to prune ------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ _RANKING: Mapping[str, tuple[str, int, bool]] = {
     "argmin": ("", 0, False),
     "nan_to_num": ("", 0, True),  # how a method makes NaN the worst score, or no feature, before it ranks
 }
+_FUNCTIONS = frozenset(getattr(owner, name) for owner in (torch, Tensor) for name in _RANKING)
 
 
 class Rankings(TorchFunctionMode):
@@ -33,10 +34,12 @@ class Rankings(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        scores = args[0] if args else given.get("input")
-        if name in _RANKING and isinstance(scores, Tensor) and scores.is_floating_point() and scores.ndim:
+        given = kwargs or {}
+        if func not in _FUNCTIONS:  # nearly always
+            return func(*args, **given)
+        name = func.__name__
+        scores = args[0] if args else given["input"]
+        if scores.is_floating_point() and scores.ndim:
             option, place, largest = _RANKING[name]
             if option:
                 largest = given.get(option, args[place] if place < len(args) else largest)

@@ -82,7 +82,7 @@ def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: fl
 
 def first_best(score: Tensor) -> Tensor:
     """() int64: the lowest index of the maximum of ``score`` (N,), without a transfer to the host; NaN is worst."""
-    clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    clean = torch.where(score.isnan(), -torch.inf, score.float())
     places = torch.arange(clean.numel(), device=clean.device)
     return torch.where(clean == clean.amax(), places, clean.numel()).amin()
 
@@ -205,7 +205,8 @@ def block_rows(n: int) -> int:
 def unit_rows(states: Tensor) -> Tensor:
     """(N, E) float32 ``states`` of length 1; rows that are not finite become 0."""
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
-    return unit.masked_fill(~unit.isfinite().all(dim=1, keepdim=True), 0)
+    finite = unit.isfinite().all(dim=1, keepdim=True)
+    return unit.nan_to_num(0, 0, 0).masked_fill(~finite, 0)  # the first is what the engine counts broken states by
 
 
 def max_similarity(rows: Tensor, others: Tensor) -> Tensor:

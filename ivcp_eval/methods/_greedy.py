@@ -48,7 +48,7 @@ def marginal_relevance(states: Tensor, relevance: Tensor, k: int, trade: float, 
     """
     unit, bias = unit_rows(states), (1 - trade) * relevance
     if together == 1:
-        return torch.tensor(_greedy(_Spread(unit, bias, trade, [int(first_best(relevance))]), k), device=unit.device)
+        return torch.tensor(_greedy(_Spread(unit, bias, trade, [int(ranking(relevance)[0])]), k), device=unit.device)
     chosen, covered = ranking(relevance)[: min(together, k)], torch.full_like(bias, -torch.inf)
     taken, new = torch.zeros_like(bias, dtype=torch.bool), chosen
     while chosen.numel() < k:

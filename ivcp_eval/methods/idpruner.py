@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Faithfulness, Image, Signal, Signals, TowerSignal
-from ivcp_eval.interface.ops import LOWEST
 from ivcp_eval.methods._at_input import AtInput, embeddings, importance
 from ivcp_eval.methods._greedy import marginal_relevance
 
@@ -51,7 +50,7 @@ class Method(AtInput):
         finite = score.isfinite()
         low = torch.where(finite, score, torch.inf).amin()
         high = torch.where(finite, score, -torch.inf).amax()
-        relevance = torch.where(finite, (score - low) / (high - low + 1e-6), LOWEST)
+        relevance = torch.where(finite, (score - low) / (high - low + 1e-6), torch.nan)
         return marginal_relevance(
             embeddings(signals, image), relevance, image.budget, 1 - self.importance, self.together
         )

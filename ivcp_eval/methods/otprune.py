@@ -41,7 +41,7 @@ class Method(AtInput):
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """Greedy log-determinant selection."""
         states = embeddings(signals, image).float()
-        states = states.masked_fill(~states.isfinite().all(dim=1, keepdim=True), 0)
+        states = states.nan_to_num(0, 0, 0).masked_fill(~states.isfinite().all(dim=1, keepdim=True), 0)
         scaled = torch.nn.functional.normalize(states, dim=0)
         values, axes = torch.linalg.eigh(scaled.T @ scaled)
         features = self.gamma**0.5 * (scaled @ axes) * values.clamp_min(0).sqrt()

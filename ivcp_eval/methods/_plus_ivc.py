@@ -31,7 +31,7 @@ from ivcp_eval.interface import (
     TowerFacts,
     TowerSignal,
 )
-from ivcp_eval.interface.ops import coordinate_set, sparse_weights, top_of_each_image
+from ivcp_eval.interface.ops import best_of_rest, coordinate_set, sparse_weights
 from ivcp_eval.interface.registry import PLUS_IVC, method_name
 
 
@@ -112,8 +112,12 @@ class PlusIvc(AbstractMethod):
             return self.inner.select(signals)
         forced = self._coordinates(signals)
         if isinstance(self.inner, AbstractScorer):
-            score = self.inner.score(signals).float().masked_fill(forced, torch.inf)
-            return Selection(top_of_each_image(score, signals.images))
+            score, keep = self.inner.score(signals), forced.clone()
+            for image in signals.images:
+                inside = forced[image.tokens]
+                new = best_of_rest(score[image.tokens], inside, image.budget - int(inside.sum()))
+                keep[image.tokens[new]] = True
+            return Selection(keep.nonzero().flatten())
         return self._fill(signals, forced)
 
     def _coordinates(self, signals: Signals) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +77,20 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
         return Weights(checkpoint, family, *_from_hub(checkpoint, offline))
     folder = PACKAGE / checkpoint.local if path is None else Path(path).expanduser()
     return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Have transformers draw no bar while the block runs: it would draw over ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _is_trained(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import InputRefused, deadline, steps
-from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.models import Weights, without_progress_bars
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
@@ -64,16 +64,17 @@ class Session:
     ) -> None:
         self.weights, self.placement, self.limits, self.timeout = weights, placement, limits, timeout
         self.adapter = adapter(weights.family)
-        self.model, self.processor = self.adapter.load(
-            str(weights.source),
-            revision=None,
-            dtype=getattr(torch, placement.dtype),
-            device=placement.device,
-            attention=placement.attention,
-            min_pixels=limits.min_pixels,
-            max_pixels=limits.max_pixels,
-            trust_remote_code=trust_remote_code,
-        )
+        with without_progress_bars():
+            self.model, self.processor = self.adapter.load(
+                str(weights.source),
+                revision=None,
+                dtype=getattr(torch, placement.dtype),
+                device=placement.device,
+                attention=placement.attention,
+                min_pixels=limits.min_pixels,
+                max_pixels=limits.max_pixels,
+                trust_remote_code=trust_remote_code,
+            )
         refuse_broken(self.model, str(weights.source))
         self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device

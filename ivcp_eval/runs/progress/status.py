@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ivcp_eval.reports.terminal import fold
 from ivcp_eval.runs.planning import data
 from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.planning.uncounted import uncounted_lines
-from ivcp_eval.runs.progress.watch import Tally, Watch
+from ivcp_eval.runs.progress.watch import Tally
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together
@@ -18,20 +19,6 @@ GPU_FLOPS = 250e12  # that a current GPU reaches in a bfloat16 prefill
 GPU_BYTES = 2.5e12  # that it reads per second while decoding
 ASSUMED_BYTES = 16e9  # of weights that are not here: 8 billion parameters
 JUDGE_TOKENS = (700, 60)  # in and out, per judged answer
-
-
-def lines(plan: RunPlan) -> list[Tally]:
-    """The state of every benchmark of every model: one observation of `watch`."""
-    return list(Watch(plan).tallies.values())
-
-
-def eta_hours(found: list[Tally]) -> float | None:
-    """Hours until the last answer at the speed and with the workers of now; None before anything was timed."""
-    timed = sum(line.timed for line in found)
-    if not timed:
-        return None
-    seconds = sum(line.seconds for line in found) / timed * sum(line.left for line in found)
-    return seconds / max(1, sum(line.working for line in found)) / 3600
 
 
 def agreement(found: list[Tally]) -> str:
@@ -48,22 +35,16 @@ def uncounted(plan: RunPlan) -> list[str]:
 
 def table(found: list[Tally]) -> str:
     """For the terminal."""
-    from tabulate import tabulate
-
-    header = ("model", "benchmark", "cells done", "units done", "running", "samples left", "samples failed")
-    body = [
-        (
-            li.model,
-            li.benchmark,
-            f"{li.scored - li.broken}/{li.cells}",
-            f"{li.units_done}/{li.units}",
-            li.working,
-            li.left,
-            li.failed,
-        )
-        for li in found
-    ]
-    return str(tabulate(body, header))
+    columns = {
+        "model": [line.model for line in found],
+        "benchmark": [line.benchmark for line in found],
+        "cells done": [f"{line.scored - line.broken}/{line.cells}" for line in found],
+        "units done": [f"{line.units_done}/{line.units}" for line in found],
+        "running": [str(line.working) for line in found],
+        "samples left": [str(line.left) for line in found],
+        "samples failed": [str(line.failed) for line in found],
+    }
+    return fold(columns, names=("model", "benchmark"))
 
 
 # -- what it will cost ------------------------------------------------------------------------------------------------

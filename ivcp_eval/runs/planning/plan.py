@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
-from ivcp_eval.engine.cost.predicted import Decoder, described, solve_budget
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Variant
@@ -116,8 +115,12 @@ class RunPlan:
 
     def budgets(self) -> list[str]:
         """One line per variant that holds a budget: the ratio that was found for it, or why it cannot run."""
-        variants = [cell.identity.variant for _, _, cell in self.cells()]
-        return list(dict.fromkeys(described(variant) for variant in variants if variant.budget))
+        held = [cell.identity.variant for _, _, cell in self.cells() if cell.identity.variant.budget]
+        if not held:
+            return []
+        from ivcp_eval.engine.cost.predicted import described
+
+        return list(dict.fromkeys(map(described, held)))
 
 
 def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: bool = False) -> RunPlan:
@@ -155,6 +158,8 @@ def _model_plan(
     own = weights.checkpoint.methods
     tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
     if any(variant.budget for variant in tuned.values()):
+        from ivcp_eval.engine.cost.predicted import Decoder, solve_budget  # and with it transformers
+
         decoder = Decoder.of(weights)
         tuned = {key: solve_budget(variant, decoder) for key, variant in tuned.items()}
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}

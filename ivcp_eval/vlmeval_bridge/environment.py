@@ -16,8 +16,8 @@ from pathlib import Path
 from ivcp_eval.files import commit_file, file_digest
 
 MISSING = (
-    "VLMEvalKit is not installed. `make setup` installs the tested set; by hand: "
-    "pip install --no-deps ms-vlmeval==0.0.20 (see CONTRIBUTING.md for what it needs)."
+    "VLMEvalKit is not installed. In a checkout `make setup` installs the tested set; elsewhere: "
+    'pip install "ivcp-eval[vlmeval]" && pip install --no-deps ms-vlmeval==0.0.20'
 )
 
 

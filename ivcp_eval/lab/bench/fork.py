@@ -275,7 +275,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(options.out.with_suffix(".json"), {**before, "rows": rows})
     return 1 if options.check and missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

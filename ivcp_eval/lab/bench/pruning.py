@@ -309,7 +309,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(threads)
     report.finish(environment(options.device, command))
     return 1 if options.check and report.missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -200,7 +200,3 @@ def main(argv: list[str] | None = None) -> int:
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -123,7 +123,3 @@ def main(argv: list[str] | None = None) -> None:
         questions = read_benchmark(arguments.data / name, arguments.limit)
         report[name] = evaluate(model, processor, questions, arguments.batch_size)
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

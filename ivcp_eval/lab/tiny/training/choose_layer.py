@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -68,7 +67,3 @@ def main(arguments: list[str] | None = None) -> int:
             row = (task, variant.method, variant.parameters.get("layer", ""), variant.ratio)
             writer.writerow((*row, round(100 * sum(right) / len(right), 2), len(right)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -41,7 +41,3 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args(argv)
     plot(arguments.source, arguments.target)
-
-
-if __name__ == "__main__":
-    main()

@@ -295,7 +295,3 @@ def main(argv: list[str] | None = None) -> None:
     else:
         torch.multiprocessing.spawn(_worker, args=rest, nprocs=arguments.processes)
     meeting.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -34,11 +34,11 @@ GROUPS = {
 
 def verbs() -> dict[str, str]:
     """Verb -> its module, group by group."""
-    found = {}
+    modules = {}
     for group in GROUPS:
         for path in sorted((Path(__file__).parent / group).glob("[a-z]*.py")):
-            found[path.stem.replace("_", "-")] = f"ivcp_eval.cli.{group}.{path.stem}"
-    return found
+            modules[path.stem.replace("_", "-")] = f"ivcp_eval.cli.{group}.{path.stem}"
+    return modules
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

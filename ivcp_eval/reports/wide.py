@@ -180,12 +180,12 @@ def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = No
             )
     except NotComparable as error:
         note = f"Without marks of significance: {str(error).splitlines()[0]}"
-    made = tables(read_results(results), planned, p_values, note)
-    for table in made:
+    written = tables(read_results(results), planned, p_values, note)
+    for table in written:
         for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
             with atomic_write(folder / f"{table.model}.{suffix}") as stream:
                 stream.write(text)
-    return made
+    return written
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -90,9 +90,9 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
 
 def _digest(args: argparse.Namespace) -> str:
     """Equal for equal requests; nothing is looked up for it."""
-    asked = {**vars(args), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's name)
-    told = {key: value for key, value in asked.items() if key not in ("quiet", "every", "estimate")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    request = {**vars(args), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's name)
+    identity = {key: value for key, value in request.items() if key not in ("quiet", "every", "estimate")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:

@@ -132,9 +132,9 @@ def _plan(plan: RunPlan) -> int:
     from ivcp_eval.runs.progress import status
     from ivcp_eval.runs.progress.watch import Watch
 
-    found = list(Watch(plan).tallies.values())
-    wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
-    say(status.table(found))
+    tallies = list(Watch(plan).tallies.values())
+    n_cells, here = len(plan.spec.cells), sum(line.cells for line in tallies)
+    say(status.table(tallies))
     for text in [*status.uncounted(plan), *plan.budgets()]:
         say(text)
     for problem in plan.problems:
@@ -144,7 +144,8 @@ def _plan(plan: RunPlan) -> int:
     say(f"\ntime limit of an answer: {'none but its length' if limit is None else f'{limit:g} s'}")
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
     say(
-        f"{wanted} cells, {here} of them possible here, {sum(line.scored - line.broken for line in found)} finished\n"
+        f"{n_cells} cells, {here} of them possible here, "
+        f"{sum(line.scored - line.broken for line in tallies)} finished\n"
         f"GPU hours (rough; constants in ivcp_eval/runs/progress/status.py): {cost.gpu_hours:.1f}\n"
         f"judge calls: {cost.judge_calls:,} ({dollars}), "
         f"and where rules cannot read one of {cost.judge_fallbacks:,} answers\n"
@@ -159,21 +160,21 @@ def _status(plan: RunPlan) -> int:
     from ivcp_eval.runs.progress.watch import Watch
 
     watch = Watch(plan)
-    found, left, eta = list(watch.tallies.values()), watch.total.left, watch.eta_s
-    say(status.table(found))
+    tallies, left, eta = list(watch.tallies.values()), watch.total.left, watch.eta_s
+    say(status.table(tallies))
     say(f"\n{left} samples left" + (f", about {duration(eta)}" if left and eta is not None else ""))
-    if status.agreement(found):
-        say(status.agreement(found))
+    if status.agreement(tallies):
+        say(status.agreement(tallies))
     for text in status.uncounted(plan):
         say(text)
-    for line in found:
+    for line in tallies:
         for reason in line.reasons:
             say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
         for reason in line.skipped:
             say(f"cannot run: {line.model} on {line.benchmark}: {reason}")
     for problem in plan.problems:
         say(f"not here: {problem}")
-    return int(any(line.reasons or line.failed for line in found))
+    return int(any(line.reasons or line.failed for line in tallies))
 
 
 def _follow(plan: RunPlan, every: float) -> None:

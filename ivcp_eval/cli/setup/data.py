@@ -52,13 +52,13 @@ def state_of(benchmark: Benchmark, root: Path, verify: bool = True) -> FileState
     if not path.is_file():
         return FileState(benchmark, path, "missing", how=how_to_get(benchmark))
     size = path.stat().st_size
-    wanted = f"sha256:{benchmark.sha256}" if benchmark.sha256 else f"md5:{benchmark.md5}" if benchmark.md5 else ""
+    expected = f"sha256:{benchmark.sha256}" if benchmark.sha256 else f"md5:{benchmark.md5}" if benchmark.md5 else ""
     checksum = ""
     if verify:
-        algorithm = wanted.partition(":")[0] or "sha256"
+        algorithm = expected.partition(":")[0] or "sha256"
         checksum = f"{algorithm}:{file_digest(path, algorithm)}"
-        if wanted and checksum != wanted:
-            how = f"{wanted} is expected: remove it, then {how_to_get(benchmark)}"
+        if expected and checksum != expected:
+            how = f"{expected} is expected: remove it, then {how_to_get(benchmark)}"
             return FileState(benchmark, path, "wrong checksum", size, checksum, how)
     problem = not_whole(path)
     return FileState(benchmark, path, "not whole" if problem else "here", size, checksum, problem)

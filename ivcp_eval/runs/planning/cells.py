@@ -166,11 +166,11 @@ class Cell:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         before = json.loads(self.notes.read_text(encoding="utf-8")) if self.notes.is_file() else None
-        found = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
+        content = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
         if decoder is not None:
-            found["decoder"] = json.loads(json.dumps(decoder))
-        if found != before:
-            files.write_json(self.notes, found)
+            content["decoder"] = json.loads(json.dumps(decoder))
+        if content != before:
+            files.write_json(self.notes, content)
         listing = code_listing(self.runs, self.identity.code)
         if self.code and not listing.is_file():
             listing.parent.mkdir(parents=True, exist_ok=True)

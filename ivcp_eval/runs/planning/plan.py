@@ -175,8 +175,8 @@ def _model_plan(
             missing.append(str(error))
             continue
         identities = _Identities(plan, weights, placement, limits, benchmark, digest)
-        wanted = [variant for variant, of in spec.cells if of == name and variant.model == model]
-        groups[name] = benchmark, tuple(identities.cell(tuned[variant.key]) for variant in wanted)
+        variants = [variant for variant, of in spec.cells if of == name and variant.model == model]
+        groups[name] = benchmark, tuple(identities.cell(tuned[variant.key]) for variant in variants)
     if not groups:
         raise DataMissing("\n".join(missing))
     return ModelPlan(weights, placement, limits, groups), missing
@@ -185,7 +185,7 @@ def _model_plan(
 def _placement(options: Options, weights: Weights, device: str, plan_only: bool) -> Placement:
     full_size = not weights.checkpoint.local
     device = device or ("cuda" if plan_only and full_size else "")
-    placement = Placement(device, options.dtype, options.attention).resolve(here=not plan_only)
+    placement = Placement(device, options.dtype, options.attention).resolve(plan_only)
     if placement.device == "cpu" and not device and full_size:
         raise ValueError(
             f"no CUDA device was found and {weights.checkpoint.name} is a full-size model. Run on a GPU machine, or "
@@ -255,8 +255,8 @@ class _Identities:
 
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
     """The judge that is asked about the benchmark's answers; None if nobody is."""
-    asked = asked_judge(options.judge, benchmark.judge)
-    return None if asked in ("none", EXACT_MATCHING) else JudgeConfig(asked, options.judge_url)
+    judge = asked_judge(options.judge, benchmark.judge)
+    return None if judge in ("none", EXACT_MATCHING) else JudgeConfig(judge, options.judge_url)
 
 
 def judge_name(options: Options, benchmark: Benchmark) -> str:

@@ -21,10 +21,10 @@ ASSUMED_BYTES = 16e9  # of weights that are not here: 8 billion parameters
 JUDGE_TOKENS = (700, 60)  # in and out, per judged answer
 
 
-def agreement(found: list[Tally]) -> str:
+def agreement(tallies: list[Tally]) -> str:
     """How many answers made together in half precision equal those made alone; empty where none were compared."""
-    compared = sum(line.compared for line in found)
-    agree = sum(line.agree for line in found)
+    compared = sum(line.compared for line in tallies)
+    agree = sum(line.agree for line in tallies)
     return f"half precision: {agree} of {compared} answers made together equal those made alone" if compared else ""
 
 
@@ -33,16 +33,16 @@ def uncounted(plan: RunPlan) -> list[str]:
     return uncounted_lines(cell for _, _, cell in plan.cells())
 
 
-def table(found: list[Tally]) -> str:
+def table(tallies: list[Tally]) -> str:
     """For the terminal."""
     columns = {
-        "model": [line.model for line in found],
-        "benchmark": [line.benchmark for line in found],
-        "cells done": [f"{line.scored - line.broken}/{line.cells}" for line in found],
-        "units done": [f"{line.units_done}/{line.units}" for line in found],
-        "running": [str(line.working) for line in found],
-        "samples left": [str(line.left) for line in found],
-        "samples failed": [str(line.failed) for line in found],
+        "model": [line.model for line in tallies],
+        "benchmark": [line.benchmark for line in tallies],
+        "cells done": [f"{line.scored - line.broken}/{line.cells}" for line in tallies],
+        "units done": [f"{line.units_done}/{line.units}" for line in tallies],
+        "running": [str(line.working) for line in tallies],
+        "samples left": [str(line.left) for line in tallies],
+        "samples failed": [str(line.failed) for line in tallies],
     }
     return fold(columns, names=("model", "benchmark"))
 
@@ -68,12 +68,12 @@ class Cost:
 
 def cost(plan: RunPlan) -> Cost:
     """Of what is not finished yet; what is not on this machine counts with declared sizes and `ASSUMED_BYTES`."""
-    wanted: dict[tuple[str, str], list[float]] = {}
+    ratios_of: dict[tuple[str, str], list[float]] = {}
     for variant, name in plan.spec.cells:
-        wanted.setdefault((variant.model, name), []).append(variant.ratio)
+        ratios_of.setdefault((variant.model, name), []).append(variant.ratio)
     hours, calls, fallbacks, dollars, disk = 0.0, 0, 0, 0.0, 0
     priced = True
-    for (model, name), ratios in wanted.items():
+    for (model, name), ratios in ratios_of.items():
         own = plan.models.get(model)
         benchmark = data.find(name)
         n = benchmark.n_samples or 0

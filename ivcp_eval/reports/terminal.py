@@ -20,6 +20,8 @@ _WIDTH = 120
 _NARROWEST = 40
 #: Prose is not broken into lines shorter than this to keep it beside the other columns.
 _PROSE = 24
+#: No column is narrower than this for lack of room.
+_SHORTEST = 8
 #: These name a row; one that is the same in all rows is said once, above the table.
 _NAMES = ("model", "benchmark", "metric", "variant")
 _GAP = "  "
@@ -96,8 +98,9 @@ def _folded(names: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[st
     blocks: list[dict[str, Sequence[str]]] = [{}]
     room = width - taken
     for name, column in values.items():
-        if _width(name, column) > width - taken:  # alone it is too wide still
-            name, column = _broken(name, width - taken), [_broken(cell, width - taken) for cell in column]
+        alone = max(_SHORTEST, width - taken)
+        if _width(name, column) > alone:
+            name, column = _broken(name, alone), [_broken(cell, alone) for cell in column]
         needed = _width(name, column)
         if blocks[-1] and needed > room:
             blocks.append({})
@@ -127,7 +130,7 @@ def _width(name: str, column: Sequence[str]) -> int:
 def _narrowed(names: Mapping[str, Sequence[str]], width: int) -> dict[str, Sequence[str]]:
     """Names broken into several lines where they would leave no room for a value; the longest column gives way."""
     limits = {name: _width(name, column) for name, column in names.items()}
-    while limits and sum(limits.values()) + len(_GAP) * len(limits) > width and max(limits.values()) > 8:
+    while limits and sum(limits.values()) + len(_GAP) * len(limits) > width and max(limits.values()) > _SHORTEST:
         limits[max(limits, key=lambda name: limits[name])] -= 1
     return {
         _broken(name, limits[name]): [_broken(cell, limits[name]) for cell in column] for name, column in names.items()

@@ -256,7 +256,9 @@ class _Identities:
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
     """The judge that is asked about the benchmark's answers; None if nobody is."""
     judge = asked_judge(options.judge, benchmark.judge)
-    return None if judge in ("none", EXACT_MATCHING) else JudgeConfig(judge, options.judge_url)
+    if judge in ("none", EXACT_MATCHING):
+        return None
+    return JudgeConfig(judge, options.judge_url, extra=options.judge_options or {})
 
 
 def judge_name(options: Options, benchmark: Benchmark) -> str:

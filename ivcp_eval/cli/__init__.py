@@ -13,6 +13,7 @@ import ast
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TextIO
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = argparse.Namespace(further=rest[1:] if rest[:1] == ["--"] else rest)
     else:
         args = parser.parse_args(rest)
-    return _guarded(lambda: int(module.run(args)))
+    return _guarded(lambda: int(module.run(args)), foreign=getattr(module, "FOREIGN", False))
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -87,22 +88,45 @@ def _first_sentence(module: str) -> str:
     return " ".join(text.partition("\n\n")[0].split()).rstrip(".")
 
 
-def _guarded(verb: Callable[[], int]) -> int:
+def _guarded(verb: Callable[[], int], foreign: bool) -> int:
+    from ivcp_eval.files import NO_SPACE, DiskFullError
     from ivcp_eval.interface.models import MissingWeights
 
     try:
         code = verb()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough: `ivcp list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        _drop_output()
         return 0
     except (ValueError, MissingWeights, FileNotFoundError, ImportError) as error:
         say(f"ivcp: {error}", sys.stderr)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        if error.errno in NO_SPACE and not isinstance(error, DiskFullError):  # of a library that wrote, or of `print`
+            _drop_output()
+            say(
+                f"ivcp: the disk (or quota, or limit of file sizes) is full: {error}; free some space and run the same "
+                "command again: what was finished is kept",
+                sys.stderr,
+            )
+        else:
+            say(f"ivcp: {type(error).__name__}: {error}", sys.stderr)
+    except RuntimeError as error:
         say(f"ivcp: {type(error).__name__}: {error}", sys.stderr)
     except KeyboardInterrupt:
         say("ivcp: interrupted; run the same command again to continue", sys.stderr)
         return 130
+    except SystemExit as stop:
+        if foreign:  # of its own parser
+            raise
+        say(f"ivcp: a plug-in or library asked the program to end (SystemExit: {stop.code}); it did not", sys.stderr)
     else:
         return code
     return 2
+
+
+def _drop_output() -> None:
+    """Throw away what standard output still holds, or the interpreter complains about it at its end."""
+    with suppress(OSError, ValueError):  # no file, as in a test or a notebook
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

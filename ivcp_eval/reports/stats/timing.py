@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ivcp_eval.files import DAMAGE
+
 __all__ = ["STAGES", "TimeRatio", "Timings", "paired_ratio", "read_timings", "time_ratios"]
 
 #: Stage as tables name it -> field of a timed sample, in milliseconds.
@@ -59,7 +61,7 @@ def read_timings(path: Path) -> Timings | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         session, logs = str(content["session"]), _logs(content["samples"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{path} is no record of times ({type(error).__name__}: {error}); remove it and run again to time anew"
         ) from None

@@ -53,7 +53,7 @@ def test_a_broken_data_file_is_not_replaced_by_vlmevalkits_own_set(
 ) -> None:
     (tmp_path / "broken.yaml").write_text("kind: mcq\nmetrik: []\n")
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=r"broken\.yaml: unknown field 'metrik'"):
+    with pytest.raises(ValueError, match=r"broken\.yaml, line 2: unknown key 'metrik'"):
         planned("broken")
 
 

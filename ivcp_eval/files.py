@@ -17,7 +17,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -226,8 +226,13 @@ def damage_as_clear_error(path: Path, advice: str) -> Iterator[None]:
         raise DamagedError(path, f"{type(error).__name__}: {error}", advice) from error
 
 
+def _seal(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """The object in a JSON file that this package wrote.
+    """The object in a JSON file that this package wrote; its checksum, where it has one (`write_json`), is left out.
 
     Raises:
         FileNotFoundError: there is none. DamagedError: it holds something else; the message ends in ``advice``.
@@ -236,16 +241,23 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise TypeError(f"a {type(found).__name__} where an object belongs")
+        if "checksum" in found and found.pop("checksum") != _seal(found):
+            raise ValueError("changed since it was written")
     return found
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any, *, sealed: bool = False) -> None:
     """Write ``value`` as indented JSON, atomically.
+
+    Args:
+        sealed: add a key ``checksum`` to the object, by which `read_json` notices that it was changed.
 
     Raises:
         ValueError: ``value`` holds NaN or infinity, which JSON does not know.
         TypeError: ``value`` holds something JSON cannot express.
     """
+    if sealed:
+        value = {**value, "checksum": _seal(value)}
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as stream:
         stream.write(text + "\n")

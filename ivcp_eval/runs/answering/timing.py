@@ -75,7 +75,7 @@ def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) ->
         samples = [{"index": index, **asdict(times[i])} for index, times in rounds.items()]
         cell.folder.mkdir(parents=True, exist_ok=True)
         found = {"session": name, "device": session.device_name, "samples": samples}
-        write_json(cell.folder / FILE, found)
+        write_json(cell.folder / FILE, found, sealed=True)
     return len(rounds)
 
 

@@ -192,7 +192,7 @@ class Cell:
         if decoder is not None:
             found["decoder"] = json.loads(json.dumps(decoder))
         if found != before:
-            files.write_json(self.notes, found)
+            files.write_json(self.notes, found, sealed=True)
         listing = code_listing(self.runs, self.identity.code)
         if self.code and not listing.is_file():
             listing.parent.mkdir(parents=True, exist_ok=True)

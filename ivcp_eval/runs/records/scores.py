@@ -107,7 +107,7 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Atomically."""
-        files.write_json(path, _without_nan(asdict(self)))
+        files.write_json(path, _without_nan(asdict(self)), sealed=True)
 
     @classmethod
     def read(cls, path: Path) -> Scores:

@@ -77,5 +77,5 @@ def write(
         same = False
     if not same:
         state.mkdir(parents=True, exist_ok=True)
-        write_json(file, found)
+        write_json(file, found, sealed=True)
     return file

@@ -46,7 +46,7 @@ class Mark:
     def write(self, path: Path) -> None:
         """Atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, vars(self))
+        write_json(path, vars(self), sealed=True)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -57,6 +57,21 @@ def test_a_broken_data_file_is_not_replaced_by_vlmevalkits_own_set(
         planned("broken")
 
 
+@pytest.mark.usefixtures("known")
+def test_a_file_that_is_no_utf8_is_said_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("right", "latin"):
+        (tmp_path / f"{name}.yaml").write_text(f"kind: short_answer\nprompt: dataset\nfile: {name}.tsv\n")
+        (tmp_path / f"{name}.tsv").write_bytes("index\tquestion\tanswer\n0\tcaf\xe9?\tred\n".encode("latin-1"))
+    (tmp_path / "right.tsv").write_text("index\tquestion\tanswer\n0\tcafé?\tred\n")
+    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
+    made = plan("tiny", "latin", "right")
+    assert [benchmark.name for _, benchmark, _ in made.cells()] == ["right"]
+    assert len(made.units()) == 1
+    (problem,) = made.problems
+    assert f"{tmp_path / 'latin.tsv'}, about row 2: not a UTF-8 TSV file" in problem
+    assert "save it as UTF-8" in problem
+
+
 def test_full_size_models_do_not_slip_onto_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

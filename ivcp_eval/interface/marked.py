@@ -19,6 +19,7 @@ from ivcp_eval.interface.registry import nearest
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000  # with those that an alias repeats
 DEEPEST = 20
+_LONGEST = 1000  # characters of a message
 
 _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 _EXPONENT = re.compile(r"-?(0|[1-9][0-9]*)[eE][-+]?[0-9]+")
@@ -65,7 +66,8 @@ class Marked:
         return self._convert(node, ()) if node is not None else None
 
     def _wrong(self, line: int, text: str) -> SpecError:
-        return SpecError(f"{self.path}, line {line}: {text}")
+        more = "..." if len(text) > _LONGEST else ""  # what was got may be anything
+        return SpecError(f"{self.path}, line {line}: {text[:_LONGEST]}{more}")
 
     def error(self, place: Place, text: str) -> SpecError:
         """The error to raise for what stands at a place."""

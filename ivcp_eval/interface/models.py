@@ -174,9 +174,10 @@ def _check_index(folder: Path, name: str) -> None:
         parts = sorted({str(part) for part in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except DAMAGE as error:
         raise MissingWeights(f"model {name!r}: {index} is damaged ({error!r}); download it again.") from None
-    lacking = [part for part in parts if not (folder / part).is_file()]
+    there = {path.name for path in folder.iterdir()}
+    lacking = [part[:80] for part in parts if part not in there]
     if lacking:
         raise MissingWeights(
-            f"model {name!r}: {folder} lacks {', '.join(lacking[:5])} of {len(parts)} parts of the weights; download "
-            "the checkpoint whole."
+            f"model {name!r}: {folder} lacks {', '.join(lacking[:5])} of {len(parts)} parts of the weights that "
+            f"{index.name} names; download the checkpoint whole."
         )

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -188,3 +189,12 @@ def test_every_lock_is_taken_in_one_place() -> None:
     """So that what is said of a file system without locks is said everywhere."""
     package = Path(files.__file__).parent
     assert [p.name for p in package.rglob("*.py") if "flock(" in p.read_text(encoding="utf-8")] == ["files.py"]
+
+
+def test_every_csv_that_people_open_is_written_through_as_shown() -> None:
+    """No formula for a spreadsheet and no escape sequence for a terminal, whoever wrote the table."""
+    package = Path(files.__file__).parent
+    texts = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    writers = {name for name, text in texts.items() if re.search(r"csv\.(DictWriter|writer)\(", text)}
+    assert len(writers) >= 5
+    assert [name for name in sorted(writers) if "as_shown(" not in texts[name]] == []

@@ -66,10 +66,23 @@ def _count(path: Path) -> int:
             for _ in csv.reader(stream, delimiter="\t"):
                 n += 1
         return max(0, n - 1)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}, about row {n + 1}: not a UTF-8 TSV file ({error}); save it as UTF-8") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, {_not_utf8(path)}; save the file as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {n}: not a TSV file ({error})") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _not_utf8(path: Path) -> str:
+    """The first line that is no UTF-8 text, and its byte: what reads ahead does not know the line."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}: byte 0x{line[error.start]:02x} is not UTF-8 text"
+    return "not UTF-8 text"
 
 
 def fetch_missing(names: Iterable[str], say: Callable[[str], None]) -> None:

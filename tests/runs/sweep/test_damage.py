@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ivcp_eval.cli import main
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
@@ -226,6 +227,22 @@ def test_eval_sees_that_its_answers_were_edited(
 
 
 # -- anything, anywhere -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_anything_done_to_a_results_file_is_a_sentence_or_a_table(
+    copy: Bench, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(seed)
+    files = (copy.csv, copy.csv.with_suffix(".runs.csv"), cell(copy) / "predictions.csv", cell(copy) / "timing.json")
+    for path in files:
+        before = path.read_bytes() if path.exists() else b"{}"
+        for _ in range(12):
+            path.write_bytes(mutated(before, draw))
+            assert main(["compare", str(copy.csv)]) in (0, 1, 2)
+            said = capsys.readouterr().err
+            assert not said or said.startswith("ivcp: ")
+        path.write_bytes(before)
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
+from ivcp_eval.files import DiskFullError
 from ivcp_eval.runs.store import lease
 from ivcp_eval.runs.store.lease import claim, held, holder
 
@@ -140,3 +142,15 @@ def test_whom_one_waits_for(tmp_path: Path) -> None:
     abandoned(path, 4711, "node-7", age=30)
     assert holder(path).startswith(f"process 4711 on node-7 ({path}), whose claim ends")
     assert "90 s after its last sign of life" in holder(path)
+
+
+def test_a_full_disk_is_said_and_leaves_no_claim(tmp_path: Path) -> None:
+    path = tmp_path / "x.lease"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # the kernel takes not a byte of a file
+    try:
+        with pytest.raises(DiskFullError, match=r"x\.lease was not written"), claim(path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not path.exists(), "an empty one would be waited for"

@@ -124,11 +124,11 @@ class Marked:
             return [self._convert(child, (*place, i)) for i, child in enumerate(node.value)]
         return self._scalar(node)
 
-    def _scalar(self, node: yaml.Node) -> Any:
+    def _scalar(self, node: Any) -> Any:
         line, text, kind = node.start_mark.line + 1, node.value, node.tag.removeprefix(_TAG)
         try:
             value = self._scalars.construct_object(node, deep=True)
-            if kind == "str" and node.style is None and _EXPONENT.fullmatch(text):
+            if kind == "str" and not node.style and _EXPONENT.fullmatch(text):
                 value = float(text)
         except yaml.MarkedYAMLError as error:
             raise self._wrong(line, f"not a plain value: {error.problem}") from None

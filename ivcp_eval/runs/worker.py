@@ -58,7 +58,7 @@ class Report:
 
     Attributes:
         units, samples, scored: finished by it. failed: samples without an answer. stopped: it was asked to end.
-        broken: models and benchmarks that could not be loaded.
+        broken: models and benchmarks that could not be loaded. held: what is said of journals that others write.
     """
 
     units: int = 0
@@ -67,6 +67,7 @@ class Report:
     failed: int = 0
     stopped: bool = False
     broken: set[str] = field(default_factory=set)
+    held: set[str] = field(default_factory=set, repr=False)
     sessions: dict[str, Any] = field(default_factory=dict, repr=False)
     dataset: tuple[Any, Any] = field(default=(None, None), repr=False)
 
@@ -127,9 +128,10 @@ def work(
             break
         if not left:
             # Others hold what is left; should they die, it is taken over.
-            holders = {who for path in (plan.state / "leases").glob("*.lease") if answer and (who := holder(path))}
+            claims = (plan.state / "leases").glob("*.lease") if answer else ()
+            holders = report.held | {f"waiting for {who}" for path in claims if (who := holder(path))}
             for who in sorted(holders - waited_for):
-                hooks.say(f"waiting for {who}")
+                hooks.say(who)
             waited_for |= holders
             time.sleep(POLL_S)
     report.stopped = stop.requested
@@ -155,7 +157,8 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
                 try:
                     _answer(plan, unit, stop, hooks, report)
                     taken = True
-                except JournalHeld:  # a worker that lost its claim is still writing its last sample
+                except JournalHeld as error:  # a worker that lost its claim is still writing its last sample
+                    report.held.add(str(error))
                     waiting = True
                 except _NotLoadedError as error:  # which ends no work on others
                     report.broken.add(error.name)

@@ -98,7 +98,7 @@ def _digest(args: argparse.Namespace) -> str:
 
 
 def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
-    from ivcp_eval.reports.table import read_results, update_results
+    from ivcp_eval.reports.table import ResultsError, read_results, update_results
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.answering.timing import is_timed
     from ivcp_eval.runs.executors.local import run as run_local
@@ -125,8 +125,13 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
         tell(line)
     write_manifest(plan)
     csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
-    if csv.exists():
-        read_results(csv)  # rows cannot be merged into a damaged file; better said before anything is answered
+    if csv.exists():  # rows cannot be merged into a damaged file; better said before anything is answered
+        try:
+            read_results(csv)
+        except ResultsError as error:
+            raise ValueError(
+                f"{error}\nMend it or move it away; what was measured is kept below {plan.runs}"
+            ) from error
     reopen(plan, failures=True, say=tell)  # who asks again wants another try
     finished = [cell.finished() is not None for _, _, cell in plan.cells()]
     if any(finished):

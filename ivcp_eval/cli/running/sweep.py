@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivcp_eval.files import DamagedError
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 from ivcp_eval.runs.planning.spec import load
 
@@ -252,7 +254,14 @@ def _results(args: argparse.Namespace) -> int:
     names = [Path(name).stem for name in args.sweep] or ran
     if not names:
         say(f"no sweep has run yet (nothing in {runs.parent / 'sweeps'})")
-    return max([_report(name, runs, False) for name in names], default=0)
+    codes = []
+    for name in names:
+        try:
+            codes.append(_report(name, runs, False))
+        except DamagedError as error:  # its manifest; the other sweeps' are whole
+            say(f"ivcp: {error}", sys.stderr)
+            codes.append(2)
+    return max(codes)
 
 
 def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:

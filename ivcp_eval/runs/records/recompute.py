@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import DamagedError, damage_as_clear_error, write_json
+from ivcp_eval.files import DamagedError, damage_as_clear_error, file_digest, write_json
 from ivcp_eval.reports.table import write_samples
 from ivcp_eval.runs.answering.timing import times_of
 from ivcp_eval.runs.planning.cells import NOTES_ADVICE, Cell, read_notes
@@ -34,9 +36,15 @@ def recompute(cell: Cell) -> CellRecord:
     before: dict[str, Any] = {}
     with suppress(DamagedError):  # it is made here
         before = cell.read_record() or {}
-    fresh = before.get("samples_sha256") == record.samples_sha256 and cell.predictions.is_file()
-    if scores.samples and not fresh:
-        write_samples(cell.predictions, sample_rows(answers, scores, notes["decoder"], times))
+    if scores.samples:
+        noted = before.get("samples_sha256"), before.get("predictions_sha256")
+        if noted != (record.samples_sha256, _digest(cell.predictions)):
+            write_samples(cell.predictions, sample_rows(answers, scores, notes["decoder"], times))
+        record = replace(record, predictions_sha256=_digest(cell.predictions))
     if record.to_json() != before:
         write_json(cell.record, record.to_json())
     return record
+
+
+def _digest(path: Path) -> str:
+    return file_digest(path) if path.is_file() else ""

@@ -42,7 +42,8 @@ class CellRecord:
         visual_tokens_prompt_mean, new_tokens_mean: per sample.
         ratio_*: shares of the unpruned model, weighted by visual tokens, so that big images weigh as they cost.
         *_median: milliseconds per sample, or per token.
-        samples_sha256: of the rows of the per-sample CSV, which tells whether that file is up to date.
+        samples_sha256: of the rows of the per-sample CSV. predictions_sha256: of that file, which is made again where it
+            is damaged or out of date.
     """
 
     status: str
@@ -70,6 +71,7 @@ class CellRecord:
     date: str
     timeout_s: float | None
     samples_sha256: str
+    predictions_sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As ``run.json`` holds it."""

@@ -15,6 +15,7 @@ from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.state import mark
+from tests.runs.e2e.conftest import Lab
 from tests.runs.sweep.conftest import SPEC, Bench
 
 Damage = Callable[[bytes], bytes]
@@ -86,11 +87,33 @@ def test_a_damaged_file_of_a_cell_is_named_and_made_again(
     assert json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", ["run.json"])
-def test_a_damaged_record_is_said_by_the_run_that_makes_it_again(
-    copy: Bench, finished: Bench, name: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", [lambda text: text[:-40], lambda text: text.replace("Yes", "No"), lambda text: ""])
+def test_a_changed_per_sample_file_is_made_again(
+    copy: Bench, finished: Bench, damage: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = cell(copy) / name
+    path = cell(copy) / "predictions.csv"
+    path.write_text(damage(path.read_text().replace("yes", "Yes")))
+    assert copy.call_results() == 0
+    assert copy.results() == finished.results()
+
+
+def test_a_damaged_results_file_is_said_before_anything_is_answered(
+    finished: Bench, tmp_path: Path, random_model: Path, asked: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = Lab(random_model, tmp_path)
+    lab.csv.parent.mkdir()
+    lab.csv.write_text('model,"')
+    assert lab.eval("--data", "tiny_yes_no", "--limit", "2") == 2
+    said = capsys.readouterr().err
+    assert str(lab.csv) in said
+    assert "Mend it or move it away" in said
+    assert asked == []
+
+
+def test_a_damaged_record_is_said_by_the_run_that_makes_it_again(
+    copy: Bench, finished: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = cell(copy) / "run.json"
     path.write_text("{")
     assert copy.call("run") == 0
     assert f"{path} is damaged (JSONDecodeError" in capsys.readouterr().out
@@ -210,8 +233,6 @@ def test_eval_sees_that_its_answers_were_edited(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tests.runs.e2e.conftest import Lab
-
     lab = Lab(random_model, tmp_path)
     request = ("--method", "fastv", "--data", "tiny_yes_no", "--limit", "3")
     assert lab.eval(*request) == 0

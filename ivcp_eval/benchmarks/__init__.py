@@ -90,6 +90,8 @@ class Benchmark:
             empty for the index.
         category: column of the per-sample categories.
         judge: "none", "optional" (only unparsable answers) or "required".
+        thinking: "split": of a thinking model's answer only what follows ``</think>`` is scored (`split_thinking`), as
+            VLMEvalKit advises for all sets; "kept": its evaluator reads the tags.
         n_samples: rows of the full set, None if unknown.
         abilities: tags.
         url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
@@ -109,6 +111,7 @@ class Benchmark:
     cluster: str = ""
     category: str = "category"
     judge: str = "none"
+    thinking: str = "split"
     n_samples: int | None = None
     abilities: tuple[str, ...] = ()
     url: str = ""
@@ -120,7 +123,8 @@ class Benchmark:
     @property
     def scoring(self) -> str:
         """SHA-256 of what decides how predictions become numbers."""
-        parts = (self.metrics, self.samples, self.cluster, self.category, self.kind, self.vlmeval)
+        parts: tuple[Any, ...] = (self.metrics, self.samples, self.cluster, self.category, self.kind, self.vlmeval)
+        parts += () if self.thinking == "split" else (self.thinking,)  # so that earlier hashes stay
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def unscored(self, rows: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -200,6 +204,7 @@ def load(name: str) -> Benchmark:
         "kind": (None, *get_args(QuestionKind)),
         "prompt": ("family", "dataset"),
         "judge": ("none", "optional", "required"),
+        "thinking": ("split", "kept"),
     }
     for key, words in allowed.items():
         if (got := getattr(benchmark, key)) not in words:
@@ -210,8 +215,11 @@ def load(name: str) -> Benchmark:
 
 
 def undeclared(name: str) -> Benchmark:
-    """A VLMEvalKit data set without a file here: its own prompt, every number its evaluator returns."""
-    return Benchmark(name=name, title="not declared under datasets/", vlmeval=name, prompt="dataset")
+    """A VLMEvalKit data set without a file here: its own prompt, every number its evaluator returns.
+
+    Some evaluators read the tags of a thinking model's answer, or remove them, so it is left to them.
+    """
+    return Benchmark(name=name, title="not declared under datasets/", vlmeval=name, prompt="dataset", thinking="kept")
 
 
 def notices(benchmark: Benchmark, path: Path, limit: int | None) -> list[str]:

@@ -223,7 +223,8 @@ class Selection:
         merge: optional (K, V) weights, dense or sparse (`ivcp_eval.interface.ops.sparse_weights`); survivor i
             continues as ``merge[i] @ hidden[visual]`` (float32, then cast).
         exact: False if the method's own rule overrides the budget (a released rule without one).
-        nonfinite: how many scores of visual tokens were NaN or infinite; counted into `Run.nonfinite_scores`.
+        nonfinite: how many scores of visual tokens were NaN or infinite, where the method counts; the engine counts
+            what is ranked in any way (`Run.nonfinite_scores`).
     """
 
     keep: Tensor

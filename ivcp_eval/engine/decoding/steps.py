@@ -14,6 +14,7 @@ from ivcp_eval.engine.geometry import row_position_embeddings
 from ivcp_eval.engine.parts import Listener
 from ivcp_eval.engine.signals.capture import capture
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Signal, Step
+from ivcp_eval.interface.method import check_type
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.parts import Forward
@@ -93,6 +94,7 @@ class StepMasks(Listener):
             wanted = self.method.attended(step)
             if wanted is None:
                 continue
+            check_type(wanted, torch.Tensor, self.name, "attended", "a bool tensor (C,), or None")
             if wanted.dtype != torch.bool or wanted.shape != tokens.shape:
                 raise ValueError(
                     f"method {self.name!r}: `attended` returned {wanted.dtype} {tuple(wanted.shape)}, expected bool "

@@ -42,8 +42,9 @@ class CellRecord:
         visual_tokens_prompt_mean, new_tokens_mean: per sample.
         ratio_*: shares of the unpruned model, weighted by visual tokens, so that big images weigh as they cost.
         *_median: milliseconds per sample, or per token.
-        samples_sha256: of the rows of the per-sample CSV. predictions_sha256: of that file, which is made again where it
-            is damaged or out of date.
+        samples_sha256: of the rows of the per-sample CSV. predictions_sha256: of that file, which is made again where
+            it is damaged or out of date.
+        n_thinking: answers of which only what follows ``</think>`` was scored (`benchmarks.Benchmark.thinking`).
     """
 
     status: str
@@ -72,6 +73,7 @@ class CellRecord:
     timeout_s: float | None
     samples_sha256: str
     predictions_sha256: str = ""
+    n_thinking: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As ``run.json`` holds it."""
@@ -141,6 +143,7 @@ def cell_record(
         date=scores.made.date,
         timeout_s=scores.made.timeout_s,
         samples_sha256=_digest(rows),
+        n_thinking=scores.thinking,
     )
 
 

@@ -108,7 +108,7 @@ def collect(state: Path, runs: Path, csv: Path) -> Collected:
         else:
             try:
                 collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))
-            except DamagedError as error:
+            except (DamagedError, FileNotFoundError) as error:
                 collected.damaged.append(str(error))
                 missing += 1
                 (folder / "run.json").unlink(missing_ok=True)  # it is not whole any more

@@ -16,6 +16,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TextIO
@@ -63,14 +64,19 @@ def _run(module_name: str, arguments: Sequence[str]) -> int:
     module.add_arguments(parser)
     add_common(parser)
     parser.set_defaults(quiet=False)
-    rest = arguments[1:]
-    if getattr(module, "FOREIGN", False) and rest[:1] not in (["-h"], ["--help"]):
-        args = _foreign(rest)
-    else:
-        args = parser.parse_args(rest)
+    rest, foreign = arguments[1:], getattr(module, "FOREIGN", False)
+    args = _foreign(rest) if foreign and rest[:1] not in (["-h"], ["--help"]) else parser.parse_args(rest)
     cpu_torchvision.install()  # before a verb, in whatever order, imports transformers
     with bars_on_terminals_only(args.quiet):
-        return int(module.run(args))
+        try:
+            return int(module.run(args))
+        except SystemExit as stop:
+            if foreign:  # of its own parser
+                raise
+            say(
+                f"ivcp: a plug-in or library asked the program to end (SystemExit: {stop.code}); it did not", sys.stderr
+            )
+            return 2
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -122,6 +128,7 @@ def _first_sentence(module: str) -> str:
 
 
 def _guarded(verb: Callable[[], int]) -> int:
+    from ivcp_eval.files import NO_SPACE, DiskFullError
     from ivcp_eval.interface.models import MissingWeights
 
     try:
@@ -136,7 +143,17 @@ def _guarded(verb: Callable[[], int]) -> int:
         return 0  # the reader has seen enough: `ivcp list | head`
     except (ValueError, MissingWeights, FileNotFoundError, ImportError) as error:
         say(f"ivcp: {error}", sys.stderr)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        if error.errno in NO_SPACE and not isinstance(error, DiskFullError):  # of a library that wrote, or of `print`
+            _drop_output()
+            say(
+                f"ivcp: the disk (or quota, or limit of file sizes) is full: {error}; free some space and run the same "
+                "command again: what was finished is kept",
+                sys.stderr,
+            )
+        else:
+            say(f"ivcp: {type(error).__name__}: {error}", sys.stderr)
+    except RuntimeError as error:
         say(f"ivcp: {type(error).__name__}: {error}", sys.stderr)
     except KeyboardInterrupt:
         say("ivcp: interrupted; run the same command again to continue", sys.stderr)
@@ -150,5 +167,17 @@ def _is_read() -> bool:
     pipe.register(sys.stdout.fileno(), 0)
     if not pipe.poll(0):
         return True
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_output()
     return False
+
+
+def _drop_output() -> None:
+    """Throw away what standard output still holds, or the interpreter complains about it at its end."""
+    with suppress(OSError, ValueError):  # no file, as in a test or a notebook
+        sys.stdout.flush()
+        return
+    _discard_output()
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivcp_eval.files import PACKAGE, file_digest, remembered
+from ivcp_eval.files import DAMAGE, PACKAGE, file_digest, remembered
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.registry import adapter, family_names, unknown
 
@@ -105,6 +105,8 @@ def _checked(folder: Path, name: str) -> Path:
         )
     if not any(folder.glob("*.safetensors")):
         raise MissingWeights(f"model {name!r}: {folder} holds no *.safetensors weights; download the checkpoint whole.")
+    for path in sorted(folder.glob("*.json")):
+        _check_json(path, name)
     _check_index(folder, name)
     for path in sorted(folder.glob("*.safetensors")):
         _check_safetensors(path, name)
@@ -145,7 +147,7 @@ def fingerprint(folder: Path) -> str:
         if path.suffix in (".json", ".model", ".txt", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest)}".encode())
+            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest, str)}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -158,9 +160,9 @@ def _check_safetensors(path: Path, name: str) -> None:
             if length > size - 8:
                 raise ValueError(f"its header has {length} bytes")
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except DAMAGE as error:
         raise MissingWeights(
             f"model {name!r}: {path} is no safetensors file, or damaged ({error}); download it again."
         ) from None
@@ -171,6 +173,14 @@ def _check_safetensors(path: Path, name: str) -> None:
         )
 
 
+def _check_json(path: Path, name: str) -> None:
+    """Raise MissingWeights for a configuration or tokenizer that was cut short; libraries do not name it."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except DAMAGE as error:
+        raise MissingWeights(f"model {name!r}: {path} is damaged ({error}); download it again.") from None
+
+
 def _check_index(folder: Path, name: str) -> None:
     """Raise MissingWeights if a part that the index of a split checkpoint names is not there."""
     index = folder / "model.safetensors.index.json"
@@ -178,11 +188,12 @@ def _check_index(folder: Path, name: str) -> None:
         return
     try:
         parts = sorted({str(part) for part in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise MissingWeights(f"model {name!r}: {index} is damaged ({error!r}); download it again.") from None
-    lacking = [part for part in parts if not (folder / part).is_file()]
+    there = {path.name for path in folder.iterdir()}
+    lacking = [part[:80] for part in parts if part not in there]
     if lacking:
         raise MissingWeights(
-            f"model {name!r}: {folder} lacks {', '.join(lacking[:5])} of {len(parts)} parts of the weights; download "
-            "the checkpoint whole."
+            f"model {name!r}: {folder} lacks {', '.join(lacking[:5])} of {len(parts)} parts of the weights that "
+            f"{index.name} names; download the checkpoint whole."
         )

@@ -96,7 +96,7 @@ def _digest(args: argparse.Namespace) -> str:
 
 
 def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
-    from ivcp_eval.reports.table import update_results
+    from ivcp_eval.reports.table import ResultsError, read_results, update_results
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.answering.timing import is_timed
     from ivcp_eval.runs.executors.local import run as run_local
@@ -122,7 +122,15 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     for line in [*plan.notices, *uncounted_lines(cell for _, _, cell in plan.cells() if cell.finished() is None)]:
         tell(line)
     write_manifest(plan)
-    reopen(plan, failures=True)  # who asks again wants another try
+    csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
+    if csv.exists():  # rows cannot be merged into a damaged file; better said before anything is answered
+        try:
+            read_results(csv)
+        except ResultsError as error:
+            raise ValueError(
+                f"{error}\nMend it or move it away; what was measured is kept below {plan.runs}"
+            ) from error
+    reopen(plan, failures=True, say=tell)  # who asks again wants another try
     finished = [cell.finished() is not None for _, _, cell in plan.cells()]
     if any(finished):
         tell(f"reusing {sum(finished)} finished of {len(finished)} cells (a cell is one variant on one benchmark)")
@@ -135,11 +143,10 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     except DeviceLost as lost:
         say(str(lost))
         return 75
-    csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
     collected = collect(plan.state, plan.runs, csv)
-    problems = [*_without_model(plan.problems), *collected.reasons("incomplete", "failed")]
-    if collected.missing:
-        problems.append(f"{collected.missing} of {len(finished)} cells have no answers; the reason stands above")
+    problems = [*_without_model(plan.problems), *collected.reasons("incomplete", "failed"), *collected.damaged]
+    if missing := collected.missing - len(collected.damaged):
+        problems.append(f"{missing} of {len(finished)} cells have no answers; the reason stands above")
     if not collected.rows:
         raise ValueError("nothing was measured: " + "; ".join(problems))
     csv.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +176,7 @@ def _inputs(plan: RunPlan) -> Iterator[Path]:
     for model, benchmark, cell in plan.cells():
         yield from (path for path in model.weights.source.iterdir() if path.is_file())
         yield path_of(benchmark)
-        yield cell.record
+        yield from (cell.notes, cell.journal, cell.scores, cell.record, cell.predictions)
         if (DATASETS / f"{benchmark.name}.yaml").is_file():
             yield DATASETS / f"{benchmark.name}.yaml"
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivcp_eval.files import DamagedError
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 from ivcp_eval.runs.planning.spec import load
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 from ivcp_eval.cli import add_common, notices, say
 
+IDLE_S = 15.0  # without anybody at work, after which there is nothing to follow; a worker starts in less
 FLAGS = ("device", "exact", "timeout", "timing", "batch")  # the file's own are said there; these may differ by run
 
 
@@ -43,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             verb.add_argument("--every", type=_seconds, default=30.0, metavar="SECONDS",
                 help="between two reports where the output is no terminal; 0: none (default: %(default)g)")  # fmt: skip
         if name == "status":
-            verb.add_argument("--follow", action="store_true", help="show progress until everything is done")
+            verb.add_argument(
+                "--follow", action="store_true", help="show progress until everything is done or nobody works on it"
+            )
         if name == "work":
             verb.add_argument("--model", default="", help="only this model")
             verb.add_argument("--no-score", action="store_true", help="only answer; another worker scores")
@@ -121,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
     if args.verb == "run":
         write_manifest(plan)
     retry = args.verb == "run" and args.retry_failed
-    if (opened := reopen(plan, retry)) or retry:
-        notices(args)(f"{opened} units and cells are open again: {'failed or ' * retry}removed since")
+    if (opened := reopen(plan, retry, say)) or retry:
+        notices(args)(f"{opened} units and cells are open again: {'failed or ' * retry}removed or damaged since")
     if args.verb == "work":
         return _work(plan, args)
     return _run(plan, args, device)
@@ -179,11 +184,16 @@ def _status(plan: RunPlan) -> int:
 
 def _follow(plan: RunPlan, every: float) -> None:
     from ivcp_eval.runs.progress.display import LOOK_S, Progress
+    from ivcp_eval.runs.store.state import is_worked_on
     from ivcp_eval.runs.worker import Stop
 
     with Stop().signals() as stop, Progress(plan, every=every or 30.0) as progress:
-        while not (progress.complete or stop.requested):
+        idle = 0.0
+        while not (progress.complete or stop.requested or idle > IDLE_S):
             time.sleep(LOOK_S)
+            idle = 0.0 if is_worked_on(plan) else idle + LOOK_S
+    if idle > IDLE_S:
+        say(f"nobody has worked on it for {IDLE_S:.0f} s; `ivcp sweep run` goes on with what is left")
 
 
 def _work(plan: RunPlan, args: argparse.Namespace) -> int:
@@ -246,7 +256,14 @@ def _results(args: argparse.Namespace) -> int:
     names = [Path(name).stem for name in args.sweep] or ran
     if not names:
         say(f"no sweep has run yet (nothing in {runs.parent / 'sweeps'})")
-    return max([_report(name, runs, False, notices(args)) for name in names], default=0)
+    codes = []
+    for name in names:
+        try:
+            codes.append(_report(name, runs, False, notices(args)))
+        except DamagedError as error:  # its manifest; the other sweeps' are whole
+            say(f"ivcp: {error}", sys.stderr)
+            codes.append(2)
+    return max(codes)
 
 
 def _report(name: str, runs: Path, problems: bool, tell: Callable[[str], None]) -> int:
@@ -254,7 +271,7 @@ def _report(name: str, runs: Path, problems: bool, tell: Callable[[str], None]) 
     from ivcp_eval.runs.records.results import build
 
     built = build(name, runs)
-    for text in built.unfinished:
+    for text in [*built.unfinished, *built.damaged]:
         say(f"NOT WHOLE: {text}")
     for text in built.skipped:
         tell(f"cannot run: {text}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ivcp_eval.files import atomic_write, write_json
+from ivcp_eval.files import as_shown, atomic_write, write_json
 from ivcp_eval.reports.terminal import fold
 
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
@@ -142,6 +142,8 @@ class Report:
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return as_shown(value)
     return f"{value:.6g}" if isinstance(value, float) else value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.files import write_json
+from ivcp_eval.files import DAMAGE, read_json, write_json
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.runs.answering.batching import batch_size
@@ -54,8 +53,12 @@ class Losses:
     @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
         """Key of a sample -> hash of a cell -> number."""
-        losses: dict[str, dict[str, int]] = {}
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else losses
+        try:
+            losses = read_json(self.path, "each answer has one more try")
+            whole = all(isinstance(n, int) for cells in losses.values() for n in cells.values())
+        except (FileNotFoundError, *DAMAGE):
+            return {}
+        return losses if whole else {}
 
     def of(self, key: str, cell: Cell) -> int:
         """Workers that this answer ended, alone or batched with others."""

@@ -16,8 +16,9 @@ from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.fork import fork
+from ivcp_eval.files import storable
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.interface.failures import InputRefused, deadline, steps
+from ivcp_eval.interface.failures import InputRefused, contained, deadline, steps
 from ivcp_eval.interface.models import Weights, without_progress_bars
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
@@ -29,6 +30,7 @@ from model_adapters._checkpoint import refuse_broken
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
+_METHOD = "the method, or the model"
 Parts = Sequence[Mapping[str, Any]]
 
 
@@ -84,6 +86,7 @@ class Session:
         self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
 
+    @contained(_METHOD)
     def check(self, variant: Variant) -> None:
         """Raise ValueError now if the variant can not run on this model (unknown parameter, layer out of range).
 
@@ -94,6 +97,7 @@ class Session:
         with self._pruned(variant):
             pass
 
+    @contained(_METHOD)
     def answer(self, parts: Parts, variant: Variant, grounding: bool = False) -> Answer:
         """Answer one conversation greedily.
 
@@ -114,6 +118,7 @@ class Session:
         allowed = generated.share * whole + sum("image" in part for part in parts)
         return replace(answer, over_budget=generated.run.visual_kept[0] > allowed)
 
+    @contained(_METHOD)
     def time(self, parts: Parts, variant: Variant) -> Times:
         """Answer one conversation under the clock; raises as `answer`."""
         with clock.phases(self.model, self.adapter) as phases:
@@ -177,6 +182,7 @@ class Session:
         """Length of the unpruned prompt of a conversation. Raises OSError if a picture cannot be decoded."""
         return int(self._encoded(_decoded(parts))[0]["input_ids"].shape[1])
 
+    @contained(_METHOD)
     def _together(
         self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool, exact: bool
     ) -> list[list[Answer]]:
@@ -235,7 +241,7 @@ class Session:
         Args:
             sample: of ``inputs``. whole: visual tokens of the image as it was, where a smaller one was asked about.
         """
-        text = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
+        text = storable(self.processor.batch_decode([new], skip_special_tokens=True)[0].strip())
         return Answer(
             prediction=text,
             box=self._box(text, inputs, sample) if grounding else None,
@@ -277,4 +283,5 @@ def _round(value: float | None) -> float | None:
 def timed_load(*args: Any, **kwargs: Any) -> tuple[Session, float]:
     """A `Session` and the seconds it took to load."""
     start = time.perf_counter()
-    return Session(*args, **kwargs), time.perf_counter() - start
+    with contained("loading the model"):
+        return Session(*args, **kwargs), time.perf_counter() - start

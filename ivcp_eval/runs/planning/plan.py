@@ -168,6 +168,7 @@ def _model_plan(
         benchmark = data.find(name)
         try:
             digest = data.digest(benchmark)
+            data.rows(benchmark, spec.options.limit)  # a file that cannot be read is said now
             for line in notices(benchmark, data.path_of(benchmark), spec.options.limit):
                 if line not in plan.notices:
                     plan.notices.append(line)

@@ -1,4 +1,4 @@
-"""Every test and every process it starts runs on one thread; stock transformers is importable beside CUDA torchvision."""
+"""Every test and every process it starts runs on one thread, and CUDA torchvision imports beside CPU torch."""
 
 from __future__ import annotations
 

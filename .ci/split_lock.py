@@ -18,9 +18,8 @@ HEADER = """\
 def main(compiled: Path, torch: Path) -> None:
     """Write both files; ``torch`` is the file that pip chooses on this machine."""
     text = compiled.read_text().strip()
-    common = Counter(re.findall(r" ; .*(?= \\$)", text, re.MULTILINE)).most_common(1)[0][
-        0
-    ]  # "wherever this lock is for"
+    markers = Counter(re.findall(r" ; .*(?= \\$)", text, re.MULTILINE))
+    common = markers.most_common(1)[0][0]  # "wherever this lock is for", said of nearly every entry
     blocks = [block.replace(f"{common} \\\n", " \\\n") for block in re.split(r"\n(?=[a-z])", text)]
     with torch.open("rb") as file:
         option = f"--hash=sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
@@ -28,12 +27,9 @@ def main(compiled: Path, torch: Path) -> None:
         f"{block} \\\n    {option}" if block.startswith("torch==") and option not in block else block
         for block in blocks
     ]
+    everything = "Every distribution of the tested environment, with the hash of each of its files on the index."
     for name, what, cuda in (
-        (
-            "requirements.lock",
-            "Every distribution of the tested environment, with the hash of every file of it that the index has.",
-            False,
-        ),
+        ("requirements.lock", everything, False),
         ("requirements-cuda.lock", "What the CUDA build of torch needs besides, on Linux.", True),
     ):
         chosen = [block for block in blocks if bool(CUDA.match(block)) == cuda]

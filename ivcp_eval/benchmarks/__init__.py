@@ -87,6 +87,8 @@ class Benchmark:
             empty for the index.
         category: column of the per-sample categories.
         judge: "none", "optional" (only unparsable answers) or "required".
+        thinking: "split": of a thinking model's answer only what follows ``</think>`` is scored (`split_thinking`), as
+            VLMEvalKit advises for all sets; "kept": its evaluator reads the tags.
         n_samples: rows of the full set, None if unknown.
         abilities: tags.
         url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
@@ -106,6 +108,7 @@ class Benchmark:
     cluster: str = ""
     category: str = "category"
     judge: str = "none"
+    thinking: str = "split"
     n_samples: int | None = None
     abilities: tuple[str, ...] = ()
     url: str = ""
@@ -117,7 +120,8 @@ class Benchmark:
     @property
     def scoring(self) -> str:
         """SHA-256 of what decides how predictions become numbers."""
-        parts = (self.metrics, self.samples, self.cluster, self.category, self.kind, self.vlmeval)
+        parts: tuple[Any, ...] = (self.metrics, self.samples, self.cluster, self.category, self.kind, self.vlmeval)
+        parts += () if self.thinking == "split" else (self.thinking,)  # so that earlier hashes stay
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def unscored(self, rows: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -199,12 +203,17 @@ def load(name: str) -> Benchmark:
         raise ValueError(f"{path.name}: sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
     if benchmark.judge not in ("none", "optional", "required"):
         raise ValueError(f"{path.name}: judge {benchmark.judge!r}; allowed: none, optional, required")
+    if benchmark.thinking not in ("split", "kept"):
+        raise ValueError(f"{path.name}: thinking {benchmark.thinking!r}; allowed: split, kept")
     return benchmark
 
 
 def undeclared(name: str) -> Benchmark:
-    """A VLMEvalKit data set without a file here: its own prompt, every number its evaluator returns."""
-    return Benchmark(name=name, title="not declared under datasets/", vlmeval=name, prompt="dataset")
+    """A VLMEvalKit data set without a file here: its own prompt, every number its evaluator returns.
+
+    Some evaluators read the tags of a thinking model's answer, or remove them, so it is left to them.
+    """
+    return Benchmark(name=name, title="not declared under datasets/", vlmeval=name, prompt="dataset", thinking="kept")
 
 
 def notices(benchmark: Benchmark, path: Path, limit: int | None) -> list[str]:

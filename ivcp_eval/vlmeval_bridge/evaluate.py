@@ -138,9 +138,10 @@ class Scored:
 
     Attributes:
         metrics: name -> (score, scale). samples: index -> score in 0..1; without an entry: not scored alone.
-        ious: grounding: index -> overlap of the box with the true one.
         judge_failures: answers that the judge could not rate, which are left out of the score; None if none was asked.
         remark: what else should be known, in words.
+        ious: grounding: index -> overlap of the box with the true one.
+        thinking: answers of which only what follows ``</think>`` was scored.
     """
 
     metrics: dict[str, tuple[float, float]]
@@ -148,6 +149,7 @@ class Scored:
     judge_failures: int | None = None
     remark: str = ""
     ious: Mapping[str, float] = field(default_factory=dict)
+    thinking: int = 0
 
 
 def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | None = None) -> Scored:
@@ -169,6 +171,7 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
             raise ScoreMissing(
                 f"{benchmark.name} is rated by a judge, which exact matching cannot replace; name one (JUDGE=gpt-4o)"
             )
+    thinking = answers.split_thinking(predictions) if benchmark.thinking == "split" else 0
     with lossless_files():
         if judge is not None and benchmark.judge != "none":
             predictions, unrated = judging.rate(benchmark, dataset, predictions, judge, evaluator)
@@ -189,8 +192,9 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
         metrics or scores.all_numbers(returned),
         {index: value for index, value in samples.items() if index not in left_out},
         None if unrated is None else len(unrated),
-        _remark(benchmark, predictions, unrated or ()),
+        _remark(benchmark, predictions, unrated or (), thinking),
         _ious(benchmark, predictions),
+        thinking,
     )
 
 
@@ -210,11 +214,13 @@ def _ious(benchmark: Benchmark, predictions: Path) -> dict[str, float]:
     return scores.read_samples(Samples("_results.csv", "iou"), predictions.parent, predictions.stem, "")
 
 
-def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str]) -> str:
+def _remark(benchmark: Benchmark, predictions: Path, unrated: Sequence[str], thinking: int) -> str:
     partial = not_whole(benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv")
     remarks = [partial] if partial.startswith(PARTIAL) else []
     if unrated:
         remarks.append(f"the judge could not rate {len(unrated)} answers, which are left out")
+    if thinking:
+        remarks.append(f"of {thinking} answers only what follows </think> was scored")
     if benchmark.kind == "grounding":
         table = scores.read_table(predictions.parent, predictions.stem, "_acc.csv")
         boxless, n = int(table["unparsable"].iloc[0]), int(table["n"].iloc[0])

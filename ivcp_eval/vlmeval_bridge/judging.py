@@ -13,6 +13,7 @@ An answer that the judge cannot rate is left out, together with the answers that
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,13 @@ from ivcp_eval.vlmeval_bridge.reading.answers import is_empty
 from ivcp_eval.vlmeval_bridge.scores import ScoreMissing, read_table
 
 _LLAVA_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+_LLAVA_TOKENS = 2048  # VLMEvalKit's default: an explanation follows the ratings
 _ROTATION = 1_000_000
+_MARKS = re.compile(r"[*`|\"]+")  # of Markdown and of the table that MM-Vet's prompt ends with
+_LABEL = re.compile(
+    r"^(?:the )?(?:final )?(?:correctness|scores?|ratings?|extracted answer)(?: score)?(?: is|:)+ ", re.I
+)
+_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def work_of(benchmark: Benchmark, dataset: Any, predictions: Path, evaluator: st
 def _mmvet(table: pd.DataFrame, predictions: Path, evaluator: str) -> Work:
     questions = {
         str(line["index"]): Question(
-            "mmvet/1", mmvet.build_mmvet_gpt4_prompt(line), str(line["question"]), str(line["answer"]),
+            "mmvet/2", mmvet.build_mmvet_gpt4_prompt(line), str(line["question"]), str(line["answer"]),
             line["prediction"], _share,
         )
         for _, line in table.iterrows()
@@ -120,8 +127,8 @@ def mmvet_total(predictions: Path, evaluator: str) -> dict[str, float]:
 def _llavabench(table: pd.DataFrame, predictions: Path) -> Work:
     questions = {
         str(line["index"]): Question(
-            "llavabench/1", llavabench.build_prompt(line), str(line["question"]), str(line["gpt4_ans"]),
-            line["prediction"], _two_ratings, _LLAVA_SYSTEM,
+            "llavabench/2", llavabench.build_prompt(line), str(line["question"]), str(line["gpt4_ans"]),
+            line["prediction"], _two_ratings, _LLAVA_SYSTEM, _LLAVA_TOKENS,
         )
         for _, line in table.iterrows()
     }  # fmt: skip
@@ -148,8 +155,8 @@ def _mathvista(table: pd.DataFrame, predictions: Path, evaluator: str) -> Work:
     }
     questions = {
         str(line["index"]): Question(
-            "mathvista/1", mathvista.build_mathvista_gpt4_prompt(line), str(line["question"]), "",
-            line["prediction"], str.strip, max_tokens=128,
+            "mathvista/2", mathvista.build_mathvista_gpt4_prompt(line), str(line["question"]), "",
+            line["prediction"], _plain, max_tokens=128,
         )
         for _, line in table.iterrows()
         if not read[str(line["index"])]
@@ -165,21 +172,28 @@ def _mathvista(table: pd.DataFrame, predictions: Path, evaluator: str) -> Work:
     return Work(questions, finish)
 
 
+def _plain(reply: str) -> str | None:
+    """What was asked for, without emphasis, a label before it or a full stop after it; None if nothing is left."""
+    text = " ".join(_MARKS.sub(" ", reply).split())
+    return _LABEL.sub("", text).removesuffix(".").strip() or None
+
+
+def _rated(text: str, best: int) -> float | None:
+    """A number on the benchmark's scale, alone or as "of the best": 0.8/1; None for anything else."""
+    found = re.fullmatch(rf"({_NUMBER})(?:\s*(?:/|out of)\s*{best}(?:\.0)?)?", text, re.ASCII)
+    return float(found[1]) if found else None
+
+
 def _share(reply: str) -> str | None:
-    try:
-        value = float(reply)
-    except ValueError:
-        return None
-    return repr(value) if 0 <= value <= 1 else None
+    value = _rated(_plain(reply) or "", 1)
+    return repr(value) if value is not None and 0 <= value <= 1 else None
 
 
 def _two_ratings(reply: str) -> str | None:
-    first, *rest = reply.splitlines()[0].replace(",", " ").split() or [""]
-    try:
-        pair = [float(first), *map(float, rest)]
-    except ValueError:
-        return None
-    return f"{pair[0]!r} {pair[1]!r}" if len(pair) == 2 and all(1 <= value <= 10 for value in pair) else None
+    line = _plain(reply.splitlines()[0]) or ""
+    words = re.sub(r"\s*(/|out of)\s*", r"\1", line.replace(",", " ")).split()
+    pair = [_rated(word, 10) for word in words]
+    return " ".join(map(repr, pair)) if len(pair) == 2 and all(value and 1 <= value <= 10 for value in pair) else None
 
 
 # -- multiple choice, yes/no ----------------------------------------------------------------------------------------
@@ -193,7 +207,7 @@ def _yes_no(table: pd.DataFrame, name: str, predictions: Path) -> Work:
     ]
     questions = {
         str(line["index"]): Question(
-            "yes_no/1", yorn.YOrN_match_prompt(line), str(line["question"]), "", line["prediction"], _yes_no_unknown
+            "yes_no/2", yorn.YOrN_match_prompt(line), str(line["question"]), "", line["prediction"], _yes_no_unknown
         )
         for line in unread
     }
@@ -204,7 +218,7 @@ def _yes_no(table: pd.DataFrame, name: str, predictions: Path) -> Work:
 
 
 def _yes_no_unknown(reply: str) -> str | None:
-    answer = yorn.YOrN_Extraction(reply)
+    answer = yorn.YOrN_Extraction(_plain(reply) or "")
     if answer != "Unknown":
         return str(answer)
     return "Unknown" if "unknown" in reply.lower() else None
@@ -243,9 +257,9 @@ def _option_question(name: str, item: pd.Series) -> Question:
     prompt = wording(item["question"], build_option_str(choices), item["prediction"])
 
     def option(reply: str) -> str | None:
-        return can_infer(reply, dict(choices)) or None  # can_infer changes the choices it is given
+        return can_infer(_plain(reply) or "", dict(choices)) or None  # can_infer changes the choices it is given
 
-    return Question("option/1", prompt, str(item["question"]), "", item["prediction"], option)
+    return Question("option/2", prompt, str(item["question"]), "", item["prediction"], option)
 
 
 # -- handing over ---------------------------------------------------------------------------------------------------

@@ -164,6 +164,50 @@ def test_llavabench_asks_for_two_ratings(laboratory: Laboratory, tmp_path: Path)
     assert metric(scored, "relative score") == 125
 
 
+# -- how verdicts are written ---------------------------------------------------------------------------------------
+
+SHARES = {
+    "**0.8**": 0.8, "0.8.": 0.8, "Score: 0.8/1": 0.8, "0.8 / 1.0": 0.8, "| 0.8 |": 0.8, "`.8`": 0.8, "1.": 1.0,
+    "**Correctness:** 0.8": 0.8, "The final score is 0.8.": 0.8, "<think>0.1 or 1.0?</think>\n\n0.8": 0.8,
+    "8/10": None, "0.8/10": None, "0.8 or 0.9": None, "1.5": None, "-0.8": None, "nan": None, "0,8": None, "0_8": None,
+    "<think>0.8": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "share"), SHARES.items())
+def test_ratings_of_mmvet(laboratory: Laboratory, tmp_path: Path, reply: str, share: float | None):
+    answers = miniatures()["MMVet"].half
+    unsure = next(iter(answers.values()))
+    with serve(says(lambda p: reply if p.rstrip(" |").endswith(f"| {unsure}") else "0.0")) as server:
+        _, rows = laboratory.score("MMVet", answers, judge(server, tmp_path))
+    assert rows[0]["score"] == share
+
+
+@pytest.mark.parametrize("line", ["**8 10**", "8, 10.", "8/10 10/10", "Scores: 8 10", "<think>1 1</think>**8** **10**"])
+def test_ratings_of_llavabench(laboratory: Laboratory, tmp_path: Path, line: str):
+    with serve(says(lambda prompt: f"{line}\nAssistant 2 knows more.")) as server:
+        scored, _ = laboratory.score("LLaVABench", miniatures()["LLaVABench"].right, judge(server, tmp_path))
+        assert server.requests[-1]["max_tokens"] == 2048, "the explanation that follows is asked for, too"
+    assert metric(scored, "relative score") == 125
+
+
+@pytest.mark.parametrize("line", ["**1.5**", "1.5.", "Extracted answer: 1.5", "<think>15?</think>1.5"])
+def test_answers_extracted_for_mathvista(laboratory: Laboratory, tmp_path: Path, line: str):
+    with serve(says(lambda prompt: line)) as server:
+        scored, _ = laboratory.score("MathVista_MINI", miniatures()["MathVista_MINI"].right, judge(server, tmp_path))
+    assert metric(scored, "accuracy") == 75
+
+
+@pytest.mark.parametrize("mark", ["**{}**", '"{}"', "`{}`", "{}.", "Answer: {}", "<think>B? No.</think>{}"])
+def test_options_and_yes_or_no(laboratory: Laboratory, tmp_path: Path, mark: str):
+    for name, said in (("MMStar", "A"), ("POPE", "Yes")):
+        miniature = miniatures()[name]
+        with serve(says(lambda prompt, said=said: mark.format(said))) as server:  # type: ignore[misc]
+            answers = {**miniature.right, "0": UNCLEAR}
+            scored, rows = laboratory.score(name, answers, judge(server, tmp_path))
+        assert (rows[0]["score"], scored.judge_failures) == (1, 0)
+
+
 # -- rejudge --------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +284,13 @@ def test_the_verb(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
         assert "6 calls" in capsys.readouterr().out
         assert command.run(parser.parse_args([*common, *address, "--data", "MMVet"])) == 0
         assert "1 cells rated, 2 rows taken over" in capsys.readouterr().out
+        options = ["--judge-options", "max_completion_tokens=900", "temperature=None"]
+        assert command.run(parser.parse_args([*common, *address, *options, "--data", "MMVet"])) == 0
+        sent = server.requests[-1]
+        assert sent["max_completion_tokens"] == 900
+        assert not {"max_tokens", "temperature"} & set(sent)
+        assert command.run(parser.parse_args([*common, *address, *options, "--estimate", "--data", "MMStar"])) == 0
+        assert "at most 900 out" in capsys.readouterr().out
     # Without a judge MM-Vet has no score, and says so.
     assert command.run(parser.parse_args([*common, "--judge", "exact_matching"])) == 1
     assert "MMVet: no score: MMVet is rated by a judge" in capsys.readouterr().out

@@ -199,7 +199,7 @@ def _estimate(args: argparse.Namespace) -> int:
     _, checkpoint = models.find(args.model)
     names = [b.name for b in data.chosen(args.data or ["embedded" if checkpoint.local else "matrix"])]
     variants = 1 if args.method == "none" else 2
-    options = {"max_new_tokens": args.max_new_tokens, "limit": args.limit}
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "limit", "judge_options")}
     known = {name: value for name, value in options.items() if value is not None}
     cache = cache_folder(args.runs or cells.RUNS)
     say(f"judge, at most: {estimate_eval(names, args.judge or '', cache, variants, **known)}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ivcp_eval.cli import say
+from ivcp_eval.runs.planning.options import add_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("results", type=Path, help="results CSV of `ivcp eval` or a sweep")
     add("--judge", default="gpt-4o", help="judge model, or exact_matching (default: %(default)s)")
     add("--judge-url", default="", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, else OpenAI's)")
+    add_flags(parser, ("judge_options",))
     add("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
     add("--data", nargs="+", default=[], metavar="NAME", help="only these benchmarks; default: all that are judged")
     add("--output", type=Path, help="new results CSV (default: RESULTS.rejudged-JUDGE.csv)")
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     cache = args.cache or cache_folder(cells.RUNS)
     config = None
     if args.judge != EXACT_MATCHING:
-        config = JudgeConfig(args.judge, args.judge_url, args.concurrency)
+        config = JudgeConfig(args.judge, args.judge_url, args.concurrency, extra=args.judge_options or {})
     if args.estimate:
         if config is None:
             say("exact matching asks nobody")

@@ -11,6 +11,7 @@ import torch
 
 from ivcp_eval.benchmarks.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.benchmarks.pictures import decoded
+from ivcp_eval.benchmarks.thinking import split_thinking
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
@@ -259,7 +260,8 @@ class Session:
         if not self.adapter.box_format:
             return NO_BOX
         frame = self.adapter.box_frame(self.processor, inputs, sample)
-        box = parse_answer(raw, FORMATS[self.adapter.box_format], frame)
+        answer, _ = split_thinking(raw)
+        box = parse_answer(answer, FORMATS[self.adapter.box_format], frame)
         return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
 
 

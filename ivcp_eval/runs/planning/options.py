@@ -9,6 +9,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ivcp_eval.interface.variants import parameter
+from ivcp_eval.vlmeval_bridge.judge.config import check_options
+
 __all__ = ["TIMED_SAMPLES", "Options", "add_flags", "check", "given_flags"]
 
 TIMED_SAMPLES = 16
@@ -32,6 +35,11 @@ class Options:
     judge_url: str = _option(
         "", str, "the judge's OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, else OpenAI's)", metavar="URL"
     )
+    judge_options: Mapping[str, Any] | None = _option(
+        None, dict, "fields of the judge's requests, e.g. max_completion_tokens=4096 temperature=None "
+        "(sent without) reasoning_effort=low; default: temperature 0, and as many tokens as a verdict needs. A judge "
+        "that refuses max_tokens or temperature is asked without", metavar="KEY=VALUE",
+    )  # fmt: skip
     device: str = _option("", str, "cuda, cuda:1, cpu, or auto for all GPUs; default: cuda if there is one")
     dtype: str = _option("", str, "default: bfloat16 on a GPU, float32 on a CPU", choices=_DTYPES)
     attention: str = _option("", str, "default: the fastest installed", choices=_ATTENTIONS)
@@ -64,7 +72,13 @@ class Options:
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-_WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+_WORDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    dict: "KEY: VALUE",
+}
 
 
 def check(name: str, value: Any) -> Any:
@@ -88,6 +102,8 @@ def check(name: str, value: Any) -> Any:
         fits = fits and math.isfinite(value) and (value > 0 if low is None else value >= low)
     if not fits:
         raise ValueError(f"{name} must be {words}, got {value!r}")
+    if kind is dict:
+        check_options(value)
     return value
 
 
@@ -104,11 +120,23 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(_F
         flag = "--" + name.replace("_", "-")
         if meta["kind"] is bool:
             parser.add_argument(flag, action="store_true", default=None, help=text)
+        elif meta["kind"] is dict:
+            parser.add_argument(flag, nargs="+", action=_Pairs, metavar=meta["metavar"], help=text)
         else:
             shown = meta.get("metavar") or ("{" + ",".join(meta["choices"]) + "}" if "choices" in meta else None)
             parser.add_argument(flag, type=_parsed(name, meta["kind"]), metavar=shown, help=text)
         if name == "timing":
             parser.add_argument("--no-timing", dest="timing", action="store_const", const=0, help="as --timing 0")
+
+
+class _Pairs(argparse.Action):
+    """``KEY=VALUE ...`` as a mapping."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        try:
+            setattr(namespace, self.dest, check(self.dest, dict(parameter(text) for text in values)))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
 
 
 def _parsed(name: str, kind: type) -> Callable[[str], Any]:

@@ -251,7 +251,9 @@ class _Identities:
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
     """The judge that is asked about the benchmark's answers; None if nobody is."""
     asked = asked_judge(options.judge, benchmark.judge)
-    return None if asked in ("none", EXACT_MATCHING) else JudgeConfig(asked, options.judge_url)
+    if asked in ("none", EXACT_MATCHING):
+        return None
+    return JudgeConfig(asked, options.judge_url, extra=options.judge_options or {})
 
 
 def judge_name(options: Options, benchmark: Benchmark) -> str:

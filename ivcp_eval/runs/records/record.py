@@ -43,6 +43,7 @@ class CellRecord:
         ratio_*: shares of the unpruned model, weighted by visual tokens, so that big images weigh as they cost.
         *_median: milliseconds per sample, or per token.
         samples_sha256: of the rows of the per-sample CSV, which tells whether that file is up to date.
+        n_thinking: answers of which only what follows ``</think>`` was scored (`benchmarks.Benchmark.thinking`).
     """
 
     status: str
@@ -70,6 +71,7 @@ class CellRecord:
     date: str
     timeout_s: float | None
     samples_sha256: str
+    n_thinking: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As ``run.json`` holds it."""
@@ -139,6 +141,7 @@ def cell_record(
         date=scores.made.date,
         timeout_s=scores.made.timeout_s,
         samples_sha256=_digest(rows),
+        n_thinking=scores.thinking,
     )
 
 

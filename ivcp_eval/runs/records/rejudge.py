@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,14 @@ def estimate_eval(
     max_new_tokens: int = 512,
     limit: int | None = None,
     price: tuple[float, float] | None = None,
+    judge_options: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """The most that an evaluation can send: every answer as long as allowed, none readable without the judge.
 
     Args:
         names: benchmarks. asked: judge as the user named it; empty takes the default where one is needed.
-        variants: models to evaluate, the baseline included. max_new_tokens, limit: of the evaluation.
+        variants: models to evaluate, the baseline included. max_new_tokens, limit, judge_options: of the
+            evaluation.
 
     Raises:
         DataMissing: a benchmark that is to be judged is not here.
@@ -139,7 +141,8 @@ def estimate_eval(
         dataset = _dataset(benchmark, limit)
         longest = "~" * (4 * max_new_tokens)
         answers = {str(index): longest for index in dataset.data["index"]}
-        one = _estimate(Judge(JudgeConfig(model), cache), _questions_to(benchmark, dataset, answers), price)
+        judge = Judge(JudgeConfig(model, extra=judge_options or {}), cache)
+        one = _estimate(judge, _questions_to(benchmark, dataset, answers), price)
         dollars = None if one.dollars is None or total.dollars is None else total.dollars + variants * one.dollars
         total = Estimate(
             total.calls + variants * one.calls,
@@ -153,7 +156,8 @@ def estimate_eval(
 
 def _estimate(judge: Judge, questions: Sequence[Question], price: tuple[float, float] | None) -> Estimate:
     unasked = judge.unasked(questions)
-    return estimate(unasked.values(), len(questions) - len(unasked), judge.config.snapshot, price)
+    known = len(questions) - len(unasked)
+    return estimate(unasked.values(), known, judge.config.snapshot, price, judge.config.length)
 
 
 # -- cells ----------------------------------------------------------------------------------------------------------
@@ -208,9 +212,12 @@ def _questions(cell: _Cell) -> list[Question]:
 
 def _questions_to(benchmark: Benchmark, dataset: Any, answers: dict[str, str]) -> list[Question]:
     from ivcp_eval.vlmeval_bridge import evaluate, judging
+    from ivcp_eval.vlmeval_bridge.reading import answers as reading
 
     with tempfile.TemporaryDirectory() as folder:
         predictions = evaluate.stored(dataset, answers, Path(folder))
+        if benchmark.thinking == "split":
+            reading.split_thinking(predictions)
         return list(judging.work_of(benchmark, dataset, predictions).questions.values())
 
 

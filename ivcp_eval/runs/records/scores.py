@@ -95,6 +95,7 @@ class Scores:
         judge_failures: answers that the judge could not rate, which are left out of the score; None if none was asked.
         remark: what else should be known. problem: why the scores are not those of the whole benchmark, failed answers
             apart, or why there are none. unsupported: the model cannot run the method at all.
+        thinking: answers of which only what follows ``</think>`` was scored.
     """
 
     made: Made
@@ -104,6 +105,7 @@ class Scores:
     remark: str = ""
     problem: str = ""
     unsupported: bool = False
+    thinking: int = 0
 
     def write(self, path: Path) -> None:
         """Atomically."""

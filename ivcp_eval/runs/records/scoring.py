@@ -161,6 +161,7 @@ def score_answers(
         scored.judge_failures,
         scored.remark,
         problem,
+        thinking=scored.thinking,
     ).write(cell.scores)
     record = recompute(cell)
     if record.status == "ok":

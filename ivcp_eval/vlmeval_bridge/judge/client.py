@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import threading
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from ivcp_eval.vlmeval_bridge.judge.cache import VerdictCache
-from ivcp_eval.vlmeval_bridge.judge.config import KEY_VARIABLE, OPENAI, JudgeConfig
-from ivcp_eval.vlmeval_bridge.judge.questions import Question
+from ivcp_eval.vlmeval_bridge.judge.config import KEY_VARIABLE, LENGTHS, OPENAI, JudgeConfig
+from ivcp_eval.vlmeval_bridge.judge.masking import masked, masked_logs
+from ivcp_eval.vlmeval_bridge.judge.questions import Question, without_thinking
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import APIStatusError, AsyncOpenAI
 
 # An unreadable reply is asked for again, a little warmer: at temperature 0 the same words would come back.
 TEMPERATURES = (0.0, 0.5, 1.0)
+# One that was cut off is asked for with more room: judges that think, or explain before they rate, need it.
+MORE_ROOM, MOST_ROOM = 8, 4096
 # A judge that makes no sense this often is no judge (wrong model, broken template); below it, samples are left out.
 MOST_UNREADABLE = 0.1
-_BAD_BODIES = 3
+_TRIES = 3  # after time-outs and bodies that are no completions; others are retried as often as the user allows
 _FILTERED = ("content_filter", "content_policy_violation")
+_CUT = ("length", "max_tokens", "model_length", "abort", "error")  # OpenAI's, and what other servers say
+_NO_ROOM = "output limit was reached"  # OpenAI's reasoning models refuse what they have no room to finish
+# What to send in place of a field that the judge refuses; None leaves it out.
+_INSTEAD: Mapping[str, str | None] = {**dict(zip(LENGTHS, reversed(LENGTHS), strict=True)), "temperature": None}
+
+Outcome = Literal["rated", "unreadable", "cut"]
 
 
 class JudgeError(RuntimeError):
@@ -58,9 +72,9 @@ class Judge:
         self.config = config
         self.cache = VerdictCache(folder, config.identity)
         self.sent = 0
-        self._client: OpenAI | None = None
+        self._probed = False
+        self._renamed: dict[str, str | None] = {}  # as `_INSTEAD`, of what this judge has refused
         self._stop = threading.Event()
-        self._count = threading.Lock()
 
     @property
     def identity(self) -> str:
@@ -74,149 +88,235 @@ class Judge:
         return {key: question for key, question in keyed.items() if self.cache.get(key) is None}
 
     def rate(self, questions: Sequence[Question]) -> list[str | None]:
-        """Verdicts in the order of the questions; None for a reply that cannot be read (or was filtered).
+        """Verdicts in the order of the questions; None for a reply that is cut off, filtered or cannot be read.
 
         Raises:
             JudgeError: one of its kinds; nothing that was already rated is lost.
         """
         missing = self.unasked(questions)
         if missing:
-            self._probe()
-            unreadable = self._ask_all(missing)
-            if unreadable > max(1.0, MOST_UNREADABLE * len(missing)):
+            outcomes = self._ask_all(missing)
+            unrated = len(missing) - outcomes["rated"]
+            if unrated > max(1.0, MOST_UNREADABLE * len(missing)):
+                cut = f"{outcomes['cut']} were cut off: allow more with --judge-options max_tokens=4096. "
                 raise JudgeUnusable(
-                    f"{unreadable} of {len(missing)} replies of judge {self.identity} cannot be read as verdicts. "
-                    "Name another model (JUDGE=); the readable verdicts are kept."
+                    f"{unrated} of {len(missing)} replies of judge {self.identity} cannot be read as verdicts. "
+                    f"{cut if outcomes['cut'] else ''}Name another model (JUDGE=); the readable verdicts are kept."
                 )
         return [self.cache.get(question.key(self.identity)) for question in questions]
 
-    def _probe(self) -> None:
-        """One tiny request, so that a wrong key or address costs a second and not a run."""
-        if self._client is None:
-            self._client = self._connect()
+    def _ask_all(self, questions: Mapping[str, Question]) -> Counter[Outcome]:
+        """Ask, filling the cache as replies arrive."""
+        self._stop.clear()
+        # In a thread, since the caller's may run an event loop of its own, as a notebook's does.
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(lambda: asyncio.run(self._ask_each(questions)))
             try:
-                self._complete([{"role": "user", "content": "Reply with the word: ready"}], 16, 0.0)
-            except JudgeError:
-                self._client = None
-                raise
+                return asked.result()
+            finally:
+                self._stop.set()
 
-    def _connect(self) -> OpenAI:
-        from openai import OpenAI
+    async def _ask_each(self, questions: Mapping[str, Question]) -> Counter[Outcome]:
+        waiting = iter(questions.items())
+        outcomes: Counter[Outcome] = Counter()
 
-        key = os.environ.get(KEY_VARIABLE, "").strip()
+        async def work() -> None:
+            for key, question in waiting:
+                if self._stop.is_set():
+                    return
+                try:
+                    outcomes[await self._ask(client, key, question)] += 1
+                except BaseException:
+                    self._stop.set()  # here, so that no other worker sends one more
+                    raise
+
+        async with self._connect() as client:
+            with masked_logs(self._secrets):
+                await self._probe(client)
+                workers = [work() for _ in range(self.config.concurrency)]
+                results = await asyncio.gather(*workers, return_exceptions=True)
+        for error in results:
+            if error is not None:
+                raise error
+        return outcomes
+
+    def _connect(self) -> AsyncOpenAI:
+        from openai import AsyncOpenAI
+
+        from ivcp_eval.vlmeval_bridge.judge.transport import BoundedClient
+
+        key = _key()
         if not key and self.config.url == OPENAI:
             raise JudgeRefused(
                 f"judge {self.identity} needs a key: set {KEY_VARIABLE} (or name another server with OPENAI_BASE_URL)"
             )
-        return OpenAI(
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise JudgeRefused(
+                f"{KEY_VARIABLE} holds a character that no key has (a space, a line break?); set it anew"
+            )
+        return AsyncOpenAI(
             api_key=key or "none",
             base_url=self.config.url,
-            timeout=self.config.timeout_s,
+            timeout=None,  # the client's own holds for all of an exchange
             max_retries=self.config.retries,
+            http_client=BoundedClient(self.config.timeout_s),
         )
 
-    def _ask_all(self, questions: dict[str, Question]) -> int:
-        """Ask, filling the cache as replies arrive; returns how many could not be read."""
-        self._stop.clear()
-        with ThreadPoolExecutor(max_workers=self.config.concurrency) as pool:
-            futures = [pool.submit(self._ask, key, question) for key, question in questions.items()]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                self._stop.set()
-                pool.shutdown(cancel_futures=True)
-        return _unreadable(done)
+    async def _probe(self, client: AsyncOpenAI) -> None:
+        """One tiny request, so that a wrong key or address costs a second and not a run."""
+        if not self._probed:
+            with suppress(_CutOff):  # it answers, which is all that was asked
+                await self._complete(client, [{"role": "user", "content": "Reply with the word: ready"}], 16, 0.0)
+            self._probed = True
 
-    def _ask(self, key: str, question: Question) -> bool:
-        """Whether a verdict could be had."""
-        for temperature in TEMPERATURES:
+    async def _ask(self, client: AsyncOpenAI, key: str, question: Question) -> Outcome:
+        warmer, room = iter(TEMPERATURES), question.max_tokens
+        temperature = next(warmer)
+        outcome: Outcome = "unreadable"
+        for _ in TEMPERATURES:
             if self._stop.is_set():
-                return False
+                break
             try:
-                reply = self._complete(question.messages, question.max_tokens, temperature)
-            except JudgeError:
-                self._stop.set()  # here, so that no other thread sends one more
+                reply = await self._complete(client, question.messages, room, temperature)
+            except _CutOff:
+                room, outcome = max(room, min(MORE_ROOM * room, MOST_ROOM)), "cut"
+                continue
+            except JudgeRefused:
+                if outcome == "cut":  # so much room it has not
+                    break
                 raise
-            verdict = question.parse(reply) if reply else None
+            said = without_thinking(reply)
+            verdict = question.parse(said) if said else None
             if verdict is not None:
                 self.cache.add(
                     {
                         "key": key,
                         "verdict": verdict,
-                        "reply": reply,
+                        "reply": masked(reply, self._secrets),
                         "judge": self.identity,
                         "template": question.template,
-                        "temperature": temperature,
+                        "sent": self._fields(room, temperature),
                         "question": question.question,
                         "reference": question.reference,
                         "prediction": question.prediction,
                     }
                 )
-                return True
-        return False
+                return "rated"
+            temperature, outcome = next(warmer, temperature), "unreadable"
+        return outcome
 
-    def _complete(self, messages: list[dict[str, str]], max_tokens: int, temperature: float) -> str | None:
-        """The reply's text; None if it was filtered or is empty.
+    def _fields(self, room: int, temperature: float) -> dict[str, Any]:
+        """What is sent beside model and messages: the user's own fields instead of ours, and none that was refused."""
+        own = self.config.extra
+        ours = {"temperature": temperature} | ({} if own.keys() & set(LENGTHS) else {LENGTHS[0]: room})
+        fields = {name: value for name, value in {**ours, **own}.items() if value is not None}
+        for name, instead in self._renamed.items():
+            if name in fields:
+                value = fields.pop(name)
+                fields |= {instead: value} if instead else {}
+        return fields
+
+    async def _complete(
+        self, client: AsyncOpenAI, messages: list[dict[str, str]], room: int, temperature: float
+    ) -> str:
+        """The reply's text; empty if it was filtered.
 
         Raises:
-            JudgeError: as the class says; no message holds the key.
+            _CutOff: the reply is not whole. JudgeError: as the class says; no message holds the key.
         """
         import openai
 
-        assert self._client is not None
-        fields = {"temperature": temperature, "max_tokens": max_tokens, **self.config.extra}
-        fields = {name: value for name, value in fields.items() if value is not None}
-        trouble = ""
-        for _ in range(_BAD_BODIES):
-            with self._count:
-                self.sent += 1
+        from ivcp_eval.vlmeval_bridge.judge.transport import ReplyTooLong
+
+        trouble, tries, before = "", min(_TRIES, 1 + self.config.retries), dict(self._renamed)
+        while tries:
+            fields = self._fields(room, temperature)
+            self.sent += 1
             try:
-                body: Any = self._client.chat.completions.create(
+                body: Any = await client.chat.completions.create(
                     model=self.config.snapshot,
                     messages=messages,  # type: ignore[arg-type]
-                    **fields,
+                    extra_body=fields,
                 )
                 return _text(body)
             except openai.RateLimitError as error:
                 raise JudgeRateLimited(self._said("has no capacity or credit for us", error)) from None
-            except openai.BadRequestError as error:
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if error.code in _FILTERED:
-                    return None
-                raise JudgeRefused(self._said("refuses the request", error)) from None
+                    return ""
+                if _NO_ROOM in error.response.text:
+                    raise _CutOff from None
+                if not self._does_without(error, fields):
+                    self._renamed = before
+                    raise JudgeRefused(self._said("refuses the request", error)) from None
             except openai.InternalServerError as error:
                 raise JudgeUnreachable(self._said("fails", error)) from None
             except openai.APIStatusError as error:
-                raise JudgeRefused(self._said("refuses the request", error)) from None
+                raise JudgeRefused(self._said(_refusal(error), error)) from None
+            except openai.APITimeoutError as error:
+                trouble = self._said("cannot be reached", error)
+                tries -= 1
             except openai.APIConnectionError as error:
                 raise JudgeUnreachable(self._said("cannot be reached", error)) from None
-            except (openai.APIResponseValidationError, json.JSONDecodeError, _NotACompletion) as error:
+            except (
+                openai.APIResponseValidationError, json.JSONDecodeError, RecursionError, ReplyTooLong, _NotACompletion,
+            ) as error:  # fmt: skip
                 trouble = self._said("does not answer with chat completions", error)
+                tries -= 1
         raise JudgeUnreachable(trouble)
+
+    def _does_without(self, error: APIStatusError, fields: Mapping[str, Any]) -> bool:
+        """Whether the refusal names a field that need not be sent so; from now on it is not."""
+        text = error.response.text
+        for name in _INSTEAD:
+            asked = name == "temperature" and name in self.config.extra  # what the user asks for is not dropped
+            old = name in self._renamed or name in self._renamed.values()
+            if name in fields and not asked and not old and re.search(rf"\b{name}\b", text):
+                self._renamed[name] = _INSTEAD[name]
+                return True
+        return False
+
+    @property
+    def _secrets(self) -> tuple[str, ...]:
+        url = urlsplit(self.config.url)
+        return _key(), url.password or url.username or ""
 
     def _said(self, what: str, error: Exception) -> str:
         text = f"{type(error).__name__}: {error}"
-        key = os.environ.get(KEY_VARIABLE, "").strip()
-        text = text.replace(key, "[key]") if key else text
+        response = getattr(error, "response", None)
+        if response is not None and " - " not in text:  # openai shows its own kind of message only
+            text += f" - {response.text}"
+        text = masked(f"{text} ({error.__cause__})" if error.__cause__ else text, self._secrets)
         return f"judge {self.identity} {what} ({text[:300]}). Verdicts so far are kept; run again to retry."
+
+
+class _CutOff(Exception):
+    """A reply that is not whole: "0" may be the beginning of "0.8"."""
 
 
 class _NotACompletion(Exception):
     """A reply in another shape."""
 
 
-def _text(body: Any) -> str | None:
+def _key() -> str:
+    return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def _refusal(error: APIStatusError) -> str:
+    if 300 <= error.status_code < 400:
+        host = urlsplit(error.response.headers.get("Location", "")).netloc.rpartition("@")[2]
+        return f"redirects to {host or 'another place'}, where the key is not sent; if that is the judge, name its URL"
+    return "refuses the request"
+
+
+def _text(body: Any) -> str:
     try:
         choice = body.choices[0]
         content = choice.message.content
     except (AttributeError, IndexError, TypeError) as error:
         raise _NotACompletion(f"no choices in the reply: {str(body)[:80]!r}") from error
+    if choice.finish_reason in _CUT:
+        raise _CutOff
     if choice.finish_reason == "content_filter" or not isinstance(content, str):
-        return None
-    return content.strip() or None
-
-
-def _unreadable(done: set[Future[bool]]) -> int:
-    errors = [error for future in done if not future.cancelled() and (error := future.exception())]
-    if errors:
-        raise errors[0]
-    return sum(not future.result() for future in done)
+        return ""
+    return content.strip()

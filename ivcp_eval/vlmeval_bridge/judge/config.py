@@ -14,6 +14,8 @@ EXACT_MATCHING = "exact_matching"
 KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
 OPENAI = "https://api.openai.com/v1"
+LENGTHS = ("max_tokens", "max_completion_tokens")  # the two names of the same limit; newer models want the second
+_OURS = ("model", "messages", "stream", "n")
 
 # A name that moves with time would make equal commands give unequal results, so it stands for one snapshot.
 SNAPSHOTS: Mapping[str, str] = {
@@ -32,9 +34,11 @@ class JudgeConfig:
         model: what is sent as ``model``; a name in `SNAPSHOTS` stands for its snapshot.
         base_url: up to and including ``/v1``; empty takes ``$OPENAI_BASE_URL``, else OpenAI's.
         concurrency: requests under way at once.
-        timeout_s: of one request. retries: of one request after 408, 409, 429, 5xx and lost connections, waiting as
-            long as ``Retry-After`` asks, else exponentially longer.
-        extra: further fields of each request (they take part in the identity); None removes a field.
+        timeout_s: of one request, from connecting to the reply's last byte. retries: of one request after 408, 409,
+            429, 5xx and lost connections, waiting as long as ``Retry-After`` asks, else exponentially longer; at most
+            two after a time-out or a reply of another shape.
+        extra: further fields of each request (they take part in the identity), such as ``max_completion_tokens``,
+            ``temperature`` or ``reasoning_effort``; None removes a field.
     """
 
     model: str = DEFAULT
@@ -52,6 +56,7 @@ class JudgeConfig:
                 "a judge needs concurrency >= 1, retries >= 0 and timeout_s > 0, "
                 f"got {self.concurrency}, {self.retries} and {self.timeout_s}"
             )
+        check_options(self.extra)
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise ValueError(f"the judge's base URL must look like https://host/v1, got {_without_user(self.url)!r}")
 
@@ -59,6 +64,11 @@ class JudgeConfig:
     def snapshot(self) -> str:
         """The model as it is sent."""
         return SNAPSHOTS.get(self.model, self.model)
+
+    @property
+    def length(self) -> int | None:
+        """The length of a reply that `extra` asks for; None leaves it to the question."""
+        return next((self.extra[name] for name in LENGTHS if self.extra.get(name)), None)
 
     @property
     def url(self) -> str:
@@ -72,6 +82,19 @@ class JudgeConfig:
         host = "openai" if self.url == OPENAI else f"{parts.hostname}{f':{parts.port}' if parts.port else ''}"
         extra = "".join(f";{name}={self.extra[name]!r}" for name in sorted(self.extra))
         return f"{host}@{self.snapshot}{extra}"
+
+
+def check_options(extra: Mapping[str, Any]) -> None:
+    """Raises ValueError, with what is allowed, if fields cannot be added to a request."""
+    for name, value in extra.items():
+        if not isinstance(name, str) or name in _OURS:
+            raise ValueError(f"judge option {name!r} is not free to choose; e.g. max_tokens, temperature, top_p are")
+        length = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if name in LENGTHS and value is not None and not length:
+            raise ValueError(f"judge option {name} must be a whole number above 0, or None, got {value!r}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if name == "temperature" and value is not None and not number:
+            raise ValueError(f"judge option temperature must be a number of at least 0, or None, got {value!r}")
 
 
 def _without_user(url: str) -> str:

@@ -50,19 +50,24 @@ def tokens(text: str) -> int:
 
 
 def estimate(
-    unasked: Iterable[Question], cached: int, snapshot: str, price: tuple[float, float] | None = None
+    unasked: Iterable[Question],
+    cached: int,
+    snapshot: str,
+    price: tuple[float, float] | None = None,
+    length: int | None = None,
 ) -> Estimate:
     """Cost of asking.
 
     Args:
         unasked: what will be sent (`Judge.unasked`). cached: how many need not be.
         snapshot: the model as it is sent. price: dollars per million tokens (input, output); None takes `PRICES`.
+        length: of a reply, in place of the questions' own limits.
     """
     calls = tokens_in = tokens_out = 0
     for question in unasked:
         calls += 1
         tokens_in += sum(tokens(message["content"]) + _MESSAGE_TOKENS for message in question.messages)
-        tokens_out += question.max_tokens
+        tokens_out += length or question.max_tokens
     price = price or PRICES.get(snapshot)
     dollars = None if price is None else (tokens_in * price[0] + tokens_out * price[1]) / 1e6
     return Estimate(calls, cached, tokens_in, tokens_out, dollars)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ivcp_eval.benchmarks.thinking import split_thinking
+
 
 @dataclass(frozen=True)
 class Question:
@@ -17,7 +19,7 @@ class Question:
         prompt, system: what is sent.
         question, reference, prediction: what it is made of; together with the prompt they are the verdict's address.
         parse: the judge's reply as a verdict, or None if it cannot be read as one.
-        max_tokens: length of the reply.
+        max_tokens: length of the reply; one that is cut off there is asked for with more.
     """
 
     template: str
@@ -40,3 +42,9 @@ class Question:
         """As the chat endpoint takes them."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.prompt}]
+
+
+def without_thinking(reply: str) -> str:
+    """What a judge says after ``</think>``; nothing if it never stopped thinking."""
+    said, _ = split_thinking(reply)
+    return "" if "<think>" in said else said

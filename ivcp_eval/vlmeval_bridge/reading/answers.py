@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from pandas._libs.parsers import STR_NA_VALUES
 
+from ivcp_eval.benchmarks import thinking
 from ivcp_eval.vlmeval_bridge.reading import tsv
 
 #: Stands for an answer that is empty or failed: a character that no alphabet has.
@@ -60,6 +61,16 @@ def pickled(path: Path) -> Path:
     absent = [str(column) for column in table if column in (*string.ascii_uppercase, "hint")]
     table[absent] = tsv.typed(table[absent], absent)
     return write(table, path.with_suffix(""))
+
+
+def split_thinking(path: Path) -> int:
+    """Leave what thinking models answer as the predictions of a file that `write` wrote; how many rows had some."""
+    table = read(path)
+    thought = int(table["prediction"].str.contains(thinking.END, regex=False).sum())
+    if thought:
+        table["prediction"], table["thinking"] = zip(*map(thinking.split_thinking, table["prediction"]), strict=True)
+        write(table, path.with_suffix(""))
+    return thought
 
 
 def is_empty(answer: Any) -> bool:

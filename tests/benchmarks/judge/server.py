@@ -14,13 +14,21 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What the server does with one request; ``cut`` sends only that many bytes of the body it promised."""
+    """What the server does with one request.
+
+    Attributes:
+        cut: sends only that many bytes of the body it promised. repeat: how often the body is sent.
+        drip_s: seconds before each byte of a body that takes a minute; with ``drip_head``, of the headers before it.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     cut: int | None = None
+    repeat: int = 1
+    drip_s: float = 0.0
+    drip_head: bool = False
 
 
 def completion(text: str | None, finish_reason: str = "stop") -> Reply:
@@ -44,13 +52,15 @@ def error(status: int, message: str, code: str | None = None, **headers: str) ->
 
 @dataclass
 class Server:
-    """Attributes: requests: bodies in the order of arrival. headers: theirs. most_at_once: requests under way."""
+    """Attributes: requests: bodies in the order of arrival. headers: theirs. most_at_once: requests under way.
+    sent: bytes of bodies."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     most_at_once: int = 0
+    sent: int = 0
 
     @property
     def prompts(self) -> list[str]:
@@ -87,12 +97,20 @@ def serve(respond: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
         def _send(self, reply: Reply) -> None:
             time.sleep(reply.delay_s)
             try:
+                if reply.drip_s:
+                    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+                    for i, byte in enumerate(head + b" " * int(60 / reply.drip_s)):
+                        time.sleep(reply.drip_s if reply.drip_head or i > len(head) else 0)
+                        self.wfile.write(bytes([byte]))
                 self.send_response(reply.status)
-                headers = {"Content-Type": "application/json", "Content-Length": str(len(reply.body)), **reply.headers}
+                length = str(len(reply.body) * reply.repeat)
+                headers = {"Content-Type": "application/json", "Content-Length": length, **reply.headers}
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(reply.body if reply.cut is None else reply.body[: reply.cut])
+                for _ in range(reply.repeat):
+                    self.wfile.write(reply.body if reply.cut is None else reply.body[: reply.cut])
+                    server.sent += len(reply.body)
                 if reply.cut is not None:
                     self.close_connection = True
             except (BrokenPipeError, ConnectionResetError):

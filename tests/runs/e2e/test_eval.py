@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import random
 import signal
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.session import Session
 from tests.runs.e2e.conftest import Lab
@@ -59,6 +63,24 @@ def test_pruned_and_baseline_land_in_one_csv_and_are_reused(
     assert lab.eval("--ratio", "0.5", "--limit", "4", "--batch", "1") == 0, "asked in other words"
     assert "reusing 8 finished of 8 cells" in capsys.readouterr().out
     assert lab.csv.read_bytes() == first
+
+
+def test_thinking_is_kept_but_not_scored_and_the_record_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Session._answer
+
+    def thinks(*args: Any, **more: Any) -> Answer:
+        return replace(made(*args, **more), prediction="<think>Yes? No?</think>\n\nYes")
+
+    monkeypatch.setattr(Session, "_answer", thinks)
+    assert lab.eval("--data", "tiny_yes_no", "--method", "none", "--limit", "4") == 0
+    row = lab.rows()[0]
+    path = lab.csv.parent / row["predictions"]
+    assert [sample["prediction"] for sample in read_samples(path)] == ["<think>Yes? No?</think>\n\nYes"] * 4
+    truth = [line["answer"] for line in read_samples(path)]
+    assert [sample["score"] for sample in read_samples(path)] == [float(answer == "Yes") for answer in truth]
+    record = json.loads((path.parent / "run.json").read_text())
+    assert record["n_thinking"] == 4
+    assert record["reason"] == "of 4 answers only what follows </think> was scored"
 
 
 def test_anything_that_changes_a_prediction_changes_the_cell(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import re
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import pytest
 import yaml
 
 from ivcp_eval import benchmarks
+from ivcp_eval.cli.running import eval as command
 from ivcp_eval.runs.planning.options import Options
-from ivcp_eval.runs.planning.spec import SpecError, load
+from ivcp_eval.runs.planning.plan import judge_config
+from ivcp_eval.runs.planning.spec import SpecError, check, load
 
 ROOT = Path(__file__).parents[3] / "sweeps"
 GOOD = """\
@@ -45,6 +48,24 @@ def test_a_file_that_is_not_there_is_refused_with_what_there_is(tmp_path: Path) 
     for path in (tmp_path / "smok.yaml", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"is no sweep file; .* paper, ratios, smoke"):
             load(path)
+
+
+def test_options_of_the_judge_come_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
+    asked = {"max_completion_tokens": 900, "temperature": None, "reasoning_effort": "low"}
+    options = "judge_options: {max_completion_tokens: 900, temperature: null, reasoning_effort: low}\n"
+    spec = load(write(tmp_path, GOOD + options))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    flags = ["max_completion_tokens=900", "temperature=None", "reasoning_effort=low"]
+    args = parser.parse_args(["--data", "MMVet", "--judge-options", *flags])
+    assert spec.options.judge_options == asked == check(command._raw(args), "eval").options.judge_options
+    config = judge_config(spec.options, benchmarks.load("MMVet"))
+    assert config is not None
+    assert dict(config.extra) == asked
+    assert config.identity.endswith(";max_completion_tokens=900;reasoning_effort='low';temperature=None")
+    for wrong in ("max_tokens", "max_tokens=none"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--judge-options", wrong])
 
 
 def test_expansion(tmp_path: Path) -> None:
@@ -134,6 +155,9 @@ def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_p
         ("limit: 10", "limit: 10.5", 15, "whole number above 0"),
         ("limit: 10", "exact: 1", 15, "exact must be true or false"),
         ("limit: 10", "judge: [gpt-4o]", 15, "judge must be text"),
+        ("limit: 10", "judge_options: 4096", 15, "judge_options must be KEY: VALUE, got 4096"),
+        ("limit: 10", "judge_options: {max_tokens: 0}", 15, "max_tokens must be a whole number above 0"),
+        ("limit: 10", "judge_options: {model: x}", 15, "'model' is not free to choose"),
         ("limit: 10", "dtype: float8", 15, "dtype must be one of float32, bfloat16, float16"),
         ("limit: 10", "attention: flash", 15, "attention must be one of"),
         ("limit: 10", "timeout: -3", 15, "a finite number above 0"),

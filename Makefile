@@ -21,7 +21,8 @@ OPTIONS = $(if $(BUDGET),--budget $(BUDGET)) \
 setup: $(READY)
 
 # Every file's hash is checked. What a distribution builds from source is built by the locked setuptools, hence first.
-# torch may come from elsewhere, unchecked: TORCH=path or requirement of another build of the locked version.
+# torch is the build that pip gets on the machine (with hashes to check it would prefer the index's CUDA build), then checked.
+# TORCH=FILE installs another build of the locked version, unchecked.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 LOCKED  := $(INSTALL) --require-hashes --no-build-isolation --requirement
 $(READY): requirements.lock requirements-cuda.lock pyproject.toml
@@ -29,7 +30,10 @@ $(READY): requirements.lock requirements-cuda.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > $(VENV)/build.lock
 	$(LOCKED) $(VENV)/build.lock
-	$(if $(TORCH),$(INSTALL) "$(TORCH)")
+	sed -n '/^torch==/,/[^\\]$$/p' requirements.lock > $(VENV)/torch.lock
+	$(if $(TORCH),,$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/torch "$$(grep -o '^torch==[^ ]*' $(VENV)/torch.lock)")
+	$(if $(TORCH),$(INSTALL) "$(TORCH)",$(LOCKED) $(VENV)/torch.lock --no-index --find-links $(VENV)/torch)
+	rm -rf $(VENV)/torch
 	$(LOCKED) requirements.lock
 	if $(BIN)/python -c 'from importlib.metadata import requires; exit("nvidia-" not in str(requires("torch")))'; then $(LOCKED) requirements-cuda.lock; fi
 	$(INSTALL) --no-build-isolation --editable .

@@ -208,10 +208,10 @@ def remembered(path: Path, fact: str, compute: Callable[[Path], T]) -> T:
 
 def _read_cache(cache: Path) -> dict[str, Any]:
     try:
-        found = json.loads(cache.read_text(encoding="utf-8"))
+        content = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there yet, or damaged: it is only a cache
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def file_digests(path: str | os.PathLike[str], *algorithms: str) -> tuple[str, ...]:
@@ -230,11 +230,11 @@ def sweep_file(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither is there.
     """
-    asked = Path(path)
-    shipped = SWEEPS / f"{asked.stem}.yaml"
-    named_so = asked.name == asked.stem or asked.parts == ("sweeps", shipped.name)
-    found = shipped if not asked.exists() and named_so and shipped.is_file() else asked
-    if not found.is_file():
+    given = Path(path)
+    shipped = SWEEPS / f"{given.stem}.yaml"
+    named_so = given.name == given.stem or given.parts == ("sweeps", shipped.name)
+    file = shipped if not given.exists() and named_so and shipped.is_file() else given
+    if not file.is_file():
         names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
-        raise FileNotFoundError(f"{found} is no sweep file; give the path of one or the name of a shipped one: {names}")
-    return found
+        raise FileNotFoundError(f"{file} is no sweep file; give the path of one or the name of a shipped one: {names}")
+    return file

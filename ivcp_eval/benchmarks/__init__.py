@@ -132,7 +132,7 @@ class Benchmark:
         """
         missing = []
         for metric in self.metrics:
-            lacks = any(column in rows and str(wanted) not in rows[column] for column, wanted in metric.rows.items())
+            lacks = any(column in rows and str(value) not in rows[column] for column, value in metric.rows.items())
             groups = rows.get(self.category)
             if lacks or (metric.optional and groups is not None and metric.column not in groups):
                 missing.append(metric.name)
@@ -146,8 +146,8 @@ class Benchmark:
 
 def names(group: str | None = None) -> tuple[str, ...]:
     """Declared benchmarks, sorted; only those of a group if one is named."""
-    found = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    return tuple(name for name in found if group is None or load(name).group == group)
+    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return tuple(name for name in names if group is None or load(name).group == group)
 
 
 def groups() -> dict[str, tuple[str, ...]]:

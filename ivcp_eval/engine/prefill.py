@@ -16,6 +16,7 @@ import torch
 from ivcp_eval.engine.cache import PrunedLayer, SlotMap, gather_slots
 from ivcp_eval.engine.geometry import Rows, attention_mask, is_member, take_position_embeddings, take_sequence
 from ivcp_eval.engine.guards.guard import Untouched
+from ivcp_eval.engine.guards.rankings import Rankings
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals.source import SignalSource
 from ivcp_eval.interface import Cut, ImageSpan, Selection, check_type
@@ -196,11 +197,12 @@ class Cutter:
         spans, memory = state.prompt.spans[row], state.memory[row]
         shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed))
         signals = shown.signals
-        selection: Selection = self.method.select(signals)
+        with Rankings() as rankings:
+            selection: Selection = self.method.select(signals)
         shown.check(self.run.method)
         check_type(selection, Selection, self.run.method, "select")
         selection.check(signals, self.run.method)
-        self.run.count_nonfinite(row, selection.nonfinite)
+        self.run.count_nonfinite(row, max(selection.nonfinite, rankings.nonfinite()))
         keep = ~is_visual
         keep[signals.visual.cpu()[selection.keep.cpu()]] = True
         if selection.merge is not None:

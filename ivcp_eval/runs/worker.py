@@ -41,8 +41,8 @@ class Stop:
     @contextmanager
     def signals(self) -> Iterator[Stop]:
         """Listen to SIGTERM, SIGUSR1 and SIGUSR2, which clusters send before they preempt or end a job."""
-        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-        before = {number: signal.signal(number, self._ask) for number in wanted}
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        before = {number: signal.signal(number, self._ask) for number in signals}
         try:
             yield self
         finally:
@@ -255,12 +255,12 @@ def _session(plan: RunPlan, model: str, hooks: Hooks, report: Report) -> Session
         register()
         own = plan.models[model]
         try:
-            found, seconds = timed_load(
+            loaded, seconds = timed_load(
                 own.weights, own.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
             )
         except FAILURES as error:
             raise _NotLoadedError(model, error) from error
-        report.sessions[model] = found
+        report.sessions[model] = loaded
         hooks.say(f"loaded {model} in {seconds:.1f} s")
     session: Session = report.sessions[model]
     return session
@@ -270,11 +270,11 @@ def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
     """VLMEvalKit's data set; the last one is kept, since reading it takes as long as many answers."""
     from ivcp_eval.vlmeval_bridge.evaluate import build
 
-    asked = unit.benchmark.name, plan.options.limit
-    if report.dataset[0] != asked:
+    key = unit.benchmark.name, plan.options.limit
+    if report.dataset[0] != key:
         report.dataset = None, None  # two need not fit into memory
         try:
-            report.dataset = asked, build(unit.benchmark, asked[1])
+            report.dataset = key, build(unit.benchmark, key[1])
         except FAILURES as error:
             raise _NotLoadedError(unit.benchmark.name, error) from error
     return report.dataset[1]

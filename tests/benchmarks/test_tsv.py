@@ -50,6 +50,69 @@ def test_a_cell_is_never_run(files: Files, column: str, place: str):
     assert not (files.root / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "[run_command('touch {0}')]",
+        "run_command('touch {0}')",
+        "[run_command(c) for c in ['touch {0}']]",
+        "[load(b'{0}')]",
+        "(f := run_command)(['touch', '{0}'])",
+        "[9**9**9]",
+        "2 ** 99999999",
+        "[1 << 99999999999]",
+        "['x' * 99999999999]",
+    ],
+)
+@pytest.mark.parametrize("place", ["own", "OCRBench", "DocVQA_VAL"])
+def test_names_of_vlmevalkit_are_not_called(files: Files, cell: str, place: str):
+    """Its `run_command` and `load`, which unpickles, are in reach of its `eval`; and no cell takes forever."""
+    from ivcp_eval.vlmeval_bridge import evaluate as bridge
+
+    row = {**ROW, "answer": cell.format(files.root / "ran")}
+    with pytest.raises(ValueError, match=rf"{place}.tsv, row 1, column answer: VLMEvalKit would run the cell"):
+        bridge.build(files.put(place, [row], SHORT if place == "own" else ""), None)
+
+
+@pytest.mark.parametrize("name", [".", "a/", "a/.", "...", "x" * 300 + ".png"])
+def test_a_path_ends_in_a_file_name(files: Files, name: str):
+    from ivcp_eval.vlmeval_bridge import evaluate as bridge
+
+    with pytest.raises(ValueError, match=r"own\.tsv, row 1, column image_path: a file name of 1 to 200 bytes"):
+        bridge.build(files.put("own", [{**ROW, "image_path": name}], MCQ), None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"image_path": "p.png"}, {"image_path": "p.png"}),
+        ({"image_path": "a/p.png"}, {"image_path": "a/./p.png"}),
+        ({"index": "a_0"}, {"index": "a", "image": str([picture(1), picture(2)])}),
+    ],
+)
+def test_two_pictures_of_one_name_are_refused(files: Files, first: dict, second: dict):
+    """The second would be answered about the first."""
+    from ivcp_eval.vlmeval_bridge import evaluate as bridge
+
+    rows = [{**ROW, "image": picture(7), **first}, {**ROW, "index": "r2", "image": picture(8), **second}]
+    with pytest.raises(ValueError, match=r"own.tsv: .* name the same file for different pictures"):
+        bridge.build(files.put("own", rows, MCQ), None)
+    rows[1]["image"] = rows[0]["image"]
+    if "image_path" in first:
+        assert len(bridge.build(files.put("own", rows, MCQ), None).data) == 2
+
+
+@pytest.mark.parametrize("place", ["own", "undeclared"])
+def test_an_edited_file_does_not_show_old_pictures(files: Files, place: str):
+    from ivcp_eval.vlmeval_bridge import evaluate as bridge
+
+    shown = []
+    for seed in (1, 2):
+        dataset = bridge.build(files.put(place, [{**ROW, "image": picture(seed)}], MCQ if place == "own" else ""), None)
+        shown.append(Path(dataset.dump_image(dataset.data.iloc[0])[0]).read_bytes())
+    assert shown[0] != shown[1]
+
+
 @pytest.mark.parametrize("path", ["../out.png", "a/../../out.png", "/tmp/out.png", "..\\out.png", "C:\\out.png"])
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("place", ["own", "MMStar", "undeclared"])
@@ -62,7 +125,8 @@ def test_pictures_stay_in_their_folder(files: Files, path: str, several: bool, p
 
 
 @pytest.mark.parametrize(
-    "index", ["../r", "a/b", "a\\b", "/tmp/r", "f(x)", "2**99999999", "[x for x in y]", "", "a\x07"]
+    "index",
+    ["../r", "a/b", "a\\b", "/tmp/r", "f(x)", "2**99999999", "[x for x in y]", "", "a\x07", "..", ".", "x" * 300],
 )
 def test_an_index_names_one_file(files: Files, index: str):
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
@@ -81,7 +145,21 @@ def test_stock_files_pass_as_they_are(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "text",
-    ["Item(s)", "f(x) = 2", "(a) left", "sin(x)", "['Table (1)', \"it's\"]", "[2007, 2008]", "2 - 3", "a (b", "[see]"],
+    [
+        "Item(s)",
+        "f(x) = 2",
+        "(a) left",
+        "sin(x)",
+        "['Table (1)', \"it's\"]",
+        "[2007, 2008]",
+        "2 - 3",
+        "a (b",
+        "[see]",
+        "2 ** 3",
+        "x**2 * 3",
+        "3 * 4",
+        "* * *",
+    ],
 )
 def test_answers_with_brackets_are_answers(files: Files, text: str):
     benchmark = files.put("own", [{"index": "1", "question": "Q", "answer": text}], SHORT)

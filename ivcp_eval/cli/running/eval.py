@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import notices, say
 from ivcp_eval.files import DATASETS
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
     add("--every", type=float, default=30.0, metavar="SECONDS", help="between two reports where the output is no "
         "terminal; 0: none (default: %(default)g)")  # fmt: skip
-    add("--quiet", action="store_true", help="print the table and what went wrong, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     name = f"{args.model}-{_digest(args)}"
     finished = known(eval_state(runs, name))
     if finished is not None:
-        if not args.quiet:
-            say("nothing to do: every cell is finished")
+        notices(args)("nothing to do: every cell is finished")
         return _print_table(finished)
     from ivcp_eval.runs.planning.spec import check
 
@@ -92,9 +90,9 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
 
 def _digest(args: argparse.Namespace) -> str:
     """Equal for equal requests; nothing is looked up for it."""
-    asked = {**vars(args), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's name)
-    told = {key: value for key, value in asked.items() if key not in ("quiet", "every", "estimate")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    request = {**vars(args), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's name)
+    identity = {key: value for key, value in request.items() if key not in ("quiet", "every", "estimate")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
@@ -110,7 +108,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.store.finished import Finished, note
     from ivcp_eval.runs.store.state import reopen
 
-    tell = (lambda text: None) if args.quiet else say
+    tell = notices(args)
     fetch_missing((name for _, name in spec.cells), tell)
     plan = make(spec, runs)
     if not plan.models:

@@ -14,6 +14,7 @@ from ivcp_eval.engine.geometry import row_position_embeddings
 from ivcp_eval.engine.parts import Listener
 from ivcp_eval.engine.signals.capture import capture
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Signal, Step
+from ivcp_eval.interface.method import check_type
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.parts import Forward
@@ -90,15 +91,16 @@ class StepMasks(Listener):
             number = cached - layer.slot_map.columns.shape[1]
             memory = state.memory[row]
             step = Step(index, number, tokens, self.ratio, own_query, own_key, own_tokens, memory)
-            wanted = self.method.attended(step)
-            if wanted is None:
+            attended = self.method.attended(step)
+            if attended is None:
                 continue
-            if wanted.dtype != torch.bool or wanted.shape != tokens.shape:
+            check_type(attended, torch.Tensor, self.name, "attended", "a bool tensor (C,), or None")
+            if attended.dtype != torch.bool or attended.shape != tokens.shape:
                 raise ValueError(
-                    f"method {self.name!r}: `attended` returned {wanted.dtype} {tuple(wanted.shape)}, expected bool "
-                    f"{tuple(tokens.shape)}, one for each cached visual token, or None"
+                    f"method {self.name!r}: `attended` returned {attended.dtype} {tuple(attended.shape)}, expected "
+                    f"bool {tuple(tokens.shape)}, one for each cached visual token, or None"
                 )
-            allowed[row, slots.to(allowed.device)] = wanted.to(allowed.device)
+            allowed[row, slots.to(allowed.device)] = attended.to(allowed.device)
         return allowed
 
 

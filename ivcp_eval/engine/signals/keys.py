@@ -6,13 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ivcp_eval.engine.geometry import row_position_embeddings, take_position_embeddings, take_sequence
 from ivcp_eval.engine.parts import Listener
 from ivcp_eval.engine.prefill import Prefill
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, CachedKeys
+from ivcp_eval.interface.method import check_type
 from ivcp_eval.interface.names import read
+from ivcp_eval.interface.registry import method_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,4 +86,13 @@ class KeyEditor(Listener):
                 if not bool(key.isfinite().all()):
                     continue  # half precision overflowed: the row is lost, unpruned too, and there are no axes to find
                 edited = self.method.edit_keys(CachedKeys(index, key, query.to(key.device), self.ratio))
+                name = method_name(self.method)
+                check_type(
+                    edited, torch.Tensor, name, "edit_keys", "a torch tensor (G, V, D), as the keys it was shown"
+                )
+                if edited.shape != key.shape:
+                    raise ValueError(
+                        f"method {name!r}: `edit_keys` returned shape {tuple(edited.shape)}, expected "
+                        f"{tuple(key.shape)}, that of the keys it was shown"
+                    )
                 layer.keys[row][:, at] = edited.to(key.dtype)

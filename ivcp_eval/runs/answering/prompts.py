@@ -37,10 +37,10 @@ class Prompts:
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, asked: Iterable[Asked]) -> Prompts:
+    def of(cls, rows: Iterable[Asked]) -> Prompts:
         """From the prompts themselves."""
         found = cls()
-        for row in asked:
+        for row in rows:
             if row.message is None:
                 found.broken[row.index] = dict(row.failure)
             else:
@@ -54,7 +54,7 @@ class Prompts:
         write_json(path, vars(self))
 
     @classmethod
-    def noted(cls, cell: Cell) -> Prompts:
+    def load(cls, cell: Cell) -> Prompts:
         """Whatever is noted of a cell's model and benchmark. A row that could be read once is not broken."""
         found = cls()
         for path in sorted(_folder(cell).glob("*.json")):
@@ -79,14 +79,16 @@ def prompts_of(cell: Cell, dataset: Any, adapter: AbstractAdapter, answers: Mapp
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting
 
-    found = Prompts.noted(cell)
-    if not found.fit((str(index) for index in dataset.data["index"]), answers):
-        found = Prompts.of(messages(dataset, Prompting(adapter)))
-        found.note(cell, 0, len(dataset.data))
-    return found
+    prompts = Prompts.load(cell)
+    if not prompts.fit((str(index) for index in dataset.data["index"]), answers):
+        prompts = Prompts.of(messages(dataset, Prompting(adapter)))
+        prompts.note(cell, 0, len(dataset.data))
+    return prompts
 
 
 def _folder(cell: Cell) -> Path:
     identity = cell.identity
-    told = json.dumps([identity.data, identity.prompt, identity.versions["vlmeval"]])
-    return cell.folder.parent / "prompts" / f"{identity.variant.model}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    content = json.dumps([identity.data, identity.prompt, identity.versions["vlmeval"]])
+    return (
+        cell.folder.parent / "prompts" / f"{identity.variant.model}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    )

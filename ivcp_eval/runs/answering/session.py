@@ -18,7 +18,7 @@ from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import InputRefused, deadline, steps
-from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.models import Weights, without_progress_bars
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
@@ -65,16 +65,17 @@ class Session:
     ) -> None:
         self.weights, self.placement, self.limits, self.timeout = weights, placement, limits, timeout
         self.adapter = adapter(weights.family)
-        self.model, self.processor = self.adapter.load(
-            str(weights.source),
-            revision=None,
-            dtype=getattr(torch, placement.dtype),
-            device=placement.device,
-            attention=placement.attention,
-            min_pixels=limits.min_pixels,
-            max_pixels=limits.max_pixels,
-            trust_remote_code=trust_remote_code,
-        )
+        with without_progress_bars():
+            self.model, self.processor = self.adapter.load(
+                str(weights.source),
+                revision=None,
+                dtype=getattr(torch, placement.dtype),
+                device=placement.device,
+                attention=placement.attention,
+                min_pixels=limits.min_pixels,
+                max_pixels=limits.max_pixels,
+                trust_remote_code=trust_remote_code,
+            )
         refuse_broken(self.model, str(weights.source))
         self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device
@@ -104,14 +105,14 @@ class Session:
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
-        made = self._generate(parts, variant)
-        if made.whole is None:
-            return self._answer(made.new, made.run, made.inputs, grounding)
-        whole = self._visual_tokens(self._encoded(made.whole)[0])
-        answer = self._answer(made.new, made.run, made.inputs, grounding, whole=whole)
+        generated = self._generate(parts, variant)
+        if generated.whole is None:
+            return self._answer(generated.new, generated.run, generated.inputs, grounding)
+        whole = self._visual_tokens(self._encoded(generated.whole)[0])
+        answer = self._answer(generated.new, generated.run, generated.inputs, grounding, whole=whole)
         # Each image may round up to one token more.
-        allowed = made.share * whole + sum("image" in part for part in parts)
-        return replace(answer, over_budget=made.run.visual_kept[0] > allowed)
+        allowed = generated.share * whole + sum("image" in part for part in parts)
+        return replace(answer, over_budget=generated.run.visual_kept[0] > allowed)
 
     def time(self, parts: Parts, variant: Variant) -> Times:
         """Answer one conversation under the clock; raises as `answer`."""
@@ -187,7 +188,7 @@ class Session:
             i for i, v in enumerate(variants) if make_method(v.method, v.parameters).pixel_share(v.ratio) is not None
         ]
         rest = [i for i in range(len(variants)) if i not in own]
-        found = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
+        answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
             with self._time(len(rest) * len(decoded)) as check, torch.inference_mode():
                 inputs, tensors = self._encoded(*decoded)
@@ -195,10 +196,10 @@ class Session:
                 chosen = [variants[i] for i in rest]
                 forked = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
             for i, branch in zip(rest, forked, strict=True):
-                for sample, answers in enumerate(found):
+                for sample, answers in enumerate(answered):
                     row = branch.run.row(sample)
                     answers[i] = self._answer(branch.tokens[sample], row, inputs, grounding, sample)
-        return [[answers[i] for i in range(len(variants))] for answers in found]
+        return [[answers[i] for i in range(len(variants))] for answers in answered]
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""

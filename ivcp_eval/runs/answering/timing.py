@@ -73,8 +73,8 @@ def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) ->
     for i, cell in enumerate(cells):
         samples = [{"index": index, **asdict(times[i])} for index, times in rounds.items()]
         cell.folder.mkdir(parents=True, exist_ok=True)
-        found = {"session": name, "device": session.device_name, "samples": samples}
-        write_json(cell.folder / FILE, found)
+        timings = {"session": name, "device": session.device_name, "samples": samples}
+        write_json(cell.folder / FILE, timings)
     return len(rounds)
 
 
@@ -107,6 +107,6 @@ def _chosen(session: Session, dataset: Any, n: int) -> Iterator[tuple[str, Parts
 
     total = len(dataset.data)
     for row in sorted({(2 * i + 1) * total // (2 * n) for i in range(n)}):
-        for asked in messages(dataset, Prompting(session.adapter), row, row + 1):
-            if asked.message is not None:
-                yield asked.index, [{part["type"]: part["value"]} for part in asked.message]
+        for prompt in messages(dataset, Prompting(session.adapter), row, row + 1):
+            if prompt.message is not None:
+                yield prompt.index, [{part["type"]: part["value"]} for part in prompt.message]

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Identity:
     method_source: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def canonical(self) -> str:
         """Canonical JSON; fields that came later are left out at their default, so that earlier hashes stay."""
         fields = {**asdict(self), "variant": self.variant.to_json()}
@@ -94,7 +94,7 @@ class Identity:
                 del fields[late]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()[:16]
@@ -166,11 +166,11 @@ class Cell:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         before = json.loads(self.notes.read_text(encoding="utf-8")) if self.notes.is_file() else None
-        found = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
+        content = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
         if decoder is not None:
-            found["decoder"] = json.loads(json.dumps(decoder))
-        if found != before:
-            files.write_json(self.notes, found)
+            content["decoder"] = json.loads(json.dumps(decoder))
+        if content != before:
+            files.write_json(self.notes, content)
         listing = code_listing(self.runs, self.identity.code)
         if self.code and not listing.is_file():
             listing.parent.mkdir(parents=True, exist_ok=True)

@@ -43,13 +43,13 @@ def digest(benchmark: Benchmark) -> str:
         md5 = remembered(path, "md5", partial(file_digest, algorithm="md5"))
         if md5 != benchmark.md5:
             raise DataMissing(f"benchmark {benchmark.name!r}: {wrong_checksum(path, md5, benchmark.md5)}")
-    found = remembered(path, "sha256", file_digest)
-    if benchmark.sha256 and found != benchmark.sha256:
+    digest = remembered(path, "sha256", file_digest)
+    if benchmark.sha256 and digest != benchmark.sha256:
         raise ValueError(
-            f"{path.name} has checksum {found[:12]}..., its data file says {benchmark.sha256[:12]}...: the file was "
+            f"{path.name} has checksum {digest[:12]}..., its data file says {benchmark.sha256[:12]}...: the file was "
             "changed or cut short. Restore it (git checkout), or correct sha256 if the change is meant."
         )
-    return found
+    return digest
 
 
 def rows(benchmark: Benchmark, limit: int | None) -> int:

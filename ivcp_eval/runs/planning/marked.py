@@ -77,16 +77,16 @@ class Marked:
     def _convert(self, node: yaml.Node, place: Place) -> Any:
         self.lines[place] = node.start_mark.line + 1
         if isinstance(node, yaml.MappingNode):
-            found: dict[Any, Any] = {}
+            mapping: dict[Any, Any] = {}
             for key_node, value_node in node.value:
                 if not isinstance(key_node, yaml.ScalarNode):
                     raise SpecError(f"{self.path}, line {key_node.start_mark.line + 1}: a key must be a word")
                 key = self._scalar(key_node)
-                if key in found:
+                if key in mapping:
                     raise SpecError(f"{self.path}, line {key_node.start_mark.line + 1}: key {key!r} stands here twice")
-                found[key] = self._convert(value_node, (*place, key))
+                mapping[key] = self._convert(value_node, (*place, key))
                 self.lines[(*place, key)] = key_node.start_mark.line + 1
-            return found
+            return mapping
         if isinstance(node, yaml.SequenceNode):
             return [self._convert(child, (*place, i)) for i, child in enumerate(node.value)]
         return self._scalar(node)

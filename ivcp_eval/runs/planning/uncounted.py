@@ -24,14 +24,14 @@ def uncounted(cell: Cell) -> list[tuple[Path, str]]:
     if not parent.is_dir() or cell.finished() is not None:
         return []
     mine: dict[str, Any] = json.loads(cell.identity.canonical)
-    found = []
+    lines = []
     for folder in sorted(parent.glob(f"{cell.label}-*")):
         if folder == cell.folder or not _answered(folder):
             continue
         other = _identity(folder)
         if other is not None and all(other.get(name) == mine[name] for name in _ASKED):
-            found.append((folder, "; ".join(_changes(cell, other, mine))))
-    return found
+            lines.append((folder, "; ".join(_changes(cell, other, mine))))
+    return lines
 
 
 def uncounted_lines(cells: Iterable[Cell]) -> list[str]:
@@ -55,8 +55,8 @@ def _identity(folder: Path) -> dict[str, Any] | None:
     """As the cell noted it; cells of an earlier version have it in their record only."""
     for name in ("cell.json", "run.json"):
         if (folder / name).is_file():
-            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return found.get("identity")
+            content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return content.get("identity")
     return None
 
 
@@ -92,8 +92,8 @@ def _listing(path: Path) -> Mapping[str, str] | None:
     """What a code hash covered; the file never changes once it is there."""
     if not path.is_file():
         return None
-    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    digests: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return digests
 
 
 def _some(names: Iterable[str]) -> str:

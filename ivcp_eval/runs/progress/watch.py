@@ -200,9 +200,14 @@ class Watch:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until the last answer at this speed; None before it is known."""
+        """Seconds until the last answer of all cells, at this speed; None before it is known.
+
+        Before a sample was seen to be answered, at that of the finished units and with the workers of now.
+        """
         total = self.total
-        return (total.samples - total.answered) / self.rate if self.rate else None
+        if self.rate:
+            return total.left / self.rate
+        return total.seconds / total.timed * total.left / max(1, total.working) if total.timed else None
 
     def _of(self, followed: _Followed) -> Tally:
         return self.tallies[followed.unit.model, followed.unit.benchmark.name]

@@ -78,9 +78,9 @@ class CellRecord:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> CellRecord:
+    def from_json(cls, fields: Mapping[str, Any]) -> CellRecord:
         """Back from `to_json`, through JSON."""
-        return cls(**found)
+        return cls(**fields)
 
 
 def cell_record(

@@ -12,7 +12,7 @@ from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import Row, write_results
-from ivcp_eval.reports.wide import write_tables
+from ivcp_eval.reports.wide import Table, write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import Cell, Identity
 from ivcp_eval.runs.records.recompute import recompute
@@ -31,7 +31,7 @@ class Built:
     """
 
     csv: Path
-    tables: list[Path]
+    tables: list[Table]
     missing: int
     unfinished: list[str]
     skipped: list[str]

@@ -118,12 +118,12 @@ class Scores:
         Raises:
             FileNotFoundError: there is none. ValueError: it holds something else.
         """
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         try:
-            found["made"] = Made(**found["made"])
-            found["metrics"] = {name: (score, scale) for name, (score, scale) in found["metrics"].items()}
-            found["samples"] = tuple(Sample(**sample) for sample in found["samples"])
-            return cls(**found)
+            fields["made"] = Made(**fields["made"])
+            fields["metrics"] = {name: (score, scale) for name, (score, scale) in fields["metrics"].items()}
+            fields["samples"] = tuple(Sample(**sample) for sample in fields["samples"])
+            return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} holds no scores as this version writes them ({error}); remove it and run.json beside it, and "

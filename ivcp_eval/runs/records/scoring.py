@@ -140,14 +140,14 @@ def score_answers(
     cell.note()
     prompts = prompts_of(cell, dataset, family, journal.records)
     indices = [str(index) for index in dataset.data["index"]]
-    found = answers_by_index(indices, prompts, journal.records)
-    for index, answer in found.items():  # without an answer, and with it a prompt, there is no key but the row
+    answers = answers_by_index(indices, prompts, journal.records)
+    for index, answer in answers.items():  # without an answer, and with it a prompt, there is no key but the row
         if answer.error and journal.records.get(prompts.keys.get(index, unread(index))) != answer:
             journal.append(prompts.keys.get(index, unread(index)), answer)
     work = cell.folder / "vlmeval"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    predictions = bridge.stored(dataset, {index: answer.scored for index, answer in found.items()}, work)
+    predictions = bridge.stored(dataset, {index: answer.scored for index, answer in answers.items()}, work)
     problem = bridge.data_problem(benchmark)
     lines = dataset.data.drop(columns="image", errors="ignore").to_dict("records")
     try:

@@ -71,8 +71,8 @@ def whole(path: Path) -> bool:
         stream.seek(max(0, path.stat().st_size - 64))
         tail = stream.read()
     # Names lie: what matters is what the file begins with.
-    wanted = {b"\xff\xd8": _ENDS[".jpg"], b"\x89P": _ENDS[".png"]}.get(kind)
-    return len(kind) == 2 if wanted is None else wanted in tail
+    ending = {b"\xff\xd8": _ENDS[".jpg"], b"\x89P": _ENDS[".png"]}.get(kind)
+    return len(kind) == 2 if ending is None else ending in tail
 
 
 def _pictures(message: Message) -> list[Path]:

@@ -15,6 +15,7 @@ from vlmeval.dataset.image_base import ImageBaseDataset
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import DataMissing
+from ivcp_eval.files import file_digest
 from ivcp_eval.vlmeval_bridge.environment import data_root, fetch
 from ivcp_eval.vlmeval_bridge.reading import tsv
 from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
@@ -63,7 +64,10 @@ class _OwnFile(Unpacking):
 
     def load_data(self, dataset: str) -> pd.DataFrame:
         """The table, as text throughout."""
-        table = tsv.read(data_root() / f"{dataset}.tsv")
+        path = data_root() / f"{dataset}.tsv"
+        table = tsv.read(path)
+        # By its checksum, so that another version of the file never meets stale pictures.
+        self.img_root = str(data_root() / "images" / f"{dataset}-{file_digest(path)[:12]}")
         return tsv.typed(table, table.columns)
 
 

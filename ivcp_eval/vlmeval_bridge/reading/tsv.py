@@ -13,6 +13,7 @@ import binascii
 import builtins
 import hashlib
 import io
+import posixpath
 import re
 import string
 from collections.abc import Iterable
@@ -29,7 +30,11 @@ REFERENCE = 64
 PROSE = frozenset({"question", "hint", "prompt", *string.ascii_uppercase})
 TEXT = PROSE | {"index", "image", "image_path", "answer", "category", "l2-category", "split"}
 
+#: Bytes of a name that file systems take, with room for the endings that VLMEvalKit adds.
+LONGEST_NAME = 200
+
 _PLAIN_INDEX = re.compile(r"[\w.\- ]+")
+_OPERATOR = re.compile(r"[(*]|<<")
 _HARMLESS = (
     *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.UnaryOp, ast.UAdd, ast.USub, ast.BinOp),
     *(ast.Add, ast.Sub, ast.Div, ast.Tuple, ast.List, ast.Dict, ast.Set),
@@ -63,7 +68,10 @@ def read(path: Path, md5: str = "") -> pd.DataFrame:
     if md5 and watched.md5.hexdigest() != md5:
         raise WrongChecksum(path, watched.md5.hexdigest(), md5)
     _check_shape(path, table)
-    return _checked(path, table)
+    table = _checked(path, table)
+    if not md5:  # a file of VLMEvalKit's is as its authors meant it
+        _check_files(path, table)
+    return table
 
 
 class WrongChecksum(BadTable):
@@ -145,7 +153,7 @@ def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
                     _check_name(path, row, name)
     for column in table.columns.difference([*PROSE, "index", "image", "image_path"]):
         for row, cell in enumerate(table[column], 1):
-            if "(" in cell and _calls(cell):
+            if _OPERATOR.search(cell) and _acts(cell):
                 raise BadTable(
                     f"{path}, row {row}, column {column}: VLMEvalKit would run the cell as code: {cell[:80]!r}; only "
                     "text, numbers and lists of them are allowed"
@@ -158,6 +166,8 @@ def _bad_index(index: str) -> str:
         return "every row needs an index"
     if "/" in index or "\\" in index:
         return "an index names the file of its picture and must not hold / or \\"
+    if index.strip(".") == "" or len(index.encode()) > LONGEST_NAME:
+        return f"an index names the file of its picture: 1 to {LONGEST_NAME} bytes, and not dots alone"
     if not index.isprintable():
         return "an index must not hold control characters"
     if _PLAIN_INDEX.fullmatch(index) is None and _evaluates(index):
@@ -171,11 +181,35 @@ def _evaluates(text: str) -> bool:
     return tree is not None and not all(isinstance(node, _HARMLESS) for node in ast.walk(tree))
 
 
-def _calls(text: str) -> bool:
-    """Whether ``eval`` would reach a call of something that exists everywhere, or of an attribute."""
+def _acts(text: str) -> bool:
+    """Whether ``eval`` could do harm: call something, or grow a number or text without bound.
+
+    Of calls only those of unknown names on names and numbers pass (``sin(x)``). Among VLMEvalKit's own names are some
+    that run commands and unpickle files, but to harm they need a text.
+    """
     tree = _parsed(text)
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree else []
-    return any(not isinstance(f, ast.Name) or hasattr(builtins, f.id) for f in calls)
+    nodes = list(ast.walk(tree)) if tree else []
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    texts = any(isinstance(node, ast.Constant) and isinstance(node.value, str | bytes) for node in nodes)
+    known = any(not isinstance(f, ast.Name) or hasattr(builtins, f.id) for f in calls)
+    return known or bool(calls and texts) or any(_grows(node) for node in nodes)
+
+
+def _grows(node: ast.AST) -> bool:
+    """Whether an operation makes something huge of constants: 9**9**9, 1 << 10**9, "a" * 10**9."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Pow | ast.LShift | ast.Mult):
+        return False
+    inside = list(ast.walk(node))
+    if any(isinstance(part, ast.Name) for part in inside):
+        return False  # which does not exist
+    if isinstance(node.op, ast.Mult):
+        sequence = (ast.List, ast.Tuple, ast.JoinedStr)
+        return any(isinstance(side, sequence) or isinstance(getattr(side, "value", 0), str | bytes)
+                   for side in (node.left, node.right))  # fmt: skip
+    largest = max((abs(part.value) for part in inside if isinstance(part, ast.Constant)
+                   and isinstance(part.value, int | float)), default=0)  # fmt: skip
+    powers = sum(isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow | ast.LShift) for part in inside)
+    return powers > 1 or largest > 1000
 
 
 def _parsed(text: str) -> ast.AST | None:
@@ -208,6 +242,31 @@ def _check_name(path: Path, row: int, name: str) -> None:
             f"{path}, row {row}, column image_path: pictures are unpacked below the data set's picture folder, so the "
             f"path must be relative and without .., got {name[:80]!r}"
         )
+    if parts[-1].strip(".") == "" or any(len(part.encode()) > LONGEST_NAME for part in parts):
+        raise BadTable(
+            f"{path}, row {row}, column image_path: a file name of 1 to {LONGEST_NAME} bytes is expected, "
+            f"got {name[:80]!r}"
+        )
+
+
+def _check_files(path: Path, table: pd.DataFrame) -> None:
+    """Raise BadTable if two rows name one file for different pictures: VLMEvalKit would show both the first."""
+    if not {"index", "image"} <= set(table):
+        return
+    cells = dict(zip(table["index"], table["image"], strict=True))
+    there: dict[str, tuple[str, str]] = {}
+    for row, (index, cell) in enumerate(zip(table["index"], table["image"], strict=True), 1):
+        pictures = _members(path, row, "image", cells.get(cell, cell))
+        names = [f"{index}.png"] if len(pictures) == 1 else [f"{index}_{i}.png" for i in range(len(pictures))]
+        if "image_path" in table and table["image_path"].iloc[row - 1]:
+            names = _members(path, row, "image_path", table["image_path"].iloc[row - 1])
+        for name, picture in zip(map(posixpath.normpath, names), pictures, strict=False):
+            other, shown = there.setdefault(name, (index, picture))
+            if shown != picture:
+                raise BadTable(
+                    f"{path}: the rows with index {other!r} and {index!r} name the same file for different pictures, "
+                    f"{name!r}; the second would be answered about the first. Give each picture a name of its own"
+                )
 
 
 def _image_cell(path: Path, row: int, cell: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 import ivcp_eval
 from ivcp_eval.engine.fork import fork
-from ivcp_eval.interface import AbstractScorer, Cut, Selection, Signals
+from ivcp_eval.interface import AbstractScorer, Cut, Selection, Signals, ops
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.records.record import cell_record
 from ivcp_eval.runs.records.scores import Made, Sample, Scores
@@ -203,6 +203,38 @@ def test_scores_that_are_not_finite_are_counted_and_said(value: float) -> None:
         assert run.nonfinite_scores == [0, 0, 0]
 
 
+RANKED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ranking": lambda score: ops.top(score, 8),
+    "topk": lambda score: score.topk(8).indices.sort().values,
+    "topk, least": lambda score: torch.topk(-score, 8, 0, False).indices.sort().values,
+    "sort": lambda score: torch.sort(score, descending=True).indices[:8].sort().values,
+    "argsort": lambda score: score.argsort(descending=True)[:8].sort().values,
+    "best of rest": lambda score: ops.best_of_rest(score, torch.zeros_like(score, dtype=torch.bool), 8).sort().values,
+    "features": lambda score: ops.farthest_points(torch.stack((score, score.detach() ** 2), dim=1), 8),
+}
+
+
+class OwnSelect(Careless):
+    """Ranks without `score`."""
+
+    def select(self, signals: Signals) -> Selection:
+        return Selection(self.do(signals))
+
+
+@pytest.mark.parametrize("way", RANKED)
+def test_scores_of_a_method_that_selects_by_itself_are_counted(way: str) -> None:
+    def broken(signals: Signals) -> torch.Tensor:
+        return RANKED[way](scored(signals).index_fill(0, torch.arange(3), torch.nan))
+
+    with ivcp_eval.prune(PLAIN.model, OwnSelect(broken), 0.5) as run:
+        with pytest.warns(UserWarning, match="'careless' gave 3 scores that are not finite"):
+            PLAIN.generate(PLAIN.inputs(*SINGLE), 2)
+        assert run.nonfinite_scores == [3]
+    with ivcp_eval.prune(PLAIN.model, OwnSelect(lambda signals: RANKED[way](scored(signals))), 0.5) as run:
+        PLAIN.generate(PLAIN.inputs(*SINGLE), 2)
+        assert run.nonfinite_scores == [0]
+
+
 def test_a_run_says_how_many_samples_had_broken_scores() -> None:
     answers = {"a": answer(), "b": answer(nonfinite_scores=3)}
     scores = Scores(Made(), {"score": (1.0, 1.0)}, (Sample("0", "a"), Sample("1", "b")))
@@ -241,6 +273,32 @@ def test_selections_of_another_type(value: Any, said: str) -> None:
     object.__setattr__(method, "select", lambda _signals: value)
     with pytest.raises(TypeError, match=said), ivcp_eval.prune(PLAIN.model, method, 0.5):
         PLAIN.forward(PLAIN.inputs(*SINGLE))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (None, TypeError, "`edit_keys` gave None, expected a torch tensor"),
+        (np.zeros(3), TypeError, "`edit_keys` gave a numpy.ndarray, expected a torch tensor"),
+        (torch.zeros(1), ValueError, r"`edit_keys` returned shape \(1,\), expected"),
+    ],
+)
+def test_edited_keys_of_another_kind(value: Any, error: type[Exception], said: str) -> None:
+    case = Case("llava", "rotatek")
+    method = case.make()
+    object.__setattr__(method, "edit_keys", lambda _cached: value)
+    with pytest.raises(error, match=f"method 'rotatek': {said}"), ivcp_eval.prune(case.model, method, 0.5):
+        case.generate(case.inputs(*SINGLE), 2)
+
+
+@pytest.mark.parametrize("value", [[True], np.ones(8, dtype=bool), "all"])
+def test_attended_tokens_of_another_kind(value: Any) -> None:
+    method = Careless(scored)
+    method.needs = frozenset({"step"})
+    method.attended = lambda _step: value
+    said = "`attended` gave a .*expected a bool tensor"
+    with pytest.raises(TypeError, match=said), ivcp_eval.prune(PLAIN.model, method, 0.5):
+        PLAIN.generate(PLAIN.inputs(*SINGLE), 2)
 
 
 # -- what is handed to prune ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.progress import status
+from ivcp_eval.runs.progress.watch import Watch
 from ivcp_eval.runs.records.scoring import _aside
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark
@@ -30,13 +31,14 @@ def test_running_done_failed_and_the_time_left(bench: Bench, capsys: pytest.Capt
     with ExitStack() as stack:
         for unit in units[1:3]:
             assert stack.enter_context(claim(lease(plan, unit.name)))
-        (line, other) = status.lines(plan)
+        watch = Watch(plan)
+        (line, other) = watch.tallies.values()
         assert (line.cells, line.scored, line.units, line.units_done, line.failed) == (5, 0, 2, 1, 1)
         assert (line.samples, line.left, line.working + other.working) == (5, 2, 2)
-        assert status.eta_hours([line, other]) == pytest.approx(7 * 20 / 2 / 3600), "seven samples, two workers"
+        assert watch.eta_s == pytest.approx(7 * 20 / 2), "seven samples, two workers"
         assert bench.call("status") == 1, "a sample failed"
         assert "7 samples left, about 70 s" in capsys.readouterr().out
-    assert status.eta_hours(status.lines(plan)) == pytest.approx(7 * 20 / 3600), "as if one went on"
+    assert Watch(plan).eta_s == pytest.approx(7 * 20), "as if one went on"
 
 
 def test_only_what_is_not_done_costs_anything(bench: Bench) -> None:

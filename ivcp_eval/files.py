@@ -17,7 +17,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -29,16 +29,22 @@ __all__ = [
     "PACKAGE",
     "RESULTS",
     "SWEEPS",
+    "DamagedError",
     "DiskFullError",
+    "NoLocksError",
     "as_read",
     "as_shown",
     "atomic_write",
     "commit_file",
+    "damage_as_clear_error",
     "disk_full_as_clear_error",
     "file_digest",
     "file_digests",
+    "hold_lock",
     "locked",
+    "read_json",
     "remembered",
+    "storable",
     "sweep_file",
     "write_json",
 ]
@@ -57,14 +63,33 @@ RESULTS = (CHECKOUT or Path.cwd()) / "results"
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+#: A file system that has no locks at all, which is not "somebody else holds it".
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+
+#: What reading a file of another shape may raise; RecursionError: brackets within brackets, some thousand deep.
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
 class DiskFullError(OSError):
     """No space (or no quota) was left while a file was being written; nothing was kept of it."""
+
+
+class NoLocksError(OSError):
+    """The file system cannot keep two processes from writing one file."""
+
+
+class DamagedError(ValueError):
+    """A file that this package wrote holds something else now; the message names it and says what to do."""
+
+    def __init__(self, path: Path, reason: str, advice: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}); {advice}")
 
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # Controls that move a terminal's cursor or change its colours; tab and line ends are text. The sign itself is doubled.
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u241b]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = re.compile("\u241b(\u241b|[0-9a-f]{2})")
 
 
@@ -76,6 +101,11 @@ def as_shown(text: str) -> str:
     """
     text = _CONTROL.sub(lambda m: "\u241b" + ("\u241b" if m[0] == "\u241b" else f"{ord(m[0]):02x}"), text)
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def storable(text: str) -> str:
+    """``text`` as a UTF-8 file can hold it: half a character (a lone surrogate) becomes the replacement character."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 def as_read(cell: str) -> str:
@@ -159,17 +189,75 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     target = Path(path).resolve()
     with target.with_name(f".{target.name}.lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        hold_lock(stream, target)
         yield
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def hold_lock(stream: IO[Any], path: Path, wait: bool = True) -> None:
+    """Lock an open file, until it is closed, against other processes that lock it.
+
+    Args:
+        path: what is named in the error. wait: until others are done; else BlockingIOError where there are any.
+
+    Raises:
+        NoLocksError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise NoLocksError(
+            error.errno,
+            f"the file system of {path} has no locks ({error.strerror}), without which two processes could write one "
+            "file at the same time: choose a folder on another one (--runs, --output, LMUData), or have this one "
+            "mounted with locks (Lustre: -o flock)",
+        ) from error
+
+
+@contextlib.contextmanager
+def damage_as_clear_error(path: Path, advice: str) -> Iterator[None]:
+    """Turn what reading a file of another shape raises into `DamagedError`; ``advice`` says what to do."""
+    try:
+        yield
+    except DamagedError:
+        raise
+    except DAMAGE as error:
+        raise DamagedError(path, f"{type(error).__name__}: {error}", advice) from error
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file that this package wrote; its checksum, where it has one (`write_json`), is left out.
+
+    Raises:
+        FileNotFoundError: there is none. DamagedError: it holds something else; the message ends in ``advice``.
+    """
+    with damage_as_clear_error(path, advice):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__} where an object belongs")
+        if "checksum" in found and found.pop("checksum") != _seal(found):
+            raise ValueError("changed since it was written")
+    return found
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, sealed: bool = False) -> None:
     """Write ``value`` as indented JSON, atomically.
+
+    Args:
+        sealed: add a key ``checksum`` to the object, by which `read_json` notices that it was changed.
 
     Raises:
         ValueError: ``value`` holds NaN or infinity, which JSON does not know.
         TypeError: ``value`` holds something JSON cannot express.
     """
+    if sealed:
+        value = {**value, "checksum": _seal(value)}
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as stream:
         stream.write(text + "\n")
@@ -181,20 +269,20 @@ def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
         return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
-def remembered(path: Path, fact: str, compute: Callable[[Path], T]) -> T:
+def remembered(path: Path, fact: str, compute: Callable[[Path], T], kind: type[T]) -> T:
     """``compute(path)``, remembered on disk until the file's size, time of change or inode is another.
 
     Args:
-        fact: what is remembered, e.g. "sha256"; its value must be plain JSON.
+        fact: what is remembered, e.g. "sha256"; its value must be plain JSON. kind: of its value.
     """
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
     cache, key = RESULTS / "cache" / "files.json", f"{path.resolve()}"
     known = _read_cache(cache)
     entry = known.get(key)
-    if isinstance(entry, dict) and entry.get("stamp") == stamp and fact in entry:
-        value: T = entry[fact]
-        return value
+    if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get(fact), kind):
+        known_value: T = entry[fact]
+        return known_value
     value = compute(path)
     if isinstance(entry, dict) and entry.get("stamp") == stamp:
         entry = {**entry, fact: value}
@@ -208,10 +296,9 @@ def remembered(path: Path, fact: str, compute: Callable[[Path], T]) -> T:
 
 def _read_cache(cache: Path) -> dict[str, Any]:
     try:
-        found = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or damaged: it is only a cache
+        return read_json(cache, "it is made again")
+    except (OSError, DamagedError):  # not there yet, or damaged: it is only a cache
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def file_digests(path: str | os.PathLike[str], *algorithms: str) -> tuple[str, ...]:
@@ -230,11 +317,11 @@ def sweep_file(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither is there.
     """
-    asked = Path(path)
-    shipped = SWEEPS / f"{asked.stem}.yaml"
-    named_so = asked.name == asked.stem or asked.parts == ("sweeps", shipped.name)
-    found = shipped if not asked.exists() and named_so and shipped.is_file() else asked
-    if not found.is_file():
+    given = Path(path)
+    shipped = SWEEPS / f"{given.stem}.yaml"
+    named_so = given.name == given.stem or given.parts == ("sweeps", shipped.name)
+    file = shipped if not given.exists() and named_so and shipped.is_file() else given
+    if not file.is_file():
         names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
-        raise FileNotFoundError(f"{found} is no sweep file; give the path of one or the name of a shipped one: {names}")
-    return found
+        raise FileNotFoundError(f"{file} is no sweep file; give the path of one or the name of a shipped one: {names}")
+    return file

@@ -75,11 +75,11 @@ def is_original(folder: Path) -> bool:
 def added_tokens(folder: Path) -> dict[str, int]:
     """Ids of the tokens that were added to the vocabulary: <IMG_CONTEXT>, <|im_end|>, ..."""
     simple, full = folder / "added_tokens.json", folder / "tokenizer_config.json"
-    found: dict[str, int] = json.loads(simple.read_text()) if simple.is_file() else {}
+    tokens: dict[str, int] = json.loads(simple.read_text()) if simple.is_file() else {}
     if full.is_file():
         decoder = json.loads(full.read_text()).get("added_tokens_decoder", {})
-        found |= {entry["content"]: int(number) for number, entry in decoder.items()}
-    return found
+        tokens |= {entry["content"]: int(number) for number, entry in decoder.items()}
+    return tokens
 
 
 def native_config(original: Mapping[str, Any], tokens: Mapping[str, int], tied: bool = False) -> Any:

@@ -62,7 +62,7 @@ def tokenizer(folder: Path) -> Any:
     from transformers import LlamaTokenizer, Qwen2Tokenizer
 
     if (folder / "merges.txt").is_file():
-        made = Qwen2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+        tokenizer = Qwen2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
         end, pad = "<|im_end|>", "<|endoftext|>"
     elif (folder / "tokenizer.model").is_file():
         from transformers.convert_slow_tokenizer import generate_merges
@@ -71,29 +71,29 @@ def tokenizer(folder: Path) -> Any:
         vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
         control = [piece for piece, kind in pieces if kind in (_CONTROL, _BYTE)]
         merges = generate_merges(vocabulary, None, skip_tokens=control)
-        made = LlamaTokenizer(vocab=vocabulary, merges=merges, add_prefix_space=False, add_bos_token=True)
+        tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, add_prefix_space=False, add_bos_token=True)
         end, pad = "</s>", "</s>"
     else:
         raise ValueError(
             f"{folder} holds neither merges.txt (Qwen2) nor tokenizer.model (InternLM2); download it whole"
         )
-    _add(made, added_tokens(folder))
+    _add(tokenizer, added_tokens(folder))
     for name, token in {"eos_token": end, "pad_token": pad}.items():
-        setattr(made, name, token)
+        setattr(tokenizer, name, token)
     for name, token in SPECIAL.items():  # attributes that InternVLProcessor reads
-        setattr(made, name, token)
-        setattr(made, f"{name}_id", made.convert_tokens_to_ids(token))
-    made.padding_side = "left"
-    return made
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
-def _add(made: Any, tokens: dict[str, int]) -> None:
+def _add(tokenizer: Any, tokens: dict[str, int]) -> None:
     """Append tokens; their ids follow from their order and must come out as published."""
     from transformers import AddedToken
 
     for content, number in sorted(tokens.items(), key=lambda item: item[1]):
-        made.add_tokens([AddedToken(content, special=True, normalized=False)], special_tokens=True)
-        got = made.convert_tokens_to_ids(content)
+        tokenizer.add_tokens([AddedToken(content, special=True, normalized=False)], special_tokens=True)
+        got = tokenizer.convert_tokens_to_ids(content)
         if got != number:
             raise ValueError(f"added token {content!r} got id {got}, the checkpoint says {number}")
 

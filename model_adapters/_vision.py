@@ -37,15 +37,15 @@ def vit_tap(tower: Any, own: int, *, class_token: bool, pool: int = 1) -> Vision
 
     def tokens(patches: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         batch = (kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]).shape[0]
-        made = {}
+        states = {}
         for name, values in patches.items():
             grid = values.unflatten(0, (batch, -1))[:, int(class_token) :]
             side = round(grid.shape[1] ** 0.5)
             if pool > 1:
                 blocks = grid.unflatten(1, (side // pool, pool, side // pool, pool))
                 grid = blocks.float().mean(dim=(2, 4)).flatten(1, 2)
-            made[name] = grid.flatten(0, 1)
-        return made
+            states[name] = grid.flatten(0, 1)
+        return states
 
     blocks = [(getattr(layer, "attention", None) or layer.self_attn, layer) for layer in vit_layers(tower)]
     every = range(len(blocks))

@@ -113,8 +113,8 @@ class Adapter(AbstractTransformersAdapter):
         if kind == "mcq":
             return letter_question(question, options, hint)
         if kind == "yes_no":
-            asked = question if "yes or no" in question.lower() else f"{question} Please answer yes or no."
-            return f"{asked} {SINGLE_WORD}"
+            wording = question if "yes or no" in question.lower() else f"{question} Please answer yes or no."
+            return f"{wording} {SINGLE_WORD}"
         return f"{question}\n{SINGLE_WORD}"
 
     def turn(self, processor: Any, parts: list[Mapping[str, Any]]) -> str:
@@ -132,8 +132,8 @@ def _folder(source: str, revision: str | None) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
 def _span(run: Tensor, tile: int) -> ImageSpan:

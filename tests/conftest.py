@@ -1,6 +1,10 @@
-"""Every test runs on one thread, and stock transformers must be importable beside a CUDA build of torchvision."""
+"""Every test and every process it starts runs on one thread, and CUDA torchvision imports beside CPU torch."""
 
 from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that a test starts; read when torch is imported
 
 from ivcp_eval.vlmeval_bridge import cpu_torchvision
 

@@ -14,13 +14,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from ivcp_eval import files
 from ivcp_eval.interface import QuestionKind
-from ivcp_eval.interface.registry import nearest, unknown
+from ivcp_eval.interface.marked import Marked, Place
+from ivcp_eval.interface.registry import unknown
 
 FOLDER = files.DATASETS
+
+
+#: Types of a data file's fields, by how they are declared here.
+_KINDS: Mapping[str, Any] = {"str": str, "float": int | float, "bool": bool, "int | None": int | None, "Mapping": dict}
 
 
 class DataMissing(RuntimeError):
@@ -132,7 +135,7 @@ class Benchmark:
         """
         missing = []
         for metric in self.metrics:
-            lacks = any(column in rows and str(wanted) not in rows[column] for column, wanted in metric.rows.items())
+            lacks = any(column in rows and str(value) not in rows[column] for column, value in metric.rows.items())
             groups = rows.get(self.category)
             if lacks or (metric.optional and groups is not None and metric.column not in groups):
                 missing.append(metric.name)
@@ -146,8 +149,8 @@ class Benchmark:
 
 def names(group: str | None = None) -> tuple[str, ...]:
     """Declared benchmarks, sorted; only those of a group if one is named."""
-    found = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    return tuple(name for name in found if group is None or load(name).group == group)
+    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return tuple(name for name in names if group is None or load(name).group == group)
 
 
 def groups() -> dict[str, tuple[str, ...]]:
@@ -179,32 +182,35 @@ def load(name: str) -> Benchmark:
     """Read ``datasets/<name>.yaml``.
 
     Raises:
-        ValueError: there is no such file, or it has a wrong key or value; the message names both.
+        ValueError: there is no such file, or it has a wrong key or value; the message names file, line and value.
     """
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise unknown("benchmark", name, names())
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path.name}: expected a mapping of fields, got {type(raw).__name__}")
-    values = {"vlmeval": name, **raw}
-    values["metrics"] = tuple(_build(Metric, entry, path.name) for entry in raw.get("metrics", ()))
-    values["samples"] = _build(Samples, raw["samples"], path.name) if raw.get("samples") else None
-    values["abilities"] = tuple(raw.get("abilities", ()))
-    samples = values["samples"]
+    marked = Marked(path)
+    raw = _fields(Benchmark, marked, (), marked.value)
+    metrics = [
+        _build(Metric, marked, ("metrics", i), entry)
+        for i, entry in enumerate(marked.listed(("metrics",), raw.get("metrics", []), dict, "a metric", repeats=True))
+    ]
+    samples = _build(Samples, marked, ("samples",), raw["samples"]) if raw.get("samples") else None
     if samples and bool(samples.rule) == bool(samples.file and samples.column):
-        raise ValueError(f"{path.name}: samples need either a rule, or a file and a column")
-    benchmark: Benchmark = _build(Benchmark, {**values, "name": name}, path.name)
-    if benchmark.kind not in (None, *get_args(QuestionKind)):
-        raise ValueError(f"{path.name}: kind {benchmark.kind!r}; allowed: {', '.join(get_args(QuestionKind))} or none")
-    if benchmark.prompt not in ("family", "dataset"):
-        raise ValueError(f"{path.name}: prompt {benchmark.prompt!r}; allowed: family, dataset")
-    if not isinstance(benchmark.sha256, str) or len(benchmark.sha256) not in (0, 64):
-        raise ValueError(f"{path.name}: sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
-    if benchmark.judge not in ("none", "optional", "required"):
-        raise ValueError(f"{path.name}: judge {benchmark.judge!r}; allowed: none, optional, required")
-    if benchmark.thinking not in ("split", "kept"):
-        raise ValueError(f"{path.name}: thinking {benchmark.thinking!r}; allowed: split, kept")
+        raise marked.error(("samples",), "samples need either a rule, or a file and a column")
+    abilities = marked.listed(("abilities",), raw.get("abilities", []), str, "a tag")
+    values = {"vlmeval": name, **raw, "name": name}
+    values |= {"metrics": tuple(metrics), "samples": samples, "abilities": tuple(abilities)}
+    benchmark: Benchmark = _build(Benchmark, marked, (), values)
+    allowed = {
+        "kind": (None, *get_args(QuestionKind)),
+        "prompt": ("family", "dataset"),
+        "judge": ("none", "optional", "required"),
+        "thinking": ("split", "kept"),
+    }
+    for key, words in allowed.items():
+        if (got := getattr(benchmark, key)) not in words:
+            raise marked.error((key,), f"{key} {got!r}; allowed: {', '.join(word or 'nothing' for word in words)}")
+    if len(benchmark.sha256) not in (0, 64):
+        raise marked.error(("sha256",), f"sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
     return benchmark
 
 
@@ -269,16 +275,19 @@ def _first_rows(path: Path, limit: int) -> dict[str, list[str]]:
     return {str(column): list(table[column]) for column in table}
 
 
-def _build(cls: Any, values: Any, file: str) -> Any:
-    allowed = {f.name for f in fields(cls)}
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{file}: expected fields of a {cls.__name__.lower()}, got {values!r}")
-    for key in values:
-        if key not in allowed:
-            raise ValueError(
-                f"{file}: unknown field {key!r}{nearest(key, allowed)} Allowed: {', '.join(sorted(allowed))}."
-            )
+def _fields(cls: Any, marked: Marked, place: Place, values: Any) -> Mapping[str, Any]:
+    return marked.keys(place, values, sorted(f.name for f in fields(cls)))
+
+
+def _build(cls: Any, marked: Marked, place: Place, values: Any) -> Any:
+    """The dataclass of a mapping; raises SpecError for fields that it has not, lacks, or declares of another type."""
+    for f in fields(cls):
+        if f.name in _fields(cls, marked, place, values):
+            kinds = next((kinds for word, kinds in _KINDS.items() if str(f.type).startswith(word)), object)
+            value = values[f.name]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise marked.error((*place, f.name), f"{f.name} must be {f.type}, got {value!r}")
     try:
         return cls(**values)
     except TypeError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise marked.error(place, str(error)) from error

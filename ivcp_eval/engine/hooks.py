@@ -48,14 +48,14 @@ if TYPE_CHECKING:
 def listeners_for(model: Any, resolved: Resolved) -> list[Listener]:
     """The optional parts that a method's needs ask for."""
     adapter, method, ratio = resolved.adapter, resolved.method, resolved.ratio
-    found: list[Listener] = []
+    listeners: list[Listener] = []
     if "vision" in method.needs and resolved.cuts:
-        found.append(VisionListener(adapter.vision_tap(model), method))
+        listeners.append(VisionListener(adapter.vision_tap(model), method))
     if "cached_key" in method.needs and ratio < 1:
-        found.append(KeyEditor(adapter, method, ratio))
+        listeners.append(KeyEditor(adapter, method, ratio))
     if "step" in method.needs and ratio < 1:
-        found.append(StepMasks(adapter, method, resolved.name, ratio))
-    return found
+        listeners.append(StepMasks(adapter, method, resolved.name, ratio))
+    return listeners
 
 
 class Engine(ABC):

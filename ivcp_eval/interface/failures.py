@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.files import storable
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -19,7 +21,9 @@ __all__ = [
     "FAILURES",
     "AnswerTimeout",
     "InputRefused",
+    "StrayExit",
     "check_timeout",
+    "contained",
     "deadline",
     "device_lost",
     "failure",
@@ -40,6 +44,27 @@ class InputRefused(ValueError):
     """The model's processor refuses a sample, such as a picture of 300 x 1 pixels. It always will: a settled miss."""
 
 
+class StrayExit(RuntimeError):
+    """A method, plug-in or library raised what ends programs, such as SystemExit. It failed; the program goes on."""
+
+
+@contextmanager
+def contained(whose: str) -> Iterator[None]:
+    """Turn exceptions that are no `Exception` into `StrayExit`; also a decorator. Ctrl-C is left alone.
+
+    Args:
+        whose: code, for the message.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise StrayExit(
+            f"{whose} raised {type(error).__name__}({error}), which would end the program; raise an Exception instead"
+        ) from error
+
+
 def check_timeout(seconds: float | None) -> None:
     """Raise ValueError unless it is a finite number above 0, or None for no limit."""
     if seconds is not None and not 0 < seconds < float("inf"):
@@ -54,8 +79,8 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {
         **({"settled": True} if isinstance(error, InputRefused) else {}),
         "prediction": "",
-        "error": re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}"),
-        "traceback": "".join(traceback.format_exception(error, limit=-12)),
+        "error": storable(re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}")),
+        "traceback": storable("".join(traceback.format_exception(error, limit=-12))),
     }
 
 

@@ -45,12 +45,12 @@ class ModelFacts:
     first_cut: int = 0  # lowest layer whose input may be cut (Qwen3-VL adds visual features to its first layers)
     position_axes: int = 1  # of a token's position: 3 for M-RoPE
 
-    def renumbers(self, asked: bool | None) -> bool:
+    def renumbers(self, requested: bool | None) -> bool:
         """Whether survivors are numbered anew: as asked, None being the way of released LLaVA code and its ports.
 
         LLaVA code numbers 0..n-1 whatever is left; on M-RoPE the ports keep the position of every survivor.
         """
-        return self.position_axes == 1 if asked is None else asked
+        return self.position_axes == 1 if requested is None else requested
 
 
 @dataclass(frozen=True)
@@ -296,13 +296,13 @@ class Selection:
             )
 
 
-def check_type(value: object, wanted: type, method: str, where: str, words: str = "") -> None:
-    """Raise TypeError unless ``value``, which a method returned from ``where``, is of the type that is ``wanted``."""
-    if not isinstance(value, wanted):
+def check_type(value: object, expected: type, method: str, where: str, words: str = "") -> None:
+    """Raise TypeError unless ``value``, which a method returned from ``where``, is of the type ``expected``."""
+    if not isinstance(value, expected):
         kind = type(value)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         shown = "None" if value is None else f"a {name}"
-        words = words or f"a {wanted.__name__}"
+        words = words or f"a {expected.__name__}"
         raise TypeError(f"method {method!r}: `{where}` gave {shown}, expected {words}")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivcp_eval.files import PACKAGE, file_digest, remembered
+from ivcp_eval.files import DAMAGE, PACKAGE, file_digest, remembered
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.registry import adapter, family_names, unknown
 
@@ -39,13 +41,13 @@ class Weights:
 
 def checkpoints() -> dict[str, tuple[str, Checkpoint]]:
     """Every short name with its family and checkpoint, in family order."""
-    found: dict[str, tuple[str, Checkpoint]] = {}
+    by_name: dict[str, tuple[str, Checkpoint]] = {}
     for family in family_names():
         for checkpoint in adapter(family).checkpoints:
-            if checkpoint.name in found:
-                raise ValueError(f"model {checkpoint.name!r} is declared by {found[checkpoint.name][0]} and {family}")
-            found[checkpoint.name] = (family, checkpoint)
-    return found
+            if checkpoint.name in by_name:
+                raise ValueError(f"model {checkpoint.name!r} is declared by {by_name[checkpoint.name][0]} and {family}")
+            by_name[checkpoint.name] = (family, checkpoint)
+    return by_name
 
 
 def find(name: str) -> tuple[str, Checkpoint]:
@@ -77,6 +79,20 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
     return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Have transformers draw no bar while the block runs: it would draw over ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 def _is_trained(folder: Path) -> bool:
     return not (folder / "RANDOM_WEIGHTS").exists()
 
@@ -89,6 +105,8 @@ def _checked(folder: Path, name: str) -> Path:
         )
     if not any(folder.glob("*.safetensors")):
         raise MissingWeights(f"model {name!r}: {folder} holds no *.safetensors weights; download the checkpoint whole.")
+    for path in sorted(folder.glob("*.json")):
+        _check_json(path, name)
     _check_index(folder, name)
     for path in sorted(folder.glob("*.safetensors")):
         _check_safetensors(path, name)
@@ -99,13 +117,13 @@ def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         folder = Path(
             snapshot_download(
                 checkpoint.hub,
                 revision=checkpoint.revision,
-                allow_patterns=wanted,
+                allow_patterns=patterns,
                 local_files_only=bool(offline),
             )
         )
@@ -129,7 +147,7 @@ def fingerprint(folder: Path) -> str:
         if path.suffix in (".json", ".model", ".txt", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest)}".encode())
+            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest, str)}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -142,9 +160,9 @@ def _check_safetensors(path: Path, name: str) -> None:
             if length > size - 8:
                 raise ValueError(f"its header has {length} bytes")
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except DAMAGE as error:
         raise MissingWeights(
             f"model {name!r}: {path} is no safetensors file, or damaged ({error}); download it again."
         ) from None
@@ -155,6 +173,14 @@ def _check_safetensors(path: Path, name: str) -> None:
         )
 
 
+def _check_json(path: Path, name: str) -> None:
+    """Raise MissingWeights for a configuration or tokenizer that was cut short; libraries do not name it."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except DAMAGE as error:
+        raise MissingWeights(f"model {name!r}: {path} is damaged ({error}); download it again.") from None
+
+
 def _check_index(folder: Path, name: str) -> None:
     """Raise MissingWeights if a part that the index of a split checkpoint names is not there."""
     index = folder / "model.safetensors.index.json"
@@ -162,11 +188,12 @@ def _check_index(folder: Path, name: str) -> None:
         return
     try:
         parts = sorted({str(part) for part in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise MissingWeights(f"model {name!r}: {index} is damaged ({error!r}); download it again.") from None
-    lacking = [part for part in parts if not (folder / part).is_file()]
+    there = {path.name for path in folder.iterdir()}
+    lacking = [part[:80] for part in parts if part not in there]
     if lacking:
         raise MissingWeights(
-            f"model {name!r}: {folder} lacks {', '.join(lacking[:5])} of {len(parts)} parts of the weights; download "
-            "the checkpoint whole."
+            f"model {name!r}: {folder} lacks {', '.join(lacking[:5])} of {len(parts)} parts of the weights that "
+            f"{index.name} names; download the checkpoint whole."
         )

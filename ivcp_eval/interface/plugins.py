@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.files import PACKAGE
+from ivcp_eval.interface.failures import contained
 
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractMethod
@@ -56,7 +57,8 @@ class Plugin:
         if self.problem:
             raise ValueError(f"{self.title} cannot be used: {self.problem}")
         try:
-            target = self.entry.load()
+            with contained("its module"):
+                target = self.entry.load()
         except Exception as error:  # whatever a stranger's module does while it is imported
             raise ValueError(
                 f"{self.title} cannot be imported ({type(error).__name__}: {error}). "

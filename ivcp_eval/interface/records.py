@@ -8,6 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
 
+from ivcp_eval.files import storable
 from ivcp_eval.interface.failures import failure
 
 __all__ = ["Answer", "Measured", "measured"]
@@ -34,9 +35,17 @@ class Measured:
     column: str = ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raise ValueError unless ``value`` is of the kind; the CSV that it is written to keeps the limits."""
-        if not isinstance(value, _TYPES[self.kind]) or (isinstance(value, bool) and self.kind != "boolean"):
-            raise ValueError(f"{name} of an answer is {value!r}, which is no {self.kind}")
+        """Raise ValueError unless ``value`` is of the kind and can be written down."""
+        members = value if self.kind == "integers" and isinstance(value, list | tuple) else [value]
+        right = isinstance(value, _TYPES[self.kind]) and all(
+            isinstance(member, bool) == (self.kind == "boolean") for member in members
+        )
+        if not right or (self.kind == "integers" and not all(isinstance(member, int) for member in members)):
+            raise ValueError(f"{name} of an answer is {str(value)[:80]!r}, which is no {self.kind}")
+        if self.low is not None and value < self.low:
+            raise ValueError(f"{name} of an answer is {value}, which is below {self.low:g}")
+        if self.kind == "text" and storable(value) != value:
+            raise ValueError(f"{name} of an answer holds half a character (a lone surrogate)")
 
 
 def _of(kind: Kind, description: str, default: Any = None, **more: Any) -> Any:
@@ -106,10 +115,10 @@ class Answer:
         meaning = measured()
         if strange := sorted(record.keys() - meaning.keys()):
             raise ValueError(f"unknown keys of an answer: {', '.join(strange)}; known: {', '.join(meaning)}")
-        if not record.get("error") and (missing := [name for name in _NEEDED if record.get(name) is None]):
+        if not record.get("error") and (missing := [name for name in _NEEDED if record.get(name) in (None, [])]):
             raise ValueError(f"an answer without an error lacks {', '.join(missing)}")
         for name, value in record.items():
-            if value is not None:
+            if value is not None or _DEFAULTS[name] is not None:
                 meaning[name].check(name, value)
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
         return cls(**values)

@@ -176,15 +176,15 @@ def family_names() -> tuple[str, ...]:
 @cache
 def adapter(family: str) -> AbstractAdapter:
     """The adapter of a family, by its file name. Adapters hold no state, so there is one of each."""
-    made: AbstractAdapter = _adapter_class(family)()
-    return made
+    instance: AbstractAdapter = _adapter_class(family)()
+    return instance
 
 
 def _adapter_class(family: str) -> type[AbstractAdapter]:
     if family not in family_names():
         raise unknown("model family", family, family_names())
-    found: type[AbstractAdapter] = import_module(f"model_adapters.{family}").Adapter
-    return found
+    cls: type[AbstractAdapter] = import_module(f"model_adapters.{family}").Adapter
+    return cls
 
 
 def family_of(model_type: str) -> str:

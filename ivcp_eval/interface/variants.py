@@ -59,8 +59,8 @@ class Budget:
             return None
         if kind not in KINDS:
             raise ValueError(f"budget {kind!r} is unknown; use {OWN} (the method's own ratio), {', '.join(KINDS)}")
-        asked = PROMPT if prompt is None else (prompt[0], prompt[1])
-        return cls(kind, target, asked if kind == "flops" else None)
+        lengths = PROMPT if prompt is None else (prompt[0], prompt[1])
+        return cls(kind, target, lengths if kind == "flops" else None)
 
 
 @dataclass(frozen=True)
@@ -161,21 +161,21 @@ def parse(name: str) -> Variant:
         return Variant(model)
     method, *parts = rest.split(SEPARATOR)
     share = parts.pop(0) if parts and "=" not in parts[0] else "r0.5"
-    found = _NAME.fullmatch(share)
+    match = _NAME.fullmatch(share)
     try:
-        value = float(found[2]) if found else 0.0
+        value = float(match[2]) if match else 0.0
         given = dict(parameter(unquote(part)) for part in parts)
         seed, prompt = int(given.pop(_SEED, 0)), given.pop(_PROMPT, None)
         counts = None if prompt is None else tuple(int(text) for text in str(prompt).split("+"))
     except (TypeError, ValueError):
-        found = None
-    if not model or not method or not found or not 0 < value <= 1:
+        match = None
+    if not model or not method or not match or not 0 < value <= 1:
         raise ValueError(
             f"model name {name!r} is not MODEL, MODEL__METHOD or MODEL__METHOD__rRATIO with 0 < RATIO <= 1 "
             f"({', '.join(f'{kind}SHARE' for kind in KINDS)} in place of rRATIO hold a budget), and after it "
             "__KEY=VALUE for every parameter, and seed=N"
         )
-    kind = OWN if found[1] == "r" else found[1]
+    kind = OWN if match[1] == "r" else match[1]
     return Variant(model, method, value, given, seed, Budget.of(kind, value, counts))
 
 

@@ -50,10 +50,10 @@ class MethodCard:
         text = ast.get_docstring(tree)
         if not text:
             raise ValueError(f"{path.name} has no docstring; it must begin with one sentence on what the method keeps")
-        found = {label.lower(): _labelled(text, label) for label in _FIELDS}
+        fields = {label.lower(): _labelled(text, label) for label in _FIELDS}
         keeps = " ".join(text.split("\n\n", 1)[0].split())
         label = next(iter(_faithfulness(tree)), "")
-        return cls(name, keeps.split("\nPaper:")[0], faithfulness=label, **found)
+        return cls(name, keeps.split("\nPaper:")[0], faithfulness=label, **fields)
 
 
 def _labelled(text: str, label: str) -> str:
@@ -141,17 +141,17 @@ def rows() -> list[dict[str, str]]:
     """
     titles = {entry["method"]: entry for entry in systems() if "method" in entry}
     cards = {card.name: card for card in method_cards()}
-    made = []
+    table = []
     for name, card in cards.items():
         entry = titles.get("fastv" + PLUS_IVC if name in WRAPPERS.values() else name, {})
-        made.append(_row(name, card.faithfulness, " ".join(filter(None, (card.keeps, entry.get("note", ""))))))
+        table.append(_row(name, card.faithfulness, " ".join(filter(None, (card.keeps, entry.get("note", ""))))))
     for plugin in plugins.found():
-        made.append(_row(plugin.name, "refused" if plugin.problem else "plug-in", _plugin_note(plugin)))
+        table.append(_row(plugin.name, "refused" if plugin.problem else "plug-in", _plugin_note(plugin)))
     for entry in systems():
         if "state" in entry:
             paper = f" (arXiv {entry['paper']})" if entry["paper"] else ""
-            made.append(_row(entry["system"] + paper, entry["state"], f"{entry['why']}. Needs: {entry['needs']}."))
-    return made
+            table.append(_row(entry["system"] + paper, entry["state"], f"{entry['why']}. Needs: {entry['needs']}."))
+    return table
 
 
 def _plugin_note(plugin: plugins.Plugin) -> str:

@@ -192,8 +192,8 @@ def _compared(pair: _Pair, margin: float | None, resamples: int) -> ComparedRow:
             f"{pruned['score_scale']:g}; convert one of the files"
         )
     row = _skeleton(baseline, pruned, pair)
-    found = pair.why_unpaired if pair.samples is None else _from_samples(row, pair, pair.samples, resamples)
-    row = _unpaired(row, baseline, pruned, found) if isinstance(found, str) else _paired(row, found)
+    metric = pair.why_unpaired if pair.samples is None else _from_samples(row, pair, pair.samples, resamples)
+    row = _unpaired(row, baseline, pruned, metric) if isinstance(metric, str) else _paired(row, metric)
     return _finished(row, margin, _notes(pair, baseline, pruned))
 
 
@@ -270,10 +270,10 @@ def _skeleton(baseline: Row, pruned: Row, pair: _Pair) -> ComparedRow:
     )
 
 
-def _paired(row: ComparedRow, found: PairedMetric) -> ComparedRow:
-    result, changed = found.result, found.flips
+def _paired(row: ComparedRow, metric: PairedMetric) -> ComparedRow:
+    result, changed = metric.result, metric.flips
     notes = [*row.notes, *result.notes]
-    notes += [f"{found.unscored} samples without a score of their own left out"] if found.unscored else []
+    notes += [f"{metric.unscored} samples without a score of their own left out"] if metric.unscored else []
     return replace(
         row,
         paired=True,
@@ -288,8 +288,8 @@ def _paired(row: ComparedRow, found: PairedMetric) -> ComparedRow:
         n_samples=result.n_samples,
         n_clusters=result.n_clusters,
         standard_error=result.standard_error,
-        test=found.test,
-        p_value=found.p_value,
+        test=metric.test,
+        p_value=metric.p_value,
         notes=tuple(notes),
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import atomic_write
+from ivcp_eval.files import as_shown, atomic_write, commit_file, disk_full_as_clear_error
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import ComparedRow
@@ -149,14 +149,17 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         "bars: 95 % interval of the paired difference to the unpruned model; hollow: not better than random", fontsize=9
     )
     temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    temporary.replace(path)
+    with disk_full_as_clear_error(path, temporary):
+        figure.savefig(temporary, dpi=110)
+        pyplot.close(figure)
+        commit_file(temporary, path)
 
 
 def _cell(value: Any) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, str):
+        return as_shown(value)
     return f"{value:.6g}" if isinstance(value, float) else value
 
 

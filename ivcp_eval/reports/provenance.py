@@ -102,13 +102,13 @@ class Selection:
         given = json.loads(row["method_parameters"] or "{}")
         kind = row["budget"].partition("(")[0] or OWN
         # Through JSON, as the file has them.
-        wanted = json.loads(json.dumps(dict(self.parameters)))
+        parameters = json.loads(json.dumps(dict(self.parameters)))
         return bool(
             self.method in (None, row["method"])
             and self.ratio in (None, row["ratio_asked"])
             and self.budget in (None, kind)
             and self.limit in (None, row["limit"])
-            and all(name in given and given[name] == value for name, value in wanted.items())
+            and all(name in given and given[name] == value for name, value in parameters.items())
         )
 
 

@@ -127,20 +127,20 @@ def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         ResultsError: a row breaks the schema, or rows of one run say different things of it; nothing is written.
         OSError: see `files.atomic_write`.
     """
-    path, made = Path(path), []
+    path, finished = Path(path), []
     for number, row in enumerate(rows, start=1):
         try:
-            made.append(make_row(**row))
+            finished.append(make_row(**row))
         except ResultsError as error:
             raise ResultsError(f"{path} was not written: row {number}: {error}") from None
-    if not all(row["run_id"] for row in made):
-        write_csv(path, COLUMNS, made)
+    if not all(row["run_id"] for row in finished):
+        write_csv(path, COLUMNS, finished)
         runs_file(path).unlink(missing_ok=True)
         return
-    runs = _runs_of(path, made)
+    runs = _runs_of(path, finished)
     before = _known_runs(path)
     write_csv(runs_file(path), RUN_COLUMNS, list({**before, **runs}.values()))
-    write_csv(path, ROW_COLUMNS, made)
+    write_csv(path, ROW_COLUMNS, finished)
     if before.keys() - runs.keys():
         write_csv(runs_file(path), RUN_COLUMNS, list(runs.values()))
 
@@ -220,15 +220,15 @@ def write_samples(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ResultsError: an unknown column, a bad value or an index that occurs twice; nothing is written.
     """
-    made: list[Row] = []
+    finished: list[Row] = []
     for number, row in enumerate(rows, start=1):
         try:
             known(row, SAMPLE_COLUMN_NAMES, "a sample")
-            made.append(checked(row, SAMPLE_COLUMNS))
+            finished.append(checked(row, SAMPLE_COLUMNS))
         except ResultsError as error:
             raise ResultsError(f"{path} was not written: row {number}: {error}") from None
-    _unique_indices(Path(path), made)
-    write_csv(Path(path), SAMPLE_COLUMNS, made)
+    _unique_indices(Path(path), finished)
+    write_csv(Path(path), SAMPLE_COLUMNS, finished)
 
 
 def read_samples(path: str | Path) -> list[Row]:

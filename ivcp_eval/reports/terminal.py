@@ -1,4 +1,4 @@
-"""The comparison as text: a table that folds to the terminal's width, Markdown, and what must be known to read it."""
+"""Tables that fold to the terminal's width; the comparison as one, as Markdown, and what must be known to read it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,52 @@ import math
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ivcp_eval.reports.comparison import ComparedRow, Comparison
-from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
+if TYPE_CHECKING:  # numpy, which other tables can do without
+    from ivcp_eval.reports.comparison import ComparedRow, Comparison
+    from ivcp_eval.reports.stats.timing import TimeRatio
 
-__all__ = ["LOUD", "footer", "render", "render_markdown"]
+__all__ = ["LOUD", "fold", "footer", "render", "render_markdown"]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
 #: Lines of a table into a pipe or file are as long as this at most.
 _WIDTH = 120
 _NARROWEST = 40
+#: Prose is not broken into lines shorter than this to keep it beside the other columns.
+_PROSE = 24
+#: No column is narrower than this for lack of room.
+_SHORTEST = 8
 #: These name a row; one that is the same in all rows is said once, above the table.
 _NAMES = ("model", "benchmark", "metric", "variant")
 _GAP = "  "
 
 
+def fold(
+    columns: Mapping[str, Sequence[str]], names: Sequence[str] = (), prose: str = "", width: int | None = None
+) -> str:
+    """Columns side by side under their headings; no line is longer than ``width``.
+
+    Args:
+        columns: heading -> its cells. names: headings of the columns that name a row. Columns that find no room stand
+            in further tables below, each with these.
+        prose: heading of a column whose cells may be broken into lines, so that it fits beside the others.
+        width: by default the terminal's, else 120; at least 40.
+    """
+    width, columns = _checked(width), dict(columns)
+    if prose:
+        taken = {name: _width(name, column) + len(_GAP) for name, column in columns.items() if name != prose}
+        room = width - sum(taken.values())
+        if room < _PROSE:  # it goes below, beside the names alone
+            room = max(width // 2, width - sum(taken[name] for name in names))
+        columns[prose] = [_broken(cell, room) for cell in columns[prose]]
+    named = {name: columns.pop(name) for name in names}
+    return "\n\n".join(_folded(named, columns, width))
+
+
 def render(comparison: Comparison, width: int | None = None) -> str:
     """Table and footer; no line is longer than ``width`` (by default the terminal's, else 120)."""
-    width = max(_NARROWEST, width or shutil.get_terminal_size((_WIDTH, 24)).columns)
+    width = _checked(width)
     cells = _table(comparison)
     same = {name: c[0] for name, c in cells.items() if name in _NAMES and len(set(c)) == 1 and len(comparison.rows) > 1}
     names = {name: column for name, column in cells.items() if name in _NAMES and name not in same}
@@ -54,6 +82,10 @@ def _title(comparison: Comparison) -> str:
     return f"{comparison.results} against {file} {comparison.against}"
 
 
+def _checked(width: int | None) -> int:
+    return max(_NARROWEST, width or shutil.get_terminal_size((_WIDTH, 24)).columns)
+
+
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
     return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
 
@@ -61,11 +93,14 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
 def _folded(names: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[str]], width: int) -> list[str]:
     """As few tables under each other as fit, each with the names of the rows; no column of values is torn apart."""
     widest = max((_width(name, column) for name, column in values.items()), default=0)
-    names = _narrowed(names, max(10, width - widest - len(_GAP)))
+    names = _narrowed(names, max(10, width - widest))
     taken = sum(_width(name, column) + len(_GAP) for name, column in names.items())
     blocks: list[dict[str, Sequence[str]]] = [{}]
     room = width - taken
     for name, column in values.items():
+        alone = max(_SHORTEST, width - taken)
+        if _width(name, column) > alone:
+            name, column = _broken(name, alone), [_broken(cell, alone) for cell in column]
         needed = _width(name, column)
         if blocks[-1] and needed > room:
             blocks.append({})
@@ -95,12 +130,15 @@ def _width(name: str, column: Sequence[str]) -> int:
 def _narrowed(names: Mapping[str, Sequence[str]], width: int) -> dict[str, Sequence[str]]:
     """Names broken into several lines where they would leave no room for a value; the longest column gives way."""
     limits = {name: _width(name, column) for name, column in names.items()}
-    while limits and sum(limits.values()) + len(_GAP) * len(limits) > width and max(limits.values()) > 8:
+    while limits and sum(limits.values()) + len(_GAP) * len(limits) > width and max(limits.values()) > _SHORTEST:
         limits[max(limits, key=lambda name: limits[name])] -= 1
     return {
-        "\n".join(textwrap.wrap(name, limits[name])): ["\n".join(textwrap.wrap(c, limits[name])) for c in column]
-        for name, column in names.items()
+        _broken(name, limits[name]): [_broken(cell, limits[name]) for cell in column] for name, column in names.items()
     }
+
+
+def _broken(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _table(comparison: Comparison) -> dict[str, list[str]]:
@@ -125,6 +163,8 @@ def _table(comparison: Comparison) -> dict[str, list[str]]:
         "FLOPs": lambda row: _number(row.ratio_flops, 2),
     }
     cells = {name: [make(row) for row in rows] for name, make in makers.items()}
+    from ivcp_eval.reports.stats.timing import STAGES
+
     cells |= {f"{stage.replace('_', ' ')} time": [time_cell(row.times[stage]) for row in rows] for stage in STAGES}
     cells["verdict"] = [row.verdict for row in rows]
     return {name: column for name, column in cells.items() if any(column) or name in _NAMES}

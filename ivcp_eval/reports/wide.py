@@ -25,6 +25,7 @@ from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.provenance import Group, NotComparable, finished_headline, grouped, merged
 from ivcp_eval.reports.table import Row, read_results
+from ivcp_eval.reports.terminal import fold
 
 MISSING = "-"
 _VARIANT = ("method", "method_parameters", "ratio_asked", "budget", "limit")
@@ -110,14 +111,25 @@ class Table:
     def to_markdown(self) -> str:
         """Two Markdown tables under the model's name, scores and retained shares, aligned also as plain text."""
         parts = [f"### {self.model}", "", *_markdown(self._scores()), ""]
-        if any(line.mean("retained", self.names[:1]) for line in self.lines):
+        if self._has_shares:
             parts += ["Retained, percent of the unpruned score:", "", *_markdown(self._shares()), ""]
         return "\n".join([*parts, *([self.note, ""] if self.note else [])])
+
+    def to_terminal(self, width: int | None = None) -> str:
+        """The tables of `to_markdown`, folded to the terminal's width."""
+        parts = [f"model {self.model}", "", _folded(self._scores(), 2, width)]
+        if self._has_shares:
+            parts += ["", "Retained, percent of the unpruned score:", "", _folded(self._shares(), 2, width)]
+        return "\n".join([*parts, *(["", self.note] if self.note else [])])
 
     def to_latex(self) -> str:
         """Two ``tabular`` that need the package booktabs: scores and retained shares."""
         notes = [f"% {self.note}"] if self.note else []
         return "\n".join([*notes, *_latex(self._scores()), "", *_latex(self._shares()), ""])
+
+    @property
+    def _has_shares(self) -> bool:
+        return any(line.mean("retained", self.names[:1]) for line in self.lines)
 
     def _scores(self) -> list[list[str]]:
         rows = [["method", "ratio", "kept", "layers", *self.names, "retained %"]]
@@ -155,8 +167,8 @@ def tables(
     ]
 
 
-def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
-    """Write ``<results>/<model>.csv``, ``.md`` and ``.tex`` of `tables` for a results CSV; returns the files."""
+def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = None) -> list[Table]:
+    """Write ``<results>/<model>.csv``, ``.md`` and ``.tex`` of `tables` for a results CSV; returns the tables."""
     folder = results.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     p_values: dict[tuple[Any, ...], float] = {}
@@ -168,13 +180,11 @@ def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = No
             )
     except NotComparable as error:
         note = f"Without marks of significance: {str(error).splitlines()[0]}"
-    written = []
-    for table in tables(read_results(results), planned, p_values, note):
+    written = tables(read_results(results), planned, p_values, note)
+    for table in written:
         for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
-            path = folder / f"{table.model}.{suffix}"
-            with atomic_write(path) as stream:
+            with atomic_write(folder / f"{table.model}.{suffix}") as stream:
                 stream.write(text)
-            written.append(path)
     return written
 
 
@@ -259,6 +269,12 @@ def _score(cell: Cell | None) -> str:
         return MISSING
     spread = "" if cell.deviation is None else f" ± {cell.deviation:.1f}"
     return f"{cell.score:.1f}{spread}" + ("*" if cell.significant else "")
+
+
+def _folded(rows: Sequence[Sequence[str]], names: int, width: int | None) -> str:
+    """``rows`` begin with the headings; the first ``names`` columns say which row it is."""
+    columns = {head: column for head, *column in zip(*rows, strict=True)}
+    return fold(columns, rows[0][:names], width=width)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:

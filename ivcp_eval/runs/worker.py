@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.files import write_json
 from ivcp_eval.interface.failures import FAILURES
 from ivcp_eval.runs.answering.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
 from ivcp_eval.runs.answering.timing import is_timed, time_cells
@@ -22,8 +21,8 @@ from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.records.scoring import record_failure, score_any
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
-from ivcp_eval.runs.store.lease import claim
-from ivcp_eval.runs.store.state import answers, lease, mark, shard
+from ivcp_eval.runs.store.lease import claim, holder
+from ivcp_eval.runs.store.state import Mark, answers, lease, mark, shard
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.answering.session import Session
@@ -41,8 +40,8 @@ class Stop:
     @contextmanager
     def signals(self) -> Iterator[Stop]:
         """Listen to SIGTERM, SIGUSR1 and SIGUSR2, which clusters send before they preempt or end a job."""
-        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-        before = {number: signal.signal(number, self._ask) for number in wanted}
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        before = {number: signal.signal(number, self._ask) for number in signals}
         try:
             yield self
         finally:
@@ -59,7 +58,7 @@ class Report:
 
     Attributes:
         units, samples, scored: finished by it. failed: samples without an answer. stopped: it was asked to end.
-        broken: models and benchmarks that could not be loaded.
+        broken: models and benchmarks that could not be loaded. held: what is said of journals that others write.
     """
 
     units: int = 0
@@ -68,6 +67,7 @@ class Report:
     failed: int = 0
     stopped: bool = False
     broken: set[str] = field(default_factory=set)
+    held: set[str] = field(default_factory=set, repr=False)
     sessions: dict[str, Any] = field(default_factory=dict, repr=False)
     dataset: tuple[Any, Any] = field(default=(None, None), repr=False)
 
@@ -112,6 +112,7 @@ def work(
             nothing more; another one can.
     """
     report = Report()
+    waited_for: set[str] = set()
     while not stop.requested:
         left = busy = False
         if answer:
@@ -126,7 +127,13 @@ def work(
         if not left and not busy:
             break
         if not left:
-            time.sleep(POLL_S)  # others hold what is left; should they die, it is taken over
+            # Others hold what is left; should they die, it is taken over.
+            claims = (plan.state / "leases").glob("*.lease") if answer else ()
+            holders = report.held | {f"waiting for {who}" for path in claims if (who := holder(path))}
+            for who in sorted(holders - waited_for):
+                hooks.say(who)
+            waited_for |= holders
+            time.sleep(POLL_S)
     report.stopped = stop.requested
     report.sessions.clear()
     report.dataset = None, None
@@ -150,7 +157,8 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
                 try:
                     _answer(plan, unit, stop, hooks, report)
                     taken = True
-                except JournalHeld:  # a worker that lost its claim is still writing its last sample
+                except JournalHeld as error:  # a worker that lost its claim is still writing its last sample
+                    report.held.add(str(error))
                     waiting = True
                 except _NotLoadedError as error:  # which ends no work on others
                     report.broken.add(error.name)
@@ -201,10 +209,8 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
     report.failed += failed
     if stop.requested:
         return
-    seconds = time.monotonic() - start
-    mark(plan, unit).parent.mkdir(parents=True, exist_ok=True)
-    done = {"samples": unit.stop - unit.start, "answered": answered, "failed": failed, "seconds": seconds}
-    write_json(mark(plan, unit), done | (asdict(agreement) if agreement.compared else {}))
+    compared = asdict(agreement)
+    Mark(unit.stop - unit.start, answered, failed, time.monotonic() - start, **compared).write(mark(plan, unit))
     report.units += 1
     hooks.say(
         f"{unit.model} on {unit.benchmark.name}, rows {unit.start}-{unit.stop}: {answered} answered, {failed} failed"
@@ -255,12 +261,12 @@ def _session(plan: RunPlan, model: str, hooks: Hooks, report: Report) -> Session
         register()
         own = plan.models[model]
         try:
-            found, seconds = timed_load(
+            loaded, seconds = timed_load(
                 own.weights, own.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
             )
         except FAILURES as error:
             raise _NotLoadedError(model, error) from error
-        report.sessions[model] = found
+        report.sessions[model] = loaded
         hooks.say(f"loaded {model} in {seconds:.1f} s")
     session: Session = report.sessions[model]
     return session
@@ -270,11 +276,11 @@ def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
     """VLMEvalKit's data set; the last one is kept, since reading it takes as long as many answers."""
     from ivcp_eval.vlmeval_bridge.evaluate import build
 
-    asked = unit.benchmark.name, plan.options.limit
-    if report.dataset[0] != asked:
+    key = unit.benchmark.name, plan.options.limit
+    if report.dataset[0] != key:
         report.dataset = None, None  # two need not fit into memory
         try:
-            report.dataset = asked, build(unit.benchmark, asked[1])
+            report.dataset = key, build(unit.benchmark, key[1])
         except FAILURES as error:
             raise _NotLoadedError(unit.benchmark.name, error) from error
     return report.dataset[1]

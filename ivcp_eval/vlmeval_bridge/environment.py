@@ -7,6 +7,7 @@ import logging
 import os
 import ssl
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,8 +16,8 @@ from pathlib import Path
 from ivcp_eval.files import commit_file, file_digest
 
 MISSING = (
-    "VLMEvalKit is not installed. `make setup` installs the tested set; by hand: "
-    "pip install --no-deps ms-vlmeval==0.0.20 (see CONTRIBUTING.md for what it needs)."
+    "VLMEvalKit is not installed. In a checkout `make setup` installs the tested set; elsewhere: "
+    'pip install "ivcp-eval[vlmeval]" && pip install --no-deps ms-vlmeval==0.0.20'
 )
 
 
@@ -24,7 +25,8 @@ def import_vlmeval() -> None:
     """Import VLMEvalKit once and undo its process-wide side effects.
 
     Its import turns TLS verification off for urllib, turns gradients off, reseeds torch, configures the root logger
-    and overwrites environment variables; the first four are put back. LLaVABench's evaluator imports a module path
+    and overwrites environment variables; the first four are put back. What it reports of a missing ``.env`` file, and
+    warnings of what it imports, are held back. LLaVABench's evaluator imports a module path
     that does not exist in either tree (``vlmeval.dataset.smp``); the alias makes it work without editing a file.
 
     Raises:
@@ -43,15 +45,24 @@ def import_vlmeval() -> None:
     context, grad = ssl._create_default_https_context, torch.is_grad_enabled()
     state, handlers = torch.get_rng_state(), list(logging.getLogger().handlers)
     level = logging.getLogger().level
+    logging.getLogger().addFilter(_is_news)
     try:
-        import_module("vlmeval.dataset")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module("vlmeval.dataset")
     finally:
+        logging.getLogger().removeFilter(_is_news)
         ssl._create_default_https_context = context
         torch.set_grad_enabled(grad)
         torch.set_rng_state(state)
         logging.getLogger().handlers[:] = handlers
         logging.getLogger().setLevel(level)
     _mend()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record is news: keys of judges come from elsewhere here, so no ``.env`` file is no error."""
+    return not record.getMessage().startswith("Did not detect the .env file")
 
 
 def _mend() -> None:

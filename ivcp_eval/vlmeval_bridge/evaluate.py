@@ -19,8 +19,8 @@ from vlmeval.inference import infer_data_job
 
 from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, without_pair
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL, not_whole
-from ivcp_eval.files import DiskFullError
-from ivcp_eval.interface.failures import FAILURES, failure
+from ivcp_eval.files import DiskFullError, NoLocksError
+from ivcp_eval.interface.failures import FAILURES, contained, failure
 from ivcp_eval.interface.registry import unknown
 from ivcp_eval.vlmeval_bridge import judging, scores
 from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
@@ -42,7 +42,8 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
     path = benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
     here = path.is_file()
     try:
-        dataset = stock.build(benchmark.vlmeval)
+        with contained("VLMEvalKit"):
+            dataset = stock.build(benchmark.vlmeval)
     except (ValueError, DataMissing):
         raise
     except Exception as error:  # a failed download is a bare Exception there
@@ -90,10 +91,10 @@ def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | Non
         line = dataset.data.iloc[i]
         build = partial(prompting.message, line, kind, dataset.dump_image) if kind else None
         try:
-            with alone(dataset):
+            with alone(dataset), contained("VLMEvalKit"):
                 message = unpacked(build or partial(dataset.build_prompt, line), again="image" in dataset.data)
             key, pictures = message_key(message), image_key(message)
-        except DiskFullError:
+        except (DiskFullError, NoLocksError):
             raise
         except FAILURES as error:
             yield Asked(str(line["index"]), failure=failure(error))
@@ -176,7 +177,8 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
         if judge is not None and benchmark.judge != "none":
             predictions, unrated = judging.rate(benchmark, dataset, predictions, judge, evaluator)
         try:
-            returned = dataset.evaluate(str(predictions), model=evaluator)
+            with contained("it"):
+                returned = dataset.evaluate(str(predictions), model=evaluator)
         except OSError:  # a full disk, for one, is nothing of the evaluator's
             raise
         except ZeroDivisionError as error:  # MM-Vet's, over the number of samples of each ability

@@ -239,7 +239,7 @@ def _multiple_choice(benchmark: Benchmark, dataset: Any, table: pd.DataFrame, pr
         option = "Z" if is_empty(item["prediction"]) else multiple_choice.prefetch_answer(item)
         if option:
             lost |= {groups[index]} if circular and option != truth[index] else set()
-        elif all(str(item[column]) == str(wanted) for column, wanted in scored.items()):
+        elif all(str(item[column]) == str(value) for column, value in scored.items()):
             questions[index] = _option_question(dataset.dataset_name, item)
     # A rotation that is wrong for certain decides its question; the others need not be paid for.
     questions = {index: question for index, question in questions.items() if groups[index] not in lost}

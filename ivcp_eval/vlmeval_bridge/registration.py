@@ -65,18 +65,18 @@ def _check_files(arguments: Sequence[str]) -> None:
     from ivcp_eval.vlmeval_bridge.environment import data_root
     from ivcp_eval.vlmeval_bridge.reading import stock, tsv
 
-    asked = False
+    in_data = False
     for word in arguments:
-        asked = word == "--data" or (asked and not word.startswith("--"))
+        in_data = word == "--data" or (in_data and not word.startswith("--"))
         path = data_root() / f"{word}.tsv"
-        if asked and path.is_file():
+        if in_data and path.is_file():
             tsv.read(path, stock.noted_md5(word))
 
 
 def run(arguments: Sequence[str], make: Callable[[str], Any]) -> int:
     """Run ``python -m vlmeval.run`` in this process with our names registered; returns its exit code."""
-    asked = [a for a in arguments if variants.SEPARATOR in a]
-    register(make, asked)
+    names = [a for a in arguments if variants.SEPARATOR in a]
+    register(make, names)
     _check_files(arguments)
     before = sys.argv
     sys.argv = ["vlmeval", *arguments]

@@ -25,14 +25,14 @@ def read_metrics(benchmark: Benchmark, folder: Path, stem: str, judge: str) -> d
     Raises:
         ScoreMissing: a file, row, column or number is not there; the message names it and what there is.
     """
-    found = {}
+    numbers = {}
     for metric in benchmark.metrics:
         try:
-            found[metric.name] = (_read_metric(metric, folder, stem, judge), metric.scale)
+            numbers[metric.name] = (_read_metric(metric, folder, stem, judge), metric.scale)
         except ScoreMissing:
             if not metric.optional:
                 raise
-    return found
+    return numbers
 
 
 def read_samples(samples: Samples, folder: Path, stem: str, judge: str) -> dict[str, float]:
@@ -41,8 +41,8 @@ def read_samples(samples: Samples, folder: Path, stem: str, judge: str) -> dict[
     for column in ("index", samples.column, *samples.rows):
         if column not in table:
             raise ScoreMissing(f"{stem}{samples.file} has no column {column!r}; it has {', '.join(map(str, table))}")
-    for column, wanted in samples.rows.items():
-        table = table[table[column].astype(str) == str(wanted)]
+    for column, cell in samples.rows.items():
+        table = table[table[column].astype(str) == str(cell)]
     values = table[samples.column].map(_number)
     return {str(index): value * samples.factor for index, value in zip(table["index"], values, strict=True)}
 
@@ -54,8 +54,8 @@ def _read_metric(metric: Metric, folder: Path, stem: str, judge: str) -> float:
     for column in [*metric.rows, *columns]:
         if column not in table:
             raise ScoreMissing(f"{stem}{file} has no column {column!r}; it has {', '.join(map(str, table))}")
-    for column, wanted in metric.rows.items():
-        table = table[table[column].astype(str) == str(wanted)]
+    for column, cell in metric.rows.items():
+        table = table[table[column].astype(str) == str(cell)]
     if len(table) != 1 and metric.combine != "mean":
         raise ScoreMissing(f"{stem}{file}: {len(table)} rows match {dict(metric.rows)}, expected one")
     values = [_number(value) for column in columns for value in table[column]]

@@ -182,9 +182,9 @@ class DeepseekVL2Model(DeepseekVL2PreTrainedModel):
             mask = (embeds == self.get_input_embeddings()(token).to(embeds)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        wanted, got = mask.sum(1).tolist(), [row.shape[0] for row in features]
-        if wanted != got:
-            raise ValueError(f"the rows hold {wanted} image placeholders, their images make {got} tokens")
+        expected, got = mask.sum(1).tolist(), [row.shape[0] for row in features]
+        if expected != got:
+            raise ValueError(f"the rows hold {expected} image placeholders, their images make {got} tokens")
         return embeds.masked_scatter(mask[..., None].to(embeds.device), torch.cat(features).to(embeds))
 
 

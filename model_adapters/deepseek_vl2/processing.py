@@ -158,30 +158,32 @@ class DeepseekVL2Processor:
         rows = [self._row(messages, list(own)) for messages, own in zip(conversations, images, strict=True)]
         length = max(len(ids) for ids, _, _ in rows)
         pad = self.tokenizer.pad_token_id
-        made = {
+        features = {
             "input_ids": torch.tensor([[pad] * (length - len(ids)) + ids for ids, _, _ in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _, _ in rows]),
         }
         if any(crops for _, crops, _ in rows):
             most = max(len(crops) for _, crops, _ in rows)
-            made["pixel_values"] = _padded([views for _, _, views in rows])
-            made["images_spatial_crop"] = torch.tensor([crops + [(0, 0)] * (most - len(crops)) for _, crops, _ in rows])
+            features["pixel_values"] = _padded([views for _, _, views in rows])
+            features["images_spatial_crop"] = torch.tensor(
+                [crops + [(0, 0)] * (most - len(crops)) for _, crops, _ in rows]
+            )
             sizes = [[image.size for image in own] for own in images]
-            made["image_sizes"] = torch.tensor([own + [(0, 0)] * (most - len(own)) for own in sizes])
-        return BatchFeature(made)
+            features["image_sizes"] = torch.tensor([own + [(0, 0)] * (most - len(own)) for own in sizes])
+        return BatchFeature(features)
 
     def _row(self, messages: Sequence[Message], images: list[Image]) -> tuple[list[int], list[tuple[int, int]], Tensor]:
         crops = [self.tiles(image.size, len(images) <= MOST_TILED_IMAGES) for image in images]
         unread = iter(crops)
         ids = [self.tokenizer.bos_token_id]
-        found = 0
+        n_images = 0
         for position, message in enumerate(messages):
             text, role = message["content"].strip(), message["role"]
             if role in ("user", USER):
-                asked = f"{USER}: {text}\n\n{ASSISTANT}:" if text else f"{USER}:{ASSISTANT}:"
-                first, *others = asked.split(self.image_token)
-                found += len(others)
-                self._check(found, len(images))
+                turn = f"{USER}: {text}\n\n{ASSISTANT}:" if text else f"{USER}:{ASSISTANT}:"
+                first, *others = turn.split(self.image_token)
+                n_images += len(others)
+                self._check(n_images, len(images))
                 ids += self._encode(first)
                 for part in others:
                     ids += [self.image_token_id] * n_tokens(self.view_side, next(unread)) + self._encode(part)
@@ -194,7 +196,7 @@ class DeepseekVL2Processor:
                     f"message {position} of role {role!r} is not allowed there: a conversation is an optional system "
                     f"message, then user and assistant; only the user's content may hold {self.image_token}"
                 )
-        self._check(found, len(images), final=True)
+        self._check(n_images, len(images), final=True)
         side = self.image_size
         views = [self.views(image, tiles) for image, tiles in zip(images, crops, strict=True)]
         return ids, crops, torch.cat(views) if views else torch.zeros(0, 3, side, side)

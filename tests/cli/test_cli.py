@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from ivcp_eval import vlmeval_bridge
 from ivcp_eval.cli import main, verbs
+from ivcp_eval.files import DamagedError
 from ivcp_eval.lab.bench import pruning as bench
 
 
@@ -44,3 +47,38 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     assert out.splitlines()[-1] == "[]"
     for verb in verbs():
         assert f"    {verb}" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/table.pkl"),
+            "is full: .*/x/table.pkl.* what was finished",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free some space and run the same command again"),
+        (SystemExit(0), r"asked the program to end \(SystemExit: 0\); it did not"),
+        (DamagedError(Path("/x/run.json"), "why", "do this"), r"ivcp: /x/run.json is damaged \(why\); do this"),
+    ],
+    ids=str,
+)
+def test_what_ends_a_verb_is_a_sentence(
+    error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("ivcp_eval.cli.setup.list.run", fail)
+    assert main(["list"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(words, said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_takes_nothing_is_said() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "ivcp_eval", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert "is full" in said

@@ -24,6 +24,7 @@ needs_vlmeval = pytest.mark.skipif(importlib.util.find_spec("vlmeval") is None, 
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser()
     data.add_arguments(parser)
+    parser.set_defaults(quiet=False)
     return data.run(parser.parse_args(list(words)))
 
 
@@ -61,7 +62,8 @@ def test_a_converted_set_that_is_not_whole_is_named(tmp_path: Path):
         assert said in state.how
 
 
-def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "300")  # so that paths are not broken
     assert run("MME", "RefCOCO_val", "--root", str(tmp_path)) == 0
     out = capsys.readouterr().out
     assert str(tmp_path / "MME.tsv") in out

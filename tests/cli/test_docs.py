@@ -18,3 +18,13 @@ def test_relative_links_exist() -> None:
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_files_that_documents_name_exist() -> None:
+    folders = [ROOT, PACKAGE, PACKAGE / "engine", PACKAGE / "vlmeval_bridge"]
+    lost = []
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "design").glob("*.md"))]:
+        for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|yaml|csv))`", document.read_text(encoding="utf-8")):
+            if "NAME" not in name and not any((folder / name).is_file() for folder in folders):
+                lost.append(f"{document.name}: {name}")
+    assert not lost

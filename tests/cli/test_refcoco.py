@@ -94,6 +94,9 @@ def test_the_script_runs_and_loads_neither_torch_nor_vlmeval(corpus: Corpus) -> 
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (corpus.output / "RefCOCO_val.tsv").is_file()
+    assert "6 expressions" in done.stderr
+    done = subprocess.run([*command, "--quiet", "--overwrite"], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, "is up to date" in done.stderr) == (0, "", False)
 
 
 _UNPACK = """

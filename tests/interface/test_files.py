@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ivcp_eval.files import DiskFullError, atomic_write, file_digest, write_json
+from ivcp_eval import files
+from ivcp_eval.benchmarks.refcoco.partial import PartialTsv
+from ivcp_eval.files import (
+    DamagedError,
+    DiskFullError,
+    NoLocksError,
+    atomic_write,
+    file_digest,
+    locked,
+    read_json,
+    storable,
+    write_json,
+)
+from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.vlmeval_bridge.judge.cache import VerdictCache
+from ivcp_eval.vlmeval_bridge.reading.pictures import alone
 
 
 def test_text_and_bytes_arrive_unchanged(tmp_path: Path) -> None:
@@ -108,3 +128,74 @@ def test_json_refuses_nan_and_digest_matches(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", float("nan"))
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, "é"]}
     assert file_digest(tmp_path / "a.json") == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()
+
+
+def test_a_file_that_was_changed_is_told_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": [1, 2.5, "é"], "a": None}, sealed=True)
+    assert read_json(path, "") == {"b": [1, 2.5, "é"], "a": None}
+    path.write_text(path.read_text().replace("2.5", "3.5"))
+    with pytest.raises(DamagedError, match=r"a\.json is damaged \(ValueError: changed since .*\); do this"):
+        read_json(path, "do this")
+    write_json(path, {"b": 1})
+    assert read_json(path, "") == {"b": 1}, "files of an earlier version have none"
+
+
+def test_half_a_character_is_replaced() -> None:
+    assert storable("a\ud83db") == "a\ufffdb"
+    assert storable("a\U0001f600é") == "a\U0001f600é"
+
+
+def locks(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Whatever locks a file."""
+
+    def journal() -> None:
+        with Journal(folder / "journal.jsonl").open():
+            pass
+
+    def results() -> None:
+        with locked(folder / "results.csv"):
+            pass
+
+    def pictures() -> None:
+        with alone(SimpleNamespace(img_root=str(folder / "images"))):
+            pass
+
+    def conversion() -> None:
+        with PartialTsv(folder / "RefCOCO_val.tsv", "print"):
+            pass
+
+    def verdicts() -> None:
+        VerdictCache(folder, "judge").add({"key": "a", "verdict": "1"})
+
+    return {f.__name__: f for f in (journal, results, pictures, conversion, verdicts)}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("what", list(locks(Path())))
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, what: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with pytest.raises(NoLocksError, match=f"the file system of {tmp_path}.* has no locks .*--runs") as caught:
+        locks(tmp_path)[what]()
+    assert "\n" not in str(caught.value)
+
+
+def test_every_lock_is_taken_in_one_place() -> None:
+    """So that what is said of a file system without locks is said everywhere."""
+    package = Path(files.__file__).parent
+    assert [p.name for p in package.rglob("*.py") if "flock(" in p.read_text(encoding="utf-8")] == ["files.py"]
+
+
+def test_every_csv_that_people_open_is_written_through_as_shown() -> None:
+    """No formula for a spreadsheet and no escape sequence for a terminal; training tables hold our own numbers only."""
+    package = Path(files.__file__).parent
+    folders = (package / "reports", package / "lab" / "bench")
+    texts = {path.name: path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")}
+    writers = {name for name, text in texts.items() if re.search(r"csv\.(DictWriter|writer)\(", text)}
+    assert len(writers) >= 5
+    assert [name for name in sorted(writers) if "as_shown(" not in texts[name]] == []

@@ -84,6 +84,25 @@ def test_weights_cut_short_are_said_with_their_name(tmp_path: Path, cut: int) ->
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", [b'{"model_type": "qwen', b"", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_configuration_cut_short_is_said_with_its_name(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _safetensors(tmp_path / "model.safetensors", b"a")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(models.MissingWeights, match=f"{name} is damaged .*download it again") as error:
+        models.locate("qwen25", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("header", [b"[]", b'{"a": {"data_offsets": ["x", "y"]}}', b'{"a": 7}', b"[" * 100_000])
+def test_a_header_of_another_shape_is_said(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"data")
+    with pytest.raises(models.MissingWeights, match=r"model\.safetensors is no safetensors file, or damaged"):
+        models.locate("qwen25", tmp_path)
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     _safetensors(tmp_path / "model-1.safetensors", b"a")

@@ -3,7 +3,8 @@
 Fresh is the environment (``python -m venv``) and everything of ours in it: ivcp-eval is built into a wheel and
 installed by pip, as is the plug-in that CONTRIBUTING.md shows. Not fresh are the third-party libraries (torch,
 transformers, VLMEvalKit, the build back ends): a ``.pth`` line lends those of the environment that runs the tests, so
-that nothing is downloaded. The editable ivcp-eval of that environment is not lent along; the first test proves it.
+that nothing is downloaded. The editable ivcp-eval of that environment is not lent along; the first test proves it. Nor
+is the ``.pth`` line by which ``make setup`` lets any program import torchvision: ``ivcp`` must do without.
 """
 
 from __future__ import annotations
@@ -97,11 +98,10 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     )
     lent = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     (site / "lent.pth").write_text("\n".join(lent) + "\n")
+    before = {path.name for path in site.iterdir()}
     environment.install(ROOT)
-    # As `make setup` does.
-    (site / "torchvision.pth").write_text(
-        "from ivcp_eval.vlmeval_bridge import cpu_torchvision; cpu_torchvision.install()\n"
-    )
+    added = {path.name for path in site.iterdir()} - before
+    assert {name for name in added if not name.endswith(".dist-info")} == {"ivcp_eval", "model_adapters"}
     return environment
 
 
@@ -120,6 +120,11 @@ def test_an_installed_package_evaluates_in_an_empty_folder(fresh: Environment) -
     after = {path for path in fresh.root.rglob("*") if "__pycache__" not in path.parts}
     made = {path.relative_to(fresh.root).parts[0] for path in after - before}
     assert made <= {"LMUData", ".cache", ".config"}, "results belong to the current folder, not to the environment"
+    published = next(fresh.root.rglob("shipped/baselines/ivc_prune_paper.csv"))
+    done = fresh.run("ivcp", "compare", "results/eval/tiny.csv", published)
+    assert "the baseline file knows the models deepseek_vl2_small" in done.stderr
+    assert (fresh.cwd / "results" / "eval" / "tiny.csv").is_file()
+    assert "tiny_short" in fresh.ivcp("list")
     planned = fresh.ivcp("sweep", "plan", "smoke")
     assert "cells" in planned
     assert "not here" not in planned

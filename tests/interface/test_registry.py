@@ -183,6 +183,17 @@ def test_a_plug_in_that_is_no_method(target: str, words: str, install: Install) 
     assert registry.make_method("none") == none.Method()
 
 
+@pytest.mark.parametrize("statement", ["import sys; sys.exit(0)", "class Odd(BaseException): pass\nraise Odd('x')"])
+def test_a_plug_in_that_ends_programs_while_it_is_imported(
+    statement: str, install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving_plug_in.py").write_text(statement)
+    install(EntryPoint("leaving", "leaving_plug_in", plugins.GROUP))
+    with pytest.raises(ValueError, match=r"cannot be imported \(StrayExit: its module raised .*uninstall that package"):
+        registry.make_method("leaving")
+
+
 def test_names_that_a_plug_in_cannot_have(install: Install) -> None:
     names = ("twice", "twice", "fastv", "a__b", "A", "+ivc", "fine")
     entries = [EntryPoint(name, f"{none.__name__}:Method", plugins.GROUP) for name in names]

@@ -90,6 +90,6 @@ def test_a_sample_timed_again_counts_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"session": "s"}', '{"session": "s", "samples": [1]}'])
 def test_a_broken_record_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "timing.json").write_text(content)
-    with pytest.raises(ValueError, match=r"timing\.json is no record of times .* remove it"):
+    with pytest.raises(ValueError, match=r"timing\.json is damaged .* remove it"):
         read_timings(tmp_path / "timing.json")
     assert read_timings(tmp_path / "none.json") is None

@@ -97,8 +97,8 @@ def test_formats(tmp_path: Path) -> None:
         write_samples(tmp_path / f"{method}.csv", samples)
         rows.append(row("tiny_mcq", method, 100 * sum(values) / 60, predictions=f"{method}.csv", run_id=method))
     write_results(tmp_path / "sweep.csv", rows)
-    written = write_tables(tmp_path / "sweep.csv")
-    assert [path.name for path in written] == [f"qwen25.{suffix}" for suffix in ("csv", "md", "tex")]
+    assert [table.model for table in write_tables(tmp_path / "sweep.csv")] == ["qwen25"]
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {f"qwen25.{end}" for end in ("csv", "md", "tex")}
     lines = (tmp_path / "sweep/qwen25.md").read_text().splitlines()
     assert lines[2:7] == [
         "| method   | ratio | kept | layers | tiny_mcq | retained % |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 from pathlib import Path
 
@@ -96,3 +97,72 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
         release.set()
         holder.join(30)
     assert _records(path) == {}
+
+
+def test_an_edited_answer_is_noticed_and_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path).open() as journal:
+        for key in "abc":
+            journal.append(key, answer("no"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"prediction": "no"', b'"prediction": "yes"')
+    path.write_bytes(b"".join(lines))
+    journal = Journal(path)
+    assert set(journal.load()) == {"a", "c"}
+    assert journal.damaged == {2: "changed since it was written"}
+    assert str(path) in str(journal.damage)
+    assert "answered again" in str(journal.damage)
+    lines[1] = lines[1].replace(b"checksum", b"check_sum")
+    path.write_bytes(b"".join(lines))
+    assert set(journal.load()) == {"a", "c"}
+
+
+def test_lines_of_an_earlier_version_have_no_checksum_and_count(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(json.dumps({"key": "a", **answer("old").to_json()}) + "\n")
+    with Journal(path).open() as journal:
+        journal.append("b", answer("new"))
+    assert [record.prediction for record in _records(path).values()] == ["old", "new"]
+    assert not Journal(path).damaged
+
+
+GARBAGE = {
+    "binary": b"\x80\xff\n",
+    "text": b"hello\n",
+    "half a line": b'{"key": "x", "predi\n',
+    "half a line and a whole one": b'{"key": "x", "predi{"key": "y"}\n',
+    "NULs": bytes(4096) + b"\n",
+    "carriage returns": b"\r\r\n",
+    "empty": b"\n",
+    "deep": b"[" * 50_000 + b"\n",
+    "a number": b"7\n",
+    "no key": b'{"prediction": "yes"}\n',
+    "a key of another type": b'{"key": 7}\n',
+    "no answer": b'{"key": "x"}\n',
+    "a text that is none": b'{"key": "x", "error": "e", "prediction": null}\n',
+    "numbers of another type": b'{"key": "x", "error": "e", "visual_per_layer": ["a"]}\n',
+    "below zero": b'{"key": "x", "error": "e", "visual_tokens": -1}\n',
+    "half a character": b'{"key": "x", "error": "\\ud800"}\n',
+    "4300 digits": b'{"key": "x", "error": "e", "new_tokens": ' + b"9" * 5000 + b"}\n",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_costs_its_own_line(tmp_path: Path, garbage: bytes) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path).open() as journal:
+        journal.append("a", answer("first"))
+    with path.open("ab") as file:
+        file.write(garbage)
+    with Journal(path).open() as journal:
+        assert set(journal.records) == {"a"}
+        assert set(journal.damaged) == {2}
+        journal.append("b", answer("behind it"))
+    assert set(_records(path)) == {"a", "b"}
+
+
+def test_answers_are_text_that_a_file_can_hold(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path).open() as journal:
+        journal.append("a", Answer.failed(ValueError("half \ud83d of a pair")))
+    assert _records(path)["a"].error == "ValueError: half \ufffd of a pair"

@@ -81,8 +81,8 @@ def _write(records: Sequence[Record], folder: Path, writer: SplitWriter, workers
     for record in records:
         writer.adopt(record.index, record.image_id)
     # In order of first appearance: the loop below takes one result at the first record of each of these images.
-    wanted = dict.fromkeys(record.image_id for record in records if not writer.has_image(record.image_id))
-    paths = [folder / image_id for image_id in wanted]
+    image_ids = dict.fromkeys(record.image_id for record in records if not writer.has_image(record.image_id))
+    paths = [folder / image_id for image_id in image_ids]
     broken: dict[str, str] = {}
     with closing(ordered_map(encode_file, paths, min(workers, len(paths)))) as images:
         for record in records:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +9,16 @@ from typing import IO, Any
 
 from ivcp_eval.benchmarks.refcoco.images import MIN_BASE64
 from ivcp_eval.benchmarks.refcoco.records import COLUMNS, ConversionError
-from ivcp_eval.files import DiskFullError, commit_file, disk_full_as_clear_error, file_digest, write_json
+from ivcp_eval.files import (
+    DamagedError,
+    DiskFullError,
+    commit_file,
+    disk_full_as_clear_error,
+    file_digest,
+    hold_lock,
+    read_json,
+    write_json,
+)
 
 __all__ = ["PARTIAL", "PartialTsv", "is_up_to_date", "not_whole", "report_path"]
 
@@ -60,10 +66,9 @@ def not_whole(target: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, "convert the data set again")
+    except (OSError, DamagedError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 class PartialTsv:
@@ -88,12 +93,13 @@ class PartialTsv:
     def __enter__(self) -> PartialTsv:
         self._stream = os.fdopen(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            hold_lock(self._stream, self._part, wait=False)
+        except BlockingIOError as error:
             self._stream.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
             raise ConversionError(f"another conversion is writing {self.target}; wait for it to end") from error
+        except OSError:
+            self._stream.close()
+            raise
         if _read_json(self._note).get("fingerprint") == self._fingerprint:
             self._keep_whole_lines(self._stream)
         if not self.done:

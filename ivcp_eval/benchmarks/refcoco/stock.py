@@ -204,9 +204,9 @@ class _StockReader:
         """Check the sizes of all splits, then complete the files."""
         wrong = {s: self._entries[s] for s, size in SPLIT_SIZES.items() if self._entries[s] != size}
         if wrong and not self._options.allow_partial:
-            found = ", ".join(f"{split} {count} instead of {SPLIT_SIZES[split]}" for split, count in wrong.items())
+            sizes = ", ".join(f"{split} {count} instead of {SPLIT_SIZES[split]}" for split, count in wrong.items())
             raise ConversionError(
-                f"{source} has splits of the wrong size ({found}); download it again, or pass --allow-partial"
+                f"{source} has splits of the wrong size ({sizes}); download it again, or pass --allow-partial"
             )
         if not self._writers and not self._ready:
             raise ConversionError.of_problems(f"{source} holds no usable row", self._homeless)

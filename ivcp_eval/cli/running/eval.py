@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import notices, say
 from ivcp_eval.files import DATASETS
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
     add("--every", type=float, default=30.0, metavar="SECONDS", help="between two reports where the output is no "
         "terminal; 0: none (default: %(default)g)")  # fmt: skip
-    add("--quiet", action="store_true", help="print the table and what went wrong, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     name = f"{args.model}-{_digest(args)}"
     finished = known(eval_state(runs, name))
     if finished is not None:
-        if not args.quiet:
-            say("nothing to do: every cell is finished")
+        notices(args)("nothing to do: every cell is finished")
         return _print_table(finished)
     from ivcp_eval.runs.planning.spec import check
 
@@ -92,13 +90,13 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
 
 def _digest(args: argparse.Namespace) -> str:
     """Equal for equal requests; nothing is looked up for it."""
-    asked = {**vars(args), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's name)
-    told = {key: value for key, value in asked.items() if key not in ("quiet", "every", "estimate")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    request = {**vars(args), "data_root": os.environ.get("LMUData", "")}  # noqa: SIM112 (VLMEvalKit's name)
+    identity = {key: value for key, value in request.items() if key not in ("quiet", "every", "estimate")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
-    from ivcp_eval.reports.table import update_results
+    from ivcp_eval.reports.table import ResultsError, read_results, update_results
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.answering.timing import is_timed
     from ivcp_eval.runs.executors.local import run as run_local
@@ -110,7 +108,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.store.finished import Finished, note
     from ivcp_eval.runs.store.state import reopen
 
-    tell = (lambda text: None) if args.quiet else say
+    tell = notices(args)
     fetch_missing((name for _, name in spec.cells), tell)
     plan = make(spec, runs)
     if not plan.models:
@@ -124,7 +122,15 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     for line in [*plan.notices, *uncounted_lines(cell for _, _, cell in plan.cells() if cell.finished() is None)]:
         tell(line)
     write_manifest(plan)
-    reopen(plan, failures=True)  # who asks again wants another try
+    csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
+    if csv.exists():  # rows cannot be merged into a damaged file; better said before anything is answered
+        try:
+            read_results(csv)
+        except ResultsError as error:
+            raise ValueError(
+                f"{error}\nMend it or move it away; what was measured is kept below {plan.runs}"
+            ) from error
+    reopen(plan, failures=True, say=tell)  # who asks again wants another try
     finished = [cell.finished() is not None for _, _, cell in plan.cells()]
     if any(finished):
         tell(f"reusing {sum(finished)} finished of {len(finished)} cells (a cell is one variant on one benchmark)")
@@ -137,11 +143,10 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     except DeviceLost as lost:
         say(str(lost))
         return 75
-    csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
     collected = collect(plan.state, plan.runs, csv)
-    problems = [*_without_model(plan.problems), *collected.reasons("incomplete", "failed")]
-    if collected.missing:
-        problems.append(f"{collected.missing} of {len(finished)} cells have no answers; the reason stands above")
+    problems = [*_without_model(plan.problems), *collected.reasons("incomplete", "failed"), *collected.damaged]
+    if missing := collected.missing - len(collected.damaged):
+        problems.append(f"{missing} of {len(finished)} cells have no answers; the reason stands above")
     if not collected.rows:
         raise ValueError("nothing was measured: " + "; ".join(problems))
     csv.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +176,7 @@ def _inputs(plan: RunPlan) -> Iterator[Path]:
     for model, benchmark, cell in plan.cells():
         yield from (path for path in model.weights.source.iterdir() if path.is_file())
         yield path_of(benchmark)
-        yield cell.record
+        yield from (cell.notes, cell.journal, cell.scores, cell.record, cell.predictions)
         if (DATASETS / f"{benchmark.name}.yaml").is_file():
             yield DATASETS / f"{benchmark.name}.yaml"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import notices, say
 from ivcp_eval.runs.planning.options import add_flags
 
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         price = tuple(args.price) if args.price else None
         say(f"{config.identity}: {estimate_rejudge(args.results, config, cache, args.data, price)}")
         return 0
-    outcome = rejudge(args.results, config, cache, args.output, args.data, say)
+    outcome = rejudge(args.results, config, cache, args.output, args.data, notices(args))
     for problem in outcome.problems:
         say(f"NOT WHOLE: {problem}")
     say(f"{outcome.rated} cells rated, {outcome.kept} rows taken over\n\nresults: {outcome.csv}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ivcp_eval.files import DamagedError
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 from ivcp_eval.runs.planning.spec import load
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.planning.plan import RunPlan
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import add_common, notices, say
 
+IDLE_S = 15.0  # without anybody at work, after which there is nothing to follow; a worker starts in less
 FLAGS = ("device", "exact", "timeout", "timing", "batch")  # the file's own are said there; these may differ by run
 
 
@@ -37,13 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("--runs", type=Path, help="where records live (default: results/runs)")
         if name != "results":
             add_flags(verb, FLAGS, default="the file's")
-        if name in ("run", "work"):
-            verb.add_argument("--quiet", action="store_true", help="say only what went wrong")
+        add_common(verb)
         if name in ("run", "work", "status"):
             verb.add_argument("--every", type=_seconds, default=30.0, metavar="SECONDS",
                 help="between two reports where the output is no terminal; 0: none (default: %(default)g)")  # fmt: skip
         if name == "status":
-            verb.add_argument("--follow", action="store_true", help="show progress until everything is done")
+            verb.add_argument(
+                "--follow", action="store_true", help="show progress until everything is done or nobody works on it"
+            )
         if name == "work":
             verb.add_argument("--model", default="", help="only this model")
             verb.add_argument("--no-score", action="store_true", help="only answer; another worker scores")
@@ -104,12 +109,12 @@ def run(args: argparse.Namespace) -> int:
         device = "cuda" if args.gpus_per_task else "cpu"
     plan_only = slurm or args.verb in ("plan", "status") or (args.verb == "work" and args.no_answer)
     if args.verb == "run" and not slurm:
-        fetch_missing((name for _, name in spec.cells), say)
+        fetch_missing((name for _, name in spec.cells), notices(args))
     plan = make(spec, args.runs, device, plan_only=plan_only)
     if args.verb == "plan":
         return _plan(plan)
     if args.verb == "status":
-        if args.follow:
+        if args.follow and not args.quiet:
             _follow(plan, args.every)
         return _status(plan)
     if not plan.models:
@@ -117,12 +122,12 @@ def run(args: argparse.Namespace) -> int:
     for problem in plan.problems:
         say(f"NOT PART OF THIS RUN: {problem}")
     for line in plan.notices:
-        say(line)
+        notices(args)(line)
     if args.verb == "run":
         write_manifest(plan)
     retry = args.verb == "run" and args.retry_failed
-    if (opened := reopen(plan, retry)) or retry:
-        say(f"{opened} units and cells are open again: {'failed or ' * retry}removed since")
+    if (opened := reopen(plan, retry, say)) or retry:
+        notices(args)(f"{opened} units and cells are open again: {'failed or ' * retry}removed or damaged since")
     if args.verb == "work":
         return _work(plan, args)
     return _run(plan, args, device)
@@ -130,10 +135,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(plan: RunPlan) -> int:
     from ivcp_eval.runs.progress import status
+    from ivcp_eval.runs.progress.watch import Watch
 
-    found = status.lines(plan)
-    wanted, here = len(plan.spec.cells), sum(line.cells for line in found)
-    say(status.table(found))
+    tallies = list(Watch(plan).tallies.values())
+    n_cells, here = len(plan.spec.cells), sum(line.cells for line in tallies)
+    say(status.table(tallies))
     for text in [*status.uncounted(plan), *plan.budgets()]:
         say(text)
     for problem in plan.problems:
@@ -143,7 +149,8 @@ def _plan(plan: RunPlan) -> int:
     say(f"\ntime limit of an answer: {'none but its length' if limit is None else f'{limit:g} s'}")
     dollars = "price unknown" if cost.judge_dollars is None else f"about ${cost.judge_dollars:.2f}"
     say(
-        f"{wanted} cells, {here} of them possible here, {sum(line.scored - line.broken for line in found)} finished\n"
+        f"{n_cells} cells, {here} of them possible here, "
+        f"{sum(line.scored - line.broken for line in tallies)} finished\n"
         f"GPU hours (rough; constants in ivcp_eval/runs/progress/status.py): {cost.gpu_hours:.1f}\n"
         f"judge calls: {cost.judge_calls:,} ({dollars}), "
         f"and where rules cannot read one of {cost.judge_fallbacks:,} answers\n"
@@ -155,33 +162,38 @@ def _plan(plan: RunPlan) -> int:
 def _status(plan: RunPlan) -> int:
     from ivcp_eval.runs.progress import status
     from ivcp_eval.runs.progress.display import duration
+    from ivcp_eval.runs.progress.watch import Watch
 
-    found = status.lines(plan)
-    say(status.table(found))
-    hours = status.eta_hours(found)
-    left = sum(line.left for line in found)
-    say(f"\n{left} samples left" + (f", about {duration(3600 * hours)}" if left and hours is not None else ""))
-    if status.agreement(found):
-        say(status.agreement(found))
+    watch = Watch(plan)
+    tallies, left, eta = list(watch.tallies.values()), watch.total.left, watch.eta_s
+    say(status.table(tallies))
+    say(f"\n{left} samples left" + (f", about {duration(eta)}" if left and eta is not None else ""))
+    if status.agreement(tallies):
+        say(status.agreement(tallies))
     for text in status.uncounted(plan):
         say(text)
-    for line in found:
+    for line in tallies:
         for reason in line.reasons:
             say(f"NOT WHOLE: {line.model} on {line.benchmark}: {reason}")
         for reason in line.skipped:
             say(f"cannot run: {line.model} on {line.benchmark}: {reason}")
     for problem in plan.problems:
         say(f"not here: {problem}")
-    return int(any(line.reasons or line.failed for line in found))
+    return int(any(line.reasons or line.failed for line in tallies))
 
 
 def _follow(plan: RunPlan, every: float) -> None:
     from ivcp_eval.runs.progress.display import LOOK_S, Progress
+    from ivcp_eval.runs.store.state import is_worked_on
     from ivcp_eval.runs.worker import Stop
 
     with Stop().signals() as stop, Progress(plan, every=every or 30.0) as progress:
-        while not (progress.complete or stop.requested):
+        idle = 0.0
+        while not (progress.complete or stop.requested or idle > IDLE_S):
             time.sleep(LOOK_S)
+            idle = 0.0 if is_worked_on(plan) else idle + LOOK_S
+    if idle > IDLE_S:
+        say(f"nobody has worked on it for {IDLE_S:.0f} s; `ivcp sweep run` goes on with what is left")
 
 
 def _work(plan: RunPlan, args: argparse.Namespace) -> int:
@@ -213,11 +225,11 @@ def _run(plan: RunPlan, args: argparse.Namespace, device: str) -> int:
             args.array_limit, args.partition, args.gpus_per_task, args.cpus_per_task, args.minutes, further
         )
         tasks, score = submit(plan, options, device)
-        say(
+        notices(args)(
             f"submitted {len(tasks)} tasks ({' '.join(tasks)}) and the scoring job {score}; logs: {plan.state / 'logs'}"
         )
         if not args.wait:
-            say(f"watch it: ivcp sweep status {args.sweep} --follow")
+            notices(args)(f"watch it: ivcp sweep status {args.sweep} --follow")
             return 0
         if not wait([*tasks, score], progress):
             say("no longer waiting; the jobs go on")
@@ -233,7 +245,7 @@ def _run(plan: RunPlan, args: argparse.Namespace, device: str) -> int:
         except DeviceLost as lost:
             say(str(lost))
             return 75
-    return _report(plan.spec.name, plan.runs, bool(plan.problems), args.quiet)
+    return _report(plan.spec.name, plan.runs, bool(plan.problems), notices(args))
 
 
 def _results(args: argparse.Namespace) -> int:
@@ -244,27 +256,31 @@ def _results(args: argparse.Namespace) -> int:
     names = [Path(name).stem for name in args.sweep] or ran
     if not names:
         say(f"no sweep has run yet (nothing in {runs.parent / 'sweeps'})")
-    return max([_report(name, runs, False) for name in names], default=0)
+    codes = []
+    for name in names:
+        try:
+            codes.append(_report(name, runs, False, notices(args)))
+        except DamagedError as error:  # its manifest; the other sweeps' are whole
+            say(f"ivcp: {error}", sys.stderr)
+            codes.append(2)
+    return max(codes)
 
 
-def _report(name: str, runs: Path, problems: bool, quiet: bool = False) -> int:
-    """Build the results of a sweep and print them; if quiet, only what is not whole."""
+def _report(name: str, runs: Path, problems: bool, tell: Callable[[str], None]) -> int:
+    """Build the results of a sweep and print them; ``tell`` takes what is neither a result nor an error."""
     from ivcp_eval.runs.records.results import build
 
     built = build(name, runs)
-    for text in built.unfinished:
+    for text in [*built.unfinished, *built.damaged]:
         say(f"NOT WHOLE: {text}")
-    if not quiet:
-        for text in built.skipped:
-            say(f"cannot run: {text}")
+    for text in built.skipped:
+        tell(f"cannot run: {text}")
     if built.unscored:
         say(f"{built.unscored} cells of {name} were scored by an earlier version, which kept no scores.json: their "
             "rows cannot be made again and are left out; run the sweep again")  # fmt: skip
     if built.missing > built.unscored:
         say(f"{built.missing - built.unscored} cells of {name} have no record yet; run the sweep again")
-    if not quiet:
-        for path in built.tables:
-            if path.suffix == ".md":
-                say("\n" + path.read_text(encoding="utf-8"))
-        say(f"results: {built.csv}, tables: {built.csv.with_suffix('')}")
+    for table in built.tables:
+        say("\n" + table.to_terminal())
+    say(f"\nresults: {built.csv}, tables: {built.csv.with_suffix('')}")
     return int(bool(built.unfinished or built.missing or problems))

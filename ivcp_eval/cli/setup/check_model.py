@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import notices, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +33,13 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(published.min_pixels, published.max_pixels, min(published.max_new_tokens, 64))
     session = Session(weights, placement, limits, args.trust_remote_code)
     size = sum(p.numel() * p.element_size() for p in session.model.parameters())
-    say(
+    tell = notices(args)
+    tell(
         f"{args.model}: {type(session.model).__name__}, {weights.family} family, revision {weights.revision}, "
         f"{placement.dtype}, {placement.attention}, {placement.device}, weights {size / 2**20:,.0f} MiB"
     )
     if placement.device.startswith("cuda"):
-        say(f"GPU memory in use: {torch.cuda.memory_allocated() / 2**20:,.0f} MiB of {torch.cuda.get_device_name()}")
+        tell(f"GPU memory in use: {torch.cuda.memory_allocated() / 2**20:,.0f} MiB of {torch.cuda.get_device_name()}")
     failures = check_model(session, say)
     parts = [{"image": picture()}, {"text": QUESTION}]
     for variant in (Variant(args.model), Variant(args.model, "ivc_prune", args.ratio)):

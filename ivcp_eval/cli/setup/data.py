@@ -11,8 +11,9 @@ from typing import Literal
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.benchmarks.refcoco.partial import not_whole
-from ivcp_eval.cli import say
+from ivcp_eval.cli import notices, say
 from ivcp_eval.files import file_digest
+from ivcp_eval.reports.terminal import fold
 
 State = Literal["here", "not whole", "wrong checksum", "missing"]
 Say = Callable[[str], None]
@@ -51,13 +52,13 @@ def state_of(benchmark: Benchmark, root: Path, verify: bool = True) -> FileState
     if not path.is_file():
         return FileState(benchmark, path, "missing", how=how_to_get(benchmark))
     size = path.stat().st_size
-    wanted = f"sha256:{benchmark.sha256}" if benchmark.sha256 else f"md5:{benchmark.md5}" if benchmark.md5 else ""
+    expected = f"sha256:{benchmark.sha256}" if benchmark.sha256 else f"md5:{benchmark.md5}" if benchmark.md5 else ""
     checksum = ""
     if verify:
-        algorithm = wanted.partition(":")[0] or "sha256"
+        algorithm = expected.partition(":")[0] or "sha256"
         checksum = f"{algorithm}:{file_digest(path, algorithm)}"
-        if wanted and checksum != wanted:
-            how = f"{wanted} is expected: remove it, then {how_to_get(benchmark)}"
+        if expected and checksum != expected:
+            how = f"{expected} is expected: remove it, then {how_to_get(benchmark)}"
             return FileState(benchmark, path, "wrong checksum", size, checksum, how)
     problem = not_whole(path)
     return FileState(benchmark, path, "not whole" if problem else "here", size, checksum, problem)
@@ -156,19 +157,22 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.words[1:]:
         raise ValueError("name what to prepare: benchmarks or groups, e.g. `ivcp data prepare POPE MME`")
-    states = prepare(args.words[1:], root, say)
+    states = prepare(args.words[1:], root, notices(args))
     say(table(states))
     return int(any(state.state != "here" for state in states))
 
 
 def table(states: Sequence[FileState]) -> str:
     """For people: one line per file, then what to do; advice that differs in the name alone stands once."""
-    from tabulate import tabulate
-
-    rows = [
-        (s.benchmark.name, s.benchmark.group, s.state, _megabytes(s.size), s.checksum[:14], str(s.path)) for s in states
-    ]
-    lines = [tabulate(rows, ("benchmark", "group", "state", "MB", "checksum", "file"), disable_numparse=True)]
+    columns: dict[str, list[str]] = {
+        "benchmark": [state.benchmark.name for state in states],
+        "group": [state.benchmark.group for state in states],
+        "state": [state.state for state in states],
+        "MB": [_megabytes(state.size) for state in states],
+        "checksum": [state.checksum[:14] for state in states],
+        "file": [str(state.path) for state in states],
+    }
+    lines = [fold(columns, names=["benchmark"], prose="file")]
     advice: dict[str, list[FileState]] = {}
     for state in states:
         if state.how:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import notices, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +20,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "new":
         method, test = new_method(args.name)
-        say(
-            f"wrote {method}\nwrote {test}\n"
+        say(f"wrote {method}\nwrote {test}")
+        notices(args)(
             f"next: fill in `cuts` and `score`, and the oracle; pytest {test}; ivcp method check {args.name}\n"
             "before merging: fill in the docstring; git add both; ivcp docs (README's table)"
         )
         return 0
-    report = check_method(args.name, args.families, lambda family: say(f"... {family}"))
+    report = check_method(args.name, args.families, lambda family: notices(args)(f"... {family}"))
     say(report.to_text())
     return 1 if report.failures else 0

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: options that do not fit together, or name nothing.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
     rule = FrameRule(args.qwen25, args.patch_size, args.min_pixels, args.max_pixels)

@@ -22,10 +22,10 @@ def drafted(kwargs: Mapping[str, Any]) -> int:
 
     A bare forward without a cache never has any, whatever logits it asks for.
     """
-    cache, wanted = read(kwargs, "cache"), read(kwargs, "logits_to_keep")
-    if cache is None or not isinstance(wanted, int) or wanted < 2 or cache.get_seq_length() > 0:
+    cache, n_logits = read(kwargs, "cache"), read(kwargs, "logits_to_keep")
+    if cache is None or not isinstance(n_logits, int) or n_logits < 2 or cache.get_seq_length() > 0:
         return 0
-    return wanted - 1
+    return n_logits - 1
 
 
 class Drafts:

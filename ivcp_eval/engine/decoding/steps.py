@@ -91,16 +91,16 @@ class StepMasks(Listener):
             number = cached - layer.slot_map.columns.shape[1]
             memory = state.memory[row]
             step = Step(index, number, tokens, self.ratio, own_query, own_key, own_tokens, memory)
-            wanted = self.method.attended(step)
-            if wanted is None:
+            attended = self.method.attended(step)
+            if attended is None:
                 continue
-            check_type(wanted, torch.Tensor, self.name, "attended", "a bool tensor (C,), or None")
-            if wanted.dtype != torch.bool or wanted.shape != tokens.shape:
+            check_type(attended, torch.Tensor, self.name, "attended", "a bool tensor (C,), or None")
+            if attended.dtype != torch.bool or attended.shape != tokens.shape:
                 raise ValueError(
-                    f"method {self.name!r}: `attended` returned {wanted.dtype} {tuple(wanted.shape)}, expected bool "
-                    f"{tuple(tokens.shape)}, one for each cached visual token, or None"
+                    f"method {self.name!r}: `attended` returned {attended.dtype} {tuple(attended.shape)}, expected "
+                    f"bool {tuple(tokens.shape)}, one for each cached visual token, or None"
                 )
-            allowed[row, slots.to(allowed.device)] = wanted.to(allowed.device)
+            allowed[row, slots.to(allowed.device)] = attended.to(allowed.device)
         return allowed
 
 

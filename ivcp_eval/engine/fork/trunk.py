@@ -90,7 +90,7 @@ class Trunk(Engine):
     ) -> None:
         needs = frozenset().union(*layers.values()) & {"vision"}
         options = {key: value for key, value in layout.items() if value is not None}
-        cuts = tuple(Cut(layer, 1.0, needs=wanted) for layer, wanted in layers.items())
+        cuts = tuple(Cut(layer, 1.0, needs=signals) for layer, signals in layers.items())
         resolved = Resolved(adapter, family, _Unpruned(needs), "none", 1.0, cuts)
         parts = Parts(model, resolved, image_mask=options.pop("image_mask", None), span_options=options)
         super().__init__(parts, listeners_for(model, resolved))

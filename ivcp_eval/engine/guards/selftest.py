@@ -94,8 +94,8 @@ class _Trial:
         """Raise AssertionError, in words, at the first difference."""
         hooked = self._hooked(0)
         plain = self._forward(list(KEPT), DynamicCache())
-        wanted = self._forward([LENGTH], output_cache(plain), behind=len(KEPT))
-        for what, got, right in (("prefill", hooked.prefill, plain), ("decoding step", hooked.step, wanted)):
+        expected = self._forward([LENGTH], output_cache(plain), behind=len(KEPT))
+        for what, got, right in (("prefill", hooked.prefill, plain), ("decoding step", hooked.step, expected)):
             _same(what, got.last_hidden_state[:, -1], right.last_hidden_state[:, -1])
         cache = output_cache(self._hooked(self.last).step)
         lengths = [layer.keys.shape[-2] for layer in cache.layers]
@@ -135,9 +135,9 @@ def _shell(module: nn.Module) -> Any:
     return shell
 
 
-def _same(what: str, got: Tensor, wanted: Tensor) -> None:
-    if not bool(wanted.isfinite().all()):
+def _same(what: str, got: Tensor, expected: Tensor) -> None:
+    if not bool(expected.isfinite().all()):
         return  # weights that overflow tell nothing of the hooks
-    off = float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
+    off = float((got.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12))
     if not off <= TOLERANCE:
         raise AssertionError(f"the {what} of a pruned prompt is off by {off:.0%}")

@@ -68,8 +68,8 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> 
     Memory is linear in n for a fixed number of rows, so no attention map is ever asked of the model.
     """
     groups = query.shape[0] // key.shape[0]
-    asked = query[:, rows].float().unflatten(0, (key.shape[0], groups))  # (G, H/G, r, D)
-    logits = torch.einsum("ghrd,gnd->ghrn", asked, key.float()).flatten(0, 1) * scaling
+    queries = query[:, rows].float().unflatten(0, (key.shape[0], groups))  # (G, H/G, r, D)
+    logits = torch.einsum("ghrd,gnd->ghrn", queries, key.float()).flatten(0, 1) * scaling
     future = torch.arange(key.shape[1], device=key.device)[None, :] > rows[:, None]
     return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ivcp_eval.files import atomic_write, write_json
+from ivcp_eval.files import as_shown, atomic_write, write_json
+from ivcp_eval.reports.terminal import fold
 
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 COLUMNS = (
@@ -141,6 +142,8 @@ class Report:
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return as_shown(value)
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
@@ -151,16 +154,16 @@ def table(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]] | N
         columns: heading -> (key, format), in order; those without a value in any row are left out.
     """
     columns = columns or _SHOWN
-    from tabulate import tabulate
-
     first = rows[0]
     title = ", ".join(f"{first[key]} {word}" for key, word in _TITLE.items() if key in first)
     shown = [{head: _show(row.get(key), style) for head, (key, style) in columns.items()} for row in rows]
     used = [head for head in columns if any(line[head] for line in shown)]
-    body = tabulate([[line[head] for head in used] for line in shown], headers=used, disable_numparse=True)
+    names = [head for head in used if head in _NAMES]
+    body = fold({head: [line[head] for line in shown] for head in used}, names, "note" if "note" in used else "")
     return f"{title}\n{body}" if title else body
 
 
+_NAMES = ("variant", "benchmark", "arm")
 _TITLE = {"attention": "attention", "visual_tokens": "visual tokens", "batch": "rows"}
 _SHOWN = {
     "variant": ("variant", "{}"),

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ivcp_eval.files import damage_as_clear_error, read_json
 
 __all__ = ["STAGES", "TimeRatio", "Timings", "paired_ratio", "read_timings", "time_ratios"]
 
@@ -52,17 +53,14 @@ def read_timings(path: Path) -> Timings | None:
     """The content of a ``timing.json``; None if there is no such file.
 
     Raises:
-        ValueError: it is no such file.
+        DamagedError: it is no such file.
     """
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    advice = "remove it and run again to time anew"
+    content = read_json(path, advice)
+    with damage_as_clear_error(path, advice):
         session, logs = str(content["session"]), _logs(content["samples"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no record of times ({type(error).__name__}: {error}); remove it and run again to time anew"
-        ) from None
     means = {i: {name: math.exp(np.mean(v)) for name, v in fields.items()} for i, fields in logs.items()}
     return Timings(session, means)
 

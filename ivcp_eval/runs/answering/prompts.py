@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.files import write_json
+from ivcp_eval.files import DAMAGE, DamagedError, read_json, write_json
 from ivcp_eval.runs.planning.cells import Cell
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ class Prompts:
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, asked: Iterable[Asked]) -> Prompts:
+    def of(cls, rows: Iterable[Asked]) -> Prompts:
         """From the prompts themselves."""
         found = cls()
-        for row in asked:
+        for row in rows:
             if row.message is None:
                 found.broken[row.index] = dict(row.failure)
             else:
@@ -49,21 +49,37 @@ class Prompts:
 
     def note(self, cell: Cell, start: int, stop: int) -> None:
         """Keep them as those of the rows ``start`` to ``stop`` of a cell's model and benchmark."""
-        path = _folder(cell) / f"{start:07d}-{stop:07d}.json"
+        path = _note(cell, start, stop)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, vars(self))
 
     @classmethod
-    def noted(cls, cell: Cell) -> Prompts:
+    def load(cls, cell: Cell) -> Prompts:
         """Whatever is noted of a cell's model and benchmark. A row that could be read once is not broken."""
         found = cls()
         for path in sorted(_folder(cell).glob("*.json")):
-            part: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-            found.keys |= part["keys"]
-            found.pictures |= part["pictures"]
-            found.broken |= part["broken"]
+            part = cls._read(path)
+            found.keys |= part.keys
+            found.pictures |= part.pictures
+            found.broken |= part.broken
         found.broken = {index: why for index, why in found.broken.items() if index not in found.keys}
         return found
+
+    @classmethod
+    def asked(cls, cell: Cell, start: int, stop: int) -> set[str]:
+        """Keys of the prompts of these rows, where they are noted."""
+        return set(cls._read(_note(cell, start, stop)).keys.values())
+
+    @classmethod
+    def _read(cls, path: Path) -> Prompts:
+        """What `note` wrote; nothing where the file is missing or damaged."""
+        try:
+            found = cls(**read_json(path, "it is made again"))
+        except (FileNotFoundError, DamagedError, TypeError):
+            return cls()
+        texts = [vars(found)[name] for name in ("keys", "pictures")]
+        whole = all(isinstance(part, dict) and all(map(_is_text, part.values())) for part in texts)
+        return found if whole and _are_failures(found.broken) else cls()
 
     def fit(self, rows: Iterable[str], answers: Mapping[str, Answer]) -> bool:
         """Whether they cover ``rows`` (indices) and were those asked."""
@@ -79,14 +95,33 @@ def prompts_of(cell: Cell, dataset: Any, adapter: AbstractAdapter, answers: Mapp
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting
 
-    found = Prompts.noted(cell)
-    if not found.fit((str(index) for index in dataset.data["index"]), answers):
-        found = Prompts.of(messages(dataset, Prompting(adapter)))
-        found.note(cell, 0, len(dataset.data))
-    return found
+    prompts = Prompts.load(cell)
+    if not prompts.fit((str(index) for index in dataset.data["index"]), answers):
+        prompts = Prompts.of(messages(dataset, Prompting(adapter)))
+        prompts.note(cell, 0, len(dataset.data))
+    return prompts
+
+
+def _note(cell: Cell, start: int, stop: int) -> Path:
+    return _folder(cell) / f"{start:07d}-{stop:07d}.json"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_failures(value: Any) -> bool:
+    from ivcp_eval.interface.records import Answer
+
+    try:
+        return all(Answer.from_json(failure).error for failure in value.values())
+    except DAMAGE:
+        return False
 
 
 def _folder(cell: Cell) -> Path:
     identity = cell.identity
-    told = json.dumps([identity.data, identity.prompt, identity.versions["vlmeval"]])
-    return cell.folder.parent / "prompts" / f"{identity.variant.model}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    content = json.dumps([identity.data, identity.prompt, identity.versions["vlmeval"]])
+    return (
+        cell.folder.parent / "prompts" / f"{identity.variant.model}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.files import write_json
+from ivcp_eval.files import DAMAGE, read_json, write_json
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.runs.answering.batching import batch_size
@@ -54,8 +53,12 @@ class Losses:
     @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
         """Key of a sample -> hash of a cell -> number."""
-        found: dict[str, dict[str, int]] = {}
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else found
+        try:
+            losses = read_json(self.path, "each answer has one more try")
+            whole = all(isinstance(n, int) for cells in losses.values() for n in cells.values())
+        except (FileNotFoundError, *DAMAGE):
+            return {}
+        return losses if whole else {}
 
     def of(self, key: str, cell: Cell) -> int:
         """Workers that this answer ended, alone or batched with others."""
@@ -141,12 +144,12 @@ def _asked(unit: Unit, session: Session, dataset: Any, cell: Cell) -> tuple[list
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting
 
-    asked = list(messages(dataset, Prompting(session.adapter), unit.start, unit.stop))
-    Prompts.of(asked).note(cell, unit.start, unit.stop)
+    rows = list(messages(dataset, Prompting(session.adapter), unit.start, unit.stop))
+    Prompts.of(rows).note(cell, unit.start, unit.stop)
     samples = {
-        row.key: [{part["type"]: part["value"]} for part in row.message] for row in asked if row.message is not None
+        row.key: [{part["type"]: part["value"]} for part in row.message] for row in rows if row.message is not None
     }
-    return list(samples.items()), sum(row.message is None for row in asked)
+    return list(samples.items()), sum(row.message is None for row in rows)
 
 
 def _batch(plan: RunPlan, session: Session, samples: list[Sample], exact: bool, variants: int) -> int:
@@ -191,7 +194,7 @@ def _answer_group(session: Session, group: list[Sample], cells: list[Cell], grou
         _check_device(session, error, group, cells)
     if together:
         for (key, _), answers in zip(group, together, strict=True):
-            yield key, [_noted(session, answer, together=True) for answer in answers]
+            yield key, [_as_kept(session, answer, together=True) for answer in answers]
         return
     half = len(group) // 2
     yield from _answer_group(session, group[:half], cells, grounding)
@@ -219,8 +222,8 @@ def answer_sample(session: Session, sample: Sample, cells: list[Cell], grounding
     together = len(variants) > 1 and not exact
     if len(variants) > 1:
         try:
-            found = session.answer_all(sample[1], variants, grounding, exact)
-            return [_noted(session, answer, together) for answer in found]
+            answers = session.answer_all(sample[1], variants, grounding, exact)
+            return [_as_kept(session, answer, together) for answer in answers]
         except FAILURES as error:  # whose failure it is shows below, with its traceback
             _check_device(session, error, [sample], cells)
     return _one_by_one(session, sample, cells, grounding, [None] * len(cells))
@@ -248,6 +251,6 @@ def _check_device(session: Session, error: BaseException, group: list[Sample], c
         raise DeviceLost(error, samples, cells) from error
 
 
-def _noted(session: Session, answer: Answer, together: bool) -> Answer:
+def _as_kept(session: Session, answer: Answer, together: bool) -> Answer:
     """A good answer as it is kept; one made among others says so where that can change it (see `cells.Cell`)."""
     return replace(answer, together=together and session.placement.dtype != "float32")

@@ -16,9 +16,10 @@ from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.fork import fork
+from ivcp_eval.files import storable
 from ivcp_eval.interface import Unsupported
-from ivcp_eval.interface.failures import InputRefused, deadline, steps
-from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.failures import InputRefused, contained, deadline, steps
+from ivcp_eval.interface.models import Weights, without_progress_bars
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
@@ -29,6 +30,7 @@ from model_adapters._checkpoint import refuse_broken
 from model_adapters._shrink import shrink
 
 NO_BOX = "no box"
+_METHOD = "the method, or the model"
 Parts = Sequence[Mapping[str, Any]]
 
 
@@ -65,16 +67,17 @@ class Session:
     ) -> None:
         self.weights, self.placement, self.limits, self.timeout = weights, placement, limits, timeout
         self.adapter = adapter(weights.family)
-        self.model, self.processor = self.adapter.load(
-            str(weights.source),
-            revision=None,
-            dtype=getattr(torch, placement.dtype),
-            device=placement.device,
-            attention=placement.attention,
-            min_pixels=limits.min_pixels,
-            max_pixels=limits.max_pixels,
-            trust_remote_code=trust_remote_code,
-        )
+        with without_progress_bars():
+            self.model, self.processor = self.adapter.load(
+                str(weights.source),
+                revision=None,
+                dtype=getattr(torch, placement.dtype),
+                device=placement.device,
+                attention=placement.attention,
+                min_pixels=limits.min_pixels,
+                max_pixels=limits.max_pixels,
+                trust_remote_code=trust_remote_code,
+            )
         refuse_broken(self.model, str(weights.source))
         self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device
@@ -83,6 +86,7 @@ class Session:
         self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
 
+    @contained(_METHOD)
     def check(self, variant: Variant) -> None:
         """Raise ValueError now if the variant can not run on this model (unknown parameter, layer out of range).
 
@@ -93,6 +97,7 @@ class Session:
         with self._pruned(variant):
             pass
 
+    @contained(_METHOD)
     def answer(self, parts: Parts, variant: Variant, grounding: bool = False) -> Answer:
         """Answer one conversation greedily.
 
@@ -104,15 +109,16 @@ class Session:
         Raises:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
-        made = self._generate(parts, variant)
-        if made.whole is None:
-            return self._answer(made.new, made.run, made.inputs, grounding)
-        whole = self._visual_tokens(self._encoded(made.whole)[0])
-        answer = self._answer(made.new, made.run, made.inputs, grounding, whole=whole)
+        generated = self._generate(parts, variant)
+        if generated.whole is None:
+            return self._answer(generated.new, generated.run, generated.inputs, grounding)
+        whole = self._visual_tokens(self._encoded(generated.whole)[0])
+        answer = self._answer(generated.new, generated.run, generated.inputs, grounding, whole=whole)
         # Each image may round up to one token more.
-        allowed = made.share * whole + sum("image" in part for part in parts)
-        return replace(answer, over_budget=made.run.visual_kept[0] > allowed)
+        allowed = generated.share * whole + sum("image" in part for part in parts)
+        return replace(answer, over_budget=generated.run.visual_kept[0] > allowed)
 
+    @contained(_METHOD)
     def time(self, parts: Parts, variant: Variant) -> Times:
         """Answer one conversation under the clock; raises as `answer`."""
         with clock.phases(self.model, self.adapter) as phases:
@@ -176,6 +182,7 @@ class Session:
         """Length of the unpruned prompt of a conversation. Raises OSError if a picture cannot be decoded."""
         return int(self._encoded(_decoded(parts))[0]["input_ids"].shape[1])
 
+    @contained(_METHOD)
     def _together(
         self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool, exact: bool
     ) -> list[list[Answer]]:
@@ -187,7 +194,7 @@ class Session:
             i for i, v in enumerate(variants) if make_method(v.method, v.parameters).pixel_share(v.ratio) is not None
         ]
         rest = [i for i in range(len(variants)) if i not in own]
-        found = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
+        answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
             with self._time(len(rest) * len(decoded)) as check, torch.inference_mode():
                 inputs, tensors = self._encoded(*decoded)
@@ -195,10 +202,10 @@ class Session:
                 chosen = [variants[i] for i in rest]
                 forked = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
             for i, branch in zip(rest, forked, strict=True):
-                for sample, answers in enumerate(found):
+                for sample, answers in enumerate(answered):
                     row = branch.run.row(sample)
                     answers[i] = self._answer(branch.tokens[sample], row, inputs, grounding, sample)
-        return [[answers[i] for i in range(len(variants))] for answers in found]
+        return [[answers[i] for i in range(len(variants))] for answers in answered]
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""
@@ -234,7 +241,7 @@ class Session:
         Args:
             sample: of ``inputs``. whole: visual tokens of the image as it was, where a smaller one was asked about.
         """
-        text = self.processor.batch_decode([new], skip_special_tokens=True)[0].strip()
+        text = storable(self.processor.batch_decode([new], skip_special_tokens=True)[0].strip())
         return Answer(
             prediction=text,
             box=self._box(text, inputs, sample) if grounding else None,
@@ -276,4 +283,5 @@ def _round(value: float | None) -> float | None:
 def timed_load(*args: Any, **kwargs: Any) -> tuple[Session, float]:
     """A `Session` and the seconds it took to load."""
     start = time.perf_counter()
-    return Session(*args, **kwargs), time.perf_counter() - start
+    with contained("loading the model"):
+        return Session(*args, **kwargs), time.perf_counter() - start

@@ -8,13 +8,14 @@ the ratio of a variant to the baseline.
 
 from __future__ import annotations
 
-import json
+import math
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.files import write_json
+from ivcp_eval.files import DamagedError, damage_as_clear_error, read_json, write_json
 from ivcp_eval.interface.failures import FAILURES
 from ivcp_eval.runs.planning.cells import Cell
 
@@ -73,31 +74,38 @@ def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) ->
     for i, cell in enumerate(cells):
         samples = [{"index": index, **asdict(times[i])} for index, times in rounds.items()]
         cell.folder.mkdir(parents=True, exist_ok=True)
-        found = {"session": name, "device": session.device_name, "samples": samples}
-        write_json(cell.folder / FILE, found)
+        timings = {"session": name, "device": session.device_name, "samples": samples}
+        write_json(cell.folder / FILE, timings, sealed=True)
     return len(rounds)
 
 
 def is_timed(cell: Cell) -> bool:
     """Whether the cell was timed, or cannot be since its model cannot run it."""
     record = cell.noted()
-    return (cell.folder / FILE).is_file() or (record is not None and record["status"] in ("skipped", "failed"))
+    if record is not None and record["status"] in ("skipped", "failed"):
+        return True
+    with suppress(DamagedError):
+        times_of(cell)
+        return (cell.folder / FILE).is_file()
+    return False
 
 
 def times_of(cell: Cell) -> dict[str, Times]:
     """What was measured of a cell, by the index of the sample; empty if it was not timed.
 
     Raises:
-        ValueError: its ``timing.json`` does not hold what this version writes.
+        DamagedError: its ``timing.json`` does not hold what this version writes.
     """
-    path = cell.folder / FILE
+    path, advice = cell.folder / FILE, "the next run times the cell again"
     if not path.is_file():
         return {}
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8"))["samples"]
-        return {str(sample.pop("index")): Times(**sample) for sample in samples}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); remove it, and the cell is timed again") from error
+    found = read_json(path, advice)
+    with damage_as_clear_error(path, advice):
+        times = {str(sample.pop("index")): Times(**sample) for sample in found["samples"]}
+        values = [value for timed in times.values() for value in vars(timed).values() if value is not None]
+        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in values):
+            raise TypeError("a time is no number")
+    return times
 
 
 def _chosen(session: Session, dataset: Any, n: int) -> Iterator[tuple[str, Parts]]:
@@ -107,6 +115,6 @@ def _chosen(session: Session, dataset: Any, n: int) -> Iterator[tuple[str, Parts
 
     total = len(dataset.data)
     for row in sorted({(2 * i + 1) * total // (2 * n) for i in range(n)}):
-        for asked in messages(dataset, Prompting(session.adapter), row, row + 1):
-            if asked.message is not None:
-                yield asked.index, [{part["type"]: part["value"]} for part in asked.message]
+        for prompt in messages(dataset, Prompting(session.adapter), row, row + 1):
+            if prompt.message is not None:
+                yield prompt.index, [{part["type"]: part["value"]} for part in prompt.message]

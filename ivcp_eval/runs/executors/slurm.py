@@ -162,12 +162,12 @@ def wait(jobs: list[str], progress: Progress) -> bool:
 def queued(jobs: list[str]) -> bool:
     """Whether any of them waits or runs; also if the controller does not answer, since that ends no job."""
     ids = sorted({job.partition("_")[0] for job in jobs})
-    asked = subprocess.run(
+    answer = subprocess.run(
         ["squeue", "-h", "-o", "%i", "-j", ",".join(ids)], capture_output=True, text=True, check=False
     )
-    if asked.returncode:
-        return "Invalid job id" not in asked.stderr
-    return bool(asked.stdout.strip())
+    if answer.returncode:
+        return "Invalid job id" not in answer.stderr
+    return bool(answer.stdout.strip())
 
 
 def _split(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,10 +188,10 @@ def shares(plan: RunPlan, most: int) -> dict[str, int]:
         if pending:
             units[unit.model] = units.get(unit.model, 0) + 1
             weight[unit.model] = weight.get(unit.model, 0) + pending * (unit.stop - unit.start)
-    found = dict.fromkeys(units, 1)
-    while sum(found.values()) < most:
-        open_ = [model for model in found if found[model] < units[model]]
+    counts = dict.fromkeys(units, 1)
+    while sum(counts.values()) < most:
+        open_ = [model for model in counts if counts[model] < units[model]]
         if not open_:
             break
-        found[max(open_, key=lambda model: weight[model] / found[model])] += 1  # who has most left for each task
-    return found
+        counts[max(open_, key=lambda model: weight[model] / counts[model])] += 1  # who has most left for each task
+    return counts

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from ivcp_eval import files
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.variants import BASELINE, Variant
+from ivcp_eval.reports.schema import STATUSES
 
 RUNS = files.RESULTS / "runs"
 
@@ -85,7 +87,7 @@ class Identity:
     method_source: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def canonical(self) -> str:
         """Canonical JSON; fields that came later are left out at their default, so that earlier hashes stay."""
         fields = {**asdict(self), "variant": self.variant.to_json()}
@@ -94,10 +96,28 @@ class Identity:
                 del fields[late]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()[:16]
+
+
+NOTES_ADVICE = "the next run writes it again; the answers are kept"
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """The content of ``cell.json``: the cell's identity as JSON, and the sizes of the decoder or None.
+
+    Raises:
+        FileNotFoundError: there is none. DamagedError: it holds something else.
+    """
+    found = files.read_json(path, NOTES_ADVICE)
+    with files.damage_as_clear_error(path, NOTES_ADVICE):
+        sizes = (found["decoder"] or {}).values()
+        numbers = [n for size in sizes for n in (size if isinstance(size, list) else [size]) if n is not None]
+        if not isinstance(found["identity"], dict) or not all(type(n) is int for n in numbers):
+            raise TypeError("no identity, or sizes that are no numbers")
+    return found
 
 
 def code_listing(runs: Path, code: str) -> Path:
@@ -165,12 +185,14 @@ class Cell:
                 where no model is loaded, which leaves what was noted.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(self.notes.read_text(encoding="utf-8")) if self.notes.is_file() else None
-        found = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
+        before = None
+        with suppress(FileNotFoundError, files.DamagedError):  # which is mended here
+            before = read_notes(self.notes)
+        content = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
         if decoder is not None:
-            found["decoder"] = json.loads(json.dumps(decoder))
-        if found != before:
-            files.write_json(self.notes, found)
+            content["decoder"] = json.loads(json.dumps(decoder))
+        if content != before:
+            files.write_json(self.notes, content, sealed=True)
         listing = code_listing(self.runs, self.identity.code)
         if self.code and not listing.is_file():
             listing.parent.mkdir(parents=True, exist_ok=True)
@@ -183,10 +205,27 @@ class Cell:
 
     def noted(self) -> dict[str, Any] | None:
         """The record of a cell that was scored or failed, or None."""
-        if not self.record.is_file():
+        try:
+            record = self.read_record()
+        except files.DamagedError:  # `reopen` says so
             return None
-        record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
-        return None if self.exact and record.get("together") else record
+        return None if record is None or (self.exact and record.get("together")) else record
+
+    def read_record(self) -> dict[str, Any] | None:
+        """The content of ``run.json``, or None.
+
+        Raises:
+            DamagedError: it is no record.
+        """
+        advice = "it is made again from the answers and scores beside it"
+        try:
+            record = files.read_json(self.record, advice)
+        except FileNotFoundError:
+            return None
+        with files.damage_as_clear_error(self.record, advice):
+            if record["status"] not in STATUSES or not isinstance(record["reason"], str):
+                raise ValueError(f"status {str(record['status'])[:40]!r}")
+        return record
 
     def lacks(self, answer: Answer | None) -> bool:
         """Whether an answer is missing, failed and may be tried again, or does not count (``exact``)."""

@@ -98,14 +98,14 @@ class _Tree:
     def reached(self, name: str) -> frozenset[str]:
         """Paths of a module and of everything that it imports, packages on the way included."""
         if name not in self._reached:
-            found: set[str] = set()
+            reached: set[str] = set()
             waiting = self._files([name])
             while waiting:
                 path = waiting.pop()
-                if path not in found:
-                    found.add(path)
+                if path not in reached:
+                    reached.add(path)
                     waiting += self._read(path)
-            self._reached[name] = frozenset(found)
+            self._reached[name] = frozenset(reached)
         return self._reached[name]
 
     def _read(self, path: str) -> list[str]:

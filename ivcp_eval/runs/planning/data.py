@@ -40,31 +40,49 @@ def digest(benchmark: Benchmark) -> str:
             f"use another folder), or fetch it: `ivcp data prepare {benchmark.name}`. {benchmark.source}".rstrip()
         )
     if benchmark.md5:
-        md5 = remembered(path, "md5", partial(file_digest, algorithm="md5"))
+        md5 = remembered(path, "md5", partial(file_digest, algorithm="md5"), str)
         if md5 != benchmark.md5:
             raise DataMissing(f"benchmark {benchmark.name!r}: {wrong_checksum(path, md5, benchmark.md5)}")
-    found = remembered(path, "sha256", file_digest)
-    if benchmark.sha256 and found != benchmark.sha256:
+    digest = remembered(path, "sha256", file_digest, str)
+    if benchmark.sha256 and digest != benchmark.sha256:
         raise ValueError(
-            f"{path.name} has checksum {found[:12]}..., its data file says {benchmark.sha256[:12]}...: the file was "
+            f"{path.name} has checksum {digest[:12]}..., its data file says {benchmark.sha256[:12]}...: the file was "
             "changed or cut short. Restore it (git checkout), or correct sha256 if the change is meant."
         )
-    return found
+    return digest
 
 
 def rows(benchmark: Benchmark, limit: int | None) -> int:
-    """Rows of a benchmark's file, which is here, up to ``limit``."""
-    n = remembered(path_of(benchmark), "rows", _count)
+    """Rows of a benchmark's file, which is here, up to ``limit``; raises ValueError for one that is no text."""
+    n = remembered(path_of(benchmark), "rows", _count, int)
     return min(n, limit) if limit else n
 
 
 def _count(path: Path) -> int:
     before = csv.field_size_limit(2**31 - 1)  # pictures are cells, and the limit is the process's
+    n = 0
     try:
         with path.open(encoding="utf-8", newline="") as stream:
-            return sum(1 for _ in csv.reader(stream, delimiter="\t")) - 1
+            for _ in csv.reader(stream, delimiter="\t"):
+                n += 1
+        return max(0, n - 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, {_not_utf8(path)}; save the file as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {n}: not a TSV file ({error})") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _not_utf8(path: Path) -> str:
+    """The first line that is no UTF-8 text, and its byte: what reads ahead does not know the line."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}: byte 0x{line[error.start]:02x} is not UTF-8 text"
+    return "not UTF-8 text"
 
 
 def fetch_missing(names: Iterable[str], say: Callable[[str], None]) -> None:

@@ -17,11 +17,11 @@ class Placement:
     dtype: str = ""
     attention: str = ""
 
-    def resolve(self, here: bool = True) -> Placement:
+    def resolve(self, plan_only: bool = False) -> Placement:
         """CUDA with bfloat16 (and FlashAttention-2 if it is installed) where there is a GPU, else CPU and float32.
 
         Args:
-            here: the model will run on this machine; False finds what a machine that has the device would, in an
+            plan_only: the model will not run on this machine; finds what a machine that has the device would, in an
                 environment like this one's (a cluster's login node, a scoring job without a GPU).
 
         Raises:
@@ -36,18 +36,18 @@ class Placement:
                 f"device {self.device!r} is unknown; use cuda, cuda:1, cpu, or auto for all GPUs"
             ) from None
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if here and device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
+        if not plan_only and device.startswith(("cuda", "auto")) and not torch.cuda.is_available():
             raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
         dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-        flash = device != "cpu" and _has_flash_attention(here)
+        flash = device != "cpu" and _has_flash_attention(plan_only)
         attention = self.attention or ("flash_attention_2" if flash else "sdpa")
         return Placement(device, dtype, attention)
 
 
-def _has_flash_attention(here: bool) -> bool:
-    if not here:
+def _has_flash_attention(plan_only: bool) -> bool:
+    if plan_only:
         return find_spec("flash_attn") is not None  # transformers also asks for a GPU
     from transformers.utils import is_flash_attn_2_available
 

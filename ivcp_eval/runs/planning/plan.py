@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
-from ivcp_eval.engine.cost.predicted import Decoder, described, solve_budget
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Variant
@@ -116,8 +115,12 @@ class RunPlan:
 
     def budgets(self) -> list[str]:
         """One line per variant that holds a budget: the ratio that was found for it, or why it cannot run."""
-        variants = [cell.identity.variant for _, _, cell in self.cells()]
-        return list(dict.fromkeys(described(variant) for variant in variants if variant.budget))
+        held = [cell.identity.variant for _, _, cell in self.cells() if cell.identity.variant.budget]
+        if not held:
+            return []
+        from ivcp_eval.engine.cost.predicted import described
+
+        return list(dict.fromkeys(map(described, held)))
 
 
 def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: bool = False) -> RunPlan:
@@ -155,6 +158,8 @@ def _model_plan(
     own = weights.checkpoint.methods
     tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
     if any(variant.budget for variant in tuned.values()):
+        from ivcp_eval.engine.cost.predicted import Decoder, solve_budget  # and with it transformers
+
         decoder = Decoder.of(weights)
         tuned = {key: solve_budget(variant, decoder) for key, variant in tuned.items()}
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
@@ -163,6 +168,7 @@ def _model_plan(
         benchmark = data.find(name)
         try:
             digest = data.digest(benchmark)
+            data.rows(benchmark, spec.options.limit)  # a file that cannot be read is said now
             for line in notices(benchmark, data.path_of(benchmark), spec.options.limit):
                 if line not in plan.notices:
                     plan.notices.append(line)
@@ -170,8 +176,8 @@ def _model_plan(
             missing.append(str(error))
             continue
         identities = _Identities(plan, weights, placement, limits, benchmark, digest)
-        wanted = [variant for variant, of in spec.cells if of == name and variant.model == model]
-        groups[name] = benchmark, tuple(identities.cell(tuned[variant.key]) for variant in wanted)
+        variants = [variant for variant, of in spec.cells if of == name and variant.model == model]
+        groups[name] = benchmark, tuple(identities.cell(tuned[variant.key]) for variant in variants)
     if not groups:
         raise DataMissing("\n".join(missing))
     return ModelPlan(weights, placement, limits, groups), missing
@@ -180,7 +186,7 @@ def _model_plan(
 def _placement(options: Options, weights: Weights, device: str, plan_only: bool) -> Placement:
     full_size = not weights.checkpoint.local
     device = device or ("cuda" if plan_only and full_size else "")
-    placement = Placement(device, options.dtype, options.attention).resolve(here=not plan_only)
+    placement = Placement(device, options.dtype, options.attention).resolve(plan_only)
     if placement.device == "cpu" and not device and full_size:
         raise ValueError(
             f"no CUDA device was found and {weights.checkpoint.name} is a full-size model. Run on a GPU machine, or "
@@ -250,10 +256,10 @@ class _Identities:
 
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
     """The judge that is asked about the benchmark's answers; None if nobody is."""
-    asked = asked_judge(options.judge, benchmark.judge)
-    if asked in ("none", EXACT_MATCHING):
+    judge = asked_judge(options.judge, benchmark.judge)
+    if judge in ("none", EXACT_MATCHING):
         return None
-    return JudgeConfig(asked, options.judge_url, extra=options.judge_options or {})
+    return JudgeConfig(judge, options.judge_url, extra=options.judge_options or {})
 
 
 def judge_name(options: Options, benchmark: Benchmark) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,10 +30,10 @@ from typing import Any, Literal
 
 from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import models
+from ivcp_eval.interface.marked import Marked, Place, SpecError
 from ivcp_eval.interface.registry import make_method, method_names, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, Budget, Variant
 from ivcp_eval.methods._cards import control_names
-from ivcp_eval.runs.planning.marked import Marked, Place, SpecError
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.options import check as check_option
 from ivcp_eval.runs.store.finished import eval_state
@@ -43,6 +44,7 @@ _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 _ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget")
 _EXCLUDE = ("model", "method", "benchmark", "ratio", "budget")
 _BUDGET = ("budget", "budget_prompt")
+MOST_CELLS = 100_000
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,22 @@ def _checked(marked: Marked, name: str) -> Spec:
         cells[_key(variant, benchmark)] = variant, benchmark
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
     options = _options(marked, raw)
-    return Spec(str(raw.get("name") or name), models_asked, tuple(left), options, raw, raw.get("kind", "sweep"))
+    return Spec(_name(marked, raw, name), models_asked, tuple(left), options, raw, _kind(marked, raw))
+
+
+def _name(marked: Marked, raw: Mapping[str, Any], name: str) -> str:
+    """A run's own name names its folder and its CSV."""
+    name = raw.get("name") or name
+    if not isinstance(name, str) or name.startswith(".") or not name.isprintable() or "/" in name or "\\" in name:
+        raise marked.error(("name",), f"name {name!r} names a folder: text without / and \\ that begins with no dot")
+    return name
+
+
+def _kind(marked: Marked, raw: Mapping[str, Any]) -> Any:
+    kind = raw.get("kind", "sweep")
+    if kind not in ("sweep", "eval"):
+        raise marked.error(("kind",), f"kind {kind!r}; allowed: sweep, eval")
+    return kind
 
 
 def _options(marked: Marked, raw: Mapping[str, Any]) -> Options:
@@ -211,7 +228,12 @@ def _entry(
             raise marked.error((*place, "ratios", i), f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half")
     declared = list(make_method(method).sweep_seeds)
     seeds = marked.listed((*place, "seeds"), entry.get("seeds", declared), int, "a whole number")
-    for parameters in _grid(marked, (*place, "parameters"), entry.get("parameters") or {}):
+    grid = entry.get("parameters") or {}
+    lists = [value for value in grid.values() if isinstance(value, list)] if isinstance(grid, dict) else []
+    n = math.prod(map(len, [chosen, ratios, seeds, sets, *lists]))
+    if n > MOST_CELLS:
+        raise marked.error(place, f"this entry asks for {n} cells; a sweep has at most {MOST_CELLS}")
+    for parameters in _grid(marked, (*place, "parameters"), grid):
         try:
             make_method(method, parameters)
         except (ValueError, TypeError) as error:

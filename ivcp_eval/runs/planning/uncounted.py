@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ivcp_eval.files import DamagedError, read_json
 from ivcp_eval.runs.planning.cells import Cell, code_listing
 
 #: What a user asks for; a cell that differs in one of these is another question, not an older answer to this one.
@@ -24,14 +26,14 @@ def uncounted(cell: Cell) -> list[tuple[Path, str]]:
     if not parent.is_dir() or cell.finished() is not None:
         return []
     mine: dict[str, Any] = json.loads(cell.identity.canonical)
-    found = []
+    lines = []
     for folder in sorted(parent.glob(f"{cell.label}-*")):
         if folder == cell.folder or not _answered(folder):
             continue
         other = _identity(folder)
         if other is not None and all(other.get(name) == mine[name] for name in _ASKED):
-            found.append((folder, "; ".join(_changes(cell, other, mine))))
-    return found
+            lines.append((folder, "; ".join(_changes(cell, other, mine))))
+    return lines
 
 
 def uncounted_lines(cells: Iterable[Cell]) -> list[str]:
@@ -54,9 +56,10 @@ def _answered(folder: Path) -> bool:
 def _identity(folder: Path) -> dict[str, Any] | None:
     """As the cell noted it; cells of an earlier version have it in their record only."""
     for name in ("cell.json", "run.json"):
-        if (folder / name).is_file():
-            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return found.get("identity")
+        with suppress(FileNotFoundError, DamagedError):
+            identity = read_json(folder / name, "").get("identity")
+            if isinstance(identity, dict) and isinstance(identity.get("versions"), dict):
+                return identity
     return None
 
 
@@ -90,10 +93,9 @@ def _code_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 @cache
 def _listing(path: Path) -> Mapping[str, str] | None:
     """What a code hash covered; the file never changes once it is there."""
-    if not path.is_file():
-        return None
-    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    with suppress(FileNotFoundError, DamagedError):
+        return read_json(path, "")
+    return None
 
 
 def _some(names: Iterable[str]) -> str:

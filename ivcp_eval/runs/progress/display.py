@@ -1,4 +1,4 @@
-"""Progress of a sweep on the terminal: bars on a TTY, plain lines now and then elsewhere, nothing if asked for."""
+"""Progress of a sweep on the terminal: bars on a TTY, plain lines now and then otherwise, nothing if quiet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_BARS = 6  # of benchmarks that are worked on at the same time
 
 
 class Progress:
-    """Shows what all workers of a sweep do, in this process or elsewhere, while the block runs.
+    """Shows what all workers of a sweep do, in this process or others, while the block runs.
 
     Args:
         quiet: show warnings only. every: seconds between two reports where the output is no TTY; 0 leaves them out.
@@ -145,7 +145,7 @@ class _Bars:
         from tqdm import tqdm
 
         self.watch, self.stream, self.tqdm = watch, stream, tqdm
-        self.told = {key for key, tally in watch.tallies.items() if tally.answered == tally.samples}
+        self.reported = {key for key, tally in watch.tallies.items() if tally.answered == tally.samples}
         self.bars = [self._bar(watch.plan.spec.name)]
         self._draw(self.bars[0], watch.total, watch.plan.spec.name, summary(watch))
 
@@ -169,8 +169,8 @@ class _Bars:
     def show(self) -> None:
         self.watch.look()
         for key, tally in self.watch.tallies.items():
-            if tally.answered == tally.samples and key not in self.told:
-                self.told.add(key)
+            if tally.answered == tally.samples and key not in self.reported:
+                self.reported.add(key)
                 self.say(benchmark_line(tally))
         self._draw(self.bars[0], self.watch.total, self.watch.plan.spec.name, summary(self.watch))
         working = [tally for tally in self.watch.tallies.values() if tally.working][:MOST_BARS]

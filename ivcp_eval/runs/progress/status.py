@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ivcp_eval.reports.terminal import fold
 from ivcp_eval.runs.planning import data
 from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.planning.uncounted import uncounted_lines
-from ivcp_eval.runs.progress.watch import Tally, Watch
+from ivcp_eval.runs.progress.watch import Tally
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together
@@ -20,24 +21,10 @@ ASSUMED_BYTES = 16e9  # of weights that are not here: 8 billion parameters
 JUDGE_TOKENS = (700, 60)  # in and out, per judged answer
 
 
-def lines(plan: RunPlan) -> list[Tally]:
-    """The state of every benchmark of every model: one observation of `watch`."""
-    return list(Watch(plan).tallies.values())
-
-
-def eta_hours(found: list[Tally]) -> float | None:
-    """Hours until the last answer at the speed and with the workers of now; None before anything was timed."""
-    timed = sum(line.timed for line in found)
-    if not timed:
-        return None
-    seconds = sum(line.seconds for line in found) / timed * sum(line.left for line in found)
-    return seconds / max(1, sum(line.working for line in found)) / 3600
-
-
-def agreement(found: list[Tally]) -> str:
+def agreement(tallies: list[Tally]) -> str:
     """How many answers made together in half precision equal those made alone; empty where none were compared."""
-    compared = sum(line.compared for line in found)
-    agree = sum(line.agree for line in found)
+    compared = sum(line.compared for line in tallies)
+    agree = sum(line.agree for line in tallies)
     return f"half precision: {agree} of {compared} answers made together equal those made alone" if compared else ""
 
 
@@ -46,24 +33,18 @@ def uncounted(plan: RunPlan) -> list[str]:
     return uncounted_lines(cell for _, _, cell in plan.cells())
 
 
-def table(found: list[Tally]) -> str:
+def table(tallies: list[Tally]) -> str:
     """For the terminal."""
-    from tabulate import tabulate
-
-    header = ("model", "benchmark", "cells done", "units done", "running", "samples left", "samples failed")
-    body = [
-        (
-            li.model,
-            li.benchmark,
-            f"{li.scored - li.broken}/{li.cells}",
-            f"{li.units_done}/{li.units}",
-            li.working,
-            li.left,
-            li.failed,
-        )
-        for li in found
-    ]
-    return str(tabulate(body, header))
+    columns = {
+        "model": [line.model for line in tallies],
+        "benchmark": [line.benchmark for line in tallies],
+        "cells done": [f"{line.scored - line.broken}/{line.cells}" for line in tallies],
+        "units done": [f"{line.units_done}/{line.units}" for line in tallies],
+        "running": [str(line.working) for line in tallies],
+        "samples left": [str(line.left) for line in tallies],
+        "samples failed": [str(line.failed) for line in tallies],
+    }
+    return fold(columns, names=("model", "benchmark"))
 
 
 # -- what it will cost ------------------------------------------------------------------------------------------------
@@ -87,12 +68,12 @@ class Cost:
 
 def cost(plan: RunPlan) -> Cost:
     """Of what is not finished yet; what is not on this machine counts with declared sizes and `ASSUMED_BYTES`."""
-    wanted: dict[tuple[str, str], list[float]] = {}
+    ratios_of: dict[tuple[str, str], list[float]] = {}
     for variant, name in plan.spec.cells:
-        wanted.setdefault((variant.model, name), []).append(variant.ratio)
+        ratios_of.setdefault((variant.model, name), []).append(variant.ratio)
     hours, calls, fallbacks, dollars, disk = 0.0, 0, 0, 0.0, 0
     priced = True
-    for (model, name), ratios in wanted.items():
+    for (model, name), ratios in ratios_of.items():
         own = plan.models.get(model)
         benchmark = data.find(name)
         n = benchmark.n_samples or 0

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from ivcp_eval.files import DamagedError
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.store.journal import entry
 from ivcp_eval.runs.store.lease import held
-from ivcp_eval.runs.store.state import lease, mark, shard
+from ivcp_eval.runs.store.state import Mark, lease, mark, shard
 
 WINDOW_S = 120.0  # over which speed is measured ...
 WINDOW_SAMPLES = 10  # ... unless fewer samples than these fall into it
@@ -93,15 +93,15 @@ class _Tail:
             return False
         whole = new[: new.rfind(b"\n") + 1]
         self.offset += len(whole)
-        for line in whole.splitlines():
+        for line in whole.split(b"\n")[:-1]:
             try:
-                self._take(json.loads(line), tally)
+                self._take(line, tally)
             except ValueError:
-                continue  # the worker that opens it next drops this line, or says what is wrong with it
+                continue  # who scores the cell says what is wrong with it
         return True
 
-    def _take(self, record: Any, tally: Tally) -> None:
-        key, answer = entry(record)
+    def _take(self, line: bytes, tally: Tally) -> None:
+        key, answer = entry(line)
         if self.cell.lacks(answer):
             self.bad |= {key} if answer.error else set()
             return
@@ -200,9 +200,14 @@ class Watch:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until the last answer at this speed; None before it is known."""
+        """Seconds until the last answer of all cells, at this speed; None before it is known.
+
+        Before a sample was seen to be answered, at that of the finished units and with the workers of now.
+        """
         total = self.total
-        return (total.samples - total.answered) / self.rate if self.rate else None
+        if self.rate:
+            return total.left / self.rate
+        return total.seconds / total.timed * total.left / max(1, total.working) if total.timed else None
 
     def _of(self, followed: _Followed) -> Tally:
         return self.tallies[followed.unit.model, followed.unit.benchmark.name]
@@ -227,22 +232,21 @@ class Watch:
         followed.seen, followed.answered = True, answered
         if finished:
             noted = self._take_mark(followed, tally)
-            self._add(followed, min(noted["answered"], followed.size) - followed.fresh)
+            self._add(followed, min(noted.answered, followed.size) - followed.fresh)
             followed.done, followed.marked, followed.answered = True, True, followed.size
             followed.tails = []
 
-    def _take_mark(self, followed: _Followed, tally: Tally) -> dict[str, Any]:
+    def _take_mark(self, followed: _Followed, tally: Tally) -> Mark:
         """Count a unit that is done, by what its worker noted."""
-        path = mark(self.plan, followed.unit)
-        noted: dict[str, Any] = {"answered": 0, "failed": 0, "seconds": 0.0}
-        if path.is_file():
-            noted |= json.loads(path.read_text(encoding="utf-8"))
+        noted = Mark()
+        with suppress(FileNotFoundError, DamagedError):  # `reopen` says so
+            noted = Mark.read(mark(self.plan, followed.unit))
         tally.units_done += 1
-        tally.agree += noted.get("agree", 0)
-        tally.compared += noted.get("compared", 0)
-        tally.seconds += noted["seconds"]
-        tally.timed += noted["answered"]
-        followed.failed = noted["failed"]
+        tally.agree += noted.agree
+        tally.compared += noted.compared
+        tally.seconds += noted.seconds
+        tally.timed += noted.answered
+        followed.failed = noted.failed
         return noted
 
     def _add(self, followed: _Followed, n: int) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import write_json
+from ivcp_eval.files import DamagedError, damage_as_clear_error, file_digest, write_json
 from ivcp_eval.reports.table import write_samples
 from ivcp_eval.runs.answering.timing import times_of
-from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.cells import NOTES_ADVICE, Cell, read_notes
 from ivcp_eval.runs.records.record import CellRecord, cell_record, sample_rows
 from ivcp_eval.runs.records.scores import Scores
-from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.runs.store.journal import ANSWERED_AGAIN, Journal
 
 
 def recompute(cell: Cell) -> CellRecord:
@@ -19,17 +21,30 @@ def recompute(cell: Cell) -> CellRecord:
 
     Raises:
         FileNotFoundError: there is no ``scores.json``. ValueError: it cannot be read.
+        DamagedError: answers that were scored are gone, or one of the files is damaged.
         DiskFullError: what was there before is untouched.
     """
     scores = Scores.read(cell.scores)
-    notes: dict[str, Any] = json.loads(cell.notes.read_text(encoding="utf-8"))
-    answers = Journal(cell.journal).load()
+    notes = read_notes(cell.notes)
+    journal = Journal(cell.journal)
+    answers = journal.load()
+    if lost := sum(sample.key not in answers for sample in scores.samples):
+        raise journal.damage or DamagedError(cell.journal, f"{lost} answers are gone", ANSWERED_AGAIN)
     times = times_of(cell) if scores.made.timing else {}
-    record = cell_record(notes["identity"], answers, scores, notes["decoder"], times)
-    before = json.loads(cell.record.read_text(encoding="utf-8")) if cell.record.is_file() else {}
-    fresh = before.get("samples_sha256") == record.samples_sha256 and cell.predictions.is_file()
-    if scores.samples and not fresh:
-        write_samples(cell.predictions, sample_rows(answers, scores, notes["decoder"], times))
+    with damage_as_clear_error(cell.notes, NOTES_ADVICE):  # a decoder of other sizes than the answers'
+        record = cell_record(notes["identity"], answers, scores, notes["decoder"], times)
+    before: dict[str, Any] = {}
+    with suppress(DamagedError):  # it is made here
+        before = cell.read_record() or {}
+    if scores.samples:
+        noted = before.get("samples_sha256"), before.get("predictions_sha256")
+        if noted != (record.samples_sha256, _digest(cell.predictions)):
+            write_samples(cell.predictions, sample_rows(answers, scores, notes["decoder"], times))
+        record = replace(record, predictions_sha256=_digest(cell.predictions))
     if record.to_json() != before:
         write_json(cell.record, record.to_json())
     return record
+
+
+def _digest(path: Path) -> str:
+    return file_digest(path) if path.is_file() else ""

@@ -42,7 +42,8 @@ class CellRecord:
         visual_tokens_prompt_mean, new_tokens_mean: per sample.
         ratio_*: shares of the unpruned model, weighted by visual tokens, so that big images weigh as they cost.
         *_median: milliseconds per sample, or per token.
-        samples_sha256: of the rows of the per-sample CSV, which tells whether that file is up to date.
+        samples_sha256: of the rows of the per-sample CSV. predictions_sha256: of that file, which is made again where
+            it is damaged or out of date.
         n_thinking: answers of which only what follows ``</think>`` was scored (`benchmarks.Benchmark.thinking`).
     """
 
@@ -71,6 +72,7 @@ class CellRecord:
     date: str
     timeout_s: float | None
     samples_sha256: str
+    predictions_sha256: str = ""
     n_thinking: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -78,9 +80,9 @@ class CellRecord:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> CellRecord:
+    def from_json(cls, fields: Mapping[str, Any]) -> CellRecord:
         """Back from `to_json`, through JSON."""
-        return cls(**found)
+        return cls(**fields)
 
 
 def cell_record(

@@ -78,15 +78,17 @@ def rejudge(
     for cell in _cells(results, rows, only):
         first = cell.rows[0]
         say(f"{first['model']} {first['method']} on {cell.benchmark.name}: {len(cell.samples)} answers")
-        made, samples = _rated(cell, judge, name)
-        path = csv.with_suffix("") / f"{made[0]['run_id']}.csv"
+        rated, samples = _rated(cell, judge, name)
+        path = csv.with_suffix("") / f"{rated[0]['run_id']}.csv"
         write_samples(path, samples)
         relative = os.path.relpath(path.resolve(), csv.parent.resolve())
-        made = [{**row, "predictions": Path(relative).as_posix()} for row in made]
-        if made[0]["status"] != "ok":
-            outcome.problems.append(f"{first['model']} {first['method']} on {cell.benchmark.name}: {made[0]['reason']}")
+        rated = [{**row, "predictions": Path(relative).as_posix()} for row in rated]
+        if rated[0]["status"] != "ok":
+            outcome.problems.append(
+                f"{first['model']} {first['method']} on {cell.benchmark.name}: {rated[0]['reason']}"
+            )
         places = [rows.index(row) for row in cell.rows]
-        fresh[places[0]] = made
+        fresh[places[0]] = rated
         taken |= set(places)
         outcome.rated += 1
     written: list[Row] = []

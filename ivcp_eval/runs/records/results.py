@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from ivcp_eval import benchmarks
+from ivcp_eval.files import DamagedError, damage_as_clear_error
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.table import Row, write_results
-from ivcp_eval.reports.wide import write_tables
+from ivcp_eval.reports.wide import Table, write_tables
 from ivcp_eval.runs.planning import cells
-from ivcp_eval.runs.planning.cells import Cell, Identity
+from ivcp_eval.runs.planning.cells import NOTES_ADVICE, Cell, Identity, read_notes
 from ivcp_eval.runs.records.recompute import recompute
 from ivcp_eval.runs.records.rows import cell_rows
 from ivcp_eval.runs.store import manifest
@@ -28,14 +28,16 @@ class Built:
         csv: one row per cell and metric. tables: wide tables. missing: cells without a record. unfinished: cells whose
             record says why they have no score. skipped: cells whose method their model cannot run, with the reason.
         unscored: cells of an earlier version, which kept no scores; they are among the missing.
+        damaged: what is said of damaged files; their cells are among the missing.
     """
 
     csv: Path
-    tables: list[Path]
+    tables: list[Table]
     missing: int
     unfinished: list[str]
     skipped: list[str]
     unscored: int = 0
+    damaged: tuple[str, ...] = ()
 
 
 def build(name: str, runs: Path | None = None, output: Path | None = None) -> Built:
@@ -59,6 +61,7 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
         collected.reasons("failed", "incomplete"),
         collected.reasons("skipped"),
         collected.unscored,
+        tuple(collected.damaged),
     )
 
 
@@ -68,13 +71,15 @@ class Collected:
 
     Attributes:
         rows: of the CSV, in the order of the plan. planned: model -> benchmarks. missing: cells without a record.
-        unscored: those of them that an earlier version left, which kept no scores.
+        unscored: those of them that an earlier version left, which kept no scores. damaged: what is said of cells
+            whose files are damaged; they are among the missing, and the next run mends them.
     """
 
     rows: list[Row]
     planned: dict[str, list[str]]
     missing: int = 0
     unscored: int = 0
+    damaged: list[str] = dataclasses.field(default_factory=list)
 
     def reasons(self, *statuses: str) -> list[str]:
         """Why cells are not whole, one line each."""
@@ -101,7 +106,12 @@ def collect(state: Path, runs: Path, csv: Path) -> Collected:
         elif not (folder / "scores.json").is_file():
             missing, unscored = missing + 1, unscored + 1
         else:
-            collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))
+            try:
+                collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))
+            except (DamagedError, FileNotFoundError) as error:
+                collected.damaged.append(str(error))
+                missing += 1
+                (folder / "run.json").unlink(missing_ok=True)  # it is not whole any more
     return dataclasses.replace(collected, missing=missing, unscored=unscored)
 
 
@@ -111,8 +121,12 @@ def _reason(row: Row) -> str:
 
 
 def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Row]:
-    identity = _identity(json.loads((folder / "cell.json").read_text(encoding="utf-8"))["identity"])
-    cell = Cell(identity, runs)
+    notes = folder / "cell.json"
+    with damage_as_clear_error(notes, NOTES_ADVICE):
+        identity = _identity(read_notes(notes)["identity"])
+        cell = Cell(identity, runs)
+        if cell.folder != folder:
+            raise ValueError(f"it is that of {cell.folder.name}")
     recompute(cell)
     benchmark = _benchmark(identity.benchmark)
     hub = model["checkpoint"] if model["hub"] else ""

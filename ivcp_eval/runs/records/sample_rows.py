@@ -22,22 +22,22 @@ def answers_by_index(indices: list[str], prompts: Prompts, answers: Mapping[str,
     Args:
         indices: of the rows. answers: by the key of their prompt.
     """
-    found = {}
+    by_index = {}
     for index in indices:
         if index in prompts.broken:
-            found[index] = Answer.from_json(prompts.broken[index])
+            by_index[index] = Answer.from_json(prompts.broken[index])
         else:
-            found[index] = answers.get(prompts.keys.get(index, "")) or Answer.failed(LookupError(UNANSWERED))
-    return found
+            by_index[index] = answers.get(prompts.keys.get(index, "")) or Answer.failed(LookupError(UNANSWERED))
+    return by_index
 
 
 def samples(benchmark: Benchmark, lines: list[dict[str, Any]], prompts: Prompts, scored: Scored) -> tuple[Sample, ...]:
     """One for each line of the data set, in its order (``lines``: pictures left out)."""
-    found = []
+    rows = []
     for line in lines:
         index = str(line["index"])
         cluster = prompts.pictures.get(index) if benchmark.cluster == "image" else line.get(benchmark.cluster)
-        found.append(
+        rows.append(
             Sample(
                 index=index,
                 key=prompts.keys.get(index) or unread(index),
@@ -48,4 +48,4 @@ def samples(benchmark: Benchmark, lines: list[dict[str, Any]], prompts: Prompts,
                 iou=scored.ious.get(index),
             )
         )
-    return tuple(found)
+    return tuple(rows)

@@ -7,11 +7,11 @@ VLMEvalKit, data, weights or a GPU.
 from __future__ import annotations
 
 import datetime
-import json
+import itertools
 import math
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,26 +109,42 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Atomically."""
-        files.write_json(path, _without_nan(asdict(self)))
+        files.write_json(path, _without_nan(asdict(self)), sealed=True)
 
     @classmethod
     def read(cls, path: Path) -> Scores:
         """What `write` wrote.
 
         Raises:
-            FileNotFoundError: there is none. ValueError: it holds something else.
+            FileNotFoundError: there is none. DamagedError: it holds something else.
         """
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        try:
+        advice = "the next run scores again; the answers are kept"
+        found = files.read_json(path, advice)
+        with files.damage_as_clear_error(path, advice):
             found["made"] = Made(**found["made"])
             found["metrics"] = {name: (score, scale) for name, (score, scale) in found["metrics"].items()}
             found["samples"] = tuple(Sample(**sample) for sample in found["samples"])
-            return cls(**found)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} holds no scores as this version writes them ({error}); remove it and run.json beside it, and "
-                "run again: the answers are kept"
-            ) from error
+            scores = cls(**found)
+            for part in (scores, scores.made, *scores.samples):
+                _check(part)
+            for value in itertools.chain(*scores.metrics.values()):
+                _check_type("a metric", value, "float | None")
+        return scores
+
+
+def _check(part: Any) -> None:
+    """Raise TypeError for a field of another type than it is declared with."""
+    for declared in fields(part):
+        if declared.name not in ("made", "metrics", "samples"):
+            _check_type(declared.name, getattr(part, declared.name), str(declared.type))
+
+
+def _check_type(name: str, value: Any, wanted: str) -> None:
+    types = {"str": str, "bool": bool, "int": int, "float": int | float, "None": type(None)}
+    if not any(
+        isinstance(value, types[word]) and (isinstance(value, bool) == (word == "bool")) for word in wanted.split(" | ")
+    ):
+        raise TypeError(f"{name} is {str(value)[:80]!r}, which is no {wanted}")
 
 
 def _without_nan(value: Any) -> Any:

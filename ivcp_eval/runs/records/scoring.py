@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.runs.answering.prompts import prompts_of
 from ivcp_eval.runs.planning.cells import Cell
@@ -21,7 +22,7 @@ from ivcp_eval.runs.records.sample_rows import answers_by_index, samples
 from ivcp_eval.runs.records.scores import Made, Scores, unread
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, held
-from ivcp_eval.runs.store.state import answers, lease, mark
+from ivcp_eval.runs.store.state import answers, lease, lost, mark
 from ivcp_eval.vlmeval_bridge.judge import Judge, cache_folder
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[in
             elif cell.noted() is None:
                 try:
                     with _aside(plan):
-                        _score(plan, model, benchmark, cell, dataset.of(benchmark, plan.options.limit), say)
+                        whole = _score(plan, model, benchmark, cell, dataset.of(benchmark, plan.options.limit), say)
                 except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
-                    waiting = True
-                    continue
-                scored += 1
+                    whole = False
+                waiting |= not whole
+                scored += whole
     return scored, waiting
 
 
@@ -90,21 +91,29 @@ def _aside(plan: RunPlan) -> Iterator[None]:
 
 
 class _Log(io.TextIOBase):
-    """Opens its file for each write: loggers that were set up meanwhile keep it, and go on writing to it."""
+    """Opens its file for each write: loggers that were set up meanwhile keep it, and go on writing to it.
+
+    What a full disk does not take of it is lost; results say so themselves.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, text: str) -> int:
-        with self.path.open("a", encoding="utf-8") as stream:
-            return stream.write(text)
+        with suppress(OSError), self.path.open("a", encoding="utf-8", errors="replace") as stream:
+            stream.write(text)
+        return len(text)
 
 
 def _score(
     plan: RunPlan, model: ModelPlan, benchmark: Benchmark, cell: Cell, dataset: Any, say: Callable[[str], None]
-) -> None:
+) -> bool:
+    """Whether the cell was scored; where answers are gone, their units are open again instead."""
     with Journal(cell.journal).open() as journal:
-        for key, answer in sorted(answers(cell).items()):
+        known = answers(cell, say=say)
+        if _reopened(plan, cell, known, say):
+            return False
+        for key, answer in sorted(known.items()):
             if cell.lacks(journal.records.get(key)) and journal.records.get(key) != answer:
                 journal.append(key, answer)
         config = judge_config(plan.options, benchmark)
@@ -114,6 +123,18 @@ def _score(
     say(f"scored {cell.identity.variant.name} on {benchmark.name}: {record.status} {record.reason}".rstrip())
     if record.status == "ok":
         shutil.rmtree(cell.folder / "shards", ignore_errors=True)
+    return True
+
+
+def _reopened(plan: RunPlan, cell: Cell, known: Mapping[str, Answer], say: Callable[[str], None]) -> bool:
+    opened = False
+    for unit in plan.units():
+        path = mark(plan, unit)
+        if cell in unit.cells and path.exists() and (n := lost(cell, unit, known)):
+            path.unlink(missing_ok=True)
+            say(f"{n} answers of {cell.identity.variant.name} on {unit.benchmark.name} are gone and are made again")
+            opened = True
+    return opened
 
 
 def score_answers(
@@ -140,14 +161,14 @@ def score_answers(
     cell.note()
     prompts = prompts_of(cell, dataset, family, journal.records)
     indices = [str(index) for index in dataset.data["index"]]
-    found = answers_by_index(indices, prompts, journal.records)
-    for index, answer in found.items():  # without an answer, and with it a prompt, there is no key but the row
+    answers = answers_by_index(indices, prompts, journal.records)
+    for index, answer in answers.items():  # without an answer, and with it a prompt, there is no key but the row
         if answer.error and journal.records.get(prompts.keys.get(index, unread(index))) != answer:
             journal.append(prompts.keys.get(index, unread(index)), answer)
     work = cell.folder / "vlmeval"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    predictions = bridge.stored(dataset, {index: answer.scored for index, answer in found.items()}, work)
+    predictions = bridge.stored(dataset, {index: answer.scored for index, answer in answers.items()}, work)
     problem = bridge.data_problem(benchmark)
     lines = dataset.data.drop(columns="image", errors="ignore").to_dict("records")
     try:

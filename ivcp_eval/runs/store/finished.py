@@ -6,12 +6,11 @@ time of change of every file that took part. If one of them is another, planning
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivcp_eval.files import PACKAGE, write_json
+from ivcp_eval.files import DAMAGE, PACKAGE, read_json, write_json
 from ivcp_eval.runs.planning.cells import versions
 
 
@@ -42,12 +41,12 @@ def note(state: Path, finished: Finished, inputs: Iterable[Path]) -> None:
 def known(state: Path) -> Finished | None:
     """The finished evaluation, if nothing that it was made from has changed since."""
     try:
-        noted = json.loads(_path(state).read_text(encoding="utf-8"))
+        noted = read_json(_path(state), "it is only a note")
         same = noted["versions"] == versions() and all(
             _stamp(Path(path)) == stamp for path, stamp in noted["files"].items()
         )
         found = Finished(Path(noted["csv"]), frozenset(noted["runs"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, damaged, or an input is gone
+    except (OSError, *DAMAGE):  # not there, damaged, or an input is gone
         return None
     return found if same and found.csv.is_file() else None
 

@@ -1,8 +1,9 @@
 """Claims on units of work by files that every worker sees, on one machine or a shared file system.
 
-A claim is a file created exclusively, kept fresh by a heartbeat. One that has not been refreshed for long, or whose
-process is gone from this machine, is taken over. Should two workers ever hold one claim, they do no harm: answers are
-appended to locked journals and keyed by content.
+A claim is a file created exclusively, kept fresh by a heartbeat. One that has not been refreshed for long, whose time
+lies as far in the future (a clock was set back; a live holder's next beat mends it), or whose process is gone from this
+machine, is taken over. Should two workers ever hold one claim, they do no harm: answers are appended to locked journals
+and keyed by content.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from ivcp_eval.files import DamagedError, disk_full_as_clear_error, read_json
 
 EXPIRES_S = 90.0
 BEAT_S = 10.0
@@ -37,7 +41,7 @@ def claim(path: Path, expires_s: float = EXPIRES_S) -> Iterator[bool]:
     finally:
         done.set()
         beat.join()
-        if _token(path) == token:
+        if _read(path).get("token") == token:
             path.unlink(missing_ok=True)
 
 
@@ -46,10 +50,19 @@ def held(path: Path, expires_s: float = EXPIRES_S) -> bool:
     return path.exists() and not _abandoned(path, expires_s)
 
 
+def holder(path: Path, expires_s: float = EXPIRES_S) -> str:
+    """Who holds it, in words; empty if no live worker does."""
+    if not held(path, expires_s):
+        return ""
+    noted = _read(path)
+    who = f"process {noted['pid']} on {noted['host']}" if {"pid", "host"} <= noted.keys() else "somebody unnamed"
+    return f"{who} ({path}), whose claim ends when it does, or {expires_s:.0f} s after its last sign of life"
+
+
 def _create(path: Path, token: str) -> bool:
     text = json.dumps({"token": token, "host": socket.gethostname(), "pid": os.getpid()})
     try:
-        with path.open("x", encoding="utf-8") as stream:
+        with disk_full_as_clear_error(path, path), path.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
         return False
@@ -68,19 +81,14 @@ def _take_over(path: Path, token: str) -> bool:
 
 
 def _abandoned(path: Path, expires_s: float) -> bool:
+    noted = _read(path)
     try:
         age = _now(path.parent) - path.stat().st_mtime
-        holder = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        # Being written or removed this moment; a worker killed in between leaves an empty file, which ages.
-        holder = {}
-        try:
-            age = _now(path.parent) - path.stat().st_mtime
-        except FileNotFoundError:
-            return False
-    if holder.get("host") == socket.gethostname() and not _alive(int(holder["pid"])):
+    except FileNotFoundError:
+        return False
+    if noted.get("host") == socket.gethostname() and not _alive(noted.get("pid")):
         return True
-    return age > expires_s
+    return abs(age) > expires_s
 
 
 def _now(folder: Path) -> float:
@@ -95,25 +103,28 @@ def _now(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: Any) -> bool:
+    if not isinstance(pid, int) or pid < 1:
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
     return True
 
 
-def _token(path: Path) -> str:
+def _read(path: Path) -> dict[str, Any]:
+    """What a claim says. It may be being written or removed, or be damaged: then nothing, and it ages all the same."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("token"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return ""
+        return read_json(path, "")
+    except (FileNotFoundError, DamagedError):
+        return {}
 
 
 def _beat(path: Path, token: str, done: threading.Event) -> None:
     while not done.wait(BEAT_S):
         with suppress(OSError):  # given back this moment, or a file system that hiccups: the next beat comes soon
-            if _token(path) == token:
+            if _read(path).get("token") == token:
                 os.utime(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ivcp_eval.files import write_json
+from ivcp_eval.files import DamagedError, damage_as_clear_error, read_json, write_json
+
+#: What is noted of each model.
+MODEL = {"checkpoint": str, "hub": bool, "family": str, "revision": str, "trained": bool, "device": str}
 
 
 def path(state: Path) -> Path:
@@ -30,16 +32,23 @@ def read(state: Path) -> dict[str, Any]:
     """Its content: name, problems, models, cells.
 
     Raises:
-        FileNotFoundError: the run was never started. ValueError: the file is damaged.
+        FileNotFoundError: the run was never started. DamagedError: the file holds something else.
     """
     file = path(state)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: {state.name!r} has not run; start it with `ivcp sweep run`")
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        _ = found["name"], found["models"], found["cells"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); the next run writes it again") from None
+    advice = "the next run writes it again"
+    found = read_json(file, advice)
+    with damage_as_clear_error(file, advice):
+        for model in found["models"].values():
+            if not all(isinstance(model[name], kind) for name, kind in MODEL.items()):
+                raise TypeError(f"a model is {str(model)[:80]}")
+        for cell in found["cells"]:
+            folder = PurePosixPath(cell["folder"])
+            if cell["model"] not in found["models"] or folder.is_absolute() or ".." in folder.parts:
+                raise ValueError(f"a cell is {str(cell)[:80]}")
+        if not isinstance(found["name"], str) or not isinstance(found["problems"], list):
+            raise TypeError("no name, or no problems")
     return found
 
 
@@ -47,7 +56,7 @@ def device(state: Path, model: str) -> str:
     """Kind of device that the run was started for; empty if it was not."""
     try:
         return str(read(state)["models"].get(model, {}).get("device", ""))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, DamagedError):
         return ""
 
 
@@ -64,9 +73,9 @@ def write(
     file = path(state)
     try:
         same = read(state) == found
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, DamagedError):
         same = False
     if not same:
         state.mkdir(parents=True, exist_ok=True)
-        write_json(file, found)
+        write_json(file, found, sealed=True)
     return file

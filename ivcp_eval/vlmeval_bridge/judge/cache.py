@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import re
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import disk_full_as_clear_error
+from ivcp_eval.files import DAMAGE, disk_full_as_clear_error, hold_lock, storable
 
 
 class VerdictCache:
@@ -46,7 +45,7 @@ class VerdictCache:
             file.seek(self._read_to)
             content = file.read()
             whole = content.rfind(b"\n") + 1  # an unfinished line may be another process's, still being written
-            for line in content[:whole].splitlines():
+            for line in content[:whole].split(b"\n"):
                 self._take(line)
             self._read_to += whole
 
@@ -54,10 +53,13 @@ class VerdictCache:
         if not line.strip():
             return
         try:
-            record = json.loads(line)
-            self._records.setdefault(record["key"], record)
-        except (ValueError, KeyError, TypeError):
+            record = json.loads(line.decode())
+            if not isinstance(record["verdict"], str) or not isinstance(record["key"], str):
+                raise TypeError
+        except DAMAGE:
             self.unreadable += 1
+        else:
+            self._records.setdefault(record["key"], record)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append one record (with "key" and "verdict") and hand it to the operating system.
@@ -65,10 +67,10 @@ class VerdictCache:
         Raises:
             DiskFullError: no space is left; the records before it are whole.
         """
-        line = (json.dumps(dict(record), ensure_ascii=False, sort_keys=True) + "\n").encode()
+        line = (storable(json.dumps(dict(record), ensure_ascii=False, sort_keys=True)) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self.path.open("a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            hold_lock(file, self.path)
             size = file.seek(0, 2)
             if size:
                 file.seek(size - 1)

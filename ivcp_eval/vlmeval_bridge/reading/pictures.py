@@ -8,7 +8,6 @@ write (CMYK, LAB, float) or would have read as white (16-bit) is converted and w
 from __future__ import annotations
 
 import base64
-import fcntl
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval.benchmarks.pictures import decoded
-from ivcp_eval.files import NO_SPACE, DiskFullError, atomic_write
+from ivcp_eval.files import NO_SPACE, DiskFullError, atomic_write, hold_lock
 
 #: Modes that VLMEvalKit writes as they are, or turns into RGB, without losing what a model sees.
 _WRITTEN_RIGHT = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
@@ -34,7 +33,7 @@ def alone(dataset: Any) -> Iterator[None]:
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     with (root.parent / f".{root.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        hold_lock(lock, root)
         yield
 
 
@@ -71,8 +70,8 @@ def whole(path: Path) -> bool:
         stream.seek(max(0, path.stat().st_size - 64))
         tail = stream.read()
     # Names lie: what matters is what the file begins with.
-    wanted = {b"\xff\xd8": _ENDS[".jpg"], b"\x89P": _ENDS[".png"]}.get(kind)
-    return len(kind) == 2 if wanted is None else wanted in tail
+    ending = {b"\xff\xd8": _ENDS[".jpg"], b"\x89P": _ENDS[".png"]}.get(kind)
+    return len(kind) == 2 if ending is None else ending in tail
 
 
 def _pictures(message: Message) -> list[Path]:

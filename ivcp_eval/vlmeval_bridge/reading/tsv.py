@@ -16,7 +16,8 @@ import io
 import posixpath
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,14 +57,8 @@ def read(path: Path, md5: str = "") -> pd.DataFrame:
     """
     with path.open("rb") as stream:
         watched = _Watched(stream, path, bool(md5))
-        try:
+        with _as_bad_table(path):
             table = pd.read_csv(watched, sep="\t", dtype=str, keep_default_na=False)
-        except UnicodeDecodeError as error:
-            raise BadTable(
-                f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; save the file as UTF-8"
-            ) from error
-        except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            raise BadTable(f"{path}: {_explained(str(error))}") from error
         watched.drain()
     if md5 and watched.md5.hexdigest() != md5:
         raise WrongChecksum(path, watched.md5.hexdigest(), md5)
@@ -72,6 +67,24 @@ def read(path: Path, md5: str = "") -> pd.DataFrame:
     if not md5:  # a file of VLMEvalKit's is as its authors meant it
         _check_files(path, table)
     return table
+
+
+def columns(path: Path) -> list[str]:
+    """Names in the header. Raises BadTable: not a TSV file."""
+    with _as_bad_table(path):
+        return [str(name) for name in pd.read_csv(path, sep="\t", nrows=0).columns]
+
+
+@contextmanager
+def _as_bad_table(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise BadTable(
+            f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8 text; save the file as UTF-8"
+        ) from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise BadTable(f"{path}: {_explained(str(error))}") from error
 
 
 class WrongChecksum(BadTable):

@@ -23,6 +23,7 @@ from ivcp_eval.interface.records import Answer
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.session import Session
 from tests.runs.e2e.conftest import Lab
+from tests.runs.planning.test_light import called
 
 ALL = ("tiny_grounding", "tiny_mcq", "tiny_short", "tiny_yes_no")
 
@@ -60,6 +61,9 @@ def test_pruned_and_baseline_land_in_one_csv_and_are_reused(
         patch.setattr("ivcp_eval.runs.planning.plan.make", lambda *_, **__: pytest.fail("a finished run is planned"))
         assert lab.eval("--ratio", "0.5", "--limit", "4") == 0
     assert "every cell is finished" in capsys.readouterr().out
+    again = called(*lab.arguments("--ratio", "0.5", "--limit", "4"))
+    assert "every cell is finished" in again
+    assert "imported [] asked []\ntorch False" in again, "a table that was made before is printed at once"
     assert lab.eval("--ratio", "0.5", "--limit", "4", "--batch", "1") == 0, "asked in other words"
     assert "reusing 8 finished of 8 cells" in capsys.readouterr().out
     assert lab.csv.read_bytes() == first

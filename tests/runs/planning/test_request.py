@@ -53,8 +53,22 @@ def test_a_broken_data_file_is_not_replaced_by_vlmevalkits_own_set(
 ) -> None:
     (tmp_path / "broken.yaml").write_text("kind: mcq\nmetrik: []\n")
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=r"broken\.yaml: unknown field 'metrik'"):
+    with pytest.raises(ValueError, match=r"broken\.yaml, line 2: unknown key 'metrik'"):
         planned("broken")
+
+
+@pytest.mark.usefixtures("known")
+def test_a_file_that_is_no_utf8_is_said_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("right", "latin"):
+        (tmp_path / f"{name}.yaml").write_text(f"kind: short_answer\nprompt: dataset\nfile: {name}.tsv\n")
+        (tmp_path / f"{name}.tsv").write_bytes("index\tquestion\tanswer\n0\tcaf\xe9?\tred\n".encode("latin-1"))
+    (tmp_path / "right.tsv").write_text("index\tquestion\tanswer\n0\tcafé?\tred\n")
+    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
+    made = plan("tiny", "latin", "right")
+    assert [benchmark.name for _, benchmark, _ in made.cells()] == ["right"]
+    assert len(made.units()) == 1
+    (problem,) = made.problems
+    assert f"{tmp_path / 'latin.tsv'}, line 2: byte 0xe9 is not UTF-8 text; save the file as UTF-8" in problem
 
 
 def test_full_size_models_do_not_slip_onto_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

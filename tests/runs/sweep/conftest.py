@@ -46,6 +46,10 @@ class Bench:
     def call(self, verb: str, *more: str) -> int:
         return main(self.arguments(verb, *more))
 
+    def call_results(self) -> int:
+        """`ivcp sweep results`, from the records alone."""
+        return main(["sweep", "results", str(self.spec), "--runs", str(self.folder / "runs")])
+
     def elsewhere(self, folder: Path) -> Bench:
         return Bench(self.spec, folder, self.lmu)
 

@@ -163,7 +163,7 @@ def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_p
         ("limit: 10", "timeout: -3", 15, "a finite number above 0"),
         ("limit: 10", "budget: flop", 15, "flops"),
         ("limit: 10", "budget_prompt: [64, x]", 15, "number of tokens"),
-        ("limit: 10", "limit: \x07", 1, "not YAML"),
+        ("limit: 10", "limit: \x07", 15, "not YAML"),
         ("limit: 10", "min_pixels: 900\nmax_pixels: 800", 15, "min_pixels 900 is above max_pixels 800"),
     ],
 )

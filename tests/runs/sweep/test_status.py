@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import time
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+from ivcp_eval.cli.running import sweep
 from ivcp_eval.files import write_json
+from ivcp_eval.runs import worker as work
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
-from ivcp_eval.runs.progress import status
+from ivcp_eval.runs.progress import display, status
+from ivcp_eval.runs.progress.watch import Watch
 from ivcp_eval.runs.records.scoring import _aside
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark
@@ -30,13 +35,14 @@ def test_running_done_failed_and_the_time_left(bench: Bench, capsys: pytest.Capt
     with ExitStack() as stack:
         for unit in units[1:3]:
             assert stack.enter_context(claim(lease(plan, unit.name)))
-        (line, other) = status.lines(plan)
+        watch = Watch(plan)
+        (line, other) = watch.tallies.values()
         assert (line.cells, line.scored, line.units, line.units_done, line.failed) == (5, 0, 2, 1, 1)
         assert (line.samples, line.left, line.working + other.working) == (5, 2, 2)
-        assert status.eta_hours([line, other]) == pytest.approx(7 * 20 / 2 / 3600), "seven samples, two workers"
+        assert watch.eta_s == pytest.approx(7 * 20 / 2), "seven samples, two workers"
         assert bench.call("status") == 1, "a sample failed"
         assert "7 samples left, about 70 s" in capsys.readouterr().out
-    assert status.eta_hours(status.lines(plan)) == pytest.approx(7 * 20 / 3600), "as if one went on"
+    assert Watch(plan).eta_s == pytest.approx(7 * 20), "as if one went on"
 
 
 def test_only_what_is_not_done_costs_anything(bench: Bench) -> None:
@@ -79,3 +85,36 @@ def test_another_sweep_takes_the_baselines_of_the_first(bench: Bench, monkeypatc
     assert other.call("run", "--quiet") == 0
     assert asked == [["uniform"]] * 10, "neither the baseline nor what both sweeps have is answered again"
     assert "none" in other.csv.read_text()
+
+
+def test_following_ends_when_nobody_works(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "IDLE_S", 0.05)
+    monkeypatch.setattr(display, "LOOK_S", 0.02)
+    plan = make(load(bench.spec), bench.folder / "runs")
+    left = lease(plan, plan.units()[0].name)
+    left.parent.mkdir(parents=True)
+    left.write_text('{"host": "node-7", "pid": 7, "token": "x"}')
+    os.utime(left, (time.time() + 86400,) * 2)  # of a machine whose clock is a day ahead
+    assert bench.call("status", "--follow") == 0
+    printed = capsys.readouterr().out
+    assert "nobody has worked on it for 0 s; `ivcp sweep run` goes on with what is left" in printed
+    assert "10 samples left" in printed
+
+
+def test_a_worker_says_whom_it_waits_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make(load(bench.spec), bench.folder / "runs")
+    held = lease(plan, plan.units()[0].name)
+    held.parent.mkdir(parents=True)
+    held.write_text('{"host": "node-7", "pid": 7, "token": "x"}')
+
+    def sleep(seconds: float) -> None:
+        if seconds == work.POLL_S:
+            held.unlink(missing_ok=True)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert bench.call("run") == 0
+    assert capsys.readouterr().out.count(f"waiting for process 7 on node-7 ({held})") == 1

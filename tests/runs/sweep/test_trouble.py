@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from ivcp_eval.interface import Unsupported, failures
+from ivcp_eval.methods import fastv
 from ivcp_eval.reports.table import Row, read_results
 from ivcp_eval.runs import worker as work
 from ivcp_eval.runs.answering import samples
@@ -245,6 +247,58 @@ def test_any_exception_of_a_method_is_a_failure_of_its_samples(bench: Bench, mon
     monkeypatch.setattr(Session, "answer_all", failing)
     assert bench.call("run", "--quiet") == 1
     assert unwhole(bench) == [("fastv", "tiny_mcq", "incomplete"), ("fastv", "tiny_yes_no", "incomplete")]
+
+
+class Cancelled(BaseException):
+    """As event loops and libraries written in Rust raise: no `Exception`, so that nobody takes it for one."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("enough"), Cancelled("no more")], ids=repr)
+def test_a_method_that_ends_programs_fails_its_samples_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def leave(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(fastv.Method, "score", leave)
+    assert bench.call("run", "--quiet") == 1
+    assert unwhole(bench) == [("fastv", "tiny_mcq", "incomplete"), ("fastv", "tiny_yes_no", "incomplete")]
+    (reason,) = {row["reason"].partition(", e.g.")[0] for row in read_results(bench.csv) if row["status"] != "ok"}
+    assert reason == "5 of 5 samples failed (StrayExit 5)"
+    record = next(bench.folder.glob("runs/tiny/tiny_mcq/fastv-*/run.json"))
+    assert (
+        f"raised {type(error).__name__}({error}), which would end the program"
+        in json.loads(record.read_text())["reason"]
+    )
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), Cancelled()], ids=repr)
+def test_an_evaluator_or_a_reader_that_ends_programs_fails_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ivcp_eval.vlmeval_bridge import register
+
+    register()
+    from ivcp_eval.vlmeval_bridge import evaluate
+    from ivcp_eval.vlmeval_bridge.reading import stock
+
+    def leave(*_: Any, **__: Any) -> Any:
+        raise error
+
+    build, read = evaluate.build, stock.build
+
+    def leaving(benchmark: Any, limit: Any) -> Any:
+        dataset = build(benchmark, limit)
+        dataset.evaluate = leave
+        return dataset
+
+    bench.spec.write_text(bench.spec.read_text().replace("limit: 5", "limit: 2"))
+    monkeypatch.setattr(evaluate, "build", leaving)
+    monkeypatch.setattr(stock, "build", lambda name: leave() if name == "tiny_yes_no" else read(name))
+    assert bench.call("run", "--quiet") == 1
+    assert "tiny_yes_no could not be loaded, so nothing of it is answered" in capsys.readouterr().out
+    assert {row[1:] for row in unwhole(bench)} == {("tiny_mcq", "failed")}
+    assert "would end the program" in read_results(bench.csv)[0]["reason"]
 
 
 def test_an_evaluator_that_lacks_a_package_fails_its_cells_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

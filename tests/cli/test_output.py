@@ -1,0 +1,156 @@
+"""What verbs print: how wide, how much under ``--quiet``, and that nothing is drawn over itself in files and pipes."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from ivcp_eval.cli import main, verbs
+from ivcp_eval.cli.bars import bars_on_terminals_only
+from ivcp_eval.lab.bench import pruning
+from ivcp_eval.lab.bench.report import table as bench_table
+from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.table import read_results
+from ivcp_eval.reports.terminal import fold
+from ivcp_eval.reports.wide import tables
+
+ROOT = Path(__file__).parents[2]
+SWEEP = ("plan", "run", "work", "status", "results")
+
+
+@pytest.mark.parametrize("verb", [*(verb for verb in verbs() if verb != "sweep"), *(f"sweep {verb}" for verb in SWEEP)])
+def test_every_verb_can_be_quiet(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    assert "--quiet" in capsys.readouterr().out
+
+
+def test_quiet_is_ours_and_the_rest_another_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[list[str]] = []
+    monkeypatch.setattr(pruning, "main", lambda arguments: got.append(arguments) or 0)
+    assert main(["bench", "--quiet", "--size", "small"]) == 0
+    assert main(["bench", "--", "--quiet"]) == 0
+    assert got == [["--size", "small"], ["--quiet"]]
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--quiet"], ["list", "--all"]])
+def test_list_begins_with_what_runs_here(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    (tmp_path / "POPE.tsv").touch()
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    names = [line.split()[0] for line in out.splitlines() if line]
+    assert names[2] == "tiny", "the shipped model is the first"
+    assert {"qwen25", "internvl25_1b", "fastv", "random", "tiny_mcq", "POPE"} <= set(names)
+    further = {"qwen25_3b", "MME"}
+    assert (set(names) & further == further) == ("--all" in arguments)
+    assert out.count("... and ") == (3 if arguments == ["list"] else 0)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_fold_to_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    results = ROOT / "results" / "tiny.csv"
+    assert main(["list", "--all"]) == 0
+    said = [capsys.readouterr().out]
+    assert main(["data", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said.append("\n".join(takewhile(lambda line: not line.endswith(":"), lines)))  # advice with addresses follows
+    assert main(["sweep", "status", "smoke"]) == 0
+    said.append(capsys.readouterr().out.split("\n\n")[0])
+    said.append(compare(results, resamples=100).to_terminal())
+    said += [table.to_terminal() for table in tables(read_results(results))]
+    row = {"variant": "ivc_prune", "prefill_ms": 1.0, "flop_bound": 0.5, "over_bound": 0.1, "note": "words " * 30}
+    said.append(bench_table([{**row, "cut_ms": 1.0, "select_ms": 2.0, "net_ms": 3.0, "kv_ratio": 0.5}]))
+    for text in said:
+        assert len(text.splitlines()) > 2
+        assert max(map(len, text.splitlines())) <= width, text
+
+
+def test_no_word_of_a_folded_table_is_lost() -> None:
+    columns = {"name": ["a", "b"], "long": ["one two three four five six seven", "x"], "n": ["1", "2"]}
+    narrow = fold(columns, ["name"], "long", width=40)
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert narrow.split().count("one") == narrow.split().count("seven") == 1
+    wide = fold(columns, ["name"], "long", width=80)
+    assert wide.splitlines()[2].split() == ["a", *columns["long"][0].split(), "1"]
+    apart = fold({"name": ["a"], "first": ["p" * 30], "second": ["q" * 30]}, ["name"], width=40)
+    assert [line.split() for line in apart.splitlines() if "name" in line] == [["name", "first"], ["name", "second"]]
+
+
+def test_bars_stay_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with bars_on_terminals_only():
+        sys.stderr.write("before\n")
+        for _ in tqdm(range(3), mininterval=0, file=sys.stderr):
+            for _ in tqdm(range(2), mininterval=0, leave=False, file=sys.stderr):
+                pass
+        sys.stderr.write("after\n")
+    assert out.getvalue() == "before\nafter\n"
+
+
+def test_bars_are_drawn_on_a_terminal_unless_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", out)
+    for quiet, drawn in ((True, False), (False, True)):
+        with bars_on_terminals_only(quiet):
+            list(tqdm(range(3), mininterval=0, file=sys.stderr))
+        assert ("3/3" in out.getvalue()) == drawn
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["eval", "--help"], ["list"], ["data", "--quick"], ["compare", "results/tiny.csv"]]
+)
+def test_a_reader_that_closes_the_pipe_is_no_error(arguments: list[str]) -> None:
+    # `ivcp list` into a pipe nobody reads any more, as after `| head -1`.
+    command = [sys.executable, "-m", "ivcp_eval", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_a_pipe_between_our_own_processes_that_breaks_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def main_of_bench(arguments: list[str]) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(pruning, "main", main_of_bench)
+    assert main(["bench"]) == 2
+    assert capfd.readouterr().err == "ivcp: BrokenPipeError: [Errno 32] Broken pipe\n"
+
+
+def test_importing_vlmevalkit_says_nothing() -> None:
+    code = "from ivcp_eval.vlmeval_bridge.environment import import_vlmeval; import_vlmeval()"
+    done = subprocess.run([sys.executable, "-W", "default", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_loading_a_model_draws_nothing_over_our_bars(capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    from ivcp_eval.interface import models
+    from ivcp_eval.runs.answering.session import Session
+    from ivcp_eval.runs.planning.placement import Limits, Placement
+
+    logging.enable_progress_bar()
+    weights = models.locate("tiny")
+    Session(weights, Placement("cpu").resolve(), Limits.published(weights))
+    assert logging.is_progress_bar_enabled(), "the caller's own setting stands"
+    seen = capfd.readouterr()
+    assert (seen.out, seen.err) == ("", "")

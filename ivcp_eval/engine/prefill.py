@@ -193,8 +193,7 @@ class Cutter:
         # Vision signals cover the prompt's visual tokens; some may be gone by now.
         among = torch.searchsorted(image_mask.nonzero().flatten(), alive[is_visual])
         vision = {name: signal[among.to(signal.device)].to(hidden.device) for name, signal in state.vision[row].items()}
-        ids = self._ids(state, row, alive)
-        seed = self._row_seed(ids, alive)
+        seed, ids = self._row_seed(state, row, alive), self._ids(state, row, alive)
         spans, memory = state.prompt.spans[row], state.memory[row]
         shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed, ids))
         signals = shown.signals
@@ -217,8 +216,9 @@ class Cutter:
         ids = read(state.prompt.inputs, "input_ids")
         return None if ids is None else ids[row].cpu()[alive]
 
-    def _row_seed(self, ids: Tensor | None, alive: Tensor) -> int:
+    def _row_seed(self, state: Prefill, row: int, alive: Tensor) -> int:
         """A seed from the row's own tokens, so that a row draws the same in any batch."""
+        ids = self._ids(state, row, alive)
         content = torch.tensor(alive.numel()) if ids is None else ids
         return zlib.crc32(content.long().numpy().tobytes(), zlib.crc32(str(self.parts.seed).encode()))
 

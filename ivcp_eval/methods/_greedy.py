@@ -88,8 +88,8 @@ def most_isolated(unit: Tensor) -> int:
     """
     places = torch.arange(len(unit), device=unit.device)
     alive = unit.any(dim=1).nonzero().flatten()
-    if not alive.numel():
-        return 0
+    if alive.numel() < 2:
+        return int(alive) if alive.numel() else 0
     nearest, limit = torch.full_like(alive, -torch.inf, dtype=torch.float32), torch.inf
     for columns in places.split(block_rows(len(unit))):
         similarity = unit[alive] @ unit[columns].T

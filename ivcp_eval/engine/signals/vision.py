@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ivcp_eval.engine.parts import Listener
-from ivcp_eval.interface import AbstractMethod, PatchStates, TowerSignal, VisionTap
+from ivcp_eval.interface import AbstractMethod, PatchStates, TowerFacts, TowerSignal, VisionTap
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.parts import Forward
@@ -43,7 +43,7 @@ class VisionListener(Listener):
     def __init__(self, tap: VisionTap | None, method: AbstractMethod) -> None:
         assert tap is not None  # `prune` asked the adapter before
         self.tap, self.signals = tap, method.tower_signals
-        self.blocks = {f"{name}/" if name else "": tap.blocks[n] for name, n in method.tower_blocks(tap.facts).items()}
+        self.numbers = sorted(set(method.tower_blocks(tap.facts).values()))
         self._heard = _Heard()
 
     def attach(self, decoder: Any, running: Callable[[], Forward]) -> list[Any]:
@@ -51,10 +51,11 @@ class VisionListener(Listener):
         tap = self.tap
         hear_attention, hear_block = self._after_attention, self._after_block
         handles: list[Any] = []
-        for prefix, (attention, block) in self.blocks.items():
-            handles.append(attention.register_forward_hook(functools.partial(hear_attention, prefix), with_kwargs=True))
+        for number in self.numbers:
+            attention, block = tap.blocks[number]
+            handles.append(attention.register_forward_hook(functools.partial(hear_attention, number), with_kwargs=True))
             if "feature" in self.signals:
-                handles.append(block.register_forward_hook(functools.partial(hear_block, prefix)))
+                handles.append(block.register_forward_hook(functools.partial(hear_block, number)))
         handles.append(
             tap.tower.register_forward_hook(self._after_tower, with_kwargs=True)
             if tap.method == "forward"
@@ -71,7 +72,7 @@ class VisionListener(Listener):
         state.vision = self.rows(state.prompt.image_mask.sum(1).tolist())
 
     def rows(self, sizes: list[int]) -> list[dict[str, Tensor]]:
-        """Per row the signals of its visual tokens.
+        """Per row the signals of its visual tokens, as ``NUMBER/SIGNAL``; `of_method` gives them a method's names.
 
         Args:
             sizes: visual tokens of each row. Beams repeat rows, and `generate` may have encoded the images once for
@@ -92,16 +93,16 @@ class VisionListener(Listener):
             "with the prompt (not inputs_embeds or cached image features)."
         )
 
-    def _after_attention(self, prefix: str, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+    def _after_attention(self, number: int, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if self._heard.read:
             self._heard.clear()
         with torch.no_grad():
             heard = patch_signals(self.tap.states(module, args, kwargs), self.signals)
-        self._heard.patches.update({prefix + name: signal for name, signal in heard.items()})
+        self._heard.patches.update({f"{number}/{name}": signal for name, signal in heard.items()})
 
-    def _after_block(self, prefix: str, _module: Any, _args: Any, output: Any) -> None:
+    def _after_block(self, number: int, _module: Any, _args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        self._heard.patches[f"{prefix}feature"] = states.detach().flatten(0, -2)
+        self._heard.patches[f"{number}/feature"] = states.detach().flatten(0, -2)
 
     def _after_tower(self, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if self._heard.patches:
@@ -148,6 +149,17 @@ class MethodHook:
         """The method is visible again."""
         vars(self.owner).pop(self.name, None)
         vars(self.owner).update(self._hidden)
+
+
+def of_method(heard: Mapping[str, Tensor], method: AbstractMethod, facts: TowerFacts) -> dict[str, Tensor]:
+    """What `VisionListener` heard of one row, by the names of a method; others may have listened with it."""
+    blocks = {f"{name}/" if name else "": number for name, number in method.tower_blocks(facts).items()}
+    return {
+        prefix + signal: heard[f"{number}/{signal}"]
+        for prefix, number in blocks.items()
+        for signal in sorted(method.tower_signals)
+        if f"{number}/{signal}" in heard
+    }
 
 
 def patch_signals(states: PatchStates, wanted: frozenset[TowerSignal]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.signals.source import attention_rows
-from ivcp_eval.files import atomic_write
+from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface import AbstractMethod, Cut, Image, ImageSpan, ModelFacts, Signals, TowerFacts
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method, method_names
@@ -204,5 +204,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_write(options.out) as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name: as_shown(str(value)) for name, value in one.items()} for one in rows)
     return 1 if options.check and not all(one["met"] for one in rows) else 0

@@ -25,7 +25,7 @@ _NAME = re.compile(rf"(r|{'|'.join(KINDS)})([0-9.eE+-]+)")
 
 
 @dataclass(frozen=True)
-class Budget:
+class CostTarget:
     """What a variant costs, asked for in place of its method's own retention ratio, as a share of the unpruned model.
 
     Attributes:
@@ -33,7 +33,7 @@ class Budget:
             layers ("layer_mean"), or decoder FLOPs of the prefill ("flops").
         target: share in (0, 1].
         prompt: (visual, text) tokens of the prompt for which FLOPs are equal; None for the other kinds.
-        problem: why no ratio holds it; empty once one was found (`accounting.hold`).
+        problem: why no ratio holds it; empty once one was found (`engine.cost.predicted.solve_budget`).
     """
 
     kind: BudgetKind
@@ -47,7 +47,7 @@ class Budget:
         return self.kind if self.prompt is None else f"{self.kind}({self.prompt[0]}+{self.prompt[1]})"
 
     @classmethod
-    def of(cls, kind: str, target: float, prompt: tuple[int, ...] | None = None) -> Budget | None:
+    def of(cls, kind: str, target: float, prompt: tuple[int, ...] | None = None) -> CostTarget | None:
         """The budget that a user named; None for "own" (or empty), the method's own ratio.
 
         Raises:
@@ -79,7 +79,7 @@ class Variant:
     ratio: float = 1.0
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    budget: Budget | None = None
+    budget: CostTarget | None = None
     implied: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -144,7 +144,7 @@ class Variant:
         """Back from `to_json`, through JSON."""
         budget = fields.get("budget")
         if budget is not None:
-            budget = Budget(**{**budget, "prompt": None if budget["prompt"] is None else tuple(budget["prompt"])})
+            budget = CostTarget(**{**budget, "prompt": None if budget["prompt"] is None else tuple(budget["prompt"])})
         return cls(**{**fields, "budget": budget})
 
 
@@ -176,7 +176,7 @@ def parse(name: str) -> Variant:
             "__KEY=VALUE for every parameter, and seed=N"
         )
     kind = OWN if match[1] == "r" else match[1]
-    return Variant(model, method, value, given, seed, Budget.of(kind, value, counts))
+    return Variant(model, method, value, given, seed, CostTarget.of(kind, value, counts))
 
 
 def parameter(text: str) -> tuple[str, Any]:

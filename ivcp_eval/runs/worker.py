@@ -170,7 +170,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
     session, dataset = _session(plan, unit.model, hooks, report), _dataset(plan, unit, report)
     cells = _runnable(plan, session, unit)
     for cell in cells:
-        if cell.noted() is not None:
+        if cell.load_record() is not None:
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
         cell.note(asdict(session.shape))
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
@@ -184,7 +184,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
         def keep(sample: Answered) -> None:
             key, records = sample
             for cell, journal, before, record in zip(cells, journals, known, records, strict=True):
-                if record is not None and record is not before.get(key) and cell.lacks(before.get(key)):
+                if record is not None and record is not before.get(key) and cell.needs_answer(before.get(key)):
                     journal.append(key, record)
                     before[key] = record
 
@@ -296,7 +296,7 @@ def _runnable(plan: RunPlan, session: Session, unit: Unit) -> list[Cell]:
         except ValueError as error:
             if plan.spec.kind == "eval":
                 raise
-            if cell.noted() is None:
+            if cell.load_record() is None:
                 record_failure(cell, error, plan.options)
     return found
 

@@ -22,7 +22,7 @@ from ivcp_eval.engine.cost.predicted import (
 )
 from ivcp_eval.interface import Cut, ModelFacts, models
 from ivcp_eval.interface.registry import adapter, make_method
-from ivcp_eval.interface.variants import Budget, Variant
+from ivcp_eval.interface.variants import CostTarget, Variant
 from tests.engine import tiny_models
 
 SEVEN_B = ModelFacts("qwen2_5_vl", 28)
@@ -103,7 +103,7 @@ TINY = Decoder.of(models.locate("tiny"))
 @pytest.mark.parametrize("kind", ["final", "layer_mean", "flops"])
 @pytest.mark.parametrize("method", ["ivc_prune", "fastv", "pyramiddrop", "sparsevlm", "downsample"])
 def test_a_held_variant_costs_what_was_asked(method: str, kind: str) -> None:
-    variant = solve_budget(Variant("tiny", method, 0.7, {}, 3, Budget.of(kind, 0.7, (150, 30))), TINY)
+    variant = solve_budget(Variant("tiny", method, 0.7, {}, 3, CostTarget.of(kind, 0.7, (150, 30))), TINY)
     assert variant.budget is not None
     assert variant.budget.problem == ""
     assert (variant.asked, variant.seed) == (0.7, 3)
@@ -114,7 +114,7 @@ def test_a_held_variant_costs_what_was_asked(method: str, kind: str) -> None:
 
 def test_parameters_decide_what_a_ratio_costs() -> None:
     early, late = (
-        solve_budget(Variant("tiny", "ivc_prune", 0.7, {"layer": layer}, 0, Budget.of("layer_mean", 0.7)), TINY)
+        solve_budget(Variant("tiny", "ivc_prune", 0.7, {"layer": layer}, 0, CostTarget.of("layer_mean", 0.7)), TINY)
         for layer in (1, 4)
     )
     assert early.ratio == pytest.approx(1 - 0.3 * 6 / 5)
@@ -130,7 +130,7 @@ def test_parameters_decide_what_a_ratio_costs() -> None:
     ],
 )
 def test_a_budget_that_nothing_holds_says_why(method: str, parameters: dict[str, int], kind: str, said: str) -> None:
-    variant = solve_budget(Variant("tiny", method, 0.5, parameters, 0, Budget.of(kind, 0.5)), TINY)
+    variant = solve_budget(Variant("tiny", method, 0.5, parameters, 0, CostTarget.of(kind, 0.5)), TINY)
     assert variant.budget is not None
     assert re.match(said, variant.budget.problem)
     assert (variant.asked, variant.ratio) == (0.5, 0.5)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from ivcp_eval.interface import variants
-from ivcp_eval.interface.variants import Budget, Variant
+from ivcp_eval.interface.variants import CostTarget, Variant
 from ivcp_eval.runs.planning.cells import Identity
 
 
@@ -19,9 +19,9 @@ from ivcp_eval.runs.planning.cells import Identity
         Variant("tiny"),
         Variant("qwen25", "ivc_prune", 0.5),
         Variant("x_1", "fastv+ivc", 0.11),
-        Variant("tiny", "fastv", 0.6, budget=Budget.of("layer_mean", 0.6)),
-        Variant("tiny", "fastv", 0.25, budget=Budget.of("flops", 0.25)),
-        Variant("tiny", "fastv", 0.25, {"layer": 1}, budget=Budget.of("flops", 0.25, (576, 40))),
+        Variant("tiny", "fastv", 0.6, budget=CostTarget.of("layer_mean", 0.6)),
+        Variant("tiny", "fastv", 0.25, budget=CostTarget.of("flops", 0.25)),
+        Variant("tiny", "fastv", 0.25, {"layer": 1}, budget=CostTarget.of("flops", 0.25, (576, 40))),
         Variant("tiny", "random", 0.5, seed=3),
         Variant("tiny", "fastv", 0.12345678),
         Variant("tiny", "ivc_prune", 0.5, {"preset": "official", "layer": 16, "ivc": 0.2, "foreground": False}),
@@ -126,10 +126,10 @@ def test_hashes_of_before_there_were_budgets_stay() -> None:
 
 
 def test_a_budget_is_part_of_the_hash_and_comes_back() -> None:
-    held = dataclasses.replace(Variant("tiny", "fastv", 0.5), budget=Budget("flops", 0.7, (1024, 64), problem=""))
+    held = dataclasses.replace(Variant("tiny", "fastv", 0.5), budget=CostTarget("flops", 0.7, (1024, 64), problem=""))
     budgeted = dataclasses.replace(IDENTITY, variant=held)
     assert budgeted.hash != IDENTITY.hash
-    other = dataclasses.replace(held, budget=Budget("flops", 0.7, (576, 64), problem=""))
+    other = dataclasses.replace(held, budget=CostTarget("flops", 0.7, (576, 64), problem=""))
     assert dataclasses.replace(IDENTITY, variant=other).hash != budgeted.hash
     assert Variant.from_json(json.loads(budgeted.canonical)["variant"]) == held
     assert Variant.from_json(json.loads(IDENTITY.canonical)["variant"]) == IDENTITY.variant
@@ -146,12 +146,12 @@ def test_a_budget_is_part_of_the_hash_and_comes_back() -> None:
 )
 def test_bad_budgets_are_refused(kind: str, prompt: tuple[int, ...] | None, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Budget.of(kind, 0.5, prompt)
+        CostTarget.of(kind, 0.5, prompt)
 
 
 def test_a_prompt_matters_for_flops_only() -> None:
-    assert Budget.of("own", 0.5) is None
-    flops = Budget.of("flops", 0.5, (576, 40))
+    assert CostTarget.of("own", 0.5) is None
+    flops = CostTarget.of("flops", 0.5, (576, 40))
     assert flops is not None
     assert flops.label == "flops(576+40)"
-    assert Budget.of("final", 0.5, (576, 40)) == Budget.of("final", 0.5)
+    assert CostTarget.of("final", 0.5, (576, 40)) == CostTarget.of("final", 0.5)

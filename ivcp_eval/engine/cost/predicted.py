@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
 from ivcp_eval.interface.registry import adapter, family_of, make_method
-from ivcp_eval.interface.variants import KINDS, PROMPT, Budget, BudgetKind, Variant
+from ivcp_eval.interface.variants import KINDS, PROMPT, BudgetKind, CostTarget, Variant
 
 if TYPE_CHECKING:
     from ivcp_eval.interface.models import Weights
@@ -214,7 +214,7 @@ def ratio_for(
     """
     family = family or family_of(model.config.model_type)
     decoder = Decoder(adapter(family).facts(model.config, family), DecoderShape.of(model.config))
-    held = solve_budget(Variant("", method, target, parameters, budget=Budget.of(budget, target, prompt)), decoder)
+    held = solve_budget(Variant("", method, target, parameters, budget=CostTarget.of(budget, target, prompt)), decoder)
     if held.budget is not None and held.budget.problem:
         raise ValueError(held.budget.problem)
     return held.ratio

@@ -80,7 +80,7 @@ class Agreement:
     agree: int = 0
     compared: int = 0
 
-    def look(self, session: Session, sample: Sample, answers: Made, cells: list[Cell], grounding: bool) -> None:
+    def compare(self, session: Session, sample: Sample, answers: Made, cells: list[Cell], grounding: bool) -> None:
         """Answer one sample again, alone, and compare; one that fails alone is not counted."""
         for cell, answer in zip(cells, answers, strict=True):
             if answer and answer.together:
@@ -117,7 +117,7 @@ def answered_samples(
     lacking = {
         key: open_
         for key, _ in samples
-        if (open_ := [cell for cell, before in zip(cells, known, strict=True) if cell.lacks(before.get(key))])
+        if (open_ := [cell for cell, before in zip(cells, known, strict=True) if cell.needs_answer(before.get(key))])
     }
     if not lacking:
         return
@@ -135,7 +135,7 @@ def answered_samples(
     batch = _batch(plan, session, together, exact, len(cells))
     for key, answers in answer_samples(session, together, lacking, cells, grounding, exact, batch):
         if first and key == first[0]:
-            agreement.look(session, first, answers, cells, grounding)
+            agreement.compare(session, first, answers, cells, grounding)
         yield key, answers
 
 

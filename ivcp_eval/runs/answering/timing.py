@@ -81,7 +81,7 @@ def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) ->
 
 def is_timed(cell: Cell) -> bool:
     """Whether the cell was timed, or cannot be since its model cannot run it."""
-    record = cell.noted()
+    record = cell.load_record()
     if record is not None and record["status"] in ("skipped", "failed"):
         return True
     with suppress(DamagedError):

@@ -200,10 +200,10 @@ class Cell:
 
     def finished(self) -> dict[str, Any] | None:
         """The record of a whole cell, or None."""
-        record = self.noted()
+        record = self.load_record()
         return record if record and record["status"] == "ok" else None
 
-    def noted(self) -> dict[str, Any] | None:
+    def load_record(self) -> dict[str, Any] | None:
         """The record of a cell that was scored or failed, or None."""
         try:
             record = self.read_record()
@@ -227,6 +227,6 @@ class Cell:
                 raise ValueError(f"status {str(record['status'])[:40]!r}")
         return record
 
-    def lacks(self, answer: Answer | None) -> bool:
+    def needs_answer(self, answer: Answer | None) -> bool:
         """Whether an answer is missing, failed and may be tried again, or does not count (``exact``)."""
         return answer is None or not answer.is_settled or (self.exact and answer.together)

@@ -32,7 +32,7 @@ from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import models
 from ivcp_eval.interface.marked import Marked, Place, SpecError
 from ivcp_eval.interface.registry import make_method, method_names, unknown
-from ivcp_eval.interface.variants import BASELINE, OWN, Budget, Variant
+from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Variant
 from ivcp_eval.methods._cards import control_names
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.options import check as check_option
@@ -263,7 +263,7 @@ def _controls(
 
 def _budget(
     marked: Marked, place: Place, entry: Mapping[str, Any], shared: Mapping[str, Any], target: float
-) -> Budget | None:
+) -> CostTarget | None:
     """What the entry holds equal, else what the whole sweep does; None for the methods' own ratios."""
     place = (*place, "budget") if "budget" in entry else ("budget",)
     prompt = None
@@ -273,11 +273,11 @@ def _budget(
         )
         prompt = tuple(listed)
     try:
-        Budget.of(OWN, target, prompt)
+        CostTarget.of(OWN, target, prompt)
     except ValueError as error:
         raise marked.error(("budget_prompt",), str(error)) from None
     try:
-        return Budget.of(entry.get("budget", shared.get("budget", OWN)), target, prompt)
+        return CostTarget.of(entry.get("budget", shared.get("budget", OWN)), target, prompt)
     except ValueError as error:
         raise marked.error(place, str(error)) from None
 

@@ -102,7 +102,7 @@ class _Tail:
 
     def _take(self, line: bytes, tally: Tally) -> None:
         key, answer = entry(line)
-        if self.cell.lacks(answer):
+        if self.cell.needs_answer(answer):
             self.bad |= {key} if answer.error else set()
             return
         if key not in self.good and self.cell.identity.variant.method != BASELINE:
@@ -261,7 +261,7 @@ class Watch:
                 continue
             tally.scored, tally.reasons, tally.skipped = 0, [], []
             for cell in self.plan.models[key[0]].groups[key[1]][1]:
-                record = cell.noted()
+                record = cell.load_record()
                 tally.scored += record is not None
                 if record is not None and record["status"] != "ok":
                     reasons = tally.skipped if record["status"] == "skipped" else tally.reasons

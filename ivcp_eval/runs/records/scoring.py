@@ -42,12 +42,12 @@ def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[in
     for model, benchmark, cell in plan.cells():
         if stop.requested:
             break
-        if cell.noted() is not None or open_units.get((cell.identity.variant.model, benchmark.name), False):
+        if cell.load_record() is not None or open_units.get((cell.identity.variant.model, benchmark.name), False):
             continue
         with claim(lease(plan, f"score.{cell.identity.hash}")) as mine:
             if not mine:
                 waiting = True
-            elif cell.noted() is None:
+            elif cell.load_record() is None:
                 try:
                     with _aside(plan):
                         whole = _score(plan, model, benchmark, cell, dataset.of(benchmark, plan.options.limit), say)
@@ -114,7 +114,7 @@ def _score(
         if _reopened(plan, cell, known, say):
             return False
         for key, answer in sorted(known.items()):
-            if cell.lacks(journal.records.get(key)) and journal.records.get(key) != answer:
+            if cell.needs_answer(journal.records.get(key)) and journal.records.get(key) != answer:
                 journal.append(key, answer)
         config = judge_config(plan.options, benchmark)
         judge = Judge(config, cache_folder(plan.runs)) if config else None

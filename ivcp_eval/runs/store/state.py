@@ -88,7 +88,7 @@ def answers(cell: Cell, unit: Unit | None = None, say: Callable[[str], None] = l
         paths = [path for path in paths if _overlaps(path, unit)]
     for journal in map(Journal, [cell.journal, *paths]):
         for key, answer in journal.load().items():
-            if key not in found or cell.lacks(found[key]):
+            if key not in found or cell.needs_answer(found[key]):
                 found[key] = answer
         if journal.damage:
             say(str(journal.damage))
@@ -140,7 +140,7 @@ def reopen(plan: RunPlan, failures: bool = False, say: Callable[[str], None] = l
             done is None
             or (failures and done.failed)
             or any(
-                (not shard(cell, unit).exists() and cell.noted() is None)
+                (not shard(cell, unit).exists() and cell.load_record() is None)
                 or (cell.folder in again and _failed(cell, unit, answers(cell, unit)))
                 for cell in unit.cells
             )
@@ -151,4 +151,4 @@ def reopen(plan: RunPlan, failures: bool = False, say: Callable[[str], None] = l
 
 
 def _failed(cell: Cell, unit: Unit, known: Mapping[str, Answer]) -> bool:
-    return any(cell.lacks(known.get(key)) for key in Prompts.asked(cell, unit.start, unit.stop))
+    return any(cell.needs_answer(known.get(key)) for key in Prompts.asked(cell, unit.start, unit.stop))

@@ -30,6 +30,7 @@ SLACK = 1e-5  # more than the rounding error of a cosine
 Array = NDArray[np.floating]
 
 
+@torch.no_grad()
 def farthest_points(states: Tensor, k: int) -> Tensor:
     """``k`` indices of ``states`` (N, E), increasing: greedy max-min selection by cosine distance.
 
@@ -40,6 +41,7 @@ def farthest_points(states: Tensor, k: int) -> Tensor:
     return torch.tensor(_greedy(_Spread(unit, torch.zeros(len(unit)), 1.0, [first]), k), device=states.device).sort()[0]
 
 
+@torch.no_grad()
 def marginal_relevance(states: Tensor, relevance: Tensor, k: int, trade: float, together: int = 1) -> Tensor:
     """``k`` indices of ``states`` (N, E) in order of choice, beginning with the most relevant.
 
@@ -59,6 +61,7 @@ def marginal_relevance(states: Tensor, relevance: Tensor, k: int, trade: float, 
     return chosen
 
 
+@torch.no_grad()
 def log_determinant(features: Tensor, k: int, ridge: float) -> Tensor:
     """``k`` indices of ``features`` (N, D) in order of choice: each next one makes the determinant largest.
 
@@ -73,6 +76,7 @@ def log_determinant(features: Tensor, k: int, ridge: float) -> Tensor:
     return torch.cat((torch.tensor(chosen, device=taken.device).long(), best_of_rest(length, taken, k - len(chosen))))
 
 
+@torch.no_grad()
 def coverage(states: Tensor, weight: Tensor, k: int) -> Tensor:
     """``k`` indices of ``states`` (N, E) in order of choice: each next one covers most that is not covered yet.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,13 @@ def test_runs_or_says_why(method: str, family: str) -> None:
         return
     with pytest.raises(Unsupported, match=re.escape(reason)), ivcp_eval.prune(model, method, 0.5):
         pass
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_runs_while_gradients_are_on(method: str) -> None:
+    """A bare forward in a notebook."""
+    model: Any
+    frozen, make_inputs = tiny_models.build(a_family_of(method))
+    model = copy.deepcopy(frozen).requires_grad_(True)
+    with ivcp_eval.prune(model, method, 0.5):
+        assert model(**make_inputs("t5 i0 t9")).logits.requires_grad

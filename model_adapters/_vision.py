@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivcp_eval.interface import PatchStates, VisionTap
+from ivcp_eval.interface import PatchStates, TowerFacts, VisionTap
 from model_adapters._transformers import rotate_half
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def vit_tap(tower: Any, layer: Any, attention: Any, *, class_token: bool, pool: int = 1) -> VisionTap:
+def vit_tap(tower: Any, own: int, *, class_token: bool, pool: int = 1) -> VisionTap:
     """A ViT on a batch of equal images or tiles (CLIP, SigLIP, InternViT).
 
     Args:
-        tower: its forward encodes one batch. layer: the block whose output becomes features.
-        attention: of that block, with ``q_proj``, ``k_proj`` and, where it has them, ``q_norm``, ``k_norm``.
+        tower: its forward encodes one batch. own: the block whose output becomes features, negative from the end. The
+            blocks' attention has ``q_proj``, ``k_proj`` and, where it has them, ``q_norm``, ``k_norm``.
         class_token: whether token 0 is one; it is no visual token.
         pool: patches per side that become one visual token.
     """
@@ -47,7 +47,10 @@ def vit_tap(tower: Any, layer: Any, attention: Any, *, class_token: bool, pool: 
             states[name] = grid.flatten(0, 1)
         return states
 
-    return VisionTap(attention=attention, block=layer, tower=tower, states=states, tokens=tokens)
+    blocks = [(getattr(layer, "attention", None) or layer.self_attn, layer) for layer in vit_layers(tower)]
+    every = range(len(blocks))
+    facts = TowerFacts(len(blocks), every[own], tuple(every), class_token)
+    return VisionTap(blocks=blocks, facts=facts, tower=tower, states=states, tokens=tokens)
 
 
 def feature_tap(model: Any) -> VisionTap | None:
@@ -59,9 +62,8 @@ def feature_tap(model: Any) -> VisionTap | None:
     tower, number = getattr(model.model, "vision_tower", None), model.config.vision_feature_layer
     if tower is None or not isinstance(number, int):
         return None
-    layer = vit_layers(tower)[number if number < 0 else number - 1]
     class_token = model.config.vision_feature_select_strategy == "default"
-    return vit_tap(tower, layer, layer.self_attn, class_token=class_token)
+    return vit_tap(tower, number if number < 0 else number - 1, class_token=class_token)
 
 
 def newlines_by_row(values: Tensor, newline: Tensor) -> Tensor:
@@ -89,11 +91,11 @@ def vit_layers(tower: Any) -> Any:
 def qwen_tap(tower: Any) -> VisionTap:
     """The tower of Qwen's families: images packed in one sequence, patches grouped by merge unit, 2-D RoPE.
 
-    Listens to the last block, in Qwen2.5-VL to the last one whose attention is not windowed (published: also the
-    last). The signals of a merge unit's patches are averaged, as in VisionZip's port to Qwen2.5-VL.
+    Its own block is the last, in Qwen2.5-VL the last one whose attention is not windowed (published: also the last).
+    The signals of a merge unit's patches are averaged, as in VisionZip's port to Qwen2.5-VL.
     """
     windowed = getattr(tower, "fullatt_block_indexes", None) is not None
-    block = max(tower.fullatt_block_indexes) if windowed else len(tower.blocks) - 1
+    whole = sorted(tower.fullatt_block_indexes) if windowed else range(len(tower.blocks))
     window = tower.window_size // tower.spatial_merge_size // tower.patch_size if windowed else None
 
     def states(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PatchStates:
@@ -115,8 +117,9 @@ def qwen_tap(tower: Any) -> VisionTap:
         back = order.argsort().to(grids.device)
         return {name: value[back.to(value.device)] for name, value in units.items()}
 
-    attention = tower.blocks[block].attn
-    return VisionTap(attention=attention, block=tower.blocks[block], tower=tower, states=states, tokens=tokens)
+    blocks = [(block.attn, block) for block in tower.blocks]
+    facts = TowerFacts(len(blocks), whole[-1], tuple(whole), class_token=False)
+    return VisionTap(blocks=blocks, facts=facts, tower=tower, states=states, tokens=tokens)
 
 
 def window_order(grids: list[tuple[int, int, int]], side: int) -> Tensor:

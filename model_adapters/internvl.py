@@ -23,7 +23,7 @@ from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
 from model_adapters._shrink import shrunk_to_tiles
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
-from model_adapters._vision import vit_layers, vit_tap
+from model_adapters._vision import vit_tap
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +67,7 @@ class Adapter(AbstractTransformersAdapter):
         tower = getattr(model.model, "vision_tower", None)
         if tower is None:
             return None
-        layer = vit_layers(tower)[-1]
-        return vit_tap(tower, layer, layer.attention, class_token=True, pool=round(1 / model.config.downsample_ratio))
+        return vit_tap(tower, -1, class_token=True, pool=round(1 / model.config.downsample_ratio))
 
     def config(self, source: str) -> Any:
         """Of an original checkpoint, what it is converted to."""

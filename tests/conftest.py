@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-pair", action="store_true", help="tests/engine/contract: every check on every method and family"
     )
+    parser.addoption("--oracle-dir", help="tests/methods/test_oracles.py: a folder of other recorded answers")
 
 
 @pytest.fixture(scope="session")

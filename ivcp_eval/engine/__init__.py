@@ -12,7 +12,7 @@ from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.hooks import Pruner, listeners_for
 from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported, VisionTap
 from ivcp_eval.interface.registry import adapter as load_adapter
 from ivcp_eval.interface.registry import family_of, make_method, method_name
 
@@ -146,6 +146,18 @@ def _check_signals(method: AbstractMethod, adapter: AbstractAdapter, model: Any,
         reason = adapter.unsupported(model, signal)
         if reason:
             raise Unsupported(f"method {name!r} needs the signal {signal!r}, which {family!r} cannot give: {reason}")
+    if "vision" in method.needs:
+        _check_blocks(method, adapter.vision_tap(model), name)
+
+
+def _check_blocks(method: AbstractMethod, tap: VisionTap | None, name: str) -> None:
+    assert tap is not None  # the adapter was asked
+    for number in method.tower_blocks(tap.facts).values():
+        if not 0 <= number < tap.facts.n_blocks:
+            raise ValueError(
+                f"method {name!r} listens to block {number} of the vision tower, which has blocks "
+                f"0..{tap.facts.n_blocks - 1}"
+            )
 
 
 def _check_cuts(cuts: tuple[Cut, ...], facts: ModelFacts, method: str) -> None:

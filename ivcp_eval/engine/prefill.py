@@ -19,6 +19,7 @@ from ivcp_eval.engine.guards.guard import Untouched
 from ivcp_eval.engine.guards.rankings import Rankings
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals.source import SignalSource
+from ivcp_eval.engine.signals.vision import of_method
 from ivcp_eval.interface import Cut, ImageSpan, Selection, check_type
 from ivcp_eval.interface.names import read
 from ivcp_eval.interface.ops import merged_states
@@ -132,6 +133,8 @@ class Cutter:
     def __init__(self, parts: Parts, decoder: Any, rotary: Rotary, run: Run) -> None:
         self.parts, self.decoder, self.rotary, self.run = parts, decoder, rotary, run
         self.adapter, self.method = parts.resolved.adapter, parts.resolved.method
+        tap = self.adapter.vision_tap(parts.model) if "vision" in self.method.needs else None
+        self.tower = None if tap is None else tap.facts
 
     def cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The hidden states (B, n, E) that enter the layer of the cut; ``state`` gets the mask and embeddings to match.
@@ -192,10 +195,11 @@ class Cutter:
             return torch.ones(alive.numel(), dtype=torch.bool), hidden
         # Vision signals cover the prompt's visual tokens; some may be gone by now.
         among = torch.searchsorted(image_mask.nonzero().flatten(), alive[is_visual])
-        vision = {name: signal[among.to(signal.device)].to(hidden.device) for name, signal in state.vision[row].items()}
-        seed = self._row_seed(state, row, alive)
+        heard = {} if self.tower is None else of_method(state.vision[row], self.method, self.tower)
+        vision = {name: signal[among.to(signal.device)].to(hidden.device) for name, signal in heard.items()}
+        seed, ids = self._row_seed(state, row, alive), self._ids(state, row, alive)
         spans, memory = state.prompt.spans[row], state.memory[row]
-        shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed))
+        shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed, ids))
         signals = shown.signals
         with Rankings() as rankings:
             selection: Selection = self.method.select(signals)
@@ -212,10 +216,14 @@ class Cutter:
             hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
         return keep, hidden
 
+    def _ids(self, state: Prefill, row: int, alive: Tensor) -> Tensor | None:
+        ids = read(state.prompt.inputs, "input_ids")
+        return None if ids is None else ids[row].cpu()[alive]
+
     def _row_seed(self, state: Prefill, row: int, alive: Tensor) -> int:
         """A seed from the row's own tokens, so that a row draws the same in any batch."""
-        ids = read(state.prompt.inputs, "input_ids")
-        content = torch.tensor(alive.numel()) if ids is None else ids[row].cpu()[alive]
+        ids = self._ids(state, row, alive)
+        content = torch.tensor(alive.numel()) if ids is None else ids
         return zlib.crc32(content.long().numpy().tobytes(), zlib.crc32(str(self.parts.seed).encode()))
 
     def _renumber(self, state: Prefill, hidden: Tensor) -> LayerSlots:

@@ -26,6 +26,8 @@ from ivcp_eval.interface.method import (
     Signal,
     Signals,
     Step,
+    TowerFacts,
+    TowerSignal,
     Unsupported,
     check_type,
 )
@@ -49,6 +51,8 @@ __all__ = [
     "Signal",
     "Signals",
     "Step",
+    "TowerFacts",
+    "TowerSignal",
     "Unsupported",
     "VisionTap",
     "check_type",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ivcp_eval.interface.method import ImageSpan, ModelFacts, Signal
+from ivcp_eval.interface.method import ImageSpan, ModelFacts, Signal, TowerFacts
 
 if TYPE_CHECKING:
     import torch
@@ -63,19 +63,20 @@ class VisionTap:
     """Where the engine listens in a vision tower, and how patches become visual tokens.
 
     Attributes:
-        attention: the attention module whose queries and keys are wanted; the one VisionZip reads.
-        block: the module around it whose output is ``feature``.
+        blocks: of every block its attention module, whose queries and keys are wanted, and the block itself, whose
+            output is ``feature``.
+        facts: which of them are of use; ``facts.own`` is the one VisionZip reads.
         tower: the module whose forward ends the encoding of one set of images.
         method: another method of ``tower`` that does, where `generate` of transformers 5.20+ calls it outside of any
             forward and only it sees the sizes of the images (LLaVA-NeXT's ``get_image_features``).
-        states: ``states(module, args, kwargs)`` gives the `PatchStates` of one call of `attention`.
+        states: ``states(module, args, kwargs)`` gives the `PatchStates` of one call of an attention module.
         tokens: ``tokens(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
             the same of the visual tokens, (N, *), all images one after the other in prompt order. With ``method``
             every argument comes by its name.
     """
 
-    attention: Any
-    block: Any
+    blocks: Sequence[tuple[Any, Any]]
+    facts: TowerFacts
     tower: Any
     states: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], PatchStates]
     tokens: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]

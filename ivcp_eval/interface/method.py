@@ -22,6 +22,9 @@ after the prefill, for `AbstractMethod.attended`.
 CachePolicy = Literal["all_layers", "from_cut", "all_but_first"]
 """Whose KV cache loses the dropped tokens: every layer, only the layers from the cut on, or all but layer 0."""
 
+TowerSignal = Literal["received", "cls", "key", "feature", "joint_cls", "joint_key"]
+"""What a block of the vision tower can say of each visual token; shapes are those of `Signals.vision`."""
+
 Faithfulness = Literal["faithful", "from_formula", "variant", "control"]
 """Checked against the authors' code | transcribed from the paper | gaps filled by us (each named) | a control."""
 
@@ -48,6 +51,27 @@ class ModelFacts:
         LLaVA code numbers 0..n-1 whatever is left; on M-RoPE the ports keep the position of every survivor.
         """
         return self.position_axes == 1 if requested is None else requested
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What a method may know of the vision tower when it names the blocks it wants to hear.
+
+    Attributes:
+        n_blocks: how many blocks it has.
+        own: the block whose output the projector reads, or the last one whose attention spans the image; 0-based.
+        whole: the blocks whose attention spans the image, increasing: all of them, but in windowed towers.
+        class_token: whether it has a class token.
+    """
+
+    n_blocks: int
+    own: int
+    whole: tuple[int, ...]
+    class_token: bool
+
+    def at(self, share: float) -> int:
+        """The first block at or behind ``share`` of the depth whose attention spans the image; else the last such."""
+        return next((block for block in self.whole if block >= int(share * self.n_blocks)), self.whole[-1])
 
 
 @dataclass(frozen=True)
@@ -123,11 +147,17 @@ class Signals:
             axis, as the rotary embedding computes it before M-RoPE sections are joined.
         attention: ``attention(rows, entering=False)`` gives (H, len(rows), n) float32 causal softmax rows of layer
             k-1 (needs query and key), or of layer k on the entering hidden states with ``entering=True``.
-        rotate: ``rotate(states)`` applies RoPE at the row's positions to (heads, n, D) queries or keys of layer k-1.
-        vision: per visual token signals of the vision tower (see `VisionTap`), only if "vision" is in `needs`:
-            ``received`` (V,) float32 attention that the token receives inside its image, summed over queries; ``cls``
-            (V,) float32 attention of the class token, where the tower has one; ``key`` (V, D) keys, mean over heads;
-            ``feature`` (V, F) hidden states of the tapped block.
+        rotate: ``rotate(states)`` applies RoPE at the row's positions to (heads, n, D) queries or keys.
+        project: ``project("query")`` gives the queries (H, n, D), ``project("key")`` the keys (G, n, D) that layer k
+            itself makes of the entering hidden states, before RoPE.
+        normed: ``normed()`` gives the hidden states (n, E) after the decoder's final norm.
+        vision: per visual token signals of the vision tower, only if "vision" is in `needs`, those in the method's
+            `tower_signals` of the blocks in its `tower_blocks`, by signal or ``BLOCK/SIGNAL``: ``received`` (V,)
+            float32 attention that the token receives inside its image, summed over queries; ``cls`` (V,) float32
+            attention of the class token, where the tower has one; both mean over heads; ``key`` (V, D) keys, mean over
+            heads; ``feature`` (V, F) hidden states behind the block; ``joint_key`` (V, H * D) keys of all heads side by
+            side, and ``joint_cls`` (V,) the class token's attention by these, where there is one.
+        cut: the cut itself. ids: (n,) int64 token ids, where the prompt came as ids.
         stage: 0 for the first cut, 1 for the second, ...
         family: the adapter's name, for presets that reproduce one family's released code.
         generator: CPU generator seeded from (method seed, row), the only source of randomness.
@@ -146,7 +176,11 @@ class Signals:
     query: Tensor | None = None
     raw_value: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    project: Callable[[Literal["query", "key"]], Tensor] | None = None
+    normed: Callable[[], Tensor] | None = None
     vision: Mapping[str, Tensor] = field(default_factory=dict)
+    cut: Cut | None = None
+    ids: Tensor | None = None
     stage: int = 0
     family: str = ""
     generator: torch.Generator | None = None
@@ -279,6 +313,7 @@ class AbstractMethod(ABC):
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
+    tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"received", "cls", "key", "feature"})
     faithfulness: ClassVar[Faithfulness] = "variant"
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
@@ -297,6 +332,16 @@ class AbstractMethod(ABC):
     @abstractmethod
     def select(self, signals: Signals) -> Selection:
         """Choose the surviving visual tokens of one row at one cut. Must not modify the signals (but `memory`)."""
+
+    def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
+        """Blocks of the vision tower to listen to, by the name under which `Signals.vision` holds them.
+
+        The empty name needs no prefix there. Called for "vision" in `needs` only.
+
+        Raises:
+            Unsupported: the tower has nothing to rank by.
+        """
+        return {"": tower.own}
 
     def edit_keys(self, cached: CachedKeys) -> Tensor:
         """(G, V, D) keys that replace ``cached.key`` for decoding; called for "cached_key" in `needs` only."""

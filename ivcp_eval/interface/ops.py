@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from ivcp_eval.interface import Image, Signals
 
 
-UNWATCHED = torch._C.DisableTorchFunction
-"""For loops of many small steps that rank finite scores: the engine's count of scores that are not would slow each."""
-
 LOWEST = torch.finfo(torch.float32).min
 """A score below every other, and above minus infinity, which marks what is not to be chosen (again)."""
 
@@ -49,6 +46,17 @@ def best_of_rest(score: Tensor, kept: Tensor, k: int) -> Tensor:
     """The ``k`` best indices of ``score`` (N,) outside of ``kept`` (N,) bool, best first; NaN last, as in `ranking`."""
     finite = torch.nan_to_num(score.float(), nan=LOWEST, neginf=LOWEST)
     return ranking(finite.masked_fill(kept, -torch.inf))[: max(0, k)]
+
+
+def place_in_group(score: Tensor, group: Tensor) -> Tensor:
+    """(N,) how many members of a token's own ``group`` (N,) have a better ``score`` (N,); ties as in `ranking`."""
+    order = ranking(score)
+    order = order[torch.sort(group[order], stable=True).indices]
+    sizes = torch.bincount(group)
+    first = (sizes.cumsum(0) - sizes)[group[order]]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device) - first
+    return place
 
 
 def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: float) -> Tensor:
@@ -121,9 +129,10 @@ def partition(rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
     first_group = torch.cumsum(per_band, 0) - per_band
     widths = per_band[band_of_row][:, None]
     group = first_group[band_of_row][:, None] + torch.arange(columns)[None] * widths // columns
-    middles = evenly(rows, bands).tolist()
-    centres = [row * columns + evenly(columns, k) for row, k in zip(middles, per_band.tolist(), strict=True)]
-    return group.flatten(), torch.cat(centres)
+    middles, stretches = evenly(rows, bands).tolist(), per_band.tolist()
+    within = {k: evenly(columns, k).tolist() for k in set(stretches)}
+    centres = [row * columns + c for row, k in zip(middles, stretches, strict=True) for c in within[k]]
+    return group.flatten(), torch.tensor(centres)
 
 
 def image_partition(image: Image) -> tuple[Tensor, Tensor]:
@@ -188,37 +197,28 @@ def merged_states(merge: Tensor, states: Tensor, chunk: int = 256) -> Tensor:
     return torch.cat([merge.index_select(0, part).to_dense().float() @ states for part in rows.split(chunk)])
 
 
-def farthest_points(states: Tensor, k: int, whole: int = 8192) -> Tensor:
-    """``k`` indices of ``states`` (N, E), increasing: greedy max-min selection by cosine distance.
+def block_rows(n: int) -> int:
+    """How many of ``n`` rows to compare with all others at a time: few blocks, and memory linear in ``n``."""
+    return min(2048, max(256, n // 8))
 
-    Starts with the state whose nearest neighbour is farthest; ties fall to the lower index, states that are not finite
-    come last. Up to ``whole`` states all similarities are held, a quarter of a gigabyte at most (twice that while they
-    are joined); beyond, each step computes the ones it needs.
-    """
+
+def unit_rows(states: Tensor) -> Tensor:
+    """(N, E) float32 ``states`` of length 1; rows that are not finite become 0."""
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
-    broken = ~unit.isfinite().all(dim=1)
-    unit = unit.masked_fill(broken[:, None], 0)
-    n = unit.shape[0]
-    places = torch.arange(n, device=unit.device)
-    nearest, parts = [], []
-    for rows in places.split(1024):
-        similarity = unit[rows] @ unit.T
-        if n <= whole:
-            parts.append(similarity.clone())
-        similarity[rows - rows[0], rows] = -torch.inf  # itself
-        nearest.append(similarity.amax(dim=1))
-    held = torch.cat(parts) if parts else None
-    chosen = [ranking((-torch.cat(nearest)).masked_fill(broken, torch.nan))[0]]
-    covered = torch.full((n,), -torch.inf, device=unit.device)  # largest similarity to any chosen state
-    taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
-    with UNWATCHED():  # what is not finite is masked by now
-        for _ in range(k - 1):
-            last = chosen[-1][None]  # indexed with as a vector: a scalar would wait for the device at every step
-            taken |= places == last
-            row = held.index_select(0, last)[0] if held is not None else unit @ unit.index_select(0, last)[0]
-            covered = torch.maximum(covered, row)
-            chosen.append(first_best((-covered).masked_fill(broken, LOWEST).masked_fill(taken, -torch.inf)))
-    return torch.stack(chosen).sort().values
+    finite = unit.isfinite().all(dim=1, keepdim=True)
+    return unit.nan_to_num(0, 0, 0).masked_fill(~finite, 0)  # the first is what the engine counts broken states by
+
+
+def max_similarity(rows: Tensor, others: Tensor) -> Tensor:
+    """(N,) the largest inner product of each of ``rows`` (N, E) with one of ``others`` (M, E)."""
+    n, m = len(rows), max(1, len(others))
+    return torch.cat([(part @ others.T).amax(dim=1) for part in rows.split(max(256, block_rows(n + m) * (n + m) // m))])
+
+
+def nearest_of(rows: Tensor, others: Tensor) -> Tensor:
+    """(N,) int64 which of ``others`` (M, E) has the largest cosine to each of ``rows`` (N, E)."""
+    rows, others = unit_rows(rows), unit_rows(others)
+    return torch.cat([(part @ others.T).argmax(dim=1) for part in rows.split(block_rows(len(rows)))])
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Differs: the paper does not say how large the set is beside another method; here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,8 +28,10 @@ from ivcp_eval.interface import (
     Selection,
     Signal,
     Signals,
+    TowerFacts,
+    TowerSignal,
 )
-from ivcp_eval.interface.ops import coordinate_set, sparse_weights, top_of_each_image
+from ivcp_eval.interface.ops import best_of_rest, coordinate_set, sparse_weights
 from ivcp_eval.interface.registry import PLUS_IVC, method_name
 
 
@@ -55,6 +57,11 @@ class PlusIvc(AbstractMethod):
         def needs(self) -> frozenset[Signal]:
             """What the inner method needs; rotary angles need no capture."""
             return self.inner.needs
+
+        @property
+        def tower_signals(self) -> frozenset[TowerSignal]:
+            """What the inner method wants of the vision tower."""
+            return self.inner.tower_signals
 
         @property
         def sweep_seeds(self) -> tuple[int, ...]:
@@ -91,6 +98,10 @@ class PlusIvc(AbstractMethod):
             raise ValueError(self._refusal())
         return cuts
 
+    def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
+        """Those of the inner method."""
+        return self.inner.tower_blocks(tower)
+
     def select(self, signals: Signals) -> Selection:
         """Coordinates first; the inner method's choice fills the budget.
 
@@ -101,8 +112,12 @@ class PlusIvc(AbstractMethod):
             return self.inner.select(signals)
         forced = self._coordinates(signals)
         if isinstance(self.inner, AbstractScorer):
-            score = self.inner.score(signals).float().masked_fill(forced, torch.inf)
-            return Selection(top_of_each_image(score, signals.images))
+            score, keep = self.inner.score(signals), forced.clone()
+            for image in signals.images:
+                inside = forced[image.tokens]
+                new = best_of_rest(score[image.tokens], inside, image.budget - int(inside.sum()))
+                keep[image.tokens[new]] = True
+            return Selection(keep.nonzero().flatten())
         return self._fill(signals, forced)
 
     def _coordinates(self, signals: Signals) -> Tensor:

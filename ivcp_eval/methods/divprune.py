@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signals
-from ivcp_eval.interface.ops import farthest_points
+from ivcp_eval.methods._greedy import farthest_points
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.interface.ops import best_of_rest, distances, last_token, unit_range
+from ivcp_eval.interface.ops import best_of_rest, last_token, unit_range
 
 _WORDS = {
     "queries": ("question", "last"),
@@ -36,6 +36,7 @@ _WORDS = {
     "relevance": ("log", "linear"),
     "scale": ("range", "none"),
 }
+BLOCK = 2**22  # pairs of tokens and heads that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -116,27 +117,56 @@ class Method(AbstractMethod):
         chosen = torch.zeros(at.numel(), dtype=torch.bool, device=at.device)
         duplicates = torch.full_like(relevance, -torch.inf)
         edges = [image.budget * c // self.chunks for c in range(self.chunks + 1)]
-        for size in (high - low for low, high in pairwise(edges) if high > low):
+        updates = Updates.of(key[:, at], value[:, at]) if self.trade else None
+        for low, high in ((low, high) for low, high in pairwise(edges) if high > low):
             # Before the first chunk nothing is a duplicate; minus infinity times a trade of 0 would be NaN.
             score = relevance - self.trade * duplicates.clamp_min(-1) if self.trade else relevance
-            new = best_of_rest(score, chosen, size)
+            new = best_of_rest(score, chosen, high - low)
             chosen[new] = True
-            if self.trade:
-                duplicates = torch.maximum(duplicates, duplication(key, value, at, at[new], self.key_heads).amax(dim=1))
+            if updates is not None and high < image.budget:
+                rest = (~chosen).nonzero().flatten()
+                duplicates[rest] = torch.maximum(duplicates[rest], updates.largest(rest, new, self.key_heads))
         return image.tokens[chosen]
 
 
-def duplication(key: Tensor, value: Tensor, tokens: Tensor, chosen: Tensor, heads: str = "mean") -> Tensor:
-    """(N, C) eq. 12 of ``tokens`` (N,) against ``chosen`` (C,), both indices into n; mean or max over key heads.
+@dataclass(frozen=True)
+class Updates:
+    """The rank-one updates of N tokens, up to what eq. 12 cares for.
 
-    Args:
-        key: (G, n, D) with RoPE. value: (G, n, D).
+    Attributes:
+        left, right: (G, N, D + 2) whose inner products are -||k_i - k_j||^2 / (2 sqrt(D)): keys, and half their squared
+            lengths. The keys go without their mean: without what all keys share, inner products tell them apart as
+            well as differences do.
+        unit: (G, N, D) values of length 1.
     """
-    total = torch.full((tokens.numel(), chosen.numel()), 0.0 if heads == "mean" else -torch.inf, device=key.device)
-    for k, v in zip(key.float(), value.float(), strict=True):
-        unit = torch.nn.functional.normalize(v, dim=-1)
-        cosine = unit[tokens] @ unit[chosen].T
-        squared = distances(k[tokens], k[chosen]).square()
-        one = cosine * (-squared / (2 * k.shape[-1] ** 0.5)).exp()
-        total = total + one if heads == "mean" else torch.maximum(total, one)
-    return total / key.shape[0] if heads == "mean" else total
+
+    left: Tensor
+    right: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor) -> Updates:
+        """Of keys with RoPE and values, both (G, N, D)."""
+        finite = key.isfinite().all(dim=-1, keepdim=True)
+        total = key.float().masked_fill(~finite, 0).sum(dim=1, keepdim=True)
+        centred = (key - total / finite.sum(dim=1, keepdim=True).clamp_min(1)) / key.shape[-1] ** 0.25
+        half = -centred.square().sum(dim=-1, keepdim=True) / 2
+        one = torch.ones_like(half)
+        unit = torch.nn.functional.normalize(value.float(), dim=-1)
+        return cls(torch.cat((centred, half, one), dim=-1), torch.cat((centred, one, half), dim=-1), unit)
+
+    def largest(self, rows: Tensor, columns: Tensor, heads: str) -> Tensor:
+        """(R,) the largest `duplication` of each of ``rows`` (R,) with any of ``columns`` (C,), some rows at a time."""
+        size = max(1, BLOCK // (self.unit.shape[0] * columns.numel()))
+        right, unit = self.right[:, columns].transpose(1, 2), self.unit[:, columns].transpose(1, 2)
+        return torch.cat([self._against(part, right, unit, heads).amax(dim=1) for part in rows.split(size)])
+
+    def duplication(self, rows: Tensor, columns: Tensor, heads: str) -> Tensor:
+        """(R, C) eq. 12, mean or max over key heads."""
+        right, unit = self.right[:, columns].transpose(1, 2), self.unit[:, columns].transpose(1, 2)
+        return self._against(rows, right, unit, heads)
+
+    def _against(self, rows: Tensor, right: Tensor, unit: Tensor, heads: str) -> Tensor:
+        product = (self.left[:, rows] @ right).clamp_max_(0).exp_()
+        product *= self.unit[:, rows] @ unit
+        return product.mean(dim=0) if heads == "mean" else product.amax(dim=0)

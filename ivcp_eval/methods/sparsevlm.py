@@ -12,13 +12,13 @@ How many stay: with ``counts="ratio"`` the shares of the stages are read off the
 64 tokens (of 576, recycled tokens included), between them linearly in the share that is left at the end. With
 ``counts="rank"``, the first release's rule, int(rank * scale + bias) of the raters' attention decides, whatever the
 ratio, and there is a fourth stage after layer 19. Survivors are numbered anew in every stage, as in the released code.
-That code knows LLaVA only: on M-RoPE, whose positions are places in the image, they keep theirs.
+That code knows LLaVA only: on M-RoPE, whose positions are places in the image, they keep theirs. Where they are
+numbered anew the means stand behind the tokens that stay, as there; else at the places of their centres.
 
 Differs: counts are published for four lists only; those of every other ratio, 0.5 and 0.75 among them, are the
-interpolation above, and depths other than 32 layers are scaled. A cluster's mean stands at its centre's place, where
-the released code appends the means to the image. Each image has its own budget, which recycled tokens are part of.
-Equal densities are told apart by index, not by noise. Scores, distances and means are float32. SparseVLM+ (v2.0) is
-not reproduced.
+interpolation above, and depths other than 32 layers are scaled. Each image has its own budget, which recycled tokens
+are part of. Equal densities are told apart by index, not by noise. Scores, distances and means are float32. SparseVLM+
+(v2.0) is not reproduced.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from ivcp_eval.interface.ops import (
     sparse_weights,
     top,
 )
+from ivcp_eval.methods._at_input import in_output_order
 
 # Tokens alive after each stage of the published lists [300, 200, 110], [303, 110, 36], [238, 48, 26], [66, 30, 17]
 # on 576 tokens, with the recycled ones that the released rule adds.
@@ -116,7 +117,8 @@ class Method(AbstractMethod):
         for image in signals.images:
             n_kept = split_budget(image.tokens.numel(), image.budget) if self.recycle else image.budget
             states = signals.hidden[signals.visual[image.tokens]]
-            places, merge = keep_and_recycle(states, score[image.tokens], n_kept, image.budget - n_kept)
+            recycling = keep_and_recycle(states, score[image.tokens], n_kept, image.budget - n_kept)
+            places, merge = in_output_order(signals, *recycling)
             kept.append(places)
             weights.append(merge)
         return Selection(*merged_selection(kept, weights, signals.images))
@@ -131,7 +133,8 @@ class Method(AbstractMethod):
         n_clusters = recycled(n - n_kept) if self.recycle else int(n_kept == 0)
         row = replace(signals.images[0], tokens=everything, budget=n_kept + n_clusters)
         states = signals.hidden[signals.visual]
-        places, merge = keep_and_recycle(states, relation.mean(dim=0), n_kept, n_clusters)
+        recycling = keep_and_recycle(states, relation.mean(dim=0), n_kept, n_clusters)
+        places, merge = in_output_order(signals, *recycling)
         return Selection(*merged_selection([places], [merge], [row]), exact=False)
 
 

@@ -4,19 +4,19 @@ Paper: https://arxiv.org/abs/2412.04467 (section 3.2: dominant token selection a
 Reference: https://github.com/dvlab-research/VisionZip @ 3151f6d (visionzip/clip_encoder.py), and its port to
 Qwen2.5-VL in https://github.com/beomseokg/rotatek @ 71ef5f1 (attention of the last tower block, merged embeddings).
 
-Dominant: the class token's attention in the tapped block where there is a class token, else the attention that a
-token receives inside its image. Of the rest, every step-th token in order is a target; each other token joins the
-target whose key (mean over heads) is nearest in cosine, and a target becomes itself plus the mean of its group.
+Dominant: the class token's attention in the tapped block where there is a class token, else the attention that a token
+receives inside its image. Of the rest, every step-th token in order is a target; each other token joins the target
+whose key (mean over heads) is nearest in cosine, and a target becomes itself plus the mean of its group.
 
 Where there is a class token it takes one of the dominant places, as in the LLaVA code, which decides the targets.
 
 Differs: the class token itself is not kept, since LLaVA's projector never sees it here; the place goes to the best
 token that is neither dominant nor a target, which is still merged as well. Merging happens on the language model's
-input embeddings, as in the Qwen2.5-VL port, not before the projector. Tokens keep their place in the prompt; the LLaVA
-code puts contextual tokens last. Survivors are numbered anew, as there, where the language model gets the shorter
-embeddings; on M-RoPE, whose positions are places in the image, they keep theirs. Attention and likeness are float32.
-Each image has its own budget, for which its tiles compete, and attention stays inside an image or tile; the LLaVA-NeXT
-code gives every tile the same count and drops newlines, here a newline ranks as the mean of its row.
+input embeddings, as in the Qwen2.5-VL port, not before the projector. Survivors are numbered anew, contextual tokens
+last, as in the LLaVA code, where the language model gets the shorter embeddings; on M-RoPE, whose positions are places
+in the image, they keep theirs. Attention and likeness are float32. Each image has its own budget, for which its tiles
+compete, and attention stays inside an image or tile; the LLaVA-NeXT code gives every tile the same count and drops
+newlines, here a newline ranks as the mean of its row.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
 from ivcp_eval.interface.ops import best_of_rest, itself, merged_selection, sparse_weights, top
+from ivcp_eval.methods._at_input import in_output_order
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,11 @@ class Method(AbstractMethod):
             dominant = top(score, image.budget - n_contextual - n_class)
             places, merge = contextual_tokens(vision["key"][image.tokens], dominant, n_contextual)
             whole = torch.cat((dominant, in_place_of_class(score, torch.cat((dominant, places)), n_class)))
-            kept.append(torch.cat((whole, places)))
-            weights.append(torch.cat((itself(whole, merge.shape[1]), merge)))
+            whole = whole.sort().values
+            rows = torch.cat((itself(whole, merge.shape[1]), merge))
+            placed = in_output_order(signals, torch.cat((whole, places)), rows)
+            kept.append(placed[0])
+            weights.append(placed[1])
         return Selection(*merged_selection(kept, weights, signals.images))
 
 

@@ -15,7 +15,7 @@ import torch
 from ivcp_eval.interface import GREEDY, Checkpoint, ImageSpan, QuestionKind, Signal, VisionTap
 from model_adapters._shrink import shrunk_to_count
 from model_adapters._transformers import AbstractTransformersAdapter, rotate_half, split_heads
-from model_adapters._vision import vit_layers, vit_tap
+from model_adapters._vision import vit_tap
 from model_adapters.deepseek_vl2.layout import n_thumbnail, n_tokens, padding_cells, spread
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ class Adapter(AbstractTransformersAdapter):
         if self.text_model(model) is model.model:
             return None
         tower, config = model.model.vision_tower, model.config
-        layer = vit_layers(tower)[-1]
-        tap = vit_tap(tower, layer, layer.self_attn, class_token=False)
+        tap = vit_tap(tower, -1, class_token=False)
 
         def tokens(values: Mapping[str, Tensor], args: tuple[Any, ...], _kwargs: Any) -> dict[str, Tensor]:
             crops = [(w, h) for row in args[1].tolist() for w, h in row if w and h]

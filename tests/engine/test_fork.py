@@ -93,6 +93,22 @@ def test_every_row_is_its_single_run(family: str, prompt: str) -> None:
         same(fork(model, variants, inputs, layout=extra, max_new_tokens=6), wanted)
 
 
+TOWER = tuple(
+    Variant("", name, 0.5) for name in ("visionzip", "hiprune", "prumerge", "vscan", "aot", "vispruner", "fastv")
+)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_variants_that_listen_to_different_blocks_share_a_tower(family: str) -> None:
+    """Under the same names: each still sees the block that it asked for."""
+    model, make_inputs = tiny_models.build(family)
+    variants, inputs = supported(family, TOWER), make_inputs("t5 i0 t9", "t4 i1 t3 i2 t6")
+    for got, variant in zip(fork(model, variants, inputs, max_new_tokens=3), variants, strict=True):
+        wanted = alone(model, variant, inputs, {}, max_new_tokens=3)
+        assert tokens(got) == tokens(wanted), variant.method
+        assert [kept.tolist() for kept in got.run.kept] == [kept.tolist() for kept in wanted.run.kept], variant.method
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_ends_of_sequence_and_logits_processors(attention: str) -> None:
     """Rows stop at different times and are penalised for their own tokens only."""

@@ -261,6 +261,6 @@ def test_method_docstring_has_the_form(name: str) -> None:
         assert re.search(r"^Reference: https?://\S+ @ [0-9a-f]{7,40}", text, re.M), "give repository @ commit"
     tree = ast.parse(inspect.getsource(cls))
     assert ast.get_docstring(tree.body[0]), "the class says what its parameters mean"  # type: ignore[arg-type]
-    documented = ast.get_docstring(tree.body[0]) or ""  # type: ignore[arg-type]
+    documented = "".join(inspect.getdoc(base) or "" for base in cls.__mro__ if dataclasses.is_dataclass(base))
     for parameter in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert re.search(rf"\b{parameter.name}\b", documented), f"parameter {parameter.name} is not documented"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval.interface import Image, ImageSpan, Signals
+from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
 from ivcp_eval.interface.ops import budget
 from tests.engine import tiny_models
 
@@ -35,19 +35,27 @@ def random_signals(
         start += size
     maps = {entering: draw(HEADS, n, n).softmax(dim=-1) for entering in (False, True)}
     angles = draw(1, n, SIZE)
+    tower = {name: draw(sum(sizes)).abs() for name in ("received", "middle/received", "early/received", "joint_cls")}
+    tower |= {"key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6), "joint_key": draw(sum(sizes), 2 * SIZE)}
+    layer = {"query": draw(HEADS, n, SIZE), "key": draw(GROUPS, n, SIZE)}
+    hidden = draw(n, HIDDEN)
     return Signals(
         images=tuple(images),
         visual=visual,
         text=text,
         question=text[lead:],
-        hidden=draw(n, HIDDEN),
+        hidden=hidden,
         rope=lambda: (angles.cos(), angles.sin()),
         attention=lambda rows, entering=False: maps[entering][:, rows],
         rotate=lambda states: states * angles[0].cos() + states.flip(-1) * angles[0].sin(),
         value=draw(GROUPS, n, SIZE),
         key=draw(GROUPS, n, SIZE),
         query=draw(HEADS, n, SIZE),
-        vision={"received": draw(sum(sizes)).abs(), "key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6)},
+        project=lambda signal: layer[signal],
+        normed=lambda: hidden / hidden.norm(dim=-1, keepdim=True),
+        vision=tower,
+        cut=Cut(0, ratio),
+        ids=torch.arange(n),
         stage=stage,
         family="qwen2_5_vl",
         generator=torch.Generator().manual_seed(seed),

@@ -103,7 +103,8 @@ def test_docstring_form(card: MethodCard) -> None:
     assert card.faithfulness in ("faithful", "from_formula", "variant", "control")
     if card.faithfulness != "control":
         assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{5}", card.paper)
-        assert re.search(r"https://github\.com/\S+ @ [0-9a-f]{7}", card.reference)
+        known = re.search(r"https://github\.com/\S+ @ [0-9a-f]{7}", card.reference)
+        assert known or (card.faithfulness == "from_formula" and card.reference.startswith("none"))
     if card.faithfulness == "variant":
         assert card.differs, "a variant names its gaps"
 
@@ -127,5 +128,8 @@ def test_table() -> None:
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_has_an_oracle(name: str) -> None:
     if method_class(name).__module__.startswith("ivcp_eval.") and name not in ("none", "ivc_prune"):
-        source = (Path(__file__).parents[1] / "methods" / f"test_{name}.py").read_text()
+        folder = Path(__file__).parent
+        own = folder / f"test_{name}.py"
+        mapped = (path for path in folder.glob("oracle/*.py") if f"ivcp_eval.methods.{name} import" in path.read_text())
+        source = (own if own.exists() else next(mapped)).read_text()
         assert re.match(r'"""Oracle: ', source), "its docstring must say what the oracle is"

@@ -18,6 +18,7 @@ from ivcp_eval.interface import AbstractScorer, ModelFacts, Selection, Signals
 from ivcp_eval.interface.registry import PLUS_IVC, make_method, method_names
 from tests.engine import tiny_models
 from tests.methods.material import random_signals
+from tests.methods.test_families import a_family_of
 
 CHOOSING = [n for n in method_names() if any(c.ratio < 1 for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]
 NAMES = [*CHOOSING, *(n + PLUS_IVC for n in CHOOSING if isinstance(make_method(n), AbstractScorer))]
@@ -31,7 +32,9 @@ def changed(signals: Signals, edit: Callable[[Tensor, Tensor], Tensor]) -> Signa
         return edit(states.clone().movedim(axis, 0), signals.visual).movedim(0, axis)
 
     every = torch.arange(signals.n_visual)
-    attention = signals.attention
+    attention, project, normed = signals.attention, signals.project, signals.normed
+    assert project is not None
+    assert normed is not None
     return replace(
         signals,
         hidden=on(signals.hidden),
@@ -39,6 +42,8 @@ def changed(signals: Signals, edit: Callable[[Tensor, Tensor], Tensor]) -> Signa
         key=on(signals.key),
         value=on(signals.value),
         attention=lambda rows, entering=False: on(attention(rows, entering=entering), -1),
+        project=lambda signal: on(project(signal)),
+        normed=lambda: on(normed()),
         vision={name: edit(value.clone(), every) for name, value in signals.vision.items()},
         memory={},
     )
@@ -73,7 +78,7 @@ def test_nothing_to_rank_by(name: str, value: float) -> None:
 @pytest.mark.parametrize("name", method_names())
 def test_a_broken_picture_spoils_its_own_row_only(name: str) -> None:
     model: Any
-    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    model, make_inputs = tiny_models.build(a_family_of(name))
     alone, both = make_inputs("t4 i1 t3 i2 t6"), make_inputs("t4 i1 t3 i2 t6", "t5 i0 t9")
     both["pixel_values"][alone["pixel_values"].shape[0] :] = torch.nan
     logits = []

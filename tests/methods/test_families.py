@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,17 @@ from tests.engine import tiny_models
 UNSUPPORTED = {
     ("downsample", "llava"): "every image costs the same number of visual tokens",
     ("rotatek", "deepseek_vl2"): "its cache holds compressed latents that all heads share, not keys",
+    **{
+        (method, family): "its vision tower has no class token"
+        for method in ("prumerge", "prumerge_plus")
+        for family in ("deepseek_vl2", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+    },
 }
+
+
+def a_family_of(method: str) -> str:
+    """Qwen2.5-VL where the method runs on it, else LLaVA."""
+    return "llava" if (method, "qwen2_5_vl") in UNSUPPORTED else "qwen2_5_vl"
 
 
 @pytest.mark.parametrize("family", tiny_models.names())
@@ -28,3 +40,13 @@ def test_runs_or_says_why(method: str, family: str) -> None:
         return
     with pytest.raises(Unsupported, match=re.escape(reason)), ivcp_eval.prune(model, method, 0.5):
         pass
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_runs_while_gradients_are_on(method: str) -> None:
+    """A bare forward in a notebook."""
+    model: Any
+    frozen, make_inputs = tiny_models.build(a_family_of(method))
+    model = copy.deepcopy(frozen).requires_grad_(True)
+    with ivcp_eval.prune(model, method, 0.5):
+        assert model(**make_inputs("t5 i0 t9")).logits.requires_grad

@@ -12,7 +12,7 @@ import torch
 
 from ivcp_eval.interface import Signals
 from ivcp_eval.interface.registry import make_method
-from ivcp_eval.methods.iwp import duplication
+from ivcp_eval.methods.iwp import Updates
 from tests.methods.material import GROUPS, HEADS, SIZE, random_signals
 
 
@@ -114,7 +114,7 @@ def test_duplication_is_the_cosine_of_rank_one_matrices() -> None:
 
     updates = [torch.outer(phi(key[0, i]), value[0, i].double()) for i in range(5)]
     every = torch.arange(5)
-    got = duplication(key, value, every, every)
+    got = Updates.of(key, value).duplication(every, every, "mean")
     for i in range(5):
         for j in range(5):
             cosine = float((updates[i] * updates[j]).sum() / (updates[i].norm() * updates[j].norm()))
@@ -151,9 +151,9 @@ def test_keys_with_a_large_common_part() -> None:
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(1, 40, 8, generator=generator), torch.randn(1, 40, 8, generator=generator)
     every = torch.arange(40)
-    plain = duplication(key.double(), value, every, every)
-    shifted = duplication(key + 2000, value, every, every)
-    assert torch.allclose(shifted.double(), plain.double(), atol=2e-3)
+    plain = Updates.of(key, value).duplication(every, every, "mean")
+    shifted = Updates.of(key + 2000, value).duplication(every, every, "mean")
+    assert torch.allclose(shifted, plain, atol=2e-3)
     assert torch.allclose(shifted.diagonal(), torch.ones(40), atol=1e-6)
 
 

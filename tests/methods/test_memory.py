@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ivcp_eval.engine.signals.vision import received
 from ivcp_eval.interface.ops import merged_states
 from ivcp_eval.interface.registry import PLUS_IVC, make_method
 from tests.methods.material import random_signals
@@ -27,8 +28,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-# DivPrune compares every token with every other: of up to 8192 it holds all similarities (`ops.farthest_points`).
-@pytest.mark.parametrize("name", [*(n for n in CHOOSING if n != "divprune"), "visionzip" + PLUS_IVC])
+@pytest.mark.parametrize("name", [*CHOOSING, "visionzip" + PLUS_IVC])
 def test_no_map_of_the_prompt(name: str) -> None:
     signals = random_signals((32, 32), ratio=0.5, question=200)
     with Largest() as largest:
@@ -36,6 +36,14 @@ def test_no_map_of_the_prompt(name: str) -> None:
         if selection.merge is not None:
             merged_states(selection.merge, signals.hidden[signals.visual])
     assert 0 < largest.numbers < signals.hidden.shape[0] ** 2 / 4
+
+
+def test_no_map_of_the_patches() -> None:
+    query, key = (torch.randn(4, 2048, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    with Largest() as largest:
+        total = received(query, key)
+    assert float(total.sum()) == pytest.approx(2048, rel=1e-4)
+    assert largest.numbers <= 2**20
 
 
 def test_sparsevlm_by_rank() -> None:

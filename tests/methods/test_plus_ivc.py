@@ -9,10 +9,13 @@ import torch
 
 import ivcp_eval
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signals
+from ivcp_eval.interface.ops import budget as allowed
 from ivcp_eval.interface.registry import make_method, method_name, method_names
 from ivcp_eval.methods._plus_ivc import PlusIvc
 from tests.engine import tiny_models
+from tests.engine.contract.cases import RAGGED, Case
 from tests.methods.material import best, random_signals
+from tests.methods.test_families import a_family_of
 
 
 def test_forced_set_and_budget() -> None:
@@ -169,8 +172,8 @@ def _selects(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [name for name in method_names() if _selects(name)])
 def test_every_selecting_method_runs_with_it(name: str) -> None:
-    model, make_inputs = tiny_models.build("qwen2_5_vl")
-    with ivcp_eval.prune(model, f"{name}+ivc", 0.25) as run, torch.no_grad():
-        model(**make_inputs("t5 i0 t9", "t4 i1 t3 i2 t6", "t12"))
-    assert run.method == f"{name}+ivc"
-    assert run.visual_kept == [6, 5, 0]
+    case = Case(a_family_of(name), f"{name}+ivc", ratio=0.25)
+    with case.prune() as recording:
+        case.forward(case.inputs(*RAGGED))
+    assert recording.run.method == f"{name}+ivc"
+    assert recording.run.visual_kept == [sum(allowed(0.25, n) for n in case.image_sizes(row)) for row in RAGGED]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,8 +14,9 @@ from transformers.vision_utils import get_vision_window_index
 
 import ivcp_eval
 from ivcp_eval.engine.signals.vision import patch_signals
-from ivcp_eval.interface import PatchStates, Signals
+from ivcp_eval.interface import PatchStates, Selection, Signals, TowerFacts
 from ivcp_eval.interface.registry import make_method
+from ivcp_eval.methods.visionzip import Method as VisionZip
 from model_adapters._vision import window_order
 from tests.engine import tiny_models
 from tests.methods.material import best, random_signals
@@ -85,7 +86,7 @@ def test_published_split() -> None:
 def test_received_attention_is_chunked_right() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(3, 700, 8, generator=generator) for _ in range(2))
-    got = patch_signals(PatchStates(query, key, (500, 200), 0.3))
+    got = patch_signals(PatchStates(query, key, (500, 200), 0.3), frozenset({"received"}))
     for start, end in ((0, 500), (500, 700)):
         attention = (query[:, start:end] @ key[:, start:end].transpose(1, 2) * 0.3).softmax(-1)
         assert torch.allclose(got["received"][start:end], attention.mean(0).sum(0), atol=1e-5)
@@ -121,6 +122,73 @@ def test_class_token_of_clip() -> None:
         assert torch.allclose(signals["cls"], attention[:, 0, 1:].mean(0), atol=1e-5)
         assert torch.allclose(signals["received"], attention.mean(0).sum(0)[1:], atol=1e-5)
         assert torch.allclose(signals["feature"], tower.hidden_states[layer][row, 1:], atol=1e-5)
+
+
+def test_named_blocks_and_joined_heads_of_clip() -> None:
+    """Every block of the tower by a name, against transformers' own maps and keys."""
+
+    @dataclass(frozen=True)
+    class Listening(VisionZip):
+        tower_signals = frozenset({"cls", "received", "feature", "joint_cls", "joint_key"})
+
+        def tower_blocks(self, tower: TowerFacts) -> dict[str, int]:
+            own = model.config.vision_feature_layer % tower.n_blocks
+            assert (tower.own, tower.class_token, tower.whole) == (own, True, tuple(range(tower.n_blocks)))
+            return {str(number): number for number in range(tower.n_blocks)}
+
+        def select(self, signals: Signals) -> Selection:
+            seen.append(dict(signals.vision))
+            return Selection(torch.arange(signals.budget))
+
+    inputs, seen = tiny_models.make_inputs("llava", "t5 i0 t9", "t4 i0 t3"), []
+    model: Any
+    model, _ = tiny_models.build("llava", attn="eager")
+    layers = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower).encoder.layers
+    heard: dict[tuple[int, str], Tensor] = {}
+    hooks = [
+        getattr(layer.self_attn, f"{name}_proj").register_forward_hook(
+            lambda _m, _a, out, at=(number, name): heard.update({at: out})
+        )
+        for number, layer in enumerate(layers)
+        for name in ("q", "k")
+    ]
+    with torch.no_grad():
+        tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    with ivcp_eval.prune(model, Listening(), 0.5), torch.no_grad():
+        model(**inputs)
+    assert len(seen) == 2
+    for row, signals in enumerate(seen):
+        for number, attention in enumerate(tower.attentions):
+            query, key = (heard[number, name][row] for name in ("q", "k"))
+            joint = (query[0] @ key.T / key.shape[1] ** 0.5).softmax(dim=0)[1:]
+            assert torch.allclose(signals[f"{number}/cls"], attention[row][:, 0, 1:].mean(0), atol=1e-5)
+            assert torch.allclose(signals[f"{number}/received"], attention[row].mean(0).sum(0)[1:], atol=1e-5)
+            assert torch.allclose(signals[f"{number}/feature"], tower.hidden_states[number + 1][row, 1:], atol=1e-5)
+            assert torch.allclose(signals[f"{number}/joint_key"], key[1:], atol=1e-5)
+            assert torch.allclose(signals[f"{number}/joint_cls"], joint, atol=1e-5)
+
+
+def test_blocks_of_windowed_and_of_other_towers() -> None:
+    clip, windowed = TowerFacts(24, 22, tuple(range(24)), True), TowerFacts(32, 31, (7, 15, 23, 31), False)
+    vscan, hiprune = make_method("vscan"), make_method("hiprune")
+    assert vscan.tower_blocks(clip) == {"": 22, "early": 5}
+    assert vscan.tower_blocks(windowed) == {"": 31, "early": 7}
+    assert hiprune.tower_blocks(clip) == {"": 22, "middle": 8}
+    assert hiprune.tower_blocks(windowed) == {"": 31, "middle": 15}
+    assert windowed.at(0.99) == 31
+
+
+def test_a_block_that_is_not_there_is_named() -> None:
+    @dataclass(frozen=True)
+    class Deep(VisionZip):
+        def tower_blocks(self, tower: TowerFacts) -> dict[str, int]:
+            return {"": 99}
+
+    model, _ = tiny_models.build("llava")
+    with pytest.raises(ValueError, match=r"listens to block 99 .* blocks 0\.\."), ivcp_eval.prune(model, Deep(), 0.5):
+        pass
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

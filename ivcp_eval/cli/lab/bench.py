@@ -8,6 +8,7 @@ from importlib import import_module
 FOREIGN = True  # what follows belongs to the bench
 BENCHES = {
     "pruning": "prefill, decode, selection and memory, pruned against untouched (the default)",
+    "selection": "how the cost of choosing grows with the image: slope, kernel launches, share of the prefill",
     "fork": "many variants in one pass against one by one",
     "eval": "the runner against VLMEvalKit's own loop, one answer after the other",
 }
@@ -23,5 +24,5 @@ def run(args: argparse.Namespace) -> int:
     """The bench's exit code."""
     rest = list(args.further)
     name = rest.pop(0) if rest and rest[0] in BENCHES else "pruning"
-    bench = import_module(f"ivcp_eval.lab.bench.{name}")
+    bench = import_module(f"ivcp_eval.lab.bench.{'scaling' if name == 'selection' else name}")
     return int(bench.main(rest))

@@ -184,7 +184,8 @@ def _trunk(model: Any, plans: Mapping[int, _Plan], inputs: Mapping[str, Any], la
                 layers[cut.layer] = layers.get(cut.layer, frozenset()) | resolved.method.needs | cut.needs
     some = next(iter(plans.values())).resolved
     whole = any(not plan.resolved.cuts for plan in plans.values())
-    trunk = Trunk(model, some.adapter, some.family, dict(sorted(layers.items())), whole, layout)
+    methods = [plan.resolved.method for plan in plans.values() if plan.resolved.cuts]
+    trunk = Trunk(model, some.adapter, some.family, dict(sorted(layers.items())), whole, layout, methods)
     trunk.prefill(inputs)
     return trunk
 

@@ -20,7 +20,17 @@ from ivcp_eval.engine.hooks import Engine, listeners_for
 from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.prefill import LayerSlots, Prefill, Prompt
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.interface import (
+    AbstractAdapter,
+    AbstractMethod,
+    Cut,
+    ModelFacts,
+    Selection,
+    Signal,
+    Signals,
+    TowerFacts,
+    TowerSignal,
+)
 from ivcp_eval.interface.names import output_cache, read, write
 
 if TYPE_CHECKING:
@@ -33,12 +43,31 @@ class TrunkDone(Exception):
 
 @dataclass(frozen=True)
 class _Unpruned(AbstractMethod):
-    """Chooses nothing; it only has needs."""
+    """Chooses nothing; it only has needs, those of all variants.
 
-    needs: frozenset[Signal]  # type: ignore[misc] # a class variable of the base; here it is the variants' union
+    Attributes:
+        blocks: of the vision tower, 0-based.
+    """
+
+    needs: frozenset[Signal] = frozenset()  # type: ignore[misc] # class variables of the base
+    tower_signals: frozenset[TowerSignal] = frozenset()  # type: ignore[misc]
+    blocks: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, methods: Sequence[AbstractMethod], model: Any, adapter: AbstractAdapter) -> _Unpruned:
+        """What is heard in the vision tower for all ``methods``."""
+        listening = [method for method in methods if "vision" in method.needs]
+        tap = adapter.vision_tap(model) if listening else None
+        if tap is None:
+            return cls()
+        blocks = frozenset(n for method in listening for n in method.tower_blocks(tap.facts).values())
+        return cls(frozenset({"vision"}), frozenset().union(*(m.tower_signals for m in listening)), blocks)
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         return ()
+
+    def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
+        return {str(number): number for number in self.blocks}
 
     def select(self, signals: Signals) -> Selection:
         raise AssertionError("a trunk never selects")
@@ -76,7 +105,8 @@ class Trunk(Engine):
     Attributes:
         snapshots: by layer. cache: the prompt's keys and values, never written by anyone. hidden: (B, 1, E), None if
             the prefill ended early. position_ids: what the rotary embedding got.
-        prompt: the rows' images; None without any. vision: per row, signals of its visual tokens.
+        prompt: the rows' images; None without any. vision: per row, signals of its visual tokens, of every block that
+            a variant listens to.
     """
 
     def __init__(
@@ -87,11 +117,11 @@ class Trunk(Engine):
         layers: Mapping[int, frozenset[Signal]],
         whole: bool,
         layout: Mapping[str, Any],
+        methods: Sequence[AbstractMethod],
     ) -> None:
-        needs = frozenset().union(*layers.values()) & {"vision"}
         options = {key: value for key, value in layout.items() if value is not None}
         cuts = tuple(Cut(layer, 1.0, needs=signals) for layer, signals in layers.items())
-        resolved = Resolved(adapter, family, _Unpruned(needs), "none", 1.0, cuts)
+        resolved = Resolved(adapter, family, _Unpruned.of(methods, model, adapter), "none", 1.0, cuts)
         parts = Parts(model, resolved, image_mask=options.pop("image_mask", None), span_options=options)
         super().__init__(parts, listeners_for(model, resolved))
         self.last = None if whole else max(layers)
@@ -195,7 +225,7 @@ class Joined(Engine):
 
     def __init__(self, trunk: Trunk, hidden: Tensor, layers: Sequence[PrunedLayer]) -> None:
         of = trunk.parts.resolved
-        resolved = Resolved(of.adapter, of.family, _Unpruned(frozenset()), "none", 1.0, ())
+        resolved = Resolved(of.adapter, of.family, _Unpruned(), "none", 1.0, ())
         super().__init__(Parts(trunk.model, resolved))
         self._hidden: Tensor | None = hidden
         self._layers = list(layers)

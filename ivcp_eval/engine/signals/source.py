@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -109,6 +109,7 @@ class SignalSource:
         vision: dict[str, Tensor],
         memory: dict[str, Any],
         seed: int,
+        ids: Tensor | None,
     ) -> Signals:
         """The signals of batch row ``index``, whose alive prompt ``columns`` (n,) stand at ``slots`` (n,)."""
         device = self.hidden.device
@@ -134,11 +135,15 @@ class SignalSource:
             rope=rope,
             attention=self._attention(index, slots, states, rotated),
             rotate=rotated,
+            project=lambda signal: self._entering(index, slots, signal),
+            normed=lambda: self.text_model.norm(_at(self.hidden[index], slots)),
             value=states.get("value"),
             key=states.get("key"),
             query=states.get("query"),
             raw_value=states.get("raw_value"),
             vision=vision,
+            cut=self.cut,
+            ids=ids,
             stage=self.stage,
             family=self.family,
             generator=torch.Generator().manual_seed(seed),
@@ -159,8 +164,7 @@ class SignalSource:
         def attention(rows: Tensor, entering: bool = False) -> Tensor:
             layer = self.text_model.layers[self.cut.layer if entering else self.cut.layer - 1]
             if entering:
-                normed = layer.input_layernorm(_at(self.hidden[index], slots)[None])
-                query, key = (self._project(layer, name, normed) for name in ("query", "key"))
+                query, key = self._entering(index, slots, "query"), self._entering(index, slots, "key")
             else:
                 if not {"query", "key"} <= states.keys():
                     raise ValueError(
@@ -173,6 +177,8 @@ class SignalSource:
 
         return attention
 
-    def _project(self, layer: Any, name: Any, normed: Tensor) -> Tensor:
-        module, heads = self.adapter.projection(layer, name)
-        return heads(module(normed))[0]
+    def _entering(self, index: int, slots: Tensor, signal: Literal["query", "key"]) -> Tensor:
+        """(heads, n, D) what the layer of the cut projects from the states that enter it."""
+        layer = self.text_model.layers[self.cut.layer]
+        module, heads = self.adapter.projection(layer, signal)
+        return heads(module(layer.input_layernorm(_at(self.hidden[index], slots)[None])))[0]

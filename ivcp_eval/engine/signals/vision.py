@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ivcp_eval.engine.parts import Listener
-from ivcp_eval.interface import PatchStates, VisionTap
+from ivcp_eval.interface import AbstractMethod, PatchStates, TowerFacts, TowerSignal, VisionTap
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.parts import Forward
     from ivcp_eval.engine.prefill import Prefill
 
-CHUNK = 256  # query rows whose attention exists at a time
+BLOCK = {"cpu": 2**20, "gpu": 2**26}  # attention weights that exist at a time: what a cache holds; few kernels
 
 
 class _Heard(threading.local):
@@ -40,21 +40,28 @@ class VisionListener(Listener):
     a cache every step is a prefill on these images); older releases and bare forwards encode them inside it.
     """
 
-    def __init__(self, tap: VisionTap | None) -> None:
+    def __init__(self, tap: VisionTap | None, method: AbstractMethod) -> None:
         assert tap is not None  # `prune` asked the adapter before
-        self.tap = tap
+        self.tap, self.signals = tap, method.tower_signals
+        self.numbers = sorted(set(method.tower_blocks(tap.facts).values()))
         self._heard = _Heard()
 
     def attach(self, decoder: Any, running: Callable[[], Forward]) -> list[Any]:
         """Listen to the tower."""
         tap = self.tap
-        return [
-            tap.attention.register_forward_hook(self._after_attention, with_kwargs=True),
-            tap.block.register_forward_hook(self._after_block),
+        hear_attention, hear_block = self._after_attention, self._after_block
+        handles: list[Any] = []
+        for number in self.numbers:
+            attention, block = tap.blocks[number]
+            handles.append(attention.register_forward_hook(functools.partial(hear_attention, number), with_kwargs=True))
+            if "feature" in self.signals:
+                handles.append(block.register_forward_hook(functools.partial(hear_block, number)))
+        handles.append(
             tap.tower.register_forward_hook(self._after_tower, with_kwargs=True)
             if tap.method == "forward"
-            else MethodHook(tap.tower, tap.method, self._after_tower),
-        ]
+            else MethodHook(tap.tower, tap.method, self._after_tower)
+        )
+        return handles
 
     def encode(self) -> None:
         """Forget every image."""
@@ -65,7 +72,7 @@ class VisionListener(Listener):
         state.vision = self.rows(state.prompt.image_mask.sum(1).tolist())
 
     def rows(self, sizes: list[int]) -> list[dict[str, Tensor]]:
-        """Per row the signals of its visual tokens.
+        """Per row the signals of its visual tokens, as ``NUMBER/SIGNAL``; `of_method` gives them a method's names.
 
         Args:
             sizes: visual tokens of each row. Beams repeat rows, and `generate` may have encoded the images once for
@@ -86,15 +93,16 @@ class VisionListener(Listener):
             "with the prompt (not inputs_embeds or cached image features)."
         )
 
-    def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+    def _after_attention(self, number: int, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if self._heard.read:
             self._heard.clear()
         with torch.no_grad():
-            self._heard.patches.update(patch_signals(self.tap.states(module, args, kwargs)))
+            heard = patch_signals(self.tap.states(module, args, kwargs), self.signals)
+        self._heard.patches.update({f"{number}/{name}": signal for name, signal in heard.items()})
 
-    def _after_block(self, _module: Any, _args: Any, output: Any) -> None:
+    def _after_block(self, number: int, _module: Any, _args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        self._heard.patches["feature"] = states.detach().flatten(0, -2)
+        self._heard.patches[f"{number}/feature"] = states.detach().flatten(0, -2)
 
     def _after_tower(self, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if self._heard.patches:
@@ -143,25 +151,51 @@ class MethodHook:
         vars(self.owner).update(self._hidden)
 
 
-def patch_signals(states: PatchStates) -> dict[str, Tensor]:
-    """``received`` (P,), ``key`` (P, D) and, with a class token, ``cls`` (P,) of every patch, float32.
+def of_method(heard: Mapping[str, Tensor], method: AbstractMethod, facts: TowerFacts) -> dict[str, Tensor]:
+    """What `VisionListener` heard of one row, by the names of a method; others may have listened with it."""
+    blocks = {f"{name}/" if name else "": number for name, number in method.tower_blocks(facts).items()}
+    return {
+        prefix + signal: heard[f"{number}/{signal}"]
+        for prefix, number in blocks.items()
+        for signal in sorted(method.tower_signals)
+        if f"{number}/{signal}" in heard
+    }
 
-    ``received`` is the attention a patch gets, mean over heads, summed over the queries of its segment, which
-    `CHUNK` at a time are compared with all keys: no map of the whole image ever exists.
+
+def patch_signals(states: PatchStates, wanted: frozenset[TowerSignal]) -> dict[str, Tensor]:
+    """Those of ``wanted`` that queries and keys can tell, float32, of every patch: as in `Signals.vision`.
+
+    Signals of the class token, "cls" and "joint_cls", only where there is one.
     """
     query, key = states.query.float() * states.scaling, states.key.float()
-    received, cls = [], []
-    start = 0
-    for length in states.segments:
-        q, k = query[:, start : start + length], key[:, start : start + length]
-        total = torch.zeros(length, device=q.device)
-        for rows in q.split(CHUNK, dim=1):
-            total += (rows @ k.transpose(1, 2)).softmax(dim=-1).mean(dim=0).sum(dim=0)
-        received.append(total)
-        if states.class_token:
-            cls.append((q[:, :1] @ k.transpose(1, 2)).softmax(dim=-1).mean(dim=0)[0])
-        start += length
-    signals = {"received": torch.cat(received), "key": key.mean(dim=0)}
-    if states.class_token:
-        signals["cls"] = torch.cat(cls)
+    signals: dict[str, Tensor] = {}
+    if "key" in wanted:
+        signals["key"] = key.mean(dim=0)
+    if "joint_key" in wanted:
+        signals["joint_key"] = key.transpose(0, 1).flatten(1)
+    segments = list(zip(query.split(states.segments, dim=1), key.split(states.segments, dim=1), strict=True))
+    if "received" in wanted:
+        signals["received"] = torch.cat([received(q, k) for q, k in segments])
+    if states.class_token and "cls" in wanted:
+        signals["cls"] = torch.cat([(q[:, :1] @ k.transpose(1, 2)).softmax(dim=-1).mean(dim=0)[0] for q, k in segments])
+    if states.class_token and "joint_cls" in wanted:
+        # One head as wide as all: the logits are the sum over heads, scaled by that width.
+        narrower = query.shape[0] ** -0.5
+        joint = [((q[:, :1] @ k.transpose(1, 2)).sum(dim=0)[0] * narrower).softmax(dim=-1) for q, k in segments]
+        signals["joint_cls"] = torch.cat(joint)
     return signals
+
+
+def received(query: Tensor, key: Tensor) -> Tensor:
+    """(P,) attention that each key gets, mean over heads and summed over queries: (H, P, D), scaled, and (H, P, D).
+
+    A block of queries and heads is compared with all keys at a time: no map of the whole image ever exists.
+    """
+    numbers = BLOCK["cpu" if key.device.type == "cpu" else "gpu"]
+    n_heads, n_keys, _ = key.shape
+    heads = max(1, min(n_heads, numbers // (256 * n_keys)))
+    total = torch.zeros(n_keys, device=key.device)
+    for q, k in zip(query.split(heads), key.split(heads), strict=True):
+        for rows in q.split(max(1, numbers // (heads * n_keys)), dim=1):
+            total += (rows @ k.transpose(1, 2)).softmax(dim=-1).sum(dim=(0, 1))
+    return total / n_heads

@@ -172,9 +172,14 @@ def all_cases() -> list[Case]:
 MECHANICS = frozenset(
     {
         "beams_equal_reference",
+        "cache_lengths_are_as_declared",
+        "decode_equals_reference",
+        "earlier_caches_hold_the_survivors",
         "manual_decoding_equals_reference",
         "nothing_is_left_behind",
         "prompt_lookup_equals_greedy",
+        "question_before_image_equals_reference",
+        "ratio_one_is_bit_equal",
         "sampling_equals_reference",
         "second_turn_equals_reference",
         "text_only_is_untouched",

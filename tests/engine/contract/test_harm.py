@@ -16,6 +16,7 @@ import ivcp_eval
 from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import AbstractScorer, Cut, Selection, Signals, ops
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.methods._greedy import farthest_points
 from ivcp_eval.runs.records.record import cell_record
 from ivcp_eval.runs.records.scores import Made, Sample, Scores
 from tests.answers import answer
@@ -210,7 +211,7 @@ RANKED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sort": lambda score: torch.sort(score, descending=True).indices[:8].sort().values,
     "argsort": lambda score: score.argsort(descending=True)[:8].sort().values,
     "best of rest": lambda score: ops.best_of_rest(score, torch.zeros_like(score, dtype=torch.bool), 8).sort().values,
-    "features": lambda score: ops.farthest_points(torch.stack((score, score.detach() ** 2), dim=1), 8),
+    "features": lambda score: farthest_points(torch.stack((score, score.detach() ** 2), dim=1), 8),
 }
 
 

@@ -32,6 +32,10 @@ class Curious(Toy):
         rows = torch.arange(signals.hidden.shape[0], device=signals.visual.device)
         signals.memory |= {"last": signals.attention(rows), "entering": signals.attention(rows, entering=True)}
         signals.memory["rope"] = signals.rope()
+        assert signals.project is not None
+        assert signals.normed is not None
+        signals.memory |= {name: signals.project(name) for name in ("query", "key")}
+        signals.memory["normed"] = signals.normed()
         signals.memory["seen"] = signals
         return super().score(signals)
 
@@ -80,6 +84,30 @@ def test_signals_are_the_unpruned_models(case: Case) -> None:
         heads = signals.memory["last"].shape[0]
         mixed = signals.memory["last"] @ value.repeat_interleave(heads // value.shape[0], dim=0).float()
         close(mixed.transpose(0, 1).flatten(1), projected["mixed"][row, alive], "values", 1e-4)
+        assert signals.ids is not None
+        assert torch.equal(signals.ids, ids)
+        assert signals.cut == Cut(LAYER, 0.5)
+        states = plain.hidden_states[LAYER][row, alive]
+        close(signals.memory["normed"], case.text_model.norm(states), "states after the final norm", 1e-5)
+
+
+def test_projections_are_those_of_the_layer_that_is_entered(case: Case) -> None:
+    """What the layer itself projects, heard at its own modules in an unpruned forward."""
+    inputs, adapter, heard = case.inputs(*RAGGED), registry.adapter(case.family), {}
+    layer = case.text_model.layers[LAYER]
+    hooks = []
+    for name in ("query", "key"):
+        module, heads = adapter.projection(layer, name)
+        hooks.append(module.register_forward_hook(lambda _m, _a, out, n=name, h=heads: heard.update({n: h(out)})))
+    try:
+        case.forward(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for row, signals in enumerate(look(case, inputs)):
+        alive = inputs["attention_mask"][row].bool()
+        for name, states in heard.items():
+            close(signals.memory[name], states[row][:, alive], f"{name} of the layer that is entered", 1e-4)
 
 
 def test_rotary_spectrum(case: Case) -> None:

@@ -1,4 +1,4 @@
-"""Tiny LLaVA-OneVision: SigLIP, the tiled view shrunk to at most two tiles' worth, Qwen2."""
+"""Tiny LLaVA-OneVision: SigLIP, the tiled view shrunk to at most three tiles' worth, Qwen2."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from tests.engine.tiny_models import Rows
 from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, clip_or_siglip, prompts, without_images
 
-# (height, width), tiles: overview 4; 4 x 4 patches are more than 1.1^2 times two tiles and become 2 x 2.
+# (height, width), tiles: overview 4; 4 x 4 patches are more than 1.1^2 times three tiles and become 3 x 3 (2 x 2 would
+# be the means of the tiles, which all receive the same attention: which of equals stays is a matter of rounding).
 SIZES = (((56, 28), 2), ((28, 56), 2), ((56, 56), 4))
-N_TOKENS = (4 + 4 * 3, 4 + 2 * 5, 4 + 2 * 3)
+N_TOKENS = (4 + 4 * 3, 4 + 2 * 5, 4 + 3 * 4)
 SECOND_TURN_DROPS = ("pixel_values", "image_sizes")
 
 __all__ = ["IMAGE", "N_TOKENS", "inputs", "model"]
@@ -27,7 +28,7 @@ def model(attn: str) -> nn.Module:
         image_token_index=IMAGE,
         video_token_index=504,
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
-        vision_aspect_ratio="anyres_max_2",
+        vision_aspect_ratio="anyres_max_3",
     )
     return without_images(LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation=attn))
 

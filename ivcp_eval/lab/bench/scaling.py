@@ -1,0 +1,208 @@
+"""How the cost of choosing grows with the image: every method on made-up signals of one row, without a model.
+
+``ivcp bench selection --tokens 1024 4096 16384``. How to read the table: docs/bench.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.signals.source import attention_rows
+from ivcp_eval.files import as_shown, atomic_write
+from ivcp_eval.interface import AbstractMethod, Cut, Image, ImageSpan, ModelFacts, Signals, TowerFacts
+from ivcp_eval.interface.ops import budget
+from ivcp_eval.interface.registry import make_method, method_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_OPERATIONS = 700  # each at most a kernel launch on a GPU, of about 5 microseconds
+MOST_OF_PREFILL = 0.05  # of the prefill's FLOPs at 7B shape
+SERVED = DecoderShape(  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
+    layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944
+)
+TOWER = TowerFacts(n_blocks=24, own=22, whole=tuple(range(24)), class_token=True)
+QUESTION = 60
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of the signals: hidden states and features of the tower, attention heads, key heads, and a head's dimension."""
+
+    hidden: int
+    heads: int = 8
+    groups: int = 2
+    head: int = 64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One choice, all cuts of it: seconds, operations that torch dispatched, FLOPs of matrix products."""
+
+    seconds: float
+    operations: int
+    flops: int
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations that compute; views, and reading a number, start no kernel."""
+
+    free = ("aten::lift_fresh", "aten::detach", "aten::_local_scalar_dense", "aten::empty", "aten::split_with_sizes")
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and not func.name().startswith(self.free)
+        return func(*args, **(kwargs or {}))
+
+
+def signals_of(
+    method: AbstractMethod,
+    cut: Cut,
+    stage: int,
+    alive: int,
+    n: int,
+    widths: Widths,
+    memory: dict[str, Any],
+    device: str,
+) -> Signals:
+    """Random signals of a row with one image, of whose ``n`` tokens ``alive`` are left before the cut."""
+    generator = torch.Generator().manual_seed(stage)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    visual = torch.arange(alive, device=device)
+    text = torch.arange(alive, alive + QUESTION, device=device)
+    total = alive + QUESTION
+    hidden = draw(total, widths.hidden)
+    key, query = draw(widths.groups, total, widths.head), draw(widths.heads, total, widths.head)
+    side = math.isqrt(alive)
+    span = ImageSpan(visual.cpu(), grid=(side, side) if side * side == alive else None)
+    return Signals(
+        images=(Image(visual, min(alive, budget(cut.ratio, n)), n, span),),
+        visual=visual,
+        text=text,
+        question=text,
+        hidden=hidden,
+        rope=lambda: (draw(3, total, widths.head), draw(3, total, widths.head)),
+        attention=lambda rows, entering=False: attention_rows(query, key, rows, widths.head**-0.5),
+        rotate=lambda states: states,
+        project=lambda signal: query if signal == "query" else key,
+        normed=lambda: hidden,
+        value=draw(widths.groups, total, widths.head),
+        key=key,
+        query=query,
+        vision=_tower(method, draw, alive, widths) if "vision" in method.needs else {},
+        cut=cut,
+        ids=torch.arange(total),
+        stage=stage,
+        generator=torch.Generator().manual_seed(0),
+        memory=memory,
+    )
+
+
+def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping[str, Tensor]:
+    wide = {"key": widths.head, "feature": widths.hidden, "joint_key": widths.hidden}
+    return {
+        f"{name}/{signal}" if name else signal: draw(n, wide[signal]) if signal in wide else draw(n).exp()
+        for name in method.tower_blocks(TOWER)
+        for signal in sorted(method.tower_signals)
+    }
+
+
+def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu") -> Cost | None:
+    """What a method takes to choose among ``n`` tokens; None if it chooses none."""
+    method = make_method(name)
+    cuts = method.cuts(ModelFacts("qwen2_5_vl", SERVED.layers, position_axes=3), ratio)
+    memory: dict[str, Any] = {}
+    seconds, operations, flops, alive = 0.0, 0, 0, n
+    for stage, cut in enumerate(cuts):
+        signals = signals_of(method, cut, stage, alive, n, widths, memory, device)
+        with _Operations() as counted, FlopCounterMode(display=False) as counter:  # counting takes time of its own
+            method.select(replace(signals, memory=dict(memory)))
+        begin = _now(device)
+        selection = method.select(signals)
+        seconds += _now(device) - begin
+        selection.check(signals, name)
+        operations, flops = operations + counted.count, flops + counter.get_total_flops()
+        alive = selection.keep.numel()
+    return Cost(seconds, operations, flops) if any(cut.ratio < 1 for cut in cuts) else None
+
+
+def _now(device: str) -> float:
+    """Processor time of this process; on a GPU elapsed time once it is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def row(name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths) -> dict[str, Any]:
+    """Columns as in docs/bench.md."""
+    last = costs[-1]
+    served = SERVED.prefill_flops([tokens[-1]] * SERVED.layers)
+    found: dict[str, Any] = {"method": name}
+    found |= {f"{n} ms": 1e3 * cost.seconds for n, cost in zip(tokens, costs, strict=True)}
+    if len(tokens) > 1:
+        growth = math.log(max(last.seconds, 1e-6) / max(costs[-2].seconds, 1e-6))
+        found["slope"] = growth / math.log(tokens[-1] / tokens[-2])
+    found["operations"] = last.operations
+    found["of prefill"] = last.flops * SERVED.hidden / widths.hidden / served
+    found["met"] = last.operations <= MOST_OPERATIONS and found["of prefill"] <= MOST_OF_PREFILL
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of ``ivcp bench selection``."""
+    made = argparse.ArgumentParser(prog="ivcp bench selection", description=__doc__.splitlines()[0])
+    made.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image")
+    made.add_argument("--ratio", type=float, default=0.5, help="retention ratio (default: 0.5)")
+    made.add_argument("--hidden", type=int, default=512, help="width of states and features (default: 512)")
+    made.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    made.add_argument("--out", type=Path, help="write a CSV")
+    made.add_argument("--check", action="store_true", help="exit 1 if a method misses its targets")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench; 0, or 1 if ``--check`` found a missed target."""
+    from tabulate import tabulate
+
+    options = parser().parse_args(argv)
+    if min(options.tokens) < 4:
+        raise ValueError(f"--tokens must be at least 4, got {min(options.tokens)}")
+    tokens, widths = sorted(set(options.tokens)), Widths(options.hidden)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+    try:
+        for name in options.methods or method_names():
+            measure(name, tokens[0], options.ratio, widths, options.device)  # first calls cost more
+            costs = [measure(name, n, options.ratio, widths, options.device) for n in tokens]
+            chosen = [cost for cost in costs if cost is not None]
+            if chosen:
+                rows.append(row(name, tokens, chosen, widths))
+    finally:
+        torch.set_num_threads(threads)
+    sys.stdout.write(tabulate(rows, headers="keys", floatfmt=".3g") + "\n")
+    if options.out:
+        with atomic_write(options.out) as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows({name: as_shown(str(value)) for name, value in one.items()} for one in rows)
+    return 1 if options.check and not all(one["met"] for one in rows) else 0

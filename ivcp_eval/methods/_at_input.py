@@ -1,0 +1,103 @@
+"""What methods share that choose among an image's embeddings before the language model runs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ivcp_eval.interface import AbstractMethod, Cut, Image, ModelFacts, Selection, Signals
+from ivcp_eval.interface.ops import itself, merged_selection
+
+
+@dataclass(frozen=True)
+class AtInput(AbstractMethod):
+    """One cut at the model's input, image by image. Families that add visual features later are cut after these.
+
+    Attributes:
+        renumber: number the survivors 0..n-1; None as released, where the language model gets the shorter embeddings
+            (not on M-RoPE, whose positions are places in the image), False is a variant.
+    """
+
+    released: ClassVar[Mapping[str, tuple[Any, ...]]] = {"renumber": (None, True)}
+
+    renumber: bool | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the budget decides how many stay, not a rule of the method's own."""
+        return True
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """One cut for every layer's cache."""
+        return (Cut(model.first_cut, ratio, renumber=model.renumbers(self.renumber)),)
+
+    @abstractmethod
+    def choose(self, signals: Signals, image: Image) -> Tensor | tuple[Tensor, Tensor]:
+        """(K,) which of the image's N tokens stay, in any order; or these and the weights (K, N) of what they become.
+
+        Row i of the weights stands at the place of token i of the first. Places are exchangeable where survivors are
+        numbered anew.
+        """
+
+    def select(self, signals: Signals) -> Selection:
+        """What `choose` says of every image."""
+        chosen = [self.choose(signals, image) for image in signals.images]
+        if all(isinstance(one, Tensor) for one in chosen):
+            kept = [image.tokens[one] for image, one in zip(signals.images, chosen, strict=True)]
+            return Selection(torch.cat(kept).sort().values)
+        pairs = [
+            (one, itself(one, image.tokens.numel())) if isinstance(one, Tensor) else one
+            for one, image in zip(chosen, signals.images, strict=True)
+        ]
+        keep, merge = merged_selection([kept for kept, _ in pairs], [weights for _, weights in pairs], signals.images)
+        return Selection(keep, merge, exact=self.exact)
+
+
+def embeddings(signals: Signals, image: Image) -> Tensor:
+    """(N, E) the image's alive tokens as the language model gets them."""
+    return signals.hidden[signals.visual[image.tokens]]
+
+
+def importance(signals: Signals, image: Image, block: str = "") -> Tensor:
+    """(N,) attention of the class token in a block of the vision tower; received attention where there is none."""
+    prefix, vision = f"{block}/" if block else "", signals.vision
+    return vision[prefix + ("cls" if f"{prefix}cls" in vision else "received")][image.tokens]
+
+
+def in_output_order(signals: Signals, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of ``weights`` one after the other at the places of ``kept``, where survivors are numbered anew.
+
+    Released code that does not sort hands the language model this order; where survivors keep their positions each
+    stays at its own.
+    """
+    assert signals.cut is not None
+    return (kept.sort().values if signals.cut.renumber else kept), weights
+
+
+def grid_of(image: Image) -> tuple[int, int]:
+    """(rows, columns) of the image's alive tokens; one row where they form no full grid (tiles, newlines)."""
+    rows, columns = image.span.grid or (1, 0)
+    n = image.tokens.numel()
+    return (rows, columns) if rows * columns == n else (1, n)
+
+
+def equal_windows(image: Image, side: int) -> Tensor:
+    """(N,) the window of each token, ``side`` of them along either side of the image."""
+    rows, columns = grid_of(image)
+    places = torch.arange(rows * columns, device=image.tokens.device)
+    down, across = min(side, rows), min(side, columns)
+    return places // columns * down // rows * across + places % columns * across // columns
+
+
+def square_windows(image: Image, side: int) -> Tensor:
+    """(N,) the window of each token, ``side`` by ``side`` tokens; what is left over belongs to the last ones."""
+    rows, columns = grid_of(image)
+    places = torch.arange(rows * columns, device=image.tokens.device)
+    down, across = max(1, rows // side), max(1, columns // side)
+    row, column = (places // columns // side).clamp_max(down - 1), (places % columns // side).clamp_max(across - 1)
+    return row * across + column

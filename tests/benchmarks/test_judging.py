@@ -273,10 +273,13 @@ def test_a_failing_judge_writes_nothing(results: Path, tmp_path: Path):
 def test_the_verb(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     import argparse
 
+    from ivcp_eval.cli import add_common
     from ivcp_eval.cli.running import rejudge as command
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
+    add_common(parser)
+    parser.set_defaults(quiet=False)
     common = [str(results), "--cache", str(tmp_path / "cache")]
     with serve(says(lambda prompt: "A" if "several options" in prompt else "0.5")) as server:
         address = ["--judge", "other", "--judge-url", server.url]

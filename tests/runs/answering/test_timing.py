@@ -94,13 +94,13 @@ def test_real_times_and_their_ratio(
     assert found.ratio > 0
     path = cells[1].folder / FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "samples": [{"index": "1"}]}))
-    with pytest.raises(ValueError, match="remove it"):
+    with pytest.raises(ValueError, match="damaged"):
         times_of(cells[1])
 
 
 def test_cells_without_times_have_none() -> None:
-    cell: Any = SimpleNamespace(folder=Path("nowhere"), noted=lambda: None)
+    cell: Any = SimpleNamespace(folder=Path("nowhere"), load_record=lambda: None)
     assert times_of(cell) == {}
     assert not is_timed(cell)
-    cell.noted = lambda: {"status": "skipped"}
+    cell.load_record = lambda: {"status": "skipped"}
     assert is_timed(cell), "its model cannot run it"

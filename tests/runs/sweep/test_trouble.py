@@ -388,7 +388,7 @@ def test_removed_answers_are_made_again(bench: Bench, capsys: pytest.CaptureFixt
     before = bench.results()
     shutil.rmtree(next(bench.folder.glob("runs/tiny/tiny_mcq/fastv-*")))
     capsys.readouterr()
-    assert bench.call("run", "--quiet") == 0
+    assert bench.call("run") == 0
     assert "2 units and cells are open again" in capsys.readouterr().out
     assert bench.results() == before
     shutil.rmtree(bench.folder / "runs")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ivcp_eval.lab.tiny.processor import SYSTEM_PROMPT
 from ivcp_eval.lab.tiny2 import tasks
-from ivcp_eval.lab.tiny2.processor import build_tokenizer
+from ivcp_eval.lab.tiny2.processor import build_tokenizer, coordinate_ids
 from ivcp_eval.lab.tiny2.scenes import CELL, Scene, render, sample_scene, scene_rng
 from ivcp_eval.lab.tiny2.tasks import Sample
 from ivcp_eval.lab.tiny2.training.decoder import Groups, Layout
@@ -23,9 +23,8 @@ BEFORE_PICTURES = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>u
 BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 IGNORED = -100
-#: Weights of an answer's tokens: brackets and names in lists; a number's last digit, which is finer than a box's
-#: IoU asks for; its other digits; words.
-MARK_WEIGHT, LAST_DIGIT_WEIGHT, DIGIT_WEIGHT, WORD_WEIGHT = 0.1, 0.3, 1.0, 1.0
+#: Weights of an answer's tokens: brackets and names in lists; coordinates; words.
+MARK_WEIGHT, COORDINATE_WEIGHT, WORD_WEIGHT = 0.1, 1.0, 1.0
 
 
 @lru_cache(maxsize=100_000)
@@ -56,6 +55,7 @@ class TextBatch:
         labels: (batch, slot tokens) next token of every slot token, or -100.
         weights: (batch, slot tokens) weight of each label.
         layout: layout of the sequence.
+        targets: classes of what lies under each visual token, as in ``TowerBatch``.
         samples: per row, the question of every slot in order, None for an empty one.
     """
 
@@ -65,11 +65,12 @@ class TextBatch:
     weights: Tensor
     layout: Layout
     samples: list[list[Sample | None]]
+    targets: dict[str, Tensor]
 
     def to(self, device: torch.device) -> TextBatch:
         """The batch on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "ids", "labels", "weights", "layout")}
-        return replace(self, **moved)
+        return replace(self, targets={k: v.to(device) for k, v in self.targets.items()}, **moved)
 
 
 def make_tower_batch(split: str, first: int, count: int, size: tuple[int, int], phase: dict[str, Any]) -> TowerBatch:
@@ -82,10 +83,11 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
     """Rows ``first`` .. ``first + count - 1`` of ``split``: ``pictures`` scenes each, and the phase's questions."""
     pictures = phase.get("pictures", 1)
     groups = tuple((len(group["kinds"]), group["tokens"]) for group in phase["groups"])
-    images, rows, samples = [], [], []
+    images, rows, samples, drawn = [], [], [], []
     for index in range(first, first + count):
         rng = scene_rng(split, index)
         scenes = [draw(rng, size, phase) for _ in range(pictures)]
+        drawn += scenes
         asked = [ask(rng, scenes, group["kinds"]) for group in phase["groups"]]
         images.append(np.stack([render(scene) for scene in scenes]))
         rows.append(pack(asked, groups))
@@ -98,6 +100,7 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
         weights=torch.tensor([row[2] for row in rows]),
         layout=layout_for(size, pictures, groups),
         samples=samples,
+        targets={k: v.unflatten(0, (count, pictures)).flatten(1, 2) for k, v in what_targets(drawn).items()},
     )
 
 
@@ -149,17 +152,8 @@ def answer_tokens(sample: Sample) -> tuple[list[int], list[float]]:
     ids = [*encode(sample.answer), *encode(END)]
     if sample.task not in ("grounding", "list", "point"):
         return ids, [WORD_WEIGHT] * (len(ids) - 1) + [MARK_WEIGHT]
-    digit = [token in _digits() for token in ids]
-    weights = [
-        MARK_WEIGHT if not here else DIGIT_WEIGHT if following else LAST_DIGIT_WEIGHT
-        for here, following in zip(digit, [*digit[1:], False], strict=True)
-    ]
-    return ids, weights
-
-
-@lru_cache(maxsize=1)
-def _digits() -> frozenset[int]:
-    return frozenset(encode(str(d))[0] for d in range(10))
+    known = set(coordinate_ids())
+    return ids, [COORDINATE_WEIGHT if token in known else MARK_WEIGHT for token in ids]
 
 
 def pack(asked: Sequence[Sequence[Sample]], groups: Groups) -> tuple[list[int], list[int], list[float]]:

@@ -80,6 +80,15 @@ class State:
         metadata = {"progress": json.dumps(self.progress)}
         _write(self.folder / STATE, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
 
+    def load_weights(self, path: Path) -> None:
+        """Start from the averaged weights of another run's state, with fresh optimizers and no progress."""
+        tensors = load_file(path)
+        with torch.no_grad():
+            for index, (parameter, average) in enumerate(zip(self.model.parameters(), self.average, strict=True)):
+                parameter.copy_(tensors[f"average.{index}"])
+                average.copy_(parameter)
+        self.heads.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("heads.")})
+
     def load(self) -> bool:
         """Resume from the saved state; False if there is none.
 

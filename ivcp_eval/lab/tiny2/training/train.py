@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ivcp_eval.lab.tiny.training.fast import EAGER, compiled_kernels
-from ivcp_eval.lab.tiny2.processor import build_config
+from ivcp_eval.lab.tiny2.processor import build_config, coordinate_ids
 from ivcp_eval.lab.tiny2.training.batches import (
     IGNORED,
     TextBatch,
@@ -35,6 +34,8 @@ from ivcp_eval.lab.tiny2.training.tower import WhatHeads, merge, tower_features
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
 
 CPU_CONFIG = Path(__file__).with_name("cpu.yaml")
+#: Share of a coordinate's target that each of its neighbours gets.
+NEIGHBOUR_SHARE = 0.15
 FOLDER_HELP = "folder of the state, the curves and the exported model"
 
 
@@ -62,14 +63,20 @@ class Run:
                 tokens = merge(visual, tower_features(visual, batch.images, self.dtype, self.kernels), self.kernels)
                 parts = self.state.heads.losses(tokens, batch.targets)
                 return torch.stack(list(parts.values())).sum(), parts
-            logits = self.answer_logits(batch, phase)
+            logits, tokens = self.answer_logits(batch, phase)
+            parts = self.state.heads.losses(tokens, batch.targets) if phase.get("what_weight") else {}
         chosen = batch.labels != IGNORED
         weight = batch.weights[chosen]
-        total = (F.cross_entropy(logits, batch.labels[chosen], reduction="none") * weight).sum() / weight.sum()
+        total = (answer_losses(logits, batch.labels[chosen]) * weight).sum() / weight.sum()
+        if parts:
+            return total + phase["what_weight"] * torch.stack(list(parts.values())).sum(), {"answers": total, **parts}
         return total, {}
 
-    def answer_logits(self, batch: TextBatch, phase: dict[str, Any]) -> Tensor:
-        """Logits (labels, vocabulary) at the labelled slot tokens; only the phase's decoder layers take part."""
+    def answer_logits(self, batch: TextBatch, phase: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits (labels, vocabulary) at the labelled slot tokens, and the visual tokens (batch, tokens, hidden).
+
+        Only the phase's decoder layers take part.
+        """
         model = self.state.model
         visual, text = model.model.visual, model.model.language_model
         with torch.set_grad_enabled(torch.is_grad_enabled() and phase.get("tower_rate", 0) > 0):
@@ -79,7 +86,7 @@ class Run:
         embeddings = embeddings.index_copy(1, batch.layout.visual, tokens)
         layers = active_layers(len(text.layers), phase.get("layers"))
         hidden = decode(text, embeddings, batch.layout, self.kernels, layers)
-        return model.lm_head(hidden[batch.labels != IGNORED]).float()
+        return model.lm_head(hidden[batch.labels != IGNORED]).float(), tokens
 
     def step(self, batch: TowerBatch | TextBatch, phase: dict[str, Any]) -> dict[str, Tensor]:
         """One optimizer step."""
@@ -111,6 +118,17 @@ def choose_dtype(device: torch.device) -> torch.dtype:
             count += 1
         rates[dtype] = count
     return max(rates, key=lambda dtype: rates[dtype])
+
+
+def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(labels,) cross-entropies; a coordinate shares its target with its two neighbours, so that near is better."""
+    scores = torch.log_softmax(logits, dim=-1)
+    ids = torch.tensor(coordinate_ids(), device=labels.device)
+    below = torch.arange(logits.shape[-1], device=labels.device)
+    above = below.clone()
+    below[ids[1:]], above[ids[:-1]] = ids[:-1], ids[1:]
+    own, low, high = (scores.gather(1, t[:, None])[:, 0] for t in (labels, below[labels], above[labels]))
+    return -(1 - 2 * NEIGHBOUR_SHARE) * own - NEIGHBOUR_SHARE * (low + high)
 
 
 def active_layers(depth: int, count: int | None) -> list[int]:
@@ -179,13 +197,15 @@ def train(run: Run, seconds: float) -> bool:
     if not resumed and config.get("tower"):
         state.load_tower(Path(config["tower"]))
         state.progress["phase"] = sum(phase["kind"] == "tower" for phase in config["phases"])
+    if not resumed and config.get("start"):
+        state.load_weights(Path(config["start"]))
     say(f"{'resumed at' if resumed else 'started'} {state.progress}, {run.device}, {run.dtype}")
     began = saved = time.monotonic()
     while state.progress["phase"] < len(config["phases"]):
         phase = config["phases"][state.progress["phase"]]
         curve = Curve(run.folder / f"{phase['kind']}_loss.csv", state.progress["steps"])
         smooth: dict[str, Tensor] = {}
-        if is_first_text(config, state.progress):
+        if is_first_text(config, state.progress) and not config.get("start"):
             begin_text(run, phase)
         freeze(run, phase)
         for batch in stream(config, phase, state.progress):
@@ -276,7 +296,7 @@ def validate(run: Run, phase: dict[str, Any]) -> None:
                 for name, value in run.state.heads.accuracies(tokens, batch.targets).items():
                     hits.setdefault(name, []).append(value)
             else:
-                score(hits, batch, predictions(run.answer_logits(batch, phase), batch.labels))
+                score(hits, batch, predictions(run.answer_logits(batch, phase)[0], batch.labels))
     row |= means(hits)
     Curve(run.folder / f"{phase['kind']}_accuracy.csv", run.state.progress["steps"]).add(row)
     say(f"validation: { ({k: round(v, 3) for k, v in row.items()}) }")

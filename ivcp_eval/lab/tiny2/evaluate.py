@@ -136,7 +136,9 @@ class Asker:
         self.depth = len(self.model.model.language_model.layers)
         self.layer = round(self.depth * 4 / 7)
 
-    def ask(self, batch: Sequence[Question], method: str | AbstractMethod, ratio: float, **options: Any) -> list[Answer]:
+    def ask(
+        self, batch: Sequence[Question], method: str | AbstractMethod, ratio: float, **options: Any
+    ) -> list[Answer]:
         """The greedy answers to ``batch``."""
         texts = [
             self.processor.apply_chat_template(

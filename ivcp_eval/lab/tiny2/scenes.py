@@ -50,6 +50,7 @@ class Scene:
         clutter: rectangles (box, RGB) under the objects.
         objects: from the bottom to the top.
         owner: (height, width) int8, index of the object visible at each pixel, -1 for none.
+        origin: place of the scene's left upper corner in pixels; the objects' boxes count from the same zero.
     """
 
     width: int
@@ -58,6 +59,7 @@ class Scene:
     clutter: tuple[tuple[Box, tuple[int, int, int]], ...]
     objects: tuple[Placed, ...]
     owner: NDArray[np.int8]
+    origin: tuple[int, int] = (0, 0)
 
     @property
     def shapes(self) -> tuple[Placed, ...]:
@@ -108,6 +110,13 @@ def sample_scene(
     visible = tuple(replace(item, box=_bounds(owner == i)) for i, item in enumerate(placed))
     base = int(rng.integers(120, 236))
     return Scene(width, height, _background(rng, base), _clutter(rng, width, height, base), visible, owner)
+
+
+def moved(scene: Scene, origin: tuple[int, int]) -> Scene:
+    """``scene`` as a piece of a larger picture, its left upper corner at ``origin`` (x, y)."""
+    x, y = origin
+    objects = tuple(replace(o, box=(o.box[0] + x, o.box[1] + y, o.box[2] + x, o.box[3] + y)) for o in scene.objects)
+    return replace(scene, objects=objects, origin=origin)
 
 
 def side_range(width: int, height: int, count: int) -> tuple[int, int]:

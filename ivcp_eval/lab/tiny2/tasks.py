@@ -74,9 +74,9 @@ def what_is_at(rng: np.random.Generator, scene: Scene) -> Sample:
     if len(cells) == 0:
         cells = np.arange(len(owner))
     cell = int(cells[rng.integers(len(cells))])
-    x, y = cell % columns * CELL + CELL // 2, cell // columns * CELL + CELL // 2
+    x, y = (at * CELL + CELL // 2 for at in (cell % columns, cell // columns))
     answer = name_of(scene.objects[owner[cell]]) if owner[cell] >= 0 else "none"
-    return Sample("inverse", "inverse", f"What is at [{x}, {y}]?", answer)
+    return Sample("inverse", "inverse", f"What is at [{x + scene.origin[0]}, {y + scene.origin[1]}]?", answer)
 
 
 def relation(rng: np.random.Generator, scene: Scene) -> Sample | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ivcp_eval.lab.tiny.processor import SYSTEM_PROMPT
 from ivcp_eval.lab.tiny2 import tasks
 from ivcp_eval.lab.tiny2.processor import build_tokenizer, coordinate_ids
-from ivcp_eval.lab.tiny2.scenes import CELL, Scene, render, sample_scene, scene_rng
+from ivcp_eval.lab.tiny2.scenes import CELL, Scene, moved, render, sample_scene, scene_rng
 from ivcp_eval.lab.tiny2.tasks import Sample
 from ivcp_eval.lab.tiny2.training.decoder import Groups, Layout
 from ivcp_eval.lab.tiny2.training.tower import what_targets
@@ -23,6 +23,8 @@ BEFORE_PICTURES = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>u
 BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 IGNORED = -100
+#: Seeds of the places of windows start here, behind all scenes.
+WINDOWS = 1 << 40
 #: Weights of an answer's tokens: brackets and names in lists; coordinates; words.
 MARK_WEIGHT, COORDINATE_WEIGHT, WORD_WEIGHT = 0.1, 1.0, 1.0
 
@@ -84,9 +86,11 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
     pictures = phase.get("pictures", 1)
     groups = tuple((len(group["kinds"]), group["tokens"]) for group in phase["groups"])
     images, rows, samples, drawn = [], [], [], []
+    frame = tuple(phase.get("frame", size))
+    origin = window_origin(split, first, size, frame)
     for index in range(first, first + count):
         rng = scene_rng(split, index)
-        scenes = [draw(rng, size, phase) for _ in range(pictures)]
+        scenes = [moved(draw(rng, size, phase), origin) for _ in range(pictures)]
         drawn += scenes
         asked = [ask(rng, scenes, group["kinds"]) for group in phase["groups"]]
         images.append(np.stack([render(scene) for scene in scenes]))
@@ -98,10 +102,19 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
         ids=torch.tensor([prefix + row[0] for row in rows]),
         labels=torch.tensor([row[1] for row in rows]),
         weights=torch.tensor([row[2] for row in rows]),
-        layout=layout_for(size, pictures, groups),
+        layout=layout_for(size, pictures, groups, origin, frame),
         samples=samples,
         targets={k: v.unflatten(0, (count, pictures)).flatten(1, 2) for k, v in what_targets(drawn).items()},
     )
+
+
+def window_origin(split: str, first: int, size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """Where the pictures of the batch from ``first`` on lie in ``frame`` (width, height), on whole cells."""
+    if size == frame:
+        return 0, 0
+    rng = scene_rng(split, WINDOWS + first)
+    x, y = (int(rng.integers((whole - part) // CELL + 1)) * CELL for whole, part in zip(frame, size, strict=True))
+    return x, y
 
 
 def draw(rng: np.random.Generator, size: tuple[int, int], phase: dict[str, Any]) -> Scene:
@@ -128,16 +141,26 @@ def prefix_ids(size: tuple[int, int], pictures: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def layout_for(size: tuple[int, int], pictures: int, groups: Groups) -> Layout:
-    """Layout of a sequence with ``pictures`` of ``size`` (width, height) pixels, each token at its lone position."""
+def layout_for(
+    size: tuple[int, int],
+    pictures: int,
+    groups: Groups,
+    origin: tuple[int, int] = (0, 0),
+    frame: tuple[int, int] | None = None,
+) -> Layout:
+    """Layout of a sequence with ``pictures`` of ``size`` (width, height) pixels, each token at its lone position.
+
+    The pictures may be windows at ``origin`` of larger ones, ``frame``: their tokens stand where they would there.
+    """
     columns, rows = size[0] // CELL, size[1] // CELL
     cells = torch.arange(rows * columns)
     start = len(encode(BEFORE_PICTURES)) + 1
     pieces, visual, at = [torch.arange(start).expand(3, -1)], [], start
     for picture in range(pictures):
         visual.append(cells + start + picture * (len(cells) + 2))
-        pieces.append(torch.stack((torch.zeros_like(cells), cells // columns, cells % columns)) + at)
-        at += max(rows, columns)
+        places = (torch.zeros_like(cells), cells // columns + origin[1] // CELL, cells % columns + origin[0] // CELL)
+        pieces.append(torch.stack(places) + at)
+        at += max(rows, columns) if frame is None else max(frame) // CELL
         # The picture's end, and the next one's start.
         closing = 1 if picture == pictures - 1 else 2
         pieces.append((torch.arange(closing) + at).expand(3, -1))

@@ -1,4 +1,4 @@
-"""Train the second embedded model: ``python -m ivcp_eval.lab.tiny2.training.train --config FILE --out DIR``.
+"""Train the second embedded model: ``ivcp lab train tiny2 --config cpu.yaml|gpu.yaml --out DIR [--minutes N]``.
 
 Stops and resumes at any time: the state is written every ``save_every`` seconds, and a run that was killed and
 resumed sees the same pictures in the same order as one that was not.
@@ -33,7 +33,7 @@ from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads, merge, tower_features
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
 
-CPU_CONFIG = Path(__file__).with_name("cpu.yaml")
+CONFIGS = Path(__file__).parent
 #: Share of a coordinate's target that each of its neighbours gets.
 NEIGHBOUR_SHARE = 0.15
 FOLDER_HELP = "folder of the state, the curves and the exported model"
@@ -310,14 +310,20 @@ def say(text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options on ``parser``."""
-    parser.add_argument("--config", type=Path, default=CPU_CONFIG, help="YAML configuration (default: %(default)s)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("cpu.yaml"),
+        help="YAML configuration, or the name of a shipped one: cpu.yaml, gpu.yaml (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True, help=FOLDER_HELP)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, resumably, after this time")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as ``args`` say; 0 whether all phases are done or the time is up."""
-    config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    shipped = CONFIGS / args.config
+    config = yaml.safe_load((args.config if args.config.exists() else shipped).read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     training = Run(config, args.out)
     if train(training, 60 * args.minutes):
@@ -331,7 +337,3 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
     return run(parser.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -80,7 +80,7 @@ def scene_rng(split: str, index: int) -> np.random.Generator:
 def sample_scene(
     rng: np.random.Generator,
     size: tuple[int, int] | None = None,
-    objects: tuple[int, int] = (2, 4),
+    objects: tuple[int, int] = (2, 3),
     sign_percent: int = 0,
 ) -> Scene:
     """Draw a scene of ``size`` (width, height) in pixels with about ``objects`` (least, most) objects, at least one."""
@@ -123,7 +123,7 @@ def side_range(width: int, height: int, count: int) -> tuple[int, int]:
     """Smallest and largest side in pixels of the objects of a scene of ``count``."""
     shorter = min(width, height)
     area = width * height / max(count, 2)
-    high = int(min(0.8 * shorter, 144, 0.95 * area**0.5))
+    high = int(min(0.8 * shorter, 112, 0.95 * area**0.5))
     return min(high - 8, max(34, high * 7 // 10)), high
 
 

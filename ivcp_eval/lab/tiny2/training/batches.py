@@ -25,8 +25,9 @@ END = "<|im_end|>"
 IGNORED = -100
 #: Seeds of the places of windows start here, behind all scenes.
 WINDOWS = 1 << 40
-#: Weights of an answer's tokens: brackets and names in lists; coordinates; words.
-MARK_WEIGHT, COORDINATE_WEIGHT, WORD_WEIGHT = 0.1, 1.0, 1.0
+#: Weights of an answer's tokens: brackets and names in lists; a box's first coordinate, which chooses the object for
+#: the others; the others; words.
+MARK_WEIGHT, FIRST_WEIGHT, COORDINATE_WEIGHT, WORD_WEIGHT = 0.1, 3.0, 1.0, 3.0
 
 
 @lru_cache(maxsize=100_000)
@@ -176,7 +177,11 @@ def answer_tokens(sample: Sample) -> tuple[list[int], list[float]]:
     if sample.task not in ("grounding", "list", "point"):
         return ids, [WORD_WEIGHT] * (len(ids) - 1) + [MARK_WEIGHT]
     known = set(coordinate_ids())
-    return ids, [COORDINATE_WEIGHT if token in known else MARK_WEIGHT for token in ids]
+    weights = [COORDINATE_WEIGHT if token in known else MARK_WEIGHT for token in ids]
+    for place, (before, token) in enumerate(zip(ids, ids[1:], strict=False), start=1):
+        if token in known and before not in encode(", "):
+            weights[place] = FIRST_WEIGHT
+    return ids, weights
 
 
 def pack(asked: Sequence[Sequence[Sample]], groups: Groups) -> tuple[list[int], list[int], list[float]]:

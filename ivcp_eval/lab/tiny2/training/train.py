@@ -28,7 +28,7 @@ from ivcp_eval.lab.tiny2.training.batches import (
     make_tower_batch,
 )
 from ivcp_eval.lab.tiny2.training.decoder import decode
-from ivcp_eval.lab.tiny2.training.export import export
+from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads, merge, tower_features
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
@@ -152,10 +152,7 @@ def begin_text(run: Run, phase: dict[str, Any]) -> None:
         torch._foreach_copy_(list(model.parameters()), state.average)
         for parameter in model.model.visual.merger.mlp[2].parameters():
             parameter.mul_(run.config["visual_gain"])
-        for index, layer in enumerate(model.model.language_model.layers):
-            if index not in active:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
+        silence(model, active)
         torch._foreach_copy_(state.average, [p.detach() for p in model.parameters()])
     state.optimizers = build_optimizers(model, state.heads, run.config)
 
@@ -327,7 +324,10 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     training = Run(config, args.out)
     if train(training, 60 * args.minutes):
-        export(training.state, args.out / "model")
+        layers = active_layers(
+            len(training.state.model.model.language_model.layers), config["phases"][-1].get("layers")
+        )
+        export(training.state, args.out / "model", layers)
         say(f"done: {args.out / 'model'}")
     return 0
 

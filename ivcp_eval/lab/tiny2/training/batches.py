@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,7 @@ def answer_tokens(sample: Sample) -> tuple[list[int], list[float]]:
         return ids, [WORD_WEIGHT] * (len(ids) - 1) + [MARK_WEIGHT]
     known = set(coordinate_ids())
     weights = [COORDINATE_WEIGHT if token in known else MARK_WEIGHT for token in ids]
-    for place, (before, token) in enumerate(zip(ids, ids[1:], strict=False), start=1):
+    for place, (before, token) in enumerate(pairwise(ids), start=1):
         if token in known and before not in encode(", "):
             weights[place] = FIRST_WEIGHT
     return ids, weights

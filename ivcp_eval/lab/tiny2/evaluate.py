@@ -1,7 +1,7 @@
 """The acceptance of a trained model: ``ivcp lab accept tiny2 --model DIR [--split validation]``.
 
 Settings are chosen on the validation split; the test split is run once. Everything goes through the stock model's
-``generate`` inside ``ivcp_eval.prune``. Clips (the other part of A11), A9 and A12 are not measured here.
+``generate`` inside ``ivcp_eval.prune``. Clips (the other part of A11) and A12 are not measured here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ivcp_eval.engine import prune
+from ivcp_eval.engine.cost.predicted import ratio_for
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ImageSpan, ModelFacts, Selection, Signals
 from ivcp_eval.interface import Image as TokenImage
 from ivcp_eval.interface.ops import coordinate_set
@@ -190,6 +191,10 @@ def grounding_conditions(asker: Asker, batch: Sequence[Question], number: int) -
         found[f"ivc_prune {ratio}"] = asker.ask(batch, "ivc_prune", ratio, layer=asker.layer)
         found[f"random {ratio}"] = asker.ask(batch, "random", ratio, layer=asker.layer)
     found["value 0.5"] = asker.ask(batch, "ivc_prune", 0.5, layer=asker.layer, ivc=0.0)
+    # FastV at as many tokens, averaged over the layers, as IVC-Prune at 0.5 processes.
+    share = (asker.layer + 0.5 * (asker.depth - asker.layer)) / asker.depth
+    for name in ("fastv", "fastv+ivc"):
+        found[name] = asker.ask(batch, name, ratio_for(asker.model, name, share, "layer_mean"))
     chosen = [controlled(asker, question, number + i) for i, question in enumerate(batch)]
     for name in chosen[0]:
         found[name] = asker.keep(batch, [tokens[name] for tokens in chosen])

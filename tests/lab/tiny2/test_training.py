@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ivcp_eval.lab.tiny2 import tasks
-from ivcp_eval.lab.tiny2.processor import build_processor
+from ivcp_eval.lab.tiny2.processor import build_processor, build_tokenizer, coordinate_ids
 from ivcp_eval.lab.tiny2.training import batches, train
 from ivcp_eval.lab.tiny2.training.state import STATE, TOWER
 from ivcp_eval.lab.tiny2.training.tower import merge, tower_features
@@ -130,6 +130,47 @@ def test_state_of_another_model_is_refused(whole: Path) -> None:
         run.state.load()
 
 
+def test_a_run_starts_from_the_weights_of_another(whole: Path, tmp_path: Path) -> None:
+    """The average of the other run, its heads, and no progress; silent layers stay as they are."""
+    run = train.Run({**CONFIG, "start": str(whole / STATE)}, tmp_path)
+    assert not train.train(run, 0)
+    assert run.state.progress["steps"] == 1
+    other = train.Run(CONFIG, whole)
+    other.state.load()
+    with other.state.averaged():
+        before = [p.clone() for p in other.state.model.parameters()]
+    moved = [(a - b).abs().max().item() for a, b in zip(run.state.model.parameters(), before, strict=True)]
+    assert 0 < max(moved) < 0.1
+
+
+def test_a_start_of_another_shape_is_refused(whole: Path, tmp_path: Path) -> None:
+    config = {**CONFIG, "model": {**SMALL, "num_layers": 3}, "start": str(whole / STATE)}
+    with pytest.raises(ValueError, match="state of another model"):
+        train.train(train.Run(config, tmp_path), 0)
+
+
+def test_layers_without_a_part_are_silent_in_the_export(whole: Path) -> None:
+    """Two of four layers were trained: the stock model must not be disturbed by the others."""
+    tensors = load_file(whole / "model" / "model.safetensors")
+    silent = [
+        i
+        for i in range(4)
+        if not any(
+            tensors[k].any() for k in tensors if f".layers.{i}.mlp.down" in k or f".layers.{i}.self_attn.o_" in k
+        )
+    ]
+    assert silent == [1, 2]
+
+
+def test_near_coordinates_cost_less(whole: Path) -> None:
+    ids = coordinate_ids()
+    logits = torch.zeros(3, build_tokenizer().get_vocab_size())
+    for row, said in enumerate((10, 11, 14)):
+        logits[row, ids[said]] = 9.0
+    right, near, far = train.answer_losses(logits, torch.tensor([ids[10]] * 3)).tolist()
+    assert right < near < far
+
+
 def test_export_loads_with_stock_classes_and_says_what_the_trained_model_says(whole: Path) -> None:
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -153,7 +194,7 @@ def test_layers_that_do_not_take_part_yet_change_nothing_when_they_join(whole: P
     train.begin_text(run, phase)
     batch = batches.make_text_batch("train", 0, 2, (96, 96), phase)
     with torch.no_grad():
-        few, all_of_them = (run.answer_logits(batch, p)[0] for p in (phase, {**phase, "layers": None}))
+        few, all_of_them = run.answer_logits(batch, phase), run.answer_logits(batch, {**phase, "layers": None})
     torch.testing.assert_close(few, all_of_them)
 
 

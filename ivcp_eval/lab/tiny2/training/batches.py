@@ -59,7 +59,6 @@ class TextBatch:
         labels: (batch, slot tokens) next token of every slot token, or -100.
         weights: (batch, slot tokens) weight of each label.
         layout: layout of the sequence.
-        targets: classes of what lies under each visual token, as in ``TowerBatch``.
         samples: per row, the question of every slot in order, None for an empty one.
     """
 
@@ -69,12 +68,11 @@ class TextBatch:
     weights: Tensor
     layout: Layout
     samples: list[list[Sample | None]]
-    targets: dict[str, Tensor]
 
     def to(self, device: torch.device) -> TextBatch:
         """The batch on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "ids", "labels", "weights", "layout")}
-        return replace(self, targets={k: v.to(device) for k, v in self.targets.items()}, **moved)
+        return replace(self, **moved)
 
 
 def make_tower_batch(split: str, first: int, count: int, size: tuple[int, int], phase: dict[str, Any]) -> TowerBatch:
@@ -87,13 +85,12 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
     """Rows ``first`` .. ``first + count - 1`` of ``split``: ``pictures`` scenes each, and the phase's questions."""
     pictures = phase.get("pictures", 1)
     groups = tuple((len(group["kinds"]), group["tokens"]) for group in phase["groups"])
-    images, rows, samples, drawn = [], [], [], []
+    images, rows, samples = [], [], []
     frame = tuple(phase.get("frame", size))
     origin = window_origin(split, first, size, frame)
     for index in range(first, first + count):
         rng = scene_rng(split, index)
         scenes = [moved(draw(rng, size, phase), origin) for _ in range(pictures)]
-        drawn += scenes
         asked = [ask(rng, scenes, group["kinds"]) for group in phase["groups"]]
         images.append(np.stack([render(scene) for scene in scenes]))
         rows.append(pack(asked, groups))
@@ -106,7 +103,6 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
         weights=torch.tensor([row[2] for row in rows]),
         layout=layout_for(size, pictures, groups, origin, frame),
         samples=samples,
-        targets={k: v.unflatten(0, (count, pictures)).flatten(1, 2) for k, v in what_targets(drawn).items()},
     )
 
 

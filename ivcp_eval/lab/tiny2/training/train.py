@@ -63,20 +63,14 @@ class Run:
                 tokens = merge(visual, tower_features(visual, batch.images, self.dtype, self.kernels), self.kernels)
                 parts = self.state.heads.losses(tokens, batch.targets)
                 return torch.stack(list(parts.values())).sum(), parts
-            logits, tokens = self.answer_logits(batch, phase)
-            parts = self.state.heads.losses(tokens, batch.targets) if phase.get("what_weight") else {}
+            logits = self.answer_logits(batch, phase)
         chosen = batch.labels != IGNORED
         weight = batch.weights[chosen]
         total = (answer_losses(logits, batch.labels[chosen]) * weight).sum() / weight.sum()
-        if parts:
-            return total + phase["what_weight"] * torch.stack(list(parts.values())).sum(), {"answers": total, **parts}
         return total, {}
 
-    def answer_logits(self, batch: TextBatch, phase: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits (labels, vocabulary) at the labelled slot tokens, and the visual tokens (batch, tokens, hidden).
-
-        Only the phase's decoder layers take part.
-        """
+    def answer_logits(self, batch: TextBatch, phase: dict[str, Any]) -> Tensor:
+        """Logits (labels, vocabulary) at the labelled slot tokens; only the phase's decoder layers take part."""
         model = self.state.model
         visual, text = model.model.visual, model.model.language_model
         with torch.set_grad_enabled(torch.is_grad_enabled() and phase.get("tower_rate", 0) > 0):
@@ -86,7 +80,7 @@ class Run:
         embeddings = embeddings.index_copy(1, batch.layout.visual, tokens)
         layers = active_layers(len(text.layers), phase.get("layers"))
         hidden = decode(text, embeddings, batch.layout, self.kernels, layers)
-        return model.lm_head(hidden[batch.labels != IGNORED]).float(), tokens
+        return model.lm_head(hidden[batch.labels != IGNORED]).float()
 
     def step(self, batch: TowerBatch | TextBatch, phase: dict[str, Any]) -> dict[str, Tensor]:
         """One optimizer step."""
@@ -147,14 +141,19 @@ def begin_text(run: Run, phase: dict[str, Any]) -> None:
     """
     state = run.state
     model = state.model
-    active = active_layers(len(model.model.language_model.layers), phase.get("layers"))
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), state.average)
         for parameter in model.model.visual.merger.mlp[2].parameters():
             parameter.mul_(run.config["visual_gain"])
-        silence(model, active)
-        torch._foreach_copy_(state.average, [p.detach() for p in model.parameters()])
+    join_later(run, phase)
     state.optimizers = build_optimizers(model, state.heads, run.config)
+
+
+def join_later(run: Run, phase: dict[str, Any]) -> None:
+    """Silence, in weights and average, the layers that ``phase`` leaves out, so that they join without a jolt."""
+    model = run.state.model
+    silence(model, active_layers(len(model.model.language_model.layers), phase.get("layers")))
+    torch._foreach_copy_(run.state.average, [p.detach() for p in model.parameters()])
 
 
 class Batches(Dataset[Any]):
@@ -196,6 +195,7 @@ def train(run: Run, seconds: float) -> bool:
         state.progress["phase"] = sum(phase["kind"] == "tower" for phase in config["phases"])
     if not resumed and config.get("start"):
         state.load_weights(Path(config["start"]))
+        join_later(run, next(phase for phase in config["phases"] if phase["kind"] == "text"))
     say(f"{'resumed at' if resumed else 'started'} {state.progress}, {run.device}, {run.dtype}")
     began = saved = time.monotonic()
     while state.progress["phase"] < len(config["phases"]):
@@ -293,7 +293,7 @@ def validate(run: Run, phase: dict[str, Any]) -> None:
                 for name, value in run.state.heads.accuracies(tokens, batch.targets).items():
                     hits.setdefault(name, []).append(value)
             else:
-                score(hits, batch, predictions(run.answer_logits(batch, phase)[0], batch.labels))
+                score(hits, batch, predictions(run.answer_logits(batch, phase), batch.labels))
     row |= means(hits)
     Curve(run.folder / f"{phase['kind']}_accuracy.csv", run.state.progress["steps"]).add(row)
     say(f"validation: { ({k: round(v, 3) for k, v in row.items()}) }")

@@ -76,7 +76,8 @@ def build_tokenizer() -> Tokenizer:
 
 def coordinate_ids() -> list[int]:
     """Token ids of `COORDINATES`, ascending in value."""
-    return [build_tokenizer().token_to_id(text) for text in COORDINATES]
+    vocabulary = build_tokenizer().get_vocab()
+    return [vocabulary[text] for text in COORDINATES]
 
 
 def build_processor() -> Qwen2_5_VLProcessor:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from ivcp_eval.lab.tiny.scenes import COLOURS, GLYPHS, SIGN, Box, SceneObject, shape_mask
 
-#: Shapes that a token's worth of outline tells apart.
-SHAPES = ("square", "triangle", "cross", "ring")
-
 #: Side in pixels of the area behind one visual token.
 CELL = 16
-#: (width, height) of full-size pictures: 256 to 270 visual tokens.
+#: (width, height) of full-size pictures: 256 visual tokens.
 FULL_SIZES = ((256, 256),)
+#: Shapes whose outlines are unlike in every piece. The tower's heads know all of the first embedded model's.
+SHAPES = ("square", "triangle", "cross", "ring")
+#: Textures that the tower's heads know, and those that are drawn.
 TEXTURES = ("solid", "dotted", "horizontal", "vertical", "diagonal", "checked")
 USED_TEXTURES = ("solid", "dotted", "diagonal")
 #: Seeds that no other embedded model uses; the splits never overlap.
@@ -169,7 +169,7 @@ def _place(rng: np.random.Generator, owner: NDArray[np.int8], placed: list[Place
     if x2 > width - 4 or y2 > height - 4:
         return None
     mask = np.ones((y2, x2), dtype=bool) if item.shape == SIGN else shape_mask(item.shape, x2, y2)
-    # Two in three objects stay clear of the others, so that hidden parts are common but not the rule.
+    # Five in six objects stay clear of the others, so that hidden parts are common but not the rule.
     clear = int(rng.integers(6)) > 0
     lefts, tops = rng.integers(2, width - x2 - 1, 12).tolist(), rng.integers(2, height - y2 - 1, 12).tolist()
     for left, top in zip(lefts, tops, strict=True):

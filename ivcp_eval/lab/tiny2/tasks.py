@@ -50,7 +50,7 @@ def list_all(scene: Scene) -> Sample:
 
 
 def groundings(scene: Scene) -> list[base.Sample]:
-    """Box of every object that its name, or a relation to a named object, tells from the others."""
+    """Box of every object that its name tells from the others."""
     found = base.plain_references(scene)  # type: ignore[arg-type]
     return [replace(sample, answer=format_box(sample.box)) for sample in found if sample.box]
 

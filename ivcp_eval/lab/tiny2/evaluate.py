@@ -221,7 +221,7 @@ def controlled(asker: Asker, question: Question, seed: int) -> dict[str, np.ndar
 
 def batches(split: str, count: int, task: str) -> Iterator[list[Question]]:
     """`questions` in batches, with a bar of progress."""
-    stream = tqdm(questions(split, count, task), total=count, desc=task)
+    stream = iter(tqdm(questions(split, count, task), total=count, desc=task))
     while batch := list(islice(stream, BATCH)):
         yield batch
 

@@ -123,3 +123,9 @@ def test_nothing_outside_the_training_folder_imports_it() -> None:
     found = [p for p in package.rglob("*.py") if training not in p.parents and "import" in p.read_text()]
     assert len(found) > 50
     assert not [p.name for p in found if "lab.tiny2.training" in p.read_text()]
+
+
+def test_batches_hold_every_question_once() -> None:
+    asked = [q.sample for batch in evaluate.batches("validation", 75, "short") for q in batch]
+    assert asked == [q.sample for q in evaluate.questions("validation", 75, "short")]
+    assert len(asked) == 75

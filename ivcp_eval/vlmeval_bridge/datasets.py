@@ -79,7 +79,7 @@ class _Shipped(Unpacking, ImageBaseDataset):
     def supported_datasets(cls) -> list[str]:
         """Declared benchmarks of this kind that VLMEvalKit itself does not know."""
         loaded = [benchmarks.load(name) for name in benchmarks.names()]
-        return [b.vlmeval for b in loaded if b.kind == cls.KIND and (b.file or b.kind == "grounding")]
+        return [b.vlmeval for b in loaded if b.kind == cls.KIND and not b.url]
 
     def load_data(self, dataset: str) -> pd.DataFrame:
         """The TSV; images are cached under its checksum, so another version of the file never meets stale pictures."""

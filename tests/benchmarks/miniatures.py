@@ -371,6 +371,19 @@ GROUNDING = (
 )
 
 
+def _easy_vqa() -> Miniature:
+    """One-word answers in three categories, as ``ivcp lab easy-vqa`` writes them; the half-right model knows yes_no."""
+    asked = (("no", "yes_no"), ("yes", "yes_no"), ("circle", "shape"), ("teal", "colour"))
+    rows = [
+        {"index": i + 1, "image": picture(i), "question": f"what is {i}?", "answer": a, "category": c, "image_id": i}
+        for i, (a, c) in enumerate(asked)
+    ]
+    right = [answer.capitalize() for answer, _ in asked]
+    wrong = ["triangle"] * 4
+    scores = {"accuracy": (100, 0, 50)}
+    return Miniature(**_models(rows, right, wrong, right[:2] + wrong[2:]), scores=scores)
+
+
 @cache
 def miniatures() -> Mapping[str, Miniature]:
     """By benchmark name."""
@@ -402,4 +415,5 @@ def miniatures() -> Mapping[str, Miniature]:
         "CV-Bench-3D": _cv_bench("3D"),
         "LLaVABench": _llavabench(),
         "MMBench_DEV_CN_V11": _circular("第{}个人是谁"),
+        "easy_vqa": _easy_vqa(),
     }

@@ -12,10 +12,10 @@ from ivcp_eval.cli.lab.lab import TASKS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_has_a_parser(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("task", "model"), [(task, model) for task, (models, _) in TASKS.items() for model in models])
+def test_every_task_has_a_parser(task: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["lab", task, "--help"])
+        main(["lab", task, model, "--help"])
     assert end.value.code == 0
     assert "usage:" in capsys.readouterr().out
 
@@ -25,7 +25,12 @@ def test_an_unknown_task_is_named_with_those_there_are(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["lab", *arguments]) == 2
-    assert "there are train, evaluate, build-benchmarks" in capsys.readouterr().err
+    assert "there are train, evaluate, accept" in capsys.readouterr().err
+
+
+def test_a_task_that_is_not_for_the_model_says_for_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "accept", "tiny"]) == 2
+    assert "ivcp lab accept is for tiny2, got 'tiny'" in capsys.readouterr().err
 
 
 def test_a_task_gets_its_options_and_its_exit_code_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

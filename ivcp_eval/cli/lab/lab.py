@@ -1,4 +1,4 @@
-"""Train, evaluate and document the embedded model, and write its benchmarks."""
+"""Train, evaluate and document the embedded models, and write their benchmarks."""
 
 from __future__ import annotations
 
@@ -6,29 +6,42 @@ import argparse
 from importlib import import_module
 
 FOREIGN = True  # what follows the task's name belongs to the task
+#: Modules of each task by model; the first model is meant where none is named.
 TASKS = {
-    "train": ("tiny.training.train", "train the embedded model"),
-    "evaluate": ("tiny.evaluate", "its held-out accuracy through stock `generate`"),
-    "build-benchmarks": ("tiny.build_benchmarks", "write the embedded benchmarks, or check them"),
-    "choose-layer": ("tiny.training.choose_layer", "accuracy of every cut layer on the validation split"),
-    "plot-curve": ("tiny.training.plot_curve", "plot a training curve"),
+    "train": ({"tiny": "tiny.training.train", "tiny2": "tiny2.training.train"}, "train an embedded model"),
+    "evaluate": ({"tiny": "tiny.evaluate"}, "its held-out accuracy through stock `generate`"),
+    "accept": ({"tiny2": "tiny2.evaluate"}, "hold a model to its acceptance table"),
+    "build-benchmarks": (
+        {"tiny": "tiny.build_benchmarks", "tiny2": "tiny2.build_benchmarks"},
+        "write the embedded benchmarks, or check them",
+    ),
+    "easy-vqa": ({"tiny2": "tiny2.easy_vqa"}, "write easy-VQA's test as a benchmark file"),
+    "choose-layer": ({"tiny": "tiny.training.choose_layer"}, "accuracy of every cut layer on the validation split"),
+    "plot-curve": ({"tiny": "tiny.training.plot_curve"}, "plot a training curve"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which tasks there are; each has options of its own."""
-    parser.usage = "ivcp lab TASK ..."
-    parser.epilog = "; ".join(f"{name}: {text}" for name, (_, text) in TASKS.items()) + ". `ivcp lab TASK --help`: more"
+    parser.usage = "ivcp lab TASK [MODEL] ..."
+    tasks = (f"{name} ({', '.join(modules)}): {text}" for name, (modules, text) in TASKS.items())
+    parser.epilog = "; ".join(tasks) + ". `ivcp lab TASK [MODEL] --help`: more"
 
 
 def run(args: argparse.Namespace) -> int:
     """The task's exit code.
 
     Raises:
-        ValueError: no task, or an unknown one.
+        ValueError: no task, or an unknown one; or a model that the task is not for.
     """
     name, *rest = args.further or [""]
     if name not in TASKS:
         raise ValueError(f"ivcp lab needs a task, got {name!r}; there are {', '.join(TASKS)}")
-    module = import_module(f"ivcp_eval.lab.{TASKS[name][0]}")
+    modules = TASKS[name][0]
+    model = next(iter(modules))
+    if rest and rest[0] in {known for each, _ in TASKS.values() for known in each}:
+        model, *rest = rest
+    if model not in modules:
+        raise ValueError(f"ivcp lab {name} is for {', '.join(modules)}, got {model!r}")
+    module = import_module(f"ivcp_eval.lab.{modules[model]}")
     return int(module.main(rest) or 0)

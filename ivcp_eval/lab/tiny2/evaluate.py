@@ -1,7 +1,7 @@
-"""The acceptance of a trained model: ``python -m ivcp_eval.lab.tiny2.evaluate --model DIR [--split validation]``.
+"""The acceptance of a trained model: ``ivcp lab accept tiny2 --model DIR [--split validation]``.
 
 Settings are chosen on the validation split; the test split is run once. Everything goes through the stock model's
-``generate`` inside ``ivcp_eval.prune``. Clips (the other part of A11), A9 and A12 are not measured here.
+``generate`` inside ``ivcp_eval.prune``. Clips (the other part of A11) and A12 are not measured here.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ivcp_eval.engine import prune
+from ivcp_eval.engine.cost.predicted import ratio_for
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ImageSpan, ModelFacts, Selection, Signals
 from ivcp_eval.interface import Image as TokenImage
 from ivcp_eval.interface.ops import coordinate_set
@@ -31,6 +33,7 @@ from ivcp_eval.lab.tiny2.scenes import LEAST_COVER, Scene, cell_cover, render, s
 
 #: Enough for the longest answer, a box of four three-digit numbers with its end token.
 MAX_NEW_TOKENS = 20
+BATCH = 32
 TWO_PICTURES_SIZE = (192, 192)
 
 
@@ -45,21 +48,34 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Whether an answer was right, and the raster indices of the visual tokens that survived."""
+
+    right: bool
+    kept: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
 class Chosen(AbstractMethod):
-    """Keeps given visual tokens of one picture, whatever the model thinks: for controlled comparisons."""
+    """Keeps given visual tokens of every row's picture, whatever the model thinks: for controlled comparisons.
+
+    Attributes:
+        keep: raster indices for each row of one batch, taken in the order in which the engine cuts rows.
+        layer: the cut, and so every layer's cache.
+    """
 
     faithfulness: ClassVar[Faithfulness] = "control"
 
-    keep: tuple[int, ...] = ()
+    keep: Iterator[np.ndarray[Any, Any]] = field(default_factory=lambda: iter(()))
     layer: int = 1
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """One cut for every layer's cache."""
+        """One cut; the ratio is not used."""
         return (Cut(self.layer, ratio),)
 
     def select(self, signals: Signals) -> Selection:
-        """The given tokens."""
-        return Selection(torch.tensor(self.keep, device=signals.visual.device))
+        """The next row's tokens."""
+        return Selection(torch.as_tensor(next(self.keep), device=signals.visual.device), exact=False)
 
 
 def questions(split: str, count: int, task: str) -> Iterator[Question]:
@@ -80,7 +96,7 @@ def _of_scene(rng: np.random.Generator, task: str, cluster: str) -> list[Questio
         samples = [_in_picture(s, number + 1) for s in tasks.pick(rng, scenes[number], ["box"])]
         return [Question(_drawn(*scenes), s, cluster, np.array([], dtype=int)) for s in samples]
     scene = sample_scene(rng)
-    kinds = ("box", "box") if task == "grounding" else rng.permutation(("colour", "shape", "count", "number"))[:2]
+    kinds = ("box", "box") if task == "grounding" else rng.permutation(("colour", "shape", "count"))[:2]
     samples = tasks.pick(rng, scene, list(kinds))
     return [Question(_drawn(scene), s, cluster, _target(scene, s)) for s in samples]
 
@@ -114,94 +130,125 @@ def coordinates(model: Any, image: Image.Image) -> np.ndarray[Any, Any]:
 
 
 class Asker:
-    """A model that answers questions under a condition."""
+    """A model that answers batches of questions under a condition; the pictures of a batch are of one size."""
 
     def __init__(self, folder: Path) -> None:
         self.model, self.processor = load(folder)
         self.depth = len(self.model.model.language_model.layers)
         self.layer = round(self.depth * 4 / 7)
 
-    def ask(self, question: Question, method: str | AbstractMethod, ratio: float, **options: Any) -> tuple[bool, Any]:
-        """(whether the greedy answer is right, (kept,) surviving visual tokens' raster indices)."""
-        content = [
-            *({"type": "image"} for _ in question.images),
-            {"type": "text", "text": tasks.prompt_of(question.sample)},
+    def ask(
+        self, batch: Sequence[Question], method: str | AbstractMethod, ratio: float, **options: Any
+    ) -> list[Answer]:
+        """The greedy answers to ``batch``."""
+        texts = [
+            self.processor.apply_chat_template(
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            *({"type": "image"} for _ in question.images),
+                            {"type": "text", "text": tasks.prompt_of(question.sample)},
+                        ],
+                    }
+                ],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for question in batch
         ]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        inputs = self.processor(text=[text], images=list(question.images), return_tensors="pt")
+        images = [list(question.images) for question in batch]
+        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         with torch.inference_mode(), prune(self.model, method, ratio, **options) as run:
             output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        said = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        visual = torch.nonzero(inputs["input_ids"][0] == self.model.config.image_token_id).flatten()
-        kept = torch.nonzero(torch.isin(visual, run.kept[0].cpu())).flatten()
-        return is_right(question.sample, said), kept.numpy()
+        said = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = []
+        for question, text, ids, kept in zip(batch, said, inputs["input_ids"], run.kept, strict=True):
+            visual = torch.nonzero(ids == self.model.config.image_token_id).flatten()
+            survivors = torch.nonzero(torch.isin(visual, kept.cpu())).flatten().numpy()
+            answers.append(Answer(is_right(question.sample, text), survivors))
+        return answers
 
-    def keep(self, question: Question, tokens: np.ndarray[Any, Any]) -> tuple[bool, Any]:
-        """`ask` with exactly ``tokens`` of the only picture."""
+    def keep(self, batch: Sequence[Question], tokens: Sequence[np.ndarray[Any, Any]]) -> list[Answer]:
+        """`ask` with exactly ``tokens`` of each question's only picture, at least one."""
+        chosen = [np.sort(t) if len(t) else np.array([0]) for t in tokens]
+        answers = self.ask(batch, Chosen(iter(chosen), self.layer), 0.5)
+        if not all(np.array_equal(a.kept, c) for a, c in zip(answers, chosen, strict=True)):
+            raise RuntimeError("the engine did not cut the rows in their order; the controlled conditions are void")
+        return answers
+
+    def cells(self, question: Question) -> np.ndarray[Any, Any]:
+        """Raster indices of all tokens of the question's first picture."""
         cell = self.model.config.vision_config.patch_size * MERGE_SIZE
         image = question.images[0]
-        n = (image.width // cell) * (image.height // cell)
-        kept = tuple(sorted(int(t) for t in tokens)) or (0,)
-        return self.ask(question, Chosen(kept, self.layer), len(kept) / n)
+        return np.arange((image.width // cell) * (image.height // cell))
 
 
-def grounding_conditions(asker: Asker, question: Question, number: int) -> dict[str, tuple[bool, Any]]:
-    """Every condition of one grounding question; ``number`` seeds what is drawn."""
-    cell = asker.model.config.vision_config.patch_size * MERGE_SIZE
-    image = question.images[0]
-    everything = np.arange((image.width // cell) * (image.height // cell))
-    rng, target = np.random.default_rng(number), question.target
-    ivc = coordinates(asker.model, image)
-    background = np.setdiff1d(everything, target)
-    ivc_outside = np.setdiff1d(ivc, target)
-    as_many = rng.permutation(background)[: len(ivc_outside)]
-    half = rng.permutation(target)[: len(target) // 2]
-    found = {name: asker.ask(question, "none", 1.0) for name in ("none", "none again")}
+def grounding_conditions(asker: Asker, batch: Sequence[Question], number: int) -> dict[str, list[Answer]]:
+    """Every condition of a batch of grounding questions; ``number`` is the first one's and seeds what is drawn."""
+    found = {name: asker.ask(batch, "none", 1.0) for name in ("none", "none again")}
     for ratio in (0.5, 0.25, 0.11):
-        found[f"ivc_prune {ratio}"] = asker.ask(question, "ivc_prune", ratio, layer=asker.layer)
-        found[f"random {ratio}"] = asker.ask(question, "random", ratio, layer=asker.layer, seed=number)
-    found["value 0.5"] = asker.ask(question, "ivc_prune", 0.5, layer=asker.layer, ivc=0.0)
-    for name, tokens in (
-        ("half of the target dropped", np.setdiff1d(everything, half)),
-        ("all but IVC", np.setdiff1d(everything, ivc)),
-        ("all but IVC outside the target", np.setdiff1d(everything, ivc_outside)),
-        ("all but as many outside the target", np.setdiff1d(everything, as_many)),
-        ("target only", target),
-        ("target + IVC", np.union1d(target, ivc)),
-        ("target + as many", np.union1d(target, as_many)),
-    ):
-        found[name] = asker.keep(question, tokens)
+        found[f"ivc_prune {ratio}"] = asker.ask(batch, "ivc_prune", ratio, layer=asker.layer)
+        found[f"random {ratio}"] = asker.ask(batch, "random", ratio, layer=asker.layer)
+    found["value 0.5"] = asker.ask(batch, "ivc_prune", 0.5, layer=asker.layer, ivc=0.0)
+    # FastV at as many tokens, averaged over the layers, as IVC-Prune at 0.5 processes.
+    share = (asker.layer + 0.5 * (asker.depth - asker.layer)) / asker.depth
+    for name in ("fastv", "fastv+ivc"):
+        found[name] = asker.ask(batch, name, ratio_for(asker.model, name, share, "layer_mean"))
+    chosen = [controlled(asker, question, number + i) for i, question in enumerate(batch)]
+    for name in chosen[0]:
+        found[name] = asker.keep(batch, [tokens[name] for tokens in chosen])
     return found
 
 
-def measure(asker: Asker, split: str, count: int) -> tuple[Verdicts, Verdicts, Verdicts, list[int]]:
-    """Verdicts of grounding, short answers and two pictures, and the cut layers that were tried."""
-    layers = list(range(1, asker.depth))
-    grounding, short, two = Verdicts(), Verdicts(), Verdicts()
-    for number, question in enumerate(tqdm(questions(split, count, "grounding"), total=count, desc="grounding")):
-        found = grounding_conditions(asker, question, number)
-        for layer in layers:
-            found[f"ivc_prune 0.5 at {layer}"] = asker.ask(question, "ivc_prune", 0.5, layer=layer)
-        _note(grounding, question, found)
-    for question in tqdm(questions(split, count, "short"), total=count, desc="short"):
-        image = question.images[0]
-        cell = asker.model.config.vision_config.patch_size * MERGE_SIZE
-        everything = np.arange((image.width // cell) * (image.height // cell))
-        rest = np.setdiff1d(everything, coordinates(asker.model, image))
-        _note(short, question, {"none": asker.ask(question, "none", 1.0), "all but IVC": asker.keep(question, rest)})
-    for question in tqdm(questions(split, count, "two"), total=count, desc="two pictures"):
-        _note(two, question, {"none": asker.ask(question, "none", 1.0)})
+def controlled(asker: Asker, question: Question, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    """The tokens that each controlled condition keeps."""
+    rng, target, everything = np.random.default_rng(seed), question.target, asker.cells(question)
+    ivc = coordinates(asker.model, question.images[0])
+    ivc_outside = np.setdiff1d(ivc, target)
+    as_many = rng.permutation(np.setdiff1d(everything, target))[: len(ivc_outside)]
+    half = rng.permutation(target)[: len(target) // 2]
+    return {
+        "half of the target dropped": np.setdiff1d(everything, half),
+        "all but IVC": np.setdiff1d(everything, ivc),
+        "all but IVC outside the target": np.setdiff1d(everything, ivc_outside),
+        "all but as many outside the target": np.setdiff1d(everything, as_many),
+        "target only": target,
+        "target + IVC": np.union1d(target, ivc),
+        "target + as many": np.union1d(target, as_many),
+    }
+
+
+def batches(split: str, count: int, task: str) -> Iterator[list[Question]]:
+    """`questions` in batches, with a bar of progress."""
+    stream = iter(tqdm(questions(split, count, task), total=count, desc=task))
+    while batch := list(islice(stream, BATCH)):
+        yield batch
+
+
+def measure(asker: Asker, split: str, count: int, swept: int) -> tuple[Verdicts, Verdicts, Verdicts, Verdicts]:
+    """Verdicts of grounding, short answers, two pictures, and of the first ``swept`` groundings over the cut layer."""
+    grounding, short, two, layers = Verdicts(), Verdicts(), Verdicts(), Verdicts()
+    for number, batch in enumerate(batches(split, count, "grounding")):
+        _note(grounding, batch, grounding_conditions(asker, batch, number * BATCH))
+    for batch in batches(split, swept, "grounding"):
+        cut = {layer: asker.ask(batch, "ivc_prune", 0.5, layer=layer) for layer in range(1, asker.depth)}
+        _note(layers, batch, {f"L{layer}": answers for layer, answers in cut.items()})
+    for batch in batches(split, count, "short"):
+        rest = [np.setdiff1d(asker.cells(q), coordinates(asker.model, q.images[0])) for q in batch]
+        _note(short, batch, {"none": asker.ask(batch, "none", 1.0), "all but IVC": asker.keep(batch, rest)})
+    for batch in batches(split, count, "two"):
+        _note(two, batch, {"none": asker.ask(batch, "none", 1.0)})
     return grounding, short, two, layers
 
 
-def _note(verdicts: Verdicts, question: Question, found: dict[str, tuple[bool, Any]]) -> None:
-    verdicts.clusters.append(question.cluster)
-    for name, (right, kept) in found.items():
-        verdicts.scores.setdefault(name, []).append(float(right))
-        if len(question.target):
-            verdicts.recall.setdefault(name, []).append(float(np.isin(question.target, kept).mean()))
+def _note(verdicts: Verdicts, batch: Sequence[Question], found: dict[str, list[Answer]]) -> None:
+    verdicts.clusters += [question.cluster for question in batch]
+    for name, answers in found.items():
+        verdicts.scores.setdefault(name, []).extend(float(answer.right) for answer in answers)
+        verdicts.recall.setdefault(name, []).extend(
+            float(np.isin(q.target, a.kept).mean()) for q, a in zip(batch, answers, strict=True) if len(q.target)
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,11 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name("model"), help="folder of the model")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--questions", type=int, default=1000, help="per task (default: %(default)s)")
+    parser.add_argument("--swept", type=int, default=300, help="questions for the cut layers (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     if not (args.model / "config.json").is_file():
         parser.error(f"{args.model} holds no model; name the folder that the training wrote (OUT/model)")
-    grounding, short, two, layers = measure(Asker(args.model), args.split, args.questions)
+    grounding, short, two, layers = measure(Asker(args.model), args.split, args.questions, args.swept)
     figures = table(grounding, short, two, layers)
     for figure in figures:
         verdict = {True: "pass", False: "MISS", None: "-"}[figure.passed]
@@ -224,7 +272,3 @@ def main(arguments: list[str] | None = None) -> int:
         report = {"split": args.split, "questions": args.questions, "figures": [asdict(f) for f in figures]}
         args.out.write_text(json.dumps({**report, "grounding": accuracies}, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

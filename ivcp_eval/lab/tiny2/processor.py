@@ -60,14 +60,24 @@ PHRASES = (
     " than",
     " video",
 )
+#: Coordinates in answers and questions are multiples of this many pixels, one token each (as location tokens are).
+STEP = 8
+COORDINATES = tuple(str(value) for value in range(0, 449, STEP))
 
 
 @lru_cache(maxsize=1)
 def build_tokenizer() -> Tokenizer:
-    """The first embedded model's tokenizer with this one's phrases added (shared object: do not change it)."""
+    """The first embedded model's tokenizer with phrases and coordinates added (shared object: do not change it)."""
     tokenizer = build_base_tokenizer()
-    tokenizer.add_tokens([AddedToken(phrase, special=False, normalized=False) for phrase in PHRASES])
+    added = (*PHRASES, ", ", *COORDINATES)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     return tokenizer
+
+
+def coordinate_ids() -> list[int]:
+    """Token ids of `COORDINATES`, ascending in value."""
+    vocabulary = build_tokenizer().get_vocab()
+    return [vocabulary[text] for text in COORDINATES]
 
 
 def build_processor() -> Qwen2_5_VLProcessor:

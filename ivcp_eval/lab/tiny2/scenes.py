@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ivcp_eval.lab.tiny.scenes import COLOURS, GLYPHS, SHAPES, SIGN, Box, SceneObject, shape_mask
+from ivcp_eval.lab.tiny.scenes import COLOURS, GLYPHS, SIGN, Box, SceneObject, shape_mask
 
 #: Side in pixels of the area behind one visual token.
 CELL = 16
-#: (width, height) of full-size pictures: 256 to 270 visual tokens.
-FULL_SIZES = ((256, 256), (320, 208), (208, 320), (288, 240), (240, 288))
+#: (width, height) of full-size pictures: 256 visual tokens.
+FULL_SIZES = ((256, 256),)
+#: Shapes whose outlines are unlike in every piece. The tower's heads know all of the first embedded model's.
+SHAPES = ("square", "triangle", "cross", "ring")
+#: Textures that the tower's heads know, and those that are drawn.
 TEXTURES = ("solid", "dotted", "horizontal", "vertical", "diagonal", "checked")
+USED_TEXTURES = ("solid", "dotted", "diagonal")
 #: Seeds that no other embedded model uses; the splits never overlap.
 SPLITS = {"train": 10, "validation": 11, "test": 12}
 #: Least visible share of an object that others partly hide.
@@ -46,6 +50,7 @@ class Scene:
         clutter: rectangles (box, RGB) under the objects.
         objects: from the bottom to the top.
         owner: (height, width) int8, index of the object visible at each pixel, -1 for none.
+        origin: place of the scene's left upper corner in pixels; the objects' boxes count from the same zero.
     """
 
     width: int
@@ -54,6 +59,7 @@ class Scene:
     clutter: tuple[tuple[Box, tuple[int, int, int]], ...]
     objects: tuple[Placed, ...]
     owner: NDArray[np.int8]
+    origin: tuple[int, int] = (0, 0)
 
     @property
     def shapes(self) -> tuple[Placed, ...]:
@@ -74,8 +80,8 @@ def scene_rng(split: str, index: int) -> np.random.Generator:
 def sample_scene(
     rng: np.random.Generator,
     size: tuple[int, int] | None = None,
-    objects: tuple[int, int] = (2, 5),
-    sign_percent: int = 25,
+    objects: tuple[int, int] = (2, 3),
+    sign_percent: int = 0,
 ) -> Scene:
     """Draw a scene of ``size`` (width, height) in pixels with about ``objects`` (least, most) objects, at least one."""
     width, height = size if size is not None else FULL_SIZES[rng.integers(len(FULL_SIZES))]
@@ -106,11 +112,18 @@ def sample_scene(
     return Scene(width, height, _background(rng, base), _clutter(rng, width, height, base), visible, owner)
 
 
+def moved(scene: Scene, origin: tuple[int, int]) -> Scene:
+    """``scene`` as a piece of a larger picture, its left upper corner at ``origin`` (x, y)."""
+    x, y = origin
+    objects = tuple(replace(o, box=(o.box[0] + x, o.box[1] + y, o.box[2] + x, o.box[3] + y)) for o in scene.objects)
+    return replace(scene, objects=objects, origin=origin)
+
+
 def side_range(width: int, height: int, count: int) -> tuple[int, int]:
     """Smallest and largest side in pixels of the objects of a scene of ``count``."""
     shorter = min(width, height)
     area = width * height / max(count, 2)
-    high = int(min(0.8 * shorter, 144, 0.95 * area**0.5))
+    high = int(min(0.8 * shorter, 112, 0.95 * area**0.5))
     return min(high - 8, max(34, high * 7 // 10)), high
 
 
@@ -156,8 +169,8 @@ def _place(rng: np.random.Generator, owner: NDArray[np.int8], placed: list[Place
     if x2 > width - 4 or y2 > height - 4:
         return None
     mask = np.ones((y2, x2), dtype=bool) if item.shape == SIGN else shape_mask(item.shape, x2, y2)
-    # Two in three objects stay clear of the others, so that hidden parts are common but not the rule.
-    clear = int(rng.integers(3)) > 0
+    # Five in six objects stay clear of the others, so that hidden parts are common but not the rule.
+    clear = int(rng.integers(6)) > 0
     lefts, tops = rng.integers(2, width - x2 - 1, 12).tolist(), rng.integers(2, height - y2 - 1, 12).tolist()
     for left, top in zip(lefts, tops, strict=True):
         view = owner[top : top + y2, left : left + x2]
@@ -189,7 +202,7 @@ def _paint(rng: np.random.Generator, shape: str, colour: str, box: Box) -> Place
     if shape == SIGN:
         dark, light = int(rng.integers(0, 50)), int(rng.integers(235, 256))
         return Placed(SIGN, colour, "solid", box, ((light,) * 3, (dark,) * 3), str(rng.integers(10, 100)))
-    texture = TEXTURES[rng.integers(len(TEXTURES))]
+    texture = USED_TEXTURES[rng.integers(len(USED_TEXTURES))]
     tone = np.clip(np.array(COLOURS[colour]) + rng.integers(-15, 16, 3), 0, 255)
     # The second tone is the first one darkened or lightened by 30 %, so the hue still names the object.
     second = tone * 7 // 10 if rng.integers(2) else (tone * 7 + 255 * 3) // 10
@@ -200,7 +213,7 @@ def _paint(rng: np.random.Generator, shape: str, colour: str, box: Box) -> Place
 def _background(rng: np.random.Generator, base: int) -> tuple[Any, Any, str, int]:
     first = np.clip(base + rng.integers(-12, 13, 3), 0, 255)
     second = np.clip(first + int(rng.integers(-24, 25)), 0, 255)
-    pattern, step = TEXTURES[rng.integers(len(TEXTURES))], int(rng.integers(8, 40))
+    pattern, step = USED_TEXTURES[rng.integers(len(USED_TEXTURES))], int(rng.integers(8, 40))
     return tuple(int(c) for c in first), tuple(int(c) for c in second), pattern, step
 
 

@@ -7,14 +7,15 @@ other models are taught by dense heads or shown by guided attention, this one ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
 from ivcp_eval.lab.tiny import tasks as base
-from ivcp_eval.lab.tiny.scenes import SIGN
-from ivcp_eval.lab.tiny.tasks import format_box, name_of
+from ivcp_eval.lab.tiny.scenes import SIGN, Box
+from ivcp_eval.lab.tiny.tasks import name_of
+from ivcp_eval.lab.tiny2.processor import STEP
 from ivcp_eval.lab.tiny2.scenes import CELL, Placed, Scene, cell_owner
 
 LIST_PROMPT = "List all objects with their boxes."
@@ -31,6 +32,17 @@ class Sample(base.Sample):
     picture: int = 0
 
 
+def coarse(value: int) -> int:
+    """The multiple of `STEP` pixels nearest to ``value``."""
+    return (value + STEP // 2) // STEP * STEP
+
+
+def format_box(box: Box) -> str:
+    """A box as the model writes it: in the format of the first embedded model, in multiples of `STEP` pixels."""
+    x1, y1, x2, y2 = (coarse(value) for value in box)
+    return base.format_box((x1, y1, x2, y2))
+
+
 def list_all(scene: Scene) -> Sample:
     """Every object with its box, from left to right."""
     ordered = sorted(scene.objects, key=lambda o: (o.box[0], o.box[1]))
@@ -38,8 +50,9 @@ def list_all(scene: Scene) -> Sample:
 
 
 def groundings(scene: Scene) -> list[base.Sample]:
-    """Box of every object that its name, or a relation to a named object, tells from the others."""
-    return [*base.plain_references(scene), *base.relation_references(scene)]  # type: ignore[arg-type]
+    """Box of every object that its name tells from the others."""
+    found = base.plain_references(scene)  # type: ignore[arg-type]
+    return [replace(sample, answer=format_box(sample.box)) for sample in found if sample.box]
 
 
 def points(scene: Scene) -> list[Sample]:
@@ -47,7 +60,7 @@ def points(scene: Scene) -> list[Sample]:
     found = []
     for sample in base.plain_references(scene):  # type: ignore[arg-type]
         x1, y1, x2, y2 = sample.box or (0, 0, 0, 0)
-        answer = f"[{(x1 + x2) // 2}, {(y1 + y2) // 2}]"
+        answer = f"[{coarse((x1 + x2) // 2)}, {coarse((y1 + y2) // 2)}]"
         found.append(Sample("point", "point", f"Point to the {sample.question}.", answer))
     return found
 
@@ -61,9 +74,9 @@ def what_is_at(rng: np.random.Generator, scene: Scene) -> Sample:
     if len(cells) == 0:
         cells = np.arange(len(owner))
     cell = int(cells[rng.integers(len(cells))])
-    x, y = cell % columns * CELL + CELL // 2, cell // columns * CELL + CELL // 2
+    x, y = (at * CELL + CELL // 2 for at in (cell % columns, cell // columns))
     answer = name_of(scene.objects[owner[cell]]) if owner[cell] >= 0 else "none"
-    return Sample("inverse", "inverse", f"What is at [{x}, {y}]?", answer)
+    return Sample("inverse", "inverse", f"What is at [{x + scene.origin[0]}, {y + scene.origin[1]}]?", answer)
 
 
 def relation(rng: np.random.Generator, scene: Scene) -> Sample | None:

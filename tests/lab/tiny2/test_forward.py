@@ -83,3 +83,30 @@ def test_packed_questions_equal_single_prompts_through_processor_and_stock_forwa
         kinds.add(sample.task)
     assert {"list", "grounding", "mcq", "inverse", "yes_no"} <= kinds
     torch.testing.assert_close(ours, torch.cat(rows), atol=5e-5, rtol=1e-4)
+
+
+def test_tokens_of_a_window_stand_where_they_would_in_the_whole_picture() -> None:
+    groups, origin, cell = ((1, 8),), (32, 64), 16
+    whole = batches.layout_for((256, 256), 1, groups)
+    part = batches.layout_for((128, 96), 1, groups, origin, (256, 256))
+    rows, columns = np.mgrid[0:6, 0:8]
+    same = torch.from_numpy(((rows + origin[1] // cell) * 16 + columns + origin[0] // cell).ravel())
+    assert torch.equal(part.positions[:, part.visual], whole.positions[:, whole.visual[same]])
+    assert torch.equal(part.positions[:, part.prefix :], whole.positions[:, whole.prefix :])
+
+
+def test_questions_about_a_window_count_from_the_corner_of_the_whole_picture() -> None:
+    phase = {"objects": [1, 2], "frame": [256, 256], "groups": [{"tokens": 40, "kinds": ["list", "box", "inverse"]}]}
+    places = set()
+    for first in range(0, 40, 2):
+        batch = batches.make_text_batch("train", first, 1, (96, 96), phase)
+        x, y = batches.window_origin("train", first, (96, 96), (256, 256))
+        places.add((x, y))
+        for sample in batch.samples[0]:
+            if sample is not None and sample.box is not None:
+                x1, y1, x2, y2 = sample.box
+                assert x <= x1 < x2 <= x + 96
+                assert y <= y1 < y2 <= y + 96
+                assert sample.answer == tasks.format_box(sample.box)
+    assert len(places) > 10
+    assert max(x for x, _ in places) == max(y for _, y in places) == 160

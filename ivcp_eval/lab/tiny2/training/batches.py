@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ivcp_eval.lab.tiny.processor import SYSTEM_PROMPT
 from ivcp_eval.lab.tiny2 import tasks
-from ivcp_eval.lab.tiny2.processor import build_tokenizer
-from ivcp_eval.lab.tiny2.scenes import CELL, Scene, render, sample_scene, scene_rng
+from ivcp_eval.lab.tiny2.processor import build_tokenizer, coordinate_ids
+from ivcp_eval.lab.tiny2.scenes import CELL, Scene, moved, render, sample_scene, scene_rng
 from ivcp_eval.lab.tiny2.tasks import Sample
 from ivcp_eval.lab.tiny2.training.decoder import Groups, Layout
 from ivcp_eval.lab.tiny2.training.tower import what_targets
@@ -23,9 +24,11 @@ BEFORE_PICTURES = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>u
 BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 IGNORED = -100
-#: Weights of an answer's tokens: brackets and names in lists; a number's last digit, which is finer than a box's
-#: IoU asks for; its other digits; words.
-MARK_WEIGHT, LAST_DIGIT_WEIGHT, DIGIT_WEIGHT, WORD_WEIGHT = 0.1, 0.3, 1.0, 1.0
+#: Seeds of the places of windows start here, behind all scenes.
+WINDOWS = 1 << 40
+#: Weights of an answer's tokens: brackets and names in lists; a box's first coordinate, which chooses the object for
+#: the others; the others; words.
+MARK_WEIGHT, FIRST_WEIGHT, COORDINATE_WEIGHT, WORD_WEIGHT = 0.1, 3.0, 1.0, 3.0
 
 
 @lru_cache(maxsize=100_000)
@@ -83,9 +86,11 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
     pictures = phase.get("pictures", 1)
     groups = tuple((len(group["kinds"]), group["tokens"]) for group in phase["groups"])
     images, rows, samples = [], [], []
+    frame = tuple(phase.get("frame", size))
+    origin = window_origin(split, first, size, frame)
     for index in range(first, first + count):
         rng = scene_rng(split, index)
-        scenes = [draw(rng, size, phase) for _ in range(pictures)]
+        scenes = [moved(draw(rng, size, phase), origin) for _ in range(pictures)]
         asked = [ask(rng, scenes, group["kinds"]) for group in phase["groups"]]
         images.append(np.stack([render(scene) for scene in scenes]))
         rows.append(pack(asked, groups))
@@ -96,9 +101,18 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
         ids=torch.tensor([prefix + row[0] for row in rows]),
         labels=torch.tensor([row[1] for row in rows]),
         weights=torch.tensor([row[2] for row in rows]),
-        layout=layout_for(size, pictures, groups),
+        layout=layout_for(size, pictures, groups, origin, frame),
         samples=samples,
     )
+
+
+def window_origin(split: str, first: int, size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """Where the pictures of the batch from ``first`` on lie in ``frame`` (width, height), on whole cells."""
+    if size == frame:
+        return 0, 0
+    rng = scene_rng(split, WINDOWS + first)
+    x, y = (int(rng.integers((whole - part) // CELL + 1)) * CELL for whole, part in zip(frame, size, strict=True))
+    return x, y
 
 
 def draw(rng: np.random.Generator, size: tuple[int, int], phase: dict[str, Any]) -> Scene:
@@ -125,16 +139,26 @@ def prefix_ids(size: tuple[int, int], pictures: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def layout_for(size: tuple[int, int], pictures: int, groups: Groups) -> Layout:
-    """Layout of a sequence with ``pictures`` of ``size`` (width, height) pixels, each token at its lone position."""
+def layout_for(
+    size: tuple[int, int],
+    pictures: int,
+    groups: Groups,
+    origin: tuple[int, int] = (0, 0),
+    frame: tuple[int, int] | None = None,
+) -> Layout:
+    """Layout of a sequence with ``pictures`` of ``size`` (width, height) pixels, each token at its lone position.
+
+    The pictures may be windows at ``origin`` of larger ones, ``frame``: their tokens stand where they would there.
+    """
     columns, rows = size[0] // CELL, size[1] // CELL
     cells = torch.arange(rows * columns)
     start = len(encode(BEFORE_PICTURES)) + 1
     pieces, visual, at = [torch.arange(start).expand(3, -1)], [], start
     for picture in range(pictures):
         visual.append(cells + start + picture * (len(cells) + 2))
-        pieces.append(torch.stack((torch.zeros_like(cells), cells // columns, cells % columns)) + at)
-        at += max(rows, columns)
+        places = (torch.zeros_like(cells), cells // columns + origin[1] // CELL, cells % columns + origin[0] // CELL)
+        pieces.append(torch.stack(places) + at)
+        at += max(rows, columns) if frame is None else max(frame) // CELL
         # The picture's end, and the next one's start.
         closing = 1 if picture == pictures - 1 else 2
         pieces.append((torch.arange(closing) + at).expand(3, -1))
@@ -149,17 +173,12 @@ def answer_tokens(sample: Sample) -> tuple[list[int], list[float]]:
     ids = [*encode(sample.answer), *encode(END)]
     if sample.task not in ("grounding", "list", "point"):
         return ids, [WORD_WEIGHT] * (len(ids) - 1) + [MARK_WEIGHT]
-    digit = [token in _digits() for token in ids]
-    weights = [
-        MARK_WEIGHT if not here else DIGIT_WEIGHT if following else LAST_DIGIT_WEIGHT
-        for here, following in zip(digit, [*digit[1:], False], strict=True)
-    ]
+    known = set(coordinate_ids())
+    weights = [COORDINATE_WEIGHT if token in known else MARK_WEIGHT for token in ids]
+    for place, (before, token) in enumerate(pairwise(ids), start=1):
+        if token in known and before not in encode(", "):
+            weights[place] = FIRST_WEIGHT
     return ids, weights
-
-
-@lru_cache(maxsize=1)
-def _digits() -> frozenset[int]:
-    return frozenset(encode(str(d))[0] for d in range(10))
 
 
 def pack(asked: Sequence[Sequence[Sample]], groups: Groups) -> tuple[list[int], list[int], list[float]]:

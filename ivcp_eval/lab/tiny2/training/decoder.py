@@ -78,8 +78,11 @@ def _attention(
     v_prefix, *v_slots = v.split(lengths, dim=2)
     outputs = []
     if not last:
-        scores = _fold(q_prefix, k_prefix.transpose(-1, -2)) + _future(prefix, qkv)
-        outputs.append(_fold(torch.softmax(scores, dim=-1), v_prefix))
+        # Heads of one group side by side: the library's fused attention wants as many keys as queries.
+        group = q_prefix.shape[2]
+        wide_k, wide_v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k_prefix, v_prefix))
+        mixed = F.scaled_dot_product_attention(q_prefix.flatten(1, 2), wide_k, wide_v, is_causal=True, scale=1.0)
+        outputs.append(mixed.unflatten(1, (-1, group)))
     for (count, length), own_q, own_k, own_v in zip(groups, q_slots, k_slots, v_slots, strict=True):
         # (batch, key heads, count, group, length, size) for attention inside the slots.
         split_q = own_q.unflatten(3, (count, length)).transpose(2, 3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,13 +13,26 @@ from ivcp_eval.lab.tiny2.processor import save_processor
 from ivcp_eval.lab.tiny2.training.state import State
 
 
-def export(state: State, folder: Path) -> None:
-    """Write the averaged model of ``state`` in bfloat16 with its processor to ``folder`` (created if missing)."""
+def silence(model: Any, active: Sequence[int]) -> None:
+    """Let the decoder layers that are not ``active`` pass their input on unchanged."""
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.language_model.layers):
+            if index not in active:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+
+
+def export(state: State, folder: Path, active: Sequence[int]) -> None:
+    """Write the averaged model of ``state`` in bfloat16 with its processor to ``folder`` (created if missing).
+
+    Layers that are not ``active`` had no part in the training and are silent in what is written.
+    """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     copy = Qwen2_5_VLForConditionalGeneration(state.model.config)
     with state.averaged():
         copy.load_state_dict(state.model.state_dict())
+    silence(copy, active)
     copy = copy.to(torch.bfloat16)
     finish_generation_config(copy)
     copy.save_pretrained(folder)

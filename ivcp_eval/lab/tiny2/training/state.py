@@ -80,16 +80,7 @@ class State:
         metadata = {"progress": json.dumps(self.progress)}
         _write(self.folder / STATE, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
 
-    def load(self) -> bool:
-        """Resume from the saved state; False if there is none.
-
-        Raises:
-            ValueError: if the state belongs to a model of another shape.
-        """
-        path = self.folder / STATE
-        if not path.exists():
-            return False
-        tensors = load_file(path)
+    def _check_shapes(self, path: Path, tensors: dict[str, Tensor]) -> None:
         own = {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         saved = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
         wrong = [
@@ -100,6 +91,33 @@ class State:
                 f"{path} is the state of another model ({len(wrong)} tensors differ, e.g. {min(wrong)}); "
                 "use the configuration it was made with, or another folder"
             )
+
+    def load_weights(self, path: Path) -> None:
+        """Start from the averaged weights of another run's state, with fresh optimizers and no progress.
+
+        Raises:
+            ValueError: if the state belongs to a model of another shape.
+        """
+        tensors = load_file(path)
+        self._check_shapes(path, tensors)
+        with torch.no_grad():
+            for index, (parameter, average) in enumerate(zip(self.model.parameters(), self.average, strict=True)):
+                parameter.copy_(tensors[f"average.{index}"])
+                average.copy_(parameter)
+        self.heads.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("heads.")})
+
+    def load(self) -> bool:
+        """Resume from the saved state; False if there is none.
+
+        Raises:
+            ValueError: if the state belongs to a model of another shape.
+        """
+        path = self.folder / STATE
+        if not path.exists():
+            return False
+        tensors = load_file(path)
+        self._check_shapes(path, tensors)
+        saved = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
         with safe_open(path, "pt") as handle:
             self.progress = json.loads(handle.metadata()["progress"])
         self.model.load_state_dict(saved, strict=False)

@@ -108,13 +108,13 @@ def _attention(
 ) -> Tensor:
     batch, length, _ = x.shape
     q, k, v = attention.qkv(x).view(batch, length, 3, attention.num_heads, attention.head_dim).unbind(2)
-    q = kernels.rotate(q, cos * attention.scaling, sin * attention.scaling)
+    q = kernels.rotate(q, cos, sin)
     k = kernels.rotate(k, cos, sin)
     lengths = [count * size for count, size in windows]
     outputs = []
     for (count, size), *parts in zip(windows, *(t.split(lengths, dim=1) for t in (q, k, v)), strict=True):
         qw, kw, vw = (t.unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2) for t in parts)
-        mixed = torch.matmul(torch.softmax(torch.matmul(qw, kw.transpose(-1, -2)), dim=-1), vw)
+        mixed = F.scaled_dot_product_attention(qw, kw, vw, scale=attention.scaling)
         outputs.append(mixed.transpose(1, 2).reshape(batch, count * size, -1))
     return attention.proj(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0])
 

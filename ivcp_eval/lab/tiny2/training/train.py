@@ -1,4 +1,4 @@
-"""Train the second embedded model: ``python -m ivcp_eval.lab.tiny2.training.train --config FILE --out DIR``.
+"""Train the second embedded model: ``ivcp lab train tiny2 --config cpu.yaml|gpu.yaml --out DIR [--minutes N]``.
 
 Stops and resumes at any time: the state is written every ``save_every`` seconds, and a run that was killed and
 resumed sees the same pictures in the same order as one that was not.
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ivcp_eval.lab.tiny.training.fast import EAGER, compiled_kernels
-from ivcp_eval.lab.tiny2.processor import build_config
+from ivcp_eval.lab.tiny2.processor import build_config, coordinate_ids
 from ivcp_eval.lab.tiny2.training.batches import (
     IGNORED,
     TextBatch,
@@ -29,12 +28,14 @@ from ivcp_eval.lab.tiny2.training.batches import (
     make_tower_batch,
 )
 from ivcp_eval.lab.tiny2.training.decoder import decode
-from ivcp_eval.lab.tiny2.training.export import export
+from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads, merge, tower_features
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
 
-CPU_CONFIG = Path(__file__).with_name("cpu.yaml")
+CONFIGS = Path(__file__).parent
+#: Share of a coordinate's target that each of its neighbours gets.
+NEIGHBOUR_SHARE = 0.15
 FOLDER_HELP = "folder of the state, the curves and the exported model"
 
 
@@ -65,7 +66,7 @@ class Run:
             logits = self.answer_logits(batch, phase)
         chosen = batch.labels != IGNORED
         weight = batch.weights[chosen]
-        total = (F.cross_entropy(logits, batch.labels[chosen], reduction="none") * weight).sum() / weight.sum()
+        total = (answer_losses(logits, batch.labels[chosen]) * weight).sum() / weight.sum()
         return total, {}
 
     def answer_logits(self, batch: TextBatch, phase: dict[str, Any]) -> Tensor:
@@ -113,6 +114,17 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     return max(rates, key=lambda dtype: rates[dtype])
 
 
+def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(labels,) cross-entropies; a coordinate shares its target with its two neighbours, so that near is better."""
+    scores = torch.log_softmax(logits, dim=-1)
+    ids = torch.tensor(coordinate_ids(), device=labels.device)
+    below = torch.arange(logits.shape[-1], device=labels.device)
+    above = below.clone()
+    below[ids[1:]], above[ids[:-1]] = ids[:-1], ids[1:]
+    own, low, high = (scores.gather(1, t[:, None])[:, 0] for t in (labels, below[labels], above[labels]))
+    return -(1 - 2 * NEIGHBOUR_SHARE) * own - NEIGHBOUR_SHARE * (low + high)
+
+
 def active_layers(depth: int, count: int | None) -> list[int]:
     """Indices of ``count`` evenly spread decoder layers of ``depth`` (all for None), first and last among them."""
     if count is None or count >= depth:
@@ -129,17 +141,19 @@ def begin_text(run: Run, phase: dict[str, Any]) -> None:
     """
     state = run.state
     model = state.model
-    active = active_layers(len(model.model.language_model.layers), phase.get("layers"))
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), state.average)
         for parameter in model.model.visual.merger.mlp[2].parameters():
             parameter.mul_(run.config["visual_gain"])
-        for index, layer in enumerate(model.model.language_model.layers):
-            if index not in active:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-        torch._foreach_copy_(state.average, [p.detach() for p in model.parameters()])
+    join_later(run, phase)
     state.optimizers = build_optimizers(model, state.heads, run.config)
+
+
+def join_later(run: Run, phase: dict[str, Any]) -> None:
+    """Silence, in weights and average, the layers that ``phase`` leaves out, so that they join without a jolt."""
+    model = run.state.model
+    silence(model, active_layers(len(model.model.language_model.layers), phase.get("layers")))
+    torch._foreach_copy_(run.state.average, [p.detach() for p in model.parameters()])
 
 
 class Batches(Dataset[Any]):
@@ -179,13 +193,16 @@ def train(run: Run, seconds: float) -> bool:
     if not resumed and config.get("tower"):
         state.load_tower(Path(config["tower"]))
         state.progress["phase"] = sum(phase["kind"] == "tower" for phase in config["phases"])
+    if not resumed and config.get("start"):
+        state.load_weights(Path(config["start"]))
+        join_later(run, next(phase for phase in config["phases"] if phase["kind"] == "text"))
     say(f"{'resumed at' if resumed else 'started'} {state.progress}, {run.device}, {run.dtype}")
     began = saved = time.monotonic()
     while state.progress["phase"] < len(config["phases"]):
         phase = config["phases"][state.progress["phase"]]
         curve = Curve(run.folder / f"{phase['kind']}_loss.csv", state.progress["steps"])
         smooth: dict[str, Tensor] = {}
-        if is_first_text(config, state.progress):
+        if is_first_text(config, state.progress) and not config.get("start"):
             begin_text(run, phase)
         freeze(run, phase)
         for batch in stream(config, phase, state.progress):
@@ -290,18 +307,27 @@ def say(text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options on ``parser``."""
-    parser.add_argument("--config", type=Path, default=CPU_CONFIG, help="YAML configuration (default: %(default)s)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("cpu.yaml"),
+        help="YAML configuration, or the name of a shipped one: cpu.yaml, gpu.yaml (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True, help=FOLDER_HELP)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, resumably, after this time")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as ``args`` say; 0 whether all phases are done or the time is up."""
-    config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    shipped = CONFIGS / args.config
+    config = yaml.safe_load((args.config if args.config.exists() else shipped).read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     training = Run(config, args.out)
     if train(training, 60 * args.minutes):
-        export(training.state, args.out / "model")
+        layers = active_layers(
+            len(training.state.model.model.language_model.layers), config["phases"][-1].get("layers")
+        )
+        export(training.state, args.out / "model", layers)
         say(f"done: {args.out / 'model'}")
     return 0
 
@@ -311,7 +337,3 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
     return run(parser.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

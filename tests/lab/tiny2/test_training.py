@@ -143,6 +143,15 @@ def test_a_run_starts_from_the_weights_of_another(whole: Path, tmp_path: Path) -
     assert 0 < max(moved) < 0.1
 
 
+def test_the_milestone_can_be_gone_on_from(tmp_path: Path) -> None:
+    config = yaml.safe_load(train.CPU_CONFIG.read_text())
+    run = train.Run({**config, "compile": False}, tmp_path)
+    run.state.load_weights(CONFIGS.parents[3] / "results/tiny2/second_run.safetensors")
+    assert all(
+        torch.equal(p, average) for p, average in zip(run.state.model.parameters(), run.state.average, strict=True)
+    )
+
+
 def test_a_start_of_another_shape_is_refused(whole: Path, tmp_path: Path) -> None:
     config = {**CONFIG, "model": {**SMALL, "num_layers": 3}, "start": str(whole / STATE)}
     with pytest.raises(ValueError, match="state of another model"):

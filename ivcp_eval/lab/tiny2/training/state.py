@@ -95,15 +95,17 @@ class State:
     def load_weights(self, path: Path) -> None:
         """Start from the averaged weights of another run's state, with fresh optimizers and no progress.
 
+        A milestone (`results/tiny2`) holds them under the parameters' names, in half precision and without the rest.
+
         Raises:
             ValueError: if the state belongs to a model of another shape.
         """
         tensors = load_file(path)
         self._check_shapes(path, tensors)
         with torch.no_grad():
-            for index, (parameter, average) in enumerate(zip(self.model.parameters(), self.average, strict=True)):
-                parameter.copy_(tensors[f"average.{index}"])
-                average.copy_(parameter)
+            for index, (name, parameter) in enumerate(self.model.named_parameters()):
+                parameter.copy_(tensors.get(f"average.{index}", tensors[f"model.{name}"]))
+                self.average[index].copy_(parameter)
         self.heads.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("heads.")})
 
     def load(self) -> bool:

@@ -130,7 +130,7 @@ def test_killed_and_requeued_tasks_end_in_the_same_bytes(
     out = capsys.readouterr().out
     assert "submitted 0 tasks" in out
     assert "60/60 samples" in out
-    assert "### tiny" in out, "who waits gets the tables"
+    assert "\nmodel tiny\n" in out, "who waits gets the tables"
     assert not states()
 
 
@@ -146,7 +146,7 @@ def test_the_launcher_waits_and_shows_progress(
     assert overall[-1] == 10
     assert "1 at work" in out
     assert re.search(r"^  tiny on tiny_\w+: \d/5 samples", out, re.M)
-    assert out.index("10/10 cells scored") < out.index("### tiny")
+    assert out.index("10/10 cells scored") < out.index("\nmodel tiny\n")
 
 
 def test_the_line_for_one_node_goes_on_after_its_time_and_ends_when_cancelled(

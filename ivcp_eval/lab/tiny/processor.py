@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.lab.tiny.vocabulary import SPECIAL_TOKENS, build_tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 
 PATCH_SIZE = 14
@@ -44,12 +45,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_fast_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer as a stock fast tokenizer (left padding, as batched generation needs)."""
+def build_fast_tokenizer(tokenizer: Tokenizer | None = None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer (or another) as a stock fast tokenizer (left padding, as batched generation needs)."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(),
+        tokenizer_object=build_tokenizer() if tokenizer is None else tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in ("<|im_end|>", "<|endoftext|>")],
@@ -61,19 +62,26 @@ def build_fast_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> Qwen2_5_VLProcessor:
     """Return a stock ``Qwen2_5_VLProcessor`` around the tiny tokenizer."""
+    return stock_processor(build_fast_tokenizer(), PATCH_SIZE, MIN_PIXELS, MAX_PIXELS)
+
+
+def stock_processor(
+    tokenizer: PreTrainedTokenizerFast, patch_size: int, min_pixels: int, max_pixels: int
+) -> Qwen2_5_VLProcessor:
+    """Return a stock ``Qwen2_5_VLProcessor`` of an embedded model around its tokenizer."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     shared: dict[str, Any] = {
-        "patch_size": PATCH_SIZE,
+        "patch_size": patch_size,
         "merge_size": MERGE_SIZE,
         "temporal_patch_size": 2,
         "image_mean": list(IMAGE_MEAN),
         "image_std": list(IMAGE_STD),
-        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
     }
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shared),
-        tokenizer=build_fast_tokenizer(),
+        tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**shared),
         chat_template=CHAT_TEMPLATE,
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer
 
-from ivcp_eval.lab.tiny.processor import CHAT_TEMPLATE, IMAGE_MEAN, IMAGE_STD
+from ivcp_eval.lab.tiny.processor import build_fast_tokenizer, stock_processor
 from ivcp_eval.lab.tiny.vocabulary import SPECIAL_TOKENS
 from ivcp_eval.lab.tiny.vocabulary import build_tokenizer as build_base_tokenizer
 from ivcp_eval.lab.tiny2.scenes import CELL
@@ -82,36 +82,7 @@ def coordinate_ids() -> list[int]:
 
 def build_processor() -> Qwen2_5_VLProcessor:
     """Return a stock ``Qwen2_5_VLProcessor`` (left padding, as batched generation needs)."""
-    from transformers import (
-        PreTrainedTokenizerFast,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in ("<|im_end|>", "<|endoftext|>")],
-        padding_side="left",
-        model_max_length=8192,
-        clean_up_tokenization_spaces=False,
-    )
-    shared: dict[str, Any] = {
-        "patch_size": PATCH_SIZE,
-        "merge_size": MERGE_SIZE,
-        "temporal_patch_size": 2,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
-    }
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**shared),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**shared),
-        chat_template=CHAT_TEMPLATE,
-    )
+    return stock_processor(build_fast_tokenizer(build_tokenizer()), PATCH_SIZE, MIN_PIXELS, MAX_PIXELS)
 
 
 def save_processor(path: str | Path) -> None:

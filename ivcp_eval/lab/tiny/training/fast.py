@@ -44,15 +44,17 @@ class VisionLayout:
 
 
 @lru_cache(maxsize=64)
-def vision_layout(cell_rows: int, cell_columns: int) -> VisionLayout:
-    """Return the layout of an image of ``cell_rows`` x ``cell_columns`` visual tokens."""
+def vision_layout(
+    cell_rows: int, cell_columns: int, window: int = WINDOW_CELLS, device: torch.device | None = None
+) -> VisionLayout:
+    """Return the layout of an image of ``cell_rows`` x ``cell_columns`` visual tokens in windows of ``window``."""
     windows: dict[int, list[list[int]]] = {}
-    for top in range(0, cell_rows, WINDOW_CELLS):
-        for left in range(0, cell_columns, WINDOW_CELLS):
+    for top in range(0, cell_rows, window):
+        for left in range(0, cell_columns, window):
             cells = [
                 row * cell_columns + column
-                for row in range(top, min(top + WINDOW_CELLS, cell_rows))
-                for column in range(left, min(left + WINDOW_CELLS, cell_columns))
+                for row in range(top, min(top + window, cell_rows))
+                for column in range(left, min(left + window, cell_columns))
             ]
             windows.setdefault(len(cells), []).append(cells)
     order = torch.tensor([cell for group in windows.values() for window in group for cell in window])
@@ -60,7 +62,7 @@ def vision_layout(cell_rows: int, cell_columns: int) -> VisionLayout:
     inner = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
     rows = (2 * (order // cell_columns)[:, None] + inner[:, 0]).flatten()
     columns = (2 * (order % cell_columns)[:, None] + inner[:, 1]).flatten()
-    return VisionLayout(order, torch.argsort(order), groups, rows, columns)
+    return VisionLayout(order.to(device), torch.argsort(order).to(device), groups, rows.to(device), columns.to(device))
 
 
 def to_patches(images: Tensor) -> Tensor:

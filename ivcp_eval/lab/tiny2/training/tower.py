@@ -6,8 +6,6 @@ No head asks where something is, so the tower is taught no coordinates; afterwar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,51 +15,13 @@ from torch import Tensor, nn
 
 from ivcp_eval.lab.tiny.processor import IMAGE_MEAN, IMAGE_STD
 from ivcp_eval.lab.tiny.scenes import COLOURS, SHAPES, SIGN
-from ivcp_eval.lab.tiny.training.fast import EAGER, Kernels
+from ivcp_eval.lab.tiny.training.fast import EAGER, Kernels, vision_layout
 from ivcp_eval.lab.tiny2.processor import PATCH_SIZE, WINDOW_CELLS
 from ivcp_eval.lab.tiny2.scenes import CELL, TEXTURES, Scene, cell_owner
 
 IGNORED = -100
 SHAPE_CLASSES = ("background", *SHAPES, SIGN)
 COLOUR_CLASSES = ("background", *COLOURS, "white")
-
-
-@dataclass(frozen=True)
-class VisionLayout:
-    """Order of the cells of one picture size inside the tower.
-
-    Attributes:
-        order: (cells,) raster index of each cell in tower order, windows of equal size side by side.
-        inverse: (cells,) tower index of each cell in raster order.
-        groups: (windows, patches per window) of each run of equal-sized windows.
-        rows, columns: (patches,) patch coordinates in tower order.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    groups: tuple[tuple[int, int], ...]
-    rows: Tensor
-    columns: Tensor
-
-
-@lru_cache(maxsize=64)
-def vision_layout(cell_rows: int, cell_columns: int, device: torch.device) -> VisionLayout:
-    """Return the layout of a picture of ``cell_rows`` x ``cell_columns`` visual tokens."""
-    windows: dict[int, list[list[int]]] = {}
-    for top in range(0, cell_rows, WINDOW_CELLS):
-        for left in range(0, cell_columns, WINDOW_CELLS):
-            cells = [
-                row * cell_columns + column
-                for row in range(top, min(top + WINDOW_CELLS, cell_rows))
-                for column in range(left, min(left + WINDOW_CELLS, cell_columns))
-            ]
-            windows.setdefault(len(cells), []).append(cells)
-    order = torch.tensor([cell for group in windows.values() for window in group for cell in window])
-    groups = tuple((len(group), 4 * size) for size, group in windows.items())
-    inner = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
-    rows = (2 * (order // cell_columns)[:, None] + inner[:, 0]).flatten()
-    columns = (2 * (order % cell_columns)[:, None] + inner[:, 1]).flatten()
-    return VisionLayout(order.to(device), torch.argsort(order).to(device), groups, rows.to(device), columns.to(device))
 
 
 def to_patches(images: Tensor) -> Tensor:
@@ -80,7 +40,7 @@ def to_patches(images: Tensor) -> Tensor:
 
 def tower_features(visual: Any, images: Tensor, dtype: torch.dtype, kernels: Kernels = EAGER) -> Tensor:
     """What the tower's blocks say of each cell: (batch, cells, 4 x tower width), cells in raster order."""
-    layout = vision_layout(images.shape[1] // CELL, images.shape[2] // CELL, images.device)
+    layout = vision_layout(images.shape[1] // CELL, images.shape[2] // CELL, WINDOW_CELLS, images.device)
     weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
     patches = to_patches(images).to(dtype)[:, layout.order].flatten(1, 2)
     x = F.linear(patches, weight.to(dtype))

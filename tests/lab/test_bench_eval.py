@@ -45,10 +45,16 @@ def test_ratios_are_over_the_faster_loop(tmp_path: Path) -> None:
     assert second[3]["ms_per_sample"] == 150
 
 
-def test_other_answers_are_an_error(tmp_path: Path) -> None:
+def test_other_answers_with_as_many_threads_are_an_error(tmp_path: Path) -> None:
     table: Any = Table([1.0] * 5, wrong=ARMS[3])
-    with pytest.raises(AssertionError, match="2 processes x 1 thread answers tiny_mcq otherwise"):
-        list(bench.measure(table, ARMS, ["tiny_mcq"], tmp_path))
+    with pytest.raises(AssertionError, match="2 processes x 1 thread answers tiny_mcq otherwise than loop, 1 process"):
+        list(bench.measure(table, ARMS[1:2] + ARMS[3:4], ["tiny_mcq"], tmp_path))
+
+
+def test_other_answers_with_other_threads_are_counted(tmp_path: Path) -> None:
+    table: Any = Table([1.0] * 5, wrong=ARMS[3])
+    *_, whole = bench.measure(table, (ARMS[0], ARMS[3], ARMS[4]), ["tiny_mcq", "tiny_short"], tmp_path)
+    assert [row.get("other_answers") for row in whole] == [0, 2, 0, None]
 
 
 @pytest.mark.slow

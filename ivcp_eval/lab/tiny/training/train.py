@@ -265,7 +265,9 @@ def _worker(rank: int, world: int, config: dict[str, Any], out: str, max_seconds
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the trainer."""
-    parser = argparse.ArgumentParser(description="Train the tiny Qwen2.5-VL on generated scenes.")
+    parser = argparse.ArgumentParser(
+        prog="ivcp lab train tiny", description="Train the tiny Qwen2.5-VL on generated scenes."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for state, logs and the exported model")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML configuration")
     parser.add_argument("--processes", type=int, default=2, help="CPU processes, one thread each")

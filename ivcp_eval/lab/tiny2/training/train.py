@@ -338,6 +338,6 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="ivcp lab train tiny2", description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
     return run(parser.parse_args(arguments))

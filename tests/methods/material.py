@@ -35,6 +35,7 @@ def random_signals(
         start += size
     maps = {entering: draw(HEADS, n, n).softmax(dim=-1) for entering in (False, True)}
     angles = draw(1, n, SIZE)
+    axes = torch.cat((angles, angles.flip(1), angles.roll(1, 2)))  # M-RoPE: no axis says what another does
     tower = {name: draw(sum(sizes)).abs() for name in ("received", "middle/received", "early/received", "joint_cls")}
     tower |= {"key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6), "joint_key": draw(sum(sizes), 2 * SIZE)}
     layer = {"query": draw(HEADS, n, SIZE), "key": draw(GROUPS, n, SIZE)}
@@ -45,7 +46,7 @@ def random_signals(
         text=text,
         question=text[lead:],
         hidden=hidden,
-        rope=lambda: (angles.cos(), angles.sin()),
+        rope=lambda: (axes.cos(), axes.sin()),
         attention=lambda rows, entering=False: maps[entering][:, rows],
         rotate=lambda states: states * angles[0].cos() + states.flip(-1) * angles[0].sin(),
         value=draw(GROUPS, n, SIZE),

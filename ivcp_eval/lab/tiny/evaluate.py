@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,11 @@ def read_benchmark(path: Path, limit: int | None = None) -> list[Question]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle, delimiter="\t"))[:limit]
-    task = path.stem.removeprefix("tiny_")
+    return questions_of(rows, path.stem.removeprefix("tiny_"))
+
+
+def questions_of(rows: Iterable[Mapping[str, str]], task: str) -> list[Question]:
+    """The questions of a benchmark's first rows."""
     images: dict[str, Image.Image] = {}
     questions = []
     for row in rows:

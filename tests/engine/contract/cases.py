@@ -104,9 +104,10 @@ class Case:
         return registry.make_method(self.method, dict(self.parameters))
 
     @property
-    def edits_keys(self) -> bool:
-        """Whether the method edits cached keys, so that it needs a cache."""
-        return "cached_key" in self.make().needs
+    def works_on_cache(self) -> bool:
+        """Whether the method edits or evicts cached keys, so that it needs a cache."""
+        method = self.make()
+        return "cached_key" in method.needs or any(cut.evicts for cut in method.cuts(self.facts, 0.5))
 
     @cached_property
     def facts(self) -> Any:

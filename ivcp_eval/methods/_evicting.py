@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +13,10 @@ from torch import Tensor
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
 from ivcp_eval.interface.ops import ranking
 
-_HEADS = ("own", "shared")
+_POOLS: dict[str, Callable[..., Tensor]] = {
+    "mean": torch.nn.functional.avg_pool1d,
+    "max": torch.nn.functional.max_pool1d,
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Evictor(AbstractMethod):
 
     def __post_init__(self) -> None:
         """Refuse a word that no run can mean."""
-        if self.heads not in _HEADS:
-            raise ValueError(f"heads={self.heads!r} is unknown; use one of {', '.join(_HEADS)}")
+        if self.heads not in ("own", "shared"):
+            raise ValueError(f"heads={self.heads!r} is unknown; use one of own, shared")
 
     def shares(self, n_layers: int, ratio: float) -> list[float]:
         """Of the visual tokens, what each layer's cache keeps; here the same everywhere."""
@@ -57,3 +61,35 @@ class Evictor(AbstractMethod):
         kept = [image.tokens[ranking(weight[:, image.tokens])[:, : image.budget]] for image in signals.images]
         keep = torch.cat(kept, dim=1).sort(dim=1).values
         return Selection(keep[0] if self.heads == "shared" else keep)
+
+
+@dataclass(frozen=True)
+class Voting(Evictor):
+    """Weighs by the attention of the question's last tokens, shared with neighbours in the image.
+
+    Attributes:
+        window: tokens that vote.
+        kernel, pooling: each token gets the "mean" or the "max" of the votes for it and its neighbours, an odd number
+            of tokens in all; 1 for its own alone.
+    """
+
+    window: int = 32
+    kernel: int = 5
+    pooling: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no run can mean."""
+        super().__post_init__()
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"window={self.window} must be 1 or more, kernel={self.kernel} an odd number of 1 or more")
+        if self.pooling not in _POOLS:
+            raise ValueError(f"pooling={self.pooling!r} is unknown; use one of {', '.join(_POOLS)}")
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """The pooled votes."""
+        votes = signals.attention(signals.question[-self.window :])[:, :, signals.visual].sum(dim=1)  # (H, V)
+        pooled = torch.empty_like(votes)
+        for image in signals.images:
+            pool = _POOLS[self.pooling](votes[:, image.tokens], self.kernel, stride=1, padding=self.kernel // 2)
+            pooled[:, image.tokens] = pool
+        return pooled

@@ -18,38 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from ivcp_eval.interface import Faithfulness, Signals
-from ivcp_eval.methods._evicting import Evictor
+from ivcp_eval.interface import Faithfulness
+from ivcp_eval.methods._evicting import Voting
 
 
 @dataclass(frozen=True)
-class Method(Evictor):
-    """SnapKV.
-
-    Attributes:
-        window: tokens that vote. kernel: odd number of neighbours whose votes are averaged; 1 for none.
-    """
+class Method(Voting):
+    """SnapKV; the defaults of its fields are the released ones."""
 
     faithfulness: ClassVar[Faithfulness] = "variant"
-
-    window: int = 32
-    kernel: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that no run can mean."""
-        super().__post_init__()
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"window={self.window} must be 1 or more, kernel={self.kernel} an odd number of 1 or more")
-
-    def weigh(self, signals: Signals) -> Tensor:
-        """Smoothed votes of the window."""
-        votes = signals.attention(signals.question[-self.window :])[:, :, signals.visual].sum(dim=1)  # (H, V)
-        smooth = torch.empty_like(votes)
-        for image in signals.images:
-            smooth[:, image.tokens] = torch.nn.functional.avg_pool1d(
-                votes[:, image.tokens], self.kernel, stride=1, padding=self.kernel // 2
-            )
-        return smooth

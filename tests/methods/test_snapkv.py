@@ -15,11 +15,18 @@ from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method
 from tests.engine import tiny_models
 from tests.engine.contract.cases import Case
-from tests.methods.material import best, image_columns, random_signals, stock_attention
+from tests.methods.material import best, evicting_columns, image_columns, random_signals, stock_attention
 
 
 def slow(
-    maps: Tensor, columns: list[list[int]], question: list[int], ratio: float, groups: int, window: int, kernel: int
+    maps: Tensor,
+    columns: list[list[int]],
+    question: list[int],
+    ratio: float,
+    groups: int,
+    window: int,
+    kernel: int,
+    pool: str = "mean",
 ) -> list[list[int]]:
     """Per key head the columns that stay; ``maps`` (H, n, n), ``columns`` those of each image."""
     kept: list[list[int]] = [[] for _ in range(groups)]
@@ -31,33 +38,24 @@ def slow(
                 votes = [sum(float(maps[head, row, c]) for row in question[-window:]) for c in image]
                 for i in range(len(image)):
                     near = [votes[j] for j in range(i - kernel // 2, i + kernel // 2 + 1) if 0 <= j < len(image)]
-                    weights[i] += sum(near) / kernel / per_group
+                    weights[i] += (max(near) if pool == "max" else sum(near) / kernel) / per_group
             kept[group] += [image[i] for i in best(weights, budget(ratio, len(image)))]
     return [sorted(columns) for columns in kept]
 
 
 @pytest.mark.parametrize(("window", "kernel"), [(32, 5), (2, 3), (1, 1)])
-@pytest.mark.parametrize("heads", ["own", "shared"])
-def test_formula(heads: str, window: int, kernel: int) -> None:
-    method = make_method("snapkv", {"window": window, "kernel": kernel, "heads": heads})
+@pytest.mark.parametrize(("heads", "pool"), [("own", "mean"), ("shared", "mean"), ("own", "max")])
+def test_formula(heads: str, pool: str, window: int, kernel: int) -> None:
+    method = make_method("snapkv", {"window": window, "kernel": kernel, "heads": heads, "pooling": pool})
     signals = random_signals((5, 8), (3, 4), ratio=0.3)
     signals = replace(signals, cut=method.cuts(ModelFacts("llava", 8), 0.3)[0])
     maps = signals.attention(torch.arange(signals.hidden.shape[0]))
     images = [(image.tokens + 3).tolist() for image in signals.images]
-    wanted = slow(maps, images, signals.question.tolist(), 0.3, 2 if heads == "own" else 1, window, kernel)
+    wanted = slow(maps, images, signals.question.tolist(), 0.3, 2 if heads == "own" else 1, window, kernel, pool)
     selection = method.select(signals)
     selection.check(signals, "snapkv")
     assert (torch.atleast_2d(selection.keep) + 3).tolist() == wanted
     assert heads == "shared" or wanted[0] != wanted[1]
-
-
-def kept_columns(family: str, inputs: dict[str, Any], ratio: float, **parameters: Any) -> list[list[list[int]]]:
-    """Per layer and key head the columns that a prefill keeps, of a single row."""
-    case = Case(family, "snapkv", tuple(parameters.items()), ratio)
-    with case.prune() as recording:
-        case.forward(inputs)
-    visual = torch.tensor(image_columns(family, inputs))
-    return [visual[torch.atleast_2d(selection.keep)].tolist() for _, selection in recording.calls]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
@@ -66,7 +64,7 @@ def test_in_a_model_every_layer_keeps_by_its_own_attention(family: str) -> None:
     closing = 1 if family == "qwen2_5_vl" else 0
     columns = image_columns(family, inputs)
     question = list(range(columns[-1] + 1 + closing, inputs["input_ids"].shape[1]))
-    got = kept_columns(family, inputs, 0.4)
+    got = evicting_columns("snapkv", family, inputs, 0.4)
     for layer, attention in enumerate(stock_attention(family, inputs)):
         maps = attention[0]
         assert got[layer] == slow(maps, [columns], question, 0.4, len(got[layer]), 32, 5), f"layer {layer}"
@@ -116,7 +114,7 @@ def test_wrong_answers_are_named(keep: Tensor, said: str) -> None:
         Selection(keep).check(signals, "some")
 
 
-@pytest.mark.parametrize("parameters", [{"kernel": 4}, {"window": 0}, {"heads": "each"}])
+@pytest.mark.parametrize("parameters", [{"kernel": 4}, {"window": 0}, {"heads": "each"}, {"pooling": "sum"}])
 def test_refused_parameters(parameters: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(parameters))):
         make_method("snapkv", parameters)

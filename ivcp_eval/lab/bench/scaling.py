@@ -138,7 +138,7 @@ def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu"
         seconds += _now(device) - begin
         selection.check(signals, name)
         operations, flops = operations + counted.count, flops + counter.get_total_flops()
-        alive = selection.keep.numel()
+        alive = alive if cut.evicts else selection.keep.numel()
     return Cost(seconds, operations, flops) if any(cut.ratio < 1 for cut in cuts) else None
 
 

@@ -41,7 +41,7 @@ def random_signals(
     tower |= {"key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6), "joint_key": draw(sum(sizes), 2 * SIZE)}
     layer = {"query": draw(HEADS, n, SIZE), "key": draw(GROUPS, n, SIZE)}
     hidden = draw(n, HIDDEN)
-    return Signals(
+    row = Signals(
         images=tuple(images),
         visual=visual,
         text=text,
@@ -62,6 +62,8 @@ def random_signals(
         family="qwen2_5_vl",
         generator=torch.Generator().manual_seed(seed),
     )
+    tower["query"] = draw(sum(sizes), HEADS, SIZE)
+    return row
 
 
 def best(scores: list[float], k: int) -> list[int]:

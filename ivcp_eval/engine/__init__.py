@@ -124,7 +124,7 @@ def resolve(
     facts = adapter.facts(config, family)
     cuts = method.cuts(facts, ratio) if ratio < 1 else ()
     if ratio < 1:
-        _check_signals(method, adapter, model, family, name)
+        _check_signals(method, cuts, adapter, model, family, name)
     _check_cuts(cuts, facts, name)
     return Resolved(adapter, family, method, name, ratio, cuts)
 
@@ -135,14 +135,16 @@ def check_ratio(ratio: float) -> None:
         raise ValueError(f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half of the visual tokens, 1 all")
 
 
-def _check_signals(method: AbstractMethod, adapter: AbstractAdapter, model: Any, family: str, name: str) -> None:
+def _check_signals(
+    method: AbstractMethod, cuts: tuple[Cut, ...], adapter: AbstractAdapter, model: Any, family: str, name: str
+) -> None:
     shrinks = method.pixel_share(0.5) is not None  # whatever the ratio
     if shrinks and type(adapter).shrunk_size is AbstractAdapter.shrunk_size:
         raise Unsupported(
             f"method {name!r} shrinks the image, but on {family!r} every image costs the same number of visual tokens"
         )
     cached: frozenset[Signal] = frozenset({"cached_key"}) if "step" in method.needs else frozenset()
-    for signal in sorted(method.needs | cached):
+    for signal in sorted(method.needs.union(cached, *(cut.needs for cut in cuts))):
         reason = adapter.unsupported(model, signal)
         if reason:
             raise Unsupported(f"method {name!r} needs the signal {signal!r}, which {family!r} cannot give: {reason}")
@@ -166,11 +168,15 @@ def _check_cuts(cuts: tuple[Cut, ...], facts: ModelFacts, method: str) -> None:
         raise ValueError(f"method {method!r} cuts at layers {layers}; a layer is a whole number")
     if layers != sorted(set(layers)):
         raise ValueError(f"method {method!r} cuts at layers {layers}; they must increase strictly")
+    if len({cut.evicts for cut in cuts if cut.ratio < 1}) > 1:
+        raise ValueError(
+            f"method {method!r} cuts the sequence and evicts from single caches; a method does one or the other"
+        )
     for cut in cuts:
         check_ratio(cut.ratio)
-        lowest = facts.first_cut if cut.ratio < 1 else 0
+        lowest = facts.first_cut if cut.ratio < 1 and not cut.evicts else 0
         if not lowest <= cut.layer < facts.n_layers:
             raise ValueError(
-                f"layer {cut.layer} of method {method!r} is outside {facts.first_cut}..{facts.n_layers - 1}, "
+                f"layer {cut.layer} of method {method!r} is outside {lowest}..{facts.n_layers - 1}, "
                 f"the decoder layers of this {facts.family} model that can be cut"
             )

@@ -32,7 +32,9 @@ class SlotMap:
     """Which prompt columns the first slots of a cache layer hold.
 
     Attributes:
-        columns: (B, n) int64, increasing per row; -1 marks a padding slot (rows are padded on the left).
+        columns: (B, n) int64, increasing per row; -1 marks a padding slot (rows are padded on the left). Where heads
+            hold different visual tokens, those of the first head: masks only ask whether a slot is past and is no
+            padding, which is the same for all of them.
         prompt_length: S, the columns of the unpruned prompt.
         padded: whether any slot is padding, known on the host.
         shift: (B, 1) int64 or None: how far decode positions move down where the survivors were re-numbered.
@@ -157,8 +159,12 @@ def check_cache(cache: Cache | None) -> None:
 
 
 def gather_slots(layer: DynamicLayer, slots: Tensor) -> None:
-    """Keep the slots (B, n') of a cache layer, in place; -1 (padding) copies slot 0, which masks hide."""
-    index = slots.clamp_min(0).to(layer.keys.device)[:, None, :, None]
+    """Keep the slots (B, n') of a cache layer, or those of each head (B, G, n'), in place.
+
+    -1 (padding) copies slot 0, which masks hide.
+    """
+    index = slots.clamp_min(0).to(layer.keys.device)[..., None]
+    index = index if slots.ndim == 3 else index[:, None]
     for name in ("keys", "values"):
         states = getattr(layer, name)
         setattr(layer, name, states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3])))

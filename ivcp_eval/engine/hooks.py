@@ -71,11 +71,12 @@ class Engine(ABC):
         self.parts, self.listeners = parts, tuple(listeners)
         self.model, self.adapter, self.decoder = parts.model, parts.resolved.adapter, parts.decoder
         self.run = Run(method=parts.resolved.name, ratio=parts.resolved.ratio)
-        self.cuts = {cut.layer: cut for cut in parts.resolved.cuts}
+        self.cuts = {cut.layer: cut for cut in parts.resolved.cuts if not cut.evicts}
+        self.evictions = {cut.layer: cut for cut in parts.resolved.cuts if cut.evicts}
         self.rotary = Rotary(self.decoder.rotary_emb)
         self.cutter = Cutter(parts, self.decoder, self.rotary, self.run)
         self.continuity = Continuity()
-        self._needs_cache = any(listener.works_on_cache for listener in self.listeners)
+        self._needs_cache = bool(self.evictions) or any(listener.works_on_cache for listener in self.listeners)
         self._turns = Turns([self.model, self.adapter.multimodal_model(self.model), self.decoder])
         self._handles: list[Any] = []
         self._image_mask: Tensor | None = None
@@ -116,12 +117,16 @@ class Engine(ABC):
         keep(before(self.adapter.multimodal_model(self.model), self._before_model))
         keep(before(self.decoder, self._before_text_model))
         self._handles += self.rotary.attach()
-        for cut in self.cuts.values():
-            if cut.layer > 0:
-                layer, needs = self.decoder.layers[cut.layer - 1], self.parts.resolved.method.needs | cut.needs
+        for cut in self.parts.resolved.cuts:
+            source = cut.layer if cut.evicts else cut.layer - 1
+            if source >= 0:
+                layer, needs = self.decoder.layers[source], self.parts.resolved.method.needs | cut.needs
                 self._handles += capture(self.adapter, layer, needs, self._store)
         for index, layer in enumerate(self.decoder.layers):
             keep(before(layer, functools.partial(self._before_layer, index)))
+            if index in self.evictions:
+                evict = functools.partial(self._evict, self.evictions[index])
+                keep(layer.register_forward_hook(evict, with_kwargs=True))
         for listener in self.listeners:
             self._handles += listener.attach(self.decoder, lambda: self._running)
         keep(self.decoder.register_forward_hook(self._after_text_model, with_kwargs=True, always_call=True))
@@ -264,6 +269,11 @@ class Engine(ABC):
         mask = state.layer_mask(layer, hidden, self.decoder.config._attn_implementation, attended)
         return write(kwargs, attention_mask=mask)
 
+    def _evict(self, cut: Cut, _layer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(self._running, Prefill):
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.cutter.evict(self._running, cut, hidden, kwargs)
+
     # -- after the text model -----------------------------------------------------------------------------------
 
     def _after_text_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -285,8 +295,8 @@ class Engine(ABC):
                 "the cache of this forward did not reach the decoder layers by a name that pruning knows, so "
                 "it could not be pruned and decoding would be wrong; install a tested release of transformers"
             )
-        self.continuity.prompt_ended(pruned=cache is not None and state.shorter)
-        if state.shorter:
+        self.continuity.prompt_ended(pruned=cache is not None and state.changed)
+        if state.changed:
             state.finish()
         for listener in self.listeners:
             listener.after(state)

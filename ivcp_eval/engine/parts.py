@@ -39,13 +39,14 @@ class Resolved:
 
     @property
     def first_cut(self) -> int | None:
-        """The decoder layer before which tokens are removed for the first time; None if none ever are."""
-        return next((cut.layer for cut in self.cuts if cut.ratio < 1), None)
+        """The decoder layer before which tokens leave the sequence for the first time; None if none ever do."""
+        return next((cut.layer for cut in self.cuts if cut.ratio < 1 and not cut.evicts), None)
 
     @property
     def works_on_cache(self) -> bool:
-        """Whether the method edits cached keys or masks single decode steps, at this ratio."""
-        return self.ratio < 1 and bool(self.method.needs & {"cached_key", "step"})
+        """Whether the method evicts from, edits or masks the cache of a whole prompt, at this ratio."""
+        on_cache = bool(self.method.needs & {"cached_key", "step"}) or any(cut.evicts for cut in self.cuts)
+        return self.ratio < 1 and on_cache
 
 
 @dataclass(frozen=True)

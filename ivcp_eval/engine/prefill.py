@@ -20,7 +20,7 @@ from ivcp_eval.engine.guards.rankings import Rankings
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals.source import SignalSource
 from ivcp_eval.engine.signals.vision import of_method
-from ivcp_eval.interface import Cut, ImageSpan, Selection, check_type
+from ivcp_eval.interface import Cut, ImageSpan, Selection, Signals, check_type
 from ivcp_eval.interface.names import read
 from ivcp_eval.interface.ops import merged_states
 
@@ -69,10 +69,16 @@ class Prefill:
         self.memory: list[dict[str, Any]] = [{} for _ in prompt.spans]
         self.vision: list[dict[str, Tensor]] = [{} for _ in prompt.spans]
         self.stage = 0  # cuts and observations so far
-        self.shorter = False  # whether anything was removed so far
+        self.shorter = False  # whether anything was removed from the sequence so far
+        self.evicted = False  # whether anything was removed from a single layer's cache
         self.cache: Cache | None = None
         self.mask: Tensor | None = None
         self.position_embeddings: Any = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the cache does not hold the prompt as stock code left it."""
+        return self.shorter or self.evicted
 
     def visual_slots(self, layer: int) -> list[Tensor]:
         """Per row, where the visual tokens stand in the layer's cache."""
@@ -98,6 +104,26 @@ class Prefill:
             self.layers[layer], slots = moved[id(before)]
             if self.cache is not None:
                 gather_slots(self.cache.layers[layer], slots)
+
+    def evict(self, layer: int, kept: Sequence[Tensor]) -> None:
+        """Drop from the cache of one layer, which has run, all but ``kept``.
+
+        Args:
+            kept: per row, increasing indices into its alive tokens: (G, n') of each key head, or (1, n') of all.
+        """
+        assert self.cache is not None
+        here = self.now.rows.slots_in(self.now.matrix)
+        heads, longest = (max(sizes) for sizes in zip(*(indices.shape for indices in kept), strict=True))
+        slots = torch.full((len(kept), heads, longest), -1, dtype=torch.int64)
+        columns = []
+        for row, (indices, alive) in enumerate(zip(kept, self.now.rows.columns, strict=True)):
+            at = here[row, here.shape[1] - alive.numel() :]
+            slots[row, :, longest - indices.shape[1] :] = at[indices]
+            columns.append(alive[indices[0]])
+        gather_slots(self.cache.layers[layer], slots if heads > 1 else slots[:, 0])
+        rows = Rows(tuple(columns))
+        self.layers[layer] = LayerSlots(rows, rows.matrix(), self.now.shift)
+        self.evicted = True
 
     def finish(self) -> None:
         """After the last layer: count into the run, and make the cache's layers know what they hold."""
@@ -164,9 +190,26 @@ class Cutter:
         state.shorter = True
         return hidden
 
-    def _select(self, state: Prefill, cut: Cut, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Per row the columns that survive, and the hidden states, merged where asked."""
-        source = SignalSource(
+    def evict(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Drop tokens from the cache of the layer of an eviction, which has run.
+
+        Args:
+            hidden: (B, S, E) its output. kwargs: what it got.
+        """
+        if not state.shorter:
+            state.position_embeddings = read(kwargs, "position_embeddings")
+        source = self._source(state, cut, hidden)
+        here = state.now.rows.slots_in(state.now.matrix)
+        kept = []
+        for row, alive in enumerate(state.now.rows.columns):
+            asked = self._ask(state, source, row, alive, here[row, here.shape[1] - alive.numel() :])
+            kept.append(torch.arange(alive.numel())[None] if asked is None else _with_text(*asked))
+        state.stage += 1
+        if cut.ratio < 1:
+            state.evict(cut.layer, kept)
+
+    def _source(self, state: Prefill, cut: Cut, hidden: Tensor) -> SignalSource:
+        return SignalSource(
             adapter=self.adapter,
             family=self.parts.resolved.family,
             text_model=self.decoder,
@@ -177,6 +220,10 @@ class Cutter:
             position_ids=self.rotary.ids,
             position_embeddings=state.position_embeddings,
         )
+
+    def _select(self, state: Prefill, cut: Cut, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Per row the columns that survive, and the hidden states, merged where asked."""
+        source = self._source(state, cut, hidden)
         here = state.now.rows.slots_in(state.now.matrix)
         columns: list[Tensor] = []
         for row, alive in enumerate(state.now.rows.columns):
@@ -189,14 +236,34 @@ class Cutter:
         self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor, hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Which of the row's alive tokens survive, (n,) bool on CPU; and the hidden states, merged where asked."""
+        keep = torch.ones(alive.numel(), dtype=torch.bool)
+        asked = self._ask(state, source, row, alive, slots)
+        if asked is None:
+            return keep, hidden
+        signals, selection = asked
+        visual = signals.visual.cpu()
+        keep[visual] = False
+        keep[visual[selection.keep.cpu()]] = True
+        if selection.merge is not None:
+            at = slots.to(hidden.device)[signals.visual]
+            merged = merged_states(selection.merge, hidden[row, at])
+            hidden = hidden.clone()
+            hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
+        return keep, hidden
+
+    def _ask(
+        self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor
+    ) -> tuple[Signals, Selection] | None:
+        """What the method is shown of a row and what it answers, checked; None for a row without visual tokens."""
         image_mask = state.prompt.image_mask[row]
         is_visual = image_mask[alive]
         if not bool(is_visual.any()):
-            return torch.ones(alive.numel(), dtype=torch.bool), hidden
+            return None
         # Vision signals cover the prompt's visual tokens; some may be gone by now.
         among = torch.searchsorted(image_mask.nonzero().flatten(), alive[is_visual])
         heard = {} if self.tower is None else of_method(state.vision[row], self.method, self.tower)
-        vision = {name: signal[among.to(signal.device)].to(hidden.device) for name, signal in heard.items()}
+        device = source.hidden.device
+        vision = {name: signal[among.to(signal.device)].to(device) for name, signal in heard.items()}
         seed, ids = self._row_seed(state, row, alive), self._ids(state, row, alive)
         spans, memory = state.prompt.spans[row], state.memory[row]
         shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed, ids))
@@ -207,14 +274,7 @@ class Cutter:
         check_type(selection, Selection, self.run.method, "select")
         selection.check(signals, self.run.method)
         self.run.count_nonfinite(row, max(selection.nonfinite, rankings.nonfinite()))
-        keep = ~is_visual
-        keep[signals.visual.cpu()[selection.keep.cpu()]] = True
-        if selection.merge is not None:
-            at = slots.to(hidden.device)[signals.visual]
-            merged = merged_states(selection.merge, hidden[row, at])
-            hidden = hidden.clone()
-            hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
-        return keep, hidden
+        return signals, selection
 
     def _ids(self, state: Prefill, row: int, alive: Tensor) -> Tensor | None:
         ids = read(state.prompt.inputs, "input_ids")
@@ -241,3 +301,10 @@ class Cutter:
             return None  # sdpa and flash attention are causal by themselves where the keys are the queries
         columns = state.now.matrix.to(hidden.device)
         return attention_mask(columns, hidden.shape[1], implementation=implementation, dtype=hidden.dtype)
+
+
+def _with_text(signals: Signals, selection: Selection) -> Tensor:
+    """The selection and all text as increasing indices into a row's alive tokens: (1, n'), or (G, n') per key head."""
+    kept = signals.visual.cpu()[torch.atleast_2d(selection.keep).cpu()]
+    text = signals.text.cpu().expand(len(kept), -1)
+    return torch.cat((text, kept), dim=1).sort(dim=1).values

@@ -19,10 +19,12 @@ are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`; `
 after the prefill, for `AbstractMethod.attended`.
 """
 
-CachePolicy = Literal["all_layers", "from_cut", "all_but_first"]
-"""Whose KV cache loses the dropped tokens: every layer, only the layers from the cut on, or all but layer 0."""
+CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
+"""Whose KV cache loses the dropped tokens: every layer, only the layers from the cut on, all but layer 0; or none but
+the layer's own, and nothing leaves the sequence (`Cut.evicts`).
+"""
 
-TowerSignal = Literal["received", "cls", "key", "feature", "joint_cls", "joint_key"]
+TowerSignal = Literal["received", "cls", "query", "key", "feature", "joint_cls", "joint_key"]
 """What a block of the vision tower can say of each visual token; shapes are those of `Signals.vision`."""
 
 Faithfulness = Literal["faithful", "from_formula", "variant", "control"]
@@ -82,6 +84,10 @@ class Cut:
     observation: the method sees the signals and may remember something, nothing is removed or merged.
     ``renumber`` re-numbers the positions of the survivors 0..n-1 from this layer on; otherwise they keep theirs.
     ``needs`` are projections to capture for this cut beyond those of the method (what a preset of one family asks for).
+
+    With ``cache="own"`` it is an eviction: the prompt goes through every layer whole, and once ``layer`` has run, its
+    cache alone loses the tokens. `Signals.hidden` is then that layer's output, projections and attention are its own,
+    and ``ratio`` is the share that its cache keeps.
     """
 
     layer: int
@@ -89,6 +95,11 @@ class Cut:
     cache: CachePolicy = "all_layers"
     renumber: bool = False
     needs: frozenset[Signal] = frozenset()
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens leave one layer's cache only."""
+        return self.cache == "own"
 
 
 @dataclass(frozen=True)
@@ -155,8 +166,9 @@ class Signals:
             `tower_signals` of the blocks in its `tower_blocks`, by signal or ``BLOCK/SIGNAL``: ``received`` (V,)
             float32 attention that the token receives inside its image, summed over queries; ``cls`` (V,) float32
             attention of the class token, where the tower has one; both mean over heads; ``key`` (V, D) keys, mean over
-            heads; ``feature`` (V, F) hidden states behind the block; ``joint_key`` (V, H * D) keys of all heads side by
-            side, and ``joint_cls`` (V,) the class token's attention by these, where there is one.
+            heads; ``query`` (V, H, D) queries, times the root of what scales logits; ``feature`` (V, F) hidden states
+            behind the block; ``joint_key`` (V, H * D) keys of all heads side by side, and ``joint_cls`` (V,) the class
+            token's attention by these, where there is one.
         cut: the cut itself. ids: (n,) int64 token ids, where the prompt came as ids.
         stage: 0 for the first cut, 1 for the second, ...
         family: the adapter's name, for presets that reproduce one family's released code.
@@ -253,7 +265,8 @@ class Selection:
     """What a method returns for one row.
 
     Attributes:
-        keep: (K,) int64 indices into the row's visual tokens, strictly increasing.
+        keep: (K,) int64 indices into the row's visual tokens, strictly increasing. At an eviction also (G, K): what
+            each key head keeps, of each image equally many; real memory is freed either way.
         merge: optional (K, V) weights, dense or sparse (`ivcp_eval.interface.ops.sparse_weights`); survivor i
             continues as ``merge[i] @ hidden[visual]`` (float32, then cast).
         exact: False if the method's own rule overrides the budget (a released rule without one).
@@ -283,12 +296,18 @@ class Selection:
             )
         if self.merge is not None:
             check_type(self.merge, torch.Tensor, method, "Selection.merge", "a tensor of weights (K, V), or None")
-        if keep.ndim != 1 or (keep.numel() and not bool((keep[1:] > keep[:-1]).all())):
+        per_head = keep.ndim == 2 and signals.cut is not None and signals.cut.evicts
+        if not (keep.ndim == 1 or per_head) or not bool((keep[..., 1:] > keep[..., :-1]).all()):
             raise ValueError(f"method {method!r} returned indices that are not a strictly increasing vector: {keep}")
-        if keep.numel() and (int(keep[0]) < 0 or int(keep[-1]) >= signals.n_visual):
+        if keep.numel() and (int(keep.min()) < 0 or int(keep.max()) >= signals.n_visual):
             raise ValueError(f"method {method!r} returned indices outside 0..{signals.n_visual - 1}: {keep}")
-        if self.exact and keep.numel() != signals.budget:
-            raise ValueError(f"method {method!r} kept {keep.numel()} visual tokens, its budget is {signals.budget}")
+        if self.exact and keep.shape[-1] != signals.budget:
+            raise ValueError(f"method {method!r} kept {keep.shape[-1]} visual tokens, its budget is {signals.budget}")
+        frames = signals.frame[keep].sort(dim=-1).values if per_head else keep
+        if per_head and bool((frames != frames[:1]).any()):
+            raise ValueError(f"method {method!r} kept more visual tokens of an image in one head than in another")
+        if self.merge is not None and signals.cut is not None and signals.cut.evicts:
+            raise ValueError(f"method {method!r} returned merge weights at an eviction, where no states change")
         if self.merge is not None and tuple(self.merge.shape) != (keep.numel(), signals.n_visual):
             raise ValueError(
                 f"method {method!r} returned merge weights {tuple(self.merge.shape)}, "

@@ -91,10 +91,10 @@ class PlusIvc(AbstractMethod):
         """Those of the inner method.
 
         Raises:
-            ValueError: it has none (`none`): the row would be the unpruned model under another name.
+            ValueError: it has none (`none`): the row would be the unpruned model under another name. Or it evicts.
         """
         cuts = self.inner.cuts(model, ratio)
-        if not cuts:
+        if not cuts or any(cut.evicts for cut in cuts):
             raise ValueError(self._refusal())
         return cuts
 

@@ -14,6 +14,7 @@ from ivcp_eval.interface import Signals, registry
 from ivcp_eval.lab.bench.scaling import MOST_OPERATIONS, Cost, Widths, measure, row
 
 SMALL = Widths(hidden=32, heads=4, groups=2, head=8)
+COSTLY = {"h2o": "adds up the attention of all tokens of the prompt in every layer, as the method says"}
 
 
 @pytest.mark.parametrize("name", registry.method_names())
@@ -22,8 +23,9 @@ def test_every_method_stays_below_the_targets(name: str) -> None:
     if cost is None:
         assert name in ("none", "downsample", "rotatek")
         return
-    assert 0 < cost.operations <= MOST_OPERATIONS, "one step per token is one launch per token"
-    assert row(name, [1024], [cost], SMALL)["met"]
+    assert row(name, [1024], [cost], SMALL)["met"] == (name not in COSTLY)
+    if name not in COSTLY:
+        assert 0 < cost.operations <= MOST_OPERATIONS, "one step per token is one launch per token"
 
 
 def test_operations_and_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
+from ivcp_eval.interface import Cut, Image, ImageSpan, Selection, Signals
 from ivcp_eval.interface.ops import budget
+from ivcp_eval.interface.registry import make_method
 from tests.engine import tiny_models
 
 HEADS, GROUPS, SIZE, HIDDEN = 4, 2, 8, 12
@@ -40,7 +41,7 @@ def random_signals(
     tower |= {"key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6), "joint_key": draw(sum(sizes), 2 * SIZE)}
     layer = {"query": draw(HEADS, n, SIZE), "key": draw(GROUPS, n, SIZE)}
     hidden = draw(n, HIDDEN)
-    return Signals(
+    row = Signals(
         images=tuple(images),
         visual=visual,
         text=text,
@@ -61,6 +62,8 @@ def random_signals(
         family="qwen2_5_vl",
         generator=torch.Generator().manual_seed(seed),
     )
+    tower["query"] = draw(sum(sizes), HEADS, SIZE)
+    return row
 
 
 def best(scores: list[float], k: int) -> list[int]:
@@ -76,6 +79,24 @@ def pruned_columns(
     with ivcp_eval.prune(model, method, ratio, **parameters) as run, torch.no_grad():
         model(**inputs)
     return [columns.tolist() for columns in run.kept]
+
+
+def evicting_columns(method: str, family: str, inputs: dict[str, Any], ratio: float) -> list[list[list[int]]]:
+    """Per layer and key head the prompt columns of visual tokens that the caches of a single row keep."""
+    model, _ = tiny_models.build(family)
+    visual, made = image_columns(family, inputs), make_method(method)
+    select = made.select
+    kept: list[list[list[int]]] = []
+
+    def recording(signals: Signals) -> Selection:
+        selection = select(signals)
+        kept.append([[visual[i] for i in head] for head in torch.atleast_2d(selection.keep).tolist()])
+        return selection
+
+    object.__setattr__(made, "select", recording)  # the instance is a frozen dataclass
+    with ivcp_eval.prune(model, made, ratio), torch.no_grad():
+        model(**inputs)
+    return kept
 
 
 def image_columns(family: str, inputs: dict[str, Any], row: int = 0) -> list[int]:

@@ -52,11 +52,15 @@ def changed(signals: Signals, edit: Callable[[Tensor, Tensor], Tensor]) -> Signa
 def chosen(name: str, signals: Signals) -> Selection:
     """What the method keeps at its first real cut, checked."""
     method = make_method(name)
-    look = [cut.ratio == 1 for cut in method.cuts(ModelFacts("llava", 8), 0.5)]
+    cuts = method.cuts(ModelFacts("llava", 8), 0.5)
+    look = [cut.ratio == 1 for cut in cuts]
     for _ in range(look.index(False)):
         whole = tuple(replace(image, budget=image.n_prompt) for image in signals.images)
         method.select(replace(signals, images=whole))
-    selection = method.select(replace(signals, stage=look.index(False)))
+    first = look.index(False)
+    cut = cuts[first] if cuts[first].evicts else signals.cut
+    signals = replace(signals, stage=first, cut=cut)
+    selection = method.select(signals)
     selection.check(signals, name)
     return selection
 
@@ -70,9 +74,9 @@ def test_nothing_to_rank_by(name: str, value: float) -> None:
 
     for ratio in (0.05, 0.5, 1.0):
         signals = changed(random_signals((3, 5), (1, 1), ratio=ratio), edit)
-        for image in signals.images:
-            kept = torch.isin(chosen(name, signals).keep, image.tokens)
-            assert int(kept.sum()) == image.budget
+        for keep in torch.atleast_2d(chosen(name, signals).keep):
+            for image in signals.images:
+                assert int(torch.isin(keep, image.tokens).sum()) == image.budget
 
 
 @pytest.mark.parametrize("name", method_names())

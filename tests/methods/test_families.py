@@ -15,7 +15,10 @@ from tests.engine import tiny_models
 
 UNSUPPORTED = {
     ("downsample", "llava"): "every image costs the same number of visual tokens",
-    ("rotatek", "deepseek_vl2"): "its cache holds compressed latents that all heads share, not keys",
+    **{
+        (method, "deepseek_vl2"): "its cache holds compressed latents that all heads share, not keys"
+        for method in ("h2o", "pyramidkv", "rotatek", "snapkv")
+    },
     **{
         (method, family): "its vision tower has no class token"
         for method in ("prumerge", "prumerge_plus")

@@ -47,8 +47,9 @@ def test_names_and_parameters() -> None:
     for name in ("rotatek+ivc", "downsample+ivc"):
         with pytest.raises(ValueError, match="does not save by selecting tokens"):
             make_method(name)
-    with pytest.raises(ValueError, match="'none' does not save by selecting tokens"):
-        make_method("none+ivc").cuts(ModelFacts("llava", 8), 0.5)
+    for name in ("none", "snapkv"):
+        with pytest.raises(ValueError, match=f"'{name}' does not save by selecting tokens"):
+            make_method(f"{name}+ivc").cuts(ModelFacts("llava", 8), 0.5)
     for name in ("fastv+ivc+ivc", "fastv+ive", "+ivc"):
         with pytest.raises(ValueError, match="unknown method"):
             make_method(name)
@@ -167,7 +168,9 @@ def test_a_rule_of_its_own_is_refused() -> None:
 
 def _selects(name: str) -> bool:
     method = make_method(name)
-    return method.pixel_share(0.5) is None and not method.needs & {"cached_key", "step"} and name != "none"
+    evicts = any(cut.evicts for cut in method.cuts(ModelFacts("llava", 8), 0.5))
+    on_cache = evicts or bool(method.needs & {"cached_key", "step"})
+    return method.pixel_share(0.5) is None and not on_cache and name != "none"
 
 
 @pytest.mark.parametrize("name", [name for name in method_names() if _selects(name)])

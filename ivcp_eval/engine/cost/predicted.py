@@ -65,6 +65,8 @@ def processed(cuts: Sequence[Cut], n_layers: int) -> list[float]:
     for cut in cuts:
         if cut.layer >= n_layers:
             raise ValueError(f"layer {cut.layer} is outside 0..{n_layers - 1}, the decoder layers of this model")
+        if cut.evicts:
+            continue
         shares[cut.layer :] = [min(cut.ratio, shares[cut.layer])] * (n_layers - cut.layer)
     return shares
 
@@ -73,7 +75,8 @@ def cached(cuts: Sequence[Cut], n_layers: int) -> list[float]:
     """Share of the prompt's visual tokens in the KV cache of each decoder layer after the prefill."""
     shares = processed(cuts, n_layers)
     for cut in (cut for cut in cuts if cut.cache != "from_cut"):
-        for layer in range(1 if cut.cache == "all_but_first" else 0, cut.layer):
+        first, behind = (cut.layer, cut.layer + 1) if cut.evicts else (int(cut.cache == "all_but_first"), cut.layer)
+        for layer in range(first, behind):
             shares[layer] = min(shares[layer], cut.ratio)
     return shares
 

@@ -53,7 +53,7 @@ class StepMasks(Listener):
 
     def after(self, state: Prefill) -> None:
         """Make every layer of the cache know its slots, even where no token was removed, and what a step needs."""
-        if not state.shorter:
+        if not state.changed:
             state.finish()
         steps = StepState(state.prompt.image_mask, state.memory)
         assert state.cache is not None

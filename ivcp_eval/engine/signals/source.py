@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -161,8 +162,8 @@ class SignalSource:
     def _attention(
         self, index: int, slots: Tensor, states: dict[str, Tensor], rotated: Callable[[Tensor], Tensor]
     ) -> Callable[..., Tensor]:
-        def attention(rows: Tensor, entering: bool = False) -> Tensor:
-            layer = self.text_model.layers[self.cut.layer if entering else self.cut.layer - 1]
+        @cache
+        def turned(entering: bool) -> tuple[Tensor, Tensor]:
             if entering:
                 query, key = self._entering(index, slots, "query"), self._entering(index, slots, "key")
             else:
@@ -173,12 +174,22 @@ class SignalSource:
                         "later, or ask for that of the layer that is entered (entering=True)"
                     )
                 query, key = states["query"], states["key"]
-            return attention_rows(rotated(query), rotated(key), rows, layer.self_attn.scaling)
+            return rotated(query), rotated(key)
+
+        def attention(rows: Tensor, entering: bool = False) -> Tensor:
+            own = entering or self.cut.evicts
+            layer = self.text_model.layers[self.cut.layer if own else self.cut.layer - 1]
+            return attention_rows(*turned(entering), rows, layer.self_attn.scaling)
 
         return attention
 
     def _entering(self, index: int, slots: Tensor, signal: Literal["query", "key"]) -> Tensor:
         """(heads, n, D) what the layer of the cut projects from the states that enter it."""
+        if self.cut.evicts:
+            raise ValueError(
+                f"what layer {self.cut.layer} projects of the states that enter it was asked for at an eviction, after "
+                f"it ran; name {signal!r} in `needs` and read signals.{signal}"
+            )
         layer = self.text_model.layers[self.cut.layer]
         module, heads = self.adapter.projection(layer, signal)
         return heads(module(layer.input_layernorm(_at(self.hidden[index], slots)[None])))[0]

@@ -114,7 +114,9 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: print the accuracies as JSON."""
-    parser = argparse.ArgumentParser(description="Evaluate the tiny model on the embedded benchmarks.")
+    parser = argparse.ArgumentParser(
+        prog="ivcp lab evaluate", description="Evaluate the tiny model on the embedded benchmarks."
+    )
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
     parser.add_argument("--data", type=Path, default=DATASETS, help="folder of the TSV files")
     parser.add_argument("--batch-size", type=int, default=32)

@@ -23,6 +23,7 @@ RAGGED = ("t5 i0 t9", "t4 i1 t3 i2 t6", "t12")  # one image; two; text only: thr
 PARAMETERS: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {
     # The released DeepSeek code knows only 14 x 15 tiles, too many for a tiny model; tests/engine/oracle replays it.
     "ivc_prune": (({"preset": "official"}, ("qwen2_5_vl", "llava", "internvl")),),
+    "snapkv": (({"heads": "shared"}, ("deepseek_vl2",)),),  # whose cache all heads share
 }
 """Further parameters of a registered method that the whole contract must hold for, and on which families."""
 WRAPPED = ("pyramiddrop+ivc", "visionzip+ivc")
@@ -104,9 +105,10 @@ class Case:
         return registry.make_method(self.method, dict(self.parameters))
 
     @property
-    def edits_keys(self) -> bool:
-        """Whether the method edits cached keys, so that it needs a cache."""
-        return "cached_key" in self.make().needs
+    def works_on_cache(self) -> bool:
+        """Whether the method edits or evicts cached keys, so that it needs a cache."""
+        method = self.make()
+        return "cached_key" in method.needs or any(cut.evicts for cut in method.cuts(self.facts, 0.5))
 
     @cached_property
     def facts(self) -> Any:

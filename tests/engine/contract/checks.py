@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,7 @@ def prefill_equals_reference(case: Case) -> None:
     """The logits of every surviving token, padded rows too, with and without a cache."""
     for layouts in (SINGLE, RAGGED):
         inputs = case.inputs(*layouts)
-        for use_cache in (True,) if case.edits_keys else (True, False):
+        for use_cache in (True,) if case.works_on_cache else (True, False):
             with case.prune() as recording:
                 got = case.forward(inputs, use_cache=use_cache).logits
             plan = recording.plan(inputs, case.image_token)
@@ -183,7 +184,7 @@ def sampling_equals_reference(case: Case) -> None:
 def uncached_equals_reference(case: Case) -> None:
     """Without a cache every step prunes the whole sequence anew, generated tokens counting as text."""
     inputs = case.inputs(*RAGGED)
-    if case.edits_keys:
+    if case.works_on_cache:
         with pytest.raises(ValueError, match="use_cache=False"), case.prune():
             case.generate(inputs, 2, use_cache=False)
         return
@@ -290,6 +291,10 @@ def budget_is_exact_per_image(case: Case) -> None:
         except Unsupported:  # released code without a ratio
             continue
         run = recording.run
+        if any(cut.evicts for cut in recording.cuts):
+            _evictions_are_exact(recording, ratio)
+            assert run.visual_kept == run.visual_prompt
+            continue
         exact = all(selection.exact for _, selection in recording.calls) and bool(recording.cuts)
         for row, layout in enumerate(layouts):
             kept = set(run.kept[row].tolist())
@@ -302,6 +307,16 @@ def budget_is_exact_per_image(case: Case) -> None:
             if exact:
                 wanted = [max(1, round(ratio * len(columns))) for columns in images]
                 assert counts == wanted, f"ratio {ratio}, {layout!r}: kept {counts} of each image, wanted {wanted}"
+
+
+def _evictions_are_exact(recording: Recording, ratio: float) -> None:
+    """Every head keeps the layer's share of every image; the mean over layers is what was asked for."""
+    assert sum(cut.ratio for cut in recording.cuts) / len(recording.run.visual_cached) == pytest.approx(ratio, rel=0.1)
+    for signals, selection in recording.calls:
+        for keep in torch.atleast_2d(selection.keep):
+            for image in signals.images:
+                wanted = max(1, round(recording.cuts[signals.stage].ratio * image.n_prompt))
+                assert int(torch.isin(keep, image.tokens).sum()) == wanted
 
 
 @check
@@ -344,6 +359,7 @@ def cache_lengths_are_as_declared(case: Case) -> None:
             cached = [len(plan.cached(index, row)) for row in rows]
             # Layers that keep everything keep the left padding too.
             cut = [s for s in plan.stages if s.cut.layer <= index or _cuts_cache(s.cut.cache, index)]
+            cut += [layer for layer, _ in plan.evicted if layer == index]
             wanted = (max(cached) if cut else plan.prompt) + 2  # the last token is never fed
             assert layer.keys.shape[-2] == layer.values.shape[-2] == wanted == run.kv_lengths[index], f"layer {index}"
             assert layer.get_seq_length() == plan.prompt + 2, "positions would no longer count the whole prompt"
@@ -369,12 +385,12 @@ def earlier_caches_hold_the_survivors(case: Case) -> None:
         for index in range(plan.stages[0].cut.layer if plan.stages else len(plain.layers)):
             got, all_of_it = pruned.layers[index], plain.layers[index]
             for row in range(len(layouts)):
-                columns = sorted(plan.cached(index, row))
-                for name in ("keys", "values"):
-                    wanted = getattr(all_of_it, name)[row][:, columns].clone()
+                for head, name in itertools.product(range(got.keys.shape[1]), ("keys", "values")):
+                    columns = sorted(plan.cached(index, row, head))
+                    wanted = getattr(all_of_it, name)[row][head, columns].clone()
                     if name == "keys" and (index, row) in plan.edits:
-                        wanted[:, [columns.index(c) for c in plan.visual[row]]] = plan.edits[index, row]
-                    close(getattr(got, name)[row][:, -len(columns) :], wanted, f"{name} of layer {index}", 1e-5)
+                        wanted[[columns.index(c) for c in plan.visual[row]]] = plan.edits[index, row][head]
+                    close(getattr(got, name)[row][head, -len(columns) :], wanted, f"{name} of layer {index}", 1e-5)
 
 
 # -- invariance -------------------------------------------------------------------------------------------------

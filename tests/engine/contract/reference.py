@@ -7,6 +7,7 @@ forbids the columns that the pruned run has dropped there. Nothing of ``ivcp_eva
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Plan:
     stages: list[Stage]
     edits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, row) -> keys of its visual columns
     visual: list[list[int]] = field(default_factory=list)
+    evicted: dict[tuple[int, int], list[set[int]]] = field(default_factory=dict)  # (layer, row) -> per head, what left
 
     @property
     def kept(self) -> list[list[int]]:
@@ -50,27 +52,35 @@ class Plan:
                 alive &= set(stage.alive[row])
         return alive
 
-    def cached(self, layer: int, row: int) -> set[int]:
+    @property
+    def heads(self) -> int:
+        """Key heads whose caches hold different tokens; 1 if all hold the same."""
+        return max((len(left) for left in self.evicted.values()), default=1)
+
+    def cached(self, layer: int, row: int, head: int = 0) -> set[int]:
         """Prompt columns that a layer's cache holds after the prefill."""
         alive = self.processed(layer, row)
+        if (layer, row) in self.evicted:
+            left = self.evicted[layer, row]
+            return alive - left[head if len(left) > 1 else 0]
         for stage in self.stages:
             if stage.cut.cache == "all_layers" or (stage.cut.cache == "all_but_first" and layer > 0):
                 alive &= set(stage.alive[row])
         return alive
 
     def mask(self, layer: int, length: int) -> Tensor:
-        """(B, length, length) bool: may query see key?"""
+        """(B, heads, length, length) bool: may query see key?"""
         past = torch.ones(length, length, dtype=torch.bool).tril()
         rows = []
-        for row in range(len(self.valid)):
+        for row, head in itertools.product(range(len(self.valid)), range(self.heads)):
             keys = torch.ones(2, length, dtype=torch.bool)  # for prompt queries; for generated ones
-            for kind, alive in enumerate((self.processed(layer, row), self.cached(layer, row))):
+            for kind, alive in enumerate((self.processed(layer, row), self.cached(layer, row, head))):
                 keys[kind, : self.prompt] = False
                 keys[kind, sorted(alive)] = True
             generated = torch.arange(length) >= self.prompt
             # Dropped queries are never looked at, but a row without any key would be NaN.
             rows.append(past & keys[generated.long()] | torch.eye(length, dtype=torch.bool))
-        return torch.stack(rows)
+        return torch.stack(rows).unflatten(0, (-1, self.heads))
 
 
 def make_plan(
@@ -98,10 +108,15 @@ def make_plan(
                 continue
             stage, selection = unread.pop(0)
             assert stage == number, "select was called out of order"
+            if cut.evicts:
+                chosen = torch.atleast_2d(selection.keep).tolist()
+                plan.evicted[cut.layer, row] = [set(visual) - {visual[i] for i in keep} for keep in chosen]
+                continue
             survivors = [visual[i] for i in selection.keep.tolist()]
             merges.append(None if selection.merge is None else (visual, survivors, selection.merge))
             alive[row] = [c for c in columns if c not in visual or c in survivors]
-        plan.stages.append(Stage(cut, [list(row) for row in alive], merges))
+        if not cut.evicts:
+            plan.stages.append(Stage(cut, [list(row) for row in alive], merges))
     assert not unread, f"select was called {len(unread)} times too often"
     return plan
 
@@ -119,7 +134,9 @@ def reference(text_model: Any, plan: Plan) -> Iterator[None]:
     def before_layer(layer: int, _module: Any, args: Any, kwargs: Any) -> Any:
         assert kwargs.get("past_key_values") is None or kwargs["past_key_values"].get_seq_length(layer) == 0
         hidden, repeats = args[0], args[0].shape[0] // len(plan.valid)
-        mask = _mask(plan, layer, hidden.shape[1]).repeat_interleave(repeats, 0)[:, None]
+        mask = _mask(plan, layer, hidden.shape[1]).repeat_interleave(repeats, 0)
+        if plan.heads > 1:
+            mask = mask.repeat_interleave(text_model.config.num_attention_heads // plan.heads, 1)
         additive = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         kwargs = {**kwargs, "attention_mask": additive, "position_ids": None}
         for stage in plan.stages:

@@ -89,6 +89,19 @@ def the_cache_policy_is_ignored(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Prefill, "cut_caches", cut_caches)
 
 
+@caught_by(("cache_lengths_are_as_declared", "snapkv"), ("decode_equals_reference", "snapkv"))
+def nothing_is_evicted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Prefill, "evict", lambda self, layer, kept: None)
+
+
+@caught_by(("earlier_caches_hold_the_survivors", "snapkv"), ("decode_equals_reference", "snapkv"))
+def every_head_keeps_what_the_first_does(patch: pytest.MonkeyPatch) -> None:
+    def evict(original: Any, self: Prefill, layer: int, kept: Any) -> None:
+        original(self, layer, [indices[:1] for indices in kept])
+
+    wrap(patch, Prefill, "evict", evict)
+
+
 @caught_by(("decode_equals_reference", "toy_all_layers"), ("earlier_caches_hold_the_survivors", "toy_all_layers"))
 def earlier_caches_keep_the_wrong_slots(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, prefill, "gather_slots", lambda original, layer, slots: original(layer, (slots - 1).clamp_min(0)))

@@ -1,0 +1,95 @@
+"""What methods that evict from the KV cache share: a budget for every layer, the heaviest tokens of every head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.interface.ops import ranking
+
+_POOLS: dict[str, Callable[..., Tensor]] = {
+    "mean": torch.nn.functional.avg_pool1d,
+    "max": torch.nn.functional.max_pool1d,
+}
+
+
+@dataclass(frozen=True)
+class Evictor(AbstractMethod):
+    """Keeps, in every layer's cache, the visual tokens that the layer's own attention weighs most.
+
+    Attributes:
+        heads: "own": each key head keeps tokens of its own, by the mean of the query heads that read it; "shared": all
+            keep the same, by the mean of all heads, which also works where a cache holds no keys (DeepSeek-VL2).
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({"query", "key"})
+
+    heads: Literal["own", "shared"] = "own"
+
+    def __post_init__(self) -> None:
+        """Refuse a word that no run can mean."""
+        if self.heads not in ("own", "shared"):
+            raise ValueError(f"heads={self.heads!r} is unknown; use one of own, shared")
+
+    def shares(self, n_layers: int, ratio: float) -> list[float]:
+        """Of the visual tokens, what each layer's cache keeps; here the same everywhere."""
+        return [ratio] * n_layers
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """An eviction in every layer that does not keep all."""
+        by_head: frozenset[Signal] = frozenset({"cached_key"} if self.heads == "own" else ())
+        shares = enumerate(self.shares(model.n_layers, ratio))
+        return tuple(Cut(layer, share, cache="own", needs=by_head) for layer, share in shares if share < 1)
+
+    @abstractmethod
+    def weigh(self, signals: Signals) -> Tensor:
+        """(H, V) weights of the visual tokens in each attention head; the heaviest stay."""
+
+    def select(self, signals: Signals) -> Selection:
+        """Of each image its budget of heaviest tokens, in every key head."""
+        assert signals.key is not None
+        groups = 1 if self.heads == "shared" else signals.key.shape[0]
+        weight = self.weigh(signals).unflatten(0, (groups, -1)).mean(dim=1)  # (G, V)
+        # Cleaned token by token, so that the engine counts broken tokens, not heads.
+        weight = torch.nan_to_num(weight.T, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).T
+        kept = [image.tokens[ranking(weight[:, image.tokens])[:, : image.budget]] for image in signals.images]
+        keep = torch.cat(kept, dim=1).sort(dim=1).values
+        return Selection(keep[0] if self.heads == "shared" else keep)
+
+
+@dataclass(frozen=True)
+class Voting(Evictor):
+    """Weighs by the attention of the question's last tokens, shared with neighbours in the image.
+
+    Attributes:
+        window: tokens that vote.
+        kernel, pooling: each token gets the "mean" or the "max" of the votes for it and its neighbours, an odd number
+            of tokens in all; 1 for its own alone.
+    """
+
+    window: int = 32
+    kernel: int = 5
+    pooling: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no run can mean."""
+        super().__post_init__()
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"window={self.window} must be 1 or more, kernel={self.kernel} an odd number of 1 or more")
+        if self.pooling not in _POOLS:
+            raise ValueError(f"pooling={self.pooling!r} is unknown; use one of {', '.join(_POOLS)}")
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """The pooled votes."""
+        votes = signals.attention(signals.question[-self.window :])[:, :, signals.visual].sum(dim=1)  # (H, V)
+        pooled = torch.empty_like(votes)
+        for image in signals.images:
+            pool = _POOLS[self.pooling](votes[:, image.tokens], self.kernel, stride=1, padding=self.kernel // 2)
+            pooled[:, image.tokens] = pool
+        return pooled

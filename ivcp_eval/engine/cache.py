@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ivcp_eval.engine.run import Run
+
 SUPPORTED = (
     "Only DynamicCache with plain layers can be pruned (not static, quantised, offloaded, sliding-window or "
     "encoder-decoder caches). Drop `cache_implementation=` / pass `past_key_values=DynamicCache(config=...)`."
@@ -20,11 +22,12 @@ class StepState:
     """What masks of single decode steps need to know of the prompt; shared by all layers.
 
     Attributes:
-        visual: (B, S) bool on CPU. memory: per row, what the method remembers.
+        visual: (B, S) bool on CPU. memory: per row, what the method remembers. run: of the prefill.
     """
 
     visual: Tensor
     memory: list[dict[str, Any]]
+    run: Run
 
 
 @dataclass

@@ -70,7 +70,9 @@ class Engine(ABC):
     def __init__(self, parts: Parts, listeners: Sequence[Listener] = ()) -> None:
         self.parts, self.listeners = parts, tuple(listeners)
         self.model, self.adapter, self.decoder = parts.model, parts.resolved.adapter, parts.decoder
-        self.run = Run(method=parts.resolved.name, ratio=parts.resolved.ratio)
+        ratio = parts.resolved.ratio
+        share = parts.resolved.method.key_share(ratio) if ratio < 1 else 1.0
+        self.run = Run(method=parts.resolved.name, ratio=ratio, key_share=share)
         self.cuts = {cut.layer: cut for cut in parts.resolved.cuts if not cut.evicts}
         self.evictions = {cut.layer: cut for cut in parts.resolved.cuts if cut.evicts}
         self.rotary = Rotary(self.decoder.rotary_emb)
@@ -111,7 +113,8 @@ class Engine(ABC):
         self._handles += self._turns.open()
         keep(before(self.model, refuse_labels))
         if self.cuts or self._needs_cache:
-            self._handles += Drafts(self.model, self._has_images).attach()
+            steps = self.run.ratio < 1 and "step" in self.parts.resolved.method.needs
+            self._handles += Drafts(self.model, self._has_images, refused=steps).attach()
             if hasattr(self.model, "generate"):
                 keep(MethodHook(self.model, "generate", before=refuse_chunks))
         keep(before(self.adapter.multimodal_model(self.model), self._before_model))
@@ -152,7 +155,7 @@ class Engine(ABC):
             listener.forget()
 
     def _store(self, signal: str, make: Callable[[], Tensor]) -> None:
-        if isinstance(self._running, Prefill):
+        if isinstance(self._running, Prefill) and not self._running.choosing:
             self._running.captured[signal] = make()
 
     # -- before the text model ----------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ class Prefill:
         self.layers = [self.now] * n_layers  # what each layer's cache holds
         self.processed = [self.now] * n_layers  # what each layer computed
         self.captured: dict[str, Tensor] = {}
+        self.choosing = False  # whether a method is at work: what it projects then is its own
         self.memory: list[dict[str, Any]] = [{} for _ in prompt.spans]
         self.vision: list[dict[str, Tensor]] = [{} for _ in prompt.spans]
         self.stage = 0  # cuts and observations so far
@@ -268,8 +269,12 @@ class Cutter:
         spans, memory = state.prompt.spans[row], state.memory[row]
         shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed, ids))
         signals = shown.signals
-        with Rankings() as rankings:
-            selection: Selection = self.method.select(signals)
+        state.choosing = True
+        try:
+            with Rankings() as rankings:
+                selection: Selection = self.method.select(signals)
+        finally:
+            state.choosing = False
         shown.check(self.run.method)
         check_type(selection, Selection, self.run.method, "select")
         selection.check(signals, self.run.method)

@@ -24,6 +24,10 @@ class Run:
         kv_lengths: physical length of each layer's cache, appended tokens and padding slots included; empty
             without a cache.
         prefills: how many pruned or image-bearing prefills ran in the block.
+        visual_attended: per row and forward after the prefill, how many visual tokens its layers attended to, all
+            layers together; empty unless a method masks single steps.
+        key_share: share of the key channels of visual tokens that the method would store, where it compresses these;
+            no memory is freed here.
         nonfinite_scores: per row, how many scores of visual tokens were NaN or infinite, over all cuts. Such scores
             rank nothing: a method that gives them is broken on that input, or half precision overflowed.
     """
@@ -38,6 +42,8 @@ class Run:
     kv_lengths: list[int] = field(default_factory=list)
     prefills: int = 0
     nonfinite_scores: list[int] = field(default_factory=list)
+    visual_attended: list[list[int]] = field(default_factory=list)
+    key_share: float = 1.0
 
     def start(self, image_mask: Tensor, alive: Sequence[Tensor], n_layers: int) -> None:
         """Begin the facts of a prefill, as if nothing were removed.
@@ -50,6 +56,7 @@ class Run:
         self.visual_per_layer = [self.visual_prompt] * n_layers
         self.visual_cached = [self.visual_prompt] * n_layers
         self.nonfinite_scores = [0] * image_mask.shape[0]
+        self.visual_attended = [[] for _ in range(image_mask.shape[0])]
         self.prefills += 1
 
     def count_nonfinite(self, row: int, count: int) -> None:
@@ -61,6 +68,24 @@ class Run:
             )
         self.nonfinite_scores[row] += count
 
+    def count_attended(self, row: int, layer: int, count: int) -> None:
+        """Add what one layer attends to in the forward that is running."""
+        if layer == 0:
+            self.visual_attended[row].append(0)
+        self.visual_attended[row][-1] += count
+
+    def analytic_share(self, row: int, steps: int) -> float | None:
+        """Share of the row's visual KV cache that a real implementation of the method would read while decoding.
+
+        Measured of what single steps attended to (the first ``steps`` after the prefill), computed of compressed keys;
+        in both cases nothing is freed here. None for a method whose cache is what `visual_cached` says.
+        """
+        attended = self.visual_attended[row][:steps]
+        if not attended and self.key_share == 1:
+            return None
+        whole = len(attended) * sum(layer[row] for layer in self.visual_cached)
+        return (sum(attended) / whole if attended else 1.0) * (1 + self.key_share) / 2
+
     def row(self, index: int) -> Run:
         """The facts of one row alone."""
         return replace(
@@ -71,6 +96,7 @@ class Run:
             visual_per_layer=[[layer[index]] for layer in self.visual_per_layer],
             visual_cached=[[layer[index]] for layer in self.visual_cached],
             nonfinite_scores=[self.nonfinite_scores[index]],
+            visual_attended=[self.visual_attended[index]],
         )
 
     @property

@@ -247,6 +247,7 @@ class Step:
             layer 0.
         key: (G, C', D) keys of the visual tokens in the cache of the layer before, RoPE applied; None for layer 0.
         key_token: (C',) int64, as ``token``, of these keys; None for layer 0.
+        scaling: of the logits in the layer before. n_layers: of the decoder.
         memory: of the row; begins as `Signals.memory` was left by the prefill, and is kept from step to step.
     """
 
@@ -257,7 +258,17 @@ class Step:
     query: Tensor | None = None
     key: Tensor | None = None
     key_token: Tensor | None = None
+    scaling: float = 1.0
+    n_layers: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+
+    def logits(self) -> Tensor:
+        """(H, C') float32: how the last token of this forward matched each cached visual token in the layer before."""
+        assert self.query is not None
+        assert self.key is not None
+        query = self.query[:, -1].float().unflatten(0, (self.key.shape[0], -1))  # (G, H/G, D)
+        product = query @ self.key.float().transpose(1, 2)
+        return product.flatten(0, 1) * self.scaling
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class Answer:
         box: grounding: the canonical box that is scored, or the words for "none in the answer"; None elsewhere.
         visual_tokens: of the unpruned prompt; of the picture as it was, where a smaller one was asked about.
         visual_per_layer, visual_cached: per decoder layer, in the prefill.
+        kv_analytic: where a method frees nothing here: what a real implementation of it would read of the visual
+            tokens' cache, mean over layers and steps; None where `visual_cached` is all there is to say.
         together: made beside other rows in half precision, where the other rows change how a row is rounded.
         over_budget: the picture was to be made smaller, and still costs more than asked.
         settled: a failure that every further try would repeat.
@@ -78,6 +80,7 @@ class Answer:
     text_tokens: int | None = _of("integer", "the prompt's other tokens", low=0)
     visual_per_layer: tuple[int, ...] = _of("integers", "visual tokens that each layer processed", ())
     visual_cached: tuple[int, ...] = _of("integers", "visual tokens in each layer's cache", ())
+    kv_analytic: float | None = _of("number", "share of the visual cache that decoding would read", low=0)
     new_tokens: int | None = _of("integer", "generated tokens", low=0, column="new_tokens")
     together: bool = _of("boolean", "batched with others in half precision", False)
     over_budget: bool = _of("boolean", "costs more than asked at any size", False)

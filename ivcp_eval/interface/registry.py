@@ -18,7 +18,12 @@ from ivcp_eval.interface import plugins
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter, AbstractMethod
 
-PLUS_IVC = "+ivc"
+PLUS_IVC, PLUS_DSTP = "+ivc", "+dstp"
+#: What may follow a method's name -> module and class that wrap the method.
+WRAPPERS: Mapping[str, tuple[str, str]] = {
+    PLUS_IVC: ("ivcp_eval.methods._plus_ivc", "PlusIvc"),
+    PLUS_DSTP: ("ivcp_eval.methods._plus_dstp", "PlusDstp"),
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -72,9 +77,15 @@ def method_class(name: str) -> type[AbstractMethod]:
     return claimed[0].load()
 
 
+def unwrapped_name(name: str) -> tuple[str, str]:
+    """``fastv+ivc`` -> ("fastv", "+ivc"); the second is empty for a method without a wrapper."""
+    plus = next((suffix for suffix in WRAPPERS if name.endswith(suffix)), "")
+    return name.removesuffix(plus), plus
+
+
 def method_source(name: str) -> str:
     """Where the code of a method comes from: empty for this package, ``PACKAGE VERSION (code HASH)`` for a plug-in."""
-    base = name.removesuffix(PLUS_IVC)
+    base, _ = unwrapped_name(name)
     if base in module_names("ivcp_eval.methods"):
         return ""
     return next((plugin.source() for plugin in plugins.found() if plugin.name == base), "")
@@ -83,10 +94,11 @@ def method_source(name: str) -> str:
 def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> AbstractMethod:
     """A method with its parameters set.
 
-    ``NAME+ivc`` is NAME with the implicit visual coordinates forced in; it takes the parameters of both.
+    ``NAME+ivc`` is NAME with the implicit visual coordinates forced in, ``NAME+dstp`` lets decoding swap tokens in;
+    they take the parameters of both.
 
     Raises:
-        ValueError: an unknown name or parameter, a value that is not of the declared type, or ``+ivc`` on a
+        ValueError: an unknown name or parameter, a value that is not of the declared type, or a wrapper around a
             method that selects no tokens.
     """
     cls, wrapper = _classes(name)
@@ -112,10 +124,11 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Abstr
 
 def _classes(name: str) -> tuple[type[AbstractMethod], Any]:
     """The method's class, and the wrapper's where the name has one."""
-    base, plus, _ = name.partition(PLUS_IVC)
-    if plus and base + plus != name:
-        raise unknown("method", name, method_names())
-    return method_class(base), import_module("ivcp_eval.methods._plus_ivc").PlusIvc if plus else None
+    base, plus = unwrapped_name(name)
+    if not plus:
+        return method_class(base), None
+    module, wrapper = WRAPPERS[plus]
+    return method_class(base), getattr(import_module(module), wrapper)
 
 
 def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
@@ -124,7 +137,7 @@ def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def default_parameters(name: str) -> dict[str, Any]:
-    """The default of every parameter of a method, with ``+ivc`` the wrapper's too. Raises as `make_method`."""
+    """The default of every parameter of a method, its wrapper's too. Raises as `make_method`."""
     cls, wrapper = _classes(name)
     known = _fields(cls) | _fields(wrapper)
     return {

@@ -17,7 +17,7 @@ from ivcp_eval import files
 from ivcp_eval.files import atomic_write
 from ivcp_eval.interface import plugins
 from ivcp_eval.interface.plugins import NAME
-from ivcp_eval.interface.registry import PLUS_IVC, make_method, method_names, module_names
+from ivcp_eval.interface.registry import make_method, method_names, module_names, unwrapped_name
 
 NO_CHECKOUT = (
     "{what} in a checkout of ivcp-eval, and neither this installed package nor the current folder is one: clone the "
@@ -156,7 +156,7 @@ class CheckReport:
 def check_method(
     name: str, families: Sequence[str] | None = None, progress: Callable[[str], None] | None = None
 ) -> CheckReport:
-    """Run the correctness contract for one method (``+ivc`` too) on tiny models of every family, or of ``families``.
+    """Run the correctness contract for one method (wrapped too) on tiny models of every family, or of ``families``.
 
     Args:
         progress: called with each family's name before it is checked.
@@ -223,7 +223,7 @@ def _check_docstring(root: Path, name: str, report: CheckReport) -> None:
 
 def _cannot_be_made(name: str) -> str:
     """Why there is no instance at all; raises ValueError for an unknown name."""
-    base = name.removesuffix(PLUS_IVC)
+    base, _ = unwrapped_name(name)
     if base not in module_names("ivcp_eval.methods"):
         make_method(name)  # a plug-in's loader finds its own words
         return ""

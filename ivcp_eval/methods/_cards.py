@@ -13,7 +13,7 @@ from typing import Any
 
 from ivcp_eval.files import PACKAGE
 from ivcp_eval.interface import plugins
-from ivcp_eval.interface.registry import PLUS_IVC, module_names
+from ivcp_eval.interface.registry import WRAPPERS, module_names
 
 FILE = Path(__file__).with_name("_catalogue.yaml")
 STATES = ("planned", "gaps", "weights", "frames", "depth", "calibration", "model", "tool")
@@ -25,7 +25,7 @@ LABELS = {
     "control": "what any method has to beat",
 }
 _FIELDS = ("Paper", "Reference", "Differs")
-WRAPPERS = {"_plus_ivc": "NAME" + PLUS_IVC}  # file of a wrapper -> how users write it
+WRAPPED = "NAME"  # in place of the method's name, before a wrapper's
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def method_cards() -> list[MethodCard]:
         package = folder / name / "__init__.py"
         cards.append(MethodCard.read(package if package.exists() else folder / f"{name}.py", name))
     cards.sort(key=lambda card: (card.faithfulness == "control", card.name))
-    return cards + [MethodCard.read(folder / f"{file}.py", name) for file, name in WRAPPERS.items()]
+    for plus, (module, _) in WRAPPERS.items():
+        cards.append(MethodCard.read(folder / f"{module.rpartition('.')[2]}.py", WRAPPED + plus))
+    return cards
 
 
 def control_names() -> list[str]:
@@ -158,7 +160,7 @@ def rows() -> list[dict[str, str]]:
     cards = {card.name: card for card in method_cards()}
     table = []
     for name, card in cards.items():
-        entry = titles.get("fastv" + PLUS_IVC if name in WRAPPERS.values() else name, {})
+        entry = titles.get(name.replace(WRAPPED, "fastv"), {})
         table.append(_row(name, card.faithfulness, " ".join(filter(None, (card.keeps, entry.get("note", ""))))))
     for plugin in plugins.found():
         table.append(_row(plugin.name, "refused" if plugin.problem else "plug-in", _plugin_note(plugin)))

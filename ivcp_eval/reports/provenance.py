@@ -53,6 +53,7 @@ REFUSED = (
 _REMARKED = ("checkpoint", "dtype", "device", "attention", "torch_version", "transformers_version", "ivcp_commit")
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
+    "ratio_kv_analytic",
     *("visual_tokens_prompt_mean", "new_tokens_mean"),
 )
 

@@ -204,6 +204,15 @@ COLUMNS: tuple[Column, ...] = (
         "ratio_kv_cache", "number", "measured share of visual tokens in the KV cache, mean over layers", low=0, high=1
     ),
     Column(
+        "ratio_kv_analytic",
+        "number",
+        "share of the visual tokens' KV cache that a real implementation would read while decoding, where nothing is "
+        "freed here: tokens attended to (measured, mean over layers and steps) or key channels (by formula)",
+        low=0,
+        high=1,
+        late=True,
+    ),
+    Column(
         "ratio_flops",
         "number",
         "decoder FLOPs of the prefill over those of the unpruned model, from the tokens that each layer was measured "

@@ -34,6 +34,8 @@ MIX = (
     Variant("", "visionzip", 0.4),
     Variant("", "rotatek", 0.5),
     Variant("", "snapkv", 0.4),
+    Variant("", "fastocr", 0.2),
+    Variant("", "fastv+dstp", 0.4),
     Variant("", "ivc_prune", 0.3, {"layer": 3}),
     Variant("", "ivc_prune", 1.0, {"layer": 3}),
 )

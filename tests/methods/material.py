@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval.interface import Cut, Image, ImageSpan, Selection, Signals
+from ivcp_eval.interface import Cut, Image, ImageSpan, Selection, Signals, Step
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method
 from tests.engine import tiny_models
@@ -64,6 +67,29 @@ def random_signals(
     )
     tower["query"] = draw(sum(sizes), HEADS, SIZE)
     return row
+
+
+def random_steps(n_layers: int, n_steps: int, n_visual: int, ratio: float, memory: dict[str, Any]) -> Iterator[Step]:
+    """What a method that masks single steps is asked, layer after layer and step after step, of one row."""
+    generator = torch.Generator().manual_seed(0)
+    token = torch.arange(n_visual)
+    for number, layer in itertools.product(range(n_steps), range(n_layers)):
+        states = [2 * torch.randn(heads, n, SIZE, generator=generator) for heads, n in ((HEADS, 1), (GROUPS, n_visual))]
+        query, key = states if layer else (None, None)
+        seen = token if layer else None
+        yield Step(layer, number, token, ratio, query, key, seen, SIZE**-0.5, n_layers, memory)
+
+
+def slow_attention(step: Step, tokens: list[int]) -> list[list[float]]:
+    """Per head the softmax over ``tokens`` of the layer before, for its newest query."""
+    assert step.query is not None
+    assert step.key is not None
+    rows = []
+    for head in range(HEADS):
+        query, key = step.query[head, -1].double(), step.key[head * GROUPS // HEADS].double()
+        powers = [math.exp(float(query @ key[token]) / SIZE**0.5) for token in tokens]
+        rows.append([power / sum(powers) for power in powers])
+    return rows
 
 
 def best(scores: list[float], k: int) -> list[int]:

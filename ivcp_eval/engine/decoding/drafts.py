@@ -29,10 +29,10 @@ def drafted(kwargs: Mapping[str, Any]) -> int:
 
 
 class Drafts:
-    """Hooks on the outer model that split such a forward."""
+    """Hooks on the outer model that split such a forward, or refuse it."""
 
-    def __init__(self, model: Any, has_images: Callable[[Mapping[str, Any]], bool]) -> None:
-        self.model, self.has_images = model, has_images
+    def __init__(self, model: Any, has_images: Callable[[Mapping[str, Any]], bool], refused: bool = False) -> None:
+        self.model, self.has_images, self.refused = model, has_images, refused
         self._logits: torch.Tensor | None = None  # of the prompt's last token
         self._splitting = False
 
@@ -47,6 +47,11 @@ class Drafts:
         n = 0 if self._splitting else drafted(kwargs)
         if not n or read(kwargs, "input_ids") is None or not self.has_images(kwargs):
             return None
+        if self.refused:
+            raise ValueError(
+                "prompt lookup and assisted decoding check several tokens in one forward, which a method that masks "
+                "single steps cannot follow; decode without drafts"
+            )
         prompt = {key: value[..., :-n] if _is(key, value) else value for key, value in kwargs.items()}
         self._splitting = True
         try:

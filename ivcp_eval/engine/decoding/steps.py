@@ -27,13 +27,18 @@ class Before:
 
     Attributes:
         make_query: (B, H, q, D) queries before RoPE. embeddings: its position embeddings.
-        cached: its cache, this forward's tokens included. config: of its attention.
+        cached: its cache, this forward's tokens included. attention: the module.
     """
 
     make_query: Callable[[], Tensor]
     embeddings: Any
     cached: PrunedLayer
-    config: Any
+    attention: Any
+
+    @property
+    def scaling(self) -> float:
+        """Of its logits."""
+        return float(self.attention.scaling)
 
 
 class StepMasks(Listener):
@@ -55,7 +60,7 @@ class StepMasks(Listener):
         """Make every layer of the cache know its slots, even where no token was removed, and what a step needs."""
         if not state.changed:
             state.finish()
-        steps = StepState(state.prompt.image_mask, state.memory)
+        steps = StepState(state.prompt.image_mask, state.memory, state.run)
         assert state.cache is not None
         for layer in state.cache.layers:
             layer.slot_map.steps, layer.slot_map.plain = steps, False
@@ -63,7 +68,7 @@ class StepMasks(Listener):
     def attended(self, index: int, cached: PrunedLayer, new: int, embeddings: Any) -> Tensor | None:
         """What the method wants the layer to attend to."""
         steps, before = cached.slot_map.steps, self._before
-        self._before = Before(_not_yet, embeddings, cached, self._layers[index].self_attn.config)
+        self._before = Before(_not_yet, embeddings, cached, self._layers[index].self_attn)
         return None if steps is None else self._slots(index, cached, steps, new, before)
 
     def forget(self) -> None:
@@ -84,15 +89,25 @@ class StepMasks(Listener):
                 continue
             own_query = own_key = own_tokens = None
             if before is not None and query is not None:
-                embeddings = row_position_embeddings(before.embeddings, row, before.config)
+                embeddings = row_position_embeddings(before.embeddings, row, before.attention.config)
                 own_query = self.adapter.rotate(query[row], embeddings)
                 there, own_tokens = _visual(before.cached, state, row)
                 own_key = before.cached.keys[row][:, there.to(before.cached.keys.device)]
-            number = cached - layer.slot_map.columns.shape[1]
-            memory = state.memory[row]
-            step = Step(index, number, tokens, self.ratio, own_query, own_key, own_tokens, memory)
+            step = Step(
+                layer=index,
+                number=cached - layer.slot_map.columns.shape[1],
+                token=tokens,
+                ratio=self.ratio,
+                query=own_query,
+                key=own_key,
+                key_token=own_tokens,
+                scaling=1.0 if before is None else before.scaling,
+                n_layers=len(self._layers),
+                memory=state.memory[row],
+            )
             attended = self.method.attended(step)
             if attended is None:
+                state.run.count_attended(row, index, tokens.numel())
                 continue
             check_type(attended, torch.Tensor, self.name, "attended", "a bool tensor (C,), or None")
             if attended.dtype != torch.bool or attended.shape != tokens.shape:
@@ -101,6 +116,7 @@ class StepMasks(Listener):
                     f"bool {tuple(tokens.shape)}, one for each cached visual token, or None"
                 )
             allowed[row, slots.to(allowed.device)] = attended.to(allowed.device)
+            state.run.count_attended(row, index, int(attended.sum()))
         return allowed
 
 

@@ -251,6 +251,7 @@ class Session:
             text_tokens=len(run.kept[0]) - run.visual_kept[0],
             visual_per_layer=tuple(layer[0] for layer in run.visual_per_layer),
             visual_cached=tuple(layer[0] for layer in run.visual_cached),
+            kv_analytic=_round(run.analytic_share(0, int(new.numel()) - 1)),
             new_tokens=int(new.numel()),
             nonfinite_scores=sum(run.nonfinite_scores),
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval import files
-from ivcp_eval.interface.registry import PLUS_IVC
+from ivcp_eval.interface.registry import WRAPPERS, unwrapped_name
 
 ROOT = files.PACKAGE.parent
 
@@ -68,13 +68,13 @@ class Code:
 
 @cache
 def code_of(method: str, family: str, root: Path = ROOT) -> Code:
-    """The code that answers with a method (with ``+ivc`` the wrapper's too) on a family.
+    """The code that answers with a method (in a wrapper the wrapper's too) on a family.
 
     A plug-in's method is not under ``root``: the identity holds its package, version and code apart.
     """
-    base = method.removesuffix(PLUS_IVC)
+    base, plus = unwrapped_name(method)
     modules = [*CORE, f"ivcp_eval.methods.{base}", f"model_adapters.{family}"]
-    modules += ["ivcp_eval.methods._plus_ivc"] if base != method else []
+    modules += [WRAPPERS[plus][0]] if plus else []
     tree = _tree(root)
     paths = sorted(frozenset().union(*map(tree.reached, modules)))
     return Code({path: tree.digests[path] for path in paths})

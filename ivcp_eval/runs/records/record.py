@@ -74,6 +74,7 @@ class CellRecord:
     samples_sha256: str
     predictions_sha256: str = ""
     n_thinking: int = 0
+    ratio_kv_analytic: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As ``run.json`` holds it."""
@@ -144,6 +145,7 @@ def cell_record(
         timeout_s=scores.made.timeout_s,
         samples_sha256=_digest(rows),
         n_thinking=scores.thinking,
+        ratio_kv_analytic=_weighted(used),
     )
 
 
@@ -185,6 +187,13 @@ def _shares(answer: Answer, shape: DecoderShape | None) -> Shares:
     if answer.error or answer.visual_tokens is None or answer.text_tokens is None:
         return Shares()
     return measured(answer.visual_tokens, answer.text_tokens, answer.visual_per_layer, answer.visual_cached, shape)
+
+
+def _weighted(used: Sequence[Answer]) -> float | None:
+    """Mean of what decoding would read over the visual tokens of the answers that say it."""
+    said = [(a.kv_analytic, a.visual_tokens or 0) for a in used if a.kv_analytic is not None]
+    visual = sum(tokens for _, tokens in said)
+    return sum(share * tokens for share, tokens in said) / visual if visual else None
 
 
 def _counted(hits: Sequence[bool], what: str) -> str:

@@ -17,6 +17,7 @@ from ivcp_eval.runs.records.record import CellRecord
 _RECORDED = (
     *("n_samples", "n_clusters", "n_failed", "judge_failures", "status", "reason", "faithfulness"),
     *("visual_tokens_prompt_mean", "ratio_kept_final", "ratio_layer_mean", "ratio_flops", "ratio_kv_cache"),
+    "ratio_kv_analytic",
     *("new_tokens_mean", "prefill_ms_median", "decode_ms_per_token_median", "vision_ms_median"),
     *("ivcp_commit", "ivcp_dirty", "device", "date"),
 )

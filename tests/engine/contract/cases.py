@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ivcp_eval
-from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Selection, Signals, registry
+from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Selection, Signals, Step, registry
 from tests.engine import tiny_models
 from tests.engine.contract.reference import Plan, make_plan
 from tests.engine.contract.toys import TOYS
@@ -24,10 +24,11 @@ PARAMETERS: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {
     # The released DeepSeek code knows only 14 x 15 tiles, too many for a tiny model; tests/engine/oracle replays it.
     "ivc_prune": (({"preset": "official"}, ("qwen2_5_vl", "llava", "internvl")),),
     "snapkv": (({"heads": "shared"}, ("deepseek_vl2",)),),  # whose cache all heads share
+    "fastv+dstp": (({"tau": 1.0, "hold": 1}, ("qwen2_5_vl", "llava")),),  # swaps in every step
 }
 """Further parameters of a registered method that the whole contract must hold for, and on which families."""
-WRAPPED = ("pyramiddrop+ivc", "visionzip+ivc")
-"""A method with scores (and stages) and one with sets (and merging), with coordinates forced in."""
+WRAPPED = ("pyramiddrop+ivc", "visionzip+ivc", "pyramiddrop+dstp")
+"""A method with scores (and stages) and one with sets (and merging), with coordinates forced in; one in reserve."""
 
 
 @dataclass
@@ -39,13 +40,15 @@ class Recording:
     cuts: tuple[Cut, ...]
     calls: list[tuple[Signals, Selection]] = field(default_factory=list)
     edits: list[tuple[int, Tensor]] = field(default_factory=list)
+    steps: list[tuple[Step, Tensor | None]] = field(default_factory=list)
 
     def plan(self, inputs: dict[str, Any], image_token: int) -> Plan:
         """The reference's plan of the last prefill, which `inputs` was; forgets the calls."""
         calls = [(signals.stage, selection) for signals, selection in self.calls]
-        edits = list(self.edits)
+        edits, steps = list(self.edits), list(self.steps)
         self.calls.clear()
         self.edits.clear()
+        self.steps.clear()
         cuts = [cut for cut in self.cuts if cut.ratio < 1]  # the others only observe
         observed = {stage for stage, cut in enumerate(self.cuts) if cut.ratio == 1}
         renumbered = [
@@ -53,7 +56,9 @@ class Recording:
             for stage, selection in calls
             if stage not in observed
         ]
-        return make_plan(inputs, image_token, cuts, renumbered, edits)
+        plan = make_plan(inputs, image_token, cuts, renumbered, edits)
+        plan.add_steps(steps)
+        return plan
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,15 @@ class Case:
 
     @property
     def works_on_cache(self) -> bool:
-        """Whether the method edits or evicts cached keys, so that it needs a cache."""
+        """Whether the method edits, evicts or masks what is cached, so that it needs a cache."""
         method = self.make()
-        return "cached_key" in method.needs or any(cut.evicts for cut in method.cuts(self.facts, 0.5))
+        on_cache = bool(method.needs & {"cached_key", "step"})
+        return on_cache or any(cut.evicts for cut in method.cuts(self.facts, 0.5))
+
+    @property
+    def masks_steps(self) -> bool:
+        """Whether the method masks single steps, which neither beams nor drafts can follow."""
+        return "step" in self.make().needs
 
     @cached_property
     def facts(self) -> Any:
@@ -120,7 +131,8 @@ class Case:
         """`ivcp_eval.prune` with every call of ``select`` recorded."""
         method = self.make()
         cuts = method.cuts(self.facts, self.ratio) if self.ratio < 1 else ()
-        select, edit, calls, edits = method.select, method.edit_keys, [], []
+        select, edit, attend = method.select, method.edit_keys, method.attended
+        calls, edits, steps = [], [], []
 
         def recording(signals: Signals) -> Selection:
             calls.append((signals, select(signals)))
@@ -130,11 +142,16 @@ class Case:
             edits.append((cached.layer, edit(cached)))
             return edits[-1][1]
 
+        def attending(step: Step) -> Tensor | None:
+            steps.append((step, attend(step)))
+            return steps[-1][1]
+
         object.__setattr__(method, "select", recording)  # the instance is a frozen dataclass
         object.__setattr__(method, "edit_keys", editing)
+        object.__setattr__(method, "attended", attending)
         layout = getattr(tiny_models.family(self.family), "PRUNE", {})
         with ivcp_eval.prune(self.model if model is None else model, method, self.ratio, seed=seed, **layout) as run:
-            yield Recording(run, method, cuts, calls, edits)
+            yield Recording(run, method, cuts, calls, edits, steps)
 
     def forward(self, inputs: dict[str, Any], model: nn.Module | None = None, **options: Any) -> Any:
         """One bare forward."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import Cut, Selection
+from ivcp_eval.interface import Cut, Selection, Step
 
 
 @dataclass
@@ -52,6 +52,19 @@ class Plan:
                 alive &= set(stage.alive[row])
         return alive
 
+    attended: dict[tuple[int, int, int], set[int]] = field(default_factory=dict)  # (layer, row, step) -> what is masked
+
+    def add_steps(self, steps: Sequence[tuple[Step, Tensor | None]]) -> None:
+        """What a method masked in each forward after the prefill, layer after layer, row after row."""
+        with_images = [row for row, columns in enumerate(self.visual) if columns]
+        rows: dict[tuple[int, int], int] = {}
+        for step, mask in steps:
+            number = rows[step.layer, step.number] = rows.get((step.layer, step.number), -1) + 1
+            row = with_images[number]
+            masked = [] if mask is None else step.token[~mask.cpu()].tolist()
+            self.attended[step.layer, row, step.number] = {self.visual[row][token] for token in masked}
+        self.__dict__.pop("_masks", None)
+
     @property
     def heads(self) -> int:
         """Key heads whose caches hold different tokens; 1 if all hold the same."""
@@ -79,7 +92,12 @@ class Plan:
                 keys[kind, sorted(alive)] = True
             generated = torch.arange(length) >= self.prompt
             # Dropped queries are never looked at, but a row without any key would be NaN.
-            rows.append(past & keys[generated.long()] | torch.eye(length, dtype=torch.bool))
+            seen = past & keys[generated.long()]
+            masked: set[int] = set()
+            for query in range(self.prompt, length):  # a forward of several tokens is one step
+                masked = self.attended.get((layer, row, query - self.prompt), masked)
+                seen[query, sorted(masked)] = False
+            rows.append(seen | torch.eye(length, dtype=torch.bool))
         return torch.stack(rows).unflatten(0, (-1, self.heads))
 
 

@@ -45,6 +45,15 @@ def test_shares_weigh_as_pictures_cost() -> None:
     assert cell_record(IDENTITY, ANSWERS, SCORES).ratio_flops is None, "nobody noted the decoder's sizes"
 
 
+def test_analytic_savings_are_kept_apart() -> None:
+    answers = {"a": answer(10, 10, 10, kv_analytic=0.5), "b": answer(30, 30, 30, kv_analytic=0.1), "c": answer(9, 9)}
+    samples = tuple(Sample(str(i), key, "x", score=1.0) for i, key in enumerate("abc"))
+    record = cell_record(IDENTITY, answers, replace(SCORES, samples=samples))
+    assert record.ratio_kv_cache == 1
+    assert record.ratio_kv_analytic == pytest.approx((0.5 * 10 + 0.1 * 30) / 40), "one-token answers read nothing"
+    assert cell_record(IDENTITY, ANSWERS, SCORES, SHAPE).ratio_kv_analytic is None
+
+
 def test_failures_are_counted_and_named() -> None:
     record = cell_record(IDENTITY, ANSWERS, SCORES, SHAPE)
     assert (record.status, record.n_samples, record.n_clusters, record.n_failed) == ("incomplete", 3, 2, 1)

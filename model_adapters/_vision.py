@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,11 @@ def vit_tap(tower: Any, own: int, *, class_token: bool, pool: int = 1) -> Vision
     every = range(len(blocks))
     facts = TowerFacts(len(blocks), every[own], tuple(every), class_token)
     return VisionTap(blocks=blocks, facts=facts, tower=tower, states=states, tokens=tokens)
+
+
+def mergeable(tap: VisionTap) -> VisionTap:
+    """The tap of a CLIP or SigLIP whose patches, each on its own, become visual tokens."""
+    return replace(tap, between=[block.layer_norm2 for _, block in tap.blocks])
 
 
 def feature_tap(model: Any) -> VisionTap | None:

@@ -15,7 +15,7 @@ import torch
 from ivcp_eval.interface import GREEDY, Checkpoint, ImageSpan, QuestionKind, VisionTap
 from model_adapters._prompts import letter_question
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
-from model_adapters._vision import feature_tap
+from model_adapters._vision import feature_tap, mergeable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,8 @@ class Adapter(AbstractTransformersAdapter):
     def vision_tap(self, model: Any) -> VisionTap | None:
         """The block whose output the projector reads, the last but one (as VisionZip's LLaVA code)."""
         kept_class = model.config.vision_feature_select_strategy != "default"  # then it is a visual token
-        return None if kept_class else feature_tap(model)
+        tap = None if kept_class else feature_tap(model)
+        return None if tap is None else mergeable(tap)
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
         """Multiple choice has a wording of its own; LLaVA-1.5 was not trained to ground."""

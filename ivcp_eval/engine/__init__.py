@@ -149,11 +149,16 @@ def _check_signals(
         if reason:
             raise Unsupported(f"method {name!r} needs the signal {signal!r}, which {family!r} cannot give: {reason}")
     if "vision" in method.needs:
-        _check_blocks(method, adapter.vision_tap(model), name)
+        _check_blocks(method, adapter.vision_tap(model), family, name)
 
 
-def _check_blocks(method: AbstractMethod, tap: VisionTap | None, name: str) -> None:
+def _check_blocks(method: AbstractMethod, tap: VisionTap | None, family: str, name: str) -> None:
     assert tap is not None  # the adapter was asked
+    if "group" in method.tower_signals and not tap.between:
+        raise Unsupported(
+            f"method {name!r} merges patches inside the vision tower, but on {family!r} a visual token is not one "
+            "patch: it is made of several, or tiles are cropped and joined behind the tower"
+        )
     for number in method.tower_blocks(tap.facts).values():
         if not 0 <= number < tap.facts.n_blocks:
             raise ValueError(

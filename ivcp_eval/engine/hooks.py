@@ -50,7 +50,7 @@ def listeners_for(model: Any, resolved: Resolved) -> list[Listener]:
     adapter, method, ratio = resolved.adapter, resolved.method, resolved.ratio
     listeners: list[Listener] = []
     if "vision" in method.needs and resolved.cuts:
-        listeners.append(VisionListener(adapter.vision_tap(model), method))
+        listeners.append(VisionListener(adapter.vision_tap(model), method, ratio))
     if "cached_key" in method.needs and ratio < 1:
         listeners.append(KeyEditor(adapter, method, ratio))
     if "step" in method.needs and ratio < 1:

@@ -43,6 +43,11 @@ class Resolved:
         return next((cut.layer for cut in self.cuts if cut.ratio < 1 and not cut.evicts), None)
 
     @property
+    def works_on_tower(self) -> bool:
+        """Whether the method merges inside the vision tower, at this ratio, so that no other can share its features."""
+        return self.ratio < 1 and "group" in self.method.tower_signals
+
+    @property
     def works_on_cache(self) -> bool:
         """Whether the method evicts from, edits or masks the cache of a whole prompt, at this ratio."""
         on_cache = bool(self.method.needs & {"cached_key", "step"}) or any(cut.evicts for cut in self.cuts)

@@ -73,6 +73,8 @@ class VisionTap:
         tokens: ``tokens(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
             the same of the visual tokens, (N, *), all images one after the other in prompt order. With ``method``
             every argument comes by its name.
+        between: of every block the norm between attention and MLP, which is given the very tensor that the block adds
+            the MLP's output to; empty where a visual token is not one patch, so that merging patches leaves as many.
     """
 
     blocks: Sequence[tuple[Any, Any]]
@@ -81,6 +83,7 @@ class VisionTap:
     states: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], PatchStates]
     tokens: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]
     method: str = "forward"
+    between: Sequence[Any] = ()
 
 
 GREEDY: Mapping[str, Any] = {

@@ -24,8 +24,11 @@ CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
 the layer's own, and nothing leaves the sequence (`Cut.evicts`).
 """
 
-TowerSignal = Literal["received", "cls", "query", "key", "feature", "joint_cls", "joint_key"]
-"""What a block of the vision tower can say of each visual token; shapes are those of `Signals.vision`."""
+TowerSignal = Literal["received", "cls", "query", "key", "feature", "joint_cls", "joint_key", "group"]
+"""What a block of the vision tower can say of each visual token; shapes are those of `Signals.vision`.
+
+"group" is wanted by methods that merge inside the tower, and by these alone (`AbstractMethod.merge_patches`).
+"""
 
 Faithfulness = Literal["faithful", "from_formula", "variant", "control"]
 """Checked against the authors' code | transcribed from the paper | gaps filled by us (each named) | a control."""
@@ -74,6 +77,23 @@ class TowerFacts:
     def at(self, share: float) -> int:
         """The first block at or behind ``share`` of the depth whose attention spans the image; else the last such."""
         return next((block for block in self.whole if block >= int(share * self.n_blocks)), self.whole[-1])
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What one block of the vision tower still tells apart of one picture or tile, between its attention and MLP.
+
+    Attributes:
+        key: (n, D) float32 keys of the attention, mean over heads, in the order of the numbers given last; before that
+            of the picture, a class token first.
+        block: 0-based. total: patches of the picture. ratio: what the user asked for, in (0, 1). tower: the facts.
+    """
+
+    key: Tensor
+    block: int
+    total: int
+    ratio: float
+    tower: TowerFacts
 
 
 @dataclass(frozen=True)
@@ -362,6 +382,15 @@ class AbstractMethod(ABC):
     @abstractmethod
     def select(self, signals: Signals) -> Selection:
         """Choose the surviving visual tokens of one row at one cut. Must not modify the signals (but `memory`)."""
+
+    def merge_patches(self, patches: Patches) -> Tensor:
+        """(n,) int64 0..m-1: of each patch the number that it goes on under; those of one number become their mean.
+
+        Called between attention and MLP of every block of the tower up to the one whose output is read, for each
+        picture or tile on its own, of methods with "group" in `tower_signals`. A mean weighs every patch of the
+        picture alike, however it was merged before. `Signals.vision` then holds the last numbers.
+        """
+        raise NotImplementedError
 
     def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
         """Blocks of the vision tower to listen to, by the name under which `Signals.vision` holds them.

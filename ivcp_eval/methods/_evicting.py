@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.interface.ops import ranking
 
 _POOLS: dict[str, Callable[..., Tensor]] = {
     "mean": torch.nn.functional.avg_pool1d,
@@ -56,10 +55,13 @@ class Evictor(AbstractMethod):
         assert signals.key is not None
         groups = 1 if self.heads == "shared" else signals.key.shape[0]
         weight = self.weigh(signals).unflatten(0, (groups, -1)).mean(dim=1)  # (G, V)
-        # Cleaned token by token, so that the engine counts broken tokens, not heads.
+        # As `ops.ranking` does, but cleaned token by token, so that the engine counts broken tokens, not heads.
         weight = torch.nan_to_num(weight.T, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).T
-        kept = [image.tokens[ranking(weight[:, image.tokens])[:, : image.budget]] for image in signals.images]
-        keep = torch.cat(kept, dim=1).sort(dim=1).values
+        kept = []
+        for image in signals.images:
+            order = weight[:, image.tokens].sort(dim=1, descending=True, stable=True).indices
+            kept.append(image.tokens[order[:, : image.budget]])
+        keep = _joined(kept).sort(dim=1).values
         return Selection(keep[0] if self.heads == "shared" else keep)
 
 
@@ -88,8 +90,11 @@ class Voting(Evictor):
     def weigh(self, signals: Signals) -> Tensor:
         """The pooled votes."""
         votes = signals.attention(signals.question[-self.window :])[:, :, signals.visual].sum(dim=1)  # (H, V)
-        pooled = torch.empty_like(votes)
-        for image in signals.images:
-            pool = _POOLS[self.pooling](votes[:, image.tokens], self.kernel, stride=1, padding=self.kernel // 2)
-            pooled[:, image.tokens] = pool
-        return pooled
+        pool, around = _POOLS[self.pooling], self.kernel // 2
+        sizes = [image.tokens.numel() for image in signals.images]  # images stand one after the other
+        return _joined([pool(part, self.kernel, stride=1, padding=around) for part in votes.split(sizes, dim=1)])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Side by side; a single one as it is, which is an operation less in every layer."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -113,7 +113,8 @@ class PlusDstp(AbstractMethod):
 
     def __post_init__(self) -> None:
         """Refuse methods that select no tokens, and numbers that no run can mean."""
-        if self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
+        inside = "group" in self.inner.tower_signals  # of the tower, where no coordinate and no reserve is known
+        if inside or self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
             raise ValueError(self._refusal())
         if not -1 <= self.tau <= 1 or self.hold < 1 or not 0 <= self.watch <= 1:
             raise ValueError(f"tau={self.tau} must be a cosine, hold={self.hold} 1 or more, watch={self.watch} in 0..1")

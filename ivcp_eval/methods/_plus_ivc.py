@@ -70,7 +70,8 @@ class PlusIvc(AbstractMethod):
 
     def __post_init__(self) -> None:
         """Refuse methods that select no tokens, and shares outside 0..1."""
-        if self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
+        inside = "group" in self.inner.tower_signals  # of the tower, where no coordinate and no reserve is known
+        if inside or self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
             raise ValueError(self._refusal())
         for name in ("ivc", "ivc_share"):
             if not 0 <= getattr(self, name) <= 1:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Faithfulness, Image, Signal, Signals, TowerSignal
-from ivcp_eval.interface.ops import block_rows, ranking, sparse_weights, unit_rows
+from ivcp_eval.interface.ops import sparse_weights, unit_rows
 from ivcp_eval.methods._at_input import AtInput
+from ivcp_eval.methods.tome import folded
 
 
 @dataclass(frozen=True)
@@ -40,34 +41,14 @@ class Method(AtInput):
         size = torch.ones_like(group).float()
         places = group
         while places.numel() > image.budget:
-            into = matched(key, min(places.numel() // 2, places.numel() - image.budget))
-            stays = (into == torch.arange(into.numel(), device=into.device)).nonzero().flatten()
-            new = torch.empty_like(into)
-            new[stays] = torch.arange(stays.numel(), device=into.device)
-            new = new[into]  # where each token of this round went
-            total = torch.zeros(stays.numel(), key.shape[1], device=key.device).index_add_(0, new, key * size[:, None])
-            size = torch.zeros(stays.numel(), device=key.device).index_add_(0, new, size)
-            key, places, group = total / size[:, None], places[stays], new[group]
+            r = min(places.numel() // 2, places.numel() - image.budget)
+            new, left = folded(unit_rows(key), r), places.numel() - r
+            into = torch.empty_like(places[:left])
+            into[new[::2]], into[new[1::2]] = places[::2], places[1::2]  # the second are those that are merged into
+            order = into.argsort()
+            new, places = order.argsort()[new], into[order]
+            total = torch.zeros(left, key.shape[1], device=key.device).index_add_(0, new, key * size[:, None])
+            size = torch.zeros(left, device=key.device).index_add_(0, new, size)
+            key, group = total / size[:, None], new[group]
         members = torch.arange(n, device=group.device)
         return places, sparse_weights(group, members, 1 / size[group], (places.numel(), n))
-
-
-def matched(metric: Tensor, r: int, class_token: bool = False) -> Tensor:
-    """(N,) the token that each of ``metric`` (N, D) is merged into, itself for all but ``r`` tokens of even place.
-
-    ``class_token``: token 0 stays.
-    """
-    unit = unit_rows(metric)
-    even, odd = unit[::2], unit[1::2]
-    best, likeness = [], []
-    for rows in even.split(block_rows(len(unit))):
-        found = (rows @ odd.T).max(dim=1)
-        best.append(found.indices)
-        likeness.append(found.values)
-    score = torch.cat(likeness)
-    if class_token:
-        score[0] = -torch.inf
-    merged = ranking(score)[:r]
-    into = torch.arange(len(unit), device=unit.device)
-    into[2 * merged] = 2 * torch.cat(best)[merged] + 1
-    return into

@@ -41,6 +41,7 @@ def random_signals(
     angles = draw(1, n, SIZE)
     axes = torch.cat((angles, angles.flip(1), angles.roll(1, 2)))  # M-RoPE: no axis says what another does
     tower = {name: draw(sum(sizes)).abs() for name in ("received", "middle/received", "early/received", "joint_cls")}
+    tower["group"] = torch.arange(sum(sizes)).div(1 / ratio).floor()
     tower |= {"key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6), "joint_key": draw(sum(sizes), 2 * SIZE)}
     layer = {"query": draw(HEADS, n, SIZE), "key": draw(GROUPS, n, SIZE)}
     hidden = draw(n, HIDDEN)

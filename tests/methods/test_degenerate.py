@@ -44,7 +44,7 @@ def changed(signals: Signals, edit: Callable[[Tensor, Tensor], Tensor]) -> Signa
         attention=lambda rows, entering=False: on(attention(rows, entering=entering), -1),
         project=lambda signal: on(project(signal)),
         normed=lambda: on(normed()),
-        vision={name: edit(value.clone(), every) for name, value in signals.vision.items()},
+        vision={k: v if k == "group" else edit(v.clone(), every) for k, v in signals.vision.items()},
         memory={},
     )
 

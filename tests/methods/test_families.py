@@ -24,6 +24,7 @@ UNSUPPORTED = {
         for method in ("prumerge", "prumerge_plus")
         for family in ("deepseek_vl2", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
     },
+    **{("tome", family): "a visual token is not one patch" for family in tiny_models.names() if family != "llava"},
 }
 
 

@@ -170,7 +170,8 @@ def _selects(name: str) -> bool:
     method = make_method(name)
     evicts = any(cut.evicts for cut in method.cuts(ModelFacts("llava", 8), 0.5))
     on_cache = evicts or bool(method.needs & {"cached_key", "step"})
-    return method.pixel_share(0.5) is None and not on_cache and name != "none"
+    in_tower = "group" in method.tower_signals
+    return method.pixel_share(0.5) is None and not on_cache and not in_tower and name != "none"
 
 
 @pytest.mark.parametrize("name", [name for name in method_names() if _selects(name)])

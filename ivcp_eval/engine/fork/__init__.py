@@ -55,8 +55,9 @@ class _Plan:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing can be shared: it works on every layer's cache or decode step, or only observes."""
-        return self.resolved.works_on_cache or (bool(self.resolved.cuts) and self.resolved.first_cut is None)
+        """Whether nothing can be shared: it works in the tower, on every layer's cache or step, or only observes."""
+        observes = bool(self.resolved.cuts) and self.resolved.first_cut is None
+        return self.resolved.works_on_tower or self.resolved.works_on_cache or observes
 
 
 def fork(

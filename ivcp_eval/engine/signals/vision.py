@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.engine.parts import Listener
+from ivcp_eval.engine.signals.merging import PatchMerging
 from ivcp_eval.interface import AbstractMethod, PatchStates, TowerFacts, TowerSignal, VisionTap
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ class VisionListener(Listener):
     a cache every step is a prefill on these images); older releases and bare forwards encode them inside it.
     """
 
-    def __init__(self, tap: VisionTap | None, method: AbstractMethod) -> None:
+    def __init__(self, tap: VisionTap | None, method: AbstractMethod, ratio: float) -> None:
         assert tap is not None  # `prune` asked the adapter before
         self.tap, self.signals = tap, method.tower_signals
+        self.merging = PatchMerging(tap, method, ratio) if "group" in method.tower_signals else None
         self.numbers = sorted(set(method.tower_blocks(tap.facts).values()))
         self._heard = _Heard()
 
@@ -50,11 +52,11 @@ class VisionListener(Listener):
         """Listen to the tower."""
         tap = self.tap
         hear_attention, hear_block = self._after_attention, self._after_block
-        handles: list[Any] = []
+        handles: list[Any] = [] if self.merging is None else self.merging.attach()
         for number in self.numbers:
             attention, block = tap.blocks[number]
             handles.append(attention.register_forward_hook(functools.partial(hear_attention, number), with_kwargs=True))
-            if "feature" in self.signals:
+            if self.signals & {"feature", "group"}:
                 handles.append(block.register_forward_hook(functools.partial(hear_block, number)))
         handles.append(
             tap.tower.register_forward_hook(self._after_tower, with_kwargs=True)
@@ -102,7 +104,11 @@ class VisionListener(Listener):
 
     def _after_block(self, number: int, _module: Any, _args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        self._heard.patches[f"{number}/feature"] = states.detach().flatten(0, -2)
+        if "feature" in self.signals:
+            self._heard.patches[f"{number}/feature"] = states.detach().flatten(0, -2)
+        if self.merging is not None and number == self.tap.facts.own:
+            self._heard.patches[f"{number}/group"] = torch.cat(self.merging.groups)
+            self.merging.clear()
 
     def _after_tower(self, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if self._heard.patches:

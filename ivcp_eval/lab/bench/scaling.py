@@ -22,7 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.engine.signals.source import attention_rows
 from ivcp_eval.files import as_shown, atomic_write
-from ivcp_eval.interface import AbstractMethod, Cut, Image, ImageSpan, ModelFacts, Signals, TowerFacts
+from ivcp_eval.interface import (
+    AbstractMethod,
+    Cut,
+    Image,
+    ImageSpan,
+    ModelFacts,
+    Patches,
+    Selection,
+    Signals,
+    TowerFacts,
+)
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method, method_names
 
@@ -136,14 +146,27 @@ def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu"
     for stage, cut in enumerate(cuts):
         signals = signals_of(method, cut, stage, alive, n, widths, memory, device)
         with _Operations() as counted, FlopCounterMode(display=False) as counter:  # counting takes time of its own
-            method.select(replace(signals, memory=dict(memory)))
+            _select(method, replace(signals, memory=dict(memory)), n, ratio)
         begin = _now(device)
-        selection = method.select(signals)
+        selection = _select(method, signals, n, ratio)
         seconds += _now(device) - begin
         selection.check(signals, name)
         operations, flops = operations + counted.count, flops + counter.get_total_flops()
         alive = alive if cut.evicts else selection.keep.numel()
     return Cost(seconds, operations, flops) if any(cut.ratio < 1 for cut in cuts) else None
+
+
+def _select(method: AbstractMethod, signals: Signals, n: int, ratio: float) -> Selection:
+    """The choice, with what the method does inside the tower."""
+    if "group" in method.tower_signals:
+        assert signals.key is not None
+        group = torch.arange(n + 1, device=signals.visual.device)
+        left = n + 1
+        for block in range(TOWER.own + 1):
+            new = method.merge_patches(Patches(signals.key[0, :left], block, n, ratio, TOWER))
+            group, left = new[group], int(new.max()) + 1
+        signals = replace(signals, vision={**signals.vision, "group": group[1:]})
+    return method.select(signals)
 
 
 def _now(device: str) -> float:

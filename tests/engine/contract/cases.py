@@ -45,6 +45,7 @@ class Recording:
     def plan(self, inputs: dict[str, Any], image_token: int) -> Plan:
         """The reference's plan of the last prefill, which `inputs` was; forgets the calls."""
         calls = [(signals.stage, selection) for signals, selection in self.calls]
+        embedded = [signals.hidden[signals.visual] for signals, _ in self.calls]
         edits, steps = list(self.edits), list(self.steps)
         self.calls.clear()
         self.edits.clear()
@@ -58,6 +59,8 @@ class Recording:
         ]
         plan = make_plan(inputs, image_token, cuts, renumbered, edits)
         plan.add_steps(steps)
+        if "group" in self.method.tower_signals:
+            plan.embedded = embedded
         return plan
 
 

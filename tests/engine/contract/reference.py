@@ -38,6 +38,7 @@ class Plan:
     edits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, row) -> keys of its visual columns
     visual: list[list[int]] = field(default_factory=list)
     evicted: dict[tuple[int, int], list[set[int]]] = field(default_factory=dict)  # (layer, row) -> per head, what left
+    embedded: list[Tensor] = field(default_factory=list)  # of rows with images, what a tower that merges made of them
 
     @property
     def kept(self) -> list[list[int]]:
@@ -157,6 +158,8 @@ def reference(text_model: Any, plan: Plan) -> Iterator[None]:
             mask = mask.repeat_interleave(text_model.config.num_attention_heads // plan.heads, 1)
         additive = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         kwargs = {**kwargs, "attention_mask": additive, "position_ids": None}
+        if layer == 0 and plan.embedded:
+            hidden = _embedded(hidden, plan, repeats)
         for stage in plan.stages:
             if stage.cut.layer == layer:
                 hidden = _merge(hidden, stage, repeats)
@@ -204,6 +207,15 @@ def _mask(plan: Plan, layer: int, length: int) -> Tensor:
     if (layer, length) not in cache:
         cache[layer, length] = plan.mask(layer, length)
     return cache[layer, length]
+
+
+def _embedded(hidden: Tensor, plan: Plan, repeats: int) -> Tensor:
+    hidden, unread = hidden.clone(), list(plan.embedded)
+    for row, columns in enumerate(plan.visual):
+        states = unread.pop(0) if columns else None
+        for copy in range(row * repeats, (row + 1) * repeats):
+            hidden[copy, columns] = hidden[copy, columns] if states is None else states
+    return hidden
 
 
 def _merge(hidden: Tensor, stage: Stage, repeats: int) -> Tensor:

@@ -24,6 +24,7 @@ from typing import IO, Any, TypeVar
 T = TypeVar("T")
 
 __all__ = [
+    "BASELINES",
     "CHECKOUT",
     "DATASETS",
     "PACKAGE",
@@ -57,6 +58,7 @@ CHECKOUT: Path | None = None if _SHIPPED.is_dir() else PACKAGE.parent
 
 DATASETS = (CHECKOUT or _SHIPPED) / "datasets"
 SWEEPS = (CHECKOUT or _SHIPPED) / "sweeps"
+BASELINES = (CHECKOUT / "results" if CHECKOUT else _SHIPPED) / "baselines"
 RESULTS = (CHECKOUT or Path.cwd()) / "results"
 
 #: No space, no quota, or the process may not write longer files (``ulimit -f``).

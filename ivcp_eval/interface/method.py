@@ -24,7 +24,7 @@ CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
 the layer's own, and nothing leaves the sequence (`Cut.evicts`).
 """
 
-TowerSignal = Literal["received", "cls", "key", "feature", "joint_cls", "joint_key"]
+TowerSignal = Literal["received", "cls", "query", "key", "feature", "joint_cls", "joint_key"]
 """What a block of the vision tower can say of each visual token; shapes are those of `Signals.vision`."""
 
 Faithfulness = Literal["faithful", "from_formula", "variant", "control"]
@@ -166,8 +166,9 @@ class Signals:
             `tower_signals` of the blocks in its `tower_blocks`, by signal or ``BLOCK/SIGNAL``: ``received`` (V,)
             float32 attention that the token receives inside its image, summed over queries; ``cls`` (V,) float32
             attention of the class token, where the tower has one; both mean over heads; ``key`` (V, D) keys, mean over
-            heads; ``feature`` (V, F) hidden states behind the block; ``joint_key`` (V, H * D) keys of all heads side by
-            side, and ``joint_cls`` (V,) the class token's attention by these, where there is one.
+            heads; ``query`` (V, H, D) queries, times the root of what scales logits; ``feature`` (V, F) hidden states
+            behind the block; ``joint_key`` (V, H * D) keys of all heads side by side, and ``joint_cls`` (V,) the class
+            token's attention by these, where there is one.
         cut: the cut itself. ids: (n,) int64 token ids, where the prompt came as ids.
         stage: 0 for the first cut, 1 for the second, ...
         family: the adapter's name, for presets that reproduce one family's released code.

@@ -144,7 +144,7 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+        if path.suffix in (".json", ".model", ".txt", ".jinja", ".py"):  # the last: a checkpoint's own code
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
             digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest, str)}".encode())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Image, ModelFacts, Selection, Signals
-from ivcp_eval.interface.ops import itself, merged_selection
+from ivcp_eval.interface.ops import itself, merged_selection, unit_range, unit_rows
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,15 @@ def importance(signals: Signals, image: Image, block: str = "") -> Tensor:
     return vision[prefix + ("cls" if f"{prefix}cls" in vision else "received")][image.tokens]
 
 
+def relevance(signals: Signals, image: Image) -> Tensor:
+    """(N,) cosine of each token's embedding to the mean embedding of the question, moved to 0..1 inside the image.
+
+    What the language model itself offers in place of CLIP's text tower, as OpenVINO ships it.
+    """
+    question = unit_rows(signals.hidden[signals.question].float().mean(dim=0, keepdim=True))[0]
+    return unit_range(unit_rows(embeddings(signals, image)) @ question)
+
+
 def in_output_order(signals: Signals, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of ``weights`` one after the other at the places of ``kept``, where survivors are numbered anew.
 
@@ -84,6 +93,13 @@ def grid_of(image: Image) -> tuple[int, int]:
     rows, columns = image.span.grid or (1, 0)
     n = image.tokens.numel()
     return (rows, columns) if rows * columns == n else (1, n)
+
+
+def places(image: Image) -> Tensor:
+    """(N, 2) where the tokens stand in an image of side 1."""
+    rows, columns = grid_of(image)
+    axes = (torch.linspace(0, 1, size, device=image.tokens.device) for size in (rows, columns))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
 def equal_windows(image: Image, side: int) -> Tensor:

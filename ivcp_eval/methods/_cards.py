@@ -18,6 +18,12 @@ from ivcp_eval.interface.registry import WRAPPERS, module_names
 FILE = Path(__file__).with_name("_catalogue.yaml")
 STATES = ("planned", "gaps", "weights", "frames", "depth", "calibration", "model", "tool")
 
+LABELS = {
+    "faithful": "held to the authors' own code",
+    "from_formula": "transcribed from the paper, whose authors published no code",
+    "variant": "gaps filled by us, each named",
+    "control": "what any method has to beat",
+}
 _FIELDS = ("Paper", "Reference", "Differs")
 WRAPPED = "NAME"  # in place of the method's name, before a wrapper's
 
@@ -88,10 +94,19 @@ def control_names() -> list[str]:
 
 
 def method_table() -> str:
-    """The README's table of methods, in Markdown."""
+    """The table of all methods in docs/methods.md, in Markdown."""
     lines = ["| method | what it keeps | paper | faithfulness |", "| --- | --- | --- | --- |"]
     for card in map(_escaped, method_cards()):
         lines.append(f"| `{card.name}` | {card.keeps} | {_link(card.paper)} | {card.faithfulness} |")
+    return "\n".join(lines)
+
+
+def method_summary() -> str:
+    """The README's table: the names of the methods by faithfulness, in Markdown."""
+    lines = ["| faithfulness | methods |", "| --- | --- |"]
+    for label, meaning in LABELS.items():
+        names = [f"`{card.name}`" for card in method_cards() if card.faithfulness == label]
+        lines += [f"| {label}: {meaning} | {', '.join(names)} |"] if names else []
     return "\n".join(lines)
 
 

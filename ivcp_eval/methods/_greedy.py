@@ -42,6 +42,14 @@ def farthest_points(states: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
+def farthest_from(states: Tensor, chosen: Tensor, k: int) -> Tensor:
+    """``chosen`` (M,), M > 0, and after them those of ``states`` (N, E) that max-min selection adds, ``k`` in all."""
+    unit = unit_rows(states)
+    state = _Spread(unit, torch.zeros(len(unit)), 1.0, chosen.tolist())
+    return torch.tensor(_greedy(state, k), device=states.device)
+
+
+@torch.no_grad()
 def marginal_relevance(states: Tensor, relevance: Tensor, k: int, trade: float, together: int = 1) -> Tensor:
     """``k`` indices of ``states`` (N, E) in order of choice, beginning with the most relevant.
 
@@ -178,7 +186,7 @@ class _Spread(_Round):
     def __init__(self, unit: Tensor, bias: Tensor, weight: float, chosen: list[int]) -> None:
         self.unit, self.weight, self.chosen = unit, weight, chosen
         self.bias = bias.to(unit.device).float().nan_to_num(LOWEST).masked_fill(~unit.any(dim=1), LOWEST)
-        self.covered = unit @ unit[chosen[0]]
+        self.covered = max_similarity(unit, unit[chosen])
         self._renew()
 
     def _renew(self) -> None:

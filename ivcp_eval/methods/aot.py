@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ivcp_eval.interface import Faithfulness, Image, Signal, Signals, TowerFacts, TowerSignal
 from ivcp_eval.interface.ops import best_of_rest, block_rows, itself, place_in_group, sparse_weights, unit_rows
-from ivcp_eval.methods._at_input import AtInput, embeddings, equal_windows, grid_of, importance
+from ivcp_eval.methods._at_input import AtInput, embeddings, equal_windows, importance, places
 
 WINDOWS = 3  # a side
 SPATIAL, EPSILON, ROUNDS, STOP = 0.5, 0.1, 100, 1e-2
@@ -107,10 +107,3 @@ class Method(AtInput):
             torch.cat((by_plan + by_mean, mass * by_plan[anchor], by_mean[like])),
             (k, n),
         )
-
-
-def places(image: Image) -> Tensor:
-    """(N, 2) where the tokens stand in an image of side 1."""
-    rows, columns = grid_of(image)
-    axes = (torch.linspace(0, 1, size, device=image.tokens.device) for size in (rows, columns))
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Faithfulness, Image, Signals
-from ivcp_eval.interface.ops import unit_range, unit_rows
-from ivcp_eval.methods._at_input import AtInput, embeddings
+from ivcp_eval.interface.ops import unit_rows
+from ivcp_eval.methods._at_input import AtInput, embeddings, relevance
 from ivcp_eval.methods._greedy import log_determinant
 
 
@@ -48,9 +48,8 @@ class Method(AtInput):
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """Conditional determinantal selection."""
         states = embeddings(signals, image)
-        question = unit_rows(signals.hidden[signals.question].float().mean(dim=0, keepdim=True))[0]
-        relevance = unit_range(unit_rows(states) @ question)
-        return conditional_volume(states, (self.theta / (2 * (1 - self.theta)) * relevance).exp(), image.budget)
+        weight = (self.theta / (2 * (1 - self.theta)) * relevance(signals, image)).exp()
+        return conditional_volume(states, weight, image.budget)
 
 
 def conditional_volume(states: Tensor, weight: Tensor, k: int) -> Tensor:

@@ -8,9 +8,10 @@ inner product over the question, of length 1 over the image's tokens in every he
 Every survivor keeps its position.
 
 Differs: the released weights of the heads come from ablations on evaluation sets and exist for one model, so they are
-read from a file (they are the list in src/hawk/config.py); without one all heads weigh the same, which makes the
-method a variant. The question is all that stands behind the last image, chat markers included. The budget is rounded,
-not rounded up. Each image has its own budget. Families that add visual features later are cut after these.
+read from a file (they are the list in src/hawk/config.py; `ivcp calibrate hawk MODEL` makes one for any model);
+without one all heads weigh the same, which makes the method a variant. The question is all that stands behind the last
+image, chat markers included. The budget is rounded, not rounded up. Each image has its own budget. Families that add
+visual features later are cut after these.
 """
 
 from __future__ import annotations

@@ -267,6 +267,17 @@ def why_none(results: Sequence[Row]) -> str:
     return "no row is the one asked for; there are:\n    " + "\n    ".join(names[:20]) + more
 
 
+def _lacking(row: Row, baselines: Sequence[Group]) -> str:
+    """Of model, benchmark and metric the first that the baseline file has not, and what it has; or nothing."""
+    rows = [g[0] for g in baselines]
+    for name in ("model", "benchmark", "metric"):
+        there = sorted({r[name] for r in rows})
+        if row[name] not in there:
+            return f"; the baseline file knows the {name}s {', '.join(there) or 'none'}"
+        rows = [r for r in rows if r[name] == row[name]]
+    return ""
+
+
 def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
     """The one baseline of a group, or why there is none. Raises NotComparable if there are several that fit equally."""
     row = group[0]
@@ -281,10 +292,8 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
     if not finished:
         if same:
             return f"its baseline is {same[0][0]['status']} ({same[0][0]['reason']})"
-        models = sorted({g[0]["model"] for g in baselines})
-        hint = "" if row["model"] in models else f"; the baseline file knows the models {', '.join(models) or 'none'}"
         what = f"row of {reference.method} at the same cost" if reference else "baseline row"
-        return f"no {what}{hint}"
+        return f"no {what}{_lacking(row, baselines)}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
     if len(chosen) > 1:

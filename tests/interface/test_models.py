@@ -55,6 +55,9 @@ def test_fingerprint_follows_content_not_time(tmp_path: Path) -> None:
     weights.write_bytes(b"a" * 3_000_000)
     (tmp_path / "config.json").write_text('{"x": 1}')
     assert models.fingerprint(tmp_path) != first
+    with_config = models.fingerprint(tmp_path)
+    (tmp_path / "modeling_own.py").write_text("code that --trust-remote-code runs")
+    assert models.fingerprint(tmp_path) != with_config
 
 
 def _safetensors(path: Path, data: bytes) -> None:

@@ -39,17 +39,18 @@ def random_signals(
         start += size
     maps = {entering: draw(HEADS, n, n).softmax(dim=-1) for entering in (False, True)}
     angles = draw(1, n, SIZE)
+    axes = torch.cat((angles, angles.flip(1), angles.roll(1, 2)))  # M-RoPE: no axis says what another does
     tower = {name: draw(sum(sizes)).abs() for name in ("received", "middle/received", "early/received", "joint_cls")}
     tower |= {"key": draw(sum(sizes), SIZE), "feature": draw(sum(sizes), 6), "joint_key": draw(sum(sizes), 2 * SIZE)}
     layer = {"query": draw(HEADS, n, SIZE), "key": draw(GROUPS, n, SIZE)}
     hidden = draw(n, HIDDEN)
-    return Signals(
+    row = Signals(
         images=tuple(images),
         visual=visual,
         text=text,
         question=text[lead:],
         hidden=hidden,
-        rope=lambda: (angles.cos(), angles.sin()),
+        rope=lambda: (axes.cos(), axes.sin()),
         attention=lambda rows, entering=False: maps[entering][:, rows],
         rotate=lambda states: states * angles[0].cos() + states.flip(-1) * angles[0].sin(),
         value=draw(GROUPS, n, SIZE),
@@ -64,6 +65,8 @@ def random_signals(
         family="qwen2_5_vl",
         generator=torch.Generator().manual_seed(seed),
     )
+    tower["query"] = draw(sum(sizes), HEADS, SIZE)
+    return row
 
 
 def random_steps(n_layers: int, n_steps: int, n_visual: int, ratio: float, memory: dict[str, Any]) -> Iterator[Step]:

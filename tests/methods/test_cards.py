@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from ivcp_eval.interface.method import Faithfulness
 from ivcp_eval.interface.registry import make_method, method_class, method_names
 from ivcp_eval.lab.scaffold import PLACEHOLDERS
 from ivcp_eval.methods import _cards as cards
-from ivcp_eval.methods._cards import MethodCard, method_cards, method_table
+from ivcp_eval.methods._cards import LABELS, MethodCard, method_cards, method_summary, method_table
 
 # The systems that were named when the catalogue was planned, and their papers (POINTS-Long has no arXiv number).
 NAMED = {
@@ -100,11 +102,11 @@ def test_listing_stays_light() -> None:
 def test_docstring_form(card: MethodCard) -> None:
     assert card.keeps.endswith(".")
     assert not any(placeholder in card.paper + card.reference for placeholder in PLACEHOLDERS), "fill the template in"
-    assert card.faithfulness in ("faithful", "from_formula", "variant", "control")
+    assert card.faithfulness in LABELS
     if card.faithfulness != "control":
         assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{5}", card.paper)
         known = re.search(r"https://github\.com/\S+ @ [0-9a-f]{7}", card.reference)
-        assert known or (card.faithfulness != "faithful" and card.reference.startswith("none"))
+        assert known or (card.faithfulness in ("from_formula", "variant") and card.reference.startswith("none"))
     if card.faithfulness == "variant":
         assert card.differs, "a variant names its gaps"
 
@@ -123,6 +125,12 @@ def test_table() -> None:
     fastv = next(line for line in lines if line.startswith("| `fastv`"))
     assert "[2403.06764](https://arxiv.org/abs/2403.06764)" in fastv
     assert fastv.endswith("| faithful |")
+
+
+def test_summary_names_every_method_once() -> None:
+    named = re.findall(r"`([^`]+)`", method_summary())
+    assert sorted(named) == sorted(card.name for card in method_cards())
+    assert list(LABELS) == list(get_args(Faithfulness))
 
 
 @pytest.mark.parametrize("name", method_names())

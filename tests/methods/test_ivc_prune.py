@@ -6,6 +6,7 @@ The released code's rules (``preset="official"``) are held to recorded runs in t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def similarity(signals: Signals, queries: list[int], keys: list[int]) -> list[fl
 
 def algorithm_1(signals: Signals, ivc: float = 0.1, ivc_share: float = 0.2, seeds: float = 0.01) -> list[int]:
     kept_all = []
-    cos, sin = ([float(part[0, v].mean()) for v in signals.visual.tolist()] for part in signals.rope())
+    cos, sin = ([float(part[:, v].mean()) for v in signals.visual.tolist()] for part in signals.rope())
     for start, n, budget in SIZES:
         columns = signals.visual[start : start + n].tolist()
         each = min(round(ivc * n), round(ivc_share * budget))
@@ -65,7 +66,7 @@ def test_coordinates_never_overrun_the_budget(rows: int, columns: int, ratio: fl
     selection.check(signals, "ivc_prune")
     half = signals.budget // 2
     for part in signals.rope():
-        assert set(best([float(part[0, v].mean()) for v in signals.visual.tolist()], half)) <= set(
+        assert set(best([float(part[:, v].mean()) for v in signals.visual.tolist()], half)) <= set(
             selection.keep.tolist()
         )
 
@@ -76,7 +77,7 @@ def test_without_foreground_the_rest_is_random() -> None:
         for seed in range(6)
     ]
     cos, sin = (
-        [float(part[0, v].mean()) for v in _same_but_seed(0).visual.tolist()] for part in _same_but_seed(0).rope()
+        [float(part[:, v].mean()) for v in _same_but_seed(0).visual.tolist()] for part in _same_but_seed(0).rope()
     )
     always = set.intersection(*draws)
     for start, n, budget in SIZES:
@@ -91,6 +92,14 @@ def _same_but_seed(seed: int) -> Signals:
     assert signals.generator is not None
     signals.generator.manual_seed(seed)
     return signals
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_one_axis_alone_chooses_otherwise(axis: int) -> None:
+    """So the oracle above notices a general preset that reads one M-RoPE axis only."""
+    signals = random_signals((5, 8), (3, 4), ratio=0.5, seed=7)
+    one = replace(signals, rope=lambda: tuple(part[axis : axis + 1] for part in signals.rope()))
+    assert make_method("ivc_prune").select(one).keep.tolist() != algorithm_1(signals)
 
 
 def test_layer() -> None:

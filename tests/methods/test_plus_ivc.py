@@ -22,7 +22,7 @@ def test_forced_set_and_budget() -> None:
     signals = random_signals((5, 8), (3, 4), ratio=0.5)
     rows = signals.attention([-1])[:, 0]
     scores = [float(rows[:, v].mean()) for v in signals.visual.tolist()]
-    cos, sin = ([float(part[0, v].mean()) for v in signals.visual.tolist()] for part in signals.rope())
+    cos, sin = ([float(part[:, v].mean()) for v in signals.visual.tolist()] for part in signals.rope())
     wanted = []
     for start, n, budget in ((0, 40, 20), (40, 12, 6)):
         each = min(round(0.1 * n), round(0.2 * budget))

@@ -368,6 +368,11 @@ class TestRefusals:
             compare(write(folder, make()))
         with pytest.raises(ValueError, match="the baseline file knows the models deepseek_vl2_small, internvl25"):
             compare(write(folder, make("ivc_prune", model="tiny")), BASELINES / "ivc_prune_paper.csv")
+        known = (
+            "the baseline file knows the benchmarks MMBench_DEV_EN_V11, RefCOCO[+]_testA, RefCOCO_testA, SEEDBench_IMG"
+        )
+        with pytest.raises(ValueError, match=known):
+            compare(write(folder, make("ivc_prune", benchmark="POPE")), BASELINES / "ivc_prune_paper.csv")
         unfinished = make(status="incomplete", reason="killed", score=None)
         with pytest.raises(ValueError, match=r"its baseline is incomplete \(killed\)"):
             compare(write(folder, unfinished, make("ivc_prune")))

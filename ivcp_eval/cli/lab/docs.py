@@ -1,4 +1,4 @@
-"""Renew the generated parts of README.md and results/README.md, or check them."""
+"""Renew the generated parts of README.md, docs/methods.md and results/README.md, or check them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write both files, or compare."""
+    """Write the files, or compare."""
+    from ivcp_eval.methods._cards import method_summary, method_table
     from ivcp_eval.reports.table import render_readme
 
     if CHECKOUT is None:
         raise ValueError("the documents are in a checkout; this package is installed without one")
     old = 0
-    for path, render in ((CHECKOUT / "README.md", render_methods), (CHECKOUT / "results/README.md", render_readme)):
+    for path, render in (
+        (CHECKOUT / "README.md", lambda text: between_markers(text, method_summary())),
+        (CHECKOUT / "docs/methods.md", lambda text: between_markers(text, method_table())),
+        (CHECKOUT / "results/README.md", render_readme),
+    ):
         text = path.read_text(encoding="utf-8")
         new = render(text)
         if new == text:
@@ -35,16 +40,14 @@ def run(args: argparse.Namespace) -> int:
     return int(args.check and old > 0)
 
 
-def render_methods(text: str) -> str:
-    """README's text with its table of methods as it should be.
+def between_markers(text: str, part: str) -> str:
+    """``text`` with ``part`` between the markers.
 
     Raises:
         ValueError: a marker is missing.
     """
-    from ivcp_eval.methods._cards import method_table
-
     head, found, rest = text.partition(OPENING)
     _, ended, tail = rest.partition(CLOSING)
     if not found or not ended:
-        raise ValueError(f"README.md lacks {OPENING!r} ... {CLOSING!r}")
-    return f"{head}{OPENING}\n\n{method_table()}\n\n{CLOSING}{tail}"
+        raise ValueError(f"the document lacks {OPENING!r} ... {CLOSING!r}")
+    return f"{head}{OPENING}\n\n{part}\n\n{CLOSING}{tail}"

@@ -169,6 +169,8 @@ def patch_signals(states: PatchStates, wanted: frozenset[TowerSignal]) -> dict[s
     """
     query, key = states.query.float() * states.scaling, states.key.float()
     signals: dict[str, Tensor] = {}
+    if "query" in wanted:
+        signals["query"] = (states.query.float() * states.scaling**0.5).transpose(0, 1)
     if "key" in wanted:
         signals["key"] = key.mean(dim=0)
     if "joint_key" in wanted:

@@ -4,8 +4,8 @@ Every benchmark is answered by all arms in turn before the next one is, in worke
 so that a busy machine slows all of them alike; what counts is the ratio. Times are from the request to the last answer
 in its journal: prompts, pictures, model and journal, no imports and no weights.
 
-Arms with the same number of threads must give the same answers. Torch adds in another order with another number of
-threads, which decides a near tie of two tokens differently: there, answers unlike the first arm's are counted.
+Torch adds in another order with another number of threads or rows of a batch, which decides a near tie of two tokens
+differently: answers unlike the first arm's are counted, and more than one in a hundred of a benchmark's are an error.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 BENCHMARKS = ("tiny_mcq", "tiny_yes_no", "tiny_short", "tiny_grounding")
 FASTER, DEARER, SCORING_MS = 3.0, 1.35, 0.4
+OTHER_SHARE = 0.01
 COLUMNS = (
     *("benchmark", "samples", "arm", "processes", "threads", "variants", "ms_per_sample", "ratio", "target", "met"),
     *("cpu_ms_per_sample", "other_answers", "note"),
@@ -263,7 +264,7 @@ def measure(pool: Pool, chosen: Sequence[Arm], names: Sequence[str], folder: Pat
     """The rows of one benchmark after the other, and of all together; see `COLUMNS`.
 
     Raises:
-        AssertionError: two arms with as many threads gave different answers.
+        AssertionError: an arm gave more than `OTHER_SHARE` of a benchmark's answers otherwise than the first.
     """
     spent: dict[Arm, list[Spent]] = {arm: [] for arm in chosen}
     scorings, total, others = [], 0, Counter[Arm]()
@@ -276,10 +277,9 @@ def measure(pool: Pool, chosen: Sequence[Arm], names: Sequence[str], folder: Pat
         for arm in chosen if turn % 2 == 0 else reversed(chosen):
             taken, found[arm] = pool.run(arm, name, rows, folder / name / arm.name)
             spent[arm].append(taken)
-        for arm in chosen:
-            twin = next(a for a in chosen if a.threads == arm.threads)
-            assert found[arm] == found[twin][: arm.variants], f"{arm.name} answers {name} otherwise than {twin.name}"
         other = {arm: _differing(found[arm], found[chosen[0]]) for arm in chosen}
+        for arm, count in other.items():
+            assert count <= OTHER_SHARE * rows * arm.variants, f"{arm.name} answers {count} of {name} otherwise"
         others.update(other)
         last = next(arm for arm in reversed(chosen) if arm.runner)
         scorings.append(pool.first(_score, name, [folder / name / last.name / str(i) for i in range(last.processes)]))

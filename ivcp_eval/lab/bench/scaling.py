@@ -115,9 +115,10 @@ def signals_of(
 
 
 def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping[str, Tensor]:
-    wide = {"key": widths.head, "feature": widths.hidden, "joint_key": widths.hidden}
+    wide: dict[str, tuple[int, ...]] = {"key": (widths.head,), "query": (widths.heads, widths.head)}
+    wide |= {"feature": (widths.hidden,), "joint_key": (widths.hidden,)}
     return {
-        f"{name}/{signal}" if name else signal: draw(n, wide[signal]) if signal in wide else draw(n).exp()
+        f"{name}/{signal}" if name else signal: draw(n, *wide[signal]) if signal in wide else draw(n).exp()
         for name in method.tower_blocks(TOWER)
         for signal in sorted(method.tower_signals)
     }

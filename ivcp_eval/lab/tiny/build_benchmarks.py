@@ -174,7 +174,9 @@ def checksums(files: dict[str, bytes]) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: write the files, or compare them with what would be written."""
-    parser = argparse.ArgumentParser(description="Write (or check) the embedded benchmarks.")
+    parser = argparse.ArgumentParser(
+        prog="ivcp lab build-benchmarks tiny", description="Write (or check) the embedded benchmarks."
+    )
     parser.add_argument("--out", type=Path, default=DATASETS, help="folder of the TSV files")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")

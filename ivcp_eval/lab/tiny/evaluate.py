@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,11 @@ def read_benchmark(path: Path, limit: int | None = None) -> list[Question]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle, delimiter="\t"))[:limit]
-    task = path.stem.removeprefix("tiny_")
+    return questions_of(rows, path.stem.removeprefix("tiny_"))
+
+
+def questions_of(rows: Iterable[Mapping[str, str]], task: str) -> list[Question]:
+    """The questions of a benchmark's first rows."""
     images: dict[str, Image.Image] = {}
     questions = []
     for row in rows:
@@ -110,7 +114,9 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: print the accuracies as JSON."""
-    parser = argparse.ArgumentParser(description="Evaluate the tiny model on the embedded benchmarks.")
+    parser = argparse.ArgumentParser(
+        prog="ivcp lab evaluate", description="Evaluate the tiny model on the embedded benchmarks."
+    )
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
     parser.add_argument("--data", type=Path, default=DATASETS, help="folder of the TSV files")
     parser.add_argument("--batch-size", type=int, default=32)

@@ -48,7 +48,7 @@ def build(task: str, split: str, count: int) -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: write ``tiny2_grounding.tsv`` and ``tiny2_short.tsv``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="ivcp lab build-benchmarks tiny2", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the TSV files")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--questions", type=int, default=300, help="per file (default: %(default)s)")

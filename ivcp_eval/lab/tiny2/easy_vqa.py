@@ -47,7 +47,7 @@ def rows(folder: Path) -> Iterator[dict[str, str | int]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: write the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="ivcp lab easy-vqa", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="`data/test` of the package easy-vqa")
     parser.add_argument("--out", type=Path, required=True, help="TSV file to write")
     args = parser.parse_args(arguments)

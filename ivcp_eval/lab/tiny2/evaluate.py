@@ -253,7 +253,7 @@ def _note(verdicts: Verdicts, batch: Sequence[Question], found: dict[str, list[A
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: print the table, and write it with all accuracies to ``--out`` if given."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="ivcp lab accept tiny2", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name("model"), help="folder of the model")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--questions", type=int, default=1000, help="per task (default: %(default)s)")

@@ -440,7 +440,10 @@ def batch_equals_its_rows(case: Case) -> None:
 
 @check
 def repeatable(case: Case) -> None:
-    """The same seed gives the same bits, in one block and in two; the global generator has no say."""
+    """The same seed gives the same bits, in one block and in two; the global generator has no say.
+
+    Rows of other words draw from other seeds: or chance would strike the same places in every prompt.
+    """
     inputs = case.inputs(*RAGGED)
     seen = []
     for block in range(2):
@@ -449,6 +452,9 @@ def repeatable(case: Case) -> None:
             for _ in range(2):
                 logits = case.forward(inputs).logits
                 seen.append((logits, [row.tolist() for row in recording.run.kept]))
+        first = [signals.generator for signals, _ in recording.calls if signals.stage == 0]
+        seeds = {generator.initial_seed() for generator in first if generator is not None}
+        assert len(seeds) == (2 if first else 0), "two rows with images were drawn for"
     assert all(torch.equal(logits, seen[0][0]) and kept == seen[0][1] for logits, kept in seen)
 
 

@@ -226,6 +226,11 @@ def rows_draw_by_their_place_in_the_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Cutter, "_row_seed", lambda self, state, row, alive: row)
 
 
+@caught_by(("repeatable", "toy_draw"), ("repeatable", "random"))
+def every_row_draws_alike(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Cutter, "_row_seed", lambda self, state, row, alive: self.parts.seed)
+
+
 @caught_by(("prefill_equals_reference", "toy_merge"))
 def merging_is_ignored(patch: pytest.MonkeyPatch) -> None:
     def select(

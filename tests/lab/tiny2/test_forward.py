@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ivcp_eval.lab.tiny.training.fast import merge, tower_features
 from ivcp_eval.lab.tiny2 import tasks
 from ivcp_eval.lab.tiny2.processor import build_config, build_processor
 from ivcp_eval.lab.tiny2.training import batches
 from ivcp_eval.lab.tiny2.training.decoder import decode
-from ivcp_eval.lab.tiny2.training.tower import merge, tower_features
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

@@ -12,11 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ivcp_eval.lab.tiny.training.average import averaged
+from ivcp_eval.lab.tiny.training.fast import merge, tower_features
 from ivcp_eval.lab.tiny2 import tasks
 from ivcp_eval.lab.tiny2.processor import build_processor, build_tokenizer, coordinate_ids
 from ivcp_eval.lab.tiny2.training import batches, train
 from ivcp_eval.lab.tiny2.training.state import STATE, TOWER
-from ivcp_eval.lab.tiny2.training.tower import merge, tower_features
 from ivcp_eval.lab.tiny2.training.validation import means, score
 
 CONFIGS = Path(train.__file__).parent
@@ -137,7 +138,7 @@ def test_a_run_starts_from_the_weights_of_another(whole: Path, tmp_path: Path) -
     assert run.state.progress["steps"] == 1
     other = train.Run(CONFIG, whole)
     other.state.load()
-    with other.state.averaged():
+    with averaged(other.state.model, other.state.average):
         before = [p.clone() for p in other.state.model.parameters()]
     moved = [(a - b).abs().max().item() for a, b in zip(run.state.model.parameters(), before, strict=True)]
     assert 0 < max(moved) < 0.1
@@ -188,10 +189,10 @@ def test_export_loads_with_stock_classes_and_says_what_the_trained_model_says(wh
     assert processor.tokenizer.get_vocab() == build_processor().tokenizer.get_vocab()
     run = train.Run(CONFIG, whole)
     run.state.load()
-    with run.state.averaged():
-        averaged = {k: v.clone() for k, v in run.state.model.state_dict().items()}
+    with averaged(run.state.model, run.state.average):
+        exported = {k: v.clone() for k, v in run.state.model.state_dict().items()}
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, averaged[name].bfloat16().float(), atol=0, rtol=0, msg=name)
+        torch.testing.assert_close(value, exported[name].bfloat16().float(), atol=0, rtol=0, msg=name)
 
 
 def test_layers_that_do_not_take_part_yet_change_nothing_when_they_join(whole: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def questions(per_task: int) -> list[Question]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure every layer and write the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="ivcp lab choose-layer", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV to write")
     parser.add_argument("--per-task", type=int, default=120, help="questions of each task (default: %(default)s)")
     args = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivcp_eval.lab.tiny.processor import CELL, IMAGE_MEAN, IMAGE_STD, PATCH_SIZE
+from ivcp_eval.lab.tiny.processor import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE
 
 WINDOW_CELLS = 4
 
@@ -65,20 +65,18 @@ def vision_layout(
     return VisionLayout(order.to(device), torch.argsort(order).to(device), groups, rows.to(device), columns.to(device))
 
 
-def to_patches(images: Tensor) -> Tensor:
-    """Turn uint8 images (batch, height, width, 3) into normalised patches (batch, cells, 4, 588), cells row by row.
+def to_patches(images: Tensor, patch_size: int = PATCH_SIZE) -> Tensor:
+    """Turn uint8 images (batch, height, width, 3) into normalised patches (batch, cells, 4, values), cells row by row.
 
     The processor stores every still picture twice (temporal patch size 2); the copy is left out here and the
     two halves of the patch embedding are added instead.
     """
     batch, height, width, _ = images.shape
-    mean = torch.tensor(IMAGE_MEAN, dtype=torch.float32)
-    std = torch.tensor(IMAGE_STD, dtype=torch.float32)
-    x = ((images.float() / 255 - mean) / std).view(
-        batch, height // CELL, 2, PATCH_SIZE, width // CELL, 2, PATCH_SIZE, 3
-    )
-    x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)
-    return x.reshape(batch, (height // CELL) * (width // CELL), 4, 3 * PATCH_SIZE * PATCH_SIZE)
+    rows, columns = height // (2 * patch_size), width // (2 * patch_size)
+    mean = torch.tensor(IMAGE_MEAN, dtype=torch.float32, device=images.device)
+    std = torch.tensor(IMAGE_STD, dtype=torch.float32, device=images.device)
+    x = ((images.float() / 255 - mean) / std).view(batch, rows, 2, patch_size, columns, 2, patch_size, 3)
+    return x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(batch, rows * columns, 4, 3 * patch_size * patch_size)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -129,9 +127,16 @@ def _mlp(mlp: Any, x: Tensor, kernels: Kernels) -> Tensor:
 
 def vision_forward(visual: Any, images: Tensor, dtype: torch.dtype = torch.float32, kernels: Kernels = EAGER) -> Tensor:
     """Return the visual tokens (batch, cells, text hidden size) of equal-sized uint8 images, cells in raster order."""
-    layout = vision_layout(images.shape[1] // CELL, images.shape[2] // CELL)
+    return merge(visual, tower_features(visual, images, dtype, kernels), kernels)
+
+
+def tower_features(visual: Any, images: Tensor, dtype: torch.dtype, kernels: Kernels = EAGER) -> Tensor:
+    """What the tower's blocks say of each cell: (batch, cells, 4 x tower width), cells in raster order."""
+    size = int(visual.patch_size)
+    window = int(visual.window_size) // (2 * size)
+    layout = vision_layout(images.shape[1] // (2 * size), images.shape[2] // (2 * size), window, images.device)
     weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
-    patches = to_patches(images).to(dtype)[:, layout.order].flatten(1, 2)
+    patches = to_patches(images, size).to(dtype)[:, layout.order].flatten(1, 2)
     x = F.linear(patches, weight.to(dtype))
     inverse_frequency = visual.rotary_pos_emb.inv_freq.float()
     angles = torch.cat((layout.rows[:, None] * inverse_frequency, layout.columns[:, None] * inverse_frequency), dim=-1)
@@ -140,8 +145,12 @@ def vision_forward(visual: Any, images: Tensor, dtype: torch.dtype = torch.float
         windows = ((1, x.shape[1]),) if index in visual.fullatt_block_indexes else layout.groups
         x = x + _vision_attention(block.attn, _norm(x, block.norm1, kernels), cos, sin, windows, kernels)
         x = x + _mlp(block.mlp, _norm(x, block.norm2, kernels), kernels)
-    merged = _norm(x, visual.merger.ln_q, kernels).unflatten(1, (-1, 4)).flatten(2)
-    return visual.merger.mlp(merged)[:, layout.inverse]
+    return x.unflatten(1, (-1, 4)).flatten(2)[:, layout.inverse]
+
+
+def merge(visual: Any, features: Tensor, kernels: Kernels = EAGER) -> Tensor:
+    """Visual tokens (..., text width) of the tower's features (..., 4 x tower width)."""
+    return visual.merger.mlp(_norm(features.unflatten(-1, (4, -1)), visual.merger.ln_q, kernels).flatten(-2))
 
 
 def _vision_attention(
@@ -149,14 +158,13 @@ def _vision_attention(
 ) -> Tensor:
     batch, length, _ = x.shape
     q, k, v = attention.qkv(x).view(batch, length, 3, attention.num_heads, attention.head_dim).unbind(2)
-    q = kernels.rotate(q, cos * attention.scaling, sin * attention.scaling)
+    q = kernels.rotate(q, cos, sin)
     k = kernels.rotate(k, cos, sin)
     lengths = [count * size for count, size in windows]
     outputs = []
     for (count, size), *parts in zip(windows, *(t.split(lengths, dim=1) for t in (q, k, v)), strict=True):
         qw, kw, vw = (t.unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2) for t in parts)
-        # Two matrix products and a softmax: faster than the fused CPU kernel, whose exponentials dominate.
-        mixed = torch.matmul(torch.softmax(torch.matmul(qw, kw.transpose(-1, -2)), dim=-1), vw)
+        mixed = F.scaled_dot_product_attention(qw, kw, vw, scale=attention.scaling)
         outputs.append(mixed.transpose(1, 2).reshape(batch, count * size, -1))
     return attention.proj(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0])
 

@@ -36,7 +36,7 @@ def plot(source: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Plot the tiny model's training curve.")
+    parser = argparse.ArgumentParser(prog="ivcp lab plot-curve", description="Plot the tiny model's training curve.")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args(argv)

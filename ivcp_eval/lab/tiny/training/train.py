@@ -11,8 +11,6 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from ivcp_eval.lab.tiny.processor import build_config, finish_generation_config, save_processor
 from ivcp_eval.lab.tiny.tasks import MCQ_CATEGORIES, SHORT_CATEGORIES
+from ivcp_eval.lab.tiny.training.average import averaged
 from ivcp_eval.lab.tiny.training.batches import make_batch
 from ivcp_eval.lab.tiny.training.fast import EAGER, compiled_kernels
 from ivcp_eval.lab.tiny.training.losses import DenseHeads, all_losses, vision_only_losses
@@ -127,25 +126,12 @@ class Run:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         copy = Qwen2_5_VLForConditionalGeneration(self.model.config)
-        with self.averaged():
+        with averaged(self.model, self.average):
             copy.load_state_dict(self.model.state_dict())
         copy = copy.to(torch.bfloat16)
         finish_generation_config(copy)
         copy.save_pretrained(folder)
         save_processor(folder)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the running average of the weights in place of the weights inside the ``with`` block."""
-        parameters = list(self.model.parameters())
-        raw = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, self.average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, raw)
 
     def set_rates(self, factor: float) -> None:
         """Set every learning rate to ``factor`` times its configured value."""
@@ -256,7 +242,7 @@ def validate(run: Run, phase: dict[str, Any]) -> None:
     row = {k: run.progress[k] for k in ("images", "steps", "seconds")}
     row |= {"phase": run.progress["phase"]}
     sizes = [tuple(size) for size in phase["sizes"]]
-    with run.averaged():
+    with averaged(run.model, run.average):
         row |= teacher_forced(run.model, tuple(phase["objects"]), sizes, 120 // len(sizes), run.kernels)
     path = run.out / "curve.csv"
     fresh = not path.exists()
@@ -279,7 +265,9 @@ def _worker(rank: int, world: int, config: dict[str, Any], out: str, max_seconds
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the trainer."""
-    parser = argparse.ArgumentParser(description="Train the tiny Qwen2.5-VL on generated scenes.")
+    parser = argparse.ArgumentParser(
+        prog="ivcp lab train tiny", description="Train the tiny Qwen2.5-VL on generated scenes."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for state, logs and the exported model")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML configuration")
     parser.add_argument("--processes", type=int, default=2, help="CPU processes, one thread each")

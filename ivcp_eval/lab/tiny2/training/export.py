@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ivcp_eval.lab.tiny.processor import finish_generation_config
+from ivcp_eval.lab.tiny.training.average import averaged
 from ivcp_eval.lab.tiny2.processor import save_processor
 from ivcp_eval.lab.tiny2.training.state import State
 
@@ -30,7 +31,7 @@ def export(state: State, folder: Path, active: Sequence[int]) -> None:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     copy = Qwen2_5_VLForConditionalGeneration(state.model.config)
-    with state.averaged():
+    with averaged(state.model, state.average):
         copy.load_state_dict(state.model.state_dict())
     silence(copy, active)
     copy = copy.to(torch.bfloat16)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from ivcp_eval.lab.tiny.training.average import averaged
 
 STATE = "state.safetensors"
 TOWER = "tower.safetensors"
@@ -55,19 +55,6 @@ class State:
         # The average forgets what lies more than a tenth of the run, or 60 steps, back.
         forget = max(1 / 60, 1 / (1 + 0.1 * self.progress["steps"]))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], forget)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the running average of the weights in place of the weights inside the ``with`` block."""
-        parameters = list(self.model.parameters())
-        raw = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, self.average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, raw)
 
     def save(self) -> None:
         """Write the state; the old one stays whole until the new one is on disk."""
@@ -138,7 +125,7 @@ class State:
 
     def save_tower(self) -> None:
         """Write the averaged vision tower beside the state, for other runs to start from."""
-        with self.averaged():
+        with averaged(self.model, self.average):
             tower = {k: v for k, v in self.model.state_dict().items() if k.startswith(_VISUAL)}
             _write(self.folder / TOWER, {k: v.detach().cpu().contiguous() for k, v in tower.items()}, {})
 

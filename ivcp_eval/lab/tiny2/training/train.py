@@ -18,7 +18,8 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ivcp_eval.lab.tiny.training.fast import EAGER, compiled_kernels
+from ivcp_eval.lab.tiny.training.average import averaged
+from ivcp_eval.lab.tiny.training.fast import EAGER, compiled_kernels, merge, tower_features
 from ivcp_eval.lab.tiny2.processor import build_config, coordinate_ids
 from ivcp_eval.lab.tiny2.training.batches import (
     IGNORED,
@@ -30,7 +31,7 @@ from ivcp_eval.lab.tiny2.training.batches import (
 from ivcp_eval.lab.tiny2.training.decoder import decode
 from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
-from ivcp_eval.lab.tiny2.training.tower import WhatHeads, merge, tower_features
+from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
 
 CONFIGS = Path(__file__).parent
@@ -282,7 +283,10 @@ def validate(run: Run, phase: dict[str, Any]) -> None:
     row: dict[str, Any] = dict(run.state.progress)
     sizes = phase["sizes"][:2]
     hits: dict[str, list[float]] = {}
-    with run.state.averaged(), torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+    with (
+        averaged(run.state.model, run.state.average),
+        torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16),
+    ):
         for number, size in enumerate(sizes):
             make: Callable[..., Any] = make_tower_batch if phase["kind"] == "tower" else make_text_batch
             count = 128 // len(sizes)
@@ -334,6 +338,6 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="ivcp lab train tiny2", description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
     return run(parser.parse_args(arguments))

@@ -1,0 +1,63 @@
+"""Compute what a method reads from a file, for one model: the weights of its attention heads for HAWK.
+
+Every head is silenced in turn and the accuracy lost on a calibration split is its weight. Interrupt it whenever you
+like: the same command goes on. Then `ivcp eval --method hawk --set weights=FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ivcp_eval.cli import notices, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("method", choices=("hawk",), help="whose file to write")
+    parser.add_argument("model", nargs="?", default="tiny", help="short name (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: hawk_MODEL.json)")
+    parser.add_argument("--path", help="local folder with the checkpoint")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="TSV or JSONL with image or image_path, question and, if known, answer; each file is one set, and "
+        "all sets weigh the same (default: generated scenes of the embedded model's validation split)",
+    )
+    parser.add_argument("--questions", type=int, default=60, help="most of each set (default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="where a head is silenced, 0-based (default: every layer)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    for option in ("device", "dtype", "attention"):
+        parser.add_argument(f"--{option}", default="", help="default: found")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and write; 0."""
+    from ivcp_eval.interface import models
+    from ivcp_eval.lab.calibration import heads, questions
+    from ivcp_eval.runs.answering.session import Session
+    from ivcp_eval.runs.planning.placement import Limits, Placement
+
+    if min(args.questions, args.max_new_tokens) < 1:
+        raise ValueError("--questions and --max-new-tokens must be at least 1")
+    tell = notices(args)
+    weights = models.locate(args.model, args.path)
+    sets = [questions.from_file(file, args.questions) for file in args.data or ()] or questions.generated(
+        args.questions
+    )
+    for one in sets:
+        tell(f"{one.name}: {questions.kinds(one.questions)}")
+    published = Limits.published(weights)
+    limits = Limits(published.min_pixels, published.max_pixels, min(published.max_new_tokens, args.max_new_tokens))
+    placement = Placement(args.device, args.dtype, args.attention).resolve()
+    session = Session(weights, placement, limits, args.trust_remote_code)
+    out = args.out or Path(f"hawk_{args.model}.json")
+    found = heads.calibrate_heads(session, sets, out, args.layers, tell)
+    say(f"{out}: {' '.join(f'{one:.4f}' for one in found)}")
+    tell(f"what they were made from: {out.with_suffix('.ablation.json')}")
+    return 0

@@ -1,0 +1,92 @@
+"""The table of published numbers: whole, consistent, and shown as it is."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from ivcp_eval.benchmarks.published import AVERAGE, FOLDER, KEPT_MEANS, numbers, range_beside, sources
+from ivcp_eval.cli import main
+from ivcp_eval.interface import models
+from ivcp_eval.interface.registry import method_names
+
+TINY = Path(__file__).parents[2] / "results" / "tiny.csv"
+
+
+def test_every_number_has_a_source_and_a_meaning() -> None:
+    found = numbers()
+    assert len(found) == 4669
+    assert {n.source for n in found} == sources().keys()
+    assert {n.kept_means for n in found} == KEPT_MEANS.keys()
+    assert {n.method for n in found} - {""} <= set(method_names())
+    for name in {n.checkpoint for n in found} - {""}:
+        models.find(name)
+    assert all(n.score is not None for n in found if n.benchmark != AVERAGE)
+    assert all(n.kept_percent is None or 0 < n.kept_percent <= 100 for n in found)
+
+
+def test_unpruned_scores_are_those_of_the_same_source() -> None:
+    own = {(n.source, n.model, n.benchmark, n.metric): n.score for n in numbers() if n.kept_means == "none"}
+    compared = 0
+    for n in numbers():
+        key = (n.source, n.model, n.benchmark, n.metric)
+        if n.unpruned is not None and key in own:
+            assert n.unpruned == own[key], key
+            compared += 1
+    assert compared > 3900
+
+
+def test_retained_is_of_the_same_source() -> None:
+    visionzip = [n for n in numbers() if n.source == "2412.04467.t1" and n.is_named("llava15", "visionzip", "POPE")]
+    by_tokens = {n.kept_tokens: n.retained for n in visionzip}
+    assert by_tokens["192"] == pytest.approx(100 * 85.3 / 85.9)
+    averages = [n for n in numbers() if n.benchmark == AVERAGE and n.printed_share is not None]
+    assert averages
+    assert all(n.retained == n.printed_share for n in averages)
+
+
+def test_names_are_ours_or_theirs_in_any_case() -> None:
+    (some, *_) = (n for n in numbers() if n.method == "divprune" and n.checkpoint == "qwen25")
+    assert some.is_named("QWEN25", "DivPrune", None)
+    assert some.is_named("qwen2.5-vl-7b", "divprune", some.benchmark.lower())
+    assert not some.is_named("qwen2", None, None)
+
+
+def test_range_beside_a_row() -> None:
+    found = [n for n in numbers() if n.source == "2412.04467.t1"]
+    beside = range_beside(found, "llava15", "visionzip", "POPE", 33.0, 1.0)
+    assert beside is not None
+    assert beside.lowest == pytest.approx(100 * 85.3 / 85.9)
+    assert beside.sources == ("2412.04467.t1",)
+    assert range_beside(found, "llava15", "visionzip", "POPE", 50.0, 1.0) is None
+
+
+def test_no_cell_is_a_reference_to_what_nobody_else_can_open() -> None:
+    for path in FOLDER.glob("*.csv"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"index ids?|\bid \d{6,}", text)
+        widths = {len(row) for row in csv.reader(text.splitlines())}
+        assert len(widths) == 1
+
+
+def test_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["published", "--model", "qwen25", "--method", "hawk", "--benchmark", "ChartQA_TEST"]) == 0
+    out = capsys.readouterr().out
+    assert "83.6" in out
+    assert "peppery77_hawk.t1: peppery77/HAWK" in out
+    assert main(["published"]) == 0
+    assert "4669 published numbers" in capsys.readouterr().out
+    assert main(["published", "--benchmark", "POPE", "--model", "gpt"]) == 1
+    out = capsys.readouterr().out
+    assert "There are models: LLaVA-1.5-7B (" in out
+    assert "benchmarks:" not in out, "POPE is known"
+
+
+def test_beside_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["published", "--beside", str(TINY)]) == 0
+    out = capsys.readouterr().out
+    assert "ivc_prune" in out
+    assert "nothing" in out, "of the shipped model nobody published anything"

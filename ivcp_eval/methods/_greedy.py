@@ -138,8 +138,11 @@ class _Round(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def close(self, candidates: Tensor, value: Array, new: list[int]) -> None:
-        """Renew `gain` after the places ``new`` were chosen, in this order; ``value``: the candidates' last gains."""
+    def close(self, candidates: Tensor, value: Array, new: list[int], picked: Tensor) -> None:
+        """Renew `gain` after the candidates at the places ``new``, ``picked``, were chosen, in this order.
+
+        ``value``: the candidates' last gains.
+        """
 
 
 def _greedy(state: _Round, k: int) -> list[int]:
@@ -173,8 +176,9 @@ def _greedy(state: _Round, k: int) -> list[int]:
             value = state.pick(place, value)
             value[new] = -np.inf
             exact[:] = not state.bounded
-        taken[candidates[new]] = True
-        state.close(candidates, value, new)
+        picked = candidates[new]
+        taken[picked] = True
+        state.close(candidates, value, new, picked)
     return chosen
 
 
@@ -190,19 +194,20 @@ class _Spread(_Round):
         self._renew()
 
     def _renew(self) -> None:
-        self.gain = (self.bias - self.weight * self.covered).clamp_min(LOWEST)
+        self.gain = torch.sub(self.bias, self.covered, alpha=self.weight).clamp_min_(LOWEST)
 
     def open(self, candidates: Tensor) -> Array:
         own = self.unit[candidates]
-        self.instead = (self.bias[candidates] - self.weight * (own @ own.T)).clamp_min(LOWEST).cpu().numpy()
+        instead = torch.addmm(self.bias[candidates], own, own.T, alpha=-self.weight)
+        self.instead = instead.clamp_min_(LOWEST).cpu().numpy()
         value: Array = self.gain[candidates].cpu().numpy()
         return value
 
     def pick(self, place: int, value: Array) -> Array:
         return np.minimum(value, self.instead[place], out=value)
 
-    def close(self, candidates: Tensor, value: Array, new: list[int]) -> None:
-        self.covered = torch.maximum(self.covered, max_similarity(self.unit, self.unit[candidates[new]]))
+    def close(self, candidates: Tensor, value: Array, new: list[int], picked: Tensor) -> None:
+        self.covered = torch.maximum(self.covered, max_similarity(self.unit, self.unit[picked]))
         self._renew()
 
 
@@ -224,10 +229,11 @@ class _Determinant(_Round):
 
     def open(self, candidates: Tensor) -> Array:
         own = self.features[candidates]
-        self.kernel = (own @ self.rest @ own.T).cpu().double().numpy() + self.ridge * np.eye(len(own))
+        self.kernel = (own @ self.rest @ own.T).cpu().numpy().astype(float) + self.ridge * np.eye(len(own))
         self.columns = np.zeros_like(self.kernel)  # row i: column i of the Cholesky factor
         self.count = 0
-        return self.gain[candidates].cpu().double().numpy()
+        value: Array = self.gain[candidates].cpu().numpy().astype(float)
+        return value
 
     def pick(self, place: int, value: Array) -> Array:
         done = self.columns[: self.count]
@@ -237,12 +243,12 @@ class _Determinant(_Round):
         self.count += 1
         return np.subtract(value, column**2, out=value)
 
-    def close(self, candidates: Tensor, value: Array, new: list[int]) -> None:
+    def close(self, candidates: Tensor, value: Array, new: list[int], picked: Tensor) -> None:
         factor = self.columns[: len(new), new].T  # lower triangular, in order of choice
-        inverse = torch.from_numpy(np.linalg.inv(factor)).float().to(self.rest.device)
-        axes = self.rest @ self.features[candidates[new]].T @ inverse.T  # (D, m)
+        inverse = torch.from_numpy(np.linalg.inv(factor).astype(np.float32)).to(self.rest.device)
+        axes = self.rest @ self.features[picked].T @ inverse.T  # (D, m)
         self.gain = (self.gain - (self.features @ axes).square().sum(dim=1)).clamp_min(LOWEST)
-        self.rest = self.rest - axes @ axes.T
+        self.rest = torch.addmm(self.rest, axes, axes.T, alpha=-1)
 
 
 class _Coverage(_Round):
@@ -277,5 +283,5 @@ class _Coverage(_Round):
         name = self.names[place]
         return float(np.maximum(self.cosines[name] - self.covered, 0).sum() * self.weight[name])
 
-    def close(self, candidates: Tensor, value: Array, new: list[int]) -> None:
+    def close(self, candidates: Tensor, value: Array, new: list[int], picked: Tensor) -> None:
         self.gain[candidates] = torch.from_numpy(np.maximum(value, LOWEST)).to(self.gain)

@@ -73,6 +73,6 @@ class Method(AtInput):
             graph = graph.exp_().mul_(near)
             for f, one in enumerate(flows):
                 weights = near.float() if counted and f == len(flows) - 1 else graph
-                arrived[f, first:] += one[first:behind] @ weights
-                arrived[f, first:behind] += weights[:, behind - first :] @ one[behind:]
+                arrived[f, first:].addmv_(weights.T, one[first:behind])
+                arrived[f, first:behind].addmv_(weights[:, behind - first :], one[behind:])
         return arrived

@@ -55,7 +55,7 @@ class Method(AtInput):
         """Stretch by stretch the most attended tokens, then what fills the budget."""
         attention, states = importance(signals, image).float(), embeddings(signals, image).float()
         n, budget = attention.numel(), image.budget
-        kept = torch.cat(self._by_stretch(attention, states, budget, "cls" in signals.vision))
+        kept = self._by_stretch(attention, states, budget, "cls" in signals.vision)
         taken = torch.zeros(n, dtype=torch.bool, device=kept.device)
         taken[kept] = True
         rest = best_of_rest(attention, taken, budget - kept.numel())
@@ -64,28 +64,44 @@ class Method(AtInput):
         weights = sparse_weights(rows, whole, torch.ones_like(rows).float(), (budget, n))
         return in_output_order(signals, places, weights)
 
-    def _by_stretch(self, attention: Tensor, states: Tensor, budget: int, class_token: bool) -> list[Tensor]:
+    def _by_stretch(self, attention: Tensor, states: Tensor, budget: int, class_token: bool) -> Tensor:
         n = attention.numel()
-        count = self.stretches or (16 if class_token else max(1, int(1024 / 576 * n / budget)))
-        parts = torch.arange(n, device=attention.device).tensor_split(min(count, n))
-        scores = torch.stack(
-            [stretch_score(attention[part], states[part], block_rows(n)) for part in parts]
+        count = min(n, self.stretches or (16 if class_token else max(1, int(1024 / 576 * n / budget))))
+        unit = states / (states.norm(dim=1, keepdim=True) + 1e-6)
+        # The first n % count stretches have one token more.
+        longer = n % count * (n // count + 1)
+        scores = torch.cat(
+            [
+                stretch_scores(attention[part].view(number, -1), unit[part].view(number, -1, unit.shape[1]))
+                for part, number in ((slice(longer), n % count), (slice(longer, n), count - n % count))
+                if number
+            ]
         ).nan_to_num(0, 0, 0)
         shares = scores / (scores.sum() + 1e-6)
         quotas = (shares * budget).floor().long().clamp_min(0)
         quotas[ranking(shares)[: max(0, budget - int(quotas.sum()))]] += 1
-        pairs = zip(parts, quotas.tolist(), strict=True)
-        return [part[ranking(attention[part])[:quota]] if quota < part.numel() else part for part, quota in pairs]
+        sizes = torch.full_like(quotas, n // count)
+        sizes[: n % count] += 1
+        stretch = torch.arange(count, device=sizes.device).repeat_interleave(sizes)
+        # Where all stay, in order: equal scores keep theirs.
+        order = ranking(attention.masked_fill((quotas >= sizes)[stretch], 0))
+        order = order[torch.sort(stretch[order], stable=True).indices]
+        place = torch.arange(n, device=order.device) - (sizes.cumsum(0) - sizes)[stretch]
+        return order[place < quotas[stretch]]
 
 
-def stretch_score(attention: Tensor, states: Tensor, size: int) -> Tensor:
-    """() the mean score of a stretch, from its tokens' attention (m,) and states (m, E), ``size`` at a time."""
-    unit = states / (states.norm(dim=1, keepdim=True) + 1e-6)
-    m, variances = len(unit), []
-    places = torch.arange(m, device=unit.device)
-    for rows in places.split(size):
-        cosine = (unit[rows] @ unit.T).masked_fill(places == rows[:, None], 0)
-        mean = cosine.sum(dim=1, keepdim=True) / max(1, m - 1)
-        variances.append((cosine - mean).square().sum(dim=1) / max(1, m - 1))
+def stretch_scores(attention: Tensor, unit: Tensor) -> Tensor:
+    """(P,) the mean score of stretches of m tokens, from their attention (P, m) and unit states (P, m, E)."""
+    number, m, _ = unit.shape
+    diagonal, variances = torch.arange(m, device=unit.device), []
+    size = block_rows(number * m) * number  # rows that are compared with their stretch at a time
+    for some in unit.split(max(1, size // m)):
+        of_these = []
+        for rows in diagonal.split(size):
+            cosine = (some[:, rows] @ some.transpose(1, 2)).masked_fill_(diagonal == rows[:, None], 0)
+            mean = cosine.sum(dim=2, keepdim=True) / max(1, m - 1)
+            of_these.append(cosine.sub_(mean).square_().sum(dim=2) / max(1, m - 1))
+        variances.append(torch.cat(of_these, dim=1))
     variance, scaled = torch.cat(variances), 1000 * attention
-    return (scaled + 0.09 * variance * scaled.abs().mean() / (variance.abs().mean() + 1e-6)).mean()
+    scale = scaled.abs().mean(dim=1, keepdim=True) / (variance.abs().mean(dim=1, keepdim=True) + 1e-6)
+    return (scaled + 0.09 * variance * scale).mean(dim=1)

@@ -120,7 +120,7 @@ class Method(AbstractMethod):
         updates = Updates.of(key[:, at], value[:, at]) if self.trade else None
         for low, high in ((low, high) for low, high in pairwise(edges) if high > low):
             # Before the first chunk nothing is a duplicate; minus infinity times a trade of 0 would be NaN.
-            score = relevance - self.trade * duplicates.clamp_min(-1) if self.trade else relevance
+            score = torch.sub(relevance, duplicates.clamp_min(-1), alpha=self.trade) if self.trade else relevance
             new = best_of_rest(score, chosen, high - low)
             chosen[new] = True
             if updates is not None and high < image.budget:
@@ -159,14 +159,16 @@ class Updates:
         """(R,) the largest `duplication` of each of ``rows`` (R,) with any of ``columns`` (C,), some rows at a time."""
         size = max(1, BLOCK // (self.unit.shape[0] * columns.numel()))
         right, unit = self.right[:, columns].transpose(1, 2), self.unit[:, columns].transpose(1, 2)
-        return torch.cat([self._against(part, right, unit, heads).amax(dim=1) for part in rows.split(size)])
+        parts = zip(self.left[:, rows].split(size, dim=1), self.unit[:, rows].split(size, dim=1), strict=True)
+        return torch.cat([_compared(*part, right, unit, heads).amax(dim=1) for part in parts])
 
     def duplication(self, rows: Tensor, columns: Tensor, heads: str) -> Tensor:
         """(R, C) eq. 12, mean or max over key heads."""
         right, unit = self.right[:, columns].transpose(1, 2), self.unit[:, columns].transpose(1, 2)
-        return self._against(rows, right, unit, heads)
+        return _compared(self.left[:, rows], self.unit[:, rows], right, unit, heads)
 
-    def _against(self, rows: Tensor, right: Tensor, unit: Tensor, heads: str) -> Tensor:
-        product = (self.left[:, rows] @ right).clamp_max_(0).exp_()
-        product *= self.unit[:, rows] @ unit
-        return product.mean(dim=0) if heads == "mean" else product.amax(dim=0)
+
+def _compared(left: Tensor, own: Tensor, right: Tensor, unit: Tensor, heads: str) -> Tensor:
+    product = (left @ right).clamp_max_(0).exp_()
+    product *= own @ unit
+    return product.mean(dim=0) if heads == "mean" else product.amax(dim=0)

@@ -98,37 +98,39 @@ class Method(AbstractMethod):
     def scores(self, states: Tensor, normed: Tensor, place: Tensor) -> Tensor:
         """(N,) importance of ``states`` (N, E) that become ``normed`` (N, E) and stand at ``place`` (N, 2)."""
         source, target = unit_rows(states), unit_rows(normed)
-        n = len(source)
-        spread = (1 - source.mean(dim=0) @ target.mean(dim=0)).clamp_min(1e-6)  # half the mean square of F
-        apart = place - place.mean(dim=0)
+        n, apart = len(source), place - place.mean(dim=0)
+        scale = (
+            self.feature / self.epsilon / float((1 - source.mean(dim=0) @ target.mean(dim=0)).clamp_min(1e-6)) ** 0.5
+        )
         half, one = -apart.square().sum(dim=1, keepdim=True) / 2, torch.ones(n, 1, device=place.device)
-        left, right = torch.cat((apart, half, one), dim=1), torch.cat((apart, one, half), dim=1)  # product: -d^2 / 2
+        left, right = torch.cat((apart, half, one), dim=1) / self.sigma**2, torch.cat((apart, one, half), dim=1).T
         parts = list(zip(source.split(block_rows(n)), left.split(block_rows(n)), strict=True))
+        square = torch.full((), scale**2, device=source.device)
 
         def priced(states: Tensor, stands: Tensor) -> tuple[Tensor, Tensor]:
-            """(R, N) cost, and kernel with 1 as the largest of each row.
+            """(R, N) cost in shares of epsilon, and kernel with 1 as the largest of each row.
 
             Neither holds what is the same in a whole row (E among it): Sinkhorn takes that off the kernel.
             """
-            price = torch.addmm(1 / spread, states, target.T, alpha=-1 / float(spread)).clamp_min_(0).sqrt_()
-            price = price.mul_(self.feature).sub_((stands @ right.T).div_(self.sigma**2).exp_(), alpha=self.relative)
-            return price, ((price.amin(dim=1, keepdim=True) - price) / self.epsilon).exp_()
+            price = torch.addmm(square, states, target.T, alpha=-(scale**2)).clamp_min_(0).sqrt_()
+            price.sub_((stands @ right).exp_(), alpha=self.relative / self.epsilon)
+            return price, (price.amin(dim=1, keepdim=True) - price).exp_()
 
         column = torch.ones(n, device=source.device)
         for _ in range(self.rounds):
-            arrived, scales = torch.zeros_like(column), []
+            arrived, rows = torch.zeros_like(column), []
             for part in parts:
                 _, kernel = priced(*part)
-                scales.append(1 / (n * (kernel @ column)).clamp_min(LEAST))
-                arrived += scales[-1] @ kernel
-            column = 1 / (n * arrived).clamp_min(LEAST)
+                rows.append((kernel @ column).clamp_min_(LEAST).reciprocal_())
+                arrived = torch.addmv(arrived, kernel.T, rows[-1])
+            column = arrived.clamp_min_(LEAST).reciprocal_()
         found = []
-        for part, scale in zip(parts, scales, strict=True):
+        for part, row in zip(parts, rows, strict=True):
             price, kernel = priced(*part)
-            mass = (kernel @ column).clamp_min(LEAST)
-            found.append(scale * mass if self.importance == "mass" else -(price.mul_(kernel) @ column) / mass)
+            mass = (kernel @ column).clamp_min_(LEAST)
+            found.append(row * mass / n if self.importance == "mass" else price.mul_(kernel) @ column / mass)
         score = torch.cat(found)
         if self.importance == "cost":
             from_middle = apart.norm(dim=1)
-            score = score - self.central * from_middle / from_middle.amax().clamp_min(1e-6)
+            score = -self.epsilon * score - self.central * from_middle / from_middle.amax().clamp_min(1e-6)
         return score.masked_fill(~source.any(dim=1), torch.nan)

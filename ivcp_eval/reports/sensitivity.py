@@ -2,8 +2,8 @@
 
 A view of `compare`'s rows against the method at its defaults.
 
-``ivcp sensitivity results/iwp_sensitivity.csv docs/iwp_sensitivity.md`` reads the CSV of a sweep with one method at its
-defaults and with single parameters changed. Other methods in it (``random``) are compared too.
+``ivcp sensitivity results/iwp_sensitivity.csv docs/iwp_sensitivity.md`` reads the CSV of a sweep with methods at their
+defaults and with single parameters changed, a table for each. Methods with one setting (``random``) are in every table.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ivcp_eval.reports.provenance import Reference, finished_headline
 from ivcp_eval.reports.table import Row, read_results
 
 
-def defaults_of(rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
-    """The method that the file varies, and its parameters in the first row from which all others differ in one at most.
+def varied(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """The methods that the file varies, and of each the parameters from which all its other rows differ in one at most.
 
     Raises:
-        ValueError: there is no such row.
+        ValueError: no method is varied, or one has no such row.
     """
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -34,27 +34,40 @@ def defaults_of(rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
             settings = by_method.setdefault(row["method"], [])
             parameters = json.loads(row["method_parameters"] or "{}")
             settings += [] if parameters in settings else [parameters]
-    method, settings = max(by_method.items(), key=lambda item: len(item[1]), default=("", []))
-    for usual in settings if len(settings) > 1 else []:
-        if all(sum(usual[name] != other[name] for name in usual) <= 1 for other in settings):
-            return method, usual
-    raise ValueError(
-        "the file must hold one method at its defaults and with single parameters changed, as sweeps/"
-        "iwp_sensitivity.yaml lays out"
-    )
+    usual = {method: _centre(settings) for method, settings in by_method.items() if len(settings) > 1}
+    if not usual or None in usual.values():
+        missing = ", ".join(method for method, found in usual.items() if found is None) or "there is none"
+        raise ValueError(
+            "the file must hold methods at their defaults and with single parameters changed, as sweeps/"
+            f"iwp_sensitivity.yaml lays out; not so: {missing}"
+        )
+    return {method: found for method, found in usual.items() if found is not None}
 
 
-def table(results: Path, resamples: int = 10_000) -> list[dict[str, str]]:
-    """Rows of text cells: what was changed, and one column per benchmark and ratio.
+def _centre(settings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    near = (one for one in settings if all(sum(one[name] != other[name] for name in one) <= 1 for other in settings))
+    return next(near, None)
+
+
+def tables(results: Path, resamples: int = 10_000) -> dict[str, list[dict[str, str]]]:
+    """Of each method that is varied rows of text cells: what was changed, and one column per benchmark and ratio.
 
     A cell is the headline score for the defaults, else its paired difference to them with the 95 % interval over
     clusters; ``*`` marks p < 0.05 after Holm's correction over the whole table. Seeds of one method are averaged.
 
     Raises:
-        ValueError: see `defaults_of` and `compare`.
+        ValueError: see `varied` and `compare`.
     """
-    method, usual = defaults_of([row for row in read_results(results) if finished_headline(row)])
-    compared = compare(results, against=Reference(method, usual), resamples=resamples, select=finished_headline).rows
+    methods = varied([row for row in read_results(results) if finished_headline(row)])
+    return {method: _table(results, method, methods, resamples) for method in methods}
+
+
+def _table(results: Path, method: str, methods: Mapping[str, dict[str, Any]], resamples: int) -> list[dict[str, str]]:
+    def wanted(row: Row) -> bool:
+        return finished_headline(row) and (row["method"] == method or row["method"] not in methods)
+
+    usual = methods[method]
+    compared = compare(results, against=Reference(method, usual), resamples=resamples, select=wanted).rows
     columns = sorted({(row.benchmark, row.ratio_asked) for row in compared}, reverse=True)
     titles = {column: f"{column[0]} {column[1]:g}" for column in columns}
     first = f"{method}, defaults"
@@ -84,33 +97,34 @@ def _label(row: ComparedRow, method: str, usual: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Path, note: str = "") -> str:
-    """The page: what the table is, how it was made, the table."""
+    """The page: what the tables are, how they were made, the tables."""
     from tabulate import tabulate
 
     rows = read_results(results)
-    method, usual = defaults_of(rows)
-    measured = next(row for row in rows if row["method"] == method)
-    how = {
-        "defaults": ", ".join(f"`{name}={value}`" for name, value in usual.items()),
-        "model": f"`{measured['model']}`, weights {measured['revision']}, {measured['dtype']} on {measured['device']}",
-        "versions": f"ivcp-eval {measured['ivcp_commit'][:12]}, torch {measured['torch_version']}, transformers "
+    methods = varied([row for row in rows if finished_headline(row)])
+    measured = next(row for row in rows if row["method"] in methods)
+    names, several = ", ".join(f"`{method}`" for method in methods), len(methods) > 1
+    lines = [
+        f"# Sensitivity of {names} to {'their' if several else 'its'} parameters",
+        "",
+        "One parameter changed at a time. First row: the score at the defaults. Others: the difference to it on "
+        "the same samples, with its 95 % interval (bootstrap over pictures); `*`: p < 0.05 after Holm's correction "
+        "over the table. Columns: benchmark and retention ratio. Generated by `ivcp sensitivity`.",
+        "",
+        f"* model: `{measured['model']}`, weights {measured['revision']}, {measured['dtype']} on {measured['device']}",
+        f"* versions: ivcp-eval {measured['ivcp_commit'][:12]}, torch {measured['torch_version']}, transformers "
         f"{measured['transformers_version']}, {measured['vlmeval_version']}",
-    }
-    return "\n".join(
-        [
-            f"# Sensitivity of `{method}` to its parameters",
+    ]
+    for method, found in tables(results).items():
+        lines += ["", f"## `{method}`"] if several else []
+        usual = ", ".join(f"`{name}={value}`" for name, value in methods[method].items())
+        lines += [
+            *([""] if several else []),
+            f"* defaults: {usual}",
             "",
-            "One parameter changed at a time. First row: the score at the defaults. Others: the difference to it on "
-            "the same samples, with its 95 % interval (bootstrap over pictures); `*`: p < 0.05 after Holm's correction "
-            "over the table. Columns: benchmark and retention ratio. Generated by `ivcp sensitivity`.",
-            "",
-            *(f"* {name}: {text}" for name, text in how.items()),
-            "",
-            tabulate(table(results), headers="keys", tablefmt="github", disable_numparse=True),
-            "",
-            *([note, ""] if note else []),
+            tabulate(found, headers="keys", tablefmt="github", disable_numparse=True),
         ]
-    )
+    return "\n".join([*lines, "", *([note, ""] if note else [])])
 
 
 def write(results: Path, page: Path) -> None:

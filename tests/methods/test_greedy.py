@@ -106,9 +106,9 @@ def test_few_operations_whatever_the_budget() -> None:
     rounds: list[int] = []
 
     class Counted(_greedy._Spread):
-        def close(self, candidates: Tensor, value: _greedy.Array, new: list[int]) -> None:
+        def close(self, candidates: Tensor, value: _greedy.Array, new: list[int], picked: Tensor) -> None:
             rounds.append(len(new))
-            super().close(candidates, value, new)
+            super().close(candidates, value, new, picked)
 
     unit = torch.nn.functional.normalize(states(4000, 32, 7), dim=1)
     assert len(_greedy._greedy(Counted(unit, torch.zeros(4000), 1.0, [0]), 2000)) == 2000

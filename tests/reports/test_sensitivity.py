@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivcp_eval.reports.sensitivity import defaults_of, table, write
+from ivcp_eval.reports.sensitivity import tables, varied, write
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 
 N = 120
@@ -61,7 +61,8 @@ def entries() -> list[tuple[str, dict[str, Any], int, np.ndarray]]:
 
 
 def test_one_row_per_change(tmp_path: Path) -> None:
-    rows = {row["changed"]: row["tiny_mcq 0.5"] for row in table(write_sweep(tmp_path, entries()), resamples=500)}
+    (found,) = tables(write_sweep(tmp_path, entries()), resamples=500).values()
+    rows = {row["changed"]: row["tiny_mcq 0.5"] for row in found}
     score = 100 * FULL.mean()
     assert list(rows) == ["iwp, defaults", "layer=4", "heads=max", "layer=1", "random"]
     assert rows["iwp, defaults"] == f"{score:.1f}"
@@ -77,12 +78,25 @@ def test_one_row_per_change(tmp_path: Path) -> None:
 def test_a_file_without_defaults_is_refused(tmp_path: Path) -> None:
     entry = entries()
     for wrong in (entry[:1], [entry[0], entry[2]], [entry[0], entry[1], entry[3]]):
-        with pytest.raises(ValueError, match="one method at its defaults"):
-            table(write_sweep(tmp_path, wrong))
-    assert defaults_of([{"method": m, "method_parameters": json.dumps(p)} for m, p, *_ in entry]) == (
-        "iwp",
-        {"layer": 2, "heads": "mean"},
-    )
+        with pytest.raises(ValueError, match="methods at their defaults"):
+            tables(write_sweep(tmp_path, wrong))
+    rows = [{"method": m, "method_parameters": json.dumps(p)} for m, p, *_ in entry]
+    assert varied(rows) == {"iwp": {"layer": 2, "heads": "mean"}}
+
+
+def test_several_methods_have_a_table_each(tmp_path: Path) -> None:
+    """Each with the methods of one setting, without the other that is varied."""
+    more = [("hawk", {"weights": w}, 0, scores) for w, scores in ((None, FULL), ("file", np.zeros(N)))]
+    results = write_sweep(tmp_path, [*entries(), *more])
+    found = {method: [row["changed"] for row in rows] for method, rows in tables(results, resamples=50).items()}
+    assert found == {
+        "iwp": ["iwp, defaults", "layer=4", "heads=max", "layer=1", "random"],
+        "hawk": ["hawk, defaults", "random", "weights=file"],
+    }
+    write(results, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# Sensitivity of `iwp`, `hawk` to their parameters")
+    assert page.index("## `iwp`") < page.index("`heads=mean`, `layer=2`") < page.index("## `hawk`")
 
 
 def test_the_page_keeps_what_was_written_under_the_table(tmp_path: Path) -> None:

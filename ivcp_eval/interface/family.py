@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-QuestionKind = Literal["grounding", "mcq", "yes_no", "short_answer"]
+QuestionKind = Literal["grounding", "mcq", "yes_no", "short_answer", "list"]
 """Kinds of benchmark question for which a family may have a published prompt of its own."""
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from ivcp_eval.interface.family import GREEDY, AbstractAdapter, Checkpoint, PatchStates, QuestionKind, VisionTap
 from ivcp_eval.interface.method import (
+    WHOLE,
     AbstractMethod,
     AbstractScorer,
     CachedKeys,
@@ -22,6 +23,7 @@ from ivcp_eval.interface.method import (
     Image,
     ImageSpan,
     ModelFacts,
+    Rectangle,
     Selection,
     Signal,
     Signals,
@@ -29,11 +31,14 @@ from ivcp_eval.interface.method import (
     TowerFacts,
     TowerSignal,
     Unsupported,
+    View,
     check_type,
+    grid_view,
 )
 
 __all__ = [
     "GREEDY",
+    "WHOLE",
     "AbstractAdapter",
     "AbstractMethod",
     "AbstractScorer",
@@ -47,6 +52,7 @@ __all__ = [
     "ModelFacts",
     "PatchStates",
     "QuestionKind",
+    "Rectangle",
     "Selection",
     "Signal",
     "Signals",
@@ -54,6 +60,8 @@ __all__ = [
     "TowerFacts",
     "TowerSignal",
     "Unsupported",
+    "View",
     "VisionTap",
     "check_type",
+    "grid_view",
 ]

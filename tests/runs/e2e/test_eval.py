@@ -22,6 +22,7 @@ from PIL import Image
 
 from ivcp_eval.cli import main
 from ivcp_eval.interface.records import Answer
+from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.session import Session
 from tests.runs.e2e.conftest import Lab
@@ -53,6 +54,10 @@ def test_pruned_and_baseline_land_in_one_csv_and_are_reused(
         before = read_samples(lab.csv.parent / baseline["predictions"])
         assert [s["prompt_sha256"] for s in samples] == [s["prompt_sha256"] for s in before]
         assert all(s["visual_kept"] < s["visual_tokens"] for s in samples)
+        for sample in samples:
+            masks = Masks.from_text(sample["masks"])
+            assert (masks.mask().sum(), masks.mask().size) == (sample["visual_kept"], sample["visual_tokens"])
+        assert not any(s["masks"] for s in before), "the baseline cuts nothing"
         assert pruned["score"] / pruned["score_scale"] == pytest.approx(sum(s["score"] for s in samples) / 4)
     out = capsys.readouterr().out
     assert "accuracies mean nothing" in out.lower()

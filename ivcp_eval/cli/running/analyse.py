@@ -14,9 +14,11 @@ FLAGS = (
     *("limit", "device", "dtype", "attention", "min_pixels", "max_pixels", "max_new_tokens", "timeout"),
     "trust_remote_code",
 )
+#: In a request, for the unpruned model alone.
+NO_METHODS = ({"method": "none", "ratios": [1.0]},)
 READING = (
-    "Differences are in points, with 95 % intervals over pictures; p_holm is that of a permutation test after Holm's "
-    "correction over the table."
+    "Differences are in points, with 95 % intervals over pictures; p_holm: permutation test over pictures (of flips, "
+    "where every picture has one question, exact McNemar test), after Holm's correction over the table.\n"
 )
 
 
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of both analyses."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="ANALYSIS")
     _add_coordinates(verbs)
+    _add_flips(verbs)
 
 
 def _add_coordinates(verbs: Any) -> None:
@@ -36,6 +39,25 @@ def _add_coordinates(verbs: Any) -> None:
         "the selections made by hand, at ratio 0.5 (default: %(default)s)")  # fmt: skip
     add("--layer", type=int, help="where tokens are dropped by hand (default: where the first of --methods cuts)")
     add("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+
+
+def _add_flips(verbs: Any) -> None:
+    text = "answers that pruning flips, beside those that a paraphrase and a picture one patch larger flip"
+    verb = verbs.add_parser("flips", help=text, description=text)
+    add = verb.add_argument
+    add("results", type=Path, nargs="?", help="results CSV whose answers are taken; only the controls are answered "
+        "then. Without: --model, --method, --ratio")  # fmt: skip
+    add_study(verb)
+    add("--data", nargs="+", default=["tiny_short"], metavar="NAME", help="benchmarks, without RESULTS (default: "
+        "%(default)s)")  # fmt: skip
+    add("--method", nargs="+", default=["ivc_prune"], metavar="NAME", help="pruning methods (default: %(default)s)")
+    add("--ratio", type=float, nargs="+", default=[0.5], help="shares of the visual tokens (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
+    add("--paraphrases", type=Path, metavar="FILE", help="CSV or TSV with index and question, the question in other "
+        "words; default: fixed templates that wrap the question")  # fmt: skip
+    add("--pixels", type=int, metavar="N", help="by which width and height grow (default: one patch of the model)")
+    add("--count", choices=("verdict", "answer"), default="verdict", help="what a flip is: right to wrong or back, or "
+        "any other text (default: %(default)s)")  # fmt: skip
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -52,19 +74,55 @@ def add_study(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one of them; 0."""
-    return _coordinates(args)
+    return {"coordinates": _coordinates, "flips": _flips}[args.verb](args)
 
 
 def _coordinates(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.analysis import coordinates
-    from ivcp_eval.runs.analysis.study import Study
+    from ivcp_eval.runs.analysis.study import Study, text
 
     methods = [{"method": name, "ratios": [coordinates.RATIO], "seeds": [args.seed]} for name in args.methods]
     study = Study.of(request(args, args.data, methods), folder(args), notices(args))
     rows, settings = coordinates.measure(study, args.layer, args.seed, bar=bar(args))
-    hidden = ("n", "clusters", "failed")
-    finish(args, f"coordinates/{args.model}-{args.data}", rows, study.provenance(settings), hidden)
-    say(f"{rows[0]['n']} questions about {rows[0]['clusters']} pictures. {READING}")
+    shown = text(rows, ("n", "clusters", "failed"))
+    shown += f"\n\n{rows[0]['n']} questions about {rows[0]['clusters']} pictures."
+    finish(args, f"coordinates/{args.model}-{args.data}", rows, study.provenance(settings), shown)
+    return 0
+
+
+def _flips(args: argparse.Namespace) -> int:
+    from ivcp_eval.runs.analysis import flips
+    from ivcp_eval.runs.analysis.study import Study, text, with_holm
+
+    stored = flips.Stored.of(args.results) if args.results else [None] * len(args.data)
+    methods = [{"method": name, "ratios": args.ratio, "seeds": [args.seed]} for name in args.method]
+    rows: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
+    session = None
+    for number, one in enumerate(stored):
+        if one is None:
+            asked = request(args, args.data[number], methods)
+        else:
+            limit = {} if one.baseline["limit"] is None else {"limit": one.baseline["limit"]}
+            asked = {**request(args, one.baseline["benchmark"], NO_METHODS), **limit}
+            asked["models"] = {one.baseline["model"]: args.model_path}
+        study = Study.of(asked, folder(args), notices(args))
+        if session is not None and session.weights == study.model.weights:
+            study.session = session
+        table, settings = flips.measure(
+            study, one, file=args.paraphrases, pixels=args.pixels, count=args.count, bar=bar(args)
+        )
+        session = study.session
+        rows += [{"benchmark": study.benchmark.name, **row} for row in table]
+        made.append(study.provenance(settings))
+    name = args.results.stem if args.results else f"{args.model}-{'-'.join(args.data)}"
+    with_holm(rows)
+    counts = list({(row["benchmark"], row["change"]): row for row in rows}.values())
+    tests = [row for row in rows if row["against"]]
+    counted = ("answers_changed", "verdicts_changed", "right_to_wrong", "wrong_to_right", "score")
+    tested = ("against", "difference", "test", "p_holm")
+    say(f"{text(counts, tested, 2)}\n\nShare of samples with another {args.count}, pruning minus control:\n")
+    finish(args, f"flips/{name}", rows, {"benchmarks": made}, text(tests, (*counted, "n", "clusters"), 2))
     return 0
 
 
@@ -98,13 +156,13 @@ def finish(
     name: str,
     rows: Sequence[dict[str, Any]],
     provenance: dict[str, Any],
-    hidden: Sequence[str] = (),
+    shown: str,
 ) -> Path:
-    """Print the table and write it; returns the CSV."""
-    from ivcp_eval.runs.analysis.study import FOLDER, text, write
+    """Print what is shown of the table, and write it; returns the CSV."""
+    from ivcp_eval.runs.analysis.study import FOLDER, write
 
-    say(text(rows, hidden))
+    say(f"{shown}\n\n{READING}")
     path: Path = args.output or FOLDER / f"{name}.csv"
     write(path, rows, provenance)
-    say(f"\ntable: {path}; what it was made from: {path.with_suffix('.json')}")
+    say(f"table: {path}; what it was made from: {path.with_suffix('.json')}")
     return path

@@ -267,11 +267,11 @@ def with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def text(rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()) -> str:
+def text(rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = (), names: int = 1) -> str:
     """The table for a terminal, differences with their intervals.
 
     Args:
-        hidden: columns that it leaves out.
+        hidden: columns that it leaves out. names: how many of the first columns name a row.
     """
     shown = [
         {
@@ -282,8 +282,8 @@ def text(rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()) -> str:
         }
         for row in rows
     ]
-    names = [name for name in rows[0] if name not in (*hidden, "difference_low", "difference_high", "p_value")]
-    return fold({name: [_short(row[name]) for row in shown] for name in names}, names[:1])
+    left = [name for name in rows[0] if name not in (*hidden, "difference_low", "difference_high", "p_value")]
+    return fold({name: [_short(row[name]) for row in shown] for name in left}, left[:names])
 
 
 def _short(value: Any) -> str:

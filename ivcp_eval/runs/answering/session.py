@@ -15,7 +15,7 @@ from ivcp_eval.benchmarks.thinking import split_thinking
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.engine.fork import fork
+from ivcp_eval.engine.fork import Ready, fork
 from ivcp_eval.files import storable
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import InputRefused, contained, deadline, steps
@@ -200,16 +200,45 @@ class Session:
         rest = [i for i in range(len(variants)) if i not in own]
         answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
-            with self._time(len(rest) * len(decoded)) as check, torch.inference_mode():
-                inputs, tensors = self._encoded(*decoded)
-                check()
-                chosen = [variants[i] for i in rest]
-                forked = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
-            for i, branch in zip(rest, forked, strict=True):
-                for sample, answers in enumerate(answered):
-                    row = branch.run.row(sample)
-                    answers[i] = self._answer(branch.tokens[sample], row, inputs, decoded[sample], grounding, sample)
+            forked = self._forked(decoded, layouts[0], [variants[i] for i in rest], grounding, exact)
+            for answers, made in zip(answered, forked, strict=True):
+                answers |= {i: answer for i, (answer, _) in zip(rest, made, strict=True)}
         return [[answers[i] for i in range(len(variants))] for answers in answered]
+
+    @contained(_METHOD)
+    def answer_and_runs(
+        self, parts: Parts, variants: Sequence[Variant | Ready], grounding: bool = False
+    ) -> list[tuple[Answer, Run]]:
+        """`answer_all` that also says which tokens survived; variants that change the picture are refused."""
+        conversation = _decoded(parts)
+        (made,) = self._forked(
+            [conversation], self.adapter.layout(self.processor, [conversation]), variants, grounding, False
+        )
+        return made
+
+    def _forked(
+        self,
+        decoded: list[list[Mapping[str, Any]]],
+        layout: Mapping[str, Any],
+        variants: Sequence[Variant | Ready],
+        grounding: bool,
+        exact: bool,
+    ) -> list[list[tuple[Answer, Run]]]:
+        """One pass: per conversation, per variant."""
+        with self._time(len(variants) * len(decoded)) as check, torch.inference_mode():
+            inputs, tensors = self._encoded(*decoded)
+            check()
+            branches = fork(self.model, variants, tensors, layout=layout, exact=exact, **self._options)
+        made = []
+        for sample in range(len(decoded)):
+            rows = [branch.run.row(sample) for branch in branches]
+            made.append(
+                [
+                    (self._answer(branch.tokens[sample], row, inputs, decoded[sample], grounding, sample), row)
+                    for branch, row in zip(branches, rows, strict=True)
+                ]
+            )
+        return made
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""

@@ -50,7 +50,7 @@ def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[in
                 waiting = True
             elif cell.load_record() is None:
                 try:
-                    with _aside(plan):
+                    with aside(plan.state):
                         whole = _score(plan, model, benchmark, cell, dataset.of(benchmark, plan.options.limit), say)
                 except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
                     whole = False
@@ -83,9 +83,13 @@ class _Dataset:
 
 
 @contextmanager
-def _aside(plan: RunPlan) -> Iterator[None]:
-    """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker."""
-    path = plan.state / "logs" / "scoring.log"
+def aside(state: Path) -> Iterator[None]:
+    """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker.
+
+    Args:
+        state: folder of the run, below which the log is.
+    """
+    path = state / "logs" / "scoring.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with redirect_stderr(_Log(path)):
         yield

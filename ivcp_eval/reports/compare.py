@@ -211,7 +211,9 @@ def _pair(baseline: Group, pruned: Group, folders: tuple[Path, Path], load: Load
     metric: PairedMetric | str = why
     if not why and (force or not refused):
         metric = paired_metric(
-            *(pruned[0][name] for name in ("benchmark", "metric", "score_scale")),
+            pruned[0]["benchmark"],
+            pruned[0]["metric"],
+            pruned[0]["score_scale"],
             [first.shared(samples)[1] for samples in sides[0]],
             [first.shared(samples)[1] for samples in sides[1]],
             ([r["score"] for r in baseline], [r["score"] for r in pruned]),

@@ -176,11 +176,6 @@ def _file_or(value: Any) -> Any:
     return f"{value.name} (sha256 {file_digest(value)})" if isinstance(value, Path) else value
 
 
-def method_name(method: AbstractMethod) -> str:
-    """The registered name of an instance: its module's, or what the instance itself says (wrappers, plug-ins)."""
-    return str(getattr(method, "name", type(method).__module__.rsplit(".", 1)[-1]))
-
-
 def family_names() -> tuple[str, ...]:
     """Every model family: the file names in ``model_adapters``."""
     return module_names("model_adapters")

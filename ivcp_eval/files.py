@@ -10,6 +10,7 @@ the package (``ivcp_eval/shipped``, see pyproject.toml), and results then go to 
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
@@ -43,10 +44,14 @@ __all__ = [
     "file_digests",
     "hold_lock",
     "locked",
+    "long_cells",
     "read_json",
     "remembered",
+    "room_left",
+    "sealed_line",
     "storable",
     "sweep_file",
+    "unsealed_line",
     "write_json",
 ]
 
@@ -87,11 +92,13 @@ class DamagedError(ValueError):
         super().__init__(f"{path} is damaged ({reason}); {advice}")
 
 
-_FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)
+#: What a spreadsheet takes for the beginning of a formula, full-width signs and blanks before it included.
+_FORMULA = re.compile(r"'*[\x00\t\r\n]*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20].", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # Controls that move a terminal's cursor or change its colours; tab and line ends are text. The sign itself is doubled.
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u241b]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SEALED = re.compile(rb', "checksum": "([0-9a-f]{16})"\}$')
 _SHOWN = re.compile("\u241b(\u241b|[0-9a-f]{2})")
 
 
@@ -136,6 +143,20 @@ def disk_full_as_clear_error(target: Path, temporary: Path) -> Iterator[None]:
             f"the disk (or quota, or limit of file sizes) is full: {target} was not written and its partial data was "
             f"removed; free some space in {target.parent} or choose another folder, then run again",
         ) from error
+
+
+def room_left(folder: Path) -> bool:
+    """Whether a few kilobytes can still be written below ``folder``."""
+    probe = folder / f".room.{secrets.token_hex(4)}"
+    try:
+        probe.write_bytes(bytes(8192))
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
 
 
 def commit_file(temporary: Path, target: Path) -> None:
@@ -228,6 +249,30 @@ def damage_as_clear_error(path: Path, advice: str) -> Iterator[None]:
         raise DamagedError(path, f"{type(error).__name__}: {error}", advice) from error
 
 
+def sealed_line(body: bytes) -> bytes:
+    """A line of JSON, an object, with the checksum of all before it as its last member."""
+    return body[:-1] + f', "checksum": "{_checksum(body)}"}}\n'.encode()
+
+
+def unsealed_line(line: bytes) -> bytes:
+    """The object of which `sealed_line` made ``line``, whose end of line is gone.
+
+    Raises:
+        ValueError: it has no checksum, or was changed since.
+    """
+    noted = _SEALED.search(line)
+    if not noted:
+        raise ValueError("without its checksum")
+    body = line[: noted.start()] + b"}"
+    if _checksum(body) != noted[1].decode():
+        raise ValueError("changed since it was written")
+    return body
+
+
+def _checksum(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
 def _seal(value: Mapping[str, Any]) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -263,6 +308,16 @@ def write_json(path: str | os.PathLike[str], value: Any, *, sealed: bool = False
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as stream:
         stream.write(text + "\n")
+
+
+@contextlib.contextmanager
+def long_cells() -> Iterator[None]:
+    """Let the csv module read cells of any length (pictures, runaway answers); its limit is global, so put it back."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:

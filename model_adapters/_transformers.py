@@ -133,13 +133,13 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return str(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
-def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of every image, where `generate` has encoded them before the forward (transformers 5.20 and later).
+def encoded_images(inputs: Mapping[str, Any]) -> list[Tensor] | None:
+    """(N, E) features of every image, where `generate` has encoded them before the forward (transformers 5.20+).
 
     The forward then gets neither pixels nor image sizes, only the features of each image.
     """
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    return None if encoded is None else [features.shape[:-1].numel() for features in encoded.pooler_output]
+    return None if encoded is None else [features.flatten(0, -2) for features in encoded.pooler_output]
 
 
 def images_by_length(mask: Tensor, lengths: list[int]) -> list[list[int]] | None:

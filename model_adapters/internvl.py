@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivcp_eval.interface import GREEDY, Checkpoint, ImageSpan, QuestionKind, VisionTap
+import numpy as np
+
+from ivcp_eval.interface import GREEDY, WHOLE, Checkpoint, ImageSpan, QuestionKind, View, VisionTap
 from model_adapters import _internvl_checkpoint as original
 from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
@@ -141,7 +143,22 @@ def _span(run: Tensor, tile: int) -> ImageSpan:
     if n % tile:
         return ImageSpan(run)
     side = round(tile**0.5)
-    return ImageSpan(run, views=(tile,) * (n // tile), grid=(side, side) if n == tile == side * side else None)
+    grid = (side, side) if n == tile == side * side else None
+    return ImageSpan(run, grid=grid, views=(tile,) * (n // tile), lay_out=_lay_out)
+
+
+def _lay_out(span: ImageSpan) -> tuple[View, ...]:
+    """The tiles as one grid and the thumbnail; each tile on its own where it is not known how they lie."""
+    side, n = round(span.views[0] ** 0.5), len(span.views)
+    cells = np.arange(n * side * side).reshape(n, side, side)
+    if n == 1:
+        return (View("picture", cells[0], WHOLE),)
+    overview = View("overview", cells[-1], WHOLE)
+    w, h = span.tiles or (0, 0)
+    if w * h != n - 1:
+        return (overview, *(View(f"tile {number + 1}", tile) for number, tile in enumerate(cells[:-1])))
+    joined = cells[:-1].reshape(h, w, side, side).transpose(0, 2, 1, 3).reshape(h * side, w * side)
+    return View("tiles", joined, WHOLE), overview
 
 
 def conversation(parts: list[Mapping[str, Any]], image_token: str) -> str:

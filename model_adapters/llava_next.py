@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
+from ivcp_eval.interface import WHOLE, Checkpoint, ImageSpan, QuestionKind, View, VisionTap
 from model_adapters._prompts import letter_question
 from model_adapters._shrink import shrunk_to_count
-from model_adapters._transformers import AbstractTransformersAdapter, encoded_lengths, image_runs, images_by_length
+from model_adapters._transformers import AbstractTransformersAdapter, encoded_images, image_runs, images_by_length
 from model_adapters._vision import feature_tap, newlines_by_row
 
 if TYPE_CHECKING:
@@ -43,15 +44,23 @@ class Adapter(AbstractTransformersAdapter):
 
         Newline tokens count as the image's: they stand for its rows.
         """
-        lengths, overview = encoded_lengths(inputs), _side(model.config) ** 2
-        views = self.views(model.config, inputs) if lengths is None else [(overview, n - overview) for n in lengths]
+        side = _side(model.config)
+        encoded = encoded_images(inputs)
+        newline = getattr(model.model, "image_newline", None)
+        if encoded is None:
+            grids = self.grids(model.config, inputs)
+        else:
+            grids = [_grid_by_newlines(features[side * side :], newline) for features in encoded]
+        views = [(side * side, rows * (columns + 1)) for rows, columns in grids]
         rows = images_by_length(mask, [sum(view) for view in views])
         if rows is None:  # a mask given by the user
             return [[ImageSpan(run) for run in image_runs(row)] for row in mask]
         spans = []
         for row, images in zip(mask, rows, strict=True):
             columns = torch.split(row.nonzero().flatten(), [sum(views[i]) for i in images])
-            spans.append([ImageSpan(c, views=views[i]) for c, i in zip(columns, images, strict=True)])
+            laid_out = [functools.partial(_lay_out, side, *grids[i]) for i in images]
+            pairs = zip(columns, images, laid_out, strict=True)
+            spans.append([ImageSpan(c, views=views[i], lay_out=lay_out) for c, i, lay_out in pairs])
         return spans
 
     def vision_tap(self, model: Any) -> VisionTap | None:
@@ -106,16 +115,38 @@ class Adapter(AbstractTransformersAdapter):
 
     def views(self, config: Any, inputs: Mapping[str, Any]) -> list[Views]:
         """Tokens of the overview and of the tiled view, newlines included, of every image of the batch."""
-        overview = _side(config) ** 2
+        return [(_side(config) ** 2, rows * (columns + 1)) for rows, columns in self.grids(config, inputs)]
+
+    def grids(self, config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """(rows, columns) of the tiled view of every image of the batch; a newline stands behind each row."""
         sizes = inputs.get("image_sizes")
-        grids = [tiled_grid(config, size) for size in ([] if sizes is None else sizes.tolist())]
-        return [(overview, rows * (columns + 1)) for rows, columns in grids]
+        return [tiled_grid(config, size) for size in ([] if sizes is None else sizes.tolist())]
 
     def tiles(self, config: Any, inputs: Mapping[str, Any]) -> list[int]:
         """Tiles of every image of the batch, the overview included."""
         return [
             1 + rows * columns for rows, columns in (tiling(config, size) for size in inputs["image_sizes"].tolist())
         ]
+
+
+def _grid_by_newlines(tiled: Tensor, newline: Tensor | None) -> tuple[int, int]:
+    """(rows, columns) of an encoded tiled view (n, E), whose rows end in the learned token ``newline`` (E,).
+
+    Without one, one row of n - 1, which adds up to as many tokens.
+    """
+    n = tiled.shape[0]
+    found = [] if newline is None else (tiled == newline.to(tiled)).all(dim=1).nonzero().flatten().tolist()
+    width = found[0] + 1 if found else n
+    return (n // width, width - 1) if n and n % width == 0 else (1, n - 1)
+
+
+def _lay_out(side: int, rows: int, columns: int, span: ImageSpan) -> tuple[View, ...]:
+    """The tiled view, whose rows end in newlines, and the overview; the processor stretches the picture into both."""
+    overview = View("overview", np.arange(side * side).reshape(side, side), WHOLE)
+    if columns < 1:  # at most a newline behind the overview
+        return (overview,)
+    cells = side * side + np.arange(rows * (columns + 1)).reshape(rows, columns + 1)
+    return View("tiles", cells[:, :-1], WHOLE), overview
 
 
 def _filled(line: Tensor, overview: int) -> Tensor:

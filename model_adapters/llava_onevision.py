@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivcp_eval.interface import Checkpoint
 from model_adapters.llava_next import Adapter as LlavaNextAdapter
-from model_adapters.llava_next import Views, _side, tiled_grid
+from model_adapters.llava_next import _side, tiled_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,19 +28,18 @@ class Adapter(LlavaNextAdapter):
         Checkpoint("llava_ov_72b", "llava-hf/llava-onevision-qwen2-72b-ov-hf"),
     )
 
-    def views(self, config: Any, inputs: Mapping[str, Any]) -> list[Views]:
+    def grids(self, config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         """As LLaVA-NeXT, the tiled view shrunk to at most N tiles' worth of tokens (``anyres_max_N``).
 
         In a sample of several images each is an overview and one newline, which is what ``batch_num_images`` tells.
         """
         sizes = inputs.get("image_sizes")
         sizes = [] if sizes is None else sizes.tolist()
-        overview = _side(config) ** 2
-        views: list[Views] = []
-        for size, tiled in zip(sizes, _alone(inputs, len(sizes)), strict=True):
-            rows, columns = _shrunk(config, *tiled_grid(config, size)) if tiled else (1, 0)
-            views.append((overview, rows * (columns + 1)))
-        return views
+        alone = _alone(inputs, len(sizes))
+        return [
+            _shrunk(config, *tiled_grid(config, size)) if tiled else (1, 0)
+            for size, tiled in zip(sizes, alone, strict=True)
+        ]
 
     def tiles(self, config: Any, inputs: Mapping[str, Any]) -> list[int]:
         """As LLaVA-NeXT; one, the overview, where a sample has several images."""

@@ -7,11 +7,12 @@ Prompts: VLMEvalKit's Qwen2VLPromptMixin, and https://github.com/FireRedTeam/IVC
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivcp_eval.benchmarks.boxes import smart_resize
-from ivcp_eval.interface import Checkpoint, ImageSpan, QuestionKind, VisionTap
+from ivcp_eval.interface import WHOLE, Checkpoint, ImageSpan, QuestionKind, VisionTap, grid_view
 from ivcp_eval.interface.ops import budget
 from model_adapters._shrink import shrunk_grid
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
@@ -19,6 +20,8 @@ from model_adapters._vision import qwen_tap
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+STRETCHED = functools.partial(grid_view, covers=WHOLE)  # a picture is resized to whole merge units
 
 
 class Adapter(AbstractTransformersAdapter):
@@ -56,7 +59,7 @@ class Adapter(AbstractTransformersAdapter):
         if thw is None:
             return _spans_by_position(runs, inputs.get("position_ids"))
         grids = iter(_in_row_order([(t, h // merge, w // merge) for t, h, w in thw.tolist()], runs))
-        return [[ImageSpan(run, grid=next(grids)[1:]) for run in row] for row in runs]
+        return [[ImageSpan(run, grid=next(grids)[1:], lay_out=STRETCHED) for run in row] for row in runs]
 
     def pixel_options(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
         """``size`` of the image processor, whose edges are areas in spite of their names."""
@@ -118,7 +121,7 @@ def _spans_by_position(runs: list[list[Tensor]], position_ids: Tensor | None) ->
         seen = [positions[:, index, run] for run in row]
         sizes = [tuple(int(n) for n in (at.amax(1) - at.amin(1) + 1)) for at in seen]
         grids = [(h, w) if h * w == run.numel() else None for (h, w), run in zip(sizes, row, strict=True)]
-        spans.append([ImageSpan(run, grid=grid) for run, grid in zip(row, grids, strict=True)])
+        spans.append([ImageSpan(run, grid=grid, lay_out=STRETCHED) for run, grid in zip(row, grids, strict=True)])
     return spans
 
 

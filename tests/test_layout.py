@@ -129,6 +129,30 @@ def test_importing_the_package_stays_light() -> None:
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [
+        (["--help"], []),
+        (["published"], []),
+        (["compare", "results/tiny.csv", "--resamples", "10"], ["numpy"]),
+        (["list", "--all"], ["torch", "numpy"]),
+        (["sweep", "plan", "sweeps/smoke.yaml"], ["torch", "numpy"]),
+        (["sweep", "status", "sweeps/smoke.yaml"], ["torch", "numpy"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_only_looks_loads_little(arguments: list[str], allowed: list[str]) -> None:
+    """Adapters and methods are torch code, so what asks them needs torch; no model and no data set is looked into."""
+    heavy = ("torch", "transformers", "vlmeval", "pandas", "numpy", "torchvision", "scipy.stats", "PIL")
+    code = (
+        "import sys; from ivcp_eval.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == str(allowed)
+
+
 def test_unknown_attribute_says_what_there_is() -> None:
     import ivcp_eval
 

@@ -6,11 +6,13 @@ and whether a judge is needed. `load` reads one; any other VLMEvalKit name works
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -264,15 +266,15 @@ def without_pair(vlmeval: str, rows: Mapping[str, Sequence[str]]) -> list[bool]:
 
 def _first_rows(path: Path, limit: int) -> dict[str, list[str]]:
     """Column -> cells of a TSV's first rows, without the pictures; nothing for a file that cannot be read so."""
-    import pandas as pd
-
     try:
-        table = pd.read_csv(
-            path, sep="\t", dtype=str, keep_default_na=False, nrows=limit, usecols=lambda name: name != "image"
-        )
-    except (ValueError, pd.errors.ParserError):  # which reading it as a whole will explain
+        with path.open(encoding="utf-8", newline="") as stream, files.long_cells():
+            reader = csv.DictReader(stream, delimiter="\t", strict=True)
+            rows = list(islice(reader, limit))
+    except (UnicodeDecodeError, csv.Error):  # which reading it as a whole will explain
         return {}
-    return {str(column): list(table[column]) for column in table}
+    if any(None in row or None in row.values() for row in rows):  # more cells than columns, or fewer
+        return {}
+    return {name: [row[name] for row in rows] for name in reader.fieldnames or () if name != "image"}
 
 
 def _fields(cls: Any, marked: Marked, place: Place, values: Any) -> Mapping[str, Any]:

@@ -144,7 +144,9 @@ def _guarded(verb: Callable[[], int]) -> int:
     except (ValueError, MissingWeights, FileNotFoundError, ImportError) as error:
         say(f"ivcp: {error}", sys.stderr)
     except OSError as error:
-        if error.errno in NO_SPACE and not isinstance(error, DiskFullError):  # of a library that wrote, or of `print`
+        if isinstance(error, IsADirectoryError):
+            say(f"ivcp: a folder stands where a file belongs: {error.filename}; move it away", sys.stderr)
+        elif error.errno in NO_SPACE and not isinstance(error, DiskFullError):  # of a library that wrote, or of `print`
             _drop_output()
             say(
                 f"ivcp: the disk (or quota, or limit of file sizes) is full: {error}; free some space and run the same "

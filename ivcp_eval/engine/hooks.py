@@ -210,14 +210,14 @@ class Engine(ABC):
         alive = Rows(tuple(row.nonzero().flatten() for row in valid))
         visual = self._visual_mask(batch, length).cpu() & valid
         spans = self.adapter.image_spans(self.model, visual, self._inputs) if bool(visual.any()) else []
+        spans = [[replace(span, **self.parts.span_options) for span in row] for row in spans]
         self.continuity.prompt_begins(length)
-        self.run.start(visual, alive.columns, len(self.decoder.layers))
+        self.run.start(visual, alive.columns, spans, len(self.decoder.layers))
         if self.cuts and bool(visual[:, -1].any()):
             raise ValueError(
                 "a prompt ends with a visual token, whose logits a cut may drop. Put text after the last image."
             )
         if (self.cuts or self._needs_cache) and spans:
-            spans = [[replace(span, **self.parts.span_options) for span in row] for row in spans]
             state = Prefill(Prompt(visual, alive, spans, self._inputs), len(self.decoder.layers), self.run)
             self._running = state
             for listener in self.listeners:

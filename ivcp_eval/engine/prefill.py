@@ -17,12 +17,12 @@ from ivcp_eval.engine.cache import PrunedLayer, SlotMap, gather_slots
 from ivcp_eval.engine.geometry import Rows, attention_mask, is_member, take_position_embeddings, take_sequence
 from ivcp_eval.engine.guards.guard import Untouched
 from ivcp_eval.engine.guards.rankings import Rankings
-from ivcp_eval.engine.run import Run
+from ivcp_eval.engine.run import CutRecord, Run
 from ivcp_eval.engine.signals.source import SignalSource
 from ivcp_eval.engine.signals.vision import of_method
 from ivcp_eval.interface import Cut, ImageSpan, Selection, Signals, check_type
 from ivcp_eval.interface.names import read
-from ivcp_eval.interface.ops import merged_states
+from ivcp_eval.interface.ops import merge_targets, merged_states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,12 +171,16 @@ class Cutter:
         """
         if not state.shorter:
             state.position_embeddings = read(kwargs, "position_embeddings")
-        columns, merged = self._select(state, cut, hidden)
+        columns, merged, targets = self._select(state, cut, hidden)
         state.captured = {}
         state.stage += 1
         if cut.ratio == 1:  # an observation: nothing is removed
             return hidden
         after = Rows(tuple(columns))
+        kept = [
+            is_member(mask.nonzero().flatten(), c) for mask, c in zip(state.prompt.image_mask, columns, strict=True)
+        ]
+        self.run.cuts.append(CutRecord(cut.layer, tuple(kept), tuple(targets)))
         slots = after.slots_in(state.now.matrix)
         hidden = take_sequence(merged, slots)
         state.now = LayerSlots(after, after.matrix(), state.now.shift)
@@ -222,35 +226,41 @@ class Cutter:
             position_embeddings=state.position_embeddings,
         )
 
-    def _select(self, state: Prefill, cut: Cut, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Per row the columns that survive, and the hidden states, merged where asked."""
+    def _select(self, state: Prefill, cut: Cut, hidden: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+        """Per row the columns that survive; the hidden states, merged where asked; per row `CutRecord.merged`."""
         source = self._source(state, cut, hidden)
         here = state.now.rows.slots_in(state.now.matrix)
         columns: list[Tensor] = []
+        targets: list[Tensor | None] = []
         for row, alive in enumerate(state.now.rows.columns):
             slots = here[row, here.shape[1] - alive.numel() :]
-            keep, hidden = self._select_row(state, source, row, alive, slots, hidden)
+            keep, hidden, target = self._select_row(state, source, row, alive, slots, hidden)
             columns.append(alive[keep])
-        return columns, hidden
+            targets.append(target)
+        return columns, hidden, targets
 
     def _select_row(
         self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Which of the row's alive tokens survive, (n,) bool on CPU; and the hidden states, merged where asked."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Which of the row's alive tokens survive, (n,) bool on CPU; the rest as `_select`."""
         keep = torch.ones(alive.numel(), dtype=torch.bool)
         asked = self._ask(state, source, row, alive, slots)
         if asked is None:
-            return keep, hidden
+            return keep, hidden, None
         signals, selection = asked
-        visual = signals.visual.cpu()
+        # Before the host waits for what survives anyway.
+        target = None if selection.merge is None else merge_targets(selection.merge)
+        visual, kept = signals.visual.cpu(), selection.keep.cpu()
         keep[visual] = False
-        keep[visual[selection.keep.cpu()]] = True
-        if selection.merge is not None:
-            at = slots.to(hidden.device)[signals.visual]
-            merged = merged_states(selection.merge, hidden[row, at])
-            hidden = hidden.clone()
-            hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
-        return keep, hidden
+        keep[visual[kept]] = True
+        if selection.merge is None or target is None:
+            return keep, hidden, None
+        at = slots.to(hidden.device)[signals.visual]
+        merged = merged_states(selection.merge, hidden[row, at])
+        hidden = hidden.clone()
+        hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
+        among = torch.searchsorted(state.prompt.image_mask[row].nonzero().flatten(), alive[visual])
+        return keep, hidden, _of_prompt(target.cpu(), among, kept, int(state.prompt.image_mask[row].sum()))
 
     def _ask(
         self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor
@@ -313,3 +323,17 @@ def _with_text(signals: Signals, selection: Selection) -> Tensor:
     kept = signals.visual.cpu()[torch.atleast_2d(selection.keep).cpu()]
     text = signals.text.cpu().expand(len(kept), -1)
     return torch.cat((text, kept), dim=1).sort(dim=1).values
+
+
+def _of_prompt(target: Tensor, among: Tensor, kept: Tensor, n_prompt: int) -> Tensor:
+    """`CutRecord.merged` of one row, (N,), from what was alive.
+
+    Args:
+        target: (V,) which of the K survivors each alive visual token went into, -1 for none.
+        among: (V,) where the alive ones stand among the prompt's N. kept: (K,) which of them survive.
+    """
+    target = target.index_fill(0, kept, -1)
+    went = target >= 0
+    merged = torch.full((n_prompt,), -1, dtype=torch.int64)
+    merged[among[went]] = among[kept[target[went]]]
+    return merged

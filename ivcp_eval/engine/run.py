@@ -5,8 +5,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from ivcp_eval.interface import ImageSpan
+from ivcp_eval.interface.records.masks import CutMask, ImageCells, Masks
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class CutRecord:
+    """What one cut left, per batch row of V visual tokens in the prompt. All on CPU.
+
+    Attributes:
+        layer: decoder layer before which it was made.
+        kept: (V,) bool, alive after the cut.
+        merged: (V,) int64, for each token that went into a survivor at this cut the one that got most of it (the
+            largest merge weight), -1 for every other; None in rows where nothing was merged.
+    """
+
+    layer: int
+    kept: tuple[Tensor, ...]
+    merged: tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -30,6 +54,7 @@ class Run:
             no memory is freed here.
         nonfinite_scores: per row, how many scores of visual tokens were NaN or infinite, over all cuts. Such scores
             rank nothing: a method that gives them is broken on that input, or half precision overflowed.
+        images: per row, its images in the prompt. cuts: what each cut that removed tokens left.
     """
 
     method: str
@@ -44,12 +69,17 @@ class Run:
     nonfinite_scores: list[int] = field(default_factory=list)
     visual_attended: list[list[int]] = field(default_factory=list)
     key_share: float = 1.0
+    images: list[list[ImageSpan]] = field(default_factory=list)
+    cuts: list[CutRecord] = field(default_factory=list)
 
-    def start(self, image_mask: Tensor, alive: Sequence[Tensor], n_layers: int) -> None:
+    def start(
+        self, image_mask: Tensor, alive: Sequence[Tensor], spans: Sequence[list[ImageSpan]], n_layers: int
+    ) -> None:
         """Begin the facts of a prefill, as if nothing were removed.
 
         Args:
             image_mask: (B, S) bool, the visual tokens. alive: per row, the columns that are not padding.
+            spans: per row its images; empty where no row has any.
         """
         self.kept = list(alive)
         self.visual_prompt = self.visual_kept = image_mask.sum(1).tolist()
@@ -57,6 +87,8 @@ class Run:
         self.visual_cached = [self.visual_prompt] * n_layers
         self.nonfinite_scores = [0] * image_mask.shape[0]
         self.visual_attended = [[] for _ in range(image_mask.shape[0])]
+        self.images = list(spans) or [[] for _ in alive]
+        self.cuts = []
         self.prefills += 1
 
     def count_nonfinite(self, row: int, count: int) -> None:
@@ -97,7 +129,28 @@ class Run:
             visual_cached=[[layer[index]] for layer in self.visual_cached],
             nonfinite_scores=[self.nonfinite_scores[index]],
             visual_attended=[self.visual_attended[index]],
+            images=[self.images[index]],
+            cuts=[CutRecord(cut.layer, (cut.kept[index],), (cut.merged[index],)) for cut in self.cuts],
         )
+
+    def masks(self, row: int = 0) -> Masks:
+        """What the cuts left of one row's images, to be kept or drawn without the model."""
+        images = tuple(ImageCells(span.columns.numel(), span.lay_out(span)) for span in self.images[row])
+        cuts = []
+        for cut in self.cuts:
+            merged = cut.merged[row]
+            cuts.append(CutMask(cut.layer, cut.kept[row].numpy(), None if merged is None else merged.numpy()))
+        return Masks(images, tuple(cuts))
+
+    def mask(self, image: int = 0, row: int = 0, view: int | str = 0, cut: int = -1) -> npt.NDArray[np.bool_]:
+        """(rows, columns) bool: the cells of an image whose token is alive after a cut, as `Masks.mask`.
+
+        Args:
+            image: of the row. row: of the prefill's batch.
+            view: number or name; the default is the one of highest resolution that spans the whole picture.
+            cut: which of `cuts`; the default is the last. All cells are alive where nothing was cut.
+        """
+        return self.masks(row).mask(image, view, cut)
 
     @property
     def layer_mean_ratio(self) -> float:

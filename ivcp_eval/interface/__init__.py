@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from ivcp_eval.interface.family import GREEDY, AbstractAdapter, Checkpoint, PatchStates, QuestionKind, VisionTap
 from ivcp_eval.interface.method import (
+    WHOLE,
     AbstractMethod,
     AbstractScorer,
     CachedKeys,
@@ -23,6 +24,7 @@ from ivcp_eval.interface.method import (
     ImageSpan,
     ModelFacts,
     Patches,
+    Rectangle,
     Selection,
     Signal,
     Signals,
@@ -30,11 +32,14 @@ from ivcp_eval.interface.method import (
     TowerFacts,
     TowerSignal,
     Unsupported,
+    View,
     check_type,
+    grid_view,
 )
 
 __all__ = [
     "GREEDY",
+    "WHOLE",
     "AbstractAdapter",
     "AbstractMethod",
     "AbstractScorer",
@@ -49,6 +54,7 @@ __all__ = [
     "PatchStates",
     "Patches",
     "QuestionKind",
+    "Rectangle",
     "Selection",
     "Signal",
     "Signals",
@@ -56,6 +62,8 @@ __all__ = [
     "TowerFacts",
     "TowerSignal",
     "Unsupported",
+    "View",
     "VisionTap",
     "check_type",
+    "grid_view",
 ]

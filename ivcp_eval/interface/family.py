@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ivcp_eval.interface.method import ImageSpan, ModelFacts, Signal, TowerFacts
+from ivcp_eval.interface.method import ImageSpan, ModelFacts, Rectangle, Signal, TowerFacts
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-QuestionKind = Literal["grounding", "mcq", "yes_no", "short_answer"]
+QuestionKind = Literal["grounding", "mcq", "yes_no", "short_answer", "list"]
 """Kinds of benchmark question for which a family may have a published prompt of its own."""
 
 
@@ -203,6 +203,13 @@ class AbstractAdapter(ABC):
     def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
         """Options of `prune` that only the pictures tell, such as InternVL's ``tiles``; as `encode` is called."""
         return {}
+
+    def covered(self, processor: Any, size: tuple[int, int]) -> Rectangle | None:
+        """What views of a picture of ``size`` (width, height) show of it, where only the processor knows that.
+
+        It fills in `View.covers` where `image_spans` could not; None where that always can.
+        """
+        return None
 
     def box_frame(self, processor: Any, inputs: Mapping[str, Tensor], sample: int) -> tuple[int, int] | None:
         """(width, height) of the picture that pixel boxes of ``sample`` refer to; None where boxes are relative."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ivcp_eval.files import DAMAGE
+from ivcp_eval.files import DAMAGE, storable
 from ivcp_eval.interface.registry import nearest
 
 MOST_BYTES = 1 << 20
@@ -53,7 +53,8 @@ class Marked:
         content = path.read_bytes()
         try:
             text = content.decode()
-            node = yaml.compose(text, _Loader)
+            loader = _Loader(text)
+            node = loader.get_single_node()
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise self._wrong(line, f"byte 0x{content[error.start]:02x} is not UTF-8 text; save it as UTF-8") from None
@@ -63,6 +64,8 @@ class Marked:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise self._wrong(line, f"not YAML: {error.problem}") from None
+        except (ValueError, OverflowError) as error:  # an escape that stands for no character
+            raise self._wrong(loader.line + 1, f"not YAML: {error}") from None
         return self._convert(node, ()) if node is not None else None
 
     def _wrong(self, line: int, text: str) -> SpecError:
@@ -136,6 +139,8 @@ class Marked:
             raise self._wrong(line, f"{text[:40]!r} is no {kind}: {error}") from None
         if kind in ("int", "float") and not _NUMBER.fullmatch(text):
             raise self._wrong(line, f"{text!r} is {value} to YAML 1.1; write {value}, or quotes around it for text")
+        if isinstance(value, str) and storable(value) != value:
+            raise self._wrong(line, f"{value[:40]!r} holds half a character (a lone surrogate); write the whole one")
         if not isinstance(value, str | int | float | None):
             raise self._wrong(line, f"{text[:40]!r} is a {type(value).__name__} to YAML; write quotes around it")
         return value

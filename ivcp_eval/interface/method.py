@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -122,6 +124,38 @@ class Cut:
         return self.cache == "own"
 
 
+Rectangle = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) as fractions of a picture's width and height, from its upper left corner."""
+
+WHOLE: Rectangle = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class View:
+    """One of the rectangular grids of tokens in which an image is shown: the whole picture once, or a tile of it.
+
+    Attributes:
+        name: what the family calls it: ``picture`` where there is no other, ``tiles``, ``overview``, ``tile 1``, ...
+        cells: (rows, columns) int64 numpy array: which of the image's tokens 0..N-1 shows each cell, -1 where none
+            does. Tokens that show no part of the picture (newlines, separators, class tokens) are in no cell.
+        covers: what the grid covers of the picture; beyond 0..1 where it shows padding. None where the family cannot
+            know it from the model's inputs.
+    """
+
+    name: str
+    cells: npt.NDArray[np.int64]
+    covers: Rectangle | None = None
+
+
+def grid_view(span: ImageSpan, covers: Rectangle | None = None) -> tuple[View, ...]:
+    """The one view of an image whose tokens are a row-major grid; none where its grid is not known."""
+    if span.grid is None:
+        return ()
+    import numpy as np
+
+    return (View("picture", np.arange(span.columns.numel()).reshape(span.grid), covers),)
+
+
 @dataclass(frozen=True)
 class ImageSpan:
     """One image of one row, in prompt columns, as an adapter finds it.
@@ -133,6 +167,8 @@ class ImageSpan:
         padding: prompt-independent indices (0..N-1) of tokens that show padding only.
         views: lengths of the consecutive stretches that each show the picture or a tile of it on their own (tiles,
             thumbnail, overview), adding up to N; empty if the image is one view.
+        lay_out: ``lay_out(span)`` gives the grids in which the tokens show the picture, the one of highest resolution
+            that spans the whole picture first; it is asked after a user's own ``grid`` or ``tiles`` are filled in.
     """
 
     columns: Tensor
@@ -140,6 +176,7 @@ class ImageSpan:
     tiles: tuple[int, int] | None = None
     padding: tuple[int, ...] = ()
     views: tuple[int, ...] = ()
+    lay_out: Callable[[ImageSpan], tuple[View, ...]] = grid_view
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,25 @@ def merged_states(merge: Tensor, states: Tensor, chunk: int = 256) -> Tensor:
     return torch.cat([merge.index_select(0, part).to_dense().float() @ states for part in rows.split(chunk)])
 
 
+def merge_targets(merge: Tensor) -> Tensor:
+    """(V,) int64: the row of weights (K, V), dense or sparse, in which each column is largest; -1 where none is > 0.
+
+    Of equal weights the first row wins. Memory is that of the weights.
+    """
+    if merge.layout == torch.strided:
+        if not merge.shape[0]:
+            return merge.new_full((merge.shape[1],), -1, dtype=torch.int64)
+        most, row = merge.max(dim=0)
+        return torch.where(most > 0, row, -1)
+    sparse = merge.to_sparse().coalesce()
+    (rows, columns), weights = sparse.indices(), sparse.values().float()
+    most = weights.new_zeros(merge.shape[1]).scatter_reduce(0, columns, weights, "amax")
+    none = merge.shape[0]
+    among = torch.where((weights == most[columns]) & (weights > 0), rows, none)
+    first = rows.new_full((merge.shape[1],), none).scatter_reduce(0, columns, among, "amin")
+    return torch.where(first < none, first, -1)
+
+
 def block_rows(n: int) -> int:
     """How many of ``n`` rows to compare with all others at a time: few blocks, and memory linear in ``n``."""
     return min(2048, max(256, n // 8))

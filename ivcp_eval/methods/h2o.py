@@ -1,7 +1,7 @@
 """Keeps, in every layer's cache and head, the visual tokens that the whole prompt attends to most (heavy hitters).
 
 Paper: https://arxiv.org/abs/2306.14048 (section 4: greedy eviction by accumulated attention).
-Reference: https://github.com/FMInference/H2O @ 0ee6a85 (h2o_hf/utils_real_drop/modify_llama.py)
+Reference: https://github.com/FMInference/H2O @ ac75c2a (h2o_hf/utils_real_drop/modify_llama.py)
 
 The prompt is processed whole. Then, in each layer, the attention that a token gets from every token of the prompt is
 added up, and the best tokens of each head stay. The others leave the cache for good: memory is freed.

@@ -1,7 +1,7 @@
 """Keeps SnapKV's visual tokens, many in the caches of the first layers and few in those of the last.
 
 Paper: https://arxiv.org/abs/2406.02069 (section 4: budgets that fall arithmetically with the layer).
-Reference: https://github.com/Zefan-Cai/PyramidKV @ 028e2da (pyramidkv/pyramidkv_utils.py, ``PyramidKVCluster``)
+Reference: https://github.com/Zefan-Cai/PyramidKV @ 5d4e2e1 (pyramidkv/pyramidkv_utils.py, ``PyramidKVCluster``)
 
 The share of the last layer is the mean share over ``beta``, that of the first makes up for it, between them shares fall
 by equal steps; above a mean share of 1/2 all layers keep the same. Tokens are chosen as in SnapKV, by the released

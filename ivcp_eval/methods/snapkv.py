@@ -1,7 +1,7 @@
 """Keeps, in every layer's cache and head, the visual tokens that the question's last tokens attend to, with neighbours.
 
 Paper: https://arxiv.org/abs/2404.14469 (section 4: voting by an observation window, pooling of the votes).
-Reference: https://github.com/FasterDecoding/SnapKV @ 395b54d (snapkv/monkeypatch/snapkv_utils.py)
+Reference: https://github.com/FasterDecoding/SnapKV @ e216ddc (snapkv/monkeypatch/snapkv_utils.py)
 
 The prompt is processed whole. Then, in each layer, the attention of the last ``window`` tokens (softmax over the whole
 prompt) is summed over them, smoothed along the sequence by a mean over ``kernel`` tokens, and the best tokens of each

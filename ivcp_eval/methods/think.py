@@ -1,7 +1,7 @@
 """Keeps the channels of cached visual keys that queries and keys make heavy; all tokens stay.
 
 Paper: https://arxiv.org/abs/2407.21018 (query-driven channel pruning, ||Q_d|| ||K_d||).
-Reference: https://github.com/SalesforceAIResearch/ThinK @ 4243c26 (ThinK_eager/src/kv_pruning_utils.py), and for visual
+Reference: https://github.com/SalesforceAIResearch/ThinK @ d200577 (ThinK_eager/src/kv_pruning_utils.py), and for visual
 tokens https://github.com/beomseokg/rotatek @ c35deae (rotatek/baselines/think.py)
 
 After the prefill, per layer and key head: a channel weighs the mean square of the last 32 queries (mean over the group)
@@ -42,7 +42,7 @@ class Method(AbstractMethod):
     """ThinK."""
 
     needs: ClassVar[frozenset[Signal]] = frozenset({"cached_key"})
-    faithfulness: ClassVar[Faithfulness] = "from_formula"
+    faithfulness: ClassVar[Faithfulness] = "faithful"
     query_window: ClassVar[int] = 32
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:

@@ -124,13 +124,15 @@ class Method(AbstractMethod):
                 rows.append((kernel @ column).clamp_min_(LEAST).reciprocal_())
                 arrived = torch.addmv(arrived, kernel.T, rows[-1])
             column = arrived.clamp_min_(LEAST).reciprocal_()
-        found = []
-        for part, row in zip(parts, rows, strict=True):
+        masses, costs = [], []
+        for part in parts:
             price, kernel = priced(*part)
-            mass = (kernel @ column).clamp_min_(LEAST)
-            found.append(row * mass / n if self.importance == "mass" else price.mul_(kernel) @ column / mass)
-        score = torch.cat(found)
-        if self.importance == "cost":
-            from_middle = apart.norm(dim=1)
-            score = -self.epsilon * score - self.central * from_middle / from_middle.amax().clamp_min(1e-6)
+            masses.append(kernel @ column)
+            costs.append(price.mul_(kernel) @ column)
+        mass, from_middle = torch.cat(masses).clamp_min_(LEAST), apart.norm(dim=1)
+        if self.importance == "mass":
+            score = torch.cat(rows) * mass / n
+        else:
+            score = -self.epsilon * torch.cat(costs) / mass
+            score -= self.central * from_middle / from_middle.amax().clamp_min(1e-6)
         return score.masked_fill(~source.any(dim=1), torch.nan)

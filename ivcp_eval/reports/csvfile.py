@@ -5,14 +5,13 @@ Through `table.py`, which knows what a row means.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import as_read, as_shown, atomic_write
+from ivcp_eval.files import as_read, as_shown, atomic_write, long_cells
 from ivcp_eval.interface.registry import nearest
 from ivcp_eval.reports.schema import Column
 
@@ -62,7 +61,7 @@ def read_csv(path: Path, columns: Sequence[Column]) -> list[tuple[int, Row]]:
     rows: list[tuple[int, Row]] = []
     problems: list[str] = []
     # utf-8-sig: spreadsheet programs put a byte order mark in front.
-    with path.open(encoding="utf-8-sig", newline="") as stream, _long_cells():
+    with path.open(encoding="utf-8-sig", newline="") as stream, long_cells():
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
@@ -103,16 +102,6 @@ def _line(cells: Sequence[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\r\n").writerow(cells)
     return line.getvalue().removesuffix("\r\n") + "\n"
-
-
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    """A runaway answer can be longer than the csv module's 128 Ki characters; its limit is global, so put it back."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _check_header(path: Path, header: Sequence[str], columns: Sequence[Column]) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ivcp_eval.interface.records import measured
@@ -301,6 +301,12 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("decode_ms", "number", "milliseconds per generated token after the first, likewise", low=0),
     _ANSWERED["new_tokens"],
     _ANSWERED["error"],
+    replace(
+        _ANSWERED["masks"],
+        description="which visual tokens each cut kept, and where they lie in the picture "
+        "(`ivcp_eval.interface.records.masks.Masks.from_text`); empty where no cut removed any",
+        late=True,
+    ),
 )
 
 _RUN_ID = next(column for column in COLUMNS if column.name == "run_id")

@@ -22,6 +22,7 @@ from vlmeval.smp import dump, get_intermediate_file_path
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks.boxes import FORMATS
 from ivcp_eval.benchmarks.grounding import ground_truth, score
+from ivcp_eval.benchmarks.lists import in_order, items
 from ivcp_eval.files import file_digest
 from ivcp_eval.vlmeval_bridge.reading import answers, tsv
 from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
@@ -31,6 +32,7 @@ REQUIRED = {
     "mcq": ("index", "image", "question", "answer", "A", "B"),
     "yes_no": ("index", "image", "question", "answer"),
     "short_answer": ("index", "image", "question", "answer"),
+    "list": ("index", "image", "question", "answer"),
 }
 
 
@@ -154,6 +156,27 @@ def _truths(cell: str) -> set[str]:
     return {str(truth).strip().lower() for truth in (parsed if isinstance(parsed, list) else [cell])}
 
 
+class ShippedList(_Shipped):
+    """Answers that are lists with commas between the items, sent as they stand, scored by what is there in order."""
+
+    TYPE = "LIST"
+    KIND = "list"
+
+    def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
+        """Mean share of the list in order and whole lists, in percent; the former per category too."""
+        data = answers.read(answers.pickled(Path(eval_file)))
+        pairs = list(zip(data["prediction"], data["answer"], strict=True))
+        data["in_order"] = [in_order(given, truth) for given, truth in pairs]
+        data["whole"] = [float(items(given) == items(truth)) for given, truth in pairs]
+        dump(data, get_intermediate_file_path(eval_file, "_results", "csv"))
+        totals: dict[Any, float] = {name: 100 * data[name].mean() for name in ("in_order", "whole")}
+        if "category" in data:
+            totals |= (100 * data.groupby("category")["in_order"].mean()).to_dict()
+        table = pd.DataFrame([totals])
+        dump(table, get_intermediate_file_path(eval_file, "_acc", "csv"))
+        return table
+
+
 class Grounding(_Shipped):
     """Referring expressions: the model's adapter returns canonical boxes, nothing is guessed.
 
@@ -196,7 +219,7 @@ class Grounding(_Shipped):
         return summary
 
 
-CLASSES: tuple[type[ImageBaseDataset], ...] = (Grounding, ShippedMCQ, ShippedYesNo, ShippedShortAnswer)
+CLASSES: tuple[type[ImageBaseDataset], ...] = (Grounding, ShippedList, ShippedMCQ, ShippedYesNo, ShippedShortAnswer)
 
 
 def message_key(message: list[dict[str, str]]) -> str:

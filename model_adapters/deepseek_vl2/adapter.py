@@ -6,6 +6,7 @@ fractions of the image, as in IVC-Prune's (https://github.com/FireRedTeam/IVC-Pr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ivcp_eval.interface import GREEDY, Checkpoint, ImageSpan, QuestionKind, Sig
 from model_adapters._shrink import shrunk_to_count
 from model_adapters._transformers import AbstractTransformersAdapter, rotate_half, split_heads
 from model_adapters._vision import vit_tap
-from model_adapters.deepseek_vl2.layout import n_thumbnail, n_tokens, padding_cells, spread
+from model_adapters.deepseek_vl2.layout import lay_out, n_thumbnail, n_tokens, padding_cells, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,12 +187,14 @@ def _span(config: Any, columns: Tensor, tiles: tuple[int, int], size: tuple[int,
     thumbnail = n_thumbnail(side)
     rest = columns.numel() - thumbnail
     padding: tuple[int, ...] = ()
+    cell = config.vision_config.patch_size * config.projector_config["downsample_ratio"]
     if size is not None:
-        cell = config.vision_config.patch_size * config.projector_config["downsample_ratio"]
         cells = padding_cells((size[0], size[1]), side, config.vision_config.image_size, cell)
         padding = tuple(index + (0 if head else rest) for index in cells)
     views = (thumbnail + 1, rest - 1) if head else (rest, thumbnail)  # the separator belongs to the view before it
-    return ImageSpan(columns, tiles=tiles, padding=padding, views=views)
+    shown = None if size is None else (int(size[0]), int(size[1]))
+    laid_out = functools.partial(lay_out, side, head, shown, config.vision_config.image_size, cell)
+    return ImageSpan(columns, tiles=tiles, padding=padding, views=views, lay_out=laid_out)
 
 
 def _of_tokens(patches: Tensor, crops: list[tuple[int, int]], config: Any) -> Tensor:

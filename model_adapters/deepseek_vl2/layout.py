@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from ivcp_eval.interface import ImageSpan, Rectangle, View
 from model_adapters._vision import newlines_by_row
 
 if TYPE_CHECKING:
@@ -79,6 +81,36 @@ def padding_cells(size: tuple[int, int], side: int, image_size: int, cell: int) 
     shown = [_covered(int(length * scale), side, image_size, cell) for length in size]
     columns, rows = shown
     return tuple(y * (side + 1) + x for y in range(side) for x in range(side) if x not in columns or y not in rows)
+
+
+def lay_out(
+    side: int, head: bool, size: tuple[int, int] | None, image_size: int, cell: int, span: ImageSpan
+) -> tuple[View, ...]:
+    """The tiles as one grid, and the thumbnail; newlines and the separator are in neither.
+
+    Args:
+        head, side, size, image_size, cell: as above; ``size`` None: not known. span: with its ``tiles``.
+    """
+    assert span.tiles is not None
+    width, height = (side * n for n in span.tiles)
+    tiled_first = n_thumbnail(side) + 1 if head else 0
+    thumbnail_first = 0 if head else span.columns.numel() - n_thumbnail(side)
+    tiled = tiled_first + np.arange(height * (width + 1)).reshape(height, width + 1)
+    thumbnail = thumbnail_first + np.arange(n_thumbnail(side)).reshape(side, side + 1)
+    frame = (span.tiles[0] * image_size, span.tiles[1] * image_size)
+    return (
+        # Each tile's last cell reaches beyond it; laid out evenly, no cell is off by more than that.
+        View("tiles", tiled[:, :-1], size and _rectangle(size, frame, frame)),
+        View("overview", thumbnail[:, :-1], size and _rectangle(size, (image_size,) * 2, (side * cell,) * 2)),
+    )
+
+
+def _rectangle(size: tuple[int, int], frame: tuple[int, int], reach: tuple[int, int]) -> Rectangle:
+    """What pixels 0..reach of a frame, into the middle of which the picture is fitted, show of the picture."""
+    scale = min(frame[0] / size[0], frame[1] / size[1])
+    starts = [-(whole - length * scale) / 2 / (length * scale) for whole, length in zip(frame, size, strict=True)]
+    ends = [start + far / (length * scale) for start, far, length in zip(starts, reach, size, strict=True)]
+    return starts[0], starts[1], ends[0], ends[1]
 
 
 def _covered(length: int, side: int, image_size: int, cell: int) -> range:

@@ -191,6 +191,19 @@ def test_every_lock_is_taken_in_one_place() -> None:
     assert [p.name for p in package.rglob("*.py") if "flock(" in p.read_text(encoding="utf-8")] == ["files.py"]
 
 
+@pytest.mark.parametrize("text", ["=1+1", "\n=1+1", "\x00=1", "\uff1d1", "\uff20SUM(1)", "\r\n@SUM(1)", "'=1", "-2+3"])
+def test_no_cell_is_a_formula_and_all_come_back(text: str) -> None:
+    shown = files.as_shown(text)
+    assert shown.startswith("'")
+    assert files.as_read(shown) == text
+
+
+@pytest.mark.parametrize("text", ["-2.5", "a = b", "\n", "", "[1, 2]"])
+def test_plain_cells_stay(text: str) -> None:
+    assert files.as_shown(text) == text
+    assert files.as_read(text) == text
+
+
 def test_every_csv_that_people_open_is_written_through_as_shown() -> None:
     """No formula for a spreadsheet and no escape sequence for a terminal; training tables hold our own numbers only."""
     package = Path(files.__file__).parent

@@ -46,6 +46,9 @@ REPEATED = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("b: 1\na: 010", 2, "'010' is 8 to YAML 1.1; write 8, or quotes around it"),
         ("b: 1\na: [1:30]", 2, "'1:30' is 90 to YAML 1.1"),
+        ('b: 1\na: "\\UFFFFFFFF"', 2, "not YAML: "),
+        ('b: 1\na: "\\U00110000"', 2, "not YAML: "),
+        ('b: 1\na: "\\ud800"', 2, "holds half a character"),
         ("a: 0x10", 1, "'0x10' is 16"),
         ("a: 1_000", 1, "'1_000' is 1000"),
         ("a: 0b11", 1, "'0b11' is 3"),

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ivcp_eval.benchmarks.lists import in_order, items
 from ivcp_eval.lab.tiny import build_benchmarks
-from ivcp_eval.lab.tiny.build_benchmarks import BENCHMARKS, CHECKSUMS, DATASETS, encode_png
+from ivcp_eval.lab.tiny.build_benchmarks import BENCHMARKS, CHECKSUMS, DATASETS, UNTAUGHT, encode_png
 from ivcp_eval.lab.tiny.evaluate import read_benchmark
 from ivcp_eval.lab.tiny.scenes import render, sample_scene, scene_rng
-from ivcp_eval.lab.tiny.tasks import build_prompt
+from ivcp_eval.lab.tiny.tasks import build_prompt, name_of
 
 csv.field_size_limit(sys.maxsize)
+ALL = BENCHMARKS | UNTAUGHT
 
 
 def test_committed_files_are_regenerated_bit_equal() -> None:
@@ -26,7 +28,7 @@ def test_committed_files_are_regenerated_bit_equal() -> None:
 
 
 def test_check_fails_on_a_changed_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
-    for name in (*BENCHMARKS, CHECKSUMS):
+    for name in (*ALL, CHECKSUMS):
         (tmp_path / name).write_bytes((DATASETS / name).read_bytes())
     path = tmp_path / "tiny_mcq.tsv"
     path.write_bytes(path.read_bytes().replace(b"red", b"rad", 1))
@@ -38,15 +40,15 @@ def test_check_fails_on_a_changed_file(tmp_path, capsys: pytest.CaptureFixture[s
 
 def test_checksums_describe_the_files() -> None:
     table = json.loads((DATASETS / CHECKSUMS).read_text())
-    assert set(table) == set(BENCHMARKS)
+    assert set(table) == set(ALL)
     for name, entry in table.items():
         data = (DATASETS / name).read_bytes()
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
-        assert entry["rows"] == sum(BENCHMARKS[name].quotas.values()) == len(read_benchmark(DATASETS / name))
+        assert entry["rows"] == sum(ALL[name].quotas.values()) == len(read_benchmark(DATASETS / name))
         assert 200 <= entry["rows"] <= 500
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", ALL)
 def test_rows_point_at_their_picture_and_fill_their_quota(name: str) -> None:
     with (DATASETS / name).open(newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle, delimiter="\t"))
@@ -57,7 +59,7 @@ def test_rows_point_at_their_picture_and_fill_their_quota(name: str) -> None:
             assert by_index[row["image"]]["image_id"] == row["image_id"]
             assert len(by_index[row["image"]]["image"]) >= 64
     categories = [row["category"] for row in rows]
-    assert {c: categories.count(c) for c in set(categories)} == BENCHMARKS[name].quotas
+    assert {c: categories.count(c) for c in set(categories)} == ALL[name].quotas
 
 
 def test_pictures_are_the_scenes_pixels() -> None:
@@ -75,3 +77,20 @@ def test_png_survives_any_palette() -> None:
     noisy = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
     with pytest.raises(ValueError, match="at most 256"):
         encode_png(noisy)
+
+
+def test_lists_are_in_order_and_sums_add_up() -> None:
+    questions = read_benchmark(DATASETS / "tiny_list.tsv")
+    for question in questions[:40]:
+        said = items(question.sample.answer)
+        assert len(said) >= 2
+        assert in_order(question.sample.answer, question.sample.answer) == 1
+        if question.sample.category == "sum":
+            total = 0
+            for count, _, _, after in (item.split() for item in said):
+                total += int(count)
+                assert int(after) == total
+    scene = sample_scene(scene_rng("test", 4_000_000))
+    left_to_right = sorted(scene.objects, key=lambda o: o.box[0] + o.box[2])
+    first = next(q.sample.answer for q in questions if q.sample.category == "order")
+    assert first == ", ".join(name_of(o) for o in left_to_right)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ivcp_eval.files import DamagedError
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 from ivcp_eval.runs.planning.spec import load
+from ivcp_eval.runs.store.finished import eval_state
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.planning.plan import RunPlan
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in texts.items():
         verb = verbs.add_parser(name, help=text, description=text)
         if name == "results":
-            verb.add_argument("sweep", nargs="*", help="sweep files or names (default: all that ever ran)")
+            verb.add_argument(
+                "sweep", nargs="*", help="sweep files or names (default: all that ever ran, and evaluations)"
+            )
         else:
             verb.add_argument("sweep", type=Path, help="sweep file, e.g. sweeps/smoke.yaml")
         verb.add_argument("--runs", type=Path, help="where records live (default: results/runs)")
@@ -249,21 +252,43 @@ def _run(plan: RunPlan, args: argparse.Namespace, device: str) -> int:
 
 
 def _results(args: argparse.Namespace) -> int:
+    """Results of the sweeps named, or of everything that ran below these runs, evaluations included."""
+    from ivcp_eval.reports.csvfile import ResultsError
     from ivcp_eval.runs.planning import cells
 
     runs = args.runs or cells.RUNS
     ran = sorted(path.parent.name for path in (runs.parent / "sweeps").glob("*/manifest.json"))
+    evaluated = [] if args.sweep else sorted(path.parent for path in eval_state(runs, "").glob("*/manifest.json"))
     names = [Path(name).stem for name in args.sweep] or ran
-    if not names:
-        say(f"no sweep has run yet (nothing in {runs.parent / 'sweeps'})")
-    codes = []
+    if not names and not evaluated:
+        say(f"nothing has run yet below {runs.parent}: no {runs.parent.name}/sweeps, no {runs.parent.name}/eval")
+    codes = [0]
     for name in names:
         try:
             codes.append(_report(name, runs, False, notices(args)))
         except DamagedError as error:  # its manifest; the other sweeps' are whole
             say(f"ivcp: {error}", sys.stderr)
             codes.append(2)
+    for state in evaluated:
+        try:
+            codes.append(_renew(state, runs))
+        except (DamagedError, ResultsError) as error:
+            say(f"ivcp: {error}", sys.stderr)
+            codes.append(2)
     return max(codes)
+
+
+def _renew(state: Path, runs: Path) -> int:
+    """Make the rows of one evaluation again; 1 if some have no score."""
+    from ivcp_eval.runs.records.results import rebuild_evaluation
+
+    csv, collected = rebuild_evaluation(state, runs)
+    for text in [*collected.reasons("failed", "incomplete"), *collected.damaged]:
+        say(f"NOT WHOLE: {text}")
+    if collected.missing:
+        say(f"{collected.missing} cells of an evaluation have no record; run its command again")
+    say(f"{len(collected.rows)} rows renewed: {csv}")
+    return int(bool(collected.missing or collected.reasons("failed", "incomplete")))
 
 
 def _report(name: str, runs: Path, problems: bool, tell: Callable[[str], None]) -> int:

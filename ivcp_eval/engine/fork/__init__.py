@@ -7,7 +7,7 @@ docs/design/fork.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +18,14 @@ from ivcp_eval.engine.fork.trunk import Branch, End, Joined, Trunk
 from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import Signal
+from ivcp_eval.interface import AbstractMethod, Signal
 from ivcp_eval.interface.names import spelling, spellings
 from ivcp_eval.interface.variants import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Answer", "fork"]
+__all__ = ["Answer", "Ready", "fork"]
 
 #: Options of `generate` whose meaning for one row depends on the others or on chance.
 REFUSED = ("num_beams", "num_return_sequences", "stopping_criteria", "stop_strings", "streamer", *spellings("cache"))
@@ -47,10 +47,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A method at hand in place of a registered one, for controlled comparisons; its ``parameters`` are its fields."""
+
+    method: AbstractMethod
+    ratio: float
+    seed: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict, init=False)
+
+
+@dataclass(frozen=True)
 class _Plan:
     """One variant, resolved."""
 
-    variant: Variant
+    variant: Variant | Ready
     resolved: Resolved
 
     @property
@@ -62,7 +72,7 @@ class _Plan:
 
 def fork(
     model: Any,
-    variants: Sequence[Variant],
+    variants: Sequence[Variant | Ready],
     inputs: Mapping[str, Any],
     *,
     family: str | None = None,
@@ -75,7 +85,7 @@ def fork(
 
     Args:
         model: as in `ivcp_eval.prune`.
-        variants: method, ratio, parameters and seed of each; their ``model`` is not read.
+        variants: method, ratio, parameters and seed of each; a variant's ``model`` is not read.
         inputs: of ``model.generate``, B rows padded on the left.
         family: adapter name; found from the model if not given. layout: further options of `prune` (``tiles``, ...).
         exact: run one variant after the other instead. Bits are then those of single runs in half precision too, where
@@ -111,7 +121,7 @@ def fork(
     ]
 
 
-def _plan(model: Any, variant: Variant, family: str | None) -> _Plan:
+def _plan(model: Any, variant: Variant | Ready, family: str | None) -> _Plan:
     return _Plan(variant, resolve(model, variant.method, variant.ratio, family, variant.parameters))
 
 

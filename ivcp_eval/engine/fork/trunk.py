@@ -188,7 +188,8 @@ class Branch(Engine):
         cache = _shared(trunk.cache, first)
         self.attach()
         try:
-            self.run.start(trunk.prompt.image_mask, trunk.prompt.alive.columns, len(layers))
+            prompt = trunk.prompt
+            self.run.start(prompt.image_mask, prompt.alive.columns, prompt.spans, len(layers))
             state = Prefill(trunk.prompt, len(layers), self.run)
             state.vision, state.cache = trunk.vision, cache
             for index in (layer for layer in self.cuts if layer < first):

@@ -7,6 +7,7 @@ the bare question of a yes/no set, and ``ImageVQADataset.build_prompt``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,6 +19,14 @@ GROUNDING_PROMPT = "Locate {question} and output the bbox coordinates in JSON fo
 MCQ_SUFFIX = "Please select the correct answer from the options above. \n"
 SHORT_SUFFIX = "\nAnswer the question using a single word or phrase."
 YES_NO_SUFFIX = " Please answer yes or no."
+LIST_PROMPT = (
+    "Name all objects in the image from left to right, separated by commas. Call them as in: red circle, blue star, "
+    f"{SIGN}."
+)
+SUM_PROMPT = (
+    f"Count the objects of each colour in the image, without the {SIGN}, in the order {', '.join(COLOURS)}, and add "
+    "them up. Answer as in: 2 red makes 2, 1 blue makes 3."
+)
 RELATIONS = ("left of", "right of", "above", "below")
 #: Pixels by which a relation must clearly hold for the target and clearly fail for every other candidate.
 RELATION_MARGIN = 16
@@ -66,6 +75,26 @@ def holds(relation: str, item: SceneObject, anchor: SceneObject, margin: float) 
     """Tell whether ``item`` stands in ``relation`` to ``anchor`` by at least ``margin`` pixels (of the centres)."""
     dx, dy = item.centre[0] - anchor.centre[0], item.centre[1] - anchor.centre[1]
     return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation] >= margin
+
+
+def list_question(scene: Scene) -> Sample | None:
+    """Every object by name, from left to right; None where two middles are too close to tell their order."""
+    ordered = sorted(scene.objects, key=lambda o: o.centre[0])
+    gaps = [b.centre[0] - a.centre[0] for a, b in pairwise(ordered)]
+    if len(ordered) < 3 or min(gaps) < RELATION_MARGIN / 2:
+        return None
+    return Sample("list", "order", LIST_PROMPT, ", ".join(name_of(o) for o in ordered))
+
+
+def sum_question(scene: Scene) -> Sample | None:
+    """Objects of each colour, added up step by step; None for fewer than two colours."""
+    counts = {colour: [o.colour for o in scene.shapes].count(colour) for colour in COLOURS}
+    steps, total = [], 0
+    for colour, count in counts.items():
+        total += count
+        if count:
+            steps.append(f"{count} {colour} makes {total}")
+    return Sample("list", "sum", SUM_PROMPT, ", ".join(steps)) if len(steps) > 1 else None
 
 
 def plain_references(scene: Scene) -> list[Sample]:

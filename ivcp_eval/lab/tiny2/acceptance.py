@@ -6,34 +6,10 @@ passes. Differences are in points, condition minus reference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from ivcp_eval.reports.stats import PairedResult, paired_bootstrap
-
-
-@dataclass
-class Verdicts:
-    """Right or wrong, by condition, of the same questions in the same order.
-
-    Attributes:
-        clusters: picture of every question.
-        scores: per condition 1.0 or 0.0 for every question.
-        recall: per condition the share of the target's tokens that survived, for every question.
-    """
-
-    clusters: list[str] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    recall: dict[str, list[float]] = field(default_factory=dict)
-
-    def percent(self, condition: str) -> float:
-        """Accuracy in percent."""
-        return 100 * float(np.mean(self.scores[condition]))
-
-    def against(self, condition: str, reference: str) -> PairedResult:
-        """``condition`` against ``reference`` in points, paired and clustered by picture."""
-        return paired_bootstrap(self.scores[reference], self.scores[condition], self.clusters, scale=100)
+from ivcp_eval.reports.stats.verdicts import Verdicts
 
 
 @dataclass(frozen=True)

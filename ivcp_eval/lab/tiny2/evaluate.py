@@ -27,14 +27,21 @@ from ivcp_eval.interface import Image as TokenImage
 from ivcp_eval.interface.ops import coordinate_set
 from ivcp_eval.lab.tiny.evaluate import is_right, load
 from ivcp_eval.lab.tiny2 import tasks
-from ivcp_eval.lab.tiny2.acceptance import Verdicts, table
+from ivcp_eval.lab.tiny2.acceptance import table
 from ivcp_eval.lab.tiny2.processor import MERGE_SIZE
 from ivcp_eval.lab.tiny2.scenes import LEAST_COVER, Scene, cell_cover, render, sample_scene, scene_rng
+from ivcp_eval.reports.stats.verdicts import Verdicts
+from ivcp_eval.runs.analysis.coordinates import kept_tokens
 
 #: Enough for the longest answer, a box of four three-digit numbers with its end token.
 MAX_NEW_TOKENS = 20
 BATCH = 32
 TWO_PICTURES_SIZE = (192, 192)
+#: Of the selections by hand, those that the table needs.
+CONTROLLED = (
+    *("all but IVC", "all but IVC outside the target", "all but as many outside the target"),
+    *("target only", "target + IVC", "target + as many"),
+)
 
 
 @dataclass(frozen=True)
@@ -204,19 +211,9 @@ def grounding_conditions(asker: Asker, batch: Sequence[Question], number: int) -
 def controlled(asker: Asker, question: Question, seed: int) -> dict[str, np.ndarray[Any, Any]]:
     """The tokens that each controlled condition keeps."""
     rng, target, everything = np.random.default_rng(seed), question.target, asker.cells(question)
-    ivc = coordinates(asker.model, question.images[0])
-    ivc_outside = np.setdiff1d(ivc, target)
-    as_many = rng.permutation(np.setdiff1d(everything, target))[: len(ivc_outside)]
+    chosen = kept_tokens(len(everything), target, coordinates(asker.model, question.images[0]), rng)
     half = rng.permutation(target)[: len(target) // 2]
-    return {
-        "half of the target dropped": np.setdiff1d(everything, half),
-        "all but IVC": np.setdiff1d(everything, ivc),
-        "all but IVC outside the target": np.setdiff1d(everything, ivc_outside),
-        "all but as many outside the target": np.setdiff1d(everything, as_many),
-        "target only": target,
-        "target + IVC": np.union1d(target, ivc),
-        "target + as many": np.union1d(target, as_many),
-    }
+    return {"half of the target dropped": np.setdiff1d(everything, half), **{name: chosen[name] for name in CONTROLLED}}
 
 
 def batches(split: str, count: int, task: str) -> Iterator[list[Question]]:

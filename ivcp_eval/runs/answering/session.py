@@ -15,12 +15,13 @@ from ivcp_eval.benchmarks.thinking import split_thinking
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.engine.fork import fork
+from ivcp_eval.engine.fork import Ready, fork
 from ivcp_eval.files import storable
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import InputRefused, contained, deadline, steps
 from ivcp_eval.interface.models import Weights, without_progress_bars
 from ivcp_eval.interface.records import Answer
+from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.generation import finite_logits, neutral
@@ -39,12 +40,14 @@ class _Generated:
     """New tokens and what they were made from.
 
     Attributes:
+        asked: the conversation that was encoded.
         whole: the conversation before its pictures were made smaller; None if they were not. share: of their tokens.
     """
 
     new: torch.Tensor
     run: Run
     inputs: Mapping[str, Any]
+    asked: list[Mapping[str, Any]]
     whole: list[Mapping[str, Any]] | None
     share: float
 
@@ -110,10 +113,11 @@ class Session:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
         generated = self._generate(parts, variant)
+        new, run, inputs, asked = generated.new, generated.run, generated.inputs, generated.asked
         if generated.whole is None:
-            return self._answer(generated.new, generated.run, generated.inputs, grounding)
+            return self._answer(new, run, inputs, asked, grounding)
         whole = self._visual_tokens(self._encoded(generated.whole)[0])
-        answer = self._answer(generated.new, generated.run, generated.inputs, grounding, whole=whole)
+        answer = self._answer(new, run, inputs, asked, grounding, whole=whole)
         # Each image may round up to one token more.
         allowed = generated.share * whole + sum("image" in part for part in parts)
         return replace(answer, over_budget=generated.run.visual_kept[0] > allowed)
@@ -145,7 +149,7 @@ class Session:
             layout = self.adapter.layout(self.processor, [conversation])
             with torch.inference_mode(), self._pruned(variant, layout) as run:
                 out = self.model.generate(**tensors, **self._options)
-        return _Generated(out[0, tensors["input_ids"].shape[1] :], run, inputs, whole, share or 1.0)
+        return _Generated(out[0, tensors["input_ids"].shape[1] :], run, inputs, conversation, whole, share or 1.0)
 
     def answer_all(
         self, parts: Parts, variants: Sequence[Variant], grounding: bool = False, exact: bool = False
@@ -196,16 +200,45 @@ class Session:
         rest = [i for i in range(len(variants)) if i not in own]
         answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
-            with self._time(len(rest) * len(decoded)) as check, torch.inference_mode():
-                inputs, tensors = self._encoded(*decoded)
-                check()
-                chosen = [variants[i] for i in rest]
-                forked = fork(self.model, chosen, tensors, layout=layouts[0], exact=exact, **self._options)
-            for i, branch in zip(rest, forked, strict=True):
-                for sample, answers in enumerate(answered):
-                    row = branch.run.row(sample)
-                    answers[i] = self._answer(branch.tokens[sample], row, inputs, grounding, sample)
+            forked = self._forked(decoded, layouts[0], [variants[i] for i in rest], grounding, exact)
+            for answers, made in zip(answered, forked, strict=True):
+                answers |= {i: answer for i, (answer, _) in zip(rest, made, strict=True)}
         return [[answers[i] for i in range(len(variants))] for answers in answered]
+
+    @contained(_METHOD)
+    def answer_and_runs(
+        self, parts: Parts, variants: Sequence[Variant | Ready], grounding: bool = False
+    ) -> list[tuple[Answer, Run]]:
+        """`answer_all` that also says which tokens survived; variants that change the picture are refused."""
+        conversation = _decoded(parts)
+        (made,) = self._forked(
+            [conversation], self.adapter.layout(self.processor, [conversation]), variants, grounding, False
+        )
+        return made
+
+    def _forked(
+        self,
+        decoded: list[list[Mapping[str, Any]]],
+        layout: Mapping[str, Any],
+        variants: Sequence[Variant | Ready],
+        grounding: bool,
+        exact: bool,
+    ) -> list[list[tuple[Answer, Run]]]:
+        """One pass: per conversation, per variant."""
+        with self._time(len(variants) * len(decoded)) as check, torch.inference_mode():
+            inputs, tensors = self._encoded(*decoded)
+            check()
+            branches = fork(self.model, variants, tensors, layout=layout, exact=exact, **self._options)
+        made = []
+        for sample in range(len(decoded)):
+            rows = [branch.run.row(sample) for branch in branches]
+            made.append(
+                [
+                    (self._answer(branch.tokens[sample], row, inputs, decoded[sample], grounding, sample), row)
+                    for branch, row in zip(branches, rows, strict=True)
+                ]
+            )
+        return made
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""
@@ -232,6 +265,7 @@ class Session:
         new: torch.Tensor,
         run: Run,
         inputs: Mapping[str, Any],
+        asked: list[Mapping[str, Any]],
         grounding: bool,
         sample: int = 0,
         whole: int | None = None,
@@ -239,7 +273,8 @@ class Session:
         """From the new tokens and the facts of one row.
 
         Args:
-            sample: of ``inputs``. whole: visual tokens of the image as it was, where a smaller one was asked about.
+            asked: the conversation. sample: of ``inputs``.
+            whole: visual tokens of the image as it was, where a smaller one was asked about.
         """
         text = storable(self.processor.batch_decode([new], skip_special_tokens=True)[0].strip())
         return Answer(
@@ -254,7 +289,18 @@ class Session:
             kv_analytic=_round(run.analytic_share(0, int(new.numel()) - 1)),
             new_tokens=int(new.numel()),
             nonfinite_scores=sum(run.nonfinite_scores),
+            masks=self._masks(run, asked).to_text() if run.cuts else "",
         )
+
+    def _masks(self, run: Run, asked: list[Mapping[str, Any]]) -> Masks:
+        """Of one row; what only the processor knows of where the views lie is filled in."""
+        masks = run.masks()
+        pictures = [part["image"] for part in asked if "image" in part]
+        images = []
+        for image, picture in zip(masks.images, pictures, strict=True):
+            covered = self.adapter.covered(self.processor, picture.size)
+            images.append(replace(image, views=tuple(replace(v, covers=v.covers or covered) for v in image.views)))
+        return replace(masks, images=tuple(images))
 
     def _visual_tokens(self, inputs: Mapping[str, Any]) -> int:
         mask = self.adapter.image_mask(self.model, inputs)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ivcp_eval import benchmarks, vlmeval_bridge
 from ivcp_eval.benchmarks import Benchmark, DataMissing
-from ivcp_eval.files import file_digest, remembered
+from ivcp_eval.files import file_digest, long_cells, remembered
 from ivcp_eval.vlmeval_bridge.environment import data_root, wrong_checksum
 
 
@@ -59,10 +59,9 @@ def rows(benchmark: Benchmark, limit: int | None) -> int:
 
 
 def _count(path: Path) -> int:
-    before = csv.field_size_limit(2**31 - 1)  # pictures are cells, and the limit is the process's
     n = 0
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8", newline="") as stream, long_cells():
             for _ in csv.reader(stream, delimiter="\t"):
                 n += 1
         return max(0, n - 1)
@@ -70,8 +69,6 @@ def _count(path: Path) -> int:
         raise ValueError(f"{path}, {_not_utf8(path)}; save the file as UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"{path}, row {n}: not a TSV file ({error})") from error
-    finally:
-        csv.field_size_limit(before)
 
 
 def _not_utf8(path: Path) -> str:

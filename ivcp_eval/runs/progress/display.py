@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.progress.watch import Tally, Watch
-from ivcp_eval.runs.worker import Hooks
+
+if TYPE_CHECKING:
+    from ivcp_eval.runs.worker import Hooks
 
 LOOK_S = 1.0
 EVERY_S = 30.0
@@ -54,6 +56,8 @@ class Progress:
     @property
     def hooks(self) -> Hooks:
         """What to hand to a worker in this process."""
+        from ivcp_eval.runs.worker import Hooks  # and with it all that answers: looking on needs none of it
+
         return Hooks(self.say, self.warn)
 
     def say(self, text: str) -> None:

@@ -11,13 +11,14 @@ from ivcp_eval.files import DamagedError, damage_as_clear_error
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.models import Weights
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.reports.table import Row, write_results
+from ivcp_eval.reports.table import Row, update_results, write_results
 from ivcp_eval.reports.wide import Table, write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import NOTES_ADVICE, Cell, Identity, read_notes
 from ivcp_eval.runs.records.recompute import recompute
 from ivcp_eval.runs.records.rows import cell_rows
 from ivcp_eval.runs.store import manifest
+from ivcp_eval.runs.store.finished import csv_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,20 @@ def build(name: str, runs: Path | None = None, output: Path | None = None) -> Bu
     )
 
 
+def rebuild_evaluation(state: Path, runs: Path) -> tuple[Path, Collected]:
+    """Make the records of one `ivcp eval` again and merge its rows into its results file; see `build`.
+
+    Raises:
+        FileNotFoundError, DamagedError: its manifest is not there, or damaged. ResultsError: its results file is.
+    """
+    (model,) = manifest.read(state)["models"]
+    csv = csv_of(state) or state.parent.parent / f"{model}.csv"
+    collected = collect(state, runs, csv)
+    if collected.rows:
+        update_results(csv, collected.rows)
+    return csv, collected
+
+
 @dataclasses.dataclass(frozen=True)
 class Collected:
     """The rows of a run.
@@ -101,10 +116,9 @@ def collect(state: Path, runs: Path, csv: Path) -> Collected:
     for entry in noted["cells"]:
         folder = runs / entry["folder"]
         collected.planned.setdefault(entry["model"], []).append(folder.parent.name)  # its benchmark (`Cell.folder`)
-        if not (folder / "run.json").is_file():
+        if not (folder / "scores.json").is_file():
             missing += 1
-        elif not (folder / "scores.json").is_file():
-            missing, unscored = missing + 1, unscored + 1
+            unscored += (folder / "run.json").is_file()
         else:
             try:
                 collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))

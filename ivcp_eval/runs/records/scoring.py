@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.files import DiskFullError, room_left
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.runs.answering.prompts import prompts_of
@@ -49,7 +50,7 @@ def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[in
                 waiting = True
             elif cell.load_record() is None:
                 try:
-                    with _aside(plan):
+                    with aside(plan.state):
                         whole = _score(plan, model, benchmark, cell, dataset.of(benchmark, plan.options.limit), say)
                 except JournalHeld:  # `ivcp eval` is at the same cell, or another worker still scores it
                     whole = False
@@ -82,9 +83,13 @@ class _Dataset:
 
 
 @contextmanager
-def _aside(plan: RunPlan) -> Iterator[None]:
-    """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker."""
-    path = plan.state / "logs" / "scoring.log"
+def aside(state: Path) -> Iterator[None]:
+    """VLMEvalKit's bars, one for each cell, go to a log: answers are known, so they show nothing but flicker.
+
+    Args:
+        state: folder of the run, below which the log is.
+    """
+    path = state / "logs" / "scoring.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with redirect_stderr(_Log(path)):
         yield
@@ -118,6 +123,8 @@ def _score(
                 journal.append(key, answer)
         config = judge_config(plan.options, benchmark)
         judge = Judge(config, cache_folder(plan.runs)) if config else None
+        if judge and judge.cache.unreadable:
+            say(f"{judge.cache.path}: {judge.cache.unreadable} damaged lines do not count and are asked again")
         family = adapter(model.weights.family)
         record = score_answers(plan.options, family, benchmark, cell, journal, dataset, judge)
     say(f"scored {cell.identity.variant.name} on {benchmark.name}: {record.status} {record.reason}".rstrip())
@@ -173,7 +180,11 @@ def score_answers(
     lines = dataset.data.drop(columns="image", errors="ignore").to_dict("records")
     try:
         scored = bridge.score(benchmark, dataset, predictions, judge)
+    except ValueError as error:  # of a file that the evaluator could not write
+        _check_room(work, error)
+        raise
     except (JudgeError, ScoreMissing) as error:
+        _check_room(work, error)
         scored, problem = bridge.Scored({}, {}), f"no score: {error}"
     Scores(
         _made(cell, options),
@@ -188,6 +199,15 @@ def score_answers(
     if record.status == "ok":
         shutil.rmtree(work)
     return record
+
+
+def _check_room(folder: Path, error: Exception) -> None:
+    """Raise DiskFullError in place of what an evaluator says of files that it could not write."""
+    if not room_left(folder):
+        raise DiskFullError(
+            f"no space is left at {folder}, where VLMEvalKit evaluates; free some and run the same command again: the "
+            "answers are kept"
+        ) from error
 
 
 def _made(cell: Cell, options: Options) -> Made:

@@ -51,6 +51,14 @@ def known(state: Path) -> Finished | None:
     return found if same and found.csv.is_file() else None
 
 
+def csv_of(state: Path) -> Path | None:
+    """The results file of an evaluation that was whole once, whatever changed since; None of any other."""
+    try:
+        return Path(read_json(_path(state), "it is only a note")["csv"])
+    except (OSError, *DAMAGE):
+        return None
+
+
 def _path(state: Path) -> Path:
     return state / "finished.json"
 

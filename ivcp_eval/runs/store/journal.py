@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import DAMAGE, DamagedError, disk_full_as_clear_error, hold_lock
+from ivcp_eval.files import DAMAGE, DamagedError, disk_full_as_clear_error, hold_lock, sealed_line, unsealed_line
 from ivcp_eval.interface.records import Answer
 
-_CHECKSUM = re.compile(rb', "checksum": "([0-9a-f]{16})"\}$')
 ANSWERED_AGAIN = "what is missing does not count and is answered again by the next run, all other lines count"
 _MOST = 3  # damaged lines whose reason is spelled out
 
@@ -119,22 +116,18 @@ class Journal:
 def line_of(key: str, answer: Answer) -> bytes:
     """The line of an answer: its fields, and last the checksum of the line without it."""
     body = json.dumps({"key": key, **answer.to_json()}, ensure_ascii=False, sort_keys=True).encode()
-    return body[:-1] + f', "checksum": "{_digest(body)}"}}\n'.encode()
+    return sealed_line(body)
 
 
 def entry(line: bytes) -> tuple[str, Answer]:
-    """The key and the answer of a journal line; one of an earlier version has no checksum.
+    """The key and the answer of a journal line.
 
     Raises:
         ValueError: the line was changed since it was written, has no key, or is no answer (`Answer.from_json`).
     """
-    noted = _CHECKSUM.search(line)
-    if noted:
-        line = line[: noted.start()] + b"}"
-        if _digest(line) != noted[1].decode():
-            raise ValueError("changed since it was written")
+    body = unsealed_line(line)
     try:
-        record = json.loads(line.decode())
+        record = json.loads(body.decode())
     except UnicodeDecodeError:
         raise ValueError("not text") from None
     except (ValueError, RecursionError):
@@ -145,7 +138,3 @@ def entry(line: bytes) -> tuple[str, Answer]:
         return record.pop("key"), Answer.from_json(record)
     except DAMAGE as error:
         raise ValueError(f"no answer: {error}") from None
-
-
-def _digest(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()[:16]

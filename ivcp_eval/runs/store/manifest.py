@@ -35,7 +35,7 @@ def read(state: Path) -> dict[str, Any]:
         FileNotFoundError: the run was never started. DamagedError: the file holds something else.
     """
     file = path(state)
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"{file} is not there: {state.name!r} has not run; start it with `ivcp sweep run`")
     advice = "the next run writes it again"
     found = read_json(file, advice)

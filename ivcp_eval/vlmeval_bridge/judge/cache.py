@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.files import DAMAGE, disk_full_as_clear_error, hold_lock, storable
+from ivcp_eval.files import DAMAGE, disk_full_as_clear_error, hold_lock, sealed_line, storable, unsealed_line
 
 
 class VerdictCache:
     """Records with a "key" and a "verdict", one JSON line each; the first record of a key counts.
 
-    Each line is appended whole under a lock that is held only for that moment. A line that a kill cut short stays
-    behind as one unreadable line and costs one verdict.
+    Each line is appended whole, with its checksum, under a lock that is held only for that moment. A line that a kill
+    cut short, or that was changed since, stays behind as one unreadable line and costs one verdict.
+
+    Attributes:
+        unreadable: how many such lines there are.
     """
 
     def __init__(self, folder: Path, judge: str) -> None:
@@ -53,7 +56,7 @@ class VerdictCache:
         if not line.strip():
             return
         try:
-            record = json.loads(line.decode())
+            record = json.loads(unsealed_line(line).decode())
             if not isinstance(record["verdict"], str) or not isinstance(record["key"], str):
                 raise TypeError
         except DAMAGE:
@@ -67,7 +70,7 @@ class VerdictCache:
         Raises:
             DiskFullError: no space is left; the records before it are whole.
         """
-        line = (storable(json.dumps(dict(record), ensure_ascii=False, sort_keys=True)) + "\n").encode()
+        line = sealed_line(storable(json.dumps(dict(record), ensure_ascii=False, sort_keys=True)).encode())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self.path.open("a+b", buffering=0) as file:
             hold_lock(file, self.path)

@@ -31,7 +31,8 @@ MORE_ROOM, MOST_ROOM = 8, 4096
 MOST_UNREADABLE = 0.1
 _TRIES = 3  # after time-outs and bodies that are no completions; others are retried as often as the user allows
 _FILTERED = ("content_filter", "content_policy_violation")
-_CUT = ("length", "max_tokens", "model_length", "abort", "error")  # OpenAI's, and what other servers say
+# How servers say that a reply is whole; by any other reason to stop, known or not, it may be a part of one.
+_WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished", "end")
 _NO_ROOM = "output limit was reached"  # OpenAI's reasoning models refuse what they have no room to finish
 # What to send in place of a field that the judge refuses; None leaves it out.
 _INSTEAD: Mapping[str, str | None] = {**dict(zip(LENGTHS, reversed(LENGTHS), strict=True)), "temperature": None}
@@ -75,6 +76,7 @@ class Judge:
         self._probed = False
         self._renamed: dict[str, str | None] = {}  # as `_INSTEAD`, of what this judge has refused
         self._stop = threading.Event()
+        self._stopped: set[str] = set()  # reasons of replies that were cut off
 
     @property
     def identity(self) -> str:
@@ -98,7 +100,8 @@ class Judge:
             outcomes = self._ask_all(missing)
             unrated = len(missing) - outcomes["rated"]
             if unrated > max(1.0, MOST_UNREADABLE * len(missing)):
-                cut = f"{outcomes['cut']} were cut off: allow more with --judge-options max_tokens=4096. "
+                reasons = ", ".join(sorted(self._stopped))
+                cut = f"{outcomes['cut']} were cut off ({reasons}): allow more with --judge-options max_tokens=4096. "
                 raise JudgeUnusable(
                     f"{unrated} of {len(missing)} replies of judge {self.identity} cannot be read as verdicts. "
                     f"{cut if outcomes['cut'] else ''}Name another model (JUDGE=); the readable verdicts are kept."
@@ -178,7 +181,8 @@ class Judge:
                 break
             try:
                 reply = await self._complete(client, question.messages, room, temperature)
-            except _CutOff:
+            except _CutOff as cut:
+                self._stopped.add(str(cut))
                 room, outcome = max(room, min(MORE_ROOM * room, MOST_ROOM)), "cut"
                 continue
             except JudgeRefused:
@@ -245,7 +249,7 @@ class Judge:
                 if error.code in _FILTERED:
                     return ""
                 if _NO_ROOM in error.response.text:
-                    raise _CutOff from None
+                    raise _CutOff(_NO_ROOM) from None
                 if not self._does_without(error, fields):
                     self._renamed = before
                     raise JudgeRefused(self._said("refuses the request", error)) from None
@@ -259,7 +263,8 @@ class Judge:
             except openai.APIConnectionError as error:
                 raise JudgeUnreachable(self._said("cannot be reached", error)) from None
             except (
-                openai.APIResponseValidationError, json.JSONDecodeError, RecursionError, ReplyTooLong, _NotACompletion,
+                openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError, RecursionError,
+                ReplyTooLong, _NotACompletion,
             ) as error:  # fmt: skip
                 trouble = self._said("does not answer with chat completions", error)
                 tries -= 1
@@ -304,8 +309,10 @@ def _key() -> str:
 
 def _refusal(error: APIStatusError) -> str:
     if 300 <= error.status_code < 400:
-        host = urlsplit(error.response.headers.get("Location", "")).netloc.rpartition("@")[2]
-        return f"redirects to {host or 'another place'}, where the key is not sent; if that is the judge, name its URL"
+        with suppress(ValueError):  # a location that is no URL
+            if host := urlsplit(error.response.headers.get("Location", "")).netloc.rpartition("@")[2]:
+                return f"redirects to {host}, where the key is not sent; if that is the judge, name its URL"
+        return "redirects, and not to where the judge is; name its URL"
     return "refuses the request"
 
 
@@ -315,8 +322,9 @@ def _text(body: Any) -> str:
         content = choice.message.content
     except (AttributeError, IndexError, TypeError) as error:
         raise _NotACompletion(f"no choices in the reply: {str(body)[:80]!r}") from error
-    if choice.finish_reason in _CUT:
-        raise _CutOff
-    if choice.finish_reason == "content_filter" or not isinstance(content, str):
+    reason = str(choice.finish_reason or "").lower()
+    if reason == "content_filter" or not isinstance(content, str):
         return ""
+    if reason not in _WHOLE:
+        raise _CutOff(reason)
     return content.strip()

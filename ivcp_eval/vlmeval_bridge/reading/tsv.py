@@ -35,7 +35,7 @@ TEXT = PROSE | {"index", "image", "image_path", "answer", "category", "l2-catego
 LONGEST_NAME = 200
 
 _PLAIN_INDEX = re.compile(r"[\w.\- ]+")
-_OPERATOR = re.compile(r"[(*]|<<")
+_OPERATOR = re.compile(r"[(*%{]|<<")
 _HARMLESS = (
     *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.UnaryOp, ast.UAdd, ast.USub, ast.BinOp),
     *(ast.Add, ast.Sub, ast.Div, ast.Tuple, ast.List, ast.Dict, ast.Set),
@@ -209,7 +209,9 @@ def _acts(text: str) -> bool:
 
 
 def _grows(node: ast.AST) -> bool:
-    """Whether an operation makes something huge of constants: 9**9**9, 1 << 10**9, "a" * 10**9."""
+    """Whether an operation makes something huge of constants: 9**9**9, 1 << 10**9, "a" * 10**9, "%999999999d" % 1."""
+    if isinstance(node, ast.FormattedValue) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod)):
+        return any(isinstance(part, ast.Constant) and isinstance(part.value, str | bytes) for part in ast.walk(node))
     if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Pow | ast.LShift | ast.Mult):
         return False
     inside = list(ast.walk(node))

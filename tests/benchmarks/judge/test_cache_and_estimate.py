@@ -52,6 +52,17 @@ def test_a_line_cut_short_by_a_kill_costs_one_verdict(tmp_path: Path, cut: int):
     assert final.unreadable == 1
 
 
+def test_an_edited_verdict_does_not_count(tmp_path: Path):
+    cache = VerdictCache(tmp_path, "j")
+    cache.add(record("a"))
+    cache.add(record("b"))
+    cache.path.write_text(cache.path.read_text().replace('"verdict": "1.0"', '"verdict": "0.0"', 1))
+    after = VerdictCache(tmp_path, "j")
+    assert (after.get("a"), after.get("b"), after.unreadable) == (None, "1.0", 1)
+    after.add(record("a"))
+    assert VerdictCache(tmp_path, "j").get("a") == "1.0"
+
+
 def test_another_process_is_seen_after_a_refresh(tmp_path: Path):
     one, other = VerdictCache(tmp_path, "j"), VerdictCache(tmp_path, "j")
     one.add(record("a"))

@@ -24,7 +24,7 @@ MIB = 1 << 20
 # -- cut off --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reason", ["length", "max_tokens", "model_length"])
+@pytest.mark.parametrize("reason", ["length", "max_tokens", "MAX_TOKENS", "insufficient_system_resource", "cancelled"])
 def test_a_reply_that_is_cut_off_is_no_verdict(tmp_path: Path, reason: str):
     """ "0.0" may be how "0.05" begins."""
 
@@ -37,6 +37,36 @@ def test_a_reply_that_is_cut_off_is_no_verdict(tmp_path: Path, reason: str):
     assert limits == [16, 128, 1024], "asked again, with more room"
     (path,) = tmp_path.iterdir()
     assert len(path.read_text().splitlines()) == 19
+
+
+@pytest.mark.parametrize("reason", ["stop", "STOP", "eos_token", "end_turn", "COMPLETE", "", None])
+def test_a_reply_that_is_whole_is_taken(tmp_path: Path, reason: str | None):
+    with serve(lambda body, n: completion("0.5", reason)) as server:
+        assert judge(server, tmp_path).rate([question(0)]) == ["0.5"]
+
+
+def test_a_reason_that_nobody_knows_is_named(tmp_path: Path):
+    with (
+        serve(lambda body, n: completion("0.5", "moon phase")) as server,
+        pytest.raises(JudgeUnusable, match=r"2 were cut off \(moon phase\)"),
+    ):
+        judge(server, tmp_path).rate([question(0), question(1)])
+
+
+def test_bytes_that_are_no_text_are_no_completion(tmp_path: Path):
+    body = b'{"choices":[{"message":{"content":"\xff"}}]}'
+    with serve(lambda _, n: Reply(body=body)) as server, pytest.raises(JudgeUnreachable, match="UnicodeDecodeError"):
+        judge(server, tmp_path, retries=0).rate([question(0)])
+
+
+@pytest.mark.parametrize("location", ["http://[::bad", "/v1/chat/completions", ""])
+def test_a_redirect_that_leads_nowhere_is_refused_in_words(tmp_path: Path, location: str):
+    headers = {"Location": location} if location else {}
+    with (
+        serve(lambda _, n: Reply(307, headers=headers)) as server,
+        pytest.raises(JudgeRefused, match="redirects, and not to where the judge is"),
+    ):
+        judge(server, tmp_path).rate([question(0)])
 
 
 def test_with_more_room_it_is_whole(tmp_path: Path):
@@ -60,7 +90,9 @@ def test_a_judge_that_takes_no_more_room_leaves_the_answer_out(tmp_path: Path):
 
 
 def test_cut_off_replies_are_counted_and_the_remedy_named(tmp_path: Path):
-    unusable = pytest.raises(JudgeUnusable, match=r"9 of 9 .* 9 were cut off: allow more with --judge-options max_tok")
+    unusable = pytest.raises(
+        JudgeUnusable, match=r"9 of 9 .* 9 were cut off \(length\): allow more with --judge-options max_tok"
+    )
     with serve(lambda body, n: completion("0.0", "length")) as server, unusable:
         judge(server, tmp_path).rate([question(i) for i in range(9)])
 

@@ -10,9 +10,10 @@ import torch
 
 from ivcp_eval.interface.ops import coordinate_set
 from ivcp_eval.lab.tiny2 import evaluate
-from ivcp_eval.lab.tiny2.acceptance import Verdicts, table
+from ivcp_eval.lab.tiny2.acceptance import table
 from ivcp_eval.lab.tiny2.processor import build_config, save_processor
 from ivcp_eval.methods.ivc_prune import Method as IvcPrune
+from ivcp_eval.reports.stats.verdicts import Verdicts
 from tests.lab.tiny2.test_forward import SMALL
 
 

@@ -7,11 +7,13 @@ What the arrays are: data/README.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ivcp_eval.engine.signals.source import attention_rows
 from ivcp_eval.interface import AbstractMethod, Cut, Image, ImageSpan, Selection, Signals
 
 Case = Mapping[str, Tensor]
@@ -41,6 +43,18 @@ def one_image(
         attention=lambda rows, entering=False: states,
         cut=Cut(0, 0.5, renumber=True),
         **parts,
+    )
+
+
+def evicting(case: Case) -> Signals:
+    """A row of ``n_visual`` tokens and the question, at an eviction that keeps ``budget`` in every head."""
+    n, total = int(case["n_visual"]), case["key"].shape[1]
+    query, key = case["query"], case["key"]
+    signals = one_image(n, case["budget"], behind=total - n, query=query, key=key)
+    return replace(
+        signals,
+        cut=Cut(0, 0.5, cache="own"),
+        attention=lambda rows, entering=False: attention_rows(query, key, rows, key.shape[-1] ** -0.5),
     )
 
 

@@ -16,10 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from PIL import Image
 
+from ivcp_eval.cli import main
 from ivcp_eval.interface.records import Answer
+from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.session import Session
 from tests.runs.e2e.conftest import Lab
@@ -51,6 +54,10 @@ def test_pruned_and_baseline_land_in_one_csv_and_are_reused(
         before = read_samples(lab.csv.parent / baseline["predictions"])
         assert [s["prompt_sha256"] for s in samples] == [s["prompt_sha256"] for s in before]
         assert all(s["visual_kept"] < s["visual_tokens"] for s in samples)
+        for sample in samples:
+            masks = Masks.from_text(sample["masks"])
+            assert (masks.mask().sum(), masks.mask().size) == (sample["visual_kept"], sample["visual_tokens"])
+        assert not any(s["masks"] for s in before), "the baseline cuts nothing"
         assert pruned["score"] / pruned["score_scale"] == pytest.approx(sum(s["score"] for s in samples) / 4)
     out = capsys.readouterr().out
     assert "accuracies mean nothing" in out.lower()
@@ -179,6 +186,45 @@ def test_changed_data_is_refused(
     declared("changed", YAML.format(name="changed") + f"sha256: {'f' * 64}\n", "index\n0\n")
     assert lab.eval("--data", "changed") == 2
     assert "checksum" in capsys.readouterr().err
+
+
+def test_records_and_rows_are_made_again_without_a_model(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.eval("--data", "tiny_mcq", "--limit", "2") == 0
+    before = lab.csv.read_bytes()
+    records = list((lab.folder / "runs").rglob("run.json"))
+    assert len(records) == 2
+    for path in [*records, lab.csv]:
+        path.unlink()
+    assert main(["sweep", "results", "--runs", str(lab.folder / "runs")]) == 0
+    assert lab.csv.read_bytes() == before
+    assert all(path.is_file() for path in records)
+    assert f"2 rows renewed: {lab.csv}" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_for_the_evaluator_is_said(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """VLMEvalKit leaves an empty file and reads it back."""
+    from ivcp_eval.runs.records import scoring
+    from ivcp_eval.vlmeval_bridge import register
+
+    register()
+    from ivcp_eval.vlmeval_bridge import evaluate
+
+    def empty(*_: Any) -> None:
+        raise pd.errors.EmptyDataError("No columns to parse from file")
+
+    with monkeypatch.context() as full:
+        full.setattr(evaluate, "score", empty)
+        full.setattr(scoring, "room_left", lambda folder: False)
+        assert lab.eval("--data", "tiny_mcq", "--limit", "1") == 2
+    assert "no space is left at" in capsys.readouterr().err
+    assert lab.eval("--data", "tiny_mcq", "--limit", "1") == 0
+
+
+def test_nothing_to_make_again_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "results", "--runs", str(tmp_path / "runs")]) == 0
+    assert f"nothing has run yet below {tmp_path}" in capsys.readouterr().out
 
 
 def test_missing_data_is_said_and_the_rest_is_run(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.progress import display, status
 from ivcp_eval.runs.progress.watch import Watch
-from ivcp_eval.runs.records.scoring import _aside
+from ivcp_eval.runs.records.scoring import aside
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark
 from tests.runs.sweep.conftest import Bench
@@ -62,7 +62,7 @@ def test_only_what_is_not_done_costs_anything(bench: Bench) -> None:
 def test_what_was_set_up_while_a_cell_was_scored_writes_on(bench: Bench) -> None:
     """A library's logger takes the standard error of the moment and keeps it."""
     plan = make(load(bench.spec), bench.folder / "runs")
-    with _aside(plan):
+    with aside(plan.state):
         handler = logging.StreamHandler()
         sys.stderr.write("a bar\n")
     handler.stream.write("later\n")

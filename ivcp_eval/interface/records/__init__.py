@@ -69,6 +69,7 @@ class Answer:
             tokens' cache, mean over layers and steps; None where `visual_cached` is all there is to say.
         together: made beside other rows in half precision, where the other rows change how a row is rounded.
         over_budget: the picture was to be made smaller, and still costs more than asked.
+        masks: text of `records.masks.Masks`; empty where no cut removed anything.
         settled: a failure that every further try would repeat.
     """
 
@@ -85,6 +86,7 @@ class Answer:
     together: bool = _of("boolean", "batched with others in half precision", False)
     over_budget: bool = _of("boolean", "costs more than asked at any size", False)
     nonfinite_scores: int = _of("integer", "scores of visual tokens that were NaN or infinite", 0, low=0)
+    masks: str = _of("text", "which visual tokens each cut kept, and where they lie in the picture", "", column="masks")
     error: str = _of("text", "why there is no answer; empty if there is one", "", column="error")
     settled: bool = _of("boolean", "the failure is final", False)
     traceback: str = _of("text", "innermost frames of the failure", "")

@@ -1,0 +1,311 @@
+"""One model on rows of one benchmark, answered under any conditions, with answers that survive a kill."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ivcp_eval import files
+from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.interface.failures import FAILURES, device_lost
+from ivcp_eval.interface.records import Answer
+from ivcp_eval.interface.registry import adapter
+from ivcp_eval.interface.variants import BASELINE, text_of
+from ivcp_eval.reports.stats import PairedResult, holm
+from ivcp_eval.reports.terminal import fold
+from ivcp_eval.runs.answering.prompts import Prompts
+from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.data import fetch_missing
+from ivcp_eval.runs.planning.plan import ModelPlan, RunPlan, make
+from ivcp_eval.runs.planning.spec import check
+from ivcp_eval.runs.records.sample_rows import samples
+from ivcp_eval.runs.records.scores import Made, Sample
+from ivcp_eval.runs.records.scoring import aside
+from ivcp_eval.runs.store.journal import Journal
+from ivcp_eval.vlmeval_bridge import register
+
+if TYPE_CHECKING:
+    from ivcp_eval.engine.fork import Ready
+    from ivcp_eval.engine.run import Run
+    from ivcp_eval.interface.variants import Variant
+    from ivcp_eval.runs.answering.session import Parts, Session
+    from ivcp_eval.vlmeval_bridge.evaluate import Asked, Scored
+
+FOLDER = files.RESULTS / "analyses"
+Seen = Callable[[Mapping[str, "Run"]], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of the benchmark, as it is asked.
+
+    Attributes:
+        index: of the row. key: content hash of the prompt. parts: the conversation, as a `Session` takes it.
+    """
+
+    index: str
+    key: str
+    parts: Parts
+
+
+@dataclass
+class Study:
+    """One model on one benchmark.
+
+    Attributes:
+        cells: of the variants that were asked for, the unpruned one first. dataset: VLMEvalKit's, with the rows that
+            take part. folder: where answers are kept. tell: prints what is neither result nor error.
+    """
+
+    plan: RunPlan
+    model: ModelPlan
+    benchmark: Benchmark
+    cells: tuple[Cell, ...]
+    dataset: Any
+    folder: Path
+    tell: Callable[[str], None] = lambda text: None
+    _journal: Journal | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any], folder: Path, tell: Callable[[str], None]) -> Study:
+        """The study of a request, which is a sweep file's content with one model and one benchmark.
+
+        Raises:
+            ValueError: something is wrong with the request, or neither model nor data are here.
+        """
+        spec = check({"kind": "eval", "controls": [], **request}, "analysis")
+        fetch_missing((name for _, name in spec.cells), tell)
+        plan = make(spec, folder)
+        if not plan.models:
+            raise ValueError("\n".join(plan.problems))
+        (model,) = plan.models.values()
+        ((benchmark, cells),) = model.groups.values()
+        if benchmark.judge == "required":
+            raise ValueError(f"{benchmark.name} is rated by a judge, and an analysis asks none; choose another one")
+        register()
+        from ivcp_eval.vlmeval_bridge.evaluate import build
+
+        return cls(plan, model, benchmark, cells, build(benchmark, spec.options.limit), folder, tell)
+
+    @cached_property
+    def session(self) -> Session:
+        """The model in memory."""
+        from ivcp_eval.runs.answering.session import Session
+
+        options = self.plan.options
+        return Session(
+            self.model.weights, self.model.placement, self.model.limits, options.trust_remote_code, options.timeout
+        )
+
+    @property
+    def baseline(self) -> Cell:
+        """The cell of the unpruned model."""
+        return next(cell for cell in self.cells if cell.identity.variant.method == BASELINE)
+
+    @property
+    def pruned(self) -> list[Cell]:
+        """The cells of all other variants."""
+        return [cell for cell in self.cells if cell.identity.variant.method != BASELINE]
+
+    def digest(self, *settings: Any) -> str:
+        """Of everything but the variants that can change an answer, ``settings`` and their code among it."""
+        content = [named(self.baseline), *settings]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    @contextmanager
+    def kept(self, name: str) -> Iterator[Journal]:
+        """Keep answers in the file ``name``, and take those from it that are there."""
+        with Journal(self.folder / "answers" / f"{name}.jsonl").open() as journal:
+            if journal.damage:
+                self.tell(str(journal.damage))
+            self._journal = journal
+            try:
+                yield journal
+            finally:
+                self._journal = None
+
+    def questions(self, rows: Any = None) -> list[Question]:
+        """The prompts of the data set, or of ``rows``, a table like its own; rows that cannot be read are told of."""
+        asked = self._asked if rows is None else self._read(rows)
+        for row in asked:
+            if row.message is None:
+                self.tell(f"{self.benchmark.name}, row {row.index} is left out: {row.failure['error']}")
+        return [
+            Question(row.index, row.key, [{part["type"]: part["value"]} for part in row.message])
+            for row in asked
+            if row.message is not None
+        ]
+
+    @cached_property
+    def _asked(self) -> list[Asked]:
+        return self._read(self.dataset.data)
+
+    def _read(self, rows: Any) -> list[Asked]:
+        from ivcp_eval.vlmeval_bridge.evaluate import messages
+        from ivcp_eval.vlmeval_bridge.model import Prompting
+
+        with self._with_rows(rows):
+            return list(messages(self.dataset, Prompting(adapter(self.model.weights.family))))
+
+    def answers(
+        self, question: Question, conditions: Mapping[str, Variant | Ready], seen: Seen | None = None
+    ) -> dict[str, Answer]:
+        """Answer a question under every condition in one pass; what the journal has is not answered again.
+
+        Args:
+            conditions: name, unique in the journal, -> what answers. seen: gets the facts of each prefill; answers
+                from the journal and those made one by one after a failure have none.
+        """
+        assert self._journal is not None
+        found = {name: self._journal.records.get(f"{name} {question.key}") for name in conditions}
+        lacking = {name: conditions[name] for name, answer in found.items() if answer is None or not answer.is_settled}
+        for name, (answer, run) in self._made(question, lacking).items() if lacking else ():
+            self._journal.append(f"{name} {question.key}", answer)
+            found[name] = answer
+            if seen and run is not None:
+                seen({name: run})
+        return {name: answer for name, answer in found.items() if answer is not None}
+
+    def _made(
+        self, question: Question, conditions: Mapping[str, Variant | Ready]
+    ) -> dict[str, tuple[Answer, Run | None]]:
+        """All together, or one by one where that fails, so that one condition cannot fail the others."""
+        grounding = self.benchmark.kind == "grounding"
+        try:
+            made = self.session.answer_and_runs(question.parts, list(conditions.values()), grounding)
+            return dict(zip(conditions, made, strict=True))
+        except FAILURES as error:
+            if device_lost(self.session.model):
+                raise
+            if len(conditions) == 1:
+                return {name: (Answer.failed(error), None) for name in conditions}
+        alone = [self._made(question, {name: condition}) for name, condition in conditions.items()]
+        return {name: answer for one in alone for name, answer in one.items()}
+
+    def scored(self, answers: Mapping[str, Answer]) -> Scored:
+        """VLMEvalKit's evaluation of the rows with these indices; a failed answer counts as wrong."""
+        from ivcp_eval.vlmeval_bridge import evaluate as bridge
+
+        data = self.dataset.data
+        rows = data[data["index"].astype(str).isin(answers.keys())]
+        with self._with_rows(rows), aside(self.folder), tempfile.TemporaryDirectory() as work:
+            given = {index: answer.scored for index, answer in answers.items()}
+            predictions = bridge.stored(self.dataset, given, Path(work))
+            return bridge.score(self.benchmark, self.dataset, predictions)
+
+    def samples(self, answers: Mapping[str, Answer]) -> dict[str, Sample]:
+        """Index -> score, cluster and category of each row; only rows that have a score of their own.
+
+        Raises:
+            ValueError: the benchmark gives no sample a score of its own.
+        """
+        data = self.dataset.data
+        rows = data[data["index"].astype(str).isin(answers.keys())].drop(columns="image", errors="ignore")
+        found = samples(self.benchmark, rows.to_dict("records"), Prompts.of(self._asked), self.scored(answers))
+        scored = {sample.index: sample for sample in found if sample.score is not None}
+        if not scored:
+            raise ValueError(f"{self.benchmark.name} gives no sample a score of its own, so nothing can be paired")
+        return scored
+
+    @contextmanager
+    def _with_rows(self, rows: Any) -> Iterator[None]:
+        before, self.dataset.data = self.dataset.data, rows
+        try:
+            yield
+        finally:
+            self.dataset.data = before
+
+    def provenance(self, settings: Mapping[str, Any], answers: Sequence[Answer] = ()) -> dict[str, Any]:
+        """What the numbers were made from, as JSON."""
+        return {
+            "made": asdict(Made.now(self.baseline.identity.code, "", timing=True)),
+            "model": json.loads(self.baseline.identity.canonical),
+            "variants": [json.loads(cell.identity.canonical) for cell in self.pruned],
+            "settings": dict(settings),
+            "device": sorted({answer.device for answer in answers if answer.device}),
+            "failed_answers": sum(bool(answer.error) for answer in answers),
+        }
+
+
+def named(cell: Cell) -> str:
+    """A cell's hash but for its limit: answers are kept by their prompt, so more rows cost no answer."""
+    return replace(cell.identity, limit=None).hash
+
+
+def label(variant: Variant) -> str:
+    """As a table names it: the method, what was asked for, and parameters of the user's."""
+    shown = {name: value for name, value in variant.parameters.items() if name not in variant.implied}
+    kind = f" of {variant.budget.label}" if variant.budget else ""
+    return " ".join([f"{variant.method} {variant.asked:g}{kind}", *(f"{k}={text_of(v)}" for k, v in shown.items())])
+
+
+def compared(result: PairedResult | None, reference: str) -> dict[str, Any]:
+    """The columns of a paired difference to ``reference``; without a result they are empty."""
+    low, high = (result.difference_interval.low, result.difference_interval.high) if result else (None, None)
+    return {
+        "against": reference if result else "",
+        "difference": result and result.difference,
+        "difference_low": low,
+        "difference_high": high,
+        "p_value": result.p_value if result else math.nan,
+    }
+
+
+def with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with ``p_holm``, their ``p_value`` after Holm's correction over all of them."""
+    for row, p_holm in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_holm"] = float(p_holm)
+    return rows
+
+
+def text(rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = (), names: int = 1) -> str:
+    """The table for a terminal, differences with their intervals.
+
+    Args:
+        hidden: columns that it leaves out. names: how many of the first columns name a row.
+    """
+    shown = [
+        {
+            **row,
+            "difference": ""
+            if row["difference"] is None
+            else f"{row['difference']:+.1f} [{row['difference_low']:+.1f}, {row['difference_high']:+.1f}]",
+        }
+        for row in rows
+    ]
+    left = [name for name in rows[0] if name not in (*hidden, "difference_low", "difference_high", "p_value")]
+    return fold({name: [_short(row[name]) for row in shown] for name in left}, left[:names])
+
+
+def _short(value: Any) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> None:
+    """The table as CSV at ``path``, and beside it, with the ending ``.json``, what it was made from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_write(path) as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+    files.write_json(path.with_suffix(".json"), dict(provenance))
+
+
+def cell(value: Any) -> Any:
+    """As a CSV or a table has it: six digits, and nothing for what could not be computed."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, str):
+        return files.as_shown(value)
+    return f"{value:.6g}" if isinstance(value, float) else value

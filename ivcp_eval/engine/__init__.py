@@ -13,8 +13,9 @@ from ivcp_eval.engine.hooks import Pruner, listeners_for
 from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported, VisionTap
+from ivcp_eval.interface.method import method_name
 from ivcp_eval.interface.registry import adapter as load_adapter
-from ivcp_eval.interface.registry import family_of, make_method, method_name
+from ivcp_eval.interface.registry import family_of, make_method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

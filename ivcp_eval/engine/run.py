@@ -15,6 +15,9 @@ from ivcp_eval.interface.records.masks import CutMask, ImageCells, Masks
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from PIL.Image import Image
+
+    from ivcp_eval.interface.records.drawing import Drawing
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,21 @@ class Run:
             cut: which of `cuts`; the default is the last. All cells are alive where nothing was cut.
         """
         return self.masks(row).mask(image, view, cut)
+
+    def show(
+        self, picture: Image | None = None, image: int = 0, row: int = 0, view: int | str = 0, size: int = 360
+    ) -> Drawing:
+        """One image with the cells that each cut kept; a notebook shows it, and it has ``save(path)``.
+
+        Args:
+            picture: the PIL image; without it the cells are drawn on an empty one.
+            image, row, view: as in `mask`. size: pixels of the longer side of a panel.
+        """
+        from ivcp_eval.interface.records.drawing import Drawing, Row
+
+        masks = self.masks(row)
+        masks.view(image, view)  # says what is wrong with them
+        return Drawing(picture, [Row(f"{self.method} {self.ratio:g}", masks=masks)], image, view, size)
 
     @property
     def layer_mean_ratio(self) -> float:

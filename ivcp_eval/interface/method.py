@@ -471,7 +471,6 @@ class AbstractScorer(AbstractMethod):
         import torch
 
         from ivcp_eval.interface.ops import top_of_each_image
-        from ivcp_eval.interface.registry import method_name
 
         score = self.score(signals)
         check_type(score, torch.Tensor, method_name(self), "score", "a torch tensor (V,), one number per visual token")
@@ -482,3 +481,8 @@ class AbstractScorer(AbstractMethod):
             )
         nonfinite = int((~torch.isfinite(score)).sum())
         return Selection(top_of_each_image(score, signals.images), nonfinite=nonfinite)
+
+
+def method_name(method: AbstractMethod) -> str:
+    """The registered name of an instance: its module's, or what the instance itself says (wrappers, plug-ins)."""
+    return str(getattr(method, "name", type(method).__module__.rsplit(".", 1)[-1]))

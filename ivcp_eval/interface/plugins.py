@@ -93,7 +93,7 @@ class Plugin:
 
 def wrong(cls: Any) -> str:
     """What keeps a class from being a method, or an empty text."""
-    from ivcp_eval.interface import AbstractMethod
+    from ivcp_eval.interface.method import AbstractMethod
 
     if not isinstance(cls, type):
         return f"is a {type(cls).__name__}, not a class"

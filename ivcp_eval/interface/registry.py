@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.files import file_digest
+from ivcp_eval.files import file_digest, fingerprint
 from ivcp_eval.interface import plugins
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def _fits(value: Any, declared: str) -> bool:
 def parameters_of(method: AbstractMethod) -> dict[str, Any]:
     """Every parameter of an instance, as it belongs to a run's identity and into its CSV.
 
-    A parameter that is a `pathlib.Path` names a file that the method reads; its name and checksum stand for it.
+    A parameter that is a `pathlib.Path` names a file or a checkpoint's folder that the method reads; its name and
+    checksum stand for it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -173,12 +174,9 @@ def parameters_of(method: AbstractMethod) -> dict[str, Any]:
 def _file_or(value: Any) -> Any:
     if isinstance(value, dict):  # the method inside a wrapper
         return {name: _file_or(inner) for name, inner in value.items()}
+    if isinstance(value, Path) and value.is_dir():
+        return f"{value.name} (fingerprint {fingerprint(value)})"
     return f"{value.name} (sha256 {file_digest(value)})" if isinstance(value, Path) else value
-
-
-def method_name(method: AbstractMethod) -> str:
-    """The registered name of an instance: its module's, or what the instance itself says (wrappers, plug-ins)."""
-    return str(getattr(method, "name", type(method).__module__.rsplit(".", 1)[-1]))
 
 
 def family_names() -> tuple[str, ...]:

@@ -37,8 +37,9 @@ from ivcp_eval.interface import (
     TowerFacts,
     TowerSignal,
 )
+from ivcp_eval.interface.method import method_name
 from ivcp_eval.interface.ops import budget, last_token, top
-from ivcp_eval.interface.registry import PLUS_DSTP, method_name
+from ivcp_eval.interface.registry import PLUS_DSTP
 
 _STATE = "dstp"
 

@@ -31,8 +31,9 @@ from ivcp_eval.interface import (
     TowerFacts,
     TowerSignal,
 )
+from ivcp_eval.interface.method import method_name
 from ivcp_eval.interface.ops import best_of_rest, coordinate_set, sparse_weights
-from ivcp_eval.interface.registry import PLUS_IVC, method_name
+from ivcp_eval.interface.registry import PLUS_IVC
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Paper: https://arxiv.org/abs/2603.22911 (ForestPrune; its selection inside one f
 Reference: https://github.com/luminousllsa/ForestPrune @ 1686829 (llava/model/llava_arch_forest.py, ``gprune``)
 
 A graph joins tokens of a cosine of 0.5 and more, each row a softmax of cosine / 0.03 over them. Lengths of the tokens
-flow along it five times; what has arrived at a token, divided by the number of its neighbours, is its score. Trees
-over frames, the other half of ForestPrune, say nothing on one image.
+flow along it five times; what has arrived at a token, divided by the number of its neighbours, is its score. What
+ForestPrune does with the half that is kept so is `forestprune`.
 
 Differs: each image has its own budget, by the ratio; the released half of the tokens is what a ratio of 0.5 keeps.
 """

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # numpy, which other tables can do without
     from ivcp_eval.reports.comparison import ComparedRow, Comparison
     from ivcp_eval.reports.stats.timing import TimeRatio
 
-__all__ = ["LOUD", "fold", "footer", "render", "render_markdown"]
+__all__ = ["LOUD", "fold", "footer", "render", "render_markdown", "wrapped"]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
 #: Lines of a table into a pipe or file are as long as this at most.
@@ -75,6 +75,18 @@ def render_markdown(comparison: Comparison) -> str:
     loud = [LOUD, ""] if comparison.meaningless else []
     notes = [f"- {line}" for line in footer(comparison)]
     return "\n".join([_title(comparison), "", *loud, table, "", *notes, *(["", LOUD] if loud else [])])
+
+
+def wrapped(text: str, width: int | None = None, indent: str = "") -> str:
+    """Prose in lines of ``width`` (as `fold`); an address or path stays in one piece, so that it can be copied."""
+    return textwrap.fill(
+        text,
+        _checked(width),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _title(comparison: Comparison) -> str:

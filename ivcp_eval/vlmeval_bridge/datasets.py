@@ -71,6 +71,7 @@ class _Shipped(Unpacking, ImageBaseDataset):
     """
 
     KIND: ClassVar[str]
+    FILE: ClassVar[Path | None] = None  # in place of the declared one: `of_file`
 
     # VLMEvalKit filters keyword arguments by signature, so the parameter must be named.
     def __init__(self, dataset: str, skip_noimg: bool = True, **kwargs: Any) -> None:
@@ -88,7 +89,7 @@ class _Shipped(Unpacking, ImageBaseDataset):
         from ivcp_eval.vlmeval_bridge.environment import data_root
 
         benchmark = benchmarks.load(dataset)
-        path = benchmark.path or data_root() / f"{dataset}.tsv"
+        path = self.FILE or benchmark.path or data_root() / f"{dataset}.tsv"
         table = read_tsv(path, self.KIND)
         self.img_root = str(data_root() / "images" / f"{dataset}-{file_digest(path)[:12]}")
         self._indices = list(table["index"])
@@ -220,6 +221,15 @@ class Grounding(_Shipped):
 
 
 CLASSES: tuple[type[ImageBaseDataset], ...] = (Grounding, ShippedList, ShippedMCQ, ShippedYesNo, ShippedShortAnswer)
+
+
+def of_file(benchmark: benchmarks.Benchmark, path: Path) -> Any:
+    """The data set of a declared benchmark of a kind of ours, with the rows of another file, e.g. its validation split.
+
+    Raises: as `read_tsv`.
+    """
+    cls = next(cls for cls in CLASSES if getattr(cls, "KIND", "") == benchmark.kind)
+    return type(cls.__name__, (cls,), {"FILE": path})(dataset=benchmark.vlmeval)
 
 
 def message_key(message: list[dict[str, str]]) -> str:

@@ -135,7 +135,7 @@ def test_prepare_says_what_it_could_not_get(tmp_path: Path, capsys, monkeypatch:
 
     monkeypatch.setattr(environment, "download", lambda url, path: "URLError: no network")
     assert run("prepare", "POPE", "RefCOCO_val", "tiny_mcq", "--root", str(tmp_path)) == 1
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # lines fold
     assert f"POPE.tsv could not be fetched (URLError: no network); fetch it by hand and put it at {tmp_path}" in out
     assert f"RefCOCO.tsv could not be fetched (URLError: no network); fetch it by hand and put it at {tmp_path}" in out
     assert run("prepare", "tiny_mcq", "--root", str(tmp_path)) == 0
@@ -148,3 +148,11 @@ def test_a_stock_grounding_file_of_the_wrong_size_is_refused(tmp_path: Path):
     assert state.state == "missing"
     assert state.how
     assert not list(tmp_path.glob("RefCOCO_*"))
+
+
+def test_advice_folds_and_addresses_stay_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("--quick", "--root", "/none") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "https://" not in line) <= 80
+    assert any("https://opencompass.openxlab.space/utils/benchmarks/SEEDBench/SEEDBench_IMG.tsv" in x for x in lines)

@@ -10,8 +10,9 @@ import torch
 
 import ivcp_eval
 from ivcp_eval.interface import Cut, ModelFacts
+from ivcp_eval.interface.method import method_name
 from ivcp_eval.interface.ops import budget
-from ivcp_eval.interface.registry import default_parameters, make_method, method_name
+from ivcp_eval.interface.registry import default_parameters, make_method
 from ivcp_eval.methods._plus_dstp import PlusDstp, Reserve
 from tests.engine import tiny_models
 from tests.engine.contract.cases import RAGGED, Case

@@ -9,8 +9,9 @@ import torch
 
 import ivcp_eval
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signals
+from ivcp_eval.interface.method import method_name
 from ivcp_eval.interface.ops import budget as allowed
-from ivcp_eval.interface.registry import make_method, method_name, method_names
+from ivcp_eval.interface.registry import make_method, method_names
 from ivcp_eval.methods._plus_ivc import PlusIvc
 from tests.engine import tiny_models
 from tests.engine.contract.cases import RAGGED, Case

@@ -14,8 +14,6 @@ FLAGS = (
     *("limit", "device", "dtype", "attention", "min_pixels", "max_pixels", "max_new_tokens", "timeout"),
     "trust_remote_code",
 )
-#: In a request, for the unpruned model alone.
-NO_METHODS = ({"method": "none", "ratios": [1.0]},)
 READING = (
     "Differences are in points, with 95 % intervals over pictures; p_holm: permutation test over pictures (of flips, "
     "where every picture has one question, exact McNemar test), after Holm's correction over the table.\n"
@@ -33,6 +31,7 @@ def _add_coordinates(verbs: Any) -> None:
     text = "grounding with coordinate tokens, and as many random ones, kept or dropped inside and outside the target"
     verb = verbs.add_parser("coordinates", help=text, description=text)
     add_study(verb)
+    add_common(verb)
     add = verb.add_argument
     add("--data", default="tiny_grounding", metavar="NAME", help="a grounding benchmark (default: %(default)s)")
     add("--methods", nargs="+", default=["ivc_prune", "random", "fastv"], metavar="NAME", help="methods to show beside "
@@ -48,6 +47,7 @@ def _add_flips(verbs: Any) -> None:
     add("results", type=Path, nargs="?", help="results CSV whose answers are taken; only the controls are answered "
         "then. Without: --model, --method, --ratio")  # fmt: skip
     add_study(verb)
+    add_common(verb)
     add("--data", nargs="+", default=["tiny_short"], metavar="NAME", help="benchmarks, without RESULTS (default: "
         "%(default)s)")  # fmt: skip
     add("--method", nargs="+", default=["ivc_prune"], metavar="NAME", help="pruning methods (default: %(default)s)")
@@ -69,7 +69,6 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="where answers are kept, so that the same command goes on after an "
         "interruption (default: results/analyses)")  # fmt: skip
     add_flags(parser, FLAGS)
-    add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +91,7 @@ def _coordinates(args: argparse.Namespace) -> int:
 
 def _flips(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.analysis import flips
-    from ivcp_eval.runs.analysis.study import Study, text, with_holm
+    from ivcp_eval.runs.analysis.study import NO_METHODS, Study, text, with_holm
 
     stored = flips.Stored.of(args.results) if args.results else [None] * len(args.data)
     methods = [{"method": name, "ratios": args.ratio, "seeds": [args.seed]} for name in args.method]
@@ -157,11 +156,12 @@ def finish(
     rows: Sequence[dict[str, Any]],
     provenance: dict[str, Any],
     shown: str,
+    reading: str = READING,
 ) -> Path:
     """Print what is shown of the table, and write it; returns the CSV."""
     from ivcp_eval.runs.analysis.study import FOLDER, write
 
-    say(f"{shown}\n\n{READING}")
+    say(f"{shown}\n\n{reading}")
     path: Path = args.output or FOLDER / f"{name}.csv"
     write(path, rows, provenance)
     say(f"table: {path}; what it was made from: {path.with_suffix('.json')}")

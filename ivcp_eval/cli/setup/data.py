@@ -13,7 +13,7 @@ from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.benchmarks.refcoco.partial import not_whole
 from ivcp_eval.cli import notices, say
 from ivcp_eval.files import file_digest
-from ivcp_eval.reports.terminal import fold
+from ivcp_eval.reports.terminal import fold, wrapped
 
 State = Literal["here", "not whole", "wrong checksum", "missing"]
 Say = Callable[[str], None]
@@ -178,8 +178,8 @@ def table(states: Sequence[FileState]) -> str:
         if state.how:
             advice.setdefault(state.how.replace(state.benchmark.name, "NAME"), []).append(state)
     for general, members in advice.items():
-        names = ", ".join(state.benchmark.name for state in members)
-        lines += ["", f"{names}:", f"  {members[0].how if len(members) == 1 else general}"]
+        lines += ["", wrapped(", ".join(state.benchmark.name for state in members) + ":")]
+        lines.append(wrapped(members[0].how if len(members) == 1 else general, indent="  "))
     return "\n".join(lines)
 
 

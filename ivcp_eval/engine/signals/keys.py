@@ -13,9 +13,8 @@ from ivcp_eval.engine.geometry import row_position_embeddings, take_position_emb
 from ivcp_eval.engine.parts import Listener
 from ivcp_eval.engine.prefill import Prefill
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, CachedKeys
-from ivcp_eval.interface.method import check_type
+from ivcp_eval.interface.method import check_type, method_name
 from ivcp_eval.interface.names import read
-from ivcp_eval.interface.registry import method_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -166,17 +166,19 @@ def _row(benchmark: Benchmark, index: int, image: str, sample: tasks.Sample, sce
     return {column: row[column] for column in benchmark.columns}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
+def content(name: str, split: str = "test") -> bytes:
+    """Return the content of one benchmark file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=(BENCHMARKS | UNTAUGHT)[name].columns, delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(benchmark_rows(name, split))
+    return text.getvalue().encode()
+
+
 def build(split: str = "test") -> dict[str, bytes]:
     """Return the content of every benchmark file."""
-    files = {}
-    for name, benchmark in (BENCHMARKS | UNTAUGHT).items():
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=benchmark.columns, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(benchmark_rows(name, split))
-        files[name] = text.getvalue().encode()
-    return files
+    return {name: content(name, split) for name in BENCHMARKS | UNTAUGHT}
 
 
 def checksums(files: dict[str, bytes]) -> bytes:

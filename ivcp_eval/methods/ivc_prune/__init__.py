@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
 from ivcp_eval.interface.ops import best_of_rest, coordinate_set, top
+from ivcp_eval.methods.ivc_prune.similarity import value_similarity
 
 PUBLISHED_LAYER = {
     ("qwen2_5_vl", 28): 16,  # 7B
@@ -117,20 +118,3 @@ class Method(AbstractMethod):
             fill = torch.rand(n, generator=signals.generator).to(at.device)
         kept[best_of_rest(fill, kept, budget - int(kept.sum()))] = True
         return image.tokens[kept]
-
-
-def value_similarity(value: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Mean over heads and queries of softmax over ``keys`` of V_q V_k^T / sqrt(D) (Algorithm 1, lines 3 and 5).
-
-    Args:
-        value: (G, n, D) value states. queries: (Q,) and keys: (N,) indices into n.
-
-    Returns:
-        (N,) float32.
-    """
-    states = value.float()
-    asked, total = states[:, keys].transpose(1, 2), states.new_zeros(keys.numel())
-    for part in queries.split(64):  # so that long questions on long prompts stay small
-        logits = states[:, part] @ asked / states.shape[-1] ** 0.5
-        total += logits.softmax(dim=-1).mean(dim=0).sum(dim=0)
-    return total / queries.numel()

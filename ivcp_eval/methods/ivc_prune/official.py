@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Cut, Image, ModelFacts, Selection, Signals, Unsupported
-from ivcp_eval.methods.ivc_prune import value_similarity
+from ivcp_eval.methods.ivc_prune.similarity import value_similarity
 
 FIXED_RATIO = 0.5  # the ratio under which families with literals instead of a ratio are run
 TILE = 256  # InternVL: tokens of a tile, 16 x 16, where the model does not say

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from ivcp_eval.vlmeval_bridge.evaluate import Asked, Scored
 
 FOLDER = files.RESULTS / "analyses"
+#: In a request, for the unpruned model alone.
+NO_METHODS = ({"method": BASELINE, "ratios": [1.0]},)
 Seen = Callable[[Mapping[str, "Run"]], None]
 
 
@@ -76,8 +78,11 @@ class Study:
     _journal: Journal | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, request: Mapping[str, Any], folder: Path, tell: Callable[[str], None]) -> Study:
+    def of(cls, request: Mapping[str, Any], folder: Path, tell: Callable[[str], None], dataset: Any = None) -> Study:
         """The study of a request, which is a sweep file's content with one model and one benchmark.
+
+        Args:
+            dataset: one that was read before; by default the benchmark's, up to the request's limit.
 
         Raises:
             ValueError: something is wrong with the request, or neither model nor data are here.
@@ -92,9 +97,11 @@ class Study:
         if benchmark.judge == "required":
             raise ValueError(f"{benchmark.name} is rated by a judge, and an analysis asks none; choose another one")
         register()
-        from ivcp_eval.vlmeval_bridge.evaluate import build
+        if dataset is None:
+            from ivcp_eval.vlmeval_bridge.evaluate import build
 
-        return cls(plan, model, benchmark, cells, build(benchmark, spec.options.limit), folder, tell)
+            dataset = build(benchmark, spec.options.limit)
+        return cls(plan, model, benchmark, cells, dataset, folder, tell)
 
     @cached_property
     def session(self) -> Session:

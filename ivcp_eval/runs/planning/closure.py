@@ -31,6 +31,7 @@ OUTSIDE: Mapping[str, str] = {
     "ivcp_eval": "names of the public interface",
     "ivcp_eval.files": "how files are written",
     "ivcp_eval.interface.failures": "what counts as a failed answer, which is made again",
+    "ivcp_eval.interface.records.drawing": "pictures for people",
     "ivcp_eval.interface.models": "where weights are; the identity has their revision",
     "ivcp_eval.interface.registry": "names; the identity has the parameters it sets",
     "ivcp_eval.interface.variants": "what is part of the identity",

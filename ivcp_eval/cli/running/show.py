@@ -1,0 +1,81 @@
+"""Draw which parts of a picture a method keeps, with the answers.
+
+Dropped cells are darkened, those whose tokens were merged into others are outlined in blue, boxes that the model
+answers are orange. There is one panel for the unpruned model and one for each cut of each method.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ivcp_eval.cli import notices, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ivcp show``."""
+    parser.add_argument("image", metavar="IMAGE", help="a picture file")
+    parser.add_argument("question", metavar="QUESTION", help="what the model is asked")
+    parser.add_argument("--model", default="tiny", help="short name, see `ivcp list --models` (default: %(default)s)")
+    parser.add_argument("--model-path", help="local folder with the checkpoint")
+    parser.add_argument(
+        "--methods", nargs="+", default=["ivc_prune"], metavar="METHOD", help="see `ivcp list` (default: ivc_prune)"
+    )
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of visual tokens kept (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("kept.png"), help=".png or .svg file (default: %(default)s)")
+    parser.add_argument(
+        "--kind",
+        choices=("grounding", "yes_no", "short_answer"),
+        help="put the question into the family's wording of that kind (default: as it stands)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default: %(default)s)")
+    for option in ("device", "dtype", "attention"):
+        parser.add_argument(f"--{option}", default="", help="default: found")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the question unpruned and with each method, and draw all of it."""
+    from ivcp_eval.interface.records.drawing import Drawing, Row, checked_path
+
+    checked_path(args.out)  # before a model is loaded
+    from ivcp_eval.benchmarks.boxes import FORMATS, parse_answer
+    from ivcp_eval.benchmarks.pictures import decoded
+    from ivcp_eval.engine import check_ratio
+    from ivcp_eval.interface import models
+    from ivcp_eval.interface.records.masks import Masks
+    from ivcp_eval.interface.registry import default_parameters
+    from ivcp_eval.interface.variants import Variant
+    from ivcp_eval.runs.answering.session import Session
+    from ivcp_eval.runs.planning.placement import Limits, Placement
+
+    check_ratio(args.ratio)
+    picture = decoded(args.image)
+    weights = models.locate(args.model, args.model_path)
+    published = Limits.published(weights)
+    limits = Limits(published.min_pixels, published.max_pixels, min(published.max_new_tokens, args.max_new_tokens))
+    placement = Placement(args.device, args.dtype, args.attention).resolve()
+    variants = [Variant(args.model)]
+    for method in args.methods:
+        own = weights.checkpoint.methods.get(method, {})
+        variant = Variant(args.model, method, args.ratio, seed=args.seed)
+        variants.append(variant.tuned(own, default_parameters(method)))
+    session = Session(weights, placement, limits, args.trust_remote_code)
+    for variant in variants:
+        session.check(variant)
+    wording = session.adapter.prompt(args.kind, args.question, {}) if args.kind else None
+    parts = [{"image": picture}, {"text": wording or args.question}]
+    rows = []
+    for variant in variants:
+        answer = session.answer(parts, variant, grounding=True)
+        masks = Masks.from_text(answer.masks) if answer.masks else None
+        kept = f"{answer.visual_kept} of {answer.visual_tokens} tokens"
+        say(f"{variant.name} ({kept}): {answer.prediction!r}")
+        box = parse_answer(answer.box or "", FORMATS["unit"])
+        title = f"{variant.method} {variant.ratio:g}" if variant.method != "none" else "unpruned"
+        rows.append(Row(f"{title}: {kept}", f"{args.question} -> {answer.prediction}", masks, box))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    Drawing(picture, rows).save(args.out)
+    notices(args)(f"drawn in {args.out}")
+    return 0

@@ -16,9 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
+from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.provenance import (
+    AGAIN,
     Against,
     Group,
     NotComparable,
@@ -167,7 +169,9 @@ def compare(
     rows = [
         replace(waiting.rows[place], settings=settings(pruned[0], telling)) for place, (_, pruned) in enumerate(pairs)
     ]
-    p_values = [row.p_value for row in rows]
+    rows = _with_noise_floor(rows)
+    # The baseline against itself is no hypothesis about a method.
+    p_values = [math.nan if row.method == AGAIN else row.p_value for row in rows]
     adjusted = zip(rows, stats.holm(p_values), stats.benjamini_hochberg(p_values), strict=True)
     rows = [replace(row, p_holm=float(a), p_benjamini_hochberg=float(b)) for row, a, b in adjusted]
     return Comparison(
@@ -180,6 +184,21 @@ def compare(
         resamples=resamples,
         margin=margin,
     )
+
+
+def _with_noise_floor(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
+    """Beside each row what the baseline's second answers say, where there are any."""
+
+    def place(row: ComparedRow) -> tuple[str, str, str, int | None]:
+        return row.model, row.benchmark, row.metric, row.limit
+
+    floor = {place(row): row for row in rows if row.method == AGAIN and row.baseline_method == BASELINE}
+    return [
+        replace(row, again_difference=same.difference, again_answers_changed=same.answers_changed)
+        if (same := floor.get(place(row))) and row is not same
+        else row
+        for row in rows
+    ]
 
 
 def _load(folder: Path, predictions: str) -> tuple[Samples | None, str]:

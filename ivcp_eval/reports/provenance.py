@@ -13,6 +13,7 @@ from ivcp_eval.interface.variants import BASELINE, OWN
 from ivcp_eval.reports.table import KEY, Row
 
 __all__ = [
+    "AGAIN",
     "REFUSED",
     "Against",
     "Group",
@@ -35,6 +36,8 @@ __all__ = [
     "why_none",
 ]
 
+#: Method of the rows that answer the baseline a second time.
+AGAIN = "again"
 REFUSED = (
     "judge",
     "vlmeval_version",

@@ -358,6 +358,20 @@ def _read_cache(cache: Path) -> dict[str, Any]:
         return {}
 
 
+def fingerprint(folder: Path) -> str:
+    """A content hash of a checkpoint folder, 12 hexadecimal digits.
+
+    Weights are read whole, once, and remembered by path, size, time of change and inode: fine-tunes differ anywhere.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".model", ".txt", ".jinja", ".py"):  # the last: a checkpoint's own code
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest, str)}".encode())
+    return digest.hexdigest()[:12]
+
+
 def file_digests(path: str | os.PathLike[str], *algorithms: str) -> tuple[str, ...]:
     """`file_digest` by several algorithms, the file being read once."""
     digests = [hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms]

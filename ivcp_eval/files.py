@@ -42,6 +42,7 @@ __all__ = [
     "disk_full_as_clear_error",
     "file_digest",
     "file_digests",
+    "fingerprint",
     "hold_lock",
     "locked",
     "long_cells",
@@ -351,13 +352,6 @@ def remembered(path: Path, fact: str, compute: Callable[[Path], T], kind: type[T
     return value
 
 
-def _read_cache(cache: Path) -> dict[str, Any]:
-    try:
-        return read_json(cache, "it is made again")
-    except (OSError, DamagedError):  # not there yet, or damaged: it is only a cache
-        return {}
-
-
 def fingerprint(folder: Path) -> str:
     """A content hash of a checkpoint folder, 12 hexadecimal digits.
 
@@ -370,6 +364,13 @@ def fingerprint(folder: Path) -> str:
         elif path.suffix == ".safetensors":
             digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest, str)}".encode())
     return digest.hexdigest()[:12]
+
+
+def _read_cache(cache: Path) -> dict[str, Any]:
+    try:
+        return read_json(cache, "it is made again")
+    except (OSError, DamagedError):  # not there yet, or damaged: it is only a cache
+        return {}
 
 
 def file_digests(path: str | os.PathLike[str], *algorithms: str) -> tuple[str, ...]:

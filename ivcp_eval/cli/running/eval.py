@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
     add("--model", default="tiny", help="short name, see `ivcp list` (default: %(default)s)")
-    add("--method", default="ivc_prune", help="pruning method (default: %(default)s)")
+    add("--method", default="ivc_prune", help="pruning method, or the path of a file with a class Method, e.g. "
+        "./mine.py (default: %(default)s)")  # fmt: skip
     add("--ratio", type=float, default=0.5, help="share of the visual tokens kept, in (0, 1] (default: %(default)s)")
     add("--budget", default="own", metavar="KIND", help="what --ratio is a share of: own (the method's own retention "
         "ratio, as papers print it), or, so that methods cost the same, of the unpruned model's final (visual tokens "
@@ -46,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 done, 1 some cells are not whole, 75 asked to stop: the same command goes on."""
+    from ivcp_eval.interface.registry import absolute
     from ivcp_eval.runs.planning.cells import RUNS
     from ivcp_eval.runs.store.finished import eval_state, known
 
+    args.method = absolute(args.method)
     if any(Path(word).suffix for word in args.data):
         from ivcp_eval.vlmeval_bridge.reading.own import names_of
 

@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``ivcp data``."""
     add = parser.add_argument
     add("words", nargs="*", metavar="[prepare NAME | add FILE]", help="names or groups to show; after the word "
-        "prepare: to fetch; after the word add: files of your own pictures (.jsonl, .tsv) to make benchmarks of")  # fmt: skip
+        "prepare: to fetch; after the word add: files of your own pictures to make benchmarks of")  # fmt: skip
     add("--name", default="", help="add: of the benchmark (default: the file's name without its ending)")
     add("--kind", default="", help="add: mcq, yes_no, grounding or short_answer (default: what the answers are)")
     add("--root", type=Path, help="VLMEvalKit's data root (default: $LMUData, else ~/LMUData)")

@@ -15,6 +15,7 @@ NOTE = "agreement with the unpruned model's answers, not accuracy"
 #: Metric names, the headline first.
 TEXT_METRICS = ("agreement", "agreement_text_similarity")
 BOX_METRICS = ("agreement_iou@0.5", "agreement_mean_iou", "agreement_exact")
+METRICS = (*TEXT_METRICS, *BOX_METRICS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def agreement(given: Mapping[str, str], reference: Mapping[str, str], boxes: boo
         samples = {index: float(value >= 0.5) for index, value in ious.items()}
         columns = dict(zip(BOX_METRICS, (samples, ious, exact), strict=True))
         return Agreement(_percent(columns), samples, ious)
-    similar = {i: exact[i] or SequenceMatcher(None, *pair).ratio() for i, pair in pairs.items()}  # "" is like nothing
+    similar = {
+        index: exact[index] or (SequenceMatcher(None, *pair).ratio() if index in given else 0.0)
+        for index, pair in pairs.items()
+    }
     return Agreement(_percent(dict(zip(TEXT_METRICS, (exact, similar), strict=True))), exact, {})
 
 

@@ -66,4 +66,4 @@ def files(laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     monkeypatch.setenv("LMUData", str(tmp_path))
-    yield Files(tmp_path)
+    return Files(tmp_path)

@@ -20,7 +20,6 @@ import os
 import re
 import secrets
 import string
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +36,11 @@ SUFFIXES = (".jsonl", ".tsv")
 #: A line holds paths and words, no pictures.
 MOST_BYTES_A_LINE = 1 << 20
 MOST_BYTES_A_PICTURE = 64 << 20
+#: Pillow's own limit, which VLMEvalKit raises for the whole process.
+MOST_PIXELS = 178_956_970
 MOST_PROBLEMS = 20
 
+_ORIENTATION = 0x0112  # tag of EXIF
 _KEYS = ("image", "question", "answer", "options", "category", "index")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
@@ -133,7 +135,7 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
     part = target.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         with disk_full_as_clear_error(target, part):
-            _write(part, lines, found, problems)
+            _write(path, part, lines, found, problems)
         if problems:
             raise BadData("\n".join([*problems[:MOST_PROBLEMS], *_and_more(problems), "nothing was written"]))
         _check_table(path, part, lines)
@@ -170,6 +172,10 @@ def _check_name(name: str, source: str) -> None:
     if name.lower() in taken or vlmeval_bridge.knows(name):
         raise BadData(f"{name!r} is a benchmark or group already, or a file in {data_root()}, which runs by name; "
                       f"{elsewhere}")  # fmt: skip
+
+
+def _word(path: Path) -> str:
+    return "row" if path.suffix.lower() == ".tsv" else "line"
 
 
 def _and_more(problems: Sequence[str]) -> list[str]:
@@ -355,7 +361,7 @@ def _kind(path: Path, lines: Sequence[_Line], asked: str, problems: list[str]) -
     """What all lines are; lines that are not go to ``problems``."""
     if asked not in ("", *KINDS):
         raise BadData(f"unknown kind {asked!r}; allowed: {', '.join(KINDS)}")
-    word = "row" if path.suffix.lower() == ".tsv" else "line"
+    word = _word(path)
     answered = [line for line in lines if line.answers]
     if answered and len(answered) < len(lines):
         without = next(line.number for line in lines if not line.answers)
@@ -406,7 +412,7 @@ def _letter(line: _Line) -> str | None:
     return spelled[0] if len(spelled) == 1 else None
 
 
-def _write(part: Path, lines: Sequence[_Line], kind: str, problems: list[str]) -> None:
+def _write(path: Path, part: Path, lines: Sequence[_Line], kind: str, problems: list[str]) -> None:
     """The table; pictures that cannot be read go to ``problems``."""
     letters = sorted({letter for line in lines for letter in line.options})
     columns = ["index", "image", "question", *letters]
@@ -422,7 +428,7 @@ def _write(part: Path, lines: Sequence[_Line], kind: str, problems: list[str]) -
                 width, height = pictures[0][1]
                 _check_box(line, kind, width, height)
             except ValueError as error:
-                problems.append(f"line {line.number}: {error}")
+                problems.append(f"{path}, {_word(path)} {line.number}: {error}")
                 continue
             texts = [base64.b64encode(content).decode("ascii") for content, _ in pictures]
             if not problems:
@@ -445,14 +451,14 @@ def _picture(source: Path | bytes) -> tuple[bytes, tuple[int, int]]:
         raise ValueError(f"{name} has {size} bytes, more than {MOST_BYTES_A_PICTURE}; make it smaller")
     content = source.read_bytes() if isinstance(source, Path) else source
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
-                if image.getexif().get(0x0112, 1) != 1:
-                    buffer = io.BytesIO()
-                    decoded(ImageOps.exif_transpose(image)).save(buffer, "PNG")
-                    content = buffer.getvalue()
-            return content, decoded(io.BytesIO(content)).size
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}; make it smaller")
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                buffer = io.BytesIO()
+                decoded(ImageOps.exif_transpose(image)).save(buffer, "PNG")
+                content = buffer.getvalue()
+        return content, decoded(io.BytesIO(content)).size
     except Exception as error:  # decoders meet damaged bytes with errors of every kind
         raise ValueError(f"{name} cannot be used ({type(error).__name__}: {error})") from error
 
@@ -487,8 +493,7 @@ def _check_table(path: Path, part: Path, lines: Sequence[_Line]) -> None:
     try:
         tsv.read(part)
     except tsv.BadTable as error:
-        word = "row" if path.suffix.lower() == ".tsv" else "line"
-        text = re.sub(r", row (\d+)", lambda found: f", {word} {lines[int(found[1]) - 1].number}", str(error))
+        text = re.sub(r", row (\d+)", lambda found: f", {_word(path)} {lines[int(found[1]) - 1].number}", str(error))
         raise BadData(text.replace(str(part), str(path)) + "; nothing was written") from error
 
 

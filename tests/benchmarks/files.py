@@ -40,7 +40,6 @@ class Files:
         if not declared:
             return benchmarks.load(name) if name in benchmarks.names() else benchmarks.undeclared(name)
         (self.root / f"{name}.yaml").write_text(f"{declared}file: {name}.tsv\n")
-        benchmarks.load.cache_clear()
         return benchmarks.load(name)
 
     def score(self, benchmark: benchmarks.Benchmark, given: Mapping[str, str], judge: Any = None) -> Any:
@@ -67,6 +66,4 @@ def files(laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     monkeypatch.setenv("LMUData", str(tmp_path))
-    benchmarks.load.cache_clear()
     yield Files(tmp_path)
-    benchmarks.load.cache_clear()

@@ -3,7 +3,7 @@
     models: [qwen25, internvl25]            # or a mapping of name to a local folder
     benchmarks: [matrix]                    # names or groups
     methods:
-      - method: ivc_prune
+      - method: ivc_prune                   # or the path of a file with a class `Method`: ./mine.py
         ratios: [0.75, 0.5, 0.25]
         parameters: {layer: [14, 16]}        # a list is a grid; write [[...]] for one value that is a list
         seeds: [0, 1]                       # of a method that draws; left out: as many as it declares
@@ -15,7 +15,8 @@
 
 The unpruned baseline of every model and benchmark is always part. So are the controls (random, uniform, ...) at every
 ratio or budget at which a model's other methods meet a benchmark, unless the file lists them itself or chooses some by
-``controls: [random]`` or none by ``controls: []``.
+``controls: [random]`` or none by ``controls: []``. ``controls: [again]`` answers the baseline a second time, each
+sample alone: what differs then is the noise floor of every comparison.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, Literal
 from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import models
 from ivcp_eval.interface.marked import Marked, Place, SpecError
-from ivcp_eval.interface.registry import make_method, method_names, unknown
+from ivcp_eval.interface.registry import absolute, make_method, method_names, name_of, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Variant
 from ivcp_eval.methods._cards import control_names
 from ivcp_eval.runs.planning.options import Options
@@ -129,6 +130,7 @@ def _checked(marked: Marked, name: str) -> Spec:
         cells[_key(variant, benchmark)] = variant, benchmark
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
     options = _options(marked, raw)
+    raw = {**raw, "methods": [{**entry, "method": absolute(entry["method"])} for entry in entries]}
     return Spec(_name(marked, raw, name), models_asked, tuple(left), options, raw, _kind(marked, raw))
 
 
@@ -207,6 +209,7 @@ def _entry(
     if not isinstance(method, str):
         raise marked.error(place, f"an entry under methods needs a method; known: {', '.join(method_names())}")
     try:
+        method = name_of(method)
         make_method(method)
     except ValueError as error:
         raise marked.error((*place, "method"), str(error)) from None
@@ -250,11 +253,15 @@ def _controls(
 ) -> Iterator[tuple[Variant, str]]:
     """What every other method is to be compared with, wherever one is measured."""
     chosen, known = raw.get("controls"), control_names()
-    names = known if chosen is None else marked.listed(("controls",), chosen, str, "the name of a control")
+    usual = [name for name in known if not make_method(name).repeats_baseline]
+    names = usual if chosen is None else marked.listed(("controls",), chosen, str, "the name of a control")
     for i, method in enumerate(names):
         if method not in known:
             raise marked.error(("controls", i), str(unknown("control", method, known)))
         if any(variant.method == method for variant, _ in listed):
+            continue
+        if make_method(method).repeats_baseline:
+            yield from ((Variant(variant.model, method), name) for variant, name in listed)
             continue
         for variant, name in listed:
             for seed in make_method(method).sweep_seeds:

@@ -1,4 +1,4 @@
-"""Pictures and methods of a user's own, measured: from a JSONL and a Python file to rows, without anything installed."""
+"""Pictures and methods of a user's own: from a JSONL and a Python file to rows, without anything installed."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ __all__ = [
     "atomic_write",
     "commit_file",
     "damage_as_clear_error",
+    "data_root",
     "disk_full_as_clear_error",
     "file_digest",
     "file_digests",
@@ -66,6 +67,12 @@ DATASETS = (CHECKOUT or _SHIPPED) / "datasets"
 SWEEPS = (CHECKOUT or _SHIPPED) / "sweeps"
 BASELINES = (CHECKOUT / "results" if CHECKOUT else _SHIPPED) / "baselines"
 RESULTS = (CHECKOUT or Path.cwd()) / "results"
+
+
+def data_root() -> Path:
+    """Where VLMEvalKit keeps its TSV files: ``$LMUData``, else ``~/LMUData``; found without importing it."""
+    return Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112 (VLMEvalKit's name)
+
 
 #: No space, no quota, or the process may not write longer files (``ulimit -f``).
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -1,5 +1,7 @@
 """Benchmarks as data: one small file each under ``datasets/``; the file name is the only name.
 
+Benchmarks of a user's own (`vlmeval_bridge.reading.own` writes them) lie in `own_folder`, data file and TSV.
+
 A file says what VLMEvalKit calls the data set, where the score stands in what VLMEvalKit writes, how samples cluster,
 and whether a judge is needed. `load` reads one; any other VLMEvalKit name works too, through `undeclared`.
 """
@@ -22,7 +24,7 @@ from ivcp_eval.interface.marked import Marked, Place
 from ivcp_eval.interface.registry import unknown
 
 FOLDER = files.DATASETS
-
+OWN = "own"
 
 #: Types of a data file's fields, by how they are declared here.
 _KINDS: Mapping[str, Any] = {"str": str, "float": int | float, "bool": bool, "int | None": int | None, "Mapping": dict}
@@ -38,7 +40,8 @@ class Metric:
 
     Attributes:
         name: as in the CSV.
-        file: how the file name ends, e.g. ``_acc.csv``; ``{judge}`` stands for the judge's name.
+        file: how the file name ends, e.g. ``_acc.csv``; ``{judge}`` stands for the judge's name. Empty where the
+            reference is the baseline (`agreement` computes it).
         column: its column. rows: the columns and values that pick the row; all rows if empty.
         combine: "only" if one row must match, "sum" over columns listed with ``+`` (MME's total), "mean" over rows.
         factor: what the number is multiplied by to stand on ``scale``.
@@ -83,8 +86,8 @@ class Benchmark:
         kind: kind of question, which decides the family's prompt; None leaves the data set's own prompt.
         prompt: "family" or "dataset": whose wording is sent.
         vlmeval: VLMEvalKit's data set name.
-        group: "embedded" (ships here), "matrix" (the twenty) or "more".
-        file: TSV inside ``datasets/`` for embedded sets, else empty.
+        group: "embedded" (ships here), "matrix" (the twenty), "own" (a user's) or "more".
+        file: TSV inside ``datasets/`` for embedded sets, the whole path for own ones, else empty.
         sha256: of that file.
         metrics: the first is the headline.
         samples: per-sample scores; None if the evaluator leaves none.
@@ -94,6 +97,8 @@ class Benchmark:
         judge: "none", "optional" (only unparsable answers) or "required".
         thinking: "split": of a thinking model's answer only what follows ``</think>`` is scored (`split_thinking`), as
             VLMEvalKit advises for all sets; "kept": its evaluator reads the tags.
+        reference: "answers": predictions are compared with the data set's; "baseline": with what the unpruned model
+            answered, so the score is an agreement, no accuracy.
         n_samples: rows of the full set, None if unknown.
         abilities: tags.
         url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
@@ -114,6 +119,7 @@ class Benchmark:
     category: str = "category"
     judge: str = "none"
     thinking: str = "split"
+    reference: str = "answers"
     n_samples: int | None = None
     abilities: tuple[str, ...] = ()
     url: str = ""
@@ -127,6 +133,7 @@ class Benchmark:
         """SHA-256 of what decides how predictions become numbers."""
         parts: tuple[Any, ...] = (self.metrics, self.samples, self.cluster, self.category, self.kind, self.vlmeval)
         parts += () if self.thinking == "split" else (self.thinking,)  # so that earlier hashes stay
+        parts += () if self.reference == "answers" else (self.reference,)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def unscored(self, rows: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -149,9 +156,20 @@ class Benchmark:
         return FOLDER / self.file if self.file else None
 
 
+def own_folder() -> Path:
+    """Where a user's own benchmarks lie: below VLMEvalKit's data root."""
+    return files.data_root() / "own"
+
+
+def data_file(name: str) -> Path:
+    """The data file of a declared benchmark, or where it would be; a shipped one goes first."""
+    shipped, own = FOLDER / f"{name}.yaml", own_folder() / f"{name}.yaml"
+    return own if own.is_file() and not shipped.is_file() else shipped
+
+
 def names(group: str | None = None) -> tuple[str, ...]:
     """Declared benchmarks, sorted; only those of a group if one is named."""
-    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    names = sorted({path.stem for folder in (FOLDER, own_folder()) for path in folder.glob("*.yaml")})
     return tuple(name for name in names if group is None or load(name).group == group)
 
 
@@ -175,20 +193,25 @@ def headline(row: Mapping[str, Any]) -> str:
     A benchmark without declared metrics has none; the row's own metric then stands for itself.
     """
     name = row["benchmark"]
-    declared = load(name).metrics if (FOLDER / f"{name}.yaml").is_file() else ()
+    declared = load(name).metrics if data_file(name).is_file() else ()
     return declared[0].name if declared else str(row["metric"])
 
 
-@cache
 def load(name: str) -> Benchmark:
-    """Read ``datasets/<name>.yaml``.
+    """Read ``datasets/<name>.yaml``, or that of a user's own benchmark.
 
     Raises:
         ValueError: there is no such file, or it has a wrong key or value; the message names file, line and value.
     """
-    path = FOLDER / f"{name}.yaml"
+    path = data_file(name)
     if not path.is_file():
         raise unknown("benchmark", name, names())
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _read(path: Path, _changed: int) -> Benchmark:
+    name = path.stem
     marked = Marked(path)
     raw = _fields(Benchmark, marked, (), marked.value)
     metrics = [
@@ -200,6 +223,8 @@ def load(name: str) -> Benchmark:
         raise marked.error(("samples",), "samples need either a rule, or a file and a column")
     abilities = marked.listed(("abilities",), raw.get("abilities", []), str, "a tag")
     values = {"vlmeval": name, **raw, "name": name}
+    if path.parent == own_folder():
+        values |= {"group": OWN, "file": str(path.with_suffix(".tsv"))}
     values |= {"metrics": tuple(metrics), "samples": samples, "abilities": tuple(abilities)}
     benchmark: Benchmark = _build(Benchmark, marked, (), values)
     allowed = {
@@ -207,6 +232,7 @@ def load(name: str) -> Benchmark:
         "prompt": ("family", "dataset"),
         "judge": ("none", "optional", "required"),
         "thinking": ("split", "kept"),
+        "reference": ("answers", "baseline"),
     }
     for key, words in allowed.items():
         if (got := getattr(benchmark, key)) not in words:

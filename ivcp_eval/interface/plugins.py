@@ -4,6 +4,8 @@
     last_tokens = "my_package.my_module"    # a module with a class `Method`, or "module:Class"
 
 A package that is broken, or whose name is taken, is listed with the reason and spoils nothing else.
+
+A method may also be a file by path (``--method ./mine.py``): `MethodFile`, known in the process that was told of it.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.files import PACKAGE
@@ -56,23 +61,13 @@ class Plugin:
         """
         if self.problem:
             raise ValueError(f"{self.title} cannot be used: {self.problem}")
-        try:
-            with contained("its module"):
-                target = self.entry.load()
-        except Exception as error:  # whatever a stranger's module does while it is imported
-            raise ValueError(
-                f"{self.title} cannot be imported ({type(error).__name__}: {error}). "
-                "Mend or uninstall that package; the other methods work without it."
-            ) from error
-        cls = getattr(target, "Method", target)
-        reason = wrong(cls)
-        if reason:
-            raise ValueError(
-                f"{self.title} is no method: {self.entry.value} {reason}. Its entry point must name a module with a "
-                "class `Method`, or that class: a frozen dataclass derived from ivcp_eval.interface.AbstractMethod."
-            )
-        loaded: type[AbstractMethod] = cls
-        return loaded
+        return _loaded(
+            self.title,
+            self.entry.load,
+            "Mend or uninstall that package; the other methods work without it.",
+            self.entry.value,
+            "Its entry point must name a module with a class `Method`, or that class",
+        )
 
     def source(self) -> str:
         """``PACKAGE VERSION (code HASH)``; the hash is of all Python files of the top-level module or package.
@@ -89,6 +84,91 @@ class Plugin:
         for path, folder in files:
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
         return f"{self.package} (code {digest.hexdigest()[:12] if files else 'not found'})"
+
+
+@dataclass(frozen=True)
+class MethodFile:
+    """A file with a class `Method`, as it was when it was read: one process never mixes two states of it.
+
+    Attributes:
+        path: absolute. content: its bytes.
+    """
+
+    path: Path
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        return self.path.stem
+
+    def load(self) -> type[AbstractMethod]:
+        """Run the file, once, and return its class. Raises ValueError: it cannot be run, or defines no method."""
+        return self._class
+
+    @cached_property
+    def _class(self) -> type[AbstractMethod]:
+        mend = "Mend the file; the other methods work without it."
+        return _loaded(f"method file {self.path}", self._run, mend, "it", "The file must define a class `Method`")
+
+    def _run(self) -> Any:
+        module = ModuleType(f"_ivcp_eval_method_file_{self.name}")
+        module.__file__ = str(self.path)
+        sys.modules[module.__name__] = module  # where `dataclass` looks names of types up
+        exec(compile(self.content, str(self.path), "exec"), module.__dict__)
+        return module
+
+    def source(self) -> str:
+        """``FILE (code HASH)``. Code that it imports does not show."""
+        return f"{self.path.name} (code {hashlib.sha256(self.content).hexdigest()[:12]})"
+
+
+_files: dict[str, MethodFile] = {}
+
+
+def add_file(path: Path) -> MethodFile:
+    """Make a file's method known in this process under the file's name without ``.py``; nothing of it is run.
+
+    Raises:
+        ValueError: no such file, or a name that cannot be used.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, or is no file; a Python file with a class `Method` is expected")
+    problem = _problem(path.stem, 0)
+    if not problem and any(plugin.name == path.stem for plugin in found()):
+        problem = f"{path.stem!r} is a method of an installed package"
+    known = _files.get(path.stem)
+    if not problem and known and known.path != path:
+        problem = f"{known.path} has the same name"
+    if problem:
+        raise ValueError(f"method file {path} cannot be used: {problem.partition('; rename')[0]}; rename the file")
+    file = MethodFile(path, path.read_bytes())
+    if known != file:
+        _files[path.stem] = file
+    return _files[path.stem]
+
+
+def file_of(name: str) -> MethodFile | None:
+    """What `add_file` made known under a name."""
+    return _files.get(name)
+
+
+def _loaded(title: str, load: Callable[[], Any], mend: str, what: str, needed: str) -> type[AbstractMethod]:
+    try:
+        with contained("its module"):
+            target = load()
+    except Exception as error:  # whatever a stranger's module does while it is imported
+        raise ValueError(f"{title} cannot be imported ({type(error).__name__}: {error}). {mend}") from error
+    cls = getattr(target, "Method", target)
+    reason = wrong(cls)
+    if reason:
+        raise ValueError(
+            f"{title} is no method: {what} {reason}. {needed}: a frozen dataclass derived from "
+            "ivcp_eval.interface.AbstractMethod."
+        )
+    loaded: type[AbstractMethod] = cls
+    return loaded
 
 
 def wrong(cls: Any) -> str:

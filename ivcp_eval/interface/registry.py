@@ -72,9 +72,11 @@ def method_class(name: str) -> type[AbstractMethod]:
             warnings.warn(f"{plugin.title} is not used: {plugin.problem}", stacklevel=2)
         loaded: type[AbstractMethod] = import_module(f"ivcp_eval.methods.{name}").Method
         return loaded
-    if not claimed:
-        raise unknown("method", name, method_names())
-    return claimed[0].load()
+    if claimed:
+        return claimed[0].load()
+    if file := plugins.file_of(name):
+        return file.load()
+    raise unknown("method", name, method_names())
 
 
 def unwrapped_name(name: str) -> tuple[str, str]:
@@ -83,12 +85,31 @@ def unwrapped_name(name: str) -> tuple[str, str]:
     return name.removesuffix(plus), plus
 
 
+def name_of(method: str) -> str:
+    """The name of a method that is given by name or by file: ``./mine.py+ivc`` -> ``mine+ivc``.
+
+    The file is then known in this process. Raises ValueError: no such file, or a name that cannot be used.
+    """
+    base, plus = unwrapped_name(method)
+    return plugins.add_file(Path(base)).name + plus if base.endswith(".py") else method
+
+
+def absolute(method: str) -> str:
+    """``./mine.py`` as other processes find it, wherever they run; a name as it is."""
+    base, plus = unwrapped_name(method)
+    return f"{Path(base).expanduser().resolve()}{plus}" if base.endswith(".py") else method
+
+
 def method_source(name: str) -> str:
-    """Where the code of a method comes from: empty for this package, ``PACKAGE VERSION (code HASH)`` for a plug-in."""
+    """Where the code of a method comes from: empty for this package, ``PACKAGE VERSION (code HASH)`` for a plug-in.
+
+    ``FILE (code HASH)`` for one that was given by its file.
+    """
     base, _ = unwrapped_name(name)
     if base in module_names("ivcp_eval.methods"):
         return ""
-    return next((plugin.source() for plugin in plugins.found() if plugin.name == base), "")
+    file = plugins.file_of(base)
+    return next((plugin.source() for plugin in plugins.found() if plugin.name == base), file.source() if file else "")
 
 
 def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> AbstractMethod:

@@ -170,7 +170,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "method_source",
         "text",
-        "package, version and code hash of a plug-in's method, else empty",
+        "code hash, with package and version of a plug-in's method, or the name of a method file; else empty",
         late=True,
         of_run=True,
     ),

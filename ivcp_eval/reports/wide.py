@@ -20,6 +20,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ivcp_eval import benchmarks
+from ivcp_eval.benchmarks import agreement
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import compare
@@ -212,7 +213,9 @@ def _table(rows: Sequence[Row], planned: Sequence[str], p_values: Mapping[tuple[
             )
         )
     random = any(row["trained_weights"] is False for row in rows)
+    agreed = [name for name, headline in metric.items() if headline in agreement.METRICS]
     notes = [*(["Random weights: these numbers mean nothing."] if random else []), *([note] if note else [])]
+    notes += [f"{', '.join(agreed)}: {agreement.NOTE}."] if agreed else []
     return Table(rows[0]["model"], names, tuple(lines), " ".join(notes))
 
 

@@ -36,8 +36,11 @@ REQUIRED = {
 }
 
 
-def read_tsv(path: Path, kind: str) -> pd.DataFrame:
+def read_tsv(path: Path, kind: str, answered: bool = True) -> pd.DataFrame:
     """A benchmark TSV with its columns checked; every cell as text, nothing turned into NaN.
+
+    Args:
+        answered: whether it holds answers; without, predictions are compared with the baseline's.
 
     Raises:
         FileNotFoundError: no such file. ValueError: columns missing, no rows, no picture or answer, an index twice; it
@@ -46,10 +49,11 @@ def read_tsv(path: Path, kind: str) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; see `ivcp data` for where it comes from")
     table = tsv.read(path)
-    missing = [column for column in REQUIRED[kind] if column not in table]
+    required = [column for column in REQUIRED[kind] if answered or column != "answer"]
+    missing = [column for column in required if column not in table]
     if missing:
         raise ValueError(
-            f"{path}: a {kind} benchmark needs the columns {', '.join(REQUIRED[kind])}; missing: {', '.join(missing)}; "
+            f"{path}: a {kind} benchmark needs the columns {', '.join(required)}; missing: {', '.join(missing)}; "
             f"found: {', '.join(table.columns)}"
         )
     if table.empty:
@@ -57,7 +61,7 @@ def read_tsv(path: Path, kind: str) -> pd.DataFrame:
     twice = table["index"][table["index"].duplicated()]
     if len(twice):
         raise ValueError(f"{path}: {len(twice)} index values occur twice, e.g. {twice.iloc[0]!r}; they must be unique")
-    for column in ("image", "answer"):
+    for column in ("image", "answer") if answered else ("image",):
         empty = table["index"][table[column] == ""]
         if len(empty):
             raise ValueError(f"{path}: {len(empty)} rows have no {column}, e.g. the row with index {empty.iloc[0]!r}")
@@ -90,7 +94,7 @@ class _Shipped(Unpacking, ImageBaseDataset):
 
         benchmark = benchmarks.load(dataset)
         path = self.FILE or benchmark.path or data_root() / f"{dataset}.tsv"
-        table = read_tsv(path, self.KIND)
+        table = read_tsv(path, self.KIND, benchmark.reference == "answers")
         self.img_root = str(data_root() / "images" / f"{dataset}-{file_digest(path)[:12]}")
         self._indices = list(table["index"])
         absent = [str(column) for column in table if column in (*string.ascii_uppercase, "hint")]

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ivcp_eval.files import commit_file, file_digest
+from ivcp_eval.files import data_root as data_root
 
 MISSING = (
     "VLMEvalKit is not installed. In a checkout `make setup` installs the tested set; elsewhere: "
@@ -88,11 +89,6 @@ def lossless_files() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def data_root() -> Path:
-    """Where VLMEvalKit keeps its TSV files: ``$LMUData``, else ``~/LMUData``; found without importing it."""
-    return Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112 (VLMEvalKit's name)
 
 
 def wrong_checksum(path: Path, got: str, noted: str) -> str:

@@ -18,7 +18,9 @@ from vlmeval.dataset.image_vqa import MMVet
 from vlmeval.inference import infer_data_job
 
 from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, without_pair
+from ivcp_eval.benchmarks.agreement import NOTE, agreement
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL, not_whole
+from ivcp_eval.benchmarks.thinking import END, split_thinking
 from ivcp_eval.files import DiskFullError, NoLocksError
 from ivcp_eval.interface.failures import FAILURES, contained, failure
 from ivcp_eval.interface.registry import unknown
@@ -198,6 +200,20 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
         _ious(benchmark, predictions),
         thinking,
     )
+
+
+def agreed(benchmark: Benchmark, given: Mapping[str, str], reference: Mapping[str, str]) -> Scored:
+    """How far answers agree with those of the unpruned model (index -> answer; failed ones are left out)."""
+    thought = sum(END in text for text in given.values())
+    if benchmark.thinking == "split":
+        given, reference = (
+            {index: split_thinking(text)[0] for index, text in answers.items()} for answers in (given, reference)
+        )
+    found = agreement(given, reference, benchmark.kind == "grounding")
+    return Scored(
+        {name: (value, 100.0) for name, value in found.metrics.items()}, found.samples, remark=NOTE, ious=found.ious,
+        thinking=thought if benchmark.thinking == "split" else 0,
+    )  # fmt: skip
 
 
 def _samples(benchmark: Benchmark, dataset: Any, predictions: Path, evaluator: str) -> dict[str, float]:

@@ -122,7 +122,6 @@ def _without_checksums(load: Any) -> Any:
     def loaded(name: str) -> benchmarks.Benchmark:
         return replace(load(name), md5="") if name in miniatures() else load(name)
 
-    loaded.cache_clear = load.cache_clear  # type: ignore[attr-defined]
     return loaded
 
 

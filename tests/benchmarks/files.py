@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Files:
         if not declared:
             return benchmarks.load(name) if name in benchmarks.names() else benchmarks.undeclared(name)
         (self.root / f"{name}.yaml").write_text(f"{declared}file: {name}.tsv\n")
-        benchmarks.load.cache_clear()
         return benchmarks.load(name)
 
     def score(self, benchmark: benchmarks.Benchmark, given: Mapping[str, str], judge: Any = None) -> Any:
@@ -61,12 +60,10 @@ class Files:
 
 
 @pytest.fixture
-def files(laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def files(laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     """Declared data sets of the package stay declared: their data files are copied."""
     for path in benchmarks.FOLDER.glob("*.yaml"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     monkeypatch.setenv("LMUData", str(tmp_path))
-    benchmarks.load.cache_clear()
-    yield Files(tmp_path)
-    benchmarks.load.cache_clear()
+    return Files(tmp_path)

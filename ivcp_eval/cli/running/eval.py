@@ -24,15 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
     add("--model", default="tiny", help="short name, see `ivcp list` (default: %(default)s)")
-    add("--method", default="ivc_prune", help="pruning method (default: %(default)s)")
+    add("--method", default="ivc_prune", help="pruning method, or the path of a file with a class Method, e.g. "
+        "./mine.py (default: %(default)s)")  # fmt: skip
     add("--ratio", type=float, default=0.5, help="share of the visual tokens kept, in (0, 1] (default: %(default)s)")
     add("--budget", default="own", metavar="KIND", help="what --ratio is a share of: own (the method's own retention "
         "ratio, as papers print it), or, so that methods cost the same, of the unpruned model's final (visual tokens "
         "after the last cut), layer_mean (processed, mean over layers) or flops (of the prefill)")  # fmt: skip
     add("--budget-prompt", type=int, nargs=2, metavar=("VISUAL", "TEXT"), help="tokens of the prompt for which FLOPs "
         "are held equal (default: 1024 64)")  # fmt: skip
-    add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks or groups; default: the shipped sets for a "
-        "shipped model, else the matrix of twenty")  # fmt: skip
+    add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks, groups, or files of your own pictures "
+        "(.jsonl, .tsv); default: the shipped sets for a shipped model, else the matrix of twenty")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
@@ -46,9 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 done, 1 some cells are not whole, 75 asked to stop: the same command goes on."""
+    from ivcp_eval.interface.registry import absolute
     from ivcp_eval.runs.planning.cells import RUNS
     from ivcp_eval.runs.store.finished import eval_state, known
 
+    args.method = absolute(args.method)
+    if any(Path(word).suffix for word in args.data):
+        from ivcp_eval.vlmeval_bridge.reading.own import names_of
+
+        args.data = names_of(args.data, notices(args))
     if args.estimate:
         return _estimate(args)
     runs = args.runs or RUNS
@@ -170,6 +177,7 @@ def _without_model(problems: list[str]) -> list[str]:
 
 
 def _inputs(plan: RunPlan) -> Iterator[Path]:
+    from ivcp_eval.benchmarks import data_file
     from ivcp_eval.runs.planning.data import path_of
 
     yield DATASETS  # a file more or less
@@ -177,8 +185,8 @@ def _inputs(plan: RunPlan) -> Iterator[Path]:
         yield from (path for path in model.weights.source.iterdir() if path.is_file())
         yield path_of(benchmark)
         yield from (cell.notes, cell.journal, cell.scores, cell.record, cell.predictions)
-        if (DATASETS / f"{benchmark.name}.yaml").is_file():
-            yield DATASETS / f"{benchmark.name}.yaml"
+        if data_file(benchmark.name).is_file():
+            yield data_file(benchmark.name)
 
 
 def _print_table(finished: Finished) -> int:

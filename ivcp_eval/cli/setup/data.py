@@ -66,6 +66,8 @@ def state_of(benchmark: Benchmark, root: Path, verify: bool = True) -> FileState
 
 def how_to_get(benchmark: Benchmark) -> str:
     """In words."""
+    if benchmark.group == benchmarks.OWN:
+        return f"add it again: `ivcp data add {benchmark.source} --name {benchmark.name}`"
     if benchmark.file:
         return "restore it: git checkout datasets/"
     if benchmark.url:
@@ -142,7 +144,10 @@ def _split_stock(root: Path, say: Say) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``ivcp data``."""
     add = parser.add_argument
-    add("words", nargs="*", metavar="prepare NAME", help="names or groups to show; after the word prepare: to fetch")
+    add("words", nargs="*", metavar="[prepare NAME | add FILE]", help="names or groups to show; after the word "
+        "prepare: to fetch; after the word add: files of your own pictures to make benchmarks of")  # fmt: skip
+    add("--name", default="", help="add: of the benchmark (default: the file's name without its ending)")
+    add("--kind", default="", help="add: mcq, yes_no, grounding or short_answer (default: what the answers are)")
     add("--root", type=Path, help="VLMEvalKit's data root (default: $LMUData, else ~/LMUData)")
     add("--quick", action="store_true", help="do not compute checksums")
 
@@ -151,6 +156,10 @@ def run(args: argparse.Namespace) -> int:
     """Show or fetch; 1 if something that was to be fetched is not here now."""
     from ivcp_eval.vlmeval_bridge.environment import data_root
 
+    if args.words[:1] == ["add"]:
+        return _add(args)
+    if args.name or args.kind:
+        raise ValueError("--name and --kind go with `ivcp data add FILE`")
     root = args.root or data_root()
     if args.words[:1] != ["prepare"]:
         say(table([state_of(benchmark, root, not args.quick) for benchmark in chosen(args.words)]))
@@ -160,6 +169,19 @@ def run(args: argparse.Namespace) -> int:
     states = prepare(args.words[1:], root, notices(args))
     say(table(states))
     return int(any(state.state != "here" for state in states))
+
+
+def _add(args: argparse.Namespace) -> int:
+    from ivcp_eval.vlmeval_bridge.reading import own
+
+    files = args.words[1:]
+    if args.root:
+        raise ValueError("benchmarks of your own lie below VLMEvalKit's data root: set LMUData in place of --root")
+    if not files or (args.name and len(files) > 1):
+        raise ValueError("`ivcp data add FILE...` needs a .jsonl or .tsv file, and with --name one alone")
+    names = [own.add(Path(file), args.name, args.kind, notices(args)) for file in files]
+    say(table([state_of(benchmarks.load(name), benchmarks.own_folder(), not args.quick) for name in names]))
+    return 0
 
 
 def table(states: Sequence[FileState]) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ivcp_eval import benchmarks, vlmeval_bridge
-from ivcp_eval.benchmarks import Benchmark, DataMissing
+from ivcp_eval.benchmarks import OWN, Benchmark, DataMissing
 from ivcp_eval.files import file_digest, long_cells, remembered
 from ivcp_eval.vlmeval_bridge.environment import data_root, wrong_checksum
 
@@ -47,7 +47,12 @@ def digest(benchmark: Benchmark) -> str:
     if benchmark.sha256 and digest != benchmark.sha256:
         raise ValueError(
             f"{path.name} has checksum {digest[:12]}..., its data file says {benchmark.sha256[:12]}...: the file was "
-            "changed or cut short. Restore it (git checkout), or correct sha256 if the change is meant."
+            "changed or cut short. "
+            + (
+                "Add it again from its source (`ivcp data add`)."
+                if benchmark.group == OWN
+                else "Restore it (git checkout), or correct sha256 if the change is meant."
+            )
         )
     return digest
 

@@ -3,7 +3,7 @@
     models: [qwen25, internvl25]            # or a mapping of name to a local folder
     benchmarks: [matrix]                    # names or groups
     methods:
-      - method: ivc_prune
+      - method: ivc_prune                   # or the path of a file with a class `Method`: ./mine.py
         ratios: [0.75, 0.5, 0.25]
         parameters: {layer: [14, 16]}        # a list is a grid; write [[...]] for one value that is a list
         seeds: [0, 1]                       # of a method that draws; left out: as many as it declares
@@ -32,7 +32,7 @@ from typing import Any, Literal
 from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import models
 from ivcp_eval.interface.marked import Marked, Place, SpecError
-from ivcp_eval.interface.registry import make_method, method_names, unknown
+from ivcp_eval.interface.registry import absolute, make_method, method_names, name_of, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Variant
 from ivcp_eval.methods._cards import control_names
 from ivcp_eval.runs.planning.options import Options
@@ -130,6 +130,7 @@ def _checked(marked: Marked, name: str) -> Spec:
         cells[_key(variant, benchmark)] = variant, benchmark
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
     options = _options(marked, raw)
+    raw = {**raw, "methods": [{**entry, "method": absolute(entry["method"])} for entry in entries]}
     return Spec(_name(marked, raw, name), models_asked, tuple(left), options, raw, _kind(marked, raw))
 
 
@@ -208,6 +209,7 @@ def _entry(
     if not isinstance(method, str):
         raise marked.error(place, f"an entry under methods needs a method; known: {', '.join(method_names())}")
     try:
+        method = name_of(method)
         make_method(method)
     except ValueError as error:
         raise marked.error((*place, "method"), str(error)) from None

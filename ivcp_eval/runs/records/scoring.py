@@ -13,6 +13,7 @@ from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.files import DiskFullError, room_left
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter, make_method
+from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.answering.prompts import prompts_of
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.options import Options
@@ -126,11 +127,21 @@ def _score(
         if judge and judge.cache.unreadable:
             say(f"{judge.cache.path}: {judge.cache.unreadable} damaged lines do not count and are asked again")
         family = adapter(model.weights.family)
-        record = score_answers(plan.options, family, benchmark, cell, journal, dataset, judge)
+        reference = _unpruned(model, benchmark, cell, known, say) if benchmark.reference == "baseline" else None
+        record = score_answers(plan.options, family, benchmark, cell, journal, dataset, judge, reference)
     say(f"scored {cell.identity.variant.name} on {benchmark.name}: {record.status} {record.reason}".rstrip())
     if record.status == "ok":
         shutil.rmtree(cell.folder / "shards", ignore_errors=True)
     return True
+
+
+def _unpruned(
+    model: ModelPlan, benchmark: Benchmark, cell: Cell, known: Mapping[str, Answer], say: Callable[[str], None]
+) -> Mapping[str, Answer]:
+    """The unpruned model's answers to a benchmark, by the key of their prompt; ``known`` are the cell's own."""
+    _, group = model.groups[benchmark.name]
+    baseline = next(other for other in group if other.identity.variant.method == BASELINE)  # every plan has it
+    return known if baseline == cell else answers(baseline, say=say)
 
 
 def _reopened(plan: RunPlan, cell: Cell, known: Mapping[str, Answer], say: Callable[[str], None]) -> bool:
@@ -152,6 +163,7 @@ def score_answers(
     journal: Journal,
     dataset: Any,
     judge: Judge | None,
+    unpruned: Mapping[str, Answer] | None = None,
 ) -> CellRecord:
     """Score what a cell's journal holds and write the cell's files.
 
@@ -160,6 +172,7 @@ def score_answers(
 
     Args:
         family: adapter of the model. journal: of the cell, open. dataset: VLMEvalKit's, with the rows that count.
+        unpruned: the unpruned model's answers by the key of their prompt, where they stand for the true ones.
     """
     from ivcp_eval.vlmeval_bridge import evaluate as bridge
     from ivcp_eval.vlmeval_bridge.judge import JudgeError
@@ -175,11 +188,18 @@ def score_answers(
     work = cell.folder / "vlmeval"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    predictions = bridge.stored(dataset, {index: answer.scored for index, answer in answers.items()}, work)
     problem = bridge.data_problem(benchmark)
     lines = dataset.data.drop(columns="image", errors="ignore").to_dict("records")
     try:
-        scored = bridge.score(benchmark, dataset, predictions, judge)
+        if unpruned is None:
+            predictions = bridge.stored(dataset, {index: answer.scored for index, answer in answers.items()}, work)
+            scored = bridge.score(benchmark, dataset, predictions, judge)
+        else:
+            reference = _good(answers_by_index(indices, prompts, unpruned))
+            lines = [{**line, "answer": reference.get(str(line["index"]), "")} for line in lines]
+            scored = bridge.agreed(benchmark, _good(answers), reference)
+            if left_out := len(indices) - len(reference):
+                problem = f"{left_out} rows are left out: the unpruned model's answers to them failed"
     except ValueError as error:  # of a file that the evaluator could not write
         _check_room(work, error)
         raise
@@ -199,6 +219,10 @@ def score_answers(
     if record.status == "ok":
         shutil.rmtree(work)
     return record
+
+
+def _good(answers: Mapping[str, Answer]) -> dict[str, str]:
+    return {index: answer.scored for index, answer in answers.items() if not answer.error}
 
 
 def _check_room(folder: Path, error: Exception) -> None:

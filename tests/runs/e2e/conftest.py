@@ -54,12 +54,10 @@ def declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
     folder = tmp_path / "datasets"
     folder.mkdir()
     monkeypatch.setattr(benchmarks, "FOLDER", folder)
-    benchmarks.load.cache_clear()
 
     def declare(name: str, yaml: str, tsv: str) -> Path:
         (folder / f"{name}.yaml").write_text(yaml)
         (folder / f"{name}.tsv").write_text(tsv)
         return folder / f"{name}.tsv"
 
-    yield declare  # type: ignore[misc]
-    benchmarks.load.cache_clear()
+    return declare

@@ -1,0 +1,518 @@
+"""A user's own pictures and questions as a benchmark: a JSONL file (or a TSV) becomes a data file and a checked TSV.
+
+    {"image": "cat.jpg", "question": "What is this?", "answer": "cat"}
+
+``image`` is a path, or a list of paths, within the folder of the file. Optional are ``answer`` (a text, or a list of
+texts of which any counts), ``options`` (a list, or a mapping of letters), ``category`` and ``index``. Without answers
+the score is the agreement with the unpruned model. Nothing is written unless every line is good.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import csv
+import io
+import json
+import math
+import os
+import re
+import secrets
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval import benchmarks, vlmeval_bridge
+from ivcp_eval.benchmarks import agreement
+from ivcp_eval.benchmarks.pictures import decoded
+from ivcp_eval.files import atomic_write, commit_file, data_root, disk_full_as_clear_error, file_digest
+from ivcp_eval.vlmeval_bridge.reading import tsv
+
+KINDS = ("mcq", "yes_no", "grounding", "short_answer")
+SUFFIXES = (".jsonl", ".tsv")
+#: A line holds paths and words, no pictures.
+MOST_BYTES_A_LINE = 1 << 20
+MOST_BYTES_A_PICTURE = 64 << 20
+#: Pillow's own limit, which VLMEvalKit raises for the whole process.
+MOST_PIXELS = 178_956_970
+MOST_PROBLEMS = 20
+
+_ORIENTATION = 0x0112  # tag of EXIF
+_KEYS = ("image", "question", "answer", "options", "category", "index")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+_NUMBER = r"[-+]?\d+(?:\.\d+)?"
+_BOX = re.compile(rf"\s*[\[(]?\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[\])]?\s*")
+# VLMEvalKit's evaluators score data sets with these words in their names in other ways.
+_SPECIAL = ("MME", "MMT", "MMSci", "AMBER", "Hallusion", "POPE", "VSR-zeroshot")
+_SPECIAL_FOLDED = ("mmbench", "ccbench", "circular", "mmcr")
+_METRICS: Mapping[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
+    "mcq": (
+        [{"name": "accuracy", "file": "_acc.csv", "column": "Overall", "factor": 100}],
+        {"file": "_{judge}_result.tsv", "column": "hit"},
+    ),
+    "yes_no": (
+        [{"name": "accuracy", "file": "_score.csv", "column": "Overall"}],
+        {"file": "_auxmatch.tsv", "column": "score"},
+    ),
+    "grounding": (
+        [
+            {"name": "Acc@0.5", "file": "_acc.csv", "column": "Acc@0.5"},
+            {"name": "Acc@0.75", "file": "_acc.csv", "column": "Acc@0.75"},
+            {"name": "mean_iou", "file": "_acc.csv", "column": "mean_iou", "factor": 100},
+        ],
+        {"file": "_results.csv", "column": "hit"},
+    ),
+    "short_answer": (
+        [{"name": "accuracy", "file": "_acc.csv", "column": "Overall"}],
+        {"file": "_results.csv", "column": "eval_score"},
+    ),
+}
+
+
+class BadData(ValueError):
+    """A file that cannot be a benchmark; every bad line is named with file, line number and what is expected."""
+
+
+@dataclass
+class _Line:
+    """One question.
+
+    Attributes:
+        number: of the line, or of a TSV's row. pictures: paths, or the pictures themselves.
+        answers: empty if there is none. box: an answer that is four numbers. options: letter -> text.
+    """
+
+    number: int
+    index: str
+    question: str
+    pictures: list[Path] | list[bytes]
+    answers: list[str] = field(default_factory=list)
+    box: tuple[float, ...] | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    category: str = ""
+
+
+def is_file_name(word: str) -> bool:
+    """Whether a word is a path to a file of this kind and no benchmark's name."""
+    return Path(word).suffix.lower() in SUFFIXES
+
+
+def names_of(words: Sequence[str], say: Callable[[str], None]) -> list[str]:
+    """Benchmark names as they are, and files as the benchmarks that `add` makes of them. Raises as `add`."""
+    return [add(Path(word), say=say) if is_file_name(word) else word for word in words]
+
+
+def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] = lambda text: None) -> str:
+    """Make a benchmark of a file; the one that is there is kept if nothing changed.
+
+    Args:
+        name: of the benchmark; default: the file's name without ending. kind: of question; default: what the answers
+            are. say: is told what was made.
+
+    Returns:
+        The name.
+
+    Raises:
+        FileNotFoundError: no such file. BadData: what is wrong with it, or with the name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not here, or is no file; a .jsonl or .tsv file of pictures is expected")
+    if not is_file_name(path.name):
+        raise BadData(f"{path}: the name of a file of pictures ends in {' or '.join(SUFFIXES)}")
+    name = name or path.stem
+    source = str(path.resolve())
+    _check_name(name, source)
+    lines, problems = _read_tsv(path) if path.suffix.lower() == ".tsv" else _read_jsonl(path)
+    if not lines and not problems:
+        raise BadData(f"{path}: the file has no lines")
+    found = "" if problems else _kind(path, lines, kind, problems)
+    folder = benchmarks.own_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}.tsv"
+    part = target.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        with disk_full_as_clear_error(target, part):
+            _write(path, part, lines, found, problems)
+        if problems:
+            raise BadData("\n".join([*problems[:MOST_PROBLEMS], *_and_more(problems), "nothing was written"]))
+        _check_table(path, part, lines)
+        text = _data_file(source, lines, found, file_digest(part))
+        known = benchmarks.data_file(name)
+        if known.is_file() and target.is_file() and known.read_text(encoding="utf-8") == text:
+            return name
+        changed = known.is_file()
+        commit_file(part, target)
+        with atomic_write(folder / f"{name}.yaml") as stream:
+            stream.write(text)
+    finally:
+        part.unlink(missing_ok=True)
+    note = "" if lines[0].answers else f"; it has no answers, so its score is the {agreement.NOTE}"
+    said = "replaced, since its file changed (earlier results stay as they are)" if changed else "added"
+    say(f"{name}: {said}: {len(lines)} questions of the kind {found}{note}")
+    return name
+
+
+def _check_name(name: str, source: str) -> None:
+    elsewhere = f"give it another name: `ivcp data add {source} --name NAME`"
+    if not _NAME.fullmatch(name):
+        raise BadData(f"{name!r} is no name of a benchmark: up to 80 letters, digits, - and _; {elsewhere}")
+    if any(word in name for word in _SPECIAL) or any(word in name.lower() for word in _SPECIAL_FOLDED):
+        words = ", ".join((*_SPECIAL, *_SPECIAL_FOLDED))
+        raise BadData(f"{name!r}: VLMEvalKit scores names with these words in ways of their own ({words}); {elsewhere}")
+    known = benchmarks.data_file(name)
+    if known.parent == benchmarks.own_folder():
+        earlier = benchmarks.load(name).source
+        if earlier != source:
+            raise BadData(f"a benchmark {name!r} was made of {earlier} before; {elsewhere}, or remove {known}")
+        return
+    taken = {word.lower() for word in (*benchmarks.names(), *benchmarks.groups(), benchmarks.OWN)}
+    if name.lower() in taken or vlmeval_bridge.knows(name):
+        raise BadData(f"{name!r} is a benchmark or group already, or a file in {data_root()}, which runs by name; "
+                      f"{elsewhere}")  # fmt: skip
+
+
+def _word(path: Path) -> str:
+    return "row" if path.suffix.lower() == ".tsv" else "line"
+
+
+def _and_more(problems: Sequence[str]) -> list[str]:
+    return [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path) -> tuple[list[_Line], list[str]]:
+    """The lines that are good, and what is wrong with the others; blank lines do not count."""
+    lines: list[_Line] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for number, content in _lines(path):
+        try:
+            line = _line(path, number, _parsed(content))
+        except ValueError as error:
+            problems.append(f"{path}, line {number}: {error}")
+            continue
+        if line.index in seen:
+            problems.append(f"{path}, line {number}: index {line.index!r} is that of line {seen[line.index]} too")
+        seen.setdefault(line.index, number)
+        lines.append(line)
+    return lines, problems
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    with path.open("rb") as stream:
+        while content := stream.readline(MOST_BYTES_A_LINE + 1):
+            number += 1
+            if len(content) > MOST_BYTES_A_LINE:
+                raise BadData(f"{path}, line {number}: more than {MOST_BYTES_A_LINE} bytes; pictures are named by path")
+            if content.strip():
+                yield number, content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
+
+
+def _parsed(content: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(content.decode(), object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte 0x{content[error.start]:02x} is not UTF-8 text; save the file as UTF-8") from None
+    except RecursionError:
+        raise ValueError("brackets within brackets, too deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error}); a whole object is expected on every line") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"an object with image and question is expected, got a {type(found).__name__}")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _line(path: Path, number: int, raw: Mapping[str, Any]) -> _Line:
+    if unknown := sorted(set(raw) - set(_KEYS)):
+        raise ValueError(f"unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(_KEYS)}")
+    images = raw.get("image")
+    listed = images if isinstance(images, list) else [images]
+    named = [image for image in listed if isinstance(image, str) and image]
+    if not named or len(named) < len(listed):
+        raise ValueError("image must be the path of a picture, or a list of paths")
+    line = _Line(number, _index(raw, number), _text("question", raw.get("question")), _paths(path, named))
+    line.answers, line.box = _answers(raw["answer"]) if raw.get("answer") is not None else ([], None)
+    line.options = _options(raw["options"]) if raw.get("options") is not None else {}
+    line.category = _text("category", raw["category"]) if raw.get("category") is not None else ""
+    return line
+
+
+def _index(raw: Mapping[str, Any], number: int) -> str:
+    index = raw.get("index", number)
+    if isinstance(index, bool) or not isinstance(index, str | int):
+        raise ValueError(f"index must be a text or a whole number, got {index!r}")
+    return _text("index", str(index))
+
+
+def _text(key: str, value: Any) -> str:
+    """A text that a table can hold."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and key != "question":
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key} must be a text that is not empty, got {str(value)[:80]!r}")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{key} holds a NUL or half a character")
+    return value.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _paths(path: Path, named: Sequence[str]) -> list[Path]:
+    folder, paths = path.resolve().parent, []
+    for name in named:
+        try:
+            picture = (folder / name).resolve()
+            there = picture.is_file()
+        except (ValueError, OSError) as error:  # a NUL byte; a name that is too long
+            raise ValueError(f"image {name[:80]!r}: {error}") from None
+        if not picture.is_relative_to(folder):
+            raise ValueError(f"image {name!r} leads out of {folder}; pictures lie beside the file, or in folders below")
+        if not there:
+            raise ValueError(f"image {name!r}: there is no such file in {folder}")
+        paths.append(picture)
+    return paths
+
+
+def _answers(raw: Any) -> tuple[list[str], tuple[float, ...] | None]:
+    """The true answers, and the box that they are, if they are one."""
+    listed = raw if isinstance(raw, list) else [raw]
+    if not listed:
+        raise ValueError("answer is an empty list; leave it out where there is none")
+    if isinstance(raw, list) and len(raw) == 4 and all(_is_number(value) for value in raw):
+        return [str(raw)], tuple(map(float, raw))
+    texts = [_text("answer", value) for value in listed]
+    match = _BOX.fullmatch(texts[0]) if len(texts) == 1 else None
+    return texts, tuple(map(float, match.groups())) if match else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _options(raw: Any) -> dict[str, str]:
+    options = dict(zip(string.ascii_uppercase, raw, strict=False)) if isinstance(raw, list) else raw
+    letters = list(string.ascii_uppercase[: len(raw)]) if isinstance(raw, list | dict) else []
+    if not isinstance(options, dict) or sorted(options) != letters or not 2 <= len(raw) <= 26:
+        raise ValueError("options must be a list of 2 to 26 texts, or a mapping of A, B, ... to texts")
+    return {letter: _text(f"option {letter}", options[letter]) for letter in letters}
+
+
+def _read_tsv(path: Path) -> tuple[list[_Line], list[str]]:
+    """A TSV with the pictures in it: index, image (base64), question; answer, A, B, ... and category if it has them."""
+    table = tsv.read(path)
+    if missing := [column for column in ("index", "image", "question") if column not in table]:
+        raise BadData(f"{path}: no column {', '.join(missing)}; found: {', '.join(map(str, table.columns))}")
+    rows = [{str(column): str(cell) for column, cell in row.items()} for row in table.to_dict("records")]
+    cells = {row["index"]: row["image"] for row in rows}
+    lines: list[_Line] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            options = [row[letter] for letter in string.ascii_uppercase if row.get(letter)]
+            line = _Line(number, row["index"], _text("question", row["question"]), _base64(row["image"], cells))
+            line.answers, line.box = _cell_answers(row["answer"]) if row.get("answer") else ([], None)
+            line.options = _options(options) if options else {}
+            line.category = row.get("category", "")
+        except ValueError as error:
+            problems.append(f"{path}, row {number}: {error}")
+            continue
+        if line.index in seen:
+            problems.append(f"{path}, row {number}: index {line.index!r} is that of row {seen[line.index]} too")
+        seen.setdefault(line.index, number)
+        lines.append(line)
+    return lines, problems
+
+
+def _base64(cell: str, cells: Mapping[str, str]) -> list[bytes]:
+    """The pictures of a cell, which may be the index of another row."""
+    cell = cells.get(cell, cell)
+    texts = ast.literal_eval(cell) if cell.startswith("[") else [cell]  # `tsv.read` let only lists of texts through
+    try:
+        return [base64.b64decode(text, validate=True) for text in texts]
+    except (binascii.Error, TypeError) as error:
+        raise ValueError(f"image is not base64 ({error})") from None
+
+
+def _cell_answers(cell: str) -> tuple[list[str], tuple[float, ...] | None]:
+    """A cell in brackets is a list of answers, as everywhere in a TSV."""
+    try:
+        listed = json.loads(cell) if cell.startswith("[") else cell
+    except json.JSONDecodeError:
+        listed = cell
+    return _answers(listed)
+
+
+# -- kind and table ---------------------------------------------------------------------------------------------------
+
+
+def _kind(path: Path, lines: Sequence[_Line], asked: str, problems: list[str]) -> str:
+    """What all lines are; lines that are not go to ``problems``."""
+    if asked not in ("", *KINDS):
+        raise BadData(f"unknown kind {asked!r}; allowed: {', '.join(KINDS)}")
+    word = _word(path)
+    answered = [line for line in lines if line.answers]
+    if answered and len(answered) < len(lines):
+        without = next(line.number for line in lines if not line.answers)
+        problems.append(f"{path}, {word} {without}: no answer, but other {word}s have one; give all of them or none")
+    if asked:
+        kind = asked
+    elif any(line.options for line in lines):
+        kind = "mcq"
+    elif answered and all(_is_yes_no(line) for line in answered):
+        kind = "yes_no"
+    elif answered and all(line.box for line in answered):
+        kind = "grounding"
+    else:
+        kind = "short_answer"
+    for line in lines:
+        if problem := _misfit(line, kind):
+            problems.append(f"{path}, {word} {line.number}: {problem}")
+    return kind
+
+
+def _is_yes_no(line: _Line) -> bool:
+    return len(line.answers) == 1 and line.answers[0].strip().lower() in ("yes", "no")
+
+
+def _misfit(line: _Line, kind: str) -> str:
+    """Why a line is no question of a kind, in words; empty if it is."""
+    if bool(line.options) != (kind == "mcq"):
+        return "no options, which multiple choice needs on every line" if kind == "mcq" else f"options, but kind {kind}"
+    if not line.answers:
+        return "a box is asked of one picture" if kind == "grounding" and len(line.pictures) > 1 else ""
+    if kind == "mcq" and _letter(line) is None:
+        return f"answer {line.answers[0][:80]!r} is neither a letter of the options nor the text of one of them"
+    if kind == "yes_no" and not _is_yes_no(line):
+        return f"answer {line.answers[0][:80]!r} is neither yes nor no"
+    if kind == "grounding" and line.box is None:
+        return f"answer {line.answers[0][:80]!r} is no box: four numbers x1, y1, x2, y2 in pixels"
+    return "a box is asked of one picture" if kind == "grounding" and len(line.pictures) > 1 else ""
+
+
+def _letter(line: _Line) -> str | None:
+    """Of the right option, which the answer names or spells out."""
+    if len(line.answers) != 1:
+        return None
+    answer = line.answers[0].strip()
+    if answer in line.options:
+        return answer
+    spelled = [letter for letter, text in line.options.items() if text.strip() == answer]
+    return spelled[0] if len(spelled) == 1 else None
+
+
+def _write(path: Path, part: Path, lines: Sequence[_Line], kind: str, problems: list[str]) -> None:
+    """The table; pictures that cannot be read go to ``problems``."""
+    letters = sorted({letter for line in lines for letter in line.options})
+    columns = ["index", "image", "question", *letters]
+    columns += ["answer"] if any(line.answers for line in lines) else []
+    columns += ["category"] if any(line.category for line in lines) else []
+    columns += ["width", "height"] if kind == "grounding" else []
+    with part.open("x", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, delimiter="\t", lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        for line in lines:
+            try:
+                pictures = [_picture(picture) for picture in line.pictures]
+                width, height = pictures[0][1]
+                _check_box(line, kind, width, height)
+            except ValueError as error:
+                problems.append(f"{path}, {_word(path)} {line.number}: {error}")
+                continue
+            texts = [base64.b64encode(content).decode("ascii") for content, _ in pictures]
+            if not problems:
+                writer.writerow(
+                    {
+                        **{"index": line.index, "question": line.question, "category": line.category},
+                        **{"image": texts[0] if len(texts) == 1 else str(texts), "answer": _answer(line, kind)},
+                        **{"width": width, "height": height, **line.options},
+                    }
+                )
+
+
+def _picture(source: Path | bytes) -> tuple[bytes, tuple[int, int]]:
+    """(bytes, size) of a picture that can be decoded. One that a camera turned by a tag is turned in earnest."""
+    from PIL import Image, ImageOps
+
+    name = f"picture {source.name}" if isinstance(source, Path) else "picture"
+    size = source.stat().st_size if isinstance(source, Path) else len(source)
+    if size > MOST_BYTES_A_PICTURE:
+        raise ValueError(f"{name} has {size} bytes, more than {MOST_BYTES_A_PICTURE}; make it smaller")
+    content = source.read_bytes() if isinstance(source, Path) else source
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}; make it smaller")
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                buffer = io.BytesIO()
+                decoded(ImageOps.exif_transpose(image)).save(buffer, "PNG")
+                content = buffer.getvalue()
+        return content, decoded(io.BytesIO(content)).size
+    except Exception as error:  # decoders meet damaged bytes with errors of every kind
+        raise ValueError(f"{name} cannot be used ({type(error).__name__}: {error})") from error
+
+
+def _check_box(line: _Line, kind: str, width: int, height: int) -> None:
+    if kind != "grounding" or line.box is None:
+        return
+    x1, y1, x2, y2 = line.box
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise ValueError(
+            f"answer {list(line.box)} is no box in the picture of {width} x {height} pixels: 0 <= x1 < x2 <= width and "
+            "0 <= y1 < y2 <= height"
+        )
+
+
+def _answer(line: _Line, kind: str) -> str:
+    """The cell that the kind's evaluator reads."""
+    if not line.answers:
+        return ""
+    if kind == "mcq":
+        return _letter(line) or ""
+    if kind == "yes_no":
+        return line.answers[0].strip().capitalize()
+    if kind == "grounding" and line.box:
+        return json.dumps(list(line.box))
+    # What begins with a bracket would be read as a list.
+    return line.answers[0] if len(line.answers) == 1 and line.answers[0][0] != "[" else str(line.answers)
+
+
+def _check_table(path: Path, part: Path, lines: Sequence[_Line]) -> None:
+    """Read the table as a run will; what is refused is said of the file that it was made of."""
+    try:
+        tsv.read(part)
+    except tsv.BadTable as error:
+        text = re.sub(r", row (\d+)", lambda found: f", {_word(path)} {lines[int(found[1]) - 1].number}", str(error))
+        raise BadData(text.replace(str(part), str(path)) + "; nothing was written") from error
+
+
+def _data_file(source: str, lines: Sequence[_Line], kind: str, digest: str) -> str:
+    """The data file, every value as JSON, which is YAML that nothing is read into."""
+    answered = bool(lines[0].answers)
+    metrics, samples = _METRICS[kind]
+    if not answered:
+        names = agreement.BOX_METRICS if kind == "grounding" else agreement.TEXT_METRICS
+        metrics, samples = [{"name": name, "file": "", "column": name} for name in names], {}
+    values: dict[str, Any] = {
+        "title": f"own pictures{'' if answered else '; agreement with the unpruned model'}",
+        "kind": kind,
+        "sha256": digest,
+        "n_samples": len(lines),
+        "reference": "answers" if answered else "baseline",
+        "metrics": metrics,
+        **({"samples": samples} if samples else {}),
+        "cluster": "image",
+        "source": source,
+    }
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())

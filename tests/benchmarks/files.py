@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Files:
 
 
 @pytest.fixture
-def files(laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def files(laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     """Declared data sets of the package stay declared: their data files are copied."""
     for path in benchmarks.FOLDER.glob("*.yaml"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -43,6 +43,7 @@ __all__ = [
     "disk_full_as_clear_error",
     "file_digest",
     "file_digests",
+    "fingerprint",
     "hold_lock",
     "locked",
     "long_cells",
@@ -356,6 +357,20 @@ def remembered(path: Path, fact: str, compute: Callable[[Path], T], kind: type[T
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, {**_read_cache(cache), key: entry})
     return value
+
+
+def fingerprint(folder: Path) -> str:
+    """A content hash of a checkpoint folder, 12 hexadecimal digits.
+
+    Weights are read whole, once, and remembered by path, size, time of change and inode: fine-tunes differ anywhere.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".model", ".txt", ".jinja", ".py"):  # the last: a checkpoint's own code
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest, str)}".encode())
+    return digest.hexdigest()[:12]
 
 
 def _read_cache(cache: Path) -> dict[str, Any]:

@@ -403,6 +403,7 @@ class AbstractMethod(ABC):
     tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"received", "cls", "key", "feature"})
     faithfulness: ClassVar[Faithfulness] = "variant"
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
+    repeats_baseline: ClassVar[bool] = False  # prunes nothing; answers in passes of its own, once per benchmark
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
 

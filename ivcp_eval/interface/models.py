@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivcp_eval.files import DAMAGE, PACKAGE, file_digest, remembered
+from ivcp_eval.files import DAMAGE, PACKAGE, fingerprint
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.registry import adapter, family_names, unknown
 
@@ -135,20 +134,6 @@ def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
             f"{_LOCAL.format(checkpoint.name)} at a local copy."
         ) from error
     return _checked(folder, checkpoint.name), folder.name
-
-
-def fingerprint(folder: Path) -> str:
-    """A content hash of a checkpoint folder, 12 hexadecimal digits.
-
-    Weights are read whole, once, and remembered by path, size, time of change and inode: fine-tunes differ anywhere.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".model", ".txt", ".jinja", ".py"):  # the last: a checkpoint's own code
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            digest.update(f"{path.name}/{remembered(path, 'sha256', file_digest, str)}".encode())
-    return digest.hexdigest()[:12]
 
 
 def _check_safetensors(path: Path, name: str) -> None:

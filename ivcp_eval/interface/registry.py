@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.files import file_digest
+from ivcp_eval.files import file_digest, fingerprint
 from ivcp_eval.interface import plugins
 
 if TYPE_CHECKING:
@@ -196,8 +196,6 @@ def _file_or(value: Any) -> Any:
     if isinstance(value, dict):  # the method inside a wrapper
         return {name: _file_or(inner) for name, inner in value.items()}
     if isinstance(value, Path) and value.is_dir():
-        from ivcp_eval.interface.models import fingerprint  # which imports this module
-
         return f"{value.name} (fingerprint {fingerprint(value)})"
     return f"{value.name} (sha256 {file_digest(value)})" if isinstance(value, Path) else value
 

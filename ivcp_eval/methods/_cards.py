@@ -89,7 +89,7 @@ def method_cards() -> list[MethodCard]:
 
 
 def control_names() -> list[str]:
-    """The controls that prune, in this package: what any method is to be compared with."""
+    """The controls in this package but the baseline itself: what any method is to be compared with."""
     return [card.name for card in method_cards() if card.faithfulness == "control" and card.name != "none"]
 
 

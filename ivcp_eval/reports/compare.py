@@ -10,16 +10,17 @@ This is the one comparison of the project: curves and the sensitivity page are v
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
+from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.provenance import (
+    AGAIN,
     Against,
     Group,
     NotComparable,
@@ -39,11 +40,17 @@ from ivcp_eval.reports.provenance import (
 )
 from ivcp_eval.reports.stats.paired import PairedMetric, Samples, paired_metric
 from ivcp_eval.reports.stats.timing import Timings, read_timings, time_ratios
-from ivcp_eval.reports.table import Row, read_results, read_samples
+from ivcp_eval.reports.table import Row, read_results
 
 __all__ = ["ComparedRow", "Comparison", "compare"]
 
 _ALPHA = 0.05
+#: Files of samples that stay in memory: the baseline's, and the seeds of the variants at hand.
+_MOST_FILES = 8
+#: Sums of clusters that wait for their resamples, in numbers: 128 MB.
+_MOST_SUMS = 16_000_000
+
+Load = Callable[[Path, str], tuple[Samples | None, str]]
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,48 @@ class _Pair:
     """Two groups of rows to compare.
 
     Attributes:
-        samples: where both have per-sample files of the same samples, those of each seed.
-        why_unpaired: why there are none.
-        refused: what forbids the comparison.
+        metric: what their samples say, or why the comparison is not paired.
+        refused: what forbids the comparison; of forbidden ones nothing is read from samples.
         timings: of the first seed of each, where they were measured.
     """
 
     baseline: Group
     pruned: Group
-    samples: tuple[list[Samples], list[Samples]] | None
-    why_unpaired: str
+    metric: PairedMetric | str
     refused: tuple[str, ...]
     timings: tuple[Timings | None, Timings | None]
+
+
+@dataclass
+class _Waiting:
+    """Pairs that wait for their resamples, and the rows that were made of others.
+
+    Attributes:
+        rows: place in the results -> the finished row. pairs: what waits, each with its place.
+    """
+
+    resamples: int
+    margin: float | None
+    rows: dict[int, ComparedRow] = field(default_factory=dict)
+    pairs: list[tuple[int, _Pair]] = field(default_factory=list)
+
+    def add(self, place: int, pair: _Pair) -> None:
+        """Keep a pair; where many wait, finish them, so that memory does not grow with the variants."""
+        self.pairs.append((place, pair))
+        if sum(metric.sums.size for metric in self._metrics) > _MOST_SUMS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Compare what waits."""
+        results = iter(stats.paired_bootstraps(self._metrics, resamples=self.resamples))
+        for place, pair in self.pairs:
+            result = next(results) if isinstance(pair.metric, PairedMetric) else None
+            self.rows[place] = _compared(pair, result, self.margin)
+        self.pairs.clear()
+
+    @property
+    def _metrics(self) -> list[stats.Paired]:
+        return [pair.metric.paired for _, pair in self.pairs if isinstance(pair.metric, PairedMetric)]
 
 
 def compare(
@@ -97,9 +134,8 @@ def compare(
     baseline_csv = results_csv if baseline_csv is None else Path(baseline_csv)
     results, baselines = read_results(results_csv), read_results(baseline_csv)
     left_out: list[str] = []
-    pairs = []
+    pairs: list[tuple[Group, Group]] = []
     folders = baseline_csv.parent, results_csv.parent
-    load = cache(_load)
     own = results_csv.resolve() == baseline_csv.resolve()
     chosen = [row for row in candidates(results, baselines, against, own=own) if select(row)]
     left_out += [f"{label(row)}: {row['status']} ({row['reason']})" for row in chosen if row["status"] != "ok"]
@@ -109,11 +145,18 @@ def compare(
         if isinstance(baseline, str):
             left_out.append(f"{label(merged(group))}: {baseline}")
         else:
-            pairs.append(_pair(baseline, group, folders, load))
+            pairs.append((baseline, group))
     if not pairs:
         reasons = "".join(f"\n  {line}" for line in left_out) or f"\n  {results_csv}: {why_none(results)}"
         raise NotComparable(f"nothing to compare between {results_csv} and {baseline_csv}:{reasons}")
-    refused = [f"{label(merged(pair.pruned))}: {line}" for pair in pairs for line in pair.refused]
+    load, waiting, refused_of = lru_cache(_MOST_FILES)(_load), _Waiting(resamples, margin), {}
+    # Baseline by baseline, so that the samples of each are read once.
+    for place in sorted(range(len(pairs)), key=lambda i: pairs[i][0][0]["predictions"]):
+        pair = _pair(*pairs[place], folders, load, force)
+        refused_of[place] = [f"{label(merged(pair.pruned))}: {line}" for line in pair.refused]
+        if force or not pair.refused:
+            waiting.add(place, pair)
+    refused = [line for place in range(len(pairs)) for line in refused_of[place]]
     if refused and not force:
         raise NotComparable(
             f"{results_csv} and {baseline_csv} were made with different settings, so a difference would not be due to "
@@ -121,9 +164,14 @@ def compare(
             + "\n  ".join(refused)
             + "\nRun the baseline again in the same way, or force the comparison; the table then names the differences."
         )
+    waiting.finish()
     telling = telling_parameters(results)
-    rows = [replace(_compared(pair, margin, resamples), settings=settings(pair.pruned[0], telling)) for pair in pairs]
-    p_values = [row.p_value for row in rows]
+    rows = [
+        replace(waiting.rows[place], settings=settings(pruned[0], telling)) for place, (_, pruned) in enumerate(pairs)
+    ]
+    rows = _with_noise_floor(rows)
+    # The baseline against itself is no hypothesis about a method.
+    p_values = [math.nan if row.method == AGAIN else row.p_value for row in rows]
     adjusted = zip(rows, stats.holm(p_values), stats.benjamini_hochberg(p_values), strict=True)
     rows = [replace(row, p_holm=float(a), p_benjamini_hochberg=float(b)) for row, a, b in adjusted]
     return Comparison(
@@ -138,21 +186,31 @@ def compare(
     )
 
 
+def _with_noise_floor(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
+    """Beside each row what the baseline's second answers say, where there are any."""
+
+    def place(row: ComparedRow) -> tuple[str, str, str, int | None]:
+        return row.model, row.benchmark, row.metric, row.limit
+
+    floor = {place(row): row for row in rows if row.method == AGAIN and row.baseline_method == BASELINE}
+    return [
+        replace(row, again_difference=same.difference, again_answers_changed=same.answers_changed)
+        if (same := floor.get(place(row))) and row is not same
+        else row
+        for row in rows
+    ]
+
+
 def _load(folder: Path, predictions: str) -> tuple[Samples | None, str]:
     if not predictions:
         return None, "totals only"
     path = folder / predictions
     if not path.is_file():
         return None, f"{path} is missing"
-    return {row["index"]: row for row in read_samples(path)}, ""
+    return Samples.read(path), ""
 
 
-def _pair(
-    baseline: Group,
-    pruned: Group,
-    folders: tuple[Path, Path],
-    load: Callable[[Path, str], tuple[Samples | None, str]],
-) -> _Pair:
+def _pair(baseline: Group, pruned: Group, folders: tuple[Path, Path], load: Load, force: bool) -> _Pair:
     refused = dict.fromkeys(line for before in baseline for after in pruned for line in differences(before, after))
     if _partial(*baseline, *pruned) and any(row["source"] for row in (*baseline, *pruned)):
         refused["a score on part of the test set against a published one on the whole"] = None
@@ -162,16 +220,25 @@ def _pair(
     why = next((why for side in loaded for samples, why in side if samples is None), "")
     sides = [[samples for samples, _ in side if samples is not None] for side in loaded]
     if not why:
-        first = sides[0][0]
-        others = [*sides[0][1:], *sides[1]]
-        refused |= dict.fromkeys(line for other in others for line in sample_differences(first, other))
-        unequal = next((other for other in others if other.keys() != first.keys()), None)
-        if unequal is not None:
-            only = len(first.keys() - unequal.keys()), len(unequal.keys() - first.keys())
-            why = f"not the same samples: {only[0]} only in the baseline, {only[1]} only in the results"
-    samples = None if why else (sides[0], sides[1])
+        first, *others = (samples for side in sides for samples in side)
+        for other in others:
+            both = first.shared(other)
+            refused |= dict.fromkeys(sample_differences(both[0].columns, both[1].columns))
+            only = len(first) - len(both[0]), len(other) - len(both[0])
+            if any(only) and not why:
+                why = f"not the same samples: {only[0]} only in the baseline, {only[1]} only in the results"
+    metric: PairedMetric | str = why
+    if not why and (force or not refused):
+        metric = paired_metric(
+            pruned[0]["benchmark"],
+            pruned[0]["metric"],
+            pruned[0]["score_scale"],
+            [first.shared(samples)[1] for samples in sides[0]],
+            [first.shared(samples)[1] for samples in sides[1]],
+            ([r["score"] for r in baseline], [r["score"] for r in pruned]),
+        )
     timings = _timings(folders[0], baseline[0]), _timings(folders[1], pruned[0])
-    return _Pair(baseline, pruned, samples, why, tuple(refused), timings)
+    return _Pair(baseline, pruned, metric, tuple(refused), timings)
 
 
 def _timings(folder: Path, row: Row) -> Timings | None:
@@ -184,7 +251,8 @@ def _partial(*rows: Row) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def _compared(pair: _Pair, margin: float | None, resamples: int) -> ComparedRow:
+def _compared(pair: _Pair, result: stats.PairedResult | None, margin: float | None) -> ComparedRow:
+    """``result``: of the resamples, where the pair has a metric."""
     baseline, pruned = merged(pair.baseline), merged(pair.pruned)
     if baseline["score_scale"] != pruned["score_scale"]:
         raise ValueError(
@@ -192,23 +260,11 @@ def _compared(pair: _Pair, margin: float | None, resamples: int) -> ComparedRow:
             f"{pruned['score_scale']:g}; convert one of the files"
         )
     row = _skeleton(baseline, pruned, pair)
-    metric = pair.why_unpaired if pair.samples is None else _from_samples(row, pair, pair.samples, resamples)
-    row = _unpaired(row, baseline, pruned, metric) if isinstance(metric, str) else _paired(row, metric)
+    if result is None or isinstance(pair.metric, str):
+        row = _unpaired(row, baseline, pruned, str(pair.metric))
+    else:
+        row = _paired(row, pair.metric, result)
     return _finished(row, margin, _notes(pair, baseline, pruned))
-
-
-def _from_samples(
-    row: ComparedRow, pair: _Pair, samples: tuple[list[Samples], list[Samples]], resamples: int
-) -> PairedMetric | str:
-    return paired_metric(
-        row.benchmark,
-        row.metric,
-        row.score_scale,
-        *samples,
-        ([r["score"] for r in pair.baseline], [r["score"] for r in pair.pruned]),
-        resamples=resamples,
-        seed=_seed(row),
-    )
 
 
 def _notes(pair: _Pair, baseline: Row, pruned: Row) -> list[str]:
@@ -219,12 +275,6 @@ def _notes(pair: _Pair, baseline: Row, pruned: Row) -> list[str]:
     notes += [f"not stated by the published row: {', '.join(unknown)}"] if unknown else []
     limits = {row["limit"] for row in (baseline, pruned) if row["limit"]}
     return notes + [f"only the first {limit} rows of the benchmark were asked" for limit in sorted(limits)]
-
-
-def _seed(row: ComparedRow) -> int:
-    """One seed per row, whatever the order of the file."""
-    name = f"{row.model}|{row.benchmark}|{row.metric}|{row.method}|{row.ratio_asked}|{row.method_parameters}"
-    return zlib.crc32((name + (f"|{row.budget}" if row.budget else "")).encode())
 
 
 def _skeleton(baseline: Row, pruned: Row, pair: _Pair) -> ComparedRow:
@@ -270,8 +320,8 @@ def _skeleton(baseline: Row, pruned: Row, pair: _Pair) -> ComparedRow:
     )
 
 
-def _paired(row: ComparedRow, metric: PairedMetric) -> ComparedRow:
-    result, changed = metric.result, metric.flips
+def _paired(row: ComparedRow, metric: PairedMetric, result: stats.PairedResult) -> ComparedRow:
+    changed = metric.flips
     notes = [*row.notes, *result.notes]
     notes += [f"{metric.unscored} samples without a score of their own left out"] if metric.unscored else []
     return replace(
@@ -288,8 +338,8 @@ def _paired(row: ComparedRow, metric: PairedMetric) -> ComparedRow:
         n_samples=result.n_samples,
         n_clusters=result.n_clusters,
         standard_error=result.standard_error,
-        test=metric.test,
-        p_value=metric.p_value,
+        test="permutation" if metric.mcnemar is None else "McNemar",
+        p_value=result.p_value if metric.mcnemar is None else metric.mcnemar,
         notes=tuple(notes),
     )
 

@@ -34,7 +34,9 @@ class ComparedRow:
         score_lowest_seed, score_highest_seed: spread over the ``n_seeds`` seeds.
         times: stage -> pruned / baseline, paired by sample (`stats.timing`).
         paired: interval and test are over samples; else from totals.
-        p_holm, p_benjamini_hochberg: over all rows of the comparison.
+        p_holm, p_benjamini_hochberg: over all rows of the comparison but those of the baseline itself.
+        again_difference, again_answers_changed: the baseline answered a second time against itself, where a sweep asked
+            for it (``controls: [again]``): differences up to these are no effect of pruning.
     """
 
     model: str
@@ -84,6 +86,8 @@ class ComparedRow:
     p_holm: float = math.nan
     p_benjamini_hochberg: float = math.nan
     minimal_detectable_effect: float = math.nan
+    again_difference: float = math.nan
+    again_answers_changed: int | None = None
     verdict: str = ""
 
     @property

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,17 @@ from ivcp_eval.files import as_read, as_shown, atomic_write, long_cells
 from ivcp_eval.interface.registry import nearest
 from ivcp_eval.reports.schema import Column
 
-__all__ = ["ResultsError", "Row", "check_problems", "checked", "header_of", "known", "read_csv", "write_csv"]
+__all__ = [
+    "ResultsError",
+    "Row",
+    "check_problems",
+    "checked",
+    "header_of",
+    "known",
+    "read_columns",
+    "read_csv",
+    "write_csv",
+]
 
 Row = dict[str, Any]
 """Column name -> value. Missing: ``""`` for text, ``None`` for everything else."""
@@ -60,23 +72,57 @@ def read_csv(path: Path, columns: Sequence[Column]) -> list[tuple[int, Row]]:
     """
     rows: list[tuple[int, Row]] = []
     problems: list[str] = []
+    by_name = {column.name: column for column in columns}
+    with _lines(path, columns) as (header, lines):
+        for number, cells in lines:
+            row, bad = _parsed(header, cells, by_name)
+            problems += [f"line {number}: {problem}" for problem in bad]
+            rows.append((number, row))
+    check_problems(path, problems)
+    return rows
+
+
+def read_columns(path: Path, columns: Sequence[Column], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Two columns or more of a CSV file: the values that `read_csv` gives, several times as fast.
+
+    Cells of other columns are not looked at. Raises as `read_csv`.
+    """
+    by_name = {column.name: column for column in columns}
+    with _lines(path, columns) as (header, lines):
+        there = [name for name in names if name in header]
+        chosen = itemgetter(*(header.index(name) for name in there))
+        numbers, rows, problems = [], [], []
+        for number, cells in lines:
+            if len(cells) != len(header):
+                problems.append(f"line {number}: {_wrong_length(header, cells)}")
+            else:
+                numbers.append(number)
+                rows.append(chosen(cells))
+    found: dict[str, list[Any]] = {}
+    for name, texts in zip(there, zip(*rows, strict=True) if rows else [()] * len(there), strict=True):
+        values: dict[str, Any] = {}
+        for text in dict.fromkeys(texts):  # most columns hold few different cells
+            try:
+                values[text] = _value(by_name[name], text)
+            except ValueError as error:
+                problems.append(f"line {numbers[texts.index(text)]}: column {name!r}: {error}")
+        found[name] = [values.get(text) for text in texts]
+    check_problems(path, problems)
+    return {name: found.get(name, ["" if by_name[name].kind == "text" else None] * len(rows)) for name in names}
+
+
+@contextmanager
+def _lines(path: Path, columns: Sequence[Column]) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
+    """The checked header, and every line that is not empty with its number; ResultsError for what is no CSV."""
     # utf-8-sig: spreadsheet programs put a byte order mark in front.
     with path.open(encoding="utf-8-sig", newline="") as stream, long_cells():
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
             _check_header(path, header, columns)
-            by_name = {column.name: column for column in columns}
-            for cells in reader:
-                if not cells:
-                    continue
-                row, bad = _parsed(header, cells, by_name)
-                problems += [f"line {reader.line_num}: {problem}" for problem in bad]
-                rows.append((reader.line_num, row))
+            yield header, ((reader.line_num, cells) for cells in reader if cells)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ResultsError(f"{path}, line {reader.line_num}: not a UTF-8 CSV file: {error}") from None
-    check_problems(path, problems)
-    return rows
 
 
 def check_problems(path: Path, problems: Sequence[str]) -> None:
@@ -118,14 +164,22 @@ def _check_header(path: Path, header: Sequence[str], columns: Sequence[Column]) 
         raise ResultsError(f"{path} names a column twice: {', '.join(header)}")
 
 
+def _wrong_length(header: Sequence[str], cells: Sequence[str]) -> str:
+    return f"{len(cells)} cells, but the header has {len(header)}"
+
+
+def _value(column: Column, text: str) -> Any:
+    return column.parse(as_read(text) if column.kind == "text" else text)
+
+
 def _parsed(header: Sequence[str], cells: Sequence[str], columns: Mapping[str, Column]) -> tuple[Row, list[str]]:
     if len(cells) != len(header):
-        return {}, [f"{len(cells)} cells, but the header has {len(header)}"]
+        return {}, [_wrong_length(header, cells)]
     row: Row = {}
     problems = []
     for name, text in zip(header, cells, strict=True):
         try:
-            row[name] = columns[name].parse(as_read(text) if columns[name].kind == "text" else text)
+            row[name] = _value(columns[name], text)
         except ValueError as error:
             problems.append(f"column {name!r}: {error}")
     return {name: row.get(name, "" if column.kind == "text" else None) for name, column in columns.items()}, problems

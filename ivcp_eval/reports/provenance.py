@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from ivcp_eval.interface.variants import BASELINE, OWN
 from ivcp_eval.reports.table import KEY, Row
 
 __all__ = [
+    "AGAIN",
     "REFUSED",
     "Against",
     "Group",
@@ -35,6 +36,8 @@ __all__ = [
     "why_none",
 ]
 
+#: Method of the rows that answer the baseline a second time.
+AGAIN = "again"
 REFUSED = (
     "judge",
     "vlmeval_version",
@@ -214,15 +217,15 @@ def unknown_provenance(baseline: Row, pruned: Row) -> list[str]:
     return [name for name in REFUSED if _empty(baseline[name]) != _empty(pruned[name])]
 
 
-def sample_differences(baseline: Mapping[str, Mapping[str, Any]], pruned: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Samples of one index that are not the same question; both map the index to the sample's row."""
+def sample_differences(baseline: Mapping[str, Collection[Any]], pruned: Mapping[str, Collection[Any]]) -> list[str]:
+    """What is not the same question; both sides are columns of the same samples in the same order."""
     lines = []
-    shared = [index for index in baseline if index in pruned]
     for name, what in (("prompt_sha256", "prompts"), ("answer", "true answers")):
-        stated = [i for i in shared if not _empty(baseline[i][name]) and not _empty(pruned[i][name])]
-        unequal = [i for i in stated if baseline[i][name] != pruned[i][name]]
+        sides = zip(baseline["index"], baseline[name], pruned[name], strict=True)
+        unequal = [index for index, one, other in sides if one != other and not (_empty(one) or _empty(other))]
         if unequal:
-            lines.append(f"{what} of {len(unequal)} of {len(shared)} samples differ, e.g. index {unequal[0]}")
+            n = len(baseline["index"])
+            lines.append(f"{what} of {len(unequal)} of {n} samples differ, e.g. index {unequal[0]}")
     return lines
 
 

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval.files import locked
-from ivcp_eval.reports.csvfile import ResultsError, Row, check_problems, checked, header_of, known, read_csv, write_csv
+from ivcp_eval.reports.csvfile import (
+    ResultsError,
+    Row,
+    check_problems,
+    checked,
+    header_of,
+    known,
+    read_columns,
+    read_csv,
+    write_csv,
+)
 from ivcp_eval.reports.schema import (
     COLUMN_NAMES,
     COLUMNS,
@@ -31,6 +41,7 @@ __all__ = [
     "make_row",
     "merge_rows",
     "read_results",
+    "read_sample_columns",
     "read_samples",
     "render_readme",
     "row_key",
@@ -227,17 +238,27 @@ def write_samples(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
             finished.append(checked(row, SAMPLE_COLUMNS))
         except ResultsError as error:
             raise ResultsError(f"{path} was not written: row {number}: {error}") from None
-    _unique_indices(Path(path), finished)
+    _unique_indices(Path(path), [row["index"] for row in finished])
     write_csv(Path(path), SAMPLE_COLUMNS, finished)
 
 
 def read_samples(path: str | Path) -> list[Row]:
     """Read a per-sample CSV; an empty ``score`` is NaN. Raises as `read_results`, also for a repeated index."""
     rows = [row for _, row in read_csv(Path(path), SAMPLE_COLUMNS)]
-    _unique_indices(Path(path), rows)
+    _unique_indices(Path(path), [row["index"] for row in rows])
     for row in rows:
         row["score"] = math.nan if row["score"] is None else row["score"]
     return rows
+
+
+def read_sample_columns(path: str | Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Some columns of a per-sample CSV, ``index`` among them; several times as fast as `read_samples`.
+
+    Missing: ``""`` for text, ``None`` for everything else. Raises as `read_samples`, but for cells of other columns.
+    """
+    columns = read_columns(Path(path), SAMPLE_COLUMNS, names)
+    _unique_indices(Path(path), columns["index"])
+    return columns
 
 
 def render_readme(text: str) -> str:
@@ -266,9 +287,9 @@ def _contradiction(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def _unique_indices(path: Path, rows: Sequence[Row]) -> None:
+def _unique_indices(path: Path, indices: Sequence[str]) -> None:
     seen: set[str] = set()
-    for row in rows:
-        if row["index"] in seen:
-            raise ResultsError(f"{path}: index {row['index']!r} occurs twice; every sample has one row")
-        seen.add(row["index"])
+    for index in indices:
+        if index in seen:
+            raise ResultsError(f"{path}: index {index!r} occurs twice; every sample has one row")
+        seen.add(index)

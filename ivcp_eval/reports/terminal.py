@@ -169,6 +169,7 @@ def _table(comparison: Comparison) -> dict[str, list[str]]:
         "seeds: range": _seeds,
         "retained %": lambda row: _number(row.retained_percent, 1),
         "flips": lambda row: f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-",
+        "A/A": _noise_floor,
         "final": lambda row: _number(row.ratio_kept_final, 2),
         "layers": lambda row: _number(row.ratio_layer_mean, 2),
         "KV": lambda row: _number(row.ratio_kv_cache, 2),
@@ -198,6 +199,12 @@ def _difference(row: ComparedRow) -> str:
     return f"{row.difference:+.{digits}f} {interval}" + ("" if row.paired else " unpaired")
 
 
+def _noise_floor(row: ComparedRow) -> str:
+    if row.again_answers_changed is None:
+        return ""
+    return f"{row.again_difference:+.{_digits(row)}f} ({row.again_answers_changed})"
+
+
 def _seeds(row: ComparedRow) -> str:
     digits = _digits(row)
     spread = f"{row.score_lowest_seed:.{digits}f} to {row.score_highest_seed:.{digits}f}"
@@ -221,6 +228,11 @@ def footer(comparison: Comparison) -> list[str]:
         "Cost, measured: share of the prompt's visual tokens alive after the last cut (final), mean over the prefill's "
         "layers, in the KV cache; of the prefill's FLOPs in the decoder.",
     ]
+    if any(row.again_answers_changed is not None for row in rows):
+        lines.append(
+            "A/A: difference of the baseline's second answers to its first (answers whose text changed), each sample "
+            "alone. Differences of that size are no effect of pruning."
+        )
     if comparison.margin is not None:
         lines.append(f"Verdict: not worse means a loss below {comparison.margin:g} % of the scale, one-sided 2.5 %.")
     if any(row.n_seeds > 1 for row in rows):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 from ivcp_eval.cli import main
 from ivcp_eval.files import PACKAGE
@@ -28,3 +30,10 @@ def test_files_that_documents_name_exist() -> None:
             if "NAME" not in name and not any((folder / name).is_file() for folder in folders):
                 lost.append(f"{document.name}: {name}")
     assert not lost
+
+
+def test_the_python_of_the_readme_runs_as_it_stands() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[50] [")

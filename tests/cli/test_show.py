@@ -86,7 +86,7 @@ def test_a_run_of_any_family_shows_itself(family: str) -> None:
             assert Image.open(io.BytesIO(drawn._repr_png_())).width < 500
     with pytest.raises(ValueError, match="there is no image 3"):
         run.show(WHITE, 3)
-    assert run.show().raster().size != run.show(WHITE).raster().size or run.mask().shape[0] == run.mask().shape[1]
+    assert panels(run.show().svg())[0]["dropped"] == (~run.mask()).sum(), "without a picture, too"
 
 
 def test_padding_around_the_picture_is_drawn_too() -> None:
@@ -127,6 +127,29 @@ def test_merged_cells_stay_outlined_at_later_cuts() -> None:
     second = CutMask(3, np.array([True, True, False, False]))
     drawn = panels(Drawing(WHITE, [Row("a", masks=Masks((image,), (first, second)))]).svg())
     assert [(panel["dropped"], panel["merged"]) for panel in drawn] == [(1, 1), (2, 1)]
+
+
+def test_boxes_and_panels_of_any_shape_stay_on_the_page() -> None:
+    """A box beyond the picture, a very tall picture, and more cells than a panel usually has pixels."""
+    image = ImageCells(900, (View("picture", np.arange(900).reshape(900, 1), WHOLE),))
+    masks = Masks((image,), (CutMask(2, np.arange(900) % 2 == 0),))
+    rows = [
+        Row("a name that is long", "an answer that is long", masks, box) for box in ((0.5, 0.5, 9, 9), (-3, 2, -2, 3))
+    ]
+    drawing = Drawing(Image.new("RGB", (4, 900), "white"), rows)
+    assert drawing.raster().height > 4 * 900
+    svg = ElementTree.fromstring(drawing.svg())
+    width, height = float(svg.get("width", 0)), float(svg.get("height", 0))
+    for text in svg.iter(f"{SVG}text"):
+        assert float(text.get("x", 0)) + 7 * len(text.text or "") <= width + 12
+    for group in svg.iter(f"{SVG}g"):
+        for cell in group.findall(f"{SVG}rect"):
+            x, y, w, h = (float(cell.get(name, "nan")) for name in ("x", "y", "width", "height"))
+            assert x >= 0
+            assert y >= 0
+            assert h > 3 or group.get("class") == "box"
+            assert x + w < width
+            assert y + h < height
 
 
 def test_no_text_is_more_than_text() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ivcp_eval import files
 from ivcp_eval.interface import models
 
 
@@ -47,17 +48,17 @@ def test_fingerprint_follows_content_not_time(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     (tmp_path / "config.json").write_text("{}")
     weights.write_bytes(b"a" * 3_000_000)
-    first = models.fingerprint(tmp_path)
+    first = files.fingerprint(tmp_path)
     weights.write_bytes(b"a" * 3_000_000)
-    assert models.fingerprint(tmp_path) == first
+    assert files.fingerprint(tmp_path) == first
     weights.write_bytes(b"a" * 2_999_999 + b"b")
-    assert models.fingerprint(tmp_path) != first
+    assert files.fingerprint(tmp_path) != first
     weights.write_bytes(b"a" * 3_000_000)
     (tmp_path / "config.json").write_text('{"x": 1}')
-    assert models.fingerprint(tmp_path) != first
-    with_config = models.fingerprint(tmp_path)
+    assert files.fingerprint(tmp_path) != first
+    with_config = files.fingerprint(tmp_path)
     (tmp_path / "modeling_own.py").write_text("code that --trust-remote-code runs")
-    assert models.fingerprint(tmp_path) != with_config
+    assert files.fingerprint(tmp_path) != with_config
 
 
 def _safetensors(path: Path, data: bytes) -> None:
@@ -72,7 +73,7 @@ def test_fine_tunes_that_differ_in_the_middle_have_two_fingerprints(tmp_path: Pa
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         _safetensors(folder / "model.safetensors", b"a" * 2_000_000 + middle + b"a" * 2_000_000)
-        found.add(models.fingerprint(folder))
+        found.add(files.fingerprint(folder))
     assert len(found) == 2
 
 

@@ -10,6 +10,7 @@ BENCHES = {
     "pruning": "prefill, decode, selection and memory, pruned against untouched (the default)",
     "selection": "how the cost of choosing grows with the image: slope, kernel launches, share of the prefill",
     "fork": "many variants in one pass against one by one",
+    "stats": "how long a comparison of many variants on many samples takes",
     "eval": "the runner against VLMEvalKit's own loop, one answer after the other",
 }
 

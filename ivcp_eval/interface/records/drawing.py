@@ -28,6 +28,7 @@ __all__ = ["SUFFIXES", "Drawing", "Row", "checked_path"]
 SUFFIXES = (".png", ".svg")
 DARK = 0.22  # of its brightness is left to a dropped cell
 MERGED, BOX, EDGE, PADDING = "#35c9ff", "#ff9d00", "#e0218a", "#8c8c8c"
+_SMALLEST, _NARROWEST = 4, 140  # pixels of a cell, and of the room for the text above and below a panel
 _WIDTH, _MARGIN, _LINE, _FONT, _MOST_LINES = 1200, 12, 17, 13, 8
 _CHARACTER = 7.2  # pixels that one takes at most on average, in any common sans-serif font of that size
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -58,7 +59,7 @@ class Drawing:
     Attributes:
         picture: PIL image in RGB; None draws the cells on an empty one.
         rows: the variants. image, view: of `Masks.mask`.
-        size: pixels of the longer side of a panel.
+        size: pixels of the longer side of a panel; it has more where a cell would get less than 4.
     """
 
     picture: Image | None
@@ -189,7 +190,8 @@ class _Canvas:
         self.frame = min(left), min(top), max(right), max(bottom)
         picture = drawing.picture or Image.new("RGB", _blank_size(drawing), "#dcdcdc")
         across, down = self.frame[2] - self.frame[0], self.frame[3] - self.frame[1]
-        scale = drawing.size / max(picture.width * across, picture.height * down)
+        longest = max(drawing.size, _SMALLEST * _finest(drawing))
+        scale = longest / max(picture.width * across, picture.height * down)
         self.width = max(1, round(picture.width * across * scale))
         self.height = max(1, round(picture.height * down * scale))
         x0, y0, x1, y1 = self.pixels(WHOLE)
@@ -205,6 +207,12 @@ class _Canvas:
         top, bottom = (round((y - y0) * down) for y in place[1::2])
         return left, top, right, bottom
 
+    def inside(self, place: Rectangle) -> Pixels:
+        """`pixels`, cut off at the edges: models answer with boxes that reach beyond the picture."""
+        left, top, right, bottom = self.pixels(place)
+        x0, y0 = min(max(0, left), self.width - 1), min(max(0, top), self.height - 1)
+        return x0, y0, min(max(x0 + 1, right), self.width), min(max(y0 + 1, bottom), self.height)
+
     def cells(self, where: Any, covers: Rectangle) -> list[Pixels]:
         """The True cells of (rows, columns) bool, row by row."""
         x0, y0, x1, y1 = covers
@@ -218,7 +226,7 @@ class _Canvas:
 
 def _lay_out(drawing: Drawing) -> _Page:
     canvas = _Canvas(drawing)
-    step = canvas.width + _MARGIN
+    step = max(canvas.width, _NARROWEST) + _MARGIN  # texts stand there, too
     panels: list[_Panel] = []
     lines: list[tuple[int, int, str, bool]] = []
     y, widest = _MARGIN, 0
@@ -262,7 +270,7 @@ def _bands(rows: Sequence[Row], most: int) -> list[list[Row]]:
 
 
 def _panel(drawing: Drawing, canvas: _Canvas, row: Row, cut: int | None, x: int, y: int) -> _Panel:
-    box = [] if row.box is None else [canvas.pixels(row.box)]
+    box = [] if row.box is None else [canvas.inside(row.box)]
     covers = _covers(drawing, row.masks)
     if row.masks is None or covers is None:
         return _Panel(x, y, [], [], [], box)
@@ -304,6 +312,16 @@ def _caption(drawing: Drawing, row: Row, cut: int | None) -> str:
     if view.covers is None:
         text += "; which part of the picture they show is not known"
     return text
+
+
+def _finest(drawing: Drawing) -> int:
+    """Cells along the longer side of the finest view that is drawn."""
+    shapes = [
+        row.masks.view(drawing.image, drawing.view).cells.shape
+        for row in drawing.rows
+        if row.masks is not None and _covers(drawing, row.masks)
+    ]
+    return max((max(shape) for shape in shapes), default=1)
 
 
 def _blank_size(drawing: Drawing) -> tuple[int, int]:

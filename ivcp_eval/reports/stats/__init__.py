@@ -16,12 +16,21 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ivcp_eval.reports.stats.resampling import Array, Interval, PairedResult, Sums, paired_bootstrap
+from ivcp_eval.reports.stats.resampling import (
+    Array,
+    Interval,
+    Paired,
+    PairedResult,
+    Sums,
+    paired_bootstrap,
+    paired_bootstraps,
+)
 
 __all__ = [
     "Flips",
     "Interval",
     "McNemar",
+    "Paired",
     "PairedResult",
     "Sums",
     "UnpairedResult",
@@ -33,6 +42,7 @@ __all__ = [
     "minimal_detectable_effect",
     "non_inferiority",
     "paired_bootstrap",
+    "paired_bootstraps",
     "unpaired_interval",
 ]
 

@@ -1,6 +1,6 @@
-"""One metric of a pruned variant against its baseline, from the per-sample rows of both.
+"""One metric of a pruned variant against its baseline, from the per-sample files of both.
 
-A side is one variant; where its method draws, it has one mapping of samples for each seed, and its metric is the mean
+A side is one variant; where its method draws, it has the samples of each seed, and its metric is the mean
 over the seeds of the metric of each.
 """
 
@@ -9,39 +9,74 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ivcp_eval.reports.stats import Array, Flips, PairedResult, Sums, flips, mcnemar, paired_bootstrap
+from ivcp_eval.reports.stats import Array, Flips, Paired, Sums, flips, mcnemar
 from ivcp_eval.reports.stats.aggregates import COLUMNS, Rule, rule_for
+from ivcp_eval.reports.table import read_sample_columns
 
 __all__ = ["PairedMetric", "Samples", "paired_metric"]
-
-Samples = Mapping[str, Mapping[str, Any]]
-"""Index of a sample -> its row of the per-sample CSV."""
 
 # Evaluators round: half a unit of the first decimal of a percentage, and a little.
 _REPRODUCED = 5.1e-4
 
 
 @dataclass(frozen=True)
+class Samples:
+    """The per-sample rows of one run, as far as a comparison reads them: column -> (n,) values."""
+
+    columns: Mapping[str, NDArray]
+
+    @classmethod
+    def read(cls, path: Path) -> Samples:
+        """From a per-sample CSV. Raises as `read_sample_columns`."""
+        found = read_sample_columns(path, [*COLUMNS, "cluster", "prompt_sha256"])
+        return cls({name: np.array(values, dtype=object) for name, values in found.items()})
+
+    def __len__(self) -> int:
+        return len(self.columns["index"])
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Index of a sample -> its row."""
+        return {index: row for row, index in enumerate(self.columns["index"])}
+
+    @cached_property
+    def clusters(self) -> NDArray[np.int64]:
+        """(n,) number of the cluster of each sample; one that names none is its own."""
+        names = zip(self.columns["cluster"], self.columns["index"], strict=True)
+        return np.unique([cluster or f"index {index}" for cluster, index in names], return_inverse=True)[1]
+
+    def shared(self, other: Samples) -> tuple[Samples, Samples]:
+        """The samples that both have, of both, in the order of this one."""
+        own = self.columns["index"]
+        if self is other or np.array_equal(own, other.columns["index"]):
+            return self, other
+        shared = [index for index in own if index in other.rows]
+        return self._taken([self.rows[index] for index in shared]), other._taken([other.rows[i] for i in shared])
+
+    def _taken(self, rows: list[int]) -> Samples:
+        return Samples({name: column[rows] for name, column in self.columns.items()})
+
+
+@dataclass(frozen=True)
 class PairedMetric:
-    """What the samples say about one metric.
+    """What the samples say about one metric, before any resampling.
 
     Attributes:
-        result: difference, interval, sizes.
+        paired: what is to be resampled.
         flips: of single answers. ``answers_changed`` is meaningless where a side has several seeds.
-        test, p_value: "McNemar" for independent 0/1 verdicts, else "permutation".
+        mcnemar: p-value for independent 0/1 verdicts; None elsewhere, where sides are permuted.
         unscored: samples without a score of their own, which are left out.
     """
 
-    result: PairedResult
+    paired: Paired
     flips: Flips
-    test: str
-    p_value: float
+    mcnemar: float | None
     unscored: int
 
 
@@ -52,21 +87,17 @@ def paired_metric(
     baseline: Sequence[Samples],
     pruned: Sequence[Samples],
     reported: tuple[Sequence[float], Sequence[float]],
-    *,
-    resamples: int,
-    seed: int,
 ) -> PairedMetric | str:
     """Paired statistics of one metric, or why the per-sample scores do not give it.
 
     Args:
         benchmark, metric, scale: as in the results CSV.
-        baseline, pruned: one mapping for each seed, all with the same indices.
+        baseline, pruned: the samples of each seed, all with the same indices in the same order.
         reported: scores of the baseline's and of the pruned seeds, which the samples must reproduce.
-        resamples, seed: of the bootstrap.
     """
     rule = rule_for(benchmark, metric, scale)
-    indices = _of_category(baseline[0], metric)
-    sides = [[_columns(samples, indices) for samples in side] for side in (baseline, pruned)]
+    about = _of_category(baseline[0], metric)
+    sides = [[_columns(samples, about) for samples in side] for side in (baseline, pruned)]
     scores = [np.stack([rule.scores(columns) for columns in side]) for side in sides]
     scored = ~np.isnan(scores[0].sum(axis=0) + scores[1].sum(axis=0))
     if not scored.any():
@@ -74,8 +105,7 @@ def paired_metric(
     scores = [of_side[:, scored] for of_side in scores]
     sides = [[{name: c[scored] for name, c in columns.items()} for columns in side] for side in sides]
     first = sides[0][0]
-    given = np.array([baseline[0][i]["cluster"] or f"index {i}" for i in first["index"]])
-    clusters = rule.clusters(first, given)
+    clusters = rule.clusters(first, baseline[0].clusters[about][scored])
     summands = [
         [rule.summands(columns, own, clusters) for columns, own in zip(side, of_side, strict=True)]
         for side, of_side in zip(sides, scores, strict=True)
@@ -85,35 +115,24 @@ def paired_metric(
         if abs(got - stated) > _REPRODUCED * scale:
             return f"the per-sample scores give {got:.6g}, not the reported {stated:.6g}"
     before, after = (of_side.mean(axis=0) for of_side in scores)
-    result = paired_bootstrap(
-        before,
-        after,
-        clusters,
-        sums=None if rule.terms is None else _over_seeds(rule, *summands),
-        scale=scale,
-        resamples=resamples,
-        seed=seed,
+    paired = Paired.of(
+        before, after, clusters, sums=None if rule.terms is None else _over_seeds(rule, *summands), scale=scale
     )
     changed = flips(before, after, *(side[0]["prediction"].tolist() for side in sides))
     # McNemar's test needs independent samples and an average of their verdicts.
-    exact = result.n_clusters == result.n_samples and rule.terms is None and not changed.graded
-    return PairedMetric(
-        result,
-        changed,
-        "McNemar" if exact else "permutation",
-        mcnemar(before, after).p_value if exact else result.p_value,
-        len(indices) - int(scored.sum()),
-    )
+    exact = paired.n_clusters == paired.n_samples and rule.terms is None and not changed.graded
+    unscored = int(scored.size - scored.sum())
+    return PairedMetric(paired, changed, mcnemar(before, after).p_value if exact else None, unscored)
 
 
-def _of_category(samples: Samples, metric: str) -> list[str]:
-    """Indices of the samples that a metric is about: those of the category it is named after, else all."""
-    named = [index for index, row in samples.items() if row["category"].lower() == metric.lower()]
-    return named or list(samples)
+def _of_category(samples: Samples, metric: str) -> NDArray[np.bool_]:
+    """(n,) the samples that a metric is about: those of the category it is named after, else all."""
+    named = np.array([category.lower() == metric.lower() for category in samples.columns["category"]], dtype=bool)
+    return named if named.any() else np.ones(len(samples), dtype=bool)
 
 
-def _columns(samples: Samples, indices: Sequence[str]) -> dict[str, NDArray]:
-    return {name: np.array([samples[i][name] for i in indices], dtype=object) for name in COLUMNS}
+def _columns(samples: Samples, rows: NDArray[np.bool_]) -> dict[str, NDArray]:
+    return {name: samples.columns[name][rows] for name in COLUMNS}
 
 
 def _over_seeds(rule: Rule, baseline: Sequence[Array], pruned: Sequence[Array]) -> Sums:

@@ -2,26 +2,34 @@
 
 Use them through `ivcp_eval.reports.stats`, whose conventions hold here. Every metric is a function of sums over
 samples (`Sums`): a mean of two sums, MME's total of four sums per category. Resamples therefore need only the sums of
-each cluster, and clusters with equal sums are drawn together.
+each cluster (`Paired`). Where these take few values, as with scores of 0 and 1, it is drawn how often each value
+occurs, at a cost that does not grow with the samples. Else clusters are drawn, once for all comparisons of equally many
+of them, and one matrix product gives the resamples of all.
+
+Memory beside the `Paired` themselves: their distinct sums once more, 8 * resamples bytes for each of these, and about
+100 MB, whatever the number of samples.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Array", "Interval", "PairedResult", "Sums", "paired_bootstrap"]
+from ivcp_eval.reports.stats.signflips import sign_flip_p
+
+__all__ = ["Array", "Interval", "Paired", "PairedResult", "Sums", "paired_bootstrap", "paired_bootstraps"]
 
 Array = NDArray[np.float64]
 FEW_CLUSTERS = 20
 _CHUNK = 4_000_000  # numbers drawn at once
-#: What scores and their means over a few seeds are multiples of; then every permutation can be counted.
-_UNITS = tuple(1 / parts for parts in (1, 2, 3, 6, 10, 30, 100, 300))
-_MOST_STEPS = 2_000_000_000
+#: Up to so many kinds of clusters, and this many times fewer than clusters, drawing numbers of each kind is faster.
+_MOST_KINDS, _FEWER = 256, 10
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,86 @@ class PairedResult:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Paired:
+    """Two sides of one comparison, as far as resampling needs them: sums of clusters, no single scores.
+
+    Attributes:
+        sums: (C, M) distinct columns of sums, one row per cluster.
+        places: (2, K) which columns are the K sums of the baseline and of the pruned model.
+        combine: sums (..., K) -> metric (...).
+        is_mean: the metric is a mean of scores. differs: some sample differs between the sides.
+        n_samples: how many there are.
+    """
+
+    sums: Array
+    places: NDArray[np.int64]
+    combine: Callable[[Array], Array]
+    is_mean: bool
+    differs: bool
+    n_samples: int
+
+    @classmethod
+    def of(
+        cls,
+        baseline: ArrayLike,
+        pruned: ArrayLike,
+        clusters: Sequence[object] | NDArray | None = None,
+        *,
+        sums: Sums | None = None,
+        scale: float = 1.0,
+    ) -> Paired:
+        """From the scores of samples; arguments and errors as for `paired_bootstrap`."""
+        before, after, ids = _checked(baseline, pruned, clusters)
+        metric = sums or _mean(before, after, scale)
+        n_clusters = int(ids.max()) + 1
+        found: dict[bytes, int] = {}
+        columns: list[Array] = []
+        places = []
+        for terms in (*metric.baseline.T, *metric.pruned.T):
+            column: Array = np.bincount(ids, weights=terms, minlength=n_clusters).astype(np.float64)
+            place = found.setdefault(_digest(column), len(columns))
+            columns += [column] if place == len(columns) else []
+            places.append(place)
+        return cls(
+            np.stack(columns, axis=1),
+            np.array(places).reshape(2, -1),
+            metric.combine,
+            sums is None,
+            bool(np.any(metric.baseline != metric.pruned)),
+            before.size,
+        )
+
+    @property
+    def n_clusters(self) -> int:
+        """Clusters, which are resampled."""
+        return len(self.sums)
+
+    @property
+    def totals(self) -> Array:
+        """(2, K) sums over everything."""
+        return self.sums.sum(axis=0)[self.places]
+
+    @property
+    def moved(self) -> Array:
+        """(C, K) what the baseline's sums gain when a cluster's sides change places."""
+        return self.sums[:, self.places[1]] - self.sums[:, self.places[0]]
+
+    @cached_property
+    def kinds(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """A cluster of each kind, and how many there are of it; of one kind are equal sums. None: too many kinds."""
+        most = min(_MOST_KINDS, (self.n_clusters - 1) // _FEWER)
+        codes = np.zeros(self.n_clusters, dtype=np.int64)
+        # Rounded, so that the order of a cluster's samples does not make two kinds of one.
+        for column in np.round(self.sums, 10).T:
+            values, inverse = np.unique(column, return_inverse=True)
+            if values.size > most:
+                return None
+            _, codes = np.unique(codes * values.size + inverse, return_inverse=True)
+        _, first, counts = np.unique(codes, return_index=True, return_counts=True)
+        return None if first.size > most else (first, counts)
+
+
 def paired_bootstrap(
     baseline: ArrayLike,
     pruned: ArrayLike,
@@ -110,61 +198,98 @@ def paired_bootstrap(
     Raises:
         ValueError: no samples, unequal lengths, scores that are not finite, a level outside (0, 1).
     """
-    names = np.arange(np.size(baseline)) if clusters is None else np.asarray(clusters)
-    before, after, ids = _checked(baseline, pruned, names, level)
-    n_clusters = int(ids.max()) + 1
-    metric = sums or _mean(before, after, scale)
-    totals = np.stack([metric.baseline.sum(axis=0), metric.pruned.sum(axis=0)])
-    of_baseline, of_pruned = (float(value) for value in metric.combine(totals))
-    difference = of_pruned - of_baseline
+    one = Paired.of(baseline, pruned, clusters, sums=sums, scale=scale)
+    return paired_bootstraps([one], resamples=resamples, level=level, seed=seed)[0]
+
+
+def paired_bootstraps(
+    comparisons: Sequence[Paired], *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> list[PairedResult]:
+    """`paired_bootstrap` of many comparisons, each with the result that it has alone.
+
+    Comparisons of equally many clusters share their draws: what chance does to one it does to all.
+
+    Raises:
+        ValueError: a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level!r}")
+    results: list[PairedResult | None] = [None] * len(comparisons)
+    for n_clusters in {one.n_clusters for one in comparisons}:
+        places = [i for i, one in enumerate(comparisons) if one.n_clusters == n_clusters]
+        group = [comparisons[i] for i in places]
+        if n_clusters == 1:
+            found = [_of_one_cluster(one, level) for one in group]
+        else:
+            drawn = _resampled(group, resamples, seed)
+            counted = [sign_flip_p(one.moved[:, 0]) if one.is_mean else None for one in group]
+            left = [one for one, p_value in zip(group, counted, strict=True) if p_value is None]
+            swapped = iter(_permuted(left, resamples, seed))
+            found = [
+                _result(one, sums, _share_as_extreme(one, next(swapped)) if p_value is None else p_value, level)
+                for one, sums, p_value in zip(group, drawn, counted, strict=True)
+            ]
+        for i, result in zip(places, found, strict=True):
+            results[i] = result
+    return [result for result in results if result is not None]
+
+
+def _of_one_cluster(one: Paired, level: float) -> PairedResult:
+    before, after = (float(value) for value in one.combine(one.totals))
     undefined = Interval(math.nan, math.nan, level)
-    notes = []
-    if of_baseline == 0:
-        notes.append("the baseline score is zero: retained is undefined")
-    retained = of_pruned / of_baseline if of_baseline != 0 else math.nan
-    sizes = before.size, n_clusters
-    if n_clusters == 1:
-        notes.append("one cluster only: no interval and no test")
-        return PairedResult(
-            *(of_baseline, of_pruned, difference), undefined, retained, undefined, math.nan, math.nan, *sizes, (*notes,)
-        )
-    generator = np.random.default_rng(seed)
-    kinds = _Kinds.of(metric, ids, n_clusters)
-    drawn = metric.combine(kinds.resampled(generator, resamples))
-    differences = drawn[1] - drawn[0]
-    difference_interval = _expanded_percentiles(differences, n_clusters, level)
-    retained_interval = undefined
-    zeros = int(np.count_nonzero(drawn[0] == 0))
-    if of_baseline != 0 and zeros:
-        notes.append(f"the baseline score is zero in {zeros} of {resamples} resamples: no interval of retained")
-    elif of_baseline != 0:
-        retained_interval = _expanded_percentiles(drawn[1] / drawn[0], n_clusters, level)
-    notes += _interval_notes(metric, n_clusters)
-    moves = np.bincount(ids, weights=after - before, minlength=n_clusters).astype(np.float64)
-    p_value = _exact_p(moves) if sums is None else None
-    if p_value is None:
-        swapped = metric.combine(kinds.permuted(generator, resamples))
-        tolerance = 1e-9 * max(1.0, abs(of_baseline), abs(of_pruned))
-        as_extreme = int(np.count_nonzero(np.abs(swapped[1] - swapped[0]) >= abs(difference) - tolerance))
-        p_value = (1 + as_extreme) / (1 + resamples)
+    notes = ["the baseline score is zero: retained is undefined"] if before == 0 else []
     return PairedResult(
-        of_baseline,
-        of_pruned,
-        difference,
-        difference_interval,
+        *(before, after, after - before, undefined, after / before if before else math.nan, undefined),
+        *(math.nan, math.nan, one.n_samples, 1, (*notes, "one cluster only: no interval and no test")),
+    )
+
+
+def _result(one: Paired, drawn: Array, p_value: float, level: float) -> PairedResult:
+    """``drawn``: (2, resamples) metrics of the resamples."""
+    before, after = (float(value) for value in one.combine(one.totals))
+    notes = []
+    retained, retained_interval = math.nan, Interval(math.nan, math.nan, level)
+    zeros = int(np.count_nonzero(drawn[0] == 0))
+    if before == 0:
+        notes.append("the baseline score is zero: retained is undefined")
+    else:
+        retained = after / before
+        if zeros:
+            notes.append(
+                f"the baseline score is zero in {zeros} of {drawn.shape[1]} resamples: no interval of retained"
+            )
+        else:
+            retained_interval = _expanded_percentiles(drawn[1] / drawn[0], one.n_clusters, level)
+    differences = drawn[1] - drawn[0]
+    return PairedResult(
+        before,
+        after,
+        after - before,
+        _expanded_percentiles(differences, one.n_clusters, level),
         retained,
         retained_interval,
         float(differences.std(ddof=1)),
         p_value,
-        *sizes,
-        tuple(notes),
+        one.n_samples,
+        one.n_clusters,
+        (*notes, *_interval_notes(one)),
     )
 
 
+def _share_as_extreme(one: Paired, swapped: Array) -> float:
+    """Two-sided p of the (2, permutations) metrics after sides changed places."""
+    before, after = (float(value) for value in one.combine(one.totals))
+    tolerance = 1e-9 * max(1.0, abs(before), abs(after))
+    as_extreme = int(np.count_nonzero(np.abs(swapped[1] - swapped[0]) >= abs(after - before) - tolerance))
+    return (1 + as_extreme) / (1 + swapped.shape[1])
+
+
 def _checked(
-    baseline: ArrayLike, pruned: ArrayLike, names: NDArray, level: float
+    baseline: ArrayLike, pruned: ArrayLike, clusters: Sequence[object] | NDArray | None
 ) -> tuple[Array, Array, NDArray[np.int64]]:
+    """The scores, and the number of each sample's cluster."""
     before, after = np.asarray(baseline, dtype=np.float64), np.asarray(pruned, dtype=np.float64)
+    names = np.arange(before.size) if clusters is None else np.asarray(clusters)
     if before.ndim != 1 or before.shape != after.shape or names.shape != before.shape:
         shapes = f"{before.shape}, {after.shape} and {names.shape}"
         raise ValueError(f"baseline, pruned and clusters must be (n,) arrays of one length, got {shapes}")
@@ -172,42 +297,18 @@ def _checked(
         raise ValueError("no samples: a comparison needs at least one")
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError("scores must be finite; leave samples without a score out, in both arrays")
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level!r}")
     _, ids = np.unique(names, return_inverse=True)
     return before, after, ids.astype(np.int64)
 
 
-def _exact_p(moves: Array) -> float | None:
-    """Share of all sign flips of ``moves`` (C,) whose sum is as far from zero as theirs; None if it cannot be counted.
-
-    The distribution of the sum is built up cluster by cluster, on the multiples of a unit that all of them share.
-    """
-    moved = moves[np.abs(moves) > 1e-9]
-    unit = next((u for u in _UNITS if np.allclose(moved / u, np.rint(moved / u), rtol=0, atol=1e-6)), None)
-    if unit is None:
-        return None
-    steps = np.rint(moved / unit).astype(np.int64)
-    reach = int(np.abs(steps).sum())
-    if reach * steps.size > _MOST_STEPS:
-        return None
-    chances = np.ones(1)
-    for step in np.abs(steps):
-        grown = np.zeros(chances.size + 2 * step)
-        grown[: chances.size] = chances / 2
-        grown[2 * step :] += chances / 2
-        chances = grown
-    sums = np.arange(chances.size) - reach
-    return min(1.0, float(chances[np.abs(sums) >= abs(int(steps.sum()))].sum()))
-
-
-def _interval_notes(metric: Sums, n_clusters: int) -> list[str]:
-    if not np.any(metric.baseline != metric.pruned):
+def _interval_notes(one: Paired) -> list[str]:
+    if not one.differs:
         return [
             "no score differs, so the interval has no width; with 95 % confidence fewer than "
-            f"{min(1.0, 3 / n_clusters):.2g} of all clusters would differ (rule of three)"
+            f"{min(1.0, 3 / one.n_clusters):.2g} of all clusters would differ (rule of three)"
         ]
-    return [f"only {n_clusters} clusters: read the interval with care"] if n_clusters < FEW_CLUSTERS else []
+    few = f"only {one.n_clusters} clusters: read the interval with care"
+    return [few] if one.n_clusters < FEW_CLUSTERS else []
 
 
 def _mean(before: Array, after: Array, scale: float) -> Sums:
@@ -219,64 +320,84 @@ def _mean(before: Array, after: Array, scale: float) -> Sums:
     )
 
 
-@dataclass(frozen=True)
-class _Kinds:
-    """Clusters whose sums are equal are of one kind, and only how many of each kind are drawn matters.
+def _resampled(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
+    """Per comparison the (2, count) metrics of resamples of as many clusters as there are."""
+    n_clusters = group[0].n_clusters
 
-    Attributes:
-        sums: (kinds, 2, K) sums of one cluster, of the baseline and of the pruned model.
-        counts: (kinds,) clusters of each kind.
-    """
+    def draw(generator: np.random.Generator, rows: int) -> Array:
+        places = generator.integers(0, n_clusters, (rows, n_clusters), dtype=np.int32)
+        places += n_clusters * np.arange(rows, dtype=np.int32)[:, None]
+        return np.bincount(places.ravel(), minlength=rows * n_clusters).reshape(rows, -1).astype(np.float64)
 
-    sums: Array
-    counts: NDArray[np.int64]
+    shared = iter(_products([one.sums for one in group if one.kinds is None], draw, n_clusters, count, seed))
+    found = []
+    for one in group:
+        if one.kinds is None:
+            sums = next(shared)
+        else:
+            first, counts = one.kinds
+            drawn = np.random.default_rng([seed, n_clusters]).multinomial(n_clusters, counts / n_clusters, count)
+            sums = drawn.astype(np.float64) @ one.sums[first]
+        found.append(one.combine(sums[:, one.places].transpose(1, 0, 2)))
+    return found
 
-    @classmethod
-    def of(cls, metric: Sums, ids: NDArray[np.int64], n_clusters: int) -> _Kinds:
-        """``ids``: (n,) cluster 0..C-1 of each sample."""
-        terms = np.concatenate([metric.baseline, metric.pruned], axis=1)
-        sums = np.zeros((n_clusters, terms.shape[1]))
-        np.add.at(sums, ids, terms)
-        # Rounded, so that the order of a cluster's samples does not make two kinds of one.
-        kinds, counts = np.unique(np.round(sums, 10), axis=0, return_counts=True)
-        return cls(kinds.reshape(len(kinds), 2, -1), counts)
 
-    def resampled(self, generator: np.random.Generator, count: int) -> Array:
-        """(2, count, K) sums of resamples with as many clusters as there are."""
-        n_clusters = int(self.counts.sum())
-        parts = []
-        for rows in self._chunks(count):
-            if self._few:
-                drawn = generator.multinomial(n_clusters, self.counts / n_clusters, rows)
-            else:
-                kind = np.repeat(np.arange(self.counts.size), self.counts)
-                places = kind[generator.integers(0, n_clusters, (rows, n_clusters), dtype=np.int32)]
-                places += self.counts.size * np.arange(rows)[:, None]
-                drawn = np.bincount(places.ravel(), minlength=rows * self.counts.size).reshape(rows, -1)
-            parts.append(np.tensordot(drawn.astype(np.float64), self.sums, 1))
-        return np.concatenate(parts).transpose(1, 0, 2)
+def _permuted(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
+    """Per comparison the (2, count) metrics after the sides changed places in a random half of the clusters."""
+    if not group:
+        return []
+    n_clusters = group[0].n_clusters
 
-    def permuted(self, generator: np.random.Generator, count: int) -> Array:
-        """(2, count, K) sums after the two sides changed places in a random half of the clusters."""
-        parts = []
-        for rows in self._chunks(count):
-            if self._few:
-                swapped = generator.binomial(self.counts, 0.5, (rows, self.counts.size))
-            else:
-                bits = generator.integers(0, 2, (rows, int(self.counts.sum())), dtype=np.int8)
-                swapped = np.add.reduceat(bits, np.cumsum(self.counts) - self.counts, axis=1, dtype=np.int64)
-            moved = np.tensordot(swapped.astype(np.float64), self.sums[:, ::-1] - self.sums, 1)
-            parts.append(np.tensordot(self.counts, self.sums, 1) + moved)
-        return np.concatenate(parts).transpose(1, 0, 2)
+    def draw(generator: np.random.Generator, rows: int) -> Array:
+        bits = np.frombuffer(generator.bytes(-(-rows * n_clusters // 8)), dtype=np.uint8)
+        return np.unpackbits(bits, count=rows * n_clusters).reshape(rows, -1).astype(np.float64)
 
-    @property
-    def _few(self) -> bool:
-        """Whether numbers of each kind are drawn faster than single clusters: one of these takes about a tenth."""
-        return 10 * self.counts.size < int(self.counts.sum())
+    shared = iter(_products([one.moved for one in group if one.kinds is None], draw, n_clusters, count, seed))
+    found = []
+    for one in group:
+        if one.kinds is None:
+            moved = next(shared)
+        else:
+            first, counts = one.kinds
+            swapped = np.random.default_rng([seed, n_clusters]).binomial(counts, 0.5, (count, counts.size))
+            moved = swapped.astype(np.float64) @ one.moved[first]
+        found.append(one.combine(one.totals[:, None] + np.stack([moved, -moved])))
+    return found
 
-    def _chunks(self, count: int) -> list[int]:
-        rows = max(1, _CHUNK // int(self.counts.sum()))
-        return [min(rows, count - start) for start in range(0, count, rows)]
+
+def _products(
+    parts: Sequence[Array],
+    draw: Callable[[np.random.Generator, int], Array],
+    n_clusters: int,
+    count: int,
+    seed: int,
+) -> list[Array]:
+    """Per part (C, M) the (count, M) products of one random (count, C) matrix with it, drawn some rows at a time."""
+    if not parts:
+        return []
+    found: dict[bytes, int] = {}
+    columns: list[Array] = []
+    places = []
+    for part in parts:
+        own = []
+        for column in part.T:
+            place = found.setdefault(_digest(column), len(columns))
+            columns += [column] if place == len(columns) else []
+            own.append(place)
+        places.append(own)
+    together = np.stack(columns, axis=1)
+    made = np.empty((count, len(columns)))
+    generator = np.random.default_rng([seed, n_clusters])
+    rows = max(1, _CHUNK // n_clusters)
+    for start in range(0, count, rows):
+        stop = min(count, start + rows)
+        made[start:stop] = draw(generator, stop - start) @ together
+    return [made[:, own] for own in places]
+
+
+def _digest(column: Array) -> bytes:
+    """Equal for equal columns, which are multiplied once."""
+    return hashlib.blake2b(np.ascontiguousarray(column).tobytes(), digest_size=16).digest()
 
 
 def _expanded_percentiles(values: Array, n: int, level: float) -> Interval:

@@ -153,7 +153,7 @@ def measure(
     variants = {UNPRUNED: study.baseline.identity.variant}
     if stored is None:
         variants |= {label(cell.identity.variant): cell.identity.variant for cell in study.pruned}
-    settings = {"pixels": pixels, "paraphrases": str(file or "templates"), "count": count}
+    settings: dict[str, Any] = {"pixels": pixels, "paraphrases": str(file or "templates"), "count": count}
     resize = f"resized by {pixels:+d} pixels"
     found: dict[str, dict[str, Answer]] = {}
     digest = study.digest([named(cell) for cell in study.pruned], file_digest(__file__))
@@ -174,8 +174,11 @@ def measure(
     if stored is not None:
         given = {UNPRUNED: stored.unpruned, **stored.pruned, **given}
     clusters = {i: sample.cluster for i, sample in samples[resize].items()}
-    controls = [resize, *others]
-    return table(given, clusters, controls, count), {**settings, "digest": digest, "benchmark": study.benchmark.name}
+    failed = {name: n for name, of in found.items() if (n := sum(bool(answer.error) for answer in of.values()))}
+    settings |= {"digest": digest, "benchmark": study.benchmark.name, "failed": failed}
+    for name, n in failed.items():
+        study.tell(f"{study.benchmark.name}, {name}: {n} answers failed and count as wrong")
+    return table(given, clusters, [resize, *others], count), settings
 
 
 def reworded(study: Study, questions: Sequence[Question], file: Path | None) -> dict[str, list[Question]]:

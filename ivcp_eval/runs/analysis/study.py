@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ivcp_eval import files
 from ivcp_eval.benchmarks import Benchmark
+from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.failures import FAILURES, device_lost
 from ivcp_eval.interface.records import Answer
-from ivcp_eval.interface.registry import adapter
+from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import BASELINE, text_of
 from ivcp_eval.reports.stats import PairedResult, holm
 from ivcp_eval.reports.terminal import fold
@@ -76,6 +77,8 @@ class Study:
     folder: Path
     tell: Callable[[str], None] = lambda text: None
     _journal: Journal | None = field(default=None, repr=False)
+    _devices: set[str] = field(default_factory=set, repr=False)
+    _checked: bool = False
 
     @classmethod
     def of(cls, request: Mapping[str, Any], folder: Path, tell: Callable[[str], None], dataset: Any = None) -> Study:
@@ -180,16 +183,33 @@ class Study:
             found[name] = answer
             if seen and run is not None:
                 seen({name: run})
-        return {name: answer for name, answer in found.items() if answer is not None}
+        answers = {name: answer for name, answer in found.items() if answer is not None}
+        self._devices |= {answer.device for answer in answers.values() if answer.device}
+        return answers
 
     def _made(
         self, question: Question, conditions: Mapping[str, Variant | Ready]
     ) -> dict[str, tuple[Answer, Run | None]]:
-        """All together, or one by one where that fails, so that one condition cannot fail the others."""
+        """All together, or one by one where that fails, so that one condition cannot fail the others.
+
+        Raises:
+            ValueError: the model cannot run one of the study's variants at all.
+        """
+        self._check()
         grounding = self.benchmark.kind == "grounding"
+        shrinking = [name for name, condition in conditions.items() if _shrinks(condition)]
+        if shrinking and len(conditions) > 1:  # each encodes a picture of its own
+            rest = {name: condition for name, condition in conditions.items() if name not in shrinking}
+            parts = [{name: conditions[name]} for name in shrinking] + [rest] * bool(rest)
+            return {name: made for part in parts for name, made in self._made(question, part).items()}
         try:
+            if shrinking:
+                ((name, variant),) = conditions.items()
+                return {name: (self.session.answer(question.parts, cast("Variant", variant), grounding), None)}
             made = self.session.answer_and_runs(question.parts, list(conditions.values()), grounding)
             return dict(zip(conditions, made, strict=True))
+        except Unsupported:
+            raise
         except FAILURES as error:
             if device_lost(self.session.model):
                 raise
@@ -197,6 +217,16 @@ class Study:
                 return {name: (Answer.failed(error), None) for name in conditions}
         alone = [self._made(question, {name: condition}) for name, condition in conditions.items()]
         return {name: answer for one in alone for name, answer in one.items()}
+
+    def _check(self) -> None:
+        """Refuse, before anything is answered, variants that would fail on every question."""
+        if not self._checked:
+            for cell in self.pruned:
+                try:
+                    self.session.check(cell.identity.variant)
+                except ValueError as error:
+                    raise ValueError(f"{label(cell.identity.variant)} cannot run on this model: {error}") from error
+            self._checked = True
 
     def scored(self, answers: Mapping[str, Answer]) -> Scored:
         """VLMEvalKit's evaluation of the rows with these indices; a failed answer counts as wrong."""
@@ -231,16 +261,22 @@ class Study:
         finally:
             self.dataset.data = before
 
-    def provenance(self, settings: Mapping[str, Any], answers: Sequence[Answer] = ()) -> dict[str, Any]:
+    def provenance(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What the numbers were made from, as JSON."""
         return {
             "made": asdict(Made.now(self.baseline.identity.code, "", timing=True)),
             "model": json.loads(self.baseline.identity.canonical),
             "variants": [json.loads(cell.identity.canonical) for cell in self.pruned],
             "settings": dict(settings),
-            "device": sorted({answer.device for answer in answers if answer.device}),
-            "failed_answers": sum(bool(answer.error) for answer in answers),
+            "devices": sorted(self._devices),
         }
+
+
+def _shrinks(condition: Variant | Ready) -> bool:
+    """Whether a variant's method makes the picture smaller, so that it shares nothing with others."""
+    if not isinstance(condition.method, str):
+        return False
+    return make_method(condition.method, condition.parameters).pixel_share(condition.ratio) is not None
 
 
 def named(cell: Cell) -> str:

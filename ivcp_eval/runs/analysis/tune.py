@@ -204,6 +204,7 @@ def search(
     alive, left_out = _able(race)
     if not alive:
         raise ValueError(f"no candidate holds {settings.kind}={settings.target:g}: {'; '.join(left_out[:3])}")
+    race.cells = (race.baseline, *(candidate.cell for candidate in alive))
     study.tell(
         f"{len(alive)} candidates, {len(left_out)} left out; prompts of {prompt[0]} visual and {prompt[1]} text tokens"
     )

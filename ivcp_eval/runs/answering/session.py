@@ -156,7 +156,8 @@ class Session:
     ) -> list[Answer]:
         """Answer one conversation under every variant, sharing what they share (`engine.fork`).
 
-        The picture is decoded, preprocessed and encoded once; variants that change the picture run on their own.
+        The picture is decoded, preprocessed and encoded once; variants that change the picture, or repeat
+        the baseline, run on their own.
 
         Args:
             parts, grounding: as for `answer`. exact: one variant after the other, for half precision.
@@ -194,9 +195,7 @@ class Session:
         layouts = [self.adapter.layout(self.processor, [conversation]) for conversation in decoded]
         if any(layout != layouts[0] for layout in layouts):
             raise ValueError("the pictures of these samples are laid out differently; answer them one at a time")
-        own = [
-            i for i, v in enumerate(variants) if make_method(v.method, v.parameters).pixel_share(v.ratio) is not None
-        ]
+        own = [i for i, variant in enumerate(variants) if _on_its_own(variant)]
         rest = [i for i in range(len(variants)) if i not in own]
         answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
@@ -317,6 +316,12 @@ class Session:
         answer, _ = split_thinking(raw)
         box = parse_answer(answer, FORMATS[self.adapter.box_format], frame)
         return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
+
+
+def _on_its_own(variant: Variant) -> bool:
+    """Whether the variant shares no pass: it changes the picture, or is there to be answered apart from others."""
+    method = make_method(variant.method, variant.parameters)
+    return method.repeats_baseline or method.pixel_share(variant.ratio) is not None
 
 
 def _decoded(parts: Parts) -> list[Mapping[str, Any]]:

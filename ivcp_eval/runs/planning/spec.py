@@ -15,7 +15,8 @@
 
 The unpruned baseline of every model and benchmark is always part. So are the controls (random, uniform, ...) at every
 ratio or budget at which a model's other methods meet a benchmark, unless the file lists them itself or chooses some by
-``controls: [random]`` or none by ``controls: []``.
+``controls: [random]`` or none by ``controls: []``. ``controls: [again]`` answers the baseline a second time, each
+sample alone: what differs then is the noise floor of every comparison.
 """
 
 from __future__ import annotations
@@ -252,11 +253,15 @@ def _controls(
 ) -> Iterator[tuple[Variant, str]]:
     """What every other method is to be compared with, wherever one is measured."""
     chosen, known = raw.get("controls"), control_names()
-    names = known if chosen is None else marked.listed(("controls",), chosen, str, "the name of a control")
+    usual = [name for name in known if not make_method(name).repeats_baseline]
+    names = usual if chosen is None else marked.listed(("controls",), chosen, str, "the name of a control")
     for i, method in enumerate(names):
         if method not in known:
             raise marked.error(("controls", i), str(unknown("control", method, known)))
         if any(variant.method == method for variant, _ in listed):
+            continue
+        if make_method(method).repeats_baseline:
+            yield from ((Variant(variant.model, method), name) for variant, name in listed)
             continue
         for variant, name in listed:
             for seed in make_method(method).sweep_seeds:

@@ -84,3 +84,14 @@ def test_answers_of_a_file_are_those_made_here(
     )
     analyse("analyse", "flips", str(lab.csv), code=2)
     assert "dtype 'bfloat16', now 'float32'" in capsys.readouterr().err
+
+
+def test_a_method_that_shrinks_the_picture_is_answered_alone_and_one_that_cannot_run_is_refused(
+    analyse: Analyse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("analyse", "flips", "--data", "tiny_short", "--limit", "2", "--method")
+    rows = analyse(*words, "downsample", "fastv")
+    assert {row["change"] for row in rows if row["against"]} == {"downsample 0.5", "fastv 0.5"}
+    assert "answers failed" not in capsys.readouterr().out
+    analyse(*words, "fastv", "prumerge", code=2)
+    assert "prumerge 0.5 cannot run on this model" in capsys.readouterr().err

@@ -94,6 +94,9 @@ def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_p
     where = {(model, ratio, name) for model, method, ratio, _, name in controls("") if method == "uniform"}
     met = {(m, r, b) for m in ("qwen25", "llava15") for r in (0.5, 0.25) for b in ("POPE", "MMStar")}
     assert where == {key for key in met if key[:2] != ("llava15", 0.25)}, "wherever a method is measured"
+    assert {(method, ratio) for _, method, ratio, *_ in {*controls("controls: [again]\n")} - {*listed}} == {
+        ("again", 1)
+    }
     assert controls("controls: [random]\n") == listed, "what the file lists itself is not added to"
     unlisted = GOOD.replace("method: random", "method: fastv").replace("controls: []\n", "controls: [random]\n")
     drawn = [

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Pictures and methods of a user's own, measured: from a JSONL and a Python file to rows; nothing is installed."""
-=======
 """Pictures and methods of a user's own: from a JSONL and a Python file to rows, without anything installed."""
->>>>>>> main
 
 from __future__ import annotations
 
@@ -94,9 +90,8 @@ def test_a_method_by_its_file(lab: Lab, photos: Callable[..., str], tmp_path: Pa
     assert row(lab, "words", "longest_first+ivc", "agreement")["method_parameters"]
     file.write_text(METHOD.format(sign=-1.0))
     assert lab.eval(*arguments, str(file)) == 0
-    made = {r["method_source"]: json.loads(r["method_parameters"])["sign"] for r in lab.rows() if r["metric"] == "agreement"
-            and r["method"] == "longest_first"}  # fmt: skip
-    assert sorted(made.values()) == [-1, 1], "another code is another measurement"
+    made = {r["method_source"] for r in lab.rows() if r["method"] == "longest_first"}
+    assert len(made) == 2, "another code is another measurement"
     assert "longest_first" not in registry.method_names(), "`ivcp list` knows what is registered"
 
 

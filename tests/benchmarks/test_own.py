@@ -179,10 +179,9 @@ def test_bad_lines_are_named_and_nothing_is_written(write: Write, lines: list[An
     path.with_name("cut.png").write_bytes(path.with_name("0.png").read_bytes()[:60])
     header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    path.with_name("bomb.png").write_bytes(
-        bomb + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    )
-    with pytest.raises(own.BadData, match=f"{path.name}.*{said}|{said}"):
+    bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    path.with_name("bomb.png").write_bytes(bomb)
+    with pytest.raises(own.BadData, match=f"{path.name}[,:] {said}"):
         own.add(path)
     assert "photos_of_mine" not in benchmarks.names()
     assert not benchmarks.own_folder().is_dir() or list(benchmarks.own_folder().iterdir()) == []

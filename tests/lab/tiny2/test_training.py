@@ -145,7 +145,7 @@ def test_a_run_starts_from_the_weights_of_another(whole: Path, tmp_path: Path) -
 
 
 def test_the_milestone_can_be_gone_on_from(tmp_path: Path) -> None:
-    path = CONFIGS.parents[3] / "results" / "tiny2" / "second_run.safetensors"
+    path = CONFIGS.parents[3] / "results" / "tiny2" / "third_run.safetensors"
     run = train.Run({**yaml.safe_load((CONFIGS / "cpu.yaml").read_text()), "compile": False}, tmp_path)
     run.state.load_weights(path)
     saved = load_file(path)

@@ -2,7 +2,7 @@
 
 Facts: the originals' modeling_internvl_chat.py, modeling_internlm2.py and modeling_intern_vit.py in
 https://github.com/OpenGVLab/InternVL (internvl_chat/internvl/model), and convert_internvl_weights_to_hf.py in
-https://github.com/huggingface/transformers @ 015d3b2. Nothing is copied. docs/checkpoints.md lists every name.
+https://github.com/huggingface/transformers @ 015d3b2. Nothing is copied. docs/checkpoints/README.md lists every name.
 
 InternLM2 is Llama under other names, but for ``wqkv``: its rows are, for each key/value head, the query heads that
 share it, then the key head, then the value head. InternViT fuses the three plainly, queries first.
@@ -157,7 +157,7 @@ def native_tensors(name: str, tensor: Tensor, n_heads: int, n_kv_heads: int) -> 
     elif part == "vision_model":
         yield f"model.vision_tower.{_renamed(rest, _VISION, 'vision tower')}", tensor
     else:
-        raise ValueError(f"tensor {name!r} belongs to no known part of an InternVL checkpoint; see docs/checkpoints.md")
+        raise ValueError(f"tensor {name!r} belongs to no known part of an InternVL checkpoint; see docs/checkpoints/README.md")
 
 
 def language_tensors(name: str, tensor: Tensor, n_heads: int, n_kv_heads: int) -> Iterator[tuple[str, Tensor]]:
@@ -190,7 +190,7 @@ def _renamed(name: str, patterns: dict[str, str], part: str) -> str:
         match = re.fullmatch(pattern, name)
         if match:
             return match.expand(native)
-    raise ValueError(f"tensor {name!r} is none that InternVL's {part} is known to have; see docs/checkpoints.md")
+    raise ValueError(f"tensor {name!r} is none that InternVL's {part} is known to have; see docs/checkpoints/README.md")
 
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str, **placement: Any) -> Any:

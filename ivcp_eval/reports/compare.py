@@ -31,6 +31,7 @@ from ivcp_eval.reports.provenance import (
     grouped,
     label,
     merged,
+    one_reference,
     remarks,
     sample_differences,
     settings,
@@ -41,6 +42,7 @@ from ivcp_eval.reports.provenance import (
 from ivcp_eval.reports.stats.paired import PairedMetric, Samples, paired_metric
 from ivcp_eval.reports.stats.timing import Timings, read_timings, time_ratios
 from ivcp_eval.reports.table import Row, read_results
+from ivcp_eval.reports.views.ranks import ranked
 
 __all__ = ["ComparedRow", "Comparison", "compare"]
 
@@ -120,7 +122,8 @@ def compare(
         force: compare in spite of different settings; they are then named in the table.
         against: which rows are the baseline: ``"none"``, the unpruned model; ``"same_method"``, the row of the same
             method and ratio, to hold a reproduction against published numbers; the name of a method, its row at the
-            same ratio or budget (``"random"``: is it better than chance?); or a `Reference`, a method with parameters.
+            same ratio or budget (``"random"``: is it better than chance?); ``"METHOD:RATIO"``, one variant for all
+            rows, which are then ranked; or a `Reference`, a method with parameters.
         margin: largest acceptable loss in percent of the metric's scale; adds a verdict per row.
         resamples: bootstrap resamples and permutations per row.
         select: which pruned rows are compared.
@@ -174,6 +177,8 @@ def compare(
     p_values = [math.nan if row.method == AGAIN else row.p_value for row in rows]
     adjusted = zip(rows, stats.holm(p_values), stats.benjamini_hochberg(p_values), strict=True)
     rows = [replace(row, p_holm=float(a), p_benjamini_hochberg=float(b)) for row, a, b in adjusted]
+    if one_reference(against):
+        rows = ranked(rows)
     return Comparison(
         rows=tuple(rows),
         results=str(results_csv),
@@ -303,6 +308,7 @@ def _skeleton(baseline: Row, pruned: Row, pair: _Pair) -> ComparedRow:
         ratio_kept_final=number(pruned["ratio_kept_final"]),
         ratio_layer_mean=number(pruned["ratio_layer_mean"]),
         ratio_kv_cache=number(pruned["ratio_kv_cache"]),
+        baseline_ratio_layer_mean=number(baseline["ratio_layer_mean"]),
         budget=pruned["budget"],
         ratio_method=number(pruned["ratio_method"]),
         ratio_flops=number(pruned["ratio_flops"]),

@@ -35,6 +35,9 @@ class ComparedRow:
         times: stage -> pruned / baseline, paired by sample (`stats.timing`).
         paired: interval and test are over samples; else from totals.
         p_holm, p_benjamini_hochberg: over all rows of the comparison but those of the baseline itself.
+        baseline_ratio_layer_mean: of the rows that it is compared with.
+        rank: among the variants and one reference for all (``--against METHOD:RATIO``), 1 is best; rank_low and
+            rank_high: ranks that the intervals allow.
         again_difference, again_answers_changed: the baseline answered a second time against itself, where a sweep asked
             for it (``controls: [again]``): differences up to these are no effect of pruning.
     """
@@ -86,6 +89,10 @@ class ComparedRow:
     p_holm: float = math.nan
     p_benjamini_hochberg: float = math.nan
     minimal_detectable_effect: float = math.nan
+    baseline_ratio_layer_mean: float = math.nan
+    rank: int | None = None
+    rank_low: int | None = None
+    rank_high: int | None = None
     again_difference: float = math.nan
     again_answers_changed: int | None = None
     verdict: str = ""

@@ -28,6 +28,7 @@ __all__ = [
     "grouped",
     "label",
     "merged",
+    "one_reference",
     "remarks",
     "sample_differences",
     "settings",
@@ -71,19 +72,22 @@ Group = tuple[Row, ...]
 
 @dataclass(frozen=True)
 class Reference:
-    """A pruned variant as the baseline, at the ratio or budget of the row that is compared with it.
+    """A pruned variant as the baseline.
 
     Attributes:
         method: its method. parameters: all of them; None for whatever the file has.
+        ratio: the share that it asked for; None: that, and the budget, of the row that is compared with it.
     """
 
     method: str
     parameters: Mapping[str, Any] | None = None
+    ratio: float | None = None
 
     def fits(self, row: Row) -> bool:
-        """Whether a row is of this variant, at any ratio."""
+        """Whether a row is of this variant; without a ratio of its own, at any."""
         given = json.loads(row["method_parameters"] or "{}")
-        return bool(row["method"] == self.method and (self.parameters is None or given == self.parameters))
+        asked = self.ratio in (None, row["ratio_asked"])
+        return bool(row["method"] == self.method and asked and (self.parameters is None or given == self.parameters))
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Selection:
 
 
 Against = Literal["none", "same_method"] | str | Reference
-"""Which rows are the baseline; any other text is the name of a method."""
+"""Which rows are the baseline; any other text is METHOD, or METHOD:RATIO for one variant."""
 
 
 def finished_headline(row: Row) -> bool:
@@ -233,7 +237,8 @@ def candidates(results: Sequence[Row], baselines: Sequence[Row], against: Agains
     """Rows to compare: pruned ones that are not the baseline themselves, and with a foreign file unpruned ones too."""
     if own or against not in ("none", "same_method"):
         reference = _reference(against)
-        return [r for r in results if r["method"] != BASELINE and not (reference and reference.fits(r))]
+        unpruned = (BASELINE, AGAIN) if reference else (BASELINE,)
+        return [r for r in results if r["method"] not in unpruned and not (reference and reference.fits(r))]
     known = {row["run_id"] for row in baselines if row["run_id"]}
     return [row for row in results if row["method"] != BASELINE or row["run_id"] not in known]
 
@@ -241,14 +246,28 @@ def candidates(results: Sequence[Row], baselines: Sequence[Row], against: Agains
 def _reference(against: Against) -> Reference | None:
     if isinstance(against, Reference):
         return against
-    return None if against in ("none", "same_method") else Reference(against)
+    if against in ("none", "same_method"):
+        return None
+    method, colon, ratio = against.partition(":")
+    try:
+        return Reference(method, ratio=float(ratio) if colon else None)
+    except ValueError:
+        raise NotComparable(f"{against!r} is not METHOD or METHOD:RATIO, e.g. ivc_prune:0.5") from None
+
+
+def one_reference(against: Against) -> bool:
+    """Whether all rows are compared with one variant, at one ratio."""
+    reference = _reference(against)
+    return reference is not None and reference.ratio is not None
 
 
 def described(against: Against) -> str:
     """The baseline rows in words."""
     words = {"none": "unpruned rows", "same_method": "rows of the same method"}
     reference = _reference(against)
-    return words[str(against)] if reference is None else f"{reference.method} rows"
+    if reference is None:
+        return words[str(against)]
+    return f"{reference.method} rows" if reference.ratio is None else f"{reference.method} {reference.ratio:g}"
 
 
 def label(row: Row) -> str:
@@ -289,13 +308,16 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
     if against == "none":
         same = [g for g in same if g[0]["method"] == BASELINE]
     else:
-        same = [g for g in same if all(g[0][name] == row[name] for name in ("ratio_asked", "budget"))]
+        if reference is None or reference.ratio is None:
+            same = [g for g in same if all(g[0][name] == row[name] for name in ("ratio_asked", "budget"))]
         same = [g for g in same if (reference.fits(g[0]) if reference else g[0]["method"] == row["method"])]
     finished = [g for g in same if g[0]["status"] == "ok"]
     if not finished:
         if same:
             return f"its baseline is {same[0][0]['status']} ({same[0][0]['reason']})"
-        what = f"row of {reference.method} at the same cost" if reference else "baseline row"
+        what = "baseline row"
+        if reference:
+            what = f"row of {described(against) if reference.ratio else f'{reference.method} at the same cost'}"
         return f"no {what}{_lacking(row, baselines)}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished

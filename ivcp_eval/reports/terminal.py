@@ -169,6 +169,7 @@ def _table(comparison: Comparison) -> dict[str, list[str]]:
         "seeds: range": _seeds,
         "retained %": lambda row: _number(row.retained_percent, 1),
         "flips": lambda row: f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-",
+        "rank": _rank,
         "A/A": _noise_floor,
         "final": lambda row: _number(row.ratio_kept_final, 2),
         "layers": lambda row: _number(row.ratio_layer_mean, 2),
@@ -197,6 +198,10 @@ def _difference(row: ComparedRow) -> str:
     if math.isnan(row.difference_low):
         interval = "[none]"
     return f"{row.difference:+.{digits}f} {interval}" + ("" if row.paired else " unpaired")
+
+
+def _rank(row: ComparedRow) -> str:
+    return "" if row.rank is None else f"{row.rank} [{row.rank_low}, {row.rank_high}]"
 
 
 def _noise_floor(row: ComparedRow) -> str:
@@ -237,6 +242,14 @@ def footer(comparison: Comparison) -> list[str]:
         lines.append(f"Verdict: not worse means a loss below {comparison.margin:g} % of the scale, one-sided 2.5 %.")
     if any(row.n_seeds > 1 for row in rows):
         lines.append("Seeds: number, lowest and highest score; score, difference and interval are of their mean.")
+    if any(row.rank is not None for row in rows):
+        from ivcp_eval.reports.views.ranks import best_at_equal_cost
+
+        lines.append(
+            "Rank: among the variants and the one they are compared with; in brackets, the ranks that the 95 % "
+            "intervals allow: only who lies apart counts as better."
+        )
+        lines += best_at_equal_cost(rows, comparison.against)
     lines += _speed(rows)
     lines += _mean_retained(rows)
     lines += [f"FORCED although settings differ: {line}" for line in comparison.forced]

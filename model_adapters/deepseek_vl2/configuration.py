@@ -4,7 +4,7 @@ The published files leave out whatever equals the defaults of the release's own 
 from those of transformers (30 decoder layers against 32, for one), so those defaults are repeated here.
 
 Facts: https://github.com/deepseek-ai/DeepSeek-VL2 @ ef9f91e, models/configuration_deepseek.py and
-models/modeling_deepseek_vl_v2.py. What is known of each checkpoint: docs/checkpoints_deepseek_vl2.md.
+models/modeling_deepseek_vl_v2.py. What is known of each checkpoint: docs/checkpoints/deepseek_vl2.md.
 """
 
 from __future__ import annotations

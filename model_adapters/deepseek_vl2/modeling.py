@@ -2,7 +2,7 @@
 
 Loads the original safetensors by name; no remote code. Written from the description in
 https://arxiv.org/abs/2412.10302 and the facts of https://github.com/deepseek-ai/DeepSeek-VL2 @ ef9f91e.
-Which tensors are mapped where: `weights.py` and docs/checkpoints_deepseek_vl2.md.
+Which tensors are mapped where: `weights.py` and docs/checkpoints/deepseek_vl2.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Names of the published tensors, and where each goes in `DeepseekVL2ForConditionalGeneration`.
 
-Where the names were seen, and every name this must cover: docs/checkpoints_deepseek_vl2.md.
+Where the names were seen, and every name this must cover: docs/checkpoints/deepseek_vl2.md.
 """
 
 from __future__ import annotations

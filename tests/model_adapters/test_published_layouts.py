@@ -1,7 +1,7 @@
 """Native families: a checkpoint with the hub's tensor names and 4.x-era config keys loads as the model it is.
 
 The tiny model of each family is the independent path: its tensors are written under the published names, and the
-adapter must give the same logits after reading them back. Where names and keys were seen: docs/checkpoints.md.
+adapter must give the same logits after reading them back. Where names and keys were seen: docs/checkpoints/README.md.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ivcp_eval.reports import stats
-from ivcp_eval.reports.curves import AXES, curve, curve_rows, write
 from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
+from ivcp_eval.reports.views.curves import AXES, curve, curve_rows, write
 
 N = 120
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivcp_eval.reports.sensitivity import tables, varied, write
 from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.views.sensitivity import tables, varied, write
 
 N = 120
 FULL = (np.random.default_rng(0).random(N) < 0.7).astype(float)

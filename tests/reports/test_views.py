@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from ivcp_eval import benchmarks
-from ivcp_eval.reports import sensitivity
 from ivcp_eval.reports.compare import compare
-from ivcp_eval.reports.curves import curve_rows
 from ivcp_eval.reports.provenance import Reference
 from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.views import sensitivity
+from ivcp_eval.reports.views.curves import curve_rows
 
 Samples = list[dict[str, Any]]
 USUAL = {"layer": 2, "heads": "mean"}

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write both beside the results."""
-    from ivcp_eval.reports.curves import write
+    from ivcp_eval.reports.views.curves import write
 
     say("wrote " + ", ".join(str(path) for path in write(args.results, args.resamples)))
     return 0

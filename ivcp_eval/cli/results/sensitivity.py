@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page."""
-    from ivcp_eval.reports.sensitivity import write
+    from ivcp_eval.reports.views.sensitivity import write
 
     write(args.results, args.page)
     say(f"wrote {args.page}")

@@ -1,7 +1,7 @@
 """The smallest checkpoints in DeepSeek-VL2's published layout: config.json keys, tensor names, shards, tokenizer.
 
 Sizes are shrunk; the keys of the configuration, and which of them are left to the release's defaults, are those of
-the published files (docs/checkpoints_deepseek_vl2.md).
+the published files (docs/checkpoints/deepseek_vl2.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A view of `compare`'s rows against the method at its defaults.
 
-``ivcp sensitivity results/iwp_sensitivity.csv docs/iwp_sensitivity.md`` reads the CSV of a sweep with methods at their
+``ivcp sensitivity results/iwp_sensitivity.csv docs/sensitivity/iwp.md`` reads the CSV of a sweep with methods at their
 defaults and with single parameters changed, a table for each. Methods with one setting (``random``) are in every table.
 """
 

@@ -168,6 +168,8 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
     """
     unrated: list[str] | None = None
     evaluator = "exact_matching"
+    if benchmark.reference == "baseline":
+        raise ScoreMissing(f"{benchmark.name} has no answers; only `ivcp eval` and sweeps measure agreement (`agreed`)")
     if benchmark.judge == "required":
         evaluator = "judged"
         if judge is None:

@@ -68,7 +68,7 @@ def sweep(path: Path) -> None:
 
 
 def declaration(path: Path) -> None:
-    benchmarks.load.cache_clear()
+    benchmarks._read.cache_clear()
     benchmarks.load(path.stem)
 
 
@@ -116,7 +116,7 @@ def test_an_input_is_read_or_refused_in_a_sentence(kind: str, tmp_path: Path, mo
             refused.append(str(error))
     assert ROUNDS / 10 < len(refused) < ROUNDS
     assert [text for text in refused if name not in text or "\n" in text or len(text) > 1500] == []
-    benchmarks.load.cache_clear()
+    benchmarks._read.cache_clear()
 
 
 def test_a_journal_keeps_every_line_that_nothing_was_done_to(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import random
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,14 +148,11 @@ def encoded(seed: int, damage: str = "") -> str:
 
 
 @pytest.fixture
-def pictures(
-    bench: Bench, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., None]]:
+def pictures(bench: Bench, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Declare a benchmark of one row for each kind of damage, and make it the sweep's."""
     folder = tmp_path / "datasets"
     folder.mkdir()
     monkeypatch.setattr(benchmarks, "FOLDER", folder)
-    benchmarks.load.cache_clear()
 
     def declare(*damages: str) -> None:
         lines = [f"{i}\t{encoded(i, damage)}\tWhich?\tyes\tno\tA" for i, damage in enumerate(damages)]
@@ -163,8 +160,7 @@ def pictures(
         (folder / "pictures.tsv").write_text("\n".join(["index\timage\tquestion\tA\tB\tanswer", *lines]) + "\n")
         bench.spec.write_text(SMALL.format(model=random_model))
 
-    yield declare
-    benchmarks.load.cache_clear()
+    return declare
 
 
 def test_damaged_pictures_are_errors_with_a_traceback(bench: Bench, pictures: Callable[..., None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
 import os
 import pty
 import re
@@ -27,6 +26,7 @@ from ivcp_eval.runs.progress import display as progress
 from ivcp_eval.runs.progress import watch
 from ivcp_eval.runs.progress.display import Progress, benchmark_line, duration, summary
 from ivcp_eval.runs.progress.watch import Watch
+from ivcp_eval.runs.store.journal import line_of
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark, shard
 from tests.answers import answer as good
@@ -53,8 +53,8 @@ def answer(unit: Unit, key: str, error: str = "", cells: int | None = None) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = round(100 * cell.identity.variant.ratio)
         made = Answer(error=error) if error else good(visual=100, kept=kept)
-        with path.open("a") as stream:
-            stream.write(json.dumps({"key": key, **made.to_json()}) + "\n")
+        with path.open("ab") as stream:
+            stream.write(line_of(key, made))
 
 
 def finish(plan: RunPlan, unit: Unit, answered: int, failed: int = 0) -> None:

@@ -29,6 +29,7 @@ def rgb(image: Any) -> Any:
 
     16-bit grey counts from 0 to 65535. Modes whose range is not fixed are read by their largest value: floats up to 1
     as shares, numbers up to 255 as bytes, up to 65535 as 16 bits, beyond as shares of the largest; below 0 is black.
+    Resampled floats overshoot a little, so up to a tenth more counts as that range, and is white.
     """
     if image.mode.startswith("I;16"):
         return _grey(image, 65535.0)
@@ -52,7 +53,8 @@ def _grey(image: Any, white: float | None) -> Any:
     if white is None:
         top = float(values.max())
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((scale for scale in scales if top <= scale), top)
+        slack = 1.1 if image.mode == "F" else 1.0
+        white = next((scale for scale in scales if top <= slack * scale), top)
     pixels = np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
     return Image.fromarray(pixels).convert("RGB")
 

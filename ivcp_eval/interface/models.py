@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ivcp_eval.files import DAMAGE, PACKAGE, fingerprint
 from ivcp_eval.interface import Checkpoint
@@ -145,8 +148,7 @@ def _check_safetensors(path: Path, name: str) -> None:
             if length > size - 8:
                 raise ValueError(f"its header has {length} bytes")
             header = json.loads(file.read(length))
-        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
+        expected = 8 + length + _laid_out({key: entry for key, entry in header.items() if key != "__metadata__"})
     except DAMAGE as error:
         raise MissingWeights(
             f"model {name!r}: {path} is no safetensors file, or damaged ({error}); download it again."
@@ -158,10 +160,25 @@ def _check_safetensors(path: Path, name: str) -> None:
         )
 
 
+def _laid_out(entries: dict[str, Any]) -> int:
+    """Bytes of a safetensors file's tensors; raises ValueError unless each has its size and all lie side by side."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        bits = re.fullmatch(r"BOOL|[A-Z]+(\d+)(_\w+)?", entry["dtype"])
+        if start != end or stop < start or bits is None:
+            raise ValueError(f"tensor {name!r} lies at {start} to {stop}, of type {entry['dtype']!r}")
+        if 8 * (stop - start) != math.prod(entry["shape"]) * int(bits[1] or 8):
+            raise ValueError(f"tensor {name!r} of shape {entry['shape']} has {stop - start} bytes")
+        end = stop
+    return end
+
+
 def _check_json(path: Path, name: str) -> None:
     """Raise MissingWeights for a configuration or tokenizer that was cut short; libraries do not name it."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("it holds no object")
     except DAMAGE as error:
         raise MissingWeights(f"model {name!r}: {path} is damaged ({error}); download it again.") from None
 

@@ -33,6 +33,7 @@ GREYS = {
     "bytes in 32 bits": (Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
     "large whole numbers": (Image.fromarray((RAMP * 1_000_000).astype(np.int32)), "TIFF"),
     "floats to 1": (Image.fromarray((RAMP / 255).astype(np.float32)), "TIFF"),
+    "floats to a little over 1": (Image.fromarray((RAMP / 254.9).astype(np.float32)), "TIFF"),
     "floats to 255": (Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
     "floats to 65535": (Image.fromarray((RAMP * 257).astype(np.float32)), "TIFF"),
 }

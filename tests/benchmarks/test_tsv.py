@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -231,3 +232,22 @@ def test_cells_of_several_lines_and_quotes_are_read(files: Files):
     rows = [{"index": "1", "question": 'Say "hi"\nor\tnot?', "answer": '5" pipe'}]
     benchmark = files.put("own", rows, SHORT)
     assert files.score(benchmark, {"1": '5" pipe'}).metrics["accuracy"][0] == 100
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('1\tPIC\t"What\tred"\tx', "row 2: a cell that begins with a quotation mark holds the cells after it, and 1"),
+        ('1\tPIC\t"Stop" is where?\tred\tx', "line 3: a cell begins with a quotation mark and goes on behind"),
+    ],
+)
+def test_a_quotation_mark_that_is_text_moves_no_cell(tmp_path: Path, row: str, said: str):
+    picture = "A" * 100
+    whole = f'0\t{picture}\t"She said ""stop"""\tred\tx'
+    path = tmp_path / "own.tsv"
+    head = "index\timage\tquestion\tanswer\tcategory"
+    path.write_text("\n".join([head, whole, row.replace("PIC", picture)]) + "\n")
+    with pytest.raises(tsv.BadTable, match=re.escape(said)):
+        tsv.read(path)
+    path.write_text("\n".join([head, whole]) + "\n")
+    assert list(tsv.read(path)["question"]) == ['She said "stop"']

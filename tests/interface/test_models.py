@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,4 +114,31 @@ def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(models.MissingWeights, match=r"lacks model-2\.safetensors of 2 parts"):
+        models.locate("qwen25", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"dtype": "U8", "shape": [3], "data_offsets": [0, 4]}, "has 4 bytes"),
+        ({"dtype": "X", "shape": [4], "data_offsets": [0, 4]}, "of type 'X'"),
+        ({"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}, "lies at -4 to 0"),
+        ({"dtype": "U8", "shape": [3], "data_offsets": [1, 4]}, "lies at 1 to 4"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_said_with_its_file(tmp_path: Path, entry: Any, said: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    header = json.dumps({"a": entry}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(models.MissingWeights, match=f"{file}.*{said}"):
+        models.locate("qwen25", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "1"])
+def test_a_configuration_that_is_no_object_is_said_with_its_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _safetensors(tmp_path / "model.safetensors", b"a")
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(models.MissingWeights, match=r"generation_config\.json is damaged \(it holds no object\)"):
         models.locate("qwen25", tmp_path)

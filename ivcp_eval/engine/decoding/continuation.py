@@ -65,13 +65,18 @@ class Continuity:
 
     def __init__(self) -> None:
         self.continued = 0
-        self._strayed = 0  # decoding steps after a pruned prompt that were not on its cache
+        self._lost = 0  # decoding steps after prompts of which none was on the prompt's cache
+        self._strayed = 0  # those after the last prompt that were not
+        self._followed = False  # whether one was
         self._pruned = False  # whether the last prompt was pruned into a cache
 
     def prompt_begins(self, length: int) -> None:
         """A forward on no cache, or an empty one; of a single token after a pruned prompt it is a lost cache."""
         self._pruned = self._pruned and length == 1
-        self._strayed += self._pruned
+        if self._pruned:
+            self._strayed += 1
+        else:
+            self._settle()
 
     def prompt_ended(self, pruned: bool) -> None:
         """A prompt with images is processed; whether tokens were removed and a cache holds the rest."""
@@ -80,13 +85,20 @@ class Continuity:
     def continues(self, on_pruned: bool) -> None:
         """A forward on a filled cache; whether it is one that was pruned."""
         self.continued += on_pruned
+        self._followed |= on_pruned
         self._strayed += self._pruned and not on_pruned
 
+    def _settle(self) -> None:
+        """The last prompt is over."""
+        self._lost += 0 if self._followed else self._strayed
+        self._strayed, self._followed = 0, False
+
     def warn(self) -> None:
-        """At the end of a block: say so if decoding after a pruned prompt was never recognised as such."""
-        if self._strayed and not self.continued:
+        """At the end of a block: say so if decoding after some pruned prompt was never recognised as such."""
+        self._settle()
+        if self._lost:
             warnings.warn(
-                f"{self._strayed} decoding steps followed a pruned prompt, none of them on its cache as pruning knows "
+                f"{self._lost} decoding steps followed a pruned prompt, none of them on its cache as pruning knows "
                 "it. If they continued that prompt, their logits are wrong: see that the cache which the prefill "
                 "returned is passed on, and that transformers is a tested release.",
                 stacklevel=3,

@@ -69,8 +69,10 @@ def refuse_videos(inputs: Mapping[str, Any]) -> None:
 
 def refuse_chunks(_model: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError for a call of ``generate`` that prefills in chunks: a cut would not see the later ones."""
-    config = kwargs.get("generation_config")
-    size = kwargs.get("prefill_chunk_size", getattr(config or _model.generation_config, "prefill_chunk_size", None))
+    # What the call leaves open, `generate` takes from the model.
+    configs = (kwargs.get("generation_config"), _model.generation_config)
+    sizes = [kwargs.get("prefill_chunk_size"), *(getattr(config, "prefill_chunk_size", None) for config in configs)]
+    size = next((size for size in sizes if size is not None), None)
     if size is not None:
         raise ValueError(
             f"Chunked prefill (prefill_chunk_size={size}) cannot be pruned: the choice is made in one forward of the "

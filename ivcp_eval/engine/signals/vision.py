@@ -116,6 +116,12 @@ class VisionListener(Listener):
             self._heard.images.append(self.tap.tokens(patches, args, kwargs))
 
 
+def _by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; those that the signature has no name for are left out, as it will say itself."""
+    names = [p.name for p in inspect.signature(method).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 class MethodHook:
     """Hooks for a method that is no forward: until `remove`, one attribute of one object hides the method.
 
@@ -142,7 +148,7 @@ class MethodHook:
         @functools.wraps(method)  # `generate` reads the signature
         def heard(*args: Any, **kwargs: Any) -> Any:
             if before is not None:
-                before(owner, kwargs)
+                before(owner, _by_name(method, args, kwargs))
             result = method(*args, **kwargs)
             if after is not None:
                 bound = inspect.signature(method).bind(*args, **kwargs)

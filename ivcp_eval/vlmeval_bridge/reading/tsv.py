@@ -11,6 +11,7 @@ import ast
 import base64
 import binascii
 import builtins
+import csv
 import hashlib
 import io
 import posixpath
@@ -23,6 +24,7 @@ from typing import IO, Any
 
 import pandas as pd
 
+from ivcp_eval.files import long_cells
 from ivcp_eval.vlmeval_bridge.environment import wrong_checksum
 
 #: VLMEvalKit takes an image cell of up to this many characters for a reference to another row.
@@ -65,6 +67,7 @@ def read(path: Path, md5: str = "") -> pd.DataFrame:
     _check_shape(path, table)
     table = _checked(path, table)
     if not md5:  # a file of VLMEvalKit's is as its authors meant it
+        _check_quotes(path)
         _check_files(path, table)
     return table
 
@@ -134,6 +137,25 @@ def _explained(problem: str) -> str:
     if "No columns" in problem:
         return "the file is empty"
     return f"not a TSV file ({problem.strip()})"
+
+
+def _check_quotes(path: Path) -> None:
+    """Raise BadTable for a quotation mark that is text and was read as one around a cell, which moves what follows."""
+    with path.open(encoding="utf-8", newline="") as stream, long_cells():
+        reader, width = csv.reader(stream, delimiter="\t", strict=True), 0
+        try:
+            for row, cells in enumerate(reader):
+                width = width or len(cells)
+                if len(cells) < width and any("\t" in cell for cell in cells):
+                    raise BadTable(
+                        f"{path}, row {row}: a cell that begins with a quotation mark holds the cells after it, and "
+                        f"{width - len(cells)} are missing at the end; write the mark twice or remove it"
+                    )
+        except csv.Error as error:
+            raise BadTable(
+                f"{path}, line {reader.line_num}: a cell begins with a quotation mark and goes on behind the closing "
+                f"one ({error}); write the marks twice, and a mark around the whole cell"
+            ) from None
 
 
 def _check_shape(path: Path, table: pd.DataFrame) -> None:

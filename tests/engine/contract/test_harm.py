@@ -90,7 +90,7 @@ def test_an_error_in_one_thread_does_not_stop_the_others() -> None:
         assert pool.submit(PLAIN.generate, PLAIN.inputs(*SINGLE)).result(timeout=30).sequences.numel()
 
 
-@pytest.mark.parametrize("how", ["argument", "config", "model"])
+@pytest.mark.parametrize("how", ["argument", "config", "position", "model", "model, beside a config"])
 def test_chunked_prefill_is_refused_before_it_begins(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the image lies in one chunk: the method would rank without the rest of the question."""
     case = Case("qwen2_5_vl", "toy_all_layers")
@@ -99,8 +99,16 @@ def test_chunked_prefill_is_refused_before_it_begins(how: str, monkeypatch: pyte
         options["prefill_chunk_size"] = 34
     elif how == "config":
         options["generation_config"] = type(case.model.generation_config)(prefill_chunk_size=34)
+    elif how == "position":
+        inputs = case.inputs(*SINGLE)
+        config = type(case.model.generation_config)(prefill_chunk_size=34)
+        with pytest.raises(ValueError, match="Chunked prefill"), case.prune():
+            case.model.generate(inputs.pop("input_ids"), config, **inputs)
+        return
     else:
         monkeypatch.setattr(case.model.generation_config, "prefill_chunk_size", 34)
+        if how != "model":
+            options["generation_config"] = type(case.model.generation_config)(max_new_tokens=2)
     with pytest.raises(ValueError, match=r"Chunked prefill \(prefill_chunk_size=34\)"), case.prune():
         case.generate(case.inputs(*SINGLE), 2, **options)
     assert "generate" not in vars(case.model)

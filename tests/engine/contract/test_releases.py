@@ -145,6 +145,19 @@ def test_decoding_that_no_hook_saw_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         block.__exit__(None, None, None)
 
 
+def test_decoding_that_no_hook_saw_is_said_also_beside_one_that_was_seen() -> None:
+    case = Case("llava", "toy_all_layers")
+    inputs = case.inputs(*SINGLE)
+    plain = names.output_cache(case.forward(inputs))
+    block = case.prune()
+    block.__enter__()
+    case.generate(inputs, 3)
+    case.forward(inputs)
+    case.forward({"input_ids": torch.tensor([[11]]), names.spelling("cache"): plain})
+    with pytest.warns(UserWarning, match="1 decoding steps followed a pruned prompt"):
+        block.__exit__(None, None, None)
+
+
 def test_a_cache_that_the_layers_do_not_get_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("llava", "toy_all_layers")
     with case.prune():

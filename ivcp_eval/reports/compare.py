@@ -243,6 +243,9 @@ def _pair(baseline: Group, pruned: Group, folders: tuple[Path, Path], load: Load
             ([r["score"] for r in baseline], [r["score"] for r in pruned]),
         )
     timings = _timings(folders[0], baseline[0]), _timings(folders[1], pruned[0])
+    if baseline[0]["method"] == BASELINE and timings[1] is not None:
+        # The unpruned model may have been timed again since, beside another variant.
+        timings = timings[1].of_baseline() or timings[0], timings[1]
     return _Pair(baseline, pruned, metric, tuple(refused), timings)
 
 

@@ -153,19 +153,21 @@ def merged(group: Group) -> Row:
 
 
 def telling_parameters(rows: Iterable[Row]) -> dict[str, list[str]]:
-    """For each method the names of the parameters that tell its variants in these rows apart."""
+    """For each method the names of the parameters that tell its variants in these rows apart, or from the usual one."""
     values: dict[str, dict[str, set[str]]] = {}
     sets: dict[str, set[str]] = {}
+    unusual: dict[str, set[str]] = {}
     for row in rows:
         of_method = values.setdefault(row["method"], {})
         sets.setdefault(row["method"], set()).add(row["method_parameters"] or "{}")
         for name, value in json.loads(row["method_parameters"] or "{}").items():
             of_method.setdefault(name, set()).add(json.dumps(value))
+        unusual.setdefault(row["method"], set()).update(row["set_parameters"].split())
     return {
         method: [
             name
             for name, seen in of_method.items()
-            if len(seen) > 1 or any(name not in json.loads(text) for text in sets[method])
+            if len(seen) > 1 or name in unusual[method] or any(name not in json.loads(text) for text in sets[method])
         ]
         for method, of_method in values.items()
     }

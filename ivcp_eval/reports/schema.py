@@ -168,6 +168,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("method", "text", "pruning method; `none` is the unpruned baseline", required=True),
     Column("method_parameters", "json", "all parameters of the method; keys sorted, no spaces"),
     Column(
+        "set_parameters",
+        "text",
+        "names of the parameters that are neither the method's nor the checkpoint's defaults, separated by spaces",
+        late=True,
+        of_run=True,
+    ),
+    Column(
         "method_source",
         "text",
         "code hash, with package and version of a plug-in's method, or the name of a method file; else empty",

@@ -229,10 +229,10 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
         for benchmark, cells in model.groups.values():
             if stop.requested or (name, benchmark.name) in open_ or {name, benchmark.name} & report.broken:
                 continue
-            if (only and name != only) or all(is_timed(cell) for cell in cells):
+            if (only and name != only) or all(is_timed(cell, plan.options.timing) for cell in cells):
                 continue
             with claim(lease(plan, f"time.{name}.{benchmark.name}")) as mine:
-                if mine and not all(is_timed(cell) for cell in cells):
+                if mine and not all(is_timed(cell, plan.options.timing) for cell in cells):
                     unit = Unit(name, benchmark, 0, 0, cells)
                     session, dataset = _session(plan, name, hooks, report), _dataset(plan, unit, report)
                     n = time_cells(session, dataset, _capable(session, cells), plan.options.timing)

@@ -90,3 +90,7 @@ def test_beside_results(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "ivc_prune" in out
     assert "nothing" in out, "of the shipped model nobody published anything"
+    assert main(["published", "--method", "fastv", "--beside", str(TINY)]) == 0
+    out = capsys.readouterr().out
+    assert "fastv" in out
+    assert "ivc_prune" not in out

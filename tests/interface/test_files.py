@@ -212,3 +212,12 @@ def test_every_csv_that_people_open_is_written_through_as_shown() -> None:
     writers = {name for name, text in texts.items() if re.search(r"csv\.(DictWriter|writer)\(", text)}
     assert len(writers) >= 5
     assert [name for name in sorted(writers) if "as_shown(" not in texts[name]] == []
+
+
+def test_published_numbers_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("ivc_prune_paper.csv", "results/baselines/ivc_prune_paper.csv"):
+        assert files.results_file(name) == files.BASELINES / "ivc_prune_paper.csv"
+    (tmp_path / "ivc_prune_paper.csv").write_text("")
+    assert files.results_file("ivc_prune_paper.csv") == Path("ivc_prune_paper.csv")
+    assert files.results_file("other/ivc_prune_paper.csv") == Path("other/ivc_prune_paper.csv")

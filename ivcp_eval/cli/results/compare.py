@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 
 from ivcp_eval.cli import say
+from ivcp_eval.files import results_file
 from ivcp_eval.interface.variants import parameter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
-    add("results", type=Path, help="results CSV")
-    add("baseline", type=Path, nargs="?", help="baseline CSV; default: rows of RESULTS itself")
+    add("results", type=results_file, help="results CSV")
+    add("baseline", type=results_file, nargs="?", help="baseline CSV; default: rows of RESULTS itself")
     add("--method", help="only rows of this method")
     add("--ratio", type=float, help="only rows that asked for this share")
     add("--budget", metavar="KIND", help="only rows that hold this budget: own, final, layer_mean or flops")

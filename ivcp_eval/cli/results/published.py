@@ -115,6 +115,9 @@ def _beside(args: argparse.Namespace, found: Sequence[Published]) -> int:
     for row in rows:
         if row["method"] == "none" or row["ratio_kept_final"] is None:
             continue
+        asked = {"model": args.model, "method": args.method, "benchmark": args.benchmark}
+        if any(value and value.casefold() != row[name].casefold() for name, value in asked.items()):
+            continue
         kept, before = 100 * row["ratio_kept_final"], unpruned.get((row["model"], row["benchmark"]))
         beside = range_beside(found, row["model"], row["method"], row["benchmark"], kept, args.within)
         values = (

@@ -255,6 +255,7 @@ def _results(args: argparse.Namespace) -> int:
     """Results of the sweeps named, or of everything that ran below these runs, evaluations included."""
     from ivcp_eval.reports.csvfile import ResultsError
     from ivcp_eval.runs.planning import cells
+    from ivcp_eval.runs.store import manifest
 
     runs = args.runs or cells.RUNS
     ran = sorted(path.parent.name for path in (runs.parent / "sweeps").glob("*/manifest.json"))
@@ -271,7 +272,8 @@ def _results(args: argparse.Namespace) -> int:
             codes.append(2)
     for state in evaluated:
         try:
-            codes.append(_renew(state, runs))
+            if manifest.read(state).get("runs", runs.name) == runs.name:  # else of another folder beside it
+                codes.append(_renew(state, runs))
         except (DamagedError, ResultsError) as error:
             say(f"ivcp: {error}", sys.stderr)
             codes.append(2)

@@ -1,14 +1,14 @@
 """How much faster or slower a variant is: ratios of times of the same sample, measured side by side in one session.
 
 ``timing.json`` lies beside the journal of a cell: ``{"session": ..., "samples": [{"index": ..., "prefill_ms": ...,
-"decode_ms_per_token": ..., "end_to_end_ms": ...}, ...]}``.
+"decode_ms_per_token": ..., "end_to_end_ms": ...}, ...], "baseline": [the unpruned model's, of the same session]}``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,17 @@ class Timings:
 
     Attributes:
         session: what ran side by side has the same one. samples: index -> field -> milliseconds; a sample that was
-            timed several times has the geometric mean.
+            timed several times has the geometric mean. baseline: those of the unpruned model in the same session; empty
+            if it was not timed then.
     """
 
     session: str
     samples: Mapping[str, Mapping[str, float]]
+    baseline: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def of_baseline(self) -> Timings | None:
+        """What the variant is to be compared with, whatever was timed since."""
+        return Timings(self.session, self.baseline) if self.baseline else None
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,13 @@ def read_timings(path: Path) -> Timings | None:
     advice = "remove it and run again to time anew"
     content = read_json(path, advice)
     with damage_as_clear_error(path, advice):
-        session, logs = str(content["session"]), _logs(content["samples"])
-    means = {i: {name: math.exp(np.mean(v)) for name, v in fields.items()} for i, fields in logs.items()}
-    return Timings(session, means)
+        session, own, baseline = (str(content["session"]), content["samples"], content.get("baseline", []))
+        return Timings(session, _means(own), _means(baseline))
+
+
+def _means(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    logs = _logs(samples)
+    return {i: {name: math.exp(np.mean(v)) for name, v in fields.items()} for i, fields in logs.items()}
 
 
 def _logs(samples: list[dict[str, float]]) -> dict[str, dict[str, list[float]]]:

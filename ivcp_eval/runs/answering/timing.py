@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.files import DamagedError, damage_as_clear_error, read_json, write_json
 from ivcp_eval.interface.failures import FAILURES
+from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.cells import Cell
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.answering.session import Parts, Session
 
 FILE = "timing.json"  # in each cell's folder; `reports.stats.timing` pairs them by session and index
+ADVICE = "the next run times the cell again"
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,26 @@ def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) ->
         except FAILURES:  # answering it said why
             continue
         rounds[index] = [times[i] for i in range(len(cells))]
-    name = secrets.token_hex(8)
-    for i, cell in enumerate(cells):
-        samples = [{"index": index, **asdict(times[i])} for index, times in rounds.items()]
+    timings = {"session": secrets.token_hex(8), "device": session.device_name, "asked": n}
+    samples = [[{"index": index, **asdict(times[i])} for index, times in rounds.items()] for i in range(len(cells))]
+    # Beside each variant's times stand the baseline's: another variant may be timed later, and the baseline again.
+    unpruned = [i for i, cell in enumerate(cells) if cell.identity.variant.method == BASELINE]
+    beside = {"baseline": samples[unpruned[0]]} if unpruned else {}
+    for cell, own in zip(cells, samples, strict=True):
         cell.folder.mkdir(parents=True, exist_ok=True)
-        timings = {"session": name, "device": session.device_name, "samples": samples}
-        write_json(cell.folder / FILE, timings, sealed=True)
+        write_json(cell.folder / FILE, {**timings, "samples": own, **beside}, sealed=True)
     return len(rounds)
 
 
-def is_timed(cell: Cell) -> bool:
-    """Whether the cell was timed, or cannot be since its model cannot run it."""
+def is_timed(cell: Cell, n: int) -> bool:
+    """Whether the cell was timed on ``n`` samples (fewer where some fail), or cannot be on its model."""
     record = cell.load_record()
     if record is not None and record["status"] in ("skipped", "failed"):
         return True
     with suppress(DamagedError):
         times_of(cell)
-        return (cell.folder / FILE).is_file()
+        path = cell.folder / FILE
+        return path.is_file() and read_json(path, ADVICE).get("asked", 0) >= n
     return False
 
 
@@ -96,11 +101,11 @@ def times_of(cell: Cell) -> dict[str, Times]:
     Raises:
         DamagedError: its ``timing.json`` does not hold what this version writes.
     """
-    path, advice = cell.folder / FILE, "the next run times the cell again"
+    path = cell.folder / FILE
     if not path.is_file():
         return {}
-    found = read_json(path, advice)
-    with damage_as_clear_error(path, advice):
+    found = read_json(path, ADVICE)
+    with damage_as_clear_error(path, ADVICE):
         times = {str(sample.pop("index")): Times(**sample) for sample in found["samples"]}
         values = [value for timed in times.values() for value in vars(timed).values() if value is not None]
         if not all(type(value) in (int, float) and 0 <= value < math.inf for value in values):

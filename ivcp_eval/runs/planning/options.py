@@ -57,7 +57,8 @@ class Options:
         "none, and no dates either, so that equal runs are equal bytes (default: %(default)s)", metavar="N", low=0,
     )  # fmt: skip
     timeout: float | None = _option(
-        None, float, "seconds that one answer may take; a late one is an error of its sample, which --retry-failed "
+        None, float, "seconds that one answer may take; a late one is an error of its sample, "
+        "which `eval` and `sweep run --retry-failed` "
         "tries again (default: no limit but --max-new-tokens)", metavar="S",
     )  # fmt: skip
     shard: int = _option(200, int, "rows that a worker takes at once", metavar="N")

@@ -284,4 +284,4 @@ def write_manifest(plan: RunPlan) -> Path:
     listed: Sequence[Cell] = [cell for _, _, cell in plan.cells()]
     folders = [(cell.identity.variant.model, str(cell.folder.relative_to(cell.runs))) for cell in listed]
     manifest.write_spec(plan.state, {**plan.spec.raw, "name": plan.spec.name})
-    return manifest.write(plan.state, plan.spec.name, plan.problems, described_models, folders)
+    return manifest.write(plan.state, plan.spec.name, plan.problems, described_models, folders, plan.runs.name)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ivcp_eval.benchmarks import Benchmark
-from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.models import Weights, find
+from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.schema import COLUMN_NAMES
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.records.record import CellRecord
@@ -35,6 +38,7 @@ def cell_rows(weights: Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> 
         "family": weights.family,
         "method": variant.method,
         "method_parameters": identity.method_parameters,
+        "set_parameters": " ".join(_unusual(variant)),
         "method_source": identity.method_source,
         "preset": identity.method_parameters.get("preset", ""),
         "seed": variant.seed,
@@ -62,6 +66,14 @@ def cell_rows(weights: Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> 
         {**common, "metric": name, "score": value.get("score"), "score_scale": value.get("scale")}
         for name, value in metrics.items()
     ]
+
+
+def _unusual(variant: Variant) -> list[str]:
+    """Names of the parameters that are neither the method's nor the checkpoint's defaults."""
+    own: Mapping[str, Any] = {}
+    with suppress(ValueError):  # a model that was removed since
+        own = find(variant.model)[1].methods.get(variant.method, {})
+    return sorted(name for name, value in variant.parameters.items() if name not in own or own[name] != value)
 
 
 def _relative(path: Path, folder: Path) -> str:

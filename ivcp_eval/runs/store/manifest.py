@@ -61,14 +61,24 @@ def device(state: Path, model: str) -> str:
 
 
 def write(
-    state: Path, name: str, problems: Sequence[str], models: Mapping[str, Any], cells: Sequence[tuple[str, str]]
+    state: Path,
+    name: str,
+    problems: Sequence[str],
+    models: Mapping[str, Any],
+    cells: Sequence[tuple[str, str]],
+    runs: str = "",
 ) -> Path:
-    """Write it unless it stands so already; returns the file. ``cells`` are (model, folder below the runs)."""
+    """Write it unless it stands so already; returns the file.
+
+    Args:
+        cells: (model, folder below the runs). runs: name of that folder, beside which the state lies.
+    """
     found = {
         "name": name,
         "problems": list(problems),
         "models": dict(models),
         "cells": [{"model": model, "folder": folder} for model, folder in cells],
+        "runs": runs,
     }
     file = path(state)
     try:

@@ -101,6 +101,6 @@ def test_real_times_and_their_ratio(
 def test_cells_without_times_have_none() -> None:
     cell: Any = SimpleNamespace(folder=Path("nowhere"), load_record=lambda: None)
     assert times_of(cell) == {}
-    assert not is_timed(cell)
+    assert not is_timed(cell, 1)
     cell.load_record = lambda: {"status": "skipped"}
-    assert is_timed(cell), "its model cannot run it"
+    assert is_timed(cell, 1), "its model cannot run it"

@@ -23,6 +23,7 @@ from PIL import Image
 from ivcp_eval.cli import main
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.records.masks import Masks
+from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.session import Session
 from tests.runs.e2e.conftest import Lab
@@ -199,6 +200,8 @@ def test_records_and_rows_are_made_again_without_a_model(lab: Lab, capsys: pytes
     assert lab.csv.read_bytes() == before
     assert all(path.is_file() for path in records)
     assert f"2 rows renewed: {lab.csv}" in capsys.readouterr().out
+    assert main(["sweep", "results", "--runs", str(lab.folder / "others")]) == 0
+    assert "renewed" not in capsys.readouterr().out, "the evaluation's runs are not those"
 
 
 def test_a_disk_that_is_full_for_the_evaluator_is_said(
@@ -220,6 +223,29 @@ def test_a_disk_that_is_full_for_the_evaluator_is_said(
         assert lab.eval("--data", "tiny_mcq", "--limit", "1") == 2
     assert "no space is left at" in capsys.readouterr().err
     assert lab.eval("--data", "tiny_mcq", "--limit", "1") == 0
+
+
+def test_times_outlive_those_of_another_variant_and_more_can_be_asked(lab: Lab) -> None:
+    """The baseline is timed again beside the second variant; the first keeps the one that it was timed beside."""
+
+    def numbers() -> dict[str, int]:
+        return {row.method: row.times["prefill"].n for row in compare(lab.csv, resamples=10).rows}
+
+    data = ("--data", "tiny_mcq", "--limit", "3")
+    assert lab.eval(*data, "--method", "fastv", "--timing", "1") == 0
+    assert lab.eval(*data, "--method", "uniform", "--timing", "1") == 0
+    assert numbers() == {"fastv": 1, "uniform": 1}
+    assert lab.eval(*data, "--method", "uniform", "--timing", "2") == 0
+    assert numbers() == {"fastv": 1, "uniform": 2}
+
+
+def test_a_parameter_of_ones_own_is_named_also_where_it_is_the_only_variant(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lab.eval("--data", "tiny_mcq", "--limit", "1", "--method", "fastv", "--set", "layer=3") == 0
+    assert "fastv(layer=3) 0.5" in capsys.readouterr().out
+    (row,) = (row for row in lab.rows() if row["method"] == "fastv")
+    assert row["set_parameters"] == "layer"
 
 
 def test_nothing_to_make_again_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.planning.uncounted import uncounted_lines
     from ivcp_eval.runs.progress.display import Progress
     from ivcp_eval.runs.records.results import collect
-    from ivcp_eval.runs.store.finished import Finished, note
+    from ivcp_eval.runs.store.finished import Finished, note, usual_csv
     from ivcp_eval.runs.store.state import reopen
 
     tell = notices(args)
@@ -129,7 +129,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     for line in [*plan.notices, *uncounted_lines(cell for _, _, cell in plan.cells() if cell.finished() is None)]:
         tell(line)
     write_manifest(plan)
-    csv = args.output or plan.runs.parent / "eval" / f"{args.model}.csv"
+    csv = args.output or usual_csv(plan.runs, args.model)
     if csv.exists():  # rows cannot be merged into a damaged file; better said before anything is answered
         try:
             read_results(csv)

@@ -147,12 +147,12 @@ class MethodHook:
 
         @functools.wraps(method)  # `generate` reads the signature
         def heard(*args: Any, **kwargs: Any) -> Any:
+            named = _by_name(method, args, kwargs)
             if before is not None:
-                before(owner, _by_name(method, args, kwargs))
+                before(owner, named)
             result = method(*args, **kwargs)
             if after is not None:
-                bound = inspect.signature(method).bind(*args, **kwargs)
-                after(owner, (), dict(bound.arguments), result)
+                after(owner, (), named, result)
             return result
 
         setattr(owner, name, heard)

@@ -89,9 +89,7 @@ def is_timed(cell: Cell, n: int) -> bool:
     if record is not None and record["status"] in ("skipped", "failed"):
         return True
     with suppress(DamagedError):
-        times_of(cell)
-        path = cell.folder / FILE
-        return path.is_file() and read_json(path, ADVICE).get("asked", 0) >= n
+        return _read(cell)[0] >= n
     return False
 
 
@@ -101,16 +99,21 @@ def times_of(cell: Cell) -> dict[str, Times]:
     Raises:
         DamagedError: its ``timing.json`` does not hold what this version writes.
     """
+    return _read(cell)[1]
+
+
+def _read(cell: Cell) -> tuple[int, dict[str, Times]]:
+    """How many samples were asked for, 0 for a cell that was not timed, and the times; raises as `times_of`."""
     path = cell.folder / FILE
     if not path.is_file():
-        return {}
+        return 0, {}
     found = read_json(path, ADVICE)
     with damage_as_clear_error(path, ADVICE):
         times = {str(sample.pop("index")): Times(**sample) for sample in found["samples"]}
         values = [value for timed in times.values() for value in vars(timed).values() if value is not None]
         if not all(type(value) in (int, float) and 0 <= value < math.inf for value in values):
             raise TypeError("a time is no number")
-    return times
+        return int(found.get("asked", 0)), times
 
 
 def _chosen(session: Session, dataset: Any, n: int) -> Iterator[tuple[str, Parts]]:

@@ -73,7 +73,7 @@ def rebuild_evaluation(state: Path, runs: Path) -> tuple[Path, Collected]:
         FileNotFoundError, DamagedError: its manifest is not there, or damaged. ResultsError: its results file is.
     """
     (model,) = manifest.read(state)["models"]
-    csv = csv_of(state) or state.parent.parent / f"{model}.csv"
+    csv = csv_of(state, runs, model)
     collected = collect(state, runs, csv)
     if collected.rows:
         update_results(csv, collected.rows)

@@ -51,12 +51,17 @@ def known(state: Path) -> Finished | None:
     return found if same and found.csv.is_file() else None
 
 
-def csv_of(state: Path) -> Path | None:
-    """The results file of an evaluation that was whole once, whatever changed since; None of any other."""
+def usual_csv(runs: Path, model: str) -> Path:
+    """Where the rows of a model's evaluations go unless the user names another file."""
+    return runs.parent / "eval" / f"{model}.csv"
+
+
+def csv_of(state: Path, runs: Path, model: str) -> Path:
+    """The results file of an evaluation: where it was once whole, whatever changed since, else the usual one."""
     try:
         return Path(read_json(_path(state), "it is only a note")["csv"])
     except (OSError, *DAMAGE):
-        return None
+        return usual_csv(runs, model)
 
 
 def _path(state: Path) -> Path:

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import pandas as pd
 
-from ivcp_eval.files import long_cells
+from ivcp_eval.files import long_cells, remembered
 from ivcp_eval.vlmeval_bridge.environment import wrong_checksum
 
 #: VLMEvalKit takes an image cell of up to this many characters for a reference to another row.
@@ -67,7 +67,7 @@ def read(path: Path, md5: str = "") -> pd.DataFrame:
     _check_shape(path, table)
     table = _checked(path, table)
     if not md5:  # a file of VLMEvalKit's is as its authors meant it
-        _check_quotes(path)
+        remembered(path, "quotes", _check_quotes, bool)  # a second reading of the whole file
         _check_files(path, table)
     return table
 
@@ -139,8 +139,8 @@ def _explained(problem: str) -> str:
     return f"not a TSV file ({problem.strip()})"
 
 
-def _check_quotes(path: Path) -> None:
-    """Raise BadTable for a quotation mark that is text and was read as one around a cell, which moves what follows."""
+def _check_quotes(path: Path) -> bool:
+    """True; raises BadTable for a quotation mark that is text and was read as one around a cell: others move."""
     with path.open(encoding="utf-8", newline="") as stream, long_cells():
         reader, width = csv.reader(stream, delimiter="\t", strict=True), 0
         try:
@@ -156,6 +156,7 @@ def _check_quotes(path: Path) -> None:
                 f"{path}, line {reader.line_num}: a cell begins with a quotation mark and goes on behind the closing "
                 f"one ({error}); write the marks twice, and a mark around the whole cell"
             ) from None
+    return True
 
 
 def _check_shape(path: Path, table: pd.DataFrame) -> None:

@@ -17,29 +17,16 @@ the others. Nothing is freed either: what decoding attends to is measured and re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import (
-    AbstractMethod,
-    Cut,
-    Faithfulness,
-    Image,
-    ModelFacts,
-    Selection,
-    Signal,
-    Signals,
-    Step,
-    TowerFacts,
-    TowerSignal,
-)
-from ivcp_eval.interface.method import method_name
+from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals, Step
 from ivcp_eval.interface.ops import budget, last_token, top
 from ivcp_eval.interface.registry import PLUS_DSTP
+from ivcp_eval.methods._wrapping import Wrapper
 
 _STATE = "dstp"
 
@@ -78,58 +65,35 @@ class _State:
 
 
 @dataclass(frozen=True)
-class PlusDstp(AbstractMethod):
+class PlusDstp(Wrapper):
     """A selecting method that may look back while decoding.
 
     Attributes:
-        inner: the method that selects.
         tau: cosine below which attention counts as shifted.
         hold: steps for which other tokens stay swapped in.
         watch: where in the decoder attention is compared, as a share of its depth.
     """
 
     faithfulness: ClassVar[Faithfulness] = "variant"
+    suffix: ClassVar[str] = PLUS_DSTP
+    without: ClassVar[str] = "it leaves none in reserve"
 
-    inner: AbstractMethod
     tau: float = 0.75
     hold: int = 20
     watch: float = 0.5
 
-    if not TYPE_CHECKING:  # class variables of the base; here they are the inner method's
+    if not TYPE_CHECKING:  # a class variable of the base
 
         @property
         def needs(self) -> frozenset[Signal]:
             """What the inner method needs, and every step."""
             return self.inner.needs | {"step"}
 
-        @property
-        def tower_signals(self) -> frozenset[TowerSignal]:
-            """What the inner method wants of the vision tower."""
-            return self.inner.tower_signals
-
-        @property
-        def sweep_seeds(self) -> tuple[int, ...]:
-            """Those of the inner method."""
-            return self.inner.sweep_seeds
-
     def __post_init__(self) -> None:
-        """Refuse methods that select no tokens, and numbers that no run can mean."""
-        inside = "group" in self.inner.tower_signals  # of the tower, where no coordinate and no reserve is known
-        if inside or self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
-            raise ValueError(self._refusal())
+        """Also refuse numbers that no run can mean."""
+        super().__post_init__()
         if not -1 <= self.tau <= 1 or self.hold < 1 or not 0 <= self.watch <= 1:
             raise ValueError(f"tau={self.tau} must be a cosine, hold={self.hold} 1 or more, watch={self.watch} in 0..1")
-
-    def _refusal(self) -> str:
-        return (
-            f"{method_name(self.inner)!r} does not save by selecting tokens at a cut, so it leaves none in reserve; "
-            f"{PLUS_DSTP} works with methods that do"
-        )
-
-    @property
-    def name(self) -> str:
-        """``fastv+dstp``: what users type and the CSV says."""
-        return method_name(self.inner) + PLUS_DSTP
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """Observations where the inner method cuts, and one behind the layer that compares.
@@ -139,16 +103,12 @@ class PlusDstp(AbstractMethod):
         """
         cuts = self.inner.cuts(model, ratio)
         if not any(cut.ratio < 1 for cut in cuts) or any(cut.evicts for cut in cuts):
-            raise ValueError(self._refusal())
+            raise ValueError(self.refusal())
         made = {cut.layer: Reserve(cut.layer, 1.0, needs=cut.needs, inner=cut, stage=i) for i, cut in enumerate(cuts)}
         watch = max(1, min(round(self.watch * model.n_layers), model.n_layers - 1))
         here = made.get(watch, Reserve(watch, 1.0))
         made[watch] = replace(here, watched=True, needs=here.needs | {"query", "key"})
         return tuple(made[layer] for layer in sorted(made))
-
-    def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
-        """Those of the inner method."""
-        return self.inner.tower_blocks(tower)
 
     def select(self, signals: Signals) -> Selection:
         """Everything; what the inner method would keep is remembered."""

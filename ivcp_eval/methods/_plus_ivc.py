@@ -12,82 +12,42 @@ Differs: the paper does not say how large the set is beside another method; here
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import (
-    AbstractMethod,
-    AbstractScorer,
-    Cut,
-    Faithfulness,
-    ModelFacts,
-    Selection,
-    Signal,
-    Signals,
-    TowerFacts,
-    TowerSignal,
-)
+from ivcp_eval.interface import AbstractScorer, Cut, Faithfulness, ModelFacts, Selection, Signals
 from ivcp_eval.interface.method import method_name
 from ivcp_eval.interface.ops import best_of_rest, coordinate_set, sparse_weights
 from ivcp_eval.interface.registry import PLUS_IVC
+from ivcp_eval.methods._wrapping import Wrapper
 
 
 @dataclass(frozen=True)
-class PlusIvc(AbstractMethod):
+class PlusIvc(Wrapper):
     """A selecting method and the implicit visual coordinates.
 
     Attributes:
-        inner: the method that selects and says where to cut.
         ivc: share of an image's tokens kept for each of the two coordinate scores.
         ivc_share: upper bound of each, as a share of the image's budget.
     """
 
     faithfulness: ClassVar[Faithfulness] = "variant"
+    suffix: ClassVar[str] = PLUS_IVC
+    without: ClassVar[str] = "there are none to give up for the coordinates"
 
-    inner: AbstractMethod
     ivc: float = 0.1
     ivc_share: float = 0.2
 
-    if not TYPE_CHECKING:  # a class variable of the base; here it is the inner method's
-
-        @property
-        def needs(self) -> frozenset[Signal]:
-            """What the inner method needs; rotary angles need no capture."""
-            return self.inner.needs
-
-        @property
-        def tower_signals(self) -> frozenset[TowerSignal]:
-            """What the inner method wants of the vision tower."""
-            return self.inner.tower_signals
-
-        @property
-        def sweep_seeds(self) -> tuple[int, ...]:
-            """Those of the inner method."""
-            return self.inner.sweep_seeds
-
     def __post_init__(self) -> None:
-        """Refuse methods that select no tokens, and shares outside 0..1."""
-        inside = "group" in self.inner.tower_signals  # of the tower, where no coordinate and no reserve is known
-        if inside or self.inner.pixel_share(0.5) is not None or self.inner.needs & {"cached_key", "step"}:
-            raise ValueError(self._refusal())
+        """Also refuse shares outside 0..1."""
+        super().__post_init__()
         for name in ("ivc", "ivc_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside 0..1")
-
-    def _refusal(self) -> str:
-        return (
-            f"{method_name(self.inner)!r} does not save by selecting tokens at a cut, so there are none to give up "
-            f"for the coordinates; {PLUS_IVC} works with methods that do"
-        )
-
-    @property
-    def name(self) -> str:
-        """``fastv+ivc``: what users type and the CSV says."""
-        return method_name(self.inner) + PLUS_IVC
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """Those of the inner method.
@@ -97,12 +57,8 @@ class PlusIvc(AbstractMethod):
         """
         cuts = self.inner.cuts(model, ratio)
         if not cuts or any(cut.evicts for cut in cuts):
-            raise ValueError(self._refusal())
+            raise ValueError(self.refusal())
         return cuts
-
-    def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
-        """Those of the inner method."""
-        return self.inner.tower_blocks(tower)
 
     def select(self, signals: Signals) -> Selection:
         """Coordinates first; the inner method's choice fills the budget.

@@ -13,24 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signals
+from ivcp_eval.interface import Faithfulness
+from ivcp_eval.methods._uncut import Uncut
 
 
 @dataclass(frozen=True)
-class Method(AbstractMethod):
+class Method(Uncut):
     """A smaller image; the model runs whole on it."""
 
     faithfulness: ClassVar[Faithfulness] = "control"
-
-    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """None: everything happened before the model."""
-        return ()
-
-    def select(self, signals: Signals) -> Selection:
-        """Everything (never called by the engine, which cuts nowhere)."""
-        return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)
 
     def pixel_share(self, ratio: float) -> float | None:
         """The retention ratio itself."""

@@ -22,12 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signal, Signals, Step
+from ivcp_eval.interface import Faithfulness, Signal, Step
 from ivcp_eval.interface.ops import budget, top
+from ivcp_eval.methods._uncut import Uncut
 
 
 @dataclass(frozen=True)
-class Method(AbstractMethod):
+class Method(Uncut):
     """FastOCR.
 
     Attributes:
@@ -45,14 +46,6 @@ class Method(AbstractMethod):
         inside = all(0 <= share < 1 for share in self.focal)
         if not self.focal or not inside or list(self.focal) != sorted(set(self.focal)):
             raise ValueError(f"focal={self.focal} must be increasing shares of the decoder's depth in [0, 1)")
-
-    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """None: every token stays."""
-        return ()
-
-    def select(self, signals: Signals) -> Selection:
-        """Everything (never called by the engine, which cuts nowhere)."""
-        return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)
 
     def attended(self, step: Step) -> Tensor | None:
         """Everything in a focal layer, else what was found last."""

@@ -8,21 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ModelFacts, Selection, Signals
+from ivcp_eval.interface import Faithfulness
+from ivcp_eval.methods._uncut import Uncut
 
 
 @dataclass(frozen=True)
-class Method(AbstractMethod):
+class Method(Uncut):
     """No cut at all, whatever the ratio."""
 
     faithfulness: ClassVar[Faithfulness] = "control"
-
-    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """None."""
-        return ()
-
-    def select(self, signals: Signals) -> Selection:
-        """Everything (never called by the engine, which cuts nowhere)."""
-        return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)

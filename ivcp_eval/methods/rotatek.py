@@ -27,49 +27,27 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import (
-    AbstractMethod,
-    CachedKeys,
-    Cut,
-    Faithfulness,
-    ModelFacts,
-    Selection,
-    Signal,
-    Signals,
-)
+from ivcp_eval.interface import CachedKeys, Faithfulness
+from ivcp_eval.methods._uncut import ChannelPruner, channels_kept
 
 
 @dataclass(frozen=True)
-class Method(AbstractMethod):
+class Method(ChannelPruner):
     """RotateK.
 
     Attributes:
         query_aware: weight channels by the queries; False is the paper's ablation.
     """
 
-    needs: ClassVar[frozenset[Signal]] = frozenset({"cached_key"})
     faithfulness: ClassVar[Faithfulness] = "faithful"
-    query_window: ClassVar[int] = 32
 
     query_aware: bool = True
-
-    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """None: every token stays."""
-        return ()
-
-    def select(self, signals: Signals) -> Selection:
-        """Everything (never called by the engine, which cuts nowhere)."""
-        return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)
-
-    def key_share(self, ratio: float) -> float:
-        """The retention ratio itself; R and the mean, once per head and layer, are left out."""
-        return ratio
 
     def edit_keys(self, cached: CachedKeys) -> Tensor:
         """The keys whose logits equal those of the compressed form."""
         key = cached.key.float()
         n_heads, _, size = key.shape
-        kept = max(1, size - int(size * (1 - cached.ratio) + 1e-9))
+        kept = channels_kept(size, cached.ratio)
         mean = key.mean(dim=1, keepdim=True)
         centred = key - mean
         covariance = centred.transpose(1, 2) @ centred

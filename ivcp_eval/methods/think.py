@@ -24,43 +24,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import (
-    AbstractMethod,
-    CachedKeys,
-    Cut,
-    Faithfulness,
-    ModelFacts,
-    Selection,
-    Signal,
-    Signals,
-)
+from ivcp_eval.interface import CachedKeys, Faithfulness
 from ivcp_eval.interface.ops import ranking
+from ivcp_eval.methods._uncut import ChannelPruner, channels_kept
 
 
 @dataclass(frozen=True)
-class Method(AbstractMethod):
+class Method(ChannelPruner):
     """ThinK."""
 
-    needs: ClassVar[frozenset[Signal]] = frozenset({"cached_key"})
     faithfulness: ClassVar[Faithfulness] = "faithful"
-    query_window: ClassVar[int] = 32
-
-    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """None: every token stays."""
-        return ()
-
-    def select(self, signals: Signals) -> Selection:
-        """Everything (never called by the engine, which cuts nowhere)."""
-        return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)
-
-    def key_share(self, ratio: float) -> float:
-        """The retention ratio itself; which channels stay, once per head and layer, is left out."""
-        return ratio
 
     def edit_keys(self, cached: CachedKeys) -> Tensor:
         """The keys with zeros in the channels that go."""
         n_heads, _, size = cached.key.shape
-        kept = max(1, size - int(size * (1 - cached.ratio) + 1e-9))
+        kept = channels_kept(size, cached.ratio)
         queries = cached.query.float().square().mean(dim=1).unflatten(0, (n_heads, -1)).mean(dim=1)  # (G, D)
         heavy = ranking(queries * cached.key.float().square().mean(dim=1))[:, :kept]
         stays = torch.zeros(n_heads, size, dtype=torch.bool, device=cached.key.device).scatter(1, heavy, value=True)

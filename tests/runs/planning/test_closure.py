@@ -48,7 +48,7 @@ def test_everything_that_is_left_out_is_there() -> None:
 def test_a_method_and_a_family_bring_what_they_import() -> None:
     assert covered("fastv") - covered("none") == {"ivcp_eval/methods/fastv.py"}
     wrapped = covered("fastv+ivc") - covered("fastv")
-    assert wrapped == {"ivcp_eval/methods/_plus_ivc.py"}
+    assert wrapped == {"ivcp_eval/methods/_plus_ivc.py", "ivcp_eval/methods/_wrapping.py"}
     own = covered("ivc_prune") - covered("none")
     assert {"ivcp_eval/methods/ivc_prune/__init__.py", "ivcp_eval/methods/ivc_prune/official.py"} <= own
     parts = covered("none", "deepseek_vl2") - covered("none", "llava")
@@ -57,7 +57,10 @@ def test_a_method_and_a_family_bring_what_they_import() -> None:
 
 
 def test_a_plug_ins_method_has_the_core_and_the_family() -> None:
-    assert covered("none") - covered("of_another_package") == {"ivcp_eval/methods/none.py"}
+    assert covered("none") - covered("of_another_package") == {
+        "ivcp_eval/methods/none.py",
+        "ivcp_eval/methods/_uncut.py",
+    }
     assert covered("of_another_package") < covered("none")
 
 

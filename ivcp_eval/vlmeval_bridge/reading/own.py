@@ -20,8 +20,9 @@ import os
 import re
 import secrets
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,17 +188,30 @@ def _and_more(problems: Sequence[str]) -> list[str]:
 
 def _read_jsonl(path: Path) -> tuple[list[_Line], list[str]]:
     """The lines that are good, and what is wrong with the others; blank lines do not count."""
+    return _gathered(path, "line", ((n, partial(_jsonl_line, path, n, content)) for n, content in _lines(path)))
+
+
+def _jsonl_line(path: Path, number: int, content: bytes) -> _Line:
+    return _line(path, number, _parsed(content))
+
+
+def _gathered(path: Path, what: str, made: Iterable[tuple[int, Callable[[], _Line]]]) -> tuple[list[_Line], list[str]]:
+    """The entries that are good, and what is wrong with the others.
+
+    Args:
+        what: an entry is called. made: the number of each, and what reads it or raises ValueError.
+    """
     lines: list[_Line] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
-    for number, content in _lines(path):
+    for number, make in made:
         try:
-            line = _line(path, number, _parsed(content))
+            line = make()
         except ValueError as error:
-            problems.append(f"{path}, line {number}: {error}")
+            problems.append(f"{path}, {what} {number}: {error}")
             continue
         if line.index in seen:
-            problems.append(f"{path}, line {number}: index {line.index!r} is that of line {seen[line.index]} too")
+            problems.append(f"{path}, {what} {number}: index {line.index!r} is that of {what} {seen[line.index]} too")
         seen.setdefault(line.index, number)
         lines.append(line)
     return lines, problems
@@ -315,24 +329,16 @@ def _read_tsv(path: Path) -> tuple[list[_Line], list[str]]:
         raise BadData(f"{path}: no column {', '.join(missing)}; found: {', '.join(map(str, table.columns))}")
     rows = [{str(column): str(cell) for column, cell in row.items()} for row in table.to_dict("records")]
     cells = {row["index"]: row["image"] for row in rows}
-    lines: list[_Line] = []
-    problems: list[str] = []
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
-        try:
-            options = [row[letter] for letter in string.ascii_uppercase if row.get(letter)]
-            line = _Line(number, row["index"], _text("question", row["question"]), _base64(row["image"], cells))
-            line.answers, line.box = _cell_answers(row["answer"]) if row.get("answer") else ([], None)
-            line.options = _options(options) if options else {}
-            line.category = row.get("category", "")
-        except ValueError as error:
-            problems.append(f"{path}, row {number}: {error}")
-            continue
-        if line.index in seen:
-            problems.append(f"{path}, row {number}: index {line.index!r} is that of row {seen[line.index]} too")
-        seen.setdefault(line.index, number)
-        lines.append(line)
-    return lines, problems
+    return _gathered(path, "row", ((n, partial(_tsv_line, n, row, cells)) for n, row in enumerate(rows, 1)))
+
+
+def _tsv_line(number: int, row: Mapping[str, str], cells: Mapping[str, str]) -> _Line:
+    options = [row[letter] for letter in string.ascii_uppercase if row.get(letter)]
+    line = _Line(number, row["index"], _text("question", row["question"]), _base64(row["image"], cells))
+    line.answers, line.box = _cell_answers(row["answer"]) if row.get("answer") else ([], None)
+    line.options = _options(options) if options else {}
+    line.category = row.get("category", "")
+    return line
 
 
 def _base64(cell: str, cells: Mapping[str, str]) -> list[bytes]:

@@ -6,6 +6,7 @@ other models are taught by dense heads or shown by guided attention, this one ha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -19,6 +20,7 @@ from ivcp_eval.lab.tiny2.processor import STEP
 from ivcp_eval.lab.tiny2.scenes import CELL, Placed, Scene, cell_owner
 
 LIST_PROMPT = "List all objects with their boxes."
+CENSUS_PROMPT = "Count each colour and shape."
 T = TypeVar("T")
 #: Tasks that an evaluation asks, and those that only teach.
 EVALUATED = ("grounding", "short", "yes_no", "mcq")
@@ -47,6 +49,13 @@ def list_all(scene: Scene) -> Sample:
     """Every object with its box, from left to right."""
     ordered = sorted(scene.objects, key=lambda o: (o.box[0], o.box[1]))
     return Sample("list", "list", LIST_PROMPT, "\n".join(name_of(o) + format_box(o.box) for o in ordered))
+
+
+def census(scene: Scene) -> Sample:
+    """How many objects there are of every colour and of every shape in the picture: all its counts in one answer."""
+    plain = [o for o in scene.objects if o.shape != SIGN]
+    counts = [*sorted(Counter(o.colour for o in plain).items()), *sorted(Counter(o.shape for o in plain).items())]
+    return Sample("census", "census", CENSUS_PROMPT, "\n".join(f"{name} {count}" for name, count in counts))
 
 
 def groundings(scene: Scene) -> list[base.Sample]:
@@ -111,8 +120,8 @@ def short(rng: np.random.Generator, scene: Scene, category: str) -> base.Sample 
 def pick(rng: np.random.Generator, scene: Scene, kinds: Sequence[str]) -> list[Sample]:
     """One question for each of ``kinds`` that the scene offers, no object twice of a kind if it can be helped.
 
-    Kinds: ``list``, ``box``, ``point``, ``inverse``, ``relation``, ``yes_no``, ``mcq`` and the categories of short
-    answers.
+    Kinds: ``list``, ``census``, ``box``, ``point``, ``inverse``, ``relation``, ``yes_no``, ``mcq`` and the categories
+    of short answers.
 
     Raises:
         ValueError: for an unknown kind.
@@ -122,6 +131,8 @@ def pick(rng: np.random.Generator, scene: Scene, kinds: Sequence[str]) -> list[S
     for kind in kinds:
         if kind == "list":
             found.append(list_all(scene))
+        elif kind == "census":
+            found.append(census(scene))
         elif kind == "box":
             found.append(boxes.pop() if boxes else None)
         elif kind == "point":
@@ -138,7 +149,7 @@ def pick(rng: np.random.Generator, scene: Scene, kinds: Sequence[str]) -> list[S
         elif kind in SHORT_CATEGORIES:
             found.append(short(rng, scene, kind))
         else:
-            known = ("list", "box", "point", "inverse", "relation", "yes_no", "mcq", *SHORT_CATEGORIES)
+            known = ("list", "census", "box", "point", "inverse", "relation", "yes_no", "mcq", *SHORT_CATEGORIES)
             raise ValueError(f"unknown kind of question {kind!r}; known: {', '.join(known)}")
     return [_own(sample) for sample in found if sample]
 

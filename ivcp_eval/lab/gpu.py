@@ -23,7 +23,7 @@ from ivcp_eval.files import CHECKOUT, write_json
 IVCP = (sys.executable, "-m", "ivcp_eval")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 #: Of the contract, what holds in half precision too: where a choice may tip over, tokens cannot be compared.
-ROBUST = "not beams and not eager_equals and not uncached_equals and not prompt_lookup"
+ROBUST = "not beams and not batch_equals and not eager_equals and not uncached and not prompt_lookup"
 LEFT_OUT = "left out"
 START_S = 25  # no cell is begun with less time than this
 

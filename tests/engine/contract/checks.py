@@ -47,6 +47,8 @@ def same_generation(got: Any, wanted: Any, what: str) -> None:
     rows = torch.arange(len(got.sequences), device=got.sequences.device)
     start = got.sequences.shape[1] - len(got.logits)
     for step, (a, b) in enumerate(zip(got.logits, wanted.logits, strict=True)):
+        if not rows.numel():
+            break
         close(a[rows], b[rows], f"{what}, step {step}")
         chosen = wanted.sequences[rows, start + step]
         parted = got.sequences[rows, start + step] != chosen

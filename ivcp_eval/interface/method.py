@@ -26,6 +26,9 @@ CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
 the layer's own, and nothing leaves the sequence (`Cut.evicts`).
 """
 
+BudgetOf = Literal["image", "clip"]
+"""What a budget holds for: each image, frames of a video too; or each clip, inside which the method may move it."""
+
 TowerSignal = Literal["received", "cls", "query", "key", "feature", "joint_cls", "joint_key", "group"]
 """What a block of the vision tower can say of each visual token; shapes are those of `Signals.vision`.
 
@@ -106,6 +109,7 @@ class Cut:
     observation: the method sees the signals and may remember something, nothing is removed or merged.
     ``renumber`` re-numbers the positions of the survivors 0..n-1 from this layer on; otherwise they keep theirs.
     ``needs`` are projections to capture for this cut beyond those of the method (what a preset of one family asks for).
+    With ``budget="clip"`` the method may keep more of one frame of a video and less of another; the clip's sum holds.
 
     With ``cache="own"`` it is an eviction: the prompt goes through every layer whole, and once ``layer`` has run, its
     cache alone loses the tokens. `Signals.hidden` is then that layer's output, projections and attention are its own,
@@ -117,6 +121,7 @@ class Cut:
     cache: CachePolicy = "all_layers"
     renumber: bool = False
     needs: frozenset[Signal] = frozenset()
+    budget: BudgetOf = "image"
 
     @property
     def evicts(self) -> bool:
@@ -157,8 +162,22 @@ def grid_view(span: ImageSpan, covers: Rectangle | None = None) -> tuple[View, .
 
 
 @dataclass(frozen=True)
+class Frame:
+    """Which part of which video an `ImageSpan` shows: one grid step, of one frame or of those the tower joins.
+
+    Attributes:
+        clip: the video, counted from 0 in its row. index: the step, counted from 0 in the video.
+        seconds: when the step's first frame is shown, from the video's start; None where the inputs do not say.
+    """
+
+    clip: int
+    index: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class ImageSpan:
-    """One image of one row, in prompt columns, as an adapter finds it.
+    """One image of one row, or one grid step of a video, in prompt columns, as an adapter finds it.
 
     Attributes:
         columns: (N,) int64 on CPU, increasing: the prompt columns of its visual tokens.
@@ -169,6 +188,7 @@ class ImageSpan:
             thumbnail, overview), adding up to N; empty if the image is one view.
         lay_out: ``lay_out(span)`` gives the grids in which the tokens show the picture, the one of highest resolution
             that spans the whole picture first; it is asked after a user's own ``grid`` or ``tiles`` are filled in.
+        frame: which part of which video it shows; None for a picture.
     """
 
     columns: Tensor
@@ -177,6 +197,7 @@ class ImageSpan:
     padding: tuple[int, ...] = ()
     views: tuple[int, ...] = ()
     lay_out: Callable[[ImageSpan], tuple[View, ...]] = grid_view
+    frame: Frame | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +224,8 @@ class Signals:
     """What a method sees of one row at one cut before layer k. Tensors live on the model's device.
 
     Attributes:
-        images: the row's images with their budgets; every visual token belongs to exactly one.
+        images: the row's images with their budgets; every visual token belongs to exactly one. The grid steps of a
+            video are an image each (`ImageSpan.frame`).
         visual: (V,) int64: where the visual tokens stand among the row's n alive tokens.
         text: (T,) int64: where the text tokens stand.
         question: (Q,) int64: text tokens after the last image (closing marker excluded), which in a causal model
@@ -266,12 +288,24 @@ class Signals:
         return sum(image.budget for image in self.images)
 
     @property
-    def frame(self) -> Tensor:
+    def image(self) -> Tensor:
         """(V,) int64: the image, counted in the prompt, of each visual token; views inside one are `Image.view`."""
-        frame = self.visual.new_zeros(self.n_visual)
+        found = self.visual.new_zeros(self.n_visual)
         for number, image in enumerate(self.images):
-            frame[image.tokens.to(frame.device)] = number
-        return frame
+            found[image.tokens.to(found.device)] = number
+        return found
+
+    @property
+    def clips(self) -> tuple[tuple[Image, ...], ...]:
+        """The images in prompt order, those of one video together; a picture is a clip of its own."""
+        joined: list[list[Image]] = []
+        for image in self.images:
+            frame = image.span.frame
+            last = joined[-1][-1].span.frame if joined else None
+            if frame is None or last is None or last.clip != frame.clip:
+                joined.append([])
+            joined[-1].append(image)
+        return tuple(tuple(clip) for clip in joined)
 
 
 @dataclass(frozen=True)
@@ -371,8 +405,18 @@ class Selection:
             raise ValueError(f"method {method!r} returned indices outside 0..{signals.n_visual - 1}: {keep}")
         if self.exact and keep.shape[-1] != signals.budget:
             raise ValueError(f"method {method!r} kept {keep.shape[-1]} visual tokens, its budget is {signals.budget}")
-        frames = signals.frame[keep].sort(dim=-1).values if per_head else keep
-        if per_head and bool((frames != frames[:1]).any()):
+        if self.exact and signals.cut is not None and signals.cut.budget == "clip" and not signals.cut.evicts:
+            counts = torch.bincount(signals.image[keep], minlength=len(signals.images)).tolist()
+            start = 0
+            for number, clip in enumerate(signals.clips):
+                kept, budget = sum(counts[start : start + len(clip)]), sum(image.budget for image in clip)
+                start += len(clip)
+                if kept != budget:
+                    raise ValueError(
+                        f"method {method!r} kept {kept} visual tokens of clip {number}, the clip's budget is {budget}"
+                    )
+        images = signals.image[keep].sort(dim=-1).values if per_head else keep
+        if per_head and bool((images != images[:1]).any()):
             raise ValueError(f"method {method!r} kept more visual tokens of an image in one head than in another")
         if self.merge is not None and signals.cut is not None and signals.cut.evicts:
             raise ValueError(f"method {method!r} returned merge weights at an eviction, where no states change")

@@ -25,6 +25,37 @@ def budget(ratio: float, n_tokens: int) -> int:
     return min(n_tokens, max(1, round(ratio * n_tokens)))
 
 
+def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:
+    """``total`` split in proportion to ``shares``, none above its limit: largest remainders, ties to the first.
+
+    What a limit cuts off goes to the others in the same proportion.
+
+    Raises:
+        ValueError: ``total`` is more than all limits together, or no share is positive where something is to be split.
+    """
+    if total > sum(limits):
+        raise ValueError(f"{total} cannot be split: the limits {list(limits)} hold {sum(limits)} together")
+    given, open_parts, left = [0] * len(shares), list(range(len(shares))), total
+    while left:
+        whole = sum(shares[i] for i in open_parts)
+        if whole <= 0:
+            raise ValueError(f"no positive share among {[shares[i] for i in open_parts]} for the {left} left to split")
+        fair = {i: left * shares[i] / whole for i in open_parts}
+        full = [i for i in open_parts if fair[i] >= limits[i]]
+        if not full:
+            down = {i: int(fair[i]) for i in open_parts}
+            ranked = sorted(open_parts, key=lambda i: down[i] - fair[i])
+            extra = set(ranked[: left - sum(down.values())])
+            for i in open_parts:
+                given[i] = down[i] + (i in extra)
+            break
+        for i in full:
+            given[i] = limits[i]
+            left -= limits[i]
+        open_parts = [i for i in open_parts if i not in full]
+    return given
+
+
 def ranking(score: Tensor) -> Tensor:
     """Indices of ``score`` (N,) from best to worst, in float32; NaN is worst, ties fall to the lower index."""
     clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

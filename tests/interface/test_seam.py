@@ -91,7 +91,7 @@ class LeastLikeTheFrameBefore(Throwaway):
         return (Cut(model.first_cut, ratio),)
 
     def score(self, signals: Signals) -> Tensor:
-        frame = signals.frame
+        frame = signals.image
         states = signals.hidden[signals.visual]
         change = torch.zeros(signals.n_visual)
         for t in range(1, int(frame.max()) + 1):
@@ -110,8 +110,8 @@ def test_a_frame_index_per_token(family: str, monkeypatch: pytest.MonkeyPatch) -
         case.forward(case.inputs(layout))
     ((signals, selection),) = recording.calls
     sizes = case.image_sizes(layout)
-    assert signals.frame.tolist() == [t for t, size in enumerate(sizes) for _ in range(size)]
-    assert signals.frame[selection.keep].bincount().tolist() == [budget(0.5, size) for size in sizes]
+    assert signals.image.tolist() == [t for t, size in enumerate(sizes) for _ in range(size)]
+    assert signals.image[selection.keep].bincount().tolist() == [budget(0.5, size) for size in sizes]
 
 
 # -- a mask per decode step -------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ivcp_eval.engine.geometry import is_member, row_position_embeddings
-from ivcp_eval.interface import Cut, Image, ImageSpan, Signals
-from ivcp_eval.interface.ops import budget
+from ivcp_eval.interface import BudgetOf, Cut, Image, ImageSpan, Signals
+from ivcp_eval.interface.ops import apportion, budget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,16 +19,26 @@ if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter
 
 
-def images_at_cut(spans: list[ImageSpan], visual_columns: Tensor, ratio: float) -> tuple[Image, ...]:
+def images_at_cut(
+    spans: list[ImageSpan], visual_columns: Tensor, ratio: float, budget_of: BudgetOf = "image"
+) -> tuple[Image, ...]:
     """The images of a row with their alive tokens and budgets.
 
     The budget of an image is `ops.budget` of its *prompt* tokens, so staged ratios do not compound, and at most
-    what is alive.
+    what is alive. That of a clip is the same of all its frames, split among them by their prompt tokens.
     """
+    alive = [is_member(visual_columns, span.columns).nonzero().flatten() for span in spans]
+    groups = range(len(spans)) if budget_of == "image" else [_clip(span, place) for place, span in enumerate(spans)]
+    budgets = [0] * len(spans)
+    for group in dict.fromkeys(groups):
+        members = [place for place, own in enumerate(groups) if own == group]
+        sizes = [spans[place].columns.numel() for place in members]
+        limits = [alive[place].numel() for place in members]
+        allowed = min(budget(ratio, sum(sizes)), sum(limits))
+        for place, share in zip(members, apportion(allowed, sizes, limits), strict=True):
+            budgets[place] = share
     images = []
-    for span in spans:
-        tokens = is_member(visual_columns, span.columns).nonzero().flatten()
-        allowed = min(budget(ratio, span.columns.numel()), tokens.numel())
+    for span, tokens, allowed in zip(spans, alive, budgets, strict=True):
         view = None
         if span.views:
             first = torch.tensor(span.views).cumsum(0)  # first token behind each view
@@ -36,6 +46,11 @@ def images_at_cut(spans: list[ImageSpan], visual_columns: Tensor, ratio: float) 
             view = torch.searchsorted(first, places, right=True)
         images.append(Image(tokens=tokens, budget=allowed, n_prompt=span.columns.numel(), span=span, view=view))
     return tuple(images)
+
+
+def _clip(span: ImageSpan, place: int) -> tuple[str, int]:
+    """What tells the clip of a span from others; a picture, at ``place`` in the row, is a clip of its own."""
+    return ("picture", place) if span.frame is None else ("clip", span.frame.clip)
 
 
 def _image_to(image: Image, device: torch.device) -> Image:
@@ -116,7 +131,7 @@ class SignalSource:
         device = self.hidden.device
         slots = slots.to(device)
         visual, text = is_visual.nonzero().flatten(), (~is_visual).nonzero().flatten()
-        images = images_at_cut(spans, columns[visual], self.cut.ratio)
+        images = images_at_cut(spans, columns[visual], self.cut.ratio, self.cut.budget)
         question = question_tokens(columns, visual, text, self.adapter.closing_tokens)
         states = {name: _at(tensor[index], slots) for name, tensor in self.captured.items()}
 

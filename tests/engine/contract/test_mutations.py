@@ -182,8 +182,8 @@ def images_share_one_budget(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("budget_is_exact_per_image", "toy_stages_all_layers"))
 def ratios_of_stages_compound(patch: pytest.MonkeyPatch) -> None:
-    def images(original: Any, spans: Any, visual_columns: torch.Tensor, ratio: float) -> Any:
-        made = original(spans, visual_columns, ratio)
+    def images(original: Any, spans: Any, visual_columns: torch.Tensor, ratio: float, *rest: Any) -> Any:
+        made = original(spans, visual_columns, ratio, *rest)
         return tuple(replace(image, budget=ops.budget(ratio, image.tokens.numel())) for image in made)
 
     wrap(patch, signals, "images_at_cut", images)

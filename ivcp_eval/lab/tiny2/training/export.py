@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,25 @@ def silence(model: Any, active: Sequence[int]) -> None:
 def export(state: State, folder: Path, active: Sequence[int]) -> None:
     """Write the averaged model of ``state`` in bfloat16 with its processor to ``folder`` (created if missing).
 
-    Layers that are not ``active`` had no part in the training and are silent in what is written.
+    Layers that are not ``active`` had no part in the training and pass their input on; what is written has only the
+    active ones, which computes the same.
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    copy = Qwen2_5_VLForConditionalGeneration(state.model.config)
+    config = deepcopy(state.model.config)
+    text = config.text_config
+    text.num_hidden_layers, text.layer_types = len(active), [text.layer_types[index] for index in active]
+    place = {index: new for new, index in enumerate(active)}
+    made, weights = Qwen2_5_VLForConditionalGeneration(config), {}
     with averaged(state.model, state.average):
-        copy.load_state_dict(state.model.state_dict())
-    silence(copy, active)
-    copy = copy.to(torch.bfloat16)
-    finish_generation_config(copy)
-    copy.save_pretrained(folder)
+        for name, value in state.model.state_dict().items():
+            number = re.match(r"model\.language_model\.layers\.(\d+)\.", name)
+            if number is None:
+                weights[name] = value
+            elif int(number[1]) in place:
+                weights[f"model.language_model.layers.{place[int(number[1])]}.{name[number.end() :]}"] = value
+        made.load_state_dict(weights)
+    made = made.to(torch.bfloat16)
+    finish_generation_config(made)
+    made.save_pretrained(folder)
     save_processor(folder)

@@ -82,18 +82,23 @@ class State:
     def load_weights(self, path: Path) -> None:
         """Start from the averaged weights of another run's state, with fresh optimizers and no progress.
 
-        A milestone (`results/tiny2`) holds them under the parameters' names, in half precision and without the rest.
+        Or, where ``path`` is a folder, from an exported model (`lab/tiny2/model`), which has no heads.
 
         Raises:
             ValueError: if the state belongs to a model of another shape.
         """
-        tensors = load_file(path)
+        if path.is_dir():
+            made = type(self.model).from_pretrained(path, dtype=torch.float32)
+            tensors = {f"model.{k}": v for k, v in made.state_dict().items() if k != "lm_head.weight"}
+        else:
+            tensors = load_file(path)
         self._check_shapes(path, tensors)
         with torch.no_grad():
             for index, (name, parameter) in enumerate(self.model.named_parameters()):
                 parameter.copy_(tensors.get(f"average.{index}", tensors[f"model.{name}"]))
                 self.average[index].copy_(parameter)
-        self.heads.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("heads.")})
+        if heads := {k[6:]: v for k, v in tensors.items() if k.startswith("heads.")}:
+            self.heads.load_state_dict(heads)
 
     def load(self) -> bool:
         """Resume from the saved state; False if there is none.

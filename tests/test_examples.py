@@ -1,0 +1,51 @@
+"""The notebook for newcomers runs from top to bottom, and is stored without what it printed."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "examples" / "prune_show_compare.ipynb"
+
+
+def test_no_output_is_stored() -> None:
+    """So that running it changes nothing in the repository; execute it to see its tables and pictures."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 6
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None and not cell["metadata"] for cell in code)
+
+
+@pytest.mark.slow
+def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name in ("LMUData", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "TMPDIR"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    outputs = [[dict(out) for out in cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
+    (asked,), (pruned,), (shown,), ran, compared, decided = outputs
+    assert asked["data"]["text/plain"] == "'green'"
+    assert pruned["data"]["text/plain"] == "('green', '60 of 121 visual tokens kept')"
+    assert {"image/png", "image/svg+xml"} <= shown["data"].keys()
+    printed = [
+        ["".join(out["text"] for out in outs if out.get("name") == "stdout")] for outs in (ran, compared, decided)
+    ]
+    (tables,), (table,), (verdicts,) = printed
+    assert "results: " in tables
+    for method in ("ivc_prune", "fastv", "uniform", "again"):
+        assert f"{method} " in table
+    assert "A/A: difference of the baseline's second answers" in table
+    assert "UNDECIDED" in verdicts
+    assert not any(out.get("name") == "stderr" for outs in outputs for out in outs), "no warnings for a newcomer"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60, "seconds of CPU"

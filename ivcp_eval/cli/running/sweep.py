@@ -185,7 +185,7 @@ def _status(plan: RunPlan, html: Path | None) -> int:
 
     watch = Watch(plan)
     if html:
-        page.refresh(watch, html, every=0)
+        page.write(watch, html)
     tallies, left, eta = list(watch.tallies.values()), watch.total.left, watch.eta_s
     say(status.table(tallies))
     say(f"\n{left} samples left" + (f", about {duration(eta)}" if left and eta is not None else ""))

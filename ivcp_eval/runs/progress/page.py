@@ -98,9 +98,14 @@ def refresh(watch: Watch, path: Path, every: float = EVERY_S) -> bool:
         # A clock that was set back must not stop the page for long, hence abs.
         if path.exists() and abs(time.time() - path.stat().st_mtime) < every:
             return False
-        with atomic_write(path) as stream:
-            stream.write(storable(render(watch)))
+        write(watch, path)
     return True
+
+
+def write(watch: Watch, path: Path) -> None:
+    """The page as of the watch's last look, whole or not at all. Raises OSError."""
+    with atomic_write(path) as stream:
+        stream.write(storable(render(watch)))
 
 
 def _grid(model: str, cells: list[CellState]) -> str:

@@ -36,7 +36,15 @@ class Adapter(AbstractTransformersAdapter):
             local="lab/tiny/model",
             methods={"ivc_prune": {"layer": 2}},  # chosen on the validation split: results/tiny_cut_layer.csv
             max_new_tokens=24,
+            benchmarks=("embedded",),
             note="laboratory model trained on generated scenes; says nothing of LVLMs",
+        ),
+        Checkpoint(
+            "tiny2",
+            local="lab/tiny2/model",
+            max_new_tokens=24,
+            benchmarks=("tiny2_grounding", "tiny2_short"),
+            note="laboratory model of 256 visual tokens, taught through text only; see its card",
         ),
         Checkpoint("qwen25", "Qwen/Qwen2.5-VL-7B-Instruct"),
         Checkpoint("qwen25_3b", "Qwen/Qwen2.5-VL-3B-Instruct"),

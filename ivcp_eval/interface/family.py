@@ -28,6 +28,7 @@ class Checkpoint:
         local: folder inside the ``ivcp_eval`` package, for a shipped model.
         methods: parameters of a method that were tuned for this checkpoint, by method name; users' values win.
         max_new_tokens: longest answer, where it is not the family's.
+        benchmarks: what an evaluation runs where none is named; names and groups.
         note: one line for ``ivcp list``.
     """
 
@@ -37,6 +38,7 @@ class Checkpoint:
     local: str = ""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_new_tokens: int | None = None
+    benchmarks: tuple[str, ...] = ("matrix",)
     note: str = ""
 
 

@@ -87,7 +87,7 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "kind": "eval",
         "models": {args.model: args.model_path},
-        "benchmarks": args.data or ["embedded" if checkpoint.local else "matrix"],
+        "benchmarks": args.data or list(checkpoint.benchmarks),
         "methods": [entry],
         "controls": [],
         **prompt,
@@ -211,7 +211,7 @@ def _estimate(args: argparse.Namespace) -> int:
     from ivcp_eval.vlmeval_bridge.judge import cache_folder
 
     _, checkpoint = models.find(args.model)
-    names = [b.name for b in data.chosen(args.data or ["embedded" if checkpoint.local else "matrix"])]
+    names = [b.name for b in data.chosen(args.data or list(checkpoint.benchmarks))]
     variants = 1 if args.method == "none" else 2
     options = {name: getattr(args, name) for name in ("max_new_tokens", "limit", "judge_options")}
     known = {name: value for name, value in options.items() if value is not None}

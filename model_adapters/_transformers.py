@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -47,11 +47,25 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return getattr(model.model, "language_model", model.model)
 
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Where the image placeholder token stands, if image pixels (or encoded images) come with the ids."""
-        ids = inputs.get("input_ids")
+        """Where the placeholder tokens stand of what comes with the ids, as pixels or encoded: images, videos."""
+        ids, videos = inputs.get("input_ids"), self.video_mask(model, inputs)
         if ids is None or (inputs.get("pixel_values") is None and inputs.get("mm_encoder_outputs") is None):
+            return videos
+        images: Tensor = ids == model.config.image_token_id
+        return images if videos is None else images | videos
+
+    def video_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Where the video placeholder token stands, if a video comes with the ids, as frames or encoded."""
+        ids, encoded = inputs.get("input_ids"), (inputs.get("mm_encoder_outputs") or {}).get("video")
+        if self.no_videos or ids is None or (inputs.get("pixel_values_videos") is None and encoded is None):
             return None
-        return ids == model.config.image_token_id
+        videos: Tensor = ids == model.config.video_token_id
+        return videos
+
+    def in_video(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """(B, S) bool on CPU: those of ``mask`` that are a video's."""
+        videos = self.video_mask(model, inputs)
+        return torch.zeros_like(mask) if videos is None else videos.cpu() & mask
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """One image per run of placeholder tokens."""
@@ -133,13 +147,13 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return str(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
-def encoded_images(inputs: Mapping[str, Any]) -> list[Tensor] | None:
-    """(N, E) features of every image, where `generate` has encoded them before the forward (transformers 5.20+).
+def encoded(inputs: Mapping[str, Any], kind: Literal["image", "video"] = "image") -> list[Tensor] | None:
+    """(N, E) features of every image or video, where `generate` encoded it before the forward (transformers 5.20+).
 
-    The forward then gets neither pixels nor image sizes, only the features of each image.
+    The forward then gets neither pixels nor sizes, only the features.
     """
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    return None if encoded is None else [features.flatten(0, -2) for features in encoded.pooler_output]
+    found = (inputs.get("mm_encoder_outputs") or {}).get(kind)
+    return None if found is None else [features.flatten(0, -2) for features in found.pooler_output]
 
 
 def images_by_length(mask: Tensor, lengths: list[int]) -> list[list[int]] | None:

@@ -49,6 +49,7 @@ class Adapter(AbstractTransformersAdapter):
 
     model_types = ("internvl", "llama", "qwen2")
     closing_tokens = 1  # </img>
+    no_videos = "its processor makes pictures of a video's frames"
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         *_originals("internvl25", "InternVL2_5", "1B 2B 4B 8B 26B 38B 78B", plain="8B"),
         *_originals("internvl3", "InternVL3", "1B 2B 8B 14B 38B 78B", plain="8B"),

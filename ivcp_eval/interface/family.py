@@ -105,6 +105,7 @@ class AbstractAdapter(ABC):
     model_types: ClassVar[tuple[str, ...]]  # `config.model_type` of the models it handles
     position_axes: ClassVar[int] = 1  # of a token's position: 3 for M-RoPE
     closing_tokens: ClassVar[int] = 0  # marker tokens that close an image span (Qwen: <|vision_end|>)
+    no_videos: ClassVar[str] = "its adapter does not find them"  # why videos are refused; empty where they are pruned
 
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = ()
     box_format: ClassVar[str] = ""  # key of `benchmarks.boxes.FORMATS`; empty if the family was not trained to ground
@@ -132,11 +133,18 @@ class AbstractAdapter(ABC):
 
     @abstractmethod
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """(B, S) bool: visual tokens of images among ``inputs['input_ids']``; None if no image is passed."""
+        """(B, S) bool: visual tokens among ``inputs['input_ids']``; None if neither image nor video is passed."""
+
+    def video_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """(B, S) bool: those of `image_mask` that come as a video's; None if no video is passed.
+
+        The tower encodes them in a call of their own, after the images, wherever they stand in the prompt.
+        """
+        return None
 
     @abstractmethod
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
-        """For each row its images in order. ``mask``: (B, S) bool on CPU."""
+        """For each row its images and the grid steps of its videos, in prompt order. ``mask``: (B, S) bool on CPU."""
 
     @abstractmethod
     def projection(self, layer: Any, signal: Signal) -> tuple[Any, Callable[[Tensor], Tensor]]:

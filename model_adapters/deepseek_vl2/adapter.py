@@ -27,6 +27,7 @@ class Adapter(AbstractTransformersAdapter):
     """Wiring of DeepSeek-VL2, and of DeepseekV2 language models used alone (then `prune` needs ``image_mask=``)."""
 
     model_types = ("deepseek_vl_v2", "deepseek_v2")
+    no_videos = "its model takes pictures only"
     checkpoints = (
         Checkpoint("deepseek_vl2_small", "deepseek-ai/deepseek-vl2-small", note="16B, the one IVC-Prune was run on"),
         Checkpoint("deepseek_vl2_tiny", "deepseek-ai/deepseek-vl2-tiny", note="3B, multi-head attention"),

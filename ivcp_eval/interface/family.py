@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from ivcp_eval.interface.method import ImageSpan, ModelFacts, Rectangle, Signal, TowerFacts
 
@@ -58,6 +58,10 @@ class PatchStates:
     class_token: bool = False
 
 
+TokensOf: TypeAlias = "Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]"
+"""From per-patch tensors (P, *) and the arguments of the tower's call the same of the visual tokens (N, *)."""
+
+
 @dataclass(frozen=True)
 class VisionTap:
     """Where the engine listens in a vision tower, and how patches become visual tokens.
@@ -73,6 +77,7 @@ class VisionTap:
         tokens: ``tokens(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
             the same of the visual tokens, (N, *), all images one after the other in prompt order. With ``method``
             every argument comes by its name.
+        video: where images have a ``method`` of their own, that of videos and the ``tokens`` that belong to it.
         between: of every block the norm between attention and MLP, which is given the very tensor that the block adds
             the MLP's output to; empty where a visual token is not one patch, so that merging patches leaves as many.
     """
@@ -81,8 +86,9 @@ class VisionTap:
     facts: TowerFacts
     tower: Any
     states: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], PatchStates]
-    tokens: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]
+    tokens: TokensOf
     method: str = "forward"
+    video: tuple[str, TokensOf] | None = None
     between: Sequence[Any] = ()
 
 

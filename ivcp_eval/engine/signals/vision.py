@@ -58,11 +58,15 @@ class VisionListener(Listener):
             handles.append(attention.register_forward_hook(functools.partial(hear_attention, number), with_kwargs=True))
             if self.signals & {"feature", "group"}:
                 handles.append(block.register_forward_hook(functools.partial(hear_block, number)))
+        encoded = functools.partial(self._after_tower, tap.tokens)
         handles.append(
-            tap.tower.register_forward_hook(self._after_tower, with_kwargs=True)
+            tap.tower.register_forward_hook(encoded, with_kwargs=True)
             if tap.method == "forward"
-            else MethodHook(tap.tower, tap.method, self._after_tower)
+            else MethodHook(tap.tower, tap.method, encoded)
         )
+        if tap.video is not None:
+            method, tokens = tap.video
+            handles.append(MethodHook(tap.tower, method, functools.partial(self._after_tower, tokens)))
         return handles
 
     def encode(self) -> None:
@@ -119,10 +123,10 @@ class VisionListener(Listener):
             self._heard.patches[f"{number}/group"] = torch.cat(self.merging.groups)
             self.merging.clear()
 
-    def _after_tower(self, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+    def _after_tower(self, tokens: Any, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if self._heard.patches:
             patches, self._heard.patches = self._heard.patches, {}
-            self._heard.images.append(self.tap.tokens(patches, args, kwargs))
+            self._heard.images.append(tokens(patches, args, kwargs))
 
 
 def _places(in_video: Tensor) -> Tensor:

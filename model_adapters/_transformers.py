@@ -9,6 +9,7 @@ import torch
 
 from ivcp_eval.interface import AbstractAdapter, ImageSpan, Signal
 from model_adapters._checkpoint import whole
+from model_adapters._decoded import frames_in, video_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,20 +130,37 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return {}
 
     def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
-        """`turn` of every conversation through the processor, padded on the left."""
+        """`turn` of every conversation through the processor, padded on the left.
+
+        Raises:
+            ValueError: a video for a processor that takes none, or one that is none (`_decoded.video_options`).
+        """
         images = [part["image"] for parts in conversations for part in parts if "image" in part]
+        videos = video_options(processor, conversations)
+        if videos and getattr(processor, "video_processor", None) is None:
+            raise ValueError(f"got a video, but {self.no_videos}; pass its frames as images")
         encoded: Mapping[str, Tensor] = processor(
             text=[self.turn(processor, parts) for parts in conversations],
             images=images or None,
             padding=True,
             padding_side="left",
             return_tensors="pt",
+            **videos,
         )
-        return encoded
+        return {name: value for name, value in encoded.items() if name != "video_metadata"}
+
+    def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
+        """When the frames of videos are shown: not every family's inputs say it."""
+        if not any("video" in part for parts in conversations for part in parts):
+            return {}
+        return {"frames": [frames_in(processor, parts) for parts in conversations]}
 
     def turn(self, processor: Any, parts: list[Mapping[str, Any]]) -> str:
-        """One user turn as text, a placeholder for each image: the checkpoint's own chat template."""
-        content = [{"type": "image"} if "image" in part else {"type": "text", "text": part["text"]} for part in parts]
+        """One user turn as text, a placeholder for each image and video: the checkpoint's own chat template."""
+        content = []
+        for part in parts:
+            kind = next(kind for kind in ("text", "image", "video") if kind in part)
+            content.append({"type": kind, "text": part["text"]} if kind == "text" else {"type": kind})
         turn = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 

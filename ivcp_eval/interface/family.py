@@ -211,11 +211,16 @@ class AbstractAdapter(ABC):
 
         Args:
             processor: as returned by `load`.
-            conversations: per sample the ordered parts of one user turn, ``{"image": PIL.Image}`` or ``{"text": str}``.
+            conversations: per sample the ordered parts of one user turn: ``{"image": PIL.Image}``, ``{"text": str}``,
+                or a decoded video, ``{"video": frames, "seconds": times}``: PIL images of one size or a uint8 array
+                (T, H, W, 3), and when each of them is shown, in seconds from the video's start.
+
+        Raises:
+            ValueError: a video, where the family takes none, without frames, or without increasing times.
         """
 
     def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
-        """Options of `prune` that only the pictures tell, such as InternVL's ``tiles``; as `encode` is called."""
+        """Options of `prune` that only the conversations tell, such as InternVL's ``tiles``; as `encode` is called."""
         return {}
 
     def covered(self, processor: Any, size: tuple[int, int]) -> Rectangle | None:

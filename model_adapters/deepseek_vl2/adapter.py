@@ -168,6 +168,8 @@ class Adapter(AbstractTransformersAdapter):
 
         VLMEvalKit's special case for MMMU (numbered placeholders, the first image doubled in size) is not repeated.
         """
+        if any("video" in part for parts in conversations for part in parts):
+            raise ValueError(f"got a video, but {self.no_videos}; pass its frames as images")
         turns, images = [], []
         for parts in conversations:
             texts = [f"{processor.image_token}\n" if "image" in part else part["text"] for part in parts]

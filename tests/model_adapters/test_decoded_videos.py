@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ def processor_of(family: str) -> Any:
         return qwen3_processor()
     if family.startswith("qwen"):
         return build_processor()
-    processor = tiled_processor(family, Path())
+    processor = copy.deepcopy(tiled_processor(family, Path()))  # which is shared
     if family == "internvl":
         frames_as_tiles(processor)
     processor.chat_template = (
@@ -95,8 +96,8 @@ def test_a_conversation_with_a_video_and_a_picture(family: str) -> None:
         changes |= {
             "vision_config": SimpleNamespace(image_size=384, patch_size=14),
             "vision_aspect_ratio": "anyres_max_9",
+            "image_grid_pinpoints": processor.image_processor.image_grid_pinpoints,
         }
-        changes["image_grid_pinpoints"] = processor.image_processor.image_grid_pinpoints
     model: Any = _Like(config, changes)
     mask = wired.image_mask(model, given)
     assert mask is not None
@@ -112,10 +113,8 @@ class _Like:
     image_newline = None
 
     def __init__(self, config: Any, changes: dict[str, Any]) -> None:
-        self.config, self.model = (
-            SimpleNamespace(**{**config.to_dict(), "vision_config": config.vision_config, **changes}),
-            self,
-        )
+        fields = {**config.to_dict(), "vision_config": config.vision_config, **changes}
+        self.config, self.model = SimpleNamespace(**fields), self
 
 
 @pytest.mark.parametrize(

@@ -305,13 +305,8 @@ def signals_of_videos_follow_those_of_images(patch: pytest.MonkeyPatch) -> None:
 
 
 @caught_on_videos_by(lambda family: test_videos.test_a_span_knows_its_clip_frame_and_second(family, "generate"))
-def a_step_is_shown_when_the_next_begins(patch: pytest.MonkeyPatch) -> None:
-    wrap(
-        patch,
-        qwen2_5_vl,
-        "Frame",
-        lambda original, clip, index, at: original(clip, index, at and at * (index + 1) / index),
-    )
+def a_step_is_shown_a_second_late(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, qwen2_5_vl, "Frame", lambda original, clip, index, at: original(clip, index, at and at + 1))
 
 
 @caught_on_videos_by(lambda family: test_videos.test_a_span_knows_its_clip_frame_and_second(family, "forward"))

@@ -75,7 +75,7 @@ class Case:
     method: str
     parameters: tuple[tuple[str, Any], ...] = ()
     ratio: float = 0.5
-    attn: str = "sdpa"
+    attn: str = field(default_factory=lambda: tiny_models.WHERE.attention)
     videos: bool = False
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class Case:
 
     def is_visual(self, ids: Tensor) -> Tensor:
         """Which of the ids are placeholders."""
-        return torch.isin(ids, torch.tensor(self.placeholders))
+        return torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
 
     @property
     def single(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.session import Session
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 from tests.runs.planning.test_light import called
 
 ALL = ("tiny_grounding", "tiny_mcq", "tiny_short", "tiny_yes_no")

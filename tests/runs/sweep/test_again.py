@@ -10,7 +10,7 @@ import pytest
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import read_results
 from ivcp_eval.runs.answering.session import Session
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench
 
 
 def test_a_second_answering_is_the_noise_floor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -329,17 +329,11 @@ def _resampled(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
         places += n_clusters * np.arange(rows, dtype=np.int32)[:, None]
         return np.bincount(places.ravel(), minlength=rows * n_clusters).reshape(rows, -1).astype(np.float64)
 
-    shared = iter(_products([one.sums for one in group if one.kinds is None], draw, n_clusters, count, seed))
-    found = []
-    for one in group:
-        if one.kinds is None:
-            sums = next(shared)
-        else:
-            first, counts = one.kinds
-            drawn = np.random.default_rng([seed, n_clusters]).multinomial(n_clusters, counts / n_clusters, count)
-            sums = drawn.astype(np.float64) @ one.sums[first]
-        found.append(one.combine(sums[:, one.places].transpose(1, 0, 2)))
-    return found
+    def draw_kinds(generator: np.random.Generator, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return generator.multinomial(n_clusters, counts / n_clusters, count)
+
+    totals = _totals(group, [one.sums for one in group], draw, draw_kinds, count, seed)
+    return [one.combine(sums[:, one.places].transpose(1, 0, 2)) for one, sums in zip(group, totals, strict=True)]
 
 
 def _permuted(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
@@ -352,17 +346,38 @@ def _permuted(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
         bits = np.frombuffer(generator.bytes(-(-rows * n_clusters // 8)), dtype=np.uint8)
         return np.unpackbits(bits, count=rows * n_clusters).reshape(rows, -1).astype(np.float64)
 
-    shared = iter(_products([one.moved for one in group if one.kinds is None], draw, n_clusters, count, seed))
-    found = []
-    for one in group:
+    def draw_kinds(generator: np.random.Generator, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return generator.binomial(counts, 0.5, (count, counts.size))
+
+    totals = _totals(group, [one.moved for one in group], draw, draw_kinds, count, seed)
+    return [
+        one.combine(one.totals[:, None] + np.stack([moved, -moved])) for one, moved in zip(group, totals, strict=True)
+    ]
+
+
+def _totals(
+    group: Sequence[Paired],
+    parts: Sequence[Array],
+    draw: Callable[[np.random.Generator, int], Array],
+    draw_kinds: Callable[[np.random.Generator, NDArray[np.int64]], NDArray[np.int64]],
+    count: int,
+    seed: int,
+) -> Iterator[Array]:
+    """Per comparison the (count, M) sums of its parts, each cluster's (C, M) as often as was drawn for it.
+
+    Args:
+        draw: (generator, rows) -> (rows, C) how often each cluster counts. draw_kinds: (generator, (kinds,) clusters of
+            each kind) -> (count, kinds) how often each kind does.
+    """
+    n_clusters = group[0].n_clusters
+    many = [part for one, part in zip(group, parts, strict=True) if one.kinds is None]
+    shared = iter(_products(many, draw, n_clusters, count, seed))
+    for one, part in zip(group, parts, strict=True):
         if one.kinds is None:
-            moved = next(shared)
+            yield next(shared)
         else:
             first, counts = one.kinds
-            swapped = np.random.default_rng([seed, n_clusters]).binomial(counts, 0.5, (count, counts.size))
-            moved = swapped.astype(np.float64) @ one.moved[first]
-        found.append(one.combine(one.totals[:, None] + np.stack([moved, -moved])))
-    return found
+            yield draw_kinds(np.random.default_rng([seed, n_clusters]), counts).astype(np.float64) @ part[first]
 
 
 def _products(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from scipy import stats as scipy_stats
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.stats.timing import paired_ratio, read_timings
 from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.wide import write_tables
 
 N = 16
 
@@ -72,6 +74,27 @@ def test_a_slower_variant_is_said_to_be_slower(tmp_path: Path) -> None:
     assert "decode time" not in text
     assert "16 samples" in text
     assert faster.record()["prefill_time_low"] == faster.times["prefill"].low
+
+
+def test_a_sweeps_tables_show_the_same_times(tmp_path: Path) -> None:
+    """Ratio, interval and n of the comparison, in the printed table, in Markdown, LaTeX and CSV."""
+    path = write(tmp_path, none=timings(1), fastv=timings(0.8), random=timings(1.2))
+    faster, slower = (row.times["prefill"] for row in compare(path).rows)
+    (table,) = write_tables(path)
+    cells = [f"{time.ratio:.2f}x [{time.low:.2f}, {time.high:.2f}]" for time in (faster, slower)]
+    written = (tmp_path / "r" / "tiny.md").read_text(), (tmp_path / "r" / "tiny.tex").read_text()
+    for text in (table.to_terminal(999), *written):
+        assert cells[0] in text
+        assert f"{cells[1]} slower" in text
+        assert "one session, 16 samples" in text
+        assert "decode  " not in text, "not measured"
+    with (tmp_path / "r" / "tiny.csv").open(newline="") as stream:
+        unpruned, line, _ = csv.DictReader(stream)
+    columns = [f"dev prefill time{part}" for part in ("", " low", " high", " n")]
+    assert [float(line[name]) for name in columns] == pytest.approx(
+        [faster.ratio, faster.low, faster.high, N], rel=1e-5
+    )
+    assert [line["dev decode time"], unpruned["dev prefill time"]] == ["", ""]
 
 
 def test_times_of_another_session_are_not_compared(tmp_path: Path) -> None:

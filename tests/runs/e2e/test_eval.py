@@ -264,6 +264,39 @@ def test_missing_data_is_said_and_the_rest_is_run(lab: Lab, capsys: pytest.Captu
     assert not (lab.folder / "none.csv").exists()
 
 
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of VLMEvalKit's or the hub's servers."""
+    asked: list[str] = []
+
+    def refuse(address: str, *_: object, **__: object) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlretrieve", refuse)
+    return asked
+
+
+def test_an_estimate_fetches_nothing(lab: Lab, no_network: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.eval("--data", "MMVet", "--estimate") == 2
+    assert "benchmark 'MMVet': the data is not here" in capsys.readouterr().err
+    assert not no_network
+
+
+def test_no_data_is_fetched_or_prepared_for_a_model_that_is_not_here(
+    lab: Lab, no_network: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine.jsonl"
+    own.write_text("")
+    for name in ("MMStar", str(own)):
+        folder = ["--model", "qwen25", "--model-path", str(tmp_path / "weights")]
+        assert main(["eval", *folder, "--data", name, "--runs", str(tmp_path / "runs")]) == 2
+        assert "holds no config.json" in capsys.readouterr().err
+    assert not no_network
+    assert lab.eval("--data", "MMStar") == 2
+    assert no_network, "the model is here, so the data was asked for"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -226,15 +226,15 @@ def _table(
     for group in grouped(row for row in rows if row["status"] == "ok" and row["metric"] == metric[row["benchmark"]]):
         groups[_variant(group[0])][group[0]["benchmark"]] = group
     lines = []
-    for variant, found in groups.items():
+    for variant, by_benchmark in groups.items():
         method, parameters, ratio, budget, limit = variant
         baseline = groups.get((BASELINE, None, 1.0, "", limit), {})
         lines.append(
             Line(
                 "unpruned" if method == BASELINE else _name(rows[0]["model"], method, parameters),
                 *(ratio, budget, limit),
-                max(map(len, found.values()), default=1),
-                {name: _cell(group, baseline.get(name), compared) for name, group in found.items()},
+                max(map(len, by_benchmark.values()), default=1),
+                {name: _cell(group, baseline.get(name), compared) for name, group in by_benchmark.items()},
             )
         )
     random = any(row["trained_weights"] is False for row in rows)

@@ -123,12 +123,12 @@ class Paired:
         before, after, ids = _checked(baseline, pruned, clusters)
         metric = sums or _mean(before, after, scale)
         n_clusters = int(ids.max()) + 1
-        found: dict[bytes, int] = {}
+        place_of: dict[bytes, int] = {}
         columns: list[Array] = []
         places = []
         for terms in (*metric.baseline.T, *metric.pruned.T):
             column: Array = np.bincount(ids, weights=terms, minlength=n_clusters).astype(np.float64)
-            place = found.setdefault(_digest(column), len(columns))
+            place = place_of.setdefault(_digest(column), len(columns))
             columns += [column] if place == len(columns) else []
             places.append(place)
         return cls(
@@ -219,17 +219,17 @@ def paired_bootstraps(
         places = [i for i, one in enumerate(comparisons) if one.n_clusters == n_clusters]
         group = [comparisons[i] for i in places]
         if n_clusters == 1:
-            found = [_of_one_cluster(one, level) for one in group]
+            compared = [_of_one_cluster(one, level) for one in group]
         else:
             drawn = _resampled(group, resamples, seed)
             counted = [sign_flip_p(one.moved[:, 0]) if one.is_mean else None for one in group]
             left = [one for one, p_value in zip(group, counted, strict=True) if p_value is None]
             swapped = iter(_permuted(left, resamples, seed))
-            found = [
+            compared = [
                 _result(one, sums, _share_as_extreme(one, next(swapped)) if p_value is None else p_value, level)
                 for one, sums, p_value in zip(group, drawn, counted, strict=True)
             ]
-        for i, result in zip(places, found, strict=True):
+        for i, result in zip(places, compared, strict=True):
             results[i] = result
     return [result for result in results if result is not None]
 
@@ -390,24 +390,24 @@ def _products(
     """Per part (C, M) the (count, M) products of one random (count, C) matrix with it, drawn some rows at a time."""
     if not parts:
         return []
-    found: dict[bytes, int] = {}
+    place_of: dict[bytes, int] = {}
     columns: list[Array] = []
     places = []
     for part in parts:
         own = []
         for column in part.T:
-            place = found.setdefault(_digest(column), len(columns))
+            place = place_of.setdefault(_digest(column), len(columns))
             columns += [column] if place == len(columns) else []
             own.append(place)
         places.append(own)
     together = np.stack(columns, axis=1)
-    made = np.empty((count, len(columns)))
+    products = np.empty((count, len(columns)))
     generator = np.random.default_rng([seed, n_clusters])
     rows = max(1, _CHUNK // n_clusters)
     for start in range(0, count, rows):
         stop = min(count, start + rows)
-        made[start:stop] = draw(generator, stop - start) @ together
-    return [made[:, own] for own in places]
+        products[start:stop] = draw(generator, stop - start) @ together
+    return [products[:, own] for own in places]
 
 
 def _digest(column: Array) -> bytes:

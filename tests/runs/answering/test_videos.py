@@ -33,3 +33,19 @@ def test_a_session_answers_about_a_video(random_model: Path) -> None:
         assert [image.frame for image in masks.images] == [None, Frame(0, 0, 0.0), Frame(0, 1, 1.0)]
     with pytest.raises(InputRefused, match="would leave the video as it is; show fewer frames"):
         session.answer(parts, Variant("", "downsample", 0.5))
+
+
+def test_a_batch_keeps_the_frames_of_every_row(random_model: Path) -> None:
+    """Videos of other lengths and paces, and a row without."""
+    session = Session(
+        locate("tiny", random_model), Placement(device="cpu").resolve(), Limits(28 * 28, 200704, max_new_tokens=2)
+    )
+    frame = Image.new("RGB", (112, 84))
+    videos = [{"video": [frame] * n, "seconds": [pace * at for at in range(n)]} for n, pace in ((4, 0.5), (2, 1.0))]
+    rows = [[videos[0], {"text": "what?"}], [{"image": frame}, {"text": "and?"}], [videos[1], {"text": "what?"}]]
+    variants = [Variant("", "none", 1.0), Variant("", "random", 0.5)]
+    for row, (_, answer) in zip(rows, session.answer_batch(rows, variants), strict=True):
+        alone = session.answer(row, variants[1])
+        assert answer.visual_kept == alone.visual_kept
+        images = [Masks.from_text(made.masks).images for made in (answer, alone)]
+        assert [image.frame for image in images[0]] == [image.frame for image in images[1]]

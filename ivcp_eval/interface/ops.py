@@ -292,20 +292,34 @@ def unit_range(score: Tensor) -> Tensor:
     return ((clean - low) / (high - low).clamp_min(1e-12)).clamp_max(1)
 
 
-def density_peaks(states: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """DPC-kNN clusters of ``states`` (N, E): (k,) centres, and (N,) the cluster of each state.
+def density_peaks(states: Tensor, k: int, neighbours: int | None = None) -> tuple[Tensor, Tensor]:
+    """DPC-kNN clusters of ``states`` (N, E): (k,) centres, best first, and (N,) the cluster of each state.
 
-    Density is exp of minus the mean squared distance (divided by sqrt(E)) to the k nearest states, itself included.
-    Centres have the largest product of density and distance to the nearest denser state; every other state joins the
-    nearest centre. Of equally dense states the lower index counts as denser; ties fall to the lower index.
+    Density is exp of minus the mean squared distance (divided by sqrt(E)) to the ``neighbours`` nearest states (None: k
+    of them), itself included. Centres have the largest product of density and distance to the nearest denser state
+    (the densest: to the farthest of all); every other state joins the nearest centre. Of equally dense states the lower
+    index counts as denser; ties fall to the lower index. Memory is linear in N.
     """
-    distance = distances(states, states) / states.shape[1] ** 0.5
-    density = (-(distance.topk(min(k, len(states)), dim=1, largest=False).values ** 2).mean(dim=1)).exp()
-    place = torch.empty_like(order := ranking(density))
-    place[order] = torch.arange(len(order), device=order.device)
-    denser = place[None, :] < place[:, None]
-    parent = torch.where(denser, distance, distance.max()).amin(dim=1)
-    centres = ranking(parent * density)[:k]
-    cluster = distance[:, centres].argmin(dim=1)
+    every = torch.arange(len(states), device=states.device)
+    parts = every.split(block_rows(len(states)))
+
+    def apart(rows: Tensor) -> Tensor:
+        return distances(states[rows], states) / states.shape[1] ** 0.5
+
+    known = apart(every) if len(parts) == 1 else None  # else too large to keep, and computed twice
+    nearest, density, longest = min(neighbours or k, len(states)), [], []
+    for rows in parts:
+        distance = apart(rows) if known is None else known
+        density.append((-(distance.topk(nearest, dim=1, largest=False).values ** 2).mean(dim=1)).exp())
+        longest.append(distance.max())
+    dense, farthest = torch.cat(density), torch.stack(longest).max()
+    place = torch.empty_like(order := ranking(dense))
+    place[order] = every
+    parent = []
+    for rows in parts:
+        distance = apart(rows) if known is None else known
+        parent.append(torch.where(place < place[rows, None], distance, farthest).amin(dim=1))
+    centres = ranking(torch.cat(parent) * dense)[:k]
+    cluster = torch.cat([distances(states[rows], states[centres]).argmin(dim=1) for rows in parts])
     cluster[centres] = torch.arange(k, device=cluster.device)
     return centres, cluster

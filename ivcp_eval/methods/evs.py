@@ -1,8 +1,8 @@
 """Keeps the first frame of a video, and of the others the visual tokens that changed most since the frame before.
 
 Paper: https://arxiv.org/abs/2510.14624 (Efficient Video Sampling: temporally static patches are dropped).
-Reference: https://github.com/vllm-project/vllm @ d750efb (vllm/multimodal/video_prune/evs.py, ``compute_retention_mask``;
-served with ``--video-pruning-rate``)
+Reference: https://github.com/vllm-project/vllm @ d750efb (vllm/multimodal/video_prune/evs.py,
+``compute_retention_mask``; served with ``--video-pruning-rate``)
 
 A token's score is 1 - cosine to the token at the same place of the frame before, kept or not; what has none before it
 comes first. The budget is the video's, so a frame in which nothing moves may lose every token.

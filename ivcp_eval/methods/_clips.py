@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import BudgetOf, Image, Selection, Signals
-from ivcp_eval.interface.ops import image_partition, unit_rows
+from ivcp_eval.interface.ops import apportion, image_partition, unit_rows
 from ivcp_eval.methods._at_input import ChoosingAtInput, Chosen
 
 ROWS = 2048  # of states in float32 at a time
@@ -121,3 +121,19 @@ def released_count(signals: Signals, clip: Clip, least: int) -> int:
     assert signals.cut is not None
     rate = 1 - signals.cut.ratio
     return min(len(clip.tokens), max(least, int(len(clip.tokens) * (1 - rate))))
+
+
+def in_turn(budget: int, sizes: Sequence[int], tiers: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens each frame keeps where the frames of one tier are filled, alike, before the next tier's.
+
+    Args:
+        sizes: (T,) tokens of each frame. tiers: of frames, each in one at most.
+    """
+    counts = [0] * len(sizes)
+    for tier in tiers:
+        limits = [sizes[frame] for frame in tier]
+        given = min(budget, sum(limits))
+        for frame, count in zip(tier, apportion(given, limits, limits), strict=True):
+            counts[frame] = count
+        budget -= given
+    return counts

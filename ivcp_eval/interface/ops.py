@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ivcp_eval.interface import Image, Signals
+
+
+class Part(Protocol):
+    """An image, or a clip: anything with alive tokens (N,), as indices into the row's visual tokens."""
+
+    @property
+    def tokens(self) -> Tensor: ...
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -198,24 +205,22 @@ def group_means(group: Tensor, n_groups: int) -> Tensor:
     return sparse_weights(group, members, 1 / sizes[group], (n_groups, group.numel()))
 
 
-def merged_selection(
-    kept: Sequence[Tensor], weights: Sequence[Tensor], images: Sequence[Image]
-) -> tuple[Tensor, Tensor]:
-    """(keep, merge) of a `Selection` from each image's kept tokens (K_i,) and weights (K_i, N_i), both image-local.
+def merged_selection(kept: Sequence[Tensor], weights: Sequence[Tensor], parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """(keep, merge) of a `Selection` from each part's kept tokens (K_i,) and weights (K_i, N_i), both part-local.
 
-    Weights may be dense or sparse; those returned are sparse.
+    The parts are the row's images, or its clips. Weights may be dense or sparse; those returned are sparse.
     """
-    keep = torch.cat([image.tokens[local] for image, local in zip(images, kept, strict=True)])
+    keep = torch.cat([part.tokens[local] for part, local in zip(parts, kept, strict=True)])
     place = keep.argsort().argsort()
     rows, columns, values, first = [], [], [], 0
-    for image, local, weight in zip(images, kept, weights, strict=True):
+    for part, local, weight in zip(parts, kept, weights, strict=True):
         sparse = weight.to_sparse().coalesce()
         row, column = sparse.indices()
         rows.append(place[first + row])
-        columns.append(image.tokens[column])
+        columns.append(part.tokens[column])
         values.append(sparse.values())
         first += local.numel()
-    size = (keep.numel(), sum(image.tokens.numel() for image in images))
+    size = (keep.numel(), sum(part.tokens.numel() for part in parts))
     return keep.sort().values, sparse_weights(torch.cat(rows), torch.cat(columns), torch.cat(values), size)
 
 

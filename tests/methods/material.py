@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval.interface import Cut, Image, ImageSpan, Selection, Signals, Step
+from ivcp_eval.engine.signals.source import images_at_cut
+from ivcp_eval.interface import BudgetOf, Cut, Frame, Image, ImageSpan, Selection, Signals, Step
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method
 from tests.engine import tiny_models
@@ -68,6 +70,20 @@ def random_signals(
     )
     tower["query"] = draw(sum(sizes), HEADS, SIZE)
     return row
+
+
+def random_clips(
+    *clips: tuple[int, int, int], ratio: float = 0.5, budget_of: BudgetOf = "clip", **options: Any
+) -> Signals:
+    """`random_signals` of videos, each (frames, rows, columns); one of 0 frames is a picture."""
+    grids = [(rows, columns) for frames, rows, columns in clips for _ in range(max(1, frames))]
+    signals = random_signals(*grids, ratio=ratio, **options)
+    shown: list[Frame | None] = []
+    for clip, (frames, *_) in enumerate(clips):
+        shown += [Frame(clip, index, float(index)) for index in range(frames)] or [None]
+    spans = [replace(image.span, frame=frame) for image, frame in zip(signals.images, shown, strict=True)]
+    images = images_at_cut(spans, signals.visual, ratio, budget_of)
+    return replace(signals, images=images, cut=Cut(0, ratio, budget=budget_of))
 
 
 def random_steps(n_layers: int, n_steps: int, n_visual: int, ratio: float, memory: dict[str, Any]) -> Iterator[Step]:

@@ -177,9 +177,10 @@ def frame_attention(signals: Signals, clip: Clip) -> Tensor:
     found = []
     for image in clip.frames:
         query = vision["query"][image.tokens].float().mean(dim=0)  # (H, D), times the root of what scales logits
-        key = vision["joint_key"][image.tokens].float().unflatten(1, query.shape)
-        logits = torch.einsum("hd,nhd->hn", query, key) * query.shape[1] ** -0.25
-        found.append(logits.softmax(dim=1).mean(dim=0))
+        size = query.shape[1]
+        key = vision["joint_key"][image.tokens].float().unflatten(1, (-1, size))
+        logits = torch.einsum("ghd,ngd->ghn", query.unflatten(0, (key.shape[1], -1)), key) * size**-0.25
+        found.append(logits.softmax(dim=2).mean(dim=(0, 1)))
     return torch.cat(found)
 
 

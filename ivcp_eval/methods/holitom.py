@@ -63,7 +63,7 @@ class Method(ClipsAtInput):
             language model, else 0.8.
         beta: share of its own state in a peak of density. plain_mean: a peak becomes the mean of its cluster instead.
         neighbours: of a token that its density is of. longest: frames of a window at most.
-        inner: share of the tokens before it that the stage inside the language model keeps; 1 leaves it out.
+        inside: share of the tokens before it that the stage inside the language model keeps; 1 leaves it out.
         layer: decoder layer before which that is; None is 18 of 28.
     """
 
@@ -77,14 +77,14 @@ class Method(ClipsAtInput):
     plain_mean: bool = False
     neighbours: int = 7
     longest: int = 1024
-    inner: float = 0.5
+    inside: float = 0.5
     layer: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
         check_counts(self.counts)
-        if not 0 <= self.beta <= 1 or not 0 < self.inner <= 1:
-            raise ValueError(f"beta={self.beta} must lie in 0..1, inner={self.inner} in (0, 1]")
+        if not 0 <= self.beta <= 1 or not 0 < self.inside <= 1:
+            raise ValueError(f"beta={self.beta} must lie in 0..1, inside={self.inside} in (0, 1]")
         if self.neighbours < 1 or self.longest < 1:
             raise ValueError(f"neighbours={self.neighbours} and longest={self.longest} must be 1 or more")
         if self.layer is not None and self.layer < 1:
@@ -98,10 +98,10 @@ class Method(ClipsAtInput):
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One at the input, one deep in the language model."""
         layer = round(18 / 28 * model.n_layers) if self.layer is None else self.layer
-        before = min(ratio / self.inner, ratio**0.5) if self.inner < 1 else ratio
+        before = min(ratio / self.inside, ratio**0.5) if self.inside < 1 else ratio
         outer = Cut(model.first_cut, before, renumber=model.renumbers(self.renumber), budget="clip")
         inner = Cut(max(model.first_cut + 1, layer), ratio, cache="from_cut", budget="clip")
-        return (outer, inner) if self.inner < 1 else (outer,)
+        return (outer, inner) if self.inside < 1 else (outer,)
 
     def select(self, signals: Signals) -> Selection:
         """Windows at the input; attention and merging inside."""
@@ -169,7 +169,7 @@ class Method(ClipsAtInput):
         """Of each clip the tokens that the last one attends to; the others are merged into them."""
         attention, clips, chosen = mean_attention(signals, last_token(signals)), clips_of(signals), []
         for clip in clips:
-            count = clip.budget if self.exact else round(self.inner * clip.tokens.numel())
+            count = clip.budget if self.exact else round(self.inside * clip.tokens.numel())
             chosen.append(merged_in_turn(embeddings(signals, clip), top(attention[clip.tokens], count)))
         return self.selection(chosen, clips)
 

@@ -16,7 +16,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
     behind = len(states) - start - length
     signals = one_clip(states[None, start : start + length], 1, start=start, behind=behind)
     signals = replace(signals, stage=1, attention=lambda rows, entering=False: case["last_query_attention"][:, None])
-    selection = answer(Method(counts="released", inner=1 - float(case["ratio"])), signals)
+    selection = answer(Method(counts="released", inside=1 - float(case["ratio"])), signals)
     columns = torch.cat((torch.arange(start), start + selection.keep, torch.arange(start + length, len(states))))
     became = states.clone()
     became[start + selection.keep] = merged(selection, states[start : start + length])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -61,6 +61,23 @@ def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> lis
             left -= limits[i]
         open_parts = [i for i in open_parts if i not in full]
     return given
+
+
+def budgets(ratio: float, sizes: Sequence[int], alive: Sequence[int], groups: Sequence[Hashable]) -> list[int]:
+    """How many tokens of each image may stay: that of all images of one group together, split by their ``sizes``.
+
+    Args:
+        sizes: tokens in the prompt. alive: those left, which is the most that may stay. groups: what images share.
+    """
+    found, together = [0] * len(sizes), dict[Hashable, list[int]]()
+    for place, group in enumerate(groups):
+        together.setdefault(group, []).append(place)
+    for members in together.values():
+        shares, limits = ([counts[place] for place in members] for counts in (sizes, alive))
+        allowed = min(budget(ratio, sum(shares)), sum(limits))
+        for place, share in zip(members, apportion(allowed, shares, limits), strict=True):
+            found[place] = share
+    return found
 
 
 def ranking(score: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ comes first. The budget is the video's, so a frame in which nothing moves may lo
 
 Differs: as many stay as the budget says; vLLM rounds down and keeps at least one frame's tokens (counts="released").
 Where the budget is smaller than the first frame, tokens spread evenly over that one stay; so of a picture, which vLLM
-never prunes, they are `uniform`'s. With M-RoPE every token keeps its position in the unpruned video, as in vLLM; text
-behind the video continues as unpruned, while vLLM's Qwen2.5-VL code counts on from the width of the grid.
+never prunes, they are `uniform`'s. With M-RoPE every token keeps its position in the unpruned prompt, as in vLLM;
+vLLM's Qwen2.5-VL code, though, counts seconds per frame in whole ones, and text behind a grid that is higher than wide
+on from its width.
 """
 
 from __future__ import annotations

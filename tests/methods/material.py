@@ -90,22 +90,28 @@ def random_steps(n_layers: int, n_steps: int, n_visual: int, ratio: float, memor
     """What a method that masks single steps is asked, layer after layer and step after step, of one row."""
     generator = torch.Generator().manual_seed(0)
     token = torch.arange(n_visual)
+    text_key = torch.randn(GROUPS, 4, SIZE, generator=torch.Generator().manual_seed(1))
     for number, layer in itertools.product(range(n_steps), range(n_layers)):
         states = [2 * torch.randn(heads, n, SIZE, generator=generator) for heads, n in ((HEADS, 1), (GROUPS, n_visual))]
         query, key = states if layer else (None, None)
-        seen = token if layer else None
-        yield Step(layer, number, token, ratio, query, key, seen, SIZE**-0.5, n_layers, memory)
+        seen, text = (token, lambda: text_key) if layer else (None, None)
+        yield Step(layer, number, token, ratio, query, key, seen, SIZE**-0.5, n_layers, memory, text)
 
 
-def slow_attention(step: Step, tokens: list[int]) -> list[list[float]]:
-    """Per head the softmax over ``tokens`` of the layer before, for its newest query."""
+def slow_attention(step: Step, tokens: list[int], beside_text: bool = False) -> list[list[float]]:
+    """Per head the softmax over ``tokens`` (and text) of the layer before, for its newest query; of these tokens."""
     assert step.query is not None
     assert step.key is not None
     rows = []
     for head in range(HEADS):
         query, key = step.query[head, -1].double(), step.key[head * GROUPS // HEADS].double()
         powers = [math.exp(float(query @ key[token]) / SIZE**0.5) for token in tokens]
-        rows.append([power / sum(powers) for power in powers])
+        others: list[float] = []
+        if beside_text:
+            assert step.other_keys is not None
+            text = step.other_keys()[head * GROUPS // HEADS].double()
+            others = [math.exp(float(query @ row) / SIZE**0.5) for row in text]
+        rows.append([power / sum(powers + others) for power in powers])
     return rows
 
 

@@ -253,7 +253,8 @@ def _controls(
 ) -> Iterator[tuple[Variant, str]]:
     """What every other method is to be compared with, wherever one is measured."""
     chosen, known = raw.get("controls"), control_names()
-    usual = [name for name in known if not make_method(name).repeats_baseline]
+    made = {name: make_method(name) for name in known}
+    usual = [name for name, method in made.items() if not (method.repeats_baseline or method.for_videos)]
     names = usual if chosen is None else marked.listed(("controls",), chosen, str, "the name of a control")
     for i, method in enumerate(names):
         if method not in known:

@@ -22,8 +22,8 @@ Differs: the ratio is held exactly per video; what the released counts leave uns
 LLaVA variants compare frames and rank tokens by SigLIP's pooling head, which the models here are loaded without: as in
 the Qwen variant frames are compared by the mean of their embeddings, and tokens ranked by the attention of the frame's
 mean query in the tower's own block; where there is a class token, by its attention. A segment is no longer than 64
-frames, the longest published video, so that memory is linear in the frames. Equal densities are told apart by index,
-not by noise.
+frames, the longest published video, so that memory is linear in the frames. A newline behind a video counts as a token
+of its last frame. Equal densities are told apart by index, not by noise.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ class Method(ClipsAtInput):
                 of_frames = evenly_split(sum(given) - total, len(frames))
                 of_holders = evenly_split(total, len(holders))
             for t, count in zip(holders, of_holders, strict=True):
-                anchors[t] = min(count, sizes[t] // 2) if by_run else count
+                anchors[t] = count
             for t, count in zip(frames, of_frames, strict=True):
-                salient[t] = min(count, sizes[t] - anchors[t]) if by_run else count
-                anchors[t] = min(anchors[t], sizes[t] - salient[t])
+                anchors[t] = min(anchors[t], sizes[t] // 2 if by_run else max(0, sizes[t] - count))
+                salient[t] = min(count, sizes[t] - anchors[t])
         return salient, anchors
 
 

@@ -20,7 +20,8 @@ A picture is a video of one frame: its tokens are clustered, then ranked.
 Differs: released is a fixed share of clusters and no ratio. Here parts share an exact budget in proportion, and where
 too much stands still the longest windows are halved until there are enough tokens. ``counts="released"`` leaves
 ``cluster_ratio`` of each part of more than 14 tokens, all of the others, then ``alpha`` of each, whatever the ratio.
-Equal densities are told apart by index, not by noise.
+A newline behind a video counts as a moving token of its last frame. Equal densities are told apart by index, not by
+noise.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ivcp_eval.interface import ModelFacts
+from ivcp_eval.interface.ops import apportion
 from ivcp_eval.interface.registry import make_method
 from ivcp_eval.methods._clips import clips_of
-from ivcp_eval.methods.fastvid import frame_attention, split
+from ivcp_eval.methods.fastvid import Method, frame_attention, split
 from tests.methods.material import best, random_clips
 
 
@@ -87,6 +88,20 @@ def test_a_picture() -> None:
         alone = [row for row, token in enumerate(selection.keep.tolist()) if token in salient]
         assert bool((weights[alone].count_nonzero(dim=1) == 1).all())
         assert int((weights > 0).any(dim=0).sum()) == 20, "nothing is lost"
+
+
+@pytest.mark.parametrize("preset", ["llava_onevision", "llava_video", "qwen2_5_vl"])
+@pytest.mark.parametrize("d", [0.0, 0.4, 1.0])
+def test_a_frame_gives_no_more_than_it_has(preset: str, d: float) -> None:
+    """The last frame has a newline more than the others."""
+    sizes = [9, 9, 9, 10]
+    for k in range(1, sum(sizes) + 1):
+        budgets = apportion(k, sizes, sizes)
+        method = Method(preset=preset, d=d)  # type: ignore[arg-type]
+        salient, anchors = method.planned([(0, 3), (3, 4)], sizes, budgets, [0.99, 0.5, 0.1], method.preset)
+        pairs = list(zip(salient, anchors, sizes, strict=True))
+        assert all(s >= 0 <= a <= size - s for s, a, size in pairs)
+        assert sum(salient) + sum(anchors) <= k
 
 
 def test_positions_stay() -> None:

@@ -79,8 +79,18 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Separators:
+    """Newlines behind frames: tokens that show nothing of them, but tell them from what follows."""
+
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class ClipsAtInput(ChoosingAtInput):
-    """Video by video: a budget of one frame may be spent in another."""
+    """Video by video: a budget of one frame may be spent in another.
+
+    A newline behind a video stays, at the budget's cost. Released code adds it to what it has chosen.
+    """
 
     budget_of: ClassVar[BudgetOf] = "clip"
 
@@ -90,13 +100,47 @@ class ClipsAtInput(ChoosingAtInput):
 
     def select(self, signals: Signals) -> Selection:
         """What `choose` says of every video and picture."""
-        clips = clips_of(signals)
-        return self.selection([self.choose(signals, clip) for clip in clips], clips)
+        parts: list[Clip | Separators] = []
+        chosen: list[Chosen] = []
+        for clip in clips_of(signals):
+            shown, separators, n_kept = without_separators(clip)
+            parts += [shown, separators]
+            chosen += [self.choose(signals, shown), torch.arange(n_kept, device=clip.tokens.device)]
+        return self.selection(chosen, parts)
 
 
 def clips_of(signals: Signals) -> list[Clip]:
     """The row's videos and pictures, in prompt order."""
     return [Clip(frames) for frames in signals.clips]
+
+
+def without_separators(clip: Clip) -> tuple[Clip, Separators, int]:
+    """The clip as its frames' grids show it, the other tokens of its frames, and how many of these may stay.
+
+    Those are the first of them, but one token of the frames.
+    """
+    shown = [_shown(frame) for frame in clip.frames]
+    tokens = torch.cat([frame.tokens for frame in shown])
+    separators = clip.tokens[~torch.isin(clip.tokens, tokens)]
+    n_kept = min(len(separators), max(0, clip.budget - 1))
+    sizes = [frame.tokens.numel() for frame in shown]
+    budgets = apportion(clip.budget - n_kept, sizes, sizes) if len(separators) else [f.budget for f in shown]
+    frames = tuple(replace(frame, budget=budget) for frame, budget in zip(shown, budgets, strict=True))
+    return Clip(frames), Separators(separators), n_kept
+
+
+def _shown(frame: Image) -> Image:
+    """The frame of a video as one grid, where all of its tokens are alive and its family lays them out so."""
+    span = frame.span
+    if span.frame is None or span.grid is not None or frame.tokens.numel() != span.columns.numel():
+        return frame
+    views = span.lay_out(span)
+    if len(views) != 1 or (views[0].cells < 0).any():
+        return frame
+    grid = views[0].cells.shape
+    inside = torch.from_numpy(views[0].cells.ravel()).to(frame.tokens.device)
+    of_grid = replace(span, columns=span.columns[inside.cpu()], grid=(grid[0], grid[1]))
+    return replace(frame, tokens=frame.tokens[inside], n_prompt=inside.numel(), span=of_grid, view=None)
 
 
 def cosines(states: Tensor, other: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ Differs: the ratio is held exactly per video; what the released counts leave uns
 LLaVA variants compare frames and rank tokens by SigLIP's pooling head, which the models here are loaded without: as in
 the Qwen variant frames are compared by the mean of their embeddings, and tokens ranked by the attention of the frame's
 mean query in the tower's own block; where there is a class token, by its attention. A segment is no longer than 64
-frames, the longest published video, so that memory is linear in the frames. A newline behind a video counts as a token
-of its last frame. Equal densities are told apart by index, not by noise.
+frames, the longest published video, so that memory is linear in the frames. Equal densities are told apart by index,
+not by noise.
 """
 
 from __future__ import annotations

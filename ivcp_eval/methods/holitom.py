@@ -20,8 +20,7 @@ A picture is a video of one frame: nothing stands still, so its tokens of most a
 Differs: the ratio is held exactly per video, every part (the still tokens of a window, the moving ones of a frame)
 giving in proportion; the released code rounds each part, the moving ones up, and in a still video keeps fewer than
 asked. Here the longest windows are halved until there are enough. ``counts="released"`` does as released. Merging
-inside the language model stays inside a video. A newline behind a video counts as a moving token of its last frame.
-Equal densities are told apart by index, not by noise.
+inside the language model stays inside a video. Equal densities are told apart by index, not by noise.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ A picture is a video of one frame: its tokens are clustered, then ranked.
 Differs: released is a fixed share of clusters and no ratio. Here parts share an exact budget in proportion, and where
 too much stands still the longest windows are halved until there are enough tokens. ``counts="released"`` leaves
 ``cluster_ratio`` of each part of more than 14 tokens, all of the others, then ``alpha`` of each, whatever the ratio.
-A newline behind a video counts as a moving token of its last frame. Equal densities are told apart by index, not by
-noise.
+Equal densities are told apart by index, not by noise.
 """
 
 from __future__ import annotations
@@ -94,15 +93,17 @@ class Method(ClipsAtInput):
         """Merging at the input; the question's choice inside."""
         if signals.stage:
             return self._inside(signals)
-        signals.memory["part"] = []
-        return super().select(signals)
+        part = signals.memory["part"] = torch.zeros_like(signals.visual)  # 0 for newlines behind videos
+        selection = super().select(signals)
+        signals.memory["part"] = part[selection.keep]
+        return selection
 
     def choose(self, signals: Signals, clip: Clip) -> tuple[Tensor, Tensor]:
         """Clusters of still and moving tokens; notes for the second stage which part each is of."""
         kept, weights, counts = self.merged(embeddings(signals, clip), clip)
-        part = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(kept.device)
+        part = torch.arange(1, len(counts) + 1).repeat_interleave(torch.tensor(counts)).to(kept.device)
         placed, weights = in_output_order(signals, kept, weights)
-        signals.memory["part"].append(part[placed.argsort()])
+        signals.memory["part"][clip.tokens[placed]] = part
         return placed, weights
 
     def merged(self, states: Tensor, clip: Clip) -> tuple[Tensor, Tensor, list[int]]:
@@ -126,9 +127,9 @@ class Method(ClipsAtInput):
         return *survivors(parts, chosen, len(states)), counts
 
     def _inside(self, signals: Signals) -> Selection:
-        score, clips = question_attention(signals), clips_of(signals)
-        pairs = zip(clips, signals.memory["part"], strict=True)
-        return self.selection([self.of_parts(score[clip.tokens], part, clip.budget) for clip, part in pairs], clips)
+        score, part, clips = question_attention(signals), signals.memory["part"], clips_of(signals)
+        chosen = [self.of_parts(score[clip.tokens], part[clip.tokens], clip.budget) for clip in clips]
+        return self.selection(chosen, clips)
 
     def of_parts(self, score: Tensor, part: Tensor, budget: int) -> Tensor:
         """Of each ``part`` (N,) its share of the best tokens by ``score`` (N,), increasing."""

@@ -11,8 +11,8 @@ the frame's, and the lowest stay. A frame's share grows with the softmax of how 
 seldom add up to the budget: tokens of highest score leave, over the whole video, or those of lowest enter.
 
 Differs: as many stay as the budget says; vLLM rounds down and keeps at least one token a frame (counts="released"), the
-authors' code keeps what the shares add up to (counts="shares"). Newlines that a family puts into a frame are ranked as
-its other tokens, where the authors' LLaVA-Video code keeps them all and moves them behind the frame. A picture is a
+authors' code keeps what the shares add up to (counts="shares"). Newlines stay where they are and count, while the authors'
+LLaVA-Video code moves those of a frame behind it and leaves them out of the budget. A picture is a
 video of one frame: its budget's tokens least like its mean stay.
 """
 

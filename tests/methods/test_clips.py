@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from ivcp_eval.interface import ModelFacts
+from ivcp_eval.engine.signals.source import images_at_cut
+from ivcp_eval.interface import ImageSpan, ModelFacts, Signals, View
 from ivcp_eval.interface.registry import make_method
-from ivcp_eval.methods._clips import clips_of, cosines, in_turn
+from ivcp_eval.methods._clips import clips_of, cosines, in_turn, without_separators
 from tests.methods.material import random_clips
 from tests.methods.test_degenerate import CLIPS, chosen
 
@@ -25,6 +27,37 @@ def test_a_place_that_the_other_frame_does_not_have() -> None:
     (video,) = clips_of(random_clips((2, 1, 3)))
     shorter = type(video)((type(video.frames[0])(torch.arange(2), 1, 2, video.frames[0].span), video.frames[1]))
     assert shorter.same_place([-1, 0]).tolist() == [-1, -1, 0, 1, -1]
+
+
+def _with_a_newline(ratio: float) -> Signals:
+    """A video of three frames of 2 x 3 tokens, a newline behind the last; then a picture."""
+    signals = random_clips((3, 2, 3), (0, 1, 1), (0, 2, 2), ratio=ratio)
+    first, second, last, newline, picture = (image.span for image in signals.images)
+    longer = ImageSpan(
+        torch.cat((last.columns, newline.columns)),
+        lay_out=lambda span: (View("picture", np.arange(6).reshape(2, 3)),),
+        frame=last.frame,
+    )
+    signals.images = images_at_cut([first, second, longer, picture], signals.visual, ratio, "clip")
+    return signals
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.8])
+def test_a_newline_behind_a_video_stays(name: str, ratio: float) -> None:
+    selection = chosen(name, _with_a_newline(ratio))  # checked: it is part of the budget
+    assert 18 in selection.keep
+    if selection.merge is not None:
+        (row,) = (selection.keep == 18).nonzero().flatten().tolist()
+        alone = torch.nn.functional.one_hot(torch.tensor(18), 23).float()
+        assert torch.equal(selection.merge.to_dense()[row], alone)
+
+
+def test_all_frames_are_grids_without_a_newline() -> None:
+    video, separators, n_kept = without_separators(clips_of(_with_a_newline(0.3))[0])
+    assert [frame.span.grid for frame in video.frames] == [(2, 3)] * 3
+    assert (video.tokens.tolist(), separators.tokens.tolist(), n_kept) == (list(range(18)), [18], 1)
+    assert [frame.budget for frame in video.frames] == [2, 2, 1]  # of round(0.3 * 19)
 
 
 def test_cosines() -> None:

@@ -13,6 +13,7 @@ from ivcp_eval.interface import Cut, ModelFacts, Selection, Signals
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method
 from tests.methods.material import random_clips
+from tests.methods.test_clips import _with_a_newline
 from tests.methods.test_memory import Largest
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -107,6 +108,14 @@ def test_every_clip_keeps_its_budget(name: str, parameters: dict[str, Any], layo
             sizes = [max(1, frames) * rows * columns for frames, rows, columns in LAYOUTS[layout]]
             assert counts == [budget(now.cut.ratio, size) for size in sizes]
             assert selection.merge is None or of_own_clip(now, selection)
+
+
+@every_variant
+def test_a_newline_behind_a_video_counts_in_every_stage(name: str, parameters: dict[str, Any]) -> None:
+    for ratio in (0.1, 0.3, 0.8):
+        for now, _, counts in every_stage(name, _with_a_newline(ratio), ratio, **parameters):
+            assert now.cut is not None
+            assert counts == [budget(now.cut.ratio, size) for size in (19, 4)]
 
 
 def of_own_clip(signals: Signals, selection: Selection) -> bool:

@@ -16,6 +16,7 @@ from ivcp_eval.interface.ops import apportion, image_partition, unit_rows
 from ivcp_eval.methods._at_input import ChoosingAtInput, Chosen
 
 ROWS = 2048  # of states in float32 at a time
+NOTHING = -2.0  # in place of a cosine where there is nothing to compare with: less alike than anything
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ class Clip:
 
     def spread(self, counts: Sequence[int]) -> Tensor:
         """(K,) increasing: of each frame as many tokens as ``counts`` (T,) says, spread evenly over its grid."""
-        chosen = [
-            first + image_partition(replace(frame, budget=count))[1]
-            for frame, first, count in zip(self.frames, self.first.tolist(), counts, strict=True)
-            if count
-        ]
-        return torch.cat(chosen) if chosen else self.tokens[:0]
+        chosen = [self.tokens[:0]]
+        for frame, first, count in zip(self.frames, self.first.tolist(), counts, strict=True):
+            if count == frame.tokens.numel():
+                chosen.append(torch.arange(first, first + count, device=self.tokens.device))
+            elif count:
+                chosen.append(first + image_partition(replace(frame, budget=count))[1])
+        return torch.cat(chosen)
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,10 @@ def _shown(frame: Image) -> Image:
 
 
 def cosines(states: Tensor, other: Tensor) -> Tensor:
-    """(N,) cosine of each of ``states`` (N, E) to the one that ``other`` (N,) names; -inf where that is -1."""
+    """(N,) cosine of each of ``states`` (N, E) to the one that ``other`` (N,) names; `NOTHING` where that is -1."""
     rows = torch.arange(len(states), device=states.device).split(ROWS)
     found = [(unit_rows(states[part]) * unit_rows(states[other[part]])).sum(dim=1) for part in rows]
-    return torch.cat(found).masked_fill(other < 0, -torch.inf)
+    return torch.cat(found).masked_fill(other < 0, NOTHING)
 
 
 def check_counts(counts: str, allowed: Sequence[str] = ("ratio", "released")) -> None:

@@ -9,10 +9,10 @@ like those at the same place of the first, the fourth those least like the third
 merged, whatever the name. Tokens of such a frame reach the model in order of their similarity. As released, the third
 frame of the last group stays whole, and of an odd number of frames the last one leaves.
 
-While decoding, the layer ``layer`` looks at what the newest token attends to in the layer before (mean over heads). If
-that is not like the step before (cosine below ``alike``; never in the first step), this step's layers from there on see
-only the visual tokens attended to most, a share 1 - ``hide`` of them, and the last; else they see all. Nothing leaves
-the cache, so the saving is analytic.
+While decoding, the layer ``layer`` looks at what the newest token attends to in the layer before (mean over heads). In
+the first step, and where that is not like the step before (cosine below ``alike``), this step's layers from there on
+see only the visual tokens attended to most, a share 1 - ``hide`` of them, and the last; else they see all. Nothing
+leaves the cache, so the saving is analytic.
 
 Differs: the frames between keep what the budget leaves them, where the released code drops a share of each
 (``merging``). If the whole frames alone are more than the budget, they keep tokens spread evenly over their grid, as
@@ -112,7 +112,7 @@ class Method(ClipsAtInput):
         return [(left if compared[t] >= 0 else sizes)[t] if compared[t] != LEAVES else 0 for t in frames]
 
     def attended(self, step: Step) -> Tensor | None:
-        """Everything below ``layer``; there and above what the step before allows."""
+        """Everything below ``layer``; from there on what the layer before attended to, where that has changed."""
         state: _State = step.memory.setdefault(_STATE, _State())
         if step.layer == self.layer:
             before, now = state.attention, step.attention().mean(dim=0)[:-1]  # the released count is one short

@@ -11,9 +11,9 @@ the frame's, and the lowest stay. A frame's share grows with the softmax of how 
 seldom add up to the budget: tokens of highest score leave, over the whole video, or those of lowest enter.
 
 Differs: as many stay as the budget says; vLLM rounds down and keeps at least one token a frame (counts="released"), the
-authors' code keeps what the shares add up to (counts="shares"). Newlines stay where they are and count, while the authors'
-LLaVA-Video code moves those of a frame behind it and leaves them out of the budget. A picture is a
-video of one frame: its budget's tokens least like its mean stay.
+authors' code keeps what the shares add up to (counts="shares"). Newlines stay where they are and count; the
+authors' LLaVA-Video code moves those of a frame behind it, beside the budget. A picture is a video of one frame: what
+is least like its mean stays.
 """
 
 from __future__ import annotations

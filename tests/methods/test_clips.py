@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ivcp_eval.engine.guards.rankings import Rankings
 from ivcp_eval.engine.signals.source import images_at_cut
 from ivcp_eval.interface import ImageSpan, ModelFacts, Signals, View
 from ivcp_eval.interface.registry import make_method
@@ -63,7 +64,7 @@ def test_all_frames_are_grids_without_a_newline() -> None:
 def test_cosines() -> None:
     states = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [torch.nan, 1.0]])
     got = cosines(states, torch.tensor([2, 0, -1, 1]))
-    assert got.tolist() == pytest.approx([0.5**0.5, 0.0, -torch.inf, 0.0])
+    assert got.tolist() == pytest.approx([0.5**0.5, 0.0, -2.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,14 @@ def test_the_clip_not_the_frame_has_the_budget(name: str) -> None:
     signals = random_clips((6, 3, 3), ratio=0.25, seed=1)
     assert [image.budget for image in signals.images] == [3, 3, 2, 2, 2, 2]
     assert chosen(name, signals).keep.numel() == 14
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_sound_states_are_not_counted_as_broken(name: str) -> None:
+    """As an infinite score of what has nothing before it would be."""
+    with Rankings() as rankings:
+        chosen(name, random_clips((5, 3, 4), (0, 2, 3), ratio=0.6, seed=2))
+    assert rankings.nonfinite() == 0
 
 
 @pytest.mark.parametrize("wrapper", ["+ivc", "+dstp"])

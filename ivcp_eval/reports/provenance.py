@@ -174,9 +174,12 @@ def telling_parameters(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 
 def settings(row: Row, telling: Mapping[str, Sequence[str]]) -> str:
-    """``layer=3, ivc=0.0``: the parameters in ``telling`` (`telling_parameters`) of the row's method."""
+    """``layer=3, ivc=0.0``: the parameters in ``telling`` (`telling_parameters`) of the row's method.
+
+    An empty text says that a parameter was not set.
+    """
     parameters = json.loads(row["method_parameters"] or "{}")
-    names = [name for name in telling.get(row["method"], ()) if name in parameters]
+    names = [name for name in telling.get(row["method"], ()) if parameters.get(name, "") != ""]
     return ", ".join(f"{name}={_plain(parameters[name])}" for name in names)
 
 

@@ -205,9 +205,8 @@ def _rank(row: ComparedRow) -> str:
 
 
 def _noise_floor(row: ComparedRow) -> str:
-    if row.again_answers_changed is None:
-        return ""
-    return f"{row.again_difference:+.{_digits(row)}f} ({row.again_answers_changed})"
+    known = [again for again in row.again if again.answers_changed is not None]
+    return "; ".join(f"{a.settings} {a.difference:+.{_digits(row)}f} ({a.answers_changed})".strip() for a in known)
 
 
 def _seeds(row: ComparedRow) -> str:
@@ -233,10 +232,10 @@ def footer(comparison: Comparison) -> list[str]:
         "Cost, measured: share of the prompt's visual tokens alive after the last cut (final), mean over the prefill's "
         "layers, in the KV cache; of the prefill's FLOPs in the decoder.",
     ]
-    if any(row.again_answers_changed is not None for row in rows):
+    if any(row.again for row in rows):
         lines.append(
             "A/A: difference of the baseline's second answers to its first (answers whose text changed), each sample "
-            "alone. Differences of that size are no effect of pruning."
+            "alone, and with what is named. Differences of that size are no effect of pruning."
         )
     if comparison.margin is not None:
         lines.append(f"Verdict: not worse means a loss below {comparison.margin:g} % of the scale, one-sided 2.5 %.")

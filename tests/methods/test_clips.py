@@ -87,8 +87,7 @@ def test_videos_and_pictures_of_a_prompt_are_chosen_from_apart(name: str) -> Non
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_the_clip_not_the_frame_has_the_budget(name: str) -> None:
-    (cut,) = (cut for cut in make_method(name).cuts(ModelFacts("llava", 8), 0.3) if cut.ratio < 1)
-    assert cut.budget == "clip"
+    assert {cut.budget for cut in make_method(name).cuts(ModelFacts("llava", 8), 0.3) if cut.ratio < 1} == {"clip"}
     signals = random_clips((6, 3, 3), ratio=0.25, seed=1)
     assert [image.budget for image in signals.images] == [3, 3, 2, 2, 2, 2]
     assert chosen(name, signals).keep.numel() == 14

@@ -143,7 +143,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
         tell(f"reusing {sum(finished)} finished of {len(finished)} cells (a cell is one variant on one benchmark)")
     try:
         n = spec.options.timing
-        timed = not n or all(is_timed(cell, n) for _, _, cell in plan.cells())
+        timed = not n or all(is_timed(cell, n) for model, _, cell in plan.cells() if model.timed([cell]))
         whole = all(finished) and timed
         if not whole and not run_local(plan, 0, Progress(plan, args.quiet, args.every), spec.options.device):
             say("stopped; run the same command again to continue")

@@ -172,7 +172,7 @@ def _pass(name: str, folder: Path, start: int, stop: int, variants: int, threads
     torch.set_num_threads(threads)
     benchmark, cells = worker.model.groups[name]
     cells = cells[:variants]
-    unit = Unit("tiny", benchmark, start, stop, cells)
+    unit = Unit("tiny", benchmark, start, stop, cells, worker.model.placement)
     known: list[dict[str, Any]] = [{} for _ in cells]
     with ExitStack() as stack:
         journals = [stack.enter_context(Journal(folder / f"{i}.jsonl").open()) for i in range(len(cells))]

@@ -24,8 +24,9 @@ from ivcp_eval.runs.planning.plan import RunPlan, Unit, make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.progress import display as progress
 from ivcp_eval.runs.progress import watch
-from ivcp_eval.runs.progress.display import Progress, benchmark_line, duration, summary
+from ivcp_eval.runs.progress.display import Progress
 from ivcp_eval.runs.progress.watch import Watch
+from ivcp_eval.runs.progress.words import benchmark_line, duration, summary
 from ivcp_eval.runs.store.journal import line_of
 from ivcp_eval.runs.store.lease import claim
 from ivcp_eval.runs.store.state import lease, mark, shard

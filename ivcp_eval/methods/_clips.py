@@ -117,9 +117,9 @@ def clips_of(signals: Signals) -> list[Clip]:
 
 
 def without_separators(clip: Clip) -> tuple[Clip, Separators, int]:
-    """The clip as its frames' grids show it, the other tokens of its frames, and how many of these may stay.
+    """The clip as its frames' grids show it, the other tokens of its frames, and how many of these stay.
 
-    Those are the first of them, but one token of the frames.
+    All of them, unless the budget is that small: one token is left to the grids.
     """
     shown = [_shown(frame) for frame in clip.frames]
     tokens = torch.cat([frame.tokens for frame in shown])

@@ -73,7 +73,8 @@ def _score_against_cost(
     ends = [end for v in values for end in (v["low"], v["score"], v["high"]) if end is not None]
     width = 0.0 if math.isnan(floor) else floor
     domain = _domain([*ends, baseline - width, baseline + width])
-    x = alt.X("cost:Q", title=f"{COSTS[cost]}, share of the unpruned model", scale=alt.Scale(zero=False, nice=True))
+    axis = alt.Axis(tickCount=5, labelOverlap=True)
+    x = alt.X("cost:Q", title=f"{COSTS[cost]} (share)", scale=alt.Scale(zero=False, nice=True), axis=axis)
     score = alt.Y("score:Q", title=y, scale=alt.Scale(domain=domain))
     layers: list[alt.Chart] = []
     if not math.isnan(floor):
@@ -108,7 +109,7 @@ def _score_against_cost(
         "method:N",
         title=None,
         scale=_scale(methods),
-        legend=alt.Legend(orient="bottom", columns=2, labelLimit=150, symbolType="circle") if legend else None,
+        legend=_legend(2, "circle") if legend else None,
     )
     chart = alt.Chart(_inline(own))
     layers += [
@@ -134,7 +135,7 @@ def positions(there: Sequence[Position]) -> alt.LayerChart:
         "variant:N",
         title=None,
         scale=_scale(names),
-        legend=alt.Legend(orient="bottom", columns=2, labelLimit=150, symbolType="stroke"),
+        legend=_legend(1, "stroke"),
     )
     line = alt.Chart(_inline(values)).mark_line(point=True, interpolate="monotone")
     encoded = line.encode(
@@ -173,7 +174,7 @@ def abilities(there: Sequence[Ability]) -> alt.LayerChart:
             "variant:N",
             title=None,
             scale=_scale(names),
-            legend=alt.Legend(orient="bottom", columns=2, labelLimit=150, symbolType="circle"),
+            legend=_legend(1, "circle"),
         ),
         tooltip=["category:N", "variant:N", alt.Tooltip("retained:Q", format=".1f"), "n:Q"],
     )
@@ -224,6 +225,13 @@ def _scale(names: Sequence[str]) -> alt.Scale:
 
     colours = [_PALETTE[number % len(_PALETTE)] for number in range(len(names))]
     return alt.Scale(domain=list(names), range=colours)
+
+
+def _legend(columns: int, symbol: str) -> alt.Legend:
+    """Below the plot, narrow enough for a telephone."""
+    import altair as alt
+
+    return alt.Legend(orient="bottom", columns=columns, labelLimit=240 // columns, symbolType=symbol)
 
 
 def _inline(values: Sequence[Mapping[str, Any]]) -> alt.InlineData:

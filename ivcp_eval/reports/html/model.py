@@ -39,7 +39,7 @@ __all__ = [
 COSTS = {
     "layers": "visual tokens, mean over layers",
     "flops": "FLOPs of the prefill",
-    "kv": "bytes of visual tokens in the KV cache",
+    "kv": "visual tokens' bytes in the KV cache",
     "prefill": "time of the prefill",
     "end_to_end": "time end to end",
 }
@@ -329,5 +329,6 @@ class Report:
 
     @property
     def methods(self) -> Sequence[str]:
-        """Methods in plots, in the order of the results."""
-        return list(dict.fromkeys(mark.method for panel in self.panels for mark in panel.marks))
+        """Methods in plots, in the order of the results; random is drawn in grey."""
+        marks = [mark for panel in self.panels for mark in panel.marks]
+        return list(dict.fromkeys(mark.method for mark in marks if not mark.random))

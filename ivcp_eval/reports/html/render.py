@@ -133,6 +133,7 @@ def _page(report: Report, most_rows: int) -> str:
         kinds=_KINDS,
         costs=[charts.costs_measured(one.marks) for one in report.paretos],
         cost_names=COSTS,
+        floor_is_zero=not any(row.difference for row in report.again),
         has_random=any(mark.random for panel in report.panels for mark in panel.marks),
         rows=_headlines_first(report.comparison.rows)[:most_rows],
         abilities=report.abilities[:most_rows],

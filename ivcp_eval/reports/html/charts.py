@@ -16,7 +16,7 @@ from ivcp_eval.reports.html.model import COSTS, Ability, Mark, Panel, Pareto, Po
 if TYPE_CHECKING:
     import altair as alt
 
-__all__ = ["abilities", "charts", "pareto", "panel", "positions", "save"]
+__all__ = ["abilities", "charts", "panel", "pareto", "positions", "save"]
 
 _PALETTE = (
     *("#0b6fb8", "#c8501e", "#1d8a4e", "#8f4bb3", "#a8322d", "#7a5c3e", "#c2318a", "#5f6b12", "#0f8a94", "#3a45b0"),
@@ -164,7 +164,7 @@ def abilities(there: Sequence[Ability]) -> alt.LayerChart:
         if (one.benchmark, one.category) in drawn
     ]
     categories = list(dict.fromkeys(value["category"] for value in values))
-    names = list(dict.fromkeys(value["variant"] for value in values))
+    names = list(dict.fromkeys(one.variant for one in there))
     base = alt.Chart(_inline(values)).encode(
         y=alt.Y("category:N", title=None, sort=categories, axis=alt.Axis(labelLimit=130)),
     )

@@ -1,4 +1,4 @@
-"""Gathers a report's data from a results CSV; every number is that of `compare` and `decide`, or of the sample files."""
+"""Gathers a report's data from a results CSV; numbers are those of `compare`, `decide` and the per-sample files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def collect(
     rows = read_results(results)
     comparison = _limits_named(compare(results, baseline, force=force, resamples=resamples))
     decision = decide(results, policy, baseline, force=force, resamples=resamples) if policy else None
-    heads = [row for row in comparison.rows if row.metric == benchmarks.headline({**_names(row)})]
+    heads = [row for row in comparison.rows if row.metric == benchmarks.headline(vars(row))]
     beside = _over_random(results, rows, resamples, force)
     pruned = [row for row in heads if row.method != AGAIN]
     pairs = _pairs(pruned, results, rows, baseline or results)
@@ -94,10 +94,6 @@ def collect(
         provenance=_provenance(results, baseline, rows, comparison, command),
         unread=(*measured.unread, *shown.unread),
     )
-
-
-def _names(row: ComparedRow) -> dict[str, str]:
-    return {"benchmark": row.benchmark, "metric": row.metric}
 
 
 def _limits_named(comparison: Comparison) -> Comparison:
@@ -205,7 +201,7 @@ def _largest(values: Iterable[float]) -> float:
     return max(values, default=math.nan)
 
 
-# -- samples and costs --------------------------------------------------------------------------------------------------
+# -- samples and costs ------------------------------------------------------------------------------------------------
 
 
 def _pairs(pruned: Sequence[ComparedRow], results: Path, rows: Sequence[Row], baseline: Path) -> list[Pair]:
@@ -220,10 +216,10 @@ def _pairs(pruned: Sequence[ComparedRow], results: Path, rows: Sequence[Row], ba
         if row["method"] == BASELINE and finished_headline(row):
             unpruned.setdefault((row["model"], row["benchmark"], row["limit"]), row)
     found = []
-    for row in pruned:
-        own, base = of.get(_key(row)), unpruned.get((row.model, row.benchmark, row.limit))
+    for one in pruned:
+        own, base = of.get(_key(one)), unpruned.get((one.model, one.benchmark, one.limit))
         if own is not None and base is not None:
-            found.append(Pair(row, own, _file(results, own), base, _file(baseline, base)))
+            found.append(Pair(one, own, _file(results, own), base, _file(baseline, base)))
     return found
 
 
@@ -236,8 +232,8 @@ def _file(csv: Path, row: Row) -> Path | None:
 class _Times:
     """Stage -> sample -> milliseconds, of the samples that both sides timed."""
 
-    before: dict[str, dict[tuple[str, str], float]]
-    after: dict[str, dict[tuple[str, str], float]]
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
 
 
 def _costs(pairs: Sequence[Pair]) -> tuple[Cost, ...]:
@@ -275,7 +271,7 @@ def _stages(pairs: Sequence[Pair], flops: float) -> dict[str, Stage]:
         for stage, name in STAGES.items():
             for index, fields in after.samples.items():
                 if name in fields and name in before.samples.get(index, {}):
-                    at = pair.compared.benchmark, index
+                    at = f"{pair.compared.benchmark} {index}"
                     times.before.setdefault(stage, {})[at] = before.samples[index][name]
                     times.after.setdefault(stage, {})[at] = fields[name]
     spread = {
@@ -287,9 +283,7 @@ def _stages(pairs: Sequence[Pair], flops: float) -> dict[str, Stage]:
         whole = spread["end_to_end"][0].median
         bounds["end_to_end"] = 1 - (1 - flops) * spread["prefill"][0].median / whole
     return {
-        stage: Stage(
-            before, after, paired_ratio(times.before[stage], times.after[stage]), bounds.get(stage, math.nan)
-        )
+        stage: Stage(before, after, paired_ratio(times.before[stage], times.after[stage]), bounds.get(stage, math.nan))
         for stage, (before, after) in spread.items()
     }
 
@@ -316,7 +310,7 @@ def _words(layers: float, stages: Mapping[str, Stage]) -> str:
     return f"{saved} but no time saved" + (": the prefill is slower" if prefill.ratio.low > 1 else " in the prefill")
 
 
-# -- provenance ---------------------------------------------------------------------------------------------------------
+# -- provenance -------------------------------------------------------------------------------------------------------
 
 
 def _provenance(

@@ -105,7 +105,7 @@ class Pareto:
 
 @dataclass(frozen=True)
 class FlipCount:
-    """How many answers of a variant flipped, and how many of those have a card.
+    """How many answers of a variant flipped, cards or not.
 
     Attributes:
         changed: answers that are another text with the same score, which is not the full one.
@@ -117,7 +117,6 @@ class FlipCount:
     lost: int
     gained: int
     changed: int
-    cards: int = 0
 
 
 @dataclass(frozen=True)
@@ -326,6 +325,11 @@ class Report:
     def cards(self) -> int:
         """Samples that are shown one by one."""
         return len(self.flips) + len(self.pictures)
+
+    def cards_of(self, count: FlipCount) -> int:
+        """How many of the flips counted there have a card."""
+        place = count.model, count.benchmark, count.variant
+        return sum((flip.model, flip.benchmark, flip.variant) == place for flip in self.flips)
 
     @property
     def methods(self) -> Sequence[str]:

@@ -111,24 +111,19 @@ def _page(report: Report, most_rows: int) -> str:
     report = replace(
         report, flips=tuple(one if one.picture in names else replace(one, picture="") for one in report.flips)
     )
-    report = replace(
-        report,
-        flip_counts=tuple(
-            replace(count, cards=sum(_place(one) == _place(count) for one in report.flips))
-            for count in report.flip_counts
-        ),
-    )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(own), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= _FILTERS
     csv_name, csv = _csv(report)
-    return environment.get_template("page.html").render(
+    return environment.get_template(
+        "page.html"
+    ).render(
         report=report,
         version=ivcp_eval.__version__,
-        css=Markup((own / "report.css").read_text(encoding="utf-8")),  # noqa: S704 (ours)
-        scripts=[Markup(script) for script in scripts],  # noqa: S704 (ours and Vega's)
-        script_hashes=Markup(" ".join(f"'sha256-{digest}'" for digest in hashes)),  # noqa: S704
+        css=Markup((own / "report.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        script_hashes=Markup(" ".join(f"'sha256-{digest}'" for digest in hashes)),
         blocks=list(_BLOCKS.items()),
         kinds=_KINDS,
         costs=[charts.costs_measured(one.marks) for one in report.paretos],
@@ -144,10 +139,6 @@ def _page(report: Report, most_rows: int) -> str:
         specs={name: chart.to_dict() for name, chart in charts.charts(report).items()},
         pictures={picture.name: _drawn(picture) for picture in report.pictures},
     )
-
-
-def _place(one: Any) -> tuple[str, str, str]:
-    return one.model, one.benchmark, one.variant
 
 
 def _vega() -> str:
@@ -198,7 +189,7 @@ def _without_nan(value: Any) -> Any:
     return [_without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-# -- how numbers are written --------------------------------------------------------------------------------------------
+# -- how numbers are written ------------------------------------------------------------------------------------------
 
 
 def _known(value: float | None) -> bool:

@@ -12,8 +12,14 @@ function plot(place) {
   const actions = { export: true, source: false, compiled: false, editor: false };
   // ast: expressions are interpreted, so that the page needs no eval.
   vegaEmbed(place, specs[place.dataset.chart], { renderer: "svg", ast: true, actions }).then(
-    () => (place.dataset.drawn = "done"),
-    (error) => (place.textContent = `This plot cannot be drawn: ${error.message}`),
+    () => {
+      place.querySelector("summary")?.setAttribute("aria-label", "Save this plot");
+      place.dataset.drawn = "done";
+    },
+    (error) => {
+      place.textContent = `This plot cannot be drawn: ${error.message}`;
+      place.dataset.drawn = "failed";
+    },
   );
 }
 

@@ -169,7 +169,7 @@ def _by_category(pair: Pair, both: Sequence[tuple[Sample, Sample]]) -> Iterator[
         )
 
 
-# -- where cells were kept ----------------------------------------------------------------------------------------------
+# -- where cells were kept --------------------------------------------------------------------------------------------
 
 
 class _Places:
@@ -211,7 +211,7 @@ def _masks(sample: Sample) -> Masks | None:
         return None
 
 
-# -- samples one by one -------------------------------------------------------------------------------------------------
+# -- samples one by one -----------------------------------------------------------------------------------------------
 
 
 def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: int) -> Flips:
@@ -226,7 +226,10 @@ def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: in
             for index in measured.flipped[number][kind]:
                 often[*pairs[number].place, index] = often.get((*pairs[number].place, index), 0) + 1
     queues = [
-        [(number, kind, i) for i in sorted(measured.flipped[number][kind], key=lambda i: -often[*pairs[number].place, i])]
+        [
+            (number, kind, i)
+            for i in sorted(measured.flipped[number][kind], key=lambda i: -often[*pairs[number].place, i])
+        ]
         for kind in KINDS
         for number in single
     ]
@@ -245,11 +248,10 @@ def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: in
     ]
     shown = tuple(details.picture(names[key], key) for key in chosen)
     counts = []
-    for number, of_kind in measured.flipped.items():
-        row = pairs[number].compared
-        n = sum(p == number for p, *_ in picked)
-        if number in single:
-            counts.append(FlipCount(row.model, row.benchmark, row.variant, *(len(of_kind[k]) for k in KINDS), cards=n))
+    for number in single:
+        row, of_kind = pairs[number].compared, measured.flipped[number]
+        lost, gained, changed = (len(of_kind[kind]) for kind in KINDS)
+        counts.append(FlipCount(row.model, row.benchmark, row.variant, lost, gained, changed))
     return Flips(tuple(counts), tuple(flips), shown, tuple(details.unread))
 
 
@@ -286,24 +288,23 @@ class _Details:
 
     def flip(self, number: int, kind: FlipKind, index: str, picture: str) -> Flip:
         """One card."""
-        pair = self.pairs[number]
-        before, after = self.before[*pair.place, index], self.samples[number][index]
-        texts = [_shortened(sample["prediction"]) for sample in (before, after)]
-        first, second = _compared(*texts)
-        row = pair.compared
+        row = self.pairs[number].compared
+        before, after = self.before[*self.pairs[number].place, index], self.samples[number][index]
+        first, second = _compared(_shortened(before["prediction"]), _shortened(after["prediction"]))
         return Flip(
-            kind,
-            row.model,
-            row.benchmark,
-            row.variant,
-            index,
-            after["category"],
-            _shortened(self._asked(row.benchmark, index).text),
-            "" if row.metric in agreement.METRICS else _shortened(after["answer"]),
-            first,
-            second,
-            *(math.nan if sample["iou"] is None else sample["iou"] for sample in (before, after)),
-            cut=any(len(sample["prediction"]) > _LONGEST for sample in (before, after)),
+            kind=kind,
+            model=row.model,
+            benchmark=row.benchmark,
+            variant=row.variant,
+            index=index,
+            category=after["category"],
+            question=_shortened(self._asked(row.benchmark, index).text),
+            gold="" if row.metric in agreement.METRICS else _shortened(after["answer"]),
+            before=first,
+            after=second,
+            iou_before=_number(before["iou"]),
+            iou_after=_number(after["iou"]),
+            cut=max(len(before["prediction"]), len(after["prediction"])) > _LONGEST,
             picture=picture,
         )
 
@@ -311,24 +312,34 @@ class _Details:
         """One card with a picture."""
         model, benchmark, _, index = key
         asked, before = self._asked(benchmark, index), self.before[key]
-        shown = [_shown(_UNPRUNED, before)]
-        gold, missing, content, size = "", self.questions[benchmark].missing, b"", (0, 0)
         own = [n for n in self.numbers if self.pairs[n].place == key[:-1] and index in self.samples.get(n, {})]
         # Those that answer differently first, where not all find room.
         own.sort(key=lambda n: self.samples[n][index]["score"] == before["score"])
-        for number in sorted(own[: _MOST_VARIANTS - 1]):
-            shown.append(_shown(self.pairs[number].compared.variant, self.samples[number][index]))
-            if self.pairs[number].compared.metric not in agreement.METRICS:
-                gold = _shortened(before["answer"])
+        own = sorted(own[: _MOST_VARIANTS - 1])
+        agreed = self.pairs[own[0]].compared.metric in agreement.METRICS
+        missing, content, size = self.questions[benchmark].missing or "the file names no picture", b"", (0, 0)
         if asked.picture:
             try:
                 content, size = jpeg(asked.picture)
+                missing = ""
             except OSError as error:
                 missing = str(error)
         return Picture(
-            name, model, benchmark, index, _shortened(asked.text), gold, asked.box, content,
-            "" if content else missing or "the file names no picture", size, tuple(shown),
-        )  # fmt: skip
+            name=name,
+            model=model,
+            benchmark=benchmark,
+            index=index,
+            question=_shortened(asked.text),
+            gold="" if agreed else _shortened(before["answer"]),
+            box=asked.box,
+            jpeg=content,
+            missing=missing,
+            size=size,
+            shown=(
+                _shown(_UNPRUNED, before),
+                *(_shown(self.pairs[n].compared.variant, self.samples[n][index]) for n in own),
+            ),
+        )
 
     def _asked(self, benchmark: str, index: str) -> Asked:
         return self.questions[benchmark].asked.get(index, Asked("", None, ""))
@@ -339,9 +350,9 @@ def _shown(variant: str, sample: Sample) -> Shown:
     shown = Shown(
         variant,
         _shortened(sample["prediction"]),
-        math.nan if sample["score"] is None else sample["score"],
+        _number(sample["score"]),
         box,
-        math.nan if sample["iou"] is None else sample["iou"],
+        _number(sample["iou"]),
     )
     masks = _masks(sample) if sample["masks"] else None
     if masks is None or not masks.images:
@@ -359,6 +370,10 @@ def _shown(variant: str, sample: Sample) -> Shown:
         cuts[number] = replace(cut, dropped=cells[0], merged=cells[1])
     rows, columns = view.cells.shape
     return replace(shown, grid=(rows, columns), covers=view.covers or WHOLE, cuts=tuple(cuts))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _shortened(text: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, Literal
 
-from ivcp_eval.benchmarks import headline
+from ivcp_eval.benchmarks import agreement, headline
 from ivcp_eval.files import as_shown, damage_as_clear_error, read_json
 from ivcp_eval.interface.marked import Marked
 from ivcp_eval.interface.registry import unknown
@@ -257,6 +257,8 @@ def decide(
 
 def _notes(comparison: Comparison) -> tuple[str, ...]:
     notes = [f"FORCED although settings differ: {line}" for line in comparison.forced]
+    agreed = dict.fromkeys(row.metric for row in comparison.rows if row.metric in agreement.METRICS)
+    notes += [f"{', '.join(agreed)}: {agreement.NOTE}."] if agreed else []
     return (*notes, *(["RANDOM WEIGHTS: nothing is decided."] if comparison.meaningless else []))
 
 

@@ -1,0 +1,54 @@
+"""A real headless Chromium, where there is one, with no host to be reached."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NEEDED = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+_POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+
+
+def dumped(page: Path, scratch: Path, width: int = 1280) -> tuple[str, str]:
+    """The document after its scripts have run, and what the browser logged."""
+    assert CHROMIUM
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+        *(f"--user-data-dir={scratch / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=60000"),
+        *("--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom", page.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def asked(page: Path, scratch: Path, script: str, *libraries: str, width: int = 1280) -> Any:
+    """What an expression (it may be a promise) gives in the page once its plots are drawn.
+
+    The page's policy, which would not let it run, is taken out of a copy.
+    """
+    text = _POLICY.sub("", page.read_text(encoding="utf-8"), count=1)
+    scripts = [library.replace("</script", "<\\/script") for library in libraries]
+    wait = 'document.querySelectorAll(".chart[data-drawn=yes]").length'
+    tell = """const told = document.createElement("pre"); told.id = "told";
+      told.textContent = "{" + JSON.stringify(found) + "}"; document.body.append(told);"""
+    scripts.append(f"""const wait = setInterval(async () => {{
+      if ({wait}) return;
+      clearInterval(wait);
+      let found; try {{ found = await ({script}); }} catch (error) {{ found = String(error.stack); }}
+      {tell} }}, 100);""")
+    copy = scratch / "asked.html"
+    # The last one: a library may hold the words, too.
+    head, _, tail = text.rpartition("</body>")
+    copy.write_text(head + "".join(f"<script>{one}</script>\n" for one in scripts) + "</body>" + tail, encoding="utf-8")
+    document, log = dumped(copy, scratch, width)
+    found = re.search(r'<pre id="told">\{(.*)\}</pre>', document, re.DOTALL)
+    assert found, f"the page did not answer: {log[-2000:]}"
+    return json.loads(html.unescape(found[1]))

@@ -11,8 +11,9 @@ import gzip
 import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +82,20 @@ def page(report: Report, most_bytes: int = MOST_BYTES) -> str:
         MissingExtra: see there. ValueError: it is too large without any card.
     """
     check_installed()
-    size = 0
+    template, size = _filled(report), 0
     for part in (1.0, 0.5, 0.25, 0.1, 0.0):
-        shown = replace(
-            report,
-            flips=report.flips[: round(part * len(report.flips))],
-            pictures=report.pictures[: round(part * len(report.pictures))],
+        pictures = report.pictures[: round(part * len(report.pictures))]
+        names = {picture.name for picture in pictures}  # no flip may lead to a picture that was left out
+        flips = report.flips[: round(part * len(report.flips))]
+        flips = tuple(one if one.picture in names else replace(one, picture="") for one in flips)
+        most_rows = round(part * _MOST_ROWS)
+        text = template(
+            report=replace(report, flips=flips, pictures=pictures),
+            rows=_headlines_first(report.comparison.rows)[:most_rows],
+            abilities=report.abilities[:most_rows],
+            pictures={picture.name: _drawn(picture) for picture in pictures},
         )
-        text = _page(shown, round(part * _MOST_ROWS))
-        size = len(text.encode()) - sum(len(_data_uri(picture.jpeg)) for picture in shown.pictures)
+        size = len(text.encode()) - sum(len(_data_uri(picture.jpeg)) for picture in pictures)
         if size <= most_bytes:
             return text
     raise ValueError(
@@ -98,7 +104,8 @@ def page(report: Report, most_bytes: int = MOST_BYTES) -> str:
     )
 
 
-def _page(report: Report, most_rows: int) -> str:
+def _filled(report: Report) -> Callable[..., str]:
+    """The template with all that cards and rows do not change."""
     import jinja2
     from markupsafe import Markup
 
@@ -107,20 +114,15 @@ def _page(report: Report, most_rows: int) -> str:
     own = Path(__file__).parent
     scripts = [_vega(), (own / "report.js").read_text(encoding="utf-8")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    names = [picture.name for picture in report.pictures]  # a flip must not lead to a picture that was left out
-    report = replace(
-        report, flips=tuple(one if one.picture in names else replace(one, picture="") for one in report.flips)
-    )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(own), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= _FILTERS
     csv_name, csv = _csv(report)
-    return environment.get_template(
-        "page.html"
-    ).render(
-        report=report,
+    return partial(
+        environment.get_template("page.html").render,
         version=ivcp_eval.__version__,
+        # Markup is what is not escaped: the package's own files and Vega.
         css=Markup((own / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         script_hashes=Markup(" ".join(f"'sha256-{digest}'" for digest in hashes)),
@@ -130,14 +132,11 @@ def _page(report: Report, most_rows: int) -> str:
         cost_names=COSTS,
         floor_is_zero=not any(row.difference for row in report.again),
         has_random=any(mark.random for panel in report.panels for mark in panel.marks),
-        rows=_headlines_first(report.comparison.rows)[:most_rows],
-        abilities=report.abilities[:most_rows],
         footer=terminal.footer(report.comparison),
         csv=csv,
         csv_name=csv_name,
         position_charts=[(m, _AXES[axis]) for m, axis in dict.fromkeys((p.model, p.axis) for p in report.positions)],
         specs={name: chart.to_dict() for name, chart in charts.charts(report).items()},
-        pictures={picture.name: _drawn(picture) for picture in report.pictures},
     )
 
 

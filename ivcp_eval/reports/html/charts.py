@@ -111,17 +111,22 @@ def _score_against_cost(
         scale=_scale(methods),
         legend=_legend(2, "circle") if legend else None,
     )
-    chart = alt.Chart(_inline(own))
-    layers += [
-        chart.mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y=score, color=colour),
-        chart.mark_rule(strokeWidth=1.6).encode(x=x, y=alt.Y("low:Q", title=y), y2="high:Q", color=colour),
-        chart.transform_filter(alt.datum.standing == _STANDING[0])
-        .mark_point(filled=True, size=75, opacity=1)
-        .encode(x=x, y=score, color=colour, tooltip=tooltip),
-        chart.transform_filter(alt.datum.standing != _STANDING[0])
-        .mark_point(filled=True, fill="white", size=75, strokeWidth=2, opacity=1)
-        .encode(x=x, y=score, stroke=alt.Stroke("method:N", scale=_scale(methods), legend=None), tooltip=tooltip),
-    ]
+    # No layer is empty: its mark would be a picture without a description to a screen reader.
+    solid = [value for value in own if value["standing"] == _STANDING[0]]
+    hollow = [value for value in own if value["standing"] != _STANDING[0]]
+    if own:
+        chart = alt.Chart(_inline(own))
+        layers += [
+            chart.mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y=score, color=colour),
+            chart.mark_rule(strokeWidth=1.6).encode(x=x, y=alt.Y("low:Q", title=y), y2="high:Q", color=colour),
+        ]
+    if solid:
+        points = alt.Chart(_inline(solid)).mark_point(filled=True, size=75, opacity=1)
+        layers.append(points.encode(x=x, y=score, color=colour, tooltip=tooltip))
+    if hollow:
+        points = alt.Chart(_inline(hollow)).mark_point(filled=True, fill="white", size=75, strokeWidth=2, opacity=1)
+        stroke = alt.Stroke("method:N", scale=_scale(methods), legend=None)
+        layers.append(points.encode(x=x, y=score, stroke=stroke, tooltip=tooltip))
     return _page(alt.layer(*layers), height)
 
 

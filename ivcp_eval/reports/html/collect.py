@@ -135,8 +135,7 @@ def _over_random(results: Path, rows: Sequence[Row], resamples: int, force: bool
 
 def _mark(row: ComparedRow, score: Sequence[float], better: bool | None) -> Mark:
     method = f"{row.method}({row.settings})" if row.settings else row.method
-    name = row.variant
-    return Mark(name, method, row.method == CONTROL, score[0], score[1], score[2], costs_of(row), better)
+    return Mark(row.variant, method, row.method == CONTROL, score[0], score[1], score[2], costs_of(row), better)
 
 
 def _panels(heads: Sequence[ComparedRow], beside: Mapping[_Key, ComparedRow]) -> tuple[Panel, ...]:
@@ -198,7 +197,7 @@ def _over_random_p(rows: Sequence[ComparedRow | None]) -> tuple[float, float]:
 
 
 def _largest(values: Iterable[float]) -> float:
-    return max(values, default=math.nan)
+    return max(filter(math.isfinite, values), default=math.nan)
 
 
 # -- samples and costs ------------------------------------------------------------------------------------------------
@@ -220,7 +219,8 @@ def _pairs(pruned: Sequence[ComparedRow], results: Path, rows: Sequence[Row], ba
         own, base = of.get(_key(one)), unpruned.get((one.model, one.benchmark, one.limit))
         if own is not None and base is not None:
             found.append(Pair(one, own, _file(results, own), base, _file(baseline, base)))
-    return found
+    # Baseline by baseline, so that the samples of each are read once.
+    return sorted(found, key=lambda pair: str(pair.baseline_file))
 
 
 def _file(csv: Path, row: Row) -> Path | None:
@@ -305,6 +305,8 @@ def _words(layers: float, stages: Mapping[str, Stage]) -> str:
     prefill = stages.get("prefill")
     if prefill is None or math.isnan(prefill.ratio.ratio):
         return f"{saved}; no time was measured"
+    if math.isnan(prefill.ratio.high):
+        return f"{saved}; one timed sample does not say whether time is"
     if prefill.ratio.high < 1:
         return f"{saved}, {100 * (1 - prefill.ratio.ratio):.0f} % of the time of the prefill saved"
     return f"{saved} but no time saved" + (": the prefill is slower" if prefill.ratio.low > 1 else " in the prefill")

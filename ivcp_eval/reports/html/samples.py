@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +35,8 @@ _RESAMPLES = 2000  # of a category
 _UNPRUNED = "unpruned"
 
 Sample = Mapping[str, Any]
+Place = tuple[str, str, int | None]
+"""What was asked: model, benchmark, limit."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class Pair:
     baseline_file: Path | None
 
     @property
-    def place(self) -> tuple[str, str, int | None]:
-        """What it was asked."""
+    def place(self) -> Place:
+        """What was asked."""
         return self.compared.model, self.compared.benchmark, self.compared.limit
 
 
@@ -56,11 +60,12 @@ class Measured:
     """Over all samples.
 
     Attributes:
-        flipped: number of a pair -> kind -> indices. drawn: number of a pair -> indices whose masks are there.
+        flipped: number of a pair -> kind -> indices. drawn: what was asked -> indices whose kept cells are known, of
+            variants with one seed.
     """
 
     flipped: dict[int, dict[FlipKind, list[str]]] = field(default_factory=dict)
-    drawn: dict[int, list[str]] = field(default_factory=dict)
+    drawn: dict[Place, dict[str, None]] = field(default_factory=dict)
     positions: tuple[Position, ...] = ()
     abilities: tuple[Ability, ...] = ()
     unread: tuple[str, ...] = ()
@@ -111,9 +116,10 @@ def of_samples(pairs: Sequence[Pair]) -> Measured:
             found.append(ability)
             tests.append(test)
         places = grids.setdefault((pair.compared.model, pair.compared.variant), _Places())
-        masked = [sample for sample in after.values() if sample["masks"]]
-        measured.drawn[number] = [sample["index"] for sample in masked]
-        for sample in masked[:_MOST_MASKS]:
+        masked = [(sample, unpruned["index"]) for unpruned, sample in both if sample["masks"]]
+        if pair.compared.n_seeds == 1:
+            measured.drawn.setdefault(pair.place, {}).update((index, None) for _, index in masked)
+        for sample, _ in masked[:_MOST_MASKS]:
             masks = _masks(sample)
             damaged += masks is None
             if masks is not None:
@@ -129,14 +135,15 @@ def of_samples(pairs: Sequence[Pair]) -> Measured:
 
 
 def _flipped(both: Iterable[tuple[Sample, Sample]]) -> dict[FlipKind, list[str]]:
+    """Indices are the baseline's own strings, so that those of many variants are held once."""
     found: dict[FlipKind, list[str]] = {kind: [] for kind in KINDS}
     for before, after in both:
         if before["score"] is None or after["score"] is None:
             continue
         if after["score"] != before["score"]:
-            found["lost" if after["score"] < before["score"] else "gained"].append(after["index"])
+            found["lost" if after["score"] < before["score"] else "gained"].append(before["index"])
         elif after["score"] < 1 and after["prediction"].strip() != before["prediction"].strip():
-            found["changed"].append(after["index"])
+            found["changed"].append(before["index"])
     return found
 
 
@@ -220,33 +227,26 @@ def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: in
     Cards are of variants with one seed; samples that flip under most variants go first.
     """
     single = [n for n in measured.flipped if pairs[n].compared.n_seeds == 1]
-    often: dict[tuple[Any, ...], int] = {}
-    for number in single:
-        for kind in KINDS:
-            for index in measured.flipped[number][kind]:
-                often[*pairs[number].place, index] = often.get((*pairs[number].place, index), 0) + 1
+    often = Counter((pairs[n].place, i) for n in single for kind in KINDS for i in measured.flipped[n][kind])
     queues = [
-        [
-            (number, kind, i)
-            for i in sorted(measured.flipped[number][kind], key=lambda i: -often[*pairs[number].place, i])
-        ]
+        [(n, kind, i) for i in sorted(measured.flipped[n][kind], key=lambda i: -often[pairs[n].place, i])]
         for kind in KINDS
-        for number in single
+        for n in single
     ]
-    flipped = {(*pairs[n].place, index): None for n, _, index in _in_turn(queues)}
-    kept_in_full = _in_turn(
-        [[(*pairs[n].place, index) for index in indices] for n, indices in measured.drawn.items() if n in single]
-    )
-    drawable = {(*pairs[n].place, index) for n, indices in measured.drawn.items() if n in single for index in indices}
-    chosen = [key for key in dict.fromkeys([*flipped, *kept_in_full]) if key in drawable][:pictures]
-    picked = list(_in_turn(queues))[: cards - len(chosen)]
-    details = _Details(pairs, single, {*chosen, *((*pairs[n].place, index) for n, _, index in picked)})
+    flipped = ((pairs[n].place, i) for n, _, i in _in_turn(queues) if i in measured.drawn.get(pairs[n].place, ()))
+    others = _in_turn([[(place, i) for i in drawn] for place, drawn in measured.drawn.items()])
+    chosen: dict[tuple[Place, str], None] = {}
+    for key in chain(flipped, others):
+        if len(chosen) >= pictures:
+            break
+        chosen[key] = None
+    picked = list(islice(_in_turn(queues), cards - len(chosen)))
+    details = _Details(pairs, single, {*chosen, *((pairs[n].place, index) for n, _, index in picked)})
     names = {key: f"picture-{number}" for number, key in enumerate(chosen)}
     flips = [
-        details.flip(number, kind, index, names.get((*pairs[number].place, index), ""))
-        for number, kind, index in picked
+        details.flip(number, kind, index, names.get((pairs[number].place, index), "")) for number, kind, index in picked
     ]
-    shown = tuple(details.picture(names[key], key) for key in chosen)
+    shown = tuple(details.picture(name, *key) for key, name in names.items())
     counts = []
     for number in single:
         row, of_kind = pairs[number].compared, measured.flipped[number]
@@ -264,32 +264,32 @@ def _in_turn(queues: Sequence[Sequence[Any]]) -> Iterator[Any]:
 class _Details:
     """The chosen samples of all pairs and of the unpruned model, with their questions."""
 
-    def __init__(self, pairs: Sequence[Pair], numbers: Sequence[int], chosen: set[tuple[Any, ...]]) -> None:
+    def __init__(self, pairs: Sequence[Pair], numbers: Sequence[int], chosen: set[tuple[Place, str]]) -> None:
         self.pairs, self.numbers = pairs, numbers
         self.samples: dict[int, dict[str, Sample]] = {}
-        self.before: dict[tuple[Any, ...], Sample] = {}
+        self.before: dict[tuple[Place, str], Sample] = {}
         self.questions: dict[str, Questions] = {}
         self.unread: list[str] = []
         baselines = _Baselines()
         for number in numbers:
             pair = pairs[number]
-            wanted = {index for *place, index in chosen if tuple(place) == pair.place}
+            wanted = {index for place, index in chosen if place == pair.place}
             if not wanted or pair.file is None or pair.baseline_file is None:
                 continue
             self.samples[number] = {i: s for i, s in _read(pair.file).items() if i in wanted}
             before = baselines.of(pair.baseline_file)
-            self.before |= {(*pair.place, index): before[index] for index in wanted if index in before}
+            self.before |= {(pair.place, index): before[index] for index in wanted if index in before}
             name = pair.compared.benchmark
             if name not in self.questions:
-                all_wanted = {key[-1] for key in chosen if key[1] == name}
-                self.questions[name] = Questions.read(name, pair.baseline["benchmark_sha256"] or "", all_wanted)
+                asked = {index for (_, benchmark, _), index in chosen if benchmark == name}
+                self.questions[name] = Questions.read(name, pair.baseline["benchmark_sha256"] or "", asked)
                 if self.questions[name].missing:
                     self.unread.append(f"questions and pictures of {name}: {self.questions[name].missing}")
 
     def flip(self, number: int, kind: FlipKind, index: str, picture: str) -> Flip:
         """One card."""
         row = self.pairs[number].compared
-        before, after = self.before[*self.pairs[number].place, index], self.samples[number][index]
+        before, after = self.before[self.pairs[number].place, index], self.samples[number][index]
         first, second = _compared(_shortened(before["prediction"]), _shortened(after["prediction"]))
         return Flip(
             kind=kind,
@@ -308,11 +308,11 @@ class _Details:
             picture=picture,
         )
 
-    def picture(self, name: str, key: tuple[Any, ...]) -> Picture:
+    def picture(self, name: str, place: Place, index: str) -> Picture:
         """One card with a picture."""
-        model, benchmark, _, index = key
-        asked, before = self._asked(benchmark, index), self.before[key]
-        own = [n for n in self.numbers if self.pairs[n].place == key[:-1] and index in self.samples.get(n, {})]
+        model, benchmark, _ = place
+        asked, before = self._asked(benchmark, index), self.before[place, index]
+        own = [n for n in self.numbers if self.pairs[n].place == place and index in self.samples.get(n, {})]
         # Those that answer differently first, where not all find room.
         own.sort(key=lambda n: self.samples[n][index]["score"] == before["score"])
         own = sorted(own[: _MOST_VARIANTS - 1])

@@ -12,12 +12,13 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ivcp_eval.cli import main
 from ivcp_eval.reports.html import render
-from ivcp_eval.reports.html.model import Report
+from ivcp_eval.reports.html.model import Panel, Report
 from tests.reports.html.conftest import HOSTILE
 
 altair = pytest.importorskip("altair", reason="the extra `report` is not installed")
@@ -120,22 +121,32 @@ def test_specs_are_valid(report: Report) -> None:
         altair.Chart.from_dict({**found["panel-0"].to_dict(validate=False), "layer": 3}, validate=True)
 
 
+def layers(panel: Panel, report: Report) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(mark, values) of each layer of a panel's plot."""
+    spec = charts.panel(panel, report.methods).to_dict(validate=False)
+    return [(layer["mark"], layer["data"]["values"]) for layer in spec["layer"]]
+
+
 def test_plots_draw_intervals_the_floor_and_hollow_marks(report: Report) -> None:
-    panel = report.panels[0]
-    spec = charts.panel(panel, report.methods).to_dict()
-    data = [spec["datasets"][layer["data"]["name"]] if "name" in layer["data"] else layer["data"]["values"]
-            for layer in spec["layer"]]  # fmt: skip
-    marks = [layer["mark"]["type"] for layer in spec["layer"]]
-    assert marks == ["rect", "rule", "area", "line", "rule", "point", "line", "rule", "point", "point"]
-    assert data[0] == [{"low": panel.baseline - panel.floor, "high": panel.baseline + panel.floor}]
-    own = {mark.variant: mark for mark in panel.marks if not mark.random}
-    for value in data[-1]:
-        mark = own[value["variant"]]
+    panel = max(report.panels, key=lambda panel: panel.floor)
+    assert panel.floor > 0
+    own = [mark for mark in panel.marks if not mark.random]
+    solid, worse = (replace(mark, better=better) for mark, better in zip(own, (True, False), strict=True))
+    panel = replace(panel, marks=(solid, worse, *(mark for mark in panel.marks if mark.random)))
+    drawn = layers(panel, report)
+    kinds = ["rect", "rule", "area", "line", "rule", "point", "line", "rule", "point", "point"]
+    assert [mark["type"] for mark, _ in drawn] == kinds
+    assert drawn[0][1] == [{"low": panel.baseline - panel.floor, "high": panel.baseline + panel.floor}]
+    for (_, (value,)), mark in zip(drawn[-2:], (solid, worse), strict=True):
+        assert value["variant"] == mark.variant
         assert (value["score"], value["low"], value["high"]) == (mark.score, mark.low, mark.high)
-        assert (value["standing"] == "better than random") == (mark.better is True)
-    assert spec["layer"][-1]["mark"]["fill"] == "white"
-    without = charts.panel(replace(panel, floor=float("nan")), report.methods).to_dict()
-    assert without["layer"][0]["mark"]["type"] == "rule", "no second baseline, no stripe"
+        assert value["cost"] == mark.costs["layers"]
+    assert [mark.get("fill") for mark, _ in drawn[-2:]] == [None, "white"]
+    unknown = layers(replace(panel, floor=float("nan"), marks=(replace(solid, better=None),)), report)
+    assert [mark["type"] for mark, _ in unknown] == ["rule", "line", "rule", "point"], (
+        "no stripe, no random, one hollow"
+    )
+    assert unknown[-1][0]["fill"] == "white"
 
 
 def test_hostile_texts_are_inert(hostile: Report) -> None:

@@ -124,7 +124,7 @@ def test_specs_are_valid(report: Report) -> None:
 def layers(panel: Panel, report: Report) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """(mark, values) of each layer of a panel's plot."""
     spec = charts.panel(panel, report.methods).to_dict(validate=False)
-    return [(layer["mark"], layer["data"]["values"]) for layer in spec["layer"]]
+    return [(layer["mark"], spec["datasets"][layer["data"]["name"]]) for layer in spec["layer"]]
 
 
 def test_plots_draw_intervals_the_floor_and_hollow_marks(report: Report) -> None:

@@ -82,9 +82,10 @@ def flops(case: Case) -> tuple[float, float]:
     config = case.model.config
     text = config.text_config
     shape = DecoderShape.of(text)
-    visual = int((case.inputs["input_ids"] == config.image_token_id).sum())
-    other = case.inputs["input_ids"].shape[1] - visual
-    vision = vision_flops(config.vision_config, int(case.inputs["pixel_values"].shape[0]))
+    rows, length = case.inputs["input_ids"].shape  # all alike: what one costs
+    visual = int((case.inputs["input_ids"][0] == config.image_token_id).sum())
+    other = length - visual
+    vision = vision_flops(config.vision_config, int(case.inputs["pixel_values"].shape[0]) // rows)
     head = 2 * text.hidden_size * text.vocab_size
 
     def tokens(variant: Variant) -> tuple[list[int], int]:
@@ -149,8 +150,8 @@ def _wait(model: Any) -> None:
 # -- cases ----------------------------------------------------------------------------------------------------------
 
 
-def cases(size: str, device: str, dtype: str, folder: Path) -> list[Case]:
-    """All comparisons: a random Qwen2.5-VL of a size, then the embedded model."""
+def cases(size: str, device: str, dtype: str, folder: Path, rows: int = 1) -> list[Case]:
+    """All comparisons on a batch of ``rows``: a random Qwen2.5-VL of a size, then the embedded model."""
     import torch
 
     from ivcp_eval.lab.bench.models import build_model, make_inputs
@@ -166,18 +167,18 @@ def cases(size: str, device: str, dtype: str, folder: Path) -> list[Case]:
     kind = getattr(torch, dtype)
     model = build_model(config, device, kind, "sdpa")
     layers = config.text_config.num_hidden_layers
-    inputs = make_inputs(config, tokens, 1, shape.text_tokens, kind, device)
+    inputs = make_inputs(config, tokens, rows, shape.text_tokens, kind, device)
     late = max(1, round(16 * layers / 28))
-    found = [
+    listed = [
         Case(f"seven ratios, cut at {late} of {layers}, {new} new tokens", model, inputs, seven(late), new, TARGET)
         for new in (4, 32)
     ]
-    found.append(Case("mixed methods, 4 new tokens", model, inputs, mixed(layers), 4, None))
+    listed.append(Case("mixed methods, 4 new tokens", model, inputs, mixed(layers), 4, None))
     single = (Variant("", "ivc_prune", 0.5, {"layer": late}),)
-    found.append(Case("one variant, nothing to share", model, inputs, single, 4, 1 / CEILING))
+    listed.append(Case("one variant, nothing to share", model, inputs, single, 4, 1 / CEILING))
     inlet = tuple(Variant("", "random", 0.5, {"layer": 0}, seed) for seed in (0, 1))
-    found.append(Case("two variants cut at the input, only vision is shared", model, inputs, inlet, 4, 1 / CEILING))
-    return [*found, *_embedded(device, kind, folder)]
+    listed.append(Case("two variants cut at the input, only vision is shared", model, inputs, inlet, 4, 1 / CEILING))
+    return [*listed, *_embedded(device, kind, folder, rows)]
 
 
 def _mid() -> tuple[Any, int, Any]:
@@ -191,7 +192,7 @@ def _mid() -> tuple[Any, int, Any]:
     return shape, 576, configuration(shape)
 
 
-def _embedded(device: str, dtype: Any, folder: Path) -> list[Case]:
+def _embedded(device: str, dtype: Any, folder: Path, rows: int) -> list[Case]:
     """The shipped model where its weights are here, else one of its shape with random weights."""
     from transformers import AutoModelForImageTextToText
 
@@ -207,7 +208,7 @@ def _embedded(device: str, dtype: Any, folder: Path) -> list[Case]:
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None  # every variant decodes the same number of steps
     model.generation_config.pad_token_id = 0
-    inputs = make_inputs(model.config, 256, 1, 40, dtype, device)
+    inputs = make_inputs(model.config, 256, rows, 40, dtype, device)
     _into_vocabulary(inputs, model.config)
     layers = model.config.text_config.num_hidden_layers
     late = max(1, round(16 * layers / 28))
@@ -231,16 +232,17 @@ def _into_vocabulary(inputs: dict[str, Any], config: Any) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of the bench."""
-    made = argparse.ArgumentParser(prog="ivcp bench fork", description=__doc__.splitlines()[0])
-    made.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--dtype", default="float32")
-    made.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
-    made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
-    made.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
-    made.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
-    return made
+    parser = argparse.ArgumentParser(prog="ivcp bench fork", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rows", type=int, default=1, help="prompts in one pass (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
+    parser.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -250,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from ivcp_eval.lab.bench.report import environment
 
+    if options.rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {options.rows}")
     if options.threads:
         torch.set_num_threads(options.threads)
     command = shlex.join(["ivcp", "bench", "fork", *(sys.argv[1:] if arguments is None else arguments)])
@@ -257,20 +261,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock = time.process_time if options.cpu_time else time.perf_counter
     missed = False
     with TemporaryDirectory() as folder:
-        for case in cases(options.size, options.device, options.dtype, Path(folder)):
+        for case in cases(options.size, options.device, options.dtype, Path(folder), options.rows):
             spread, milliseconds, equal = measure(case, options.rounds, clock)
             singles, together = flops(case)
             hit = case.target is None or spread.median >= case.target
             missed |= not hit
-            wanted = "" if case.target is None else f", target {case.target:.2f}: {'met' if hit else 'MISSED'}"
+            target = "" if case.target is None else f", target {case.target:.2f}: {'met' if hit else 'MISSED'}"
             sys.stdout.write(
                 f"{case.name}: {spread.median:.2f}x (quartiles {spread.q1:.2f}-{spread.q3:.2f}, {spread.n} rounds), "
-                f"FLOPs allow {singles / together:.2f}x{wanted}; {milliseconds:.0f} ms a pass; "
+                f"FLOPs allow {singles / together:.2f}x{target}; {milliseconds:.0f} ms a pass; "
                 f"{equal} of {len(case.variants)} variants token for token\n"
             )
             sys.stdout.flush()
-            found = {"times": asdict(spread), "flops": singles / together, "pass_ms": milliseconds, "equal": equal}
-            rows.append({"case": case.name, "variants": len(case.variants), "target": case.target, **found})
+            numbers = {"times": asdict(spread), "flops": singles / together, "pass_ms": milliseconds, "equal": equal}
+            rows.append({"case": case.name, "variants": len(case.variants), "target": case.target, **numbers})
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(options.out.with_suffix(".json"), {**before, "rows": rows})

@@ -210,6 +210,11 @@ def _difference(row: ComparedRow) -> str:
     return f"{row.difference:+.{digits}f} {interval}" + ("" if row.paired else " unpaired")
 
 
+def _floor(row: ComparedRow) -> float:
+    """The largest difference of the baseline's second answers to its first; NaN where there are none."""
+    return max((abs(again.difference) for again in row.again), default=math.nan)
+
+
 def _flips(row: ComparedRow) -> str:
     return f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-"
 
@@ -247,6 +252,7 @@ _FILTERS: Mapping[str, Any] = {
     "number": _number,
     "score": _score,
     "difference": _difference,
+    "floor": _floor,
     "flips": _flips,
     "retained": _retained,
     "spread": _spread,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.reports.html.model import COSTS, Ability, Mark, Panel, Pareto, Position, Report
+from ivcp_eval.reports.html.model import AXES, COSTS, Ability, Mark, Panel, Pareto, Position, Report
 
 if TYPE_CHECKING:
     import altair as alt
@@ -23,9 +23,8 @@ _PALETTE = (
     *("#d08a00", "#4f7d2f", "#b5476b", "#2f6d6a", "#6d4ad0", "#8b6b00", "#1f5d9e", "#9a3f00", "#57606a", "#00766a"),
 )
 _RANDOM, _FLOOR, _BASELINE = "#6b6b6b", "#9a9a9a", "#1a1a1a"
-_AXES = {"rows": "top to bottom", "columns": "left to right", "centre": "centre to edge"}
 _STANDING = ("better than random", "not better than random", "not measured beside random")
-_MOST_CATEGORIES = 40
+_MOST_CATEGORIES, _MOST_VARIANTS = 40, 12
 
 
 def charts(report: Report) -> dict[str, alt.LayerChart]:
@@ -105,12 +104,8 @@ def _score_against_cost(
                 x=x, y=score, tooltip=tooltip
             ),
         ]
-    colour = alt.Color(
-        "method:N",
-        title=None,
-        scale=_scale(methods),
-        legend=_legend(2, "circle") if legend else None,
-    )
+    shown = _legend(2, "circle") if legend else None
+    colour = alt.Color("method:N", title=None, scale=_scale(methods), legend=shown)
     # No layer is empty: its mark would be a picture without a description to a screen reader.
     solid = [value for value in own if value["standing"] == _STANDING[0]]
     hollow = [value for value in own if value["standing"] != _STANDING[0]]
@@ -131,20 +126,16 @@ def _score_against_cost(
 
 
 def positions(there: Sequence[Position]) -> alt.LayerChart:
-    """Which share of the cells a variant kept, by where they lie along one axis."""
+    """Which share of the cells each of the first variants kept, by where they lie along one axis."""
     import altair as alt
 
-    names = list(dict.fromkeys(one.variant for one in there))
-    values = [{"variant": one.variant, "place": one.place, "share": 100 * one.share} for one in there]
-    colour = alt.Color(
-        "variant:N",
-        title=None,
-        scale=_scale(names),
-        legend=_legend(1, "stroke"),
-    )
+    names = list(dict.fromkeys(one.variant for one in there))[:_MOST_VARIANTS]
+    drawn = [one for one in there if one.variant in names]
+    values = [{"variant": one.variant, "place": one.place, "share": 100 * one.share} for one in drawn]
+    colour = alt.Color("variant:N", title=None, scale=_scale(names), legend=_legend(1, "stroke"))
     line = alt.Chart(_inline(values)).mark_line(point=True, interpolate="monotone")
     encoded = line.encode(
-        x=alt.X("place:Q", title=_AXES[there[0].axis], scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
+        x=alt.X("place:Q", title=AXES[there[0].axis], scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
         y=alt.Y("share:Q", title="cells kept, %", scale=alt.Scale(domain=[0, 100])),
         color=colour,
         tooltip=["variant:N", alt.Tooltip("share:Q", format=".0f", title="cells kept, %")],
@@ -153,9 +144,10 @@ def positions(there: Sequence[Position]) -> alt.LayerChart:
 
 
 def abilities(there: Sequence[Ability]) -> alt.LayerChart:
-    """Retained percent by category; of many categories those with most samples."""
+    """Retained percent of the first variants by category; of many categories those with most samples."""
     import altair as alt
 
+    names = list(dict.fromkeys(one.variant for one in there))[:_MOST_VARIANTS]
     sizes = {(one.benchmark, one.category): one.n for one in there}
     drawn = {*sorted(sizes, key=lambda key: -sizes[key])[:_MOST_CATEGORIES]}
     values = [
@@ -166,21 +158,15 @@ def abilities(there: Sequence[Ability]) -> alt.LayerChart:
             "n": one.n,
         }
         for one in there
-        if (one.benchmark, one.category) in drawn
+        if (one.benchmark, one.category) in drawn and one.variant in names
     ]
     categories = list(dict.fromkeys(value["category"] for value in values))
-    names = list(dict.fromkeys(one.variant for one in there))
     base = alt.Chart(_inline(values)).encode(
         y=alt.Y("category:N", title=None, sort=categories, axis=alt.Axis(labelLimit=130)),
     )
     points = base.mark_point(filled=True, size=60, opacity=0.9).encode(
         x=alt.X("retained:Q", title="retained, %", scale=alt.Scale(zero=False)),
-        color=alt.Color(
-            "variant:N",
-            title=None,
-            scale=_scale(names),
-            legend=_legend(1, "circle"),
-        ),
+        color=alt.Color("variant:N", title=None, scale=_scale(names), legend=_legend(1, "circle")),
         tooltip=["category:N", "variant:N", alt.Tooltip("retained:Q", format=".1f"), "n:Q"],
     )
     full = alt.Chart(_inline([{"retained": 100}])).mark_rule(color=_BASELINE, strokeDash=[5, 3]).encode(x="retained:Q")

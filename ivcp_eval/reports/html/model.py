@@ -16,6 +16,7 @@ from ivcp_eval.reports.stats.timing import TimeRatio
 from ivcp_eval.reports.views.decision import Decision
 
 __all__ = [
+    "AXES",
     "COSTS",
     "Ability",
     "Cost",
@@ -43,6 +44,8 @@ COSTS = {
     "prefill": "time of the prefill",
     "end_to_end": "time end to end",
 }
+#: Along which the places of kept cells are counted -> in words.
+AXES = {"rows": "top to bottom", "columns": "left to right", "centre": "centre to edge"}
 FlipKind = Literal["lost", "gained", "changed"]
 
 
@@ -208,13 +211,13 @@ class Position:
     """Which share of the cells in one part of the pictures a variant kept at its last cut.
 
     Attributes:
-        axis: "rows" (top to bottom), "columns" (left to right) or "centre" (to the edge). place: 0..1 along it.
+        axis: one of `AXES`. place: 0..1 along it.
         samples: that were read.
     """
 
     model: str
     variant: str
-    axis: Literal["rows", "columns", "centre"]
+    axis: str
     place: float
     share: float
     samples: int

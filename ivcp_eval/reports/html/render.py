@@ -21,7 +21,7 @@ import ivcp_eval
 from ivcp_eval import benchmarks
 from ivcp_eval.files import atomic_write
 from ivcp_eval.reports import terminal
-from ivcp_eval.reports.html.model import COSTS, Ability, Picture, Report, Spread
+from ivcp_eval.reports.html.model import AXES, COSTS, Ability, Picture, Report, Spread
 from ivcp_eval.reports.stats.timing import TimeRatio
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ _BLOCKS = {
     **{"cost": "Cost", "provenance": "Provenance"},
 }
 _KINDS = {"lost": "Lost", "gained": "Gained", "changed": "Not right, yet different"}
-_AXES = {"rows": "top to bottom", "columns": "left to right", "centre": "centre to edge"}
 
 
 class MissingExtra(ImportError):
@@ -135,7 +134,7 @@ def _filled(report: Report) -> Callable[..., str]:
         footer=terminal.footer(report.comparison),
         csv=csv,
         csv_name=csv_name,
-        position_charts=[(m, _AXES[axis]) for m, axis in dict.fromkeys((p.model, p.axis) for p in report.positions)],
+        position_charts=[(m, AXES[axis]) for m, axis in dict.fromkeys((p.model, p.axis) for p in report.positions)],
         specs={name: chart.to_dict() for name, chart in charts.charts(report).items()},
     )
 

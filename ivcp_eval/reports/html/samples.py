@@ -18,7 +18,7 @@ from ivcp_eval.benchmarks.boxes import FORMATS, parse_answer
 from ivcp_eval.interface.method import WHOLE, Rectangle
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.reports.comparison import ComparedRow
-from ivcp_eval.reports.html.model import Ability, Cut, Flip, FlipCount, FlipKind, Picture, Position, Shown
+from ivcp_eval.reports.html.model import AXES, Ability, Cut, Flip, FlipCount, FlipKind, Picture, Position, Shown
 from ivcp_eval.reports.html.questions import Asked, Questions, jpeg
 from ivcp_eval.reports.stats import Paired, paired_bootstraps
 from ivcp_eval.reports.table import Row, read_sample_columns
@@ -203,11 +203,11 @@ class _Places:
 
     def positions(self, model: str, variant: str) -> Iterator[Position]:
         """For the histogram; bins without cells are left out."""
-        for number, axis in enumerate(("rows", "columns", "centre")):
+        for number, axis in enumerate(AXES):
             for place in range(_BINS):
                 if cells := self.all[number, place]:
                     share = float(self.kept[number, place] / cells)
-                    yield Position(model, variant, axis, (place + 0.5) / _BINS, share, self.samples)  # type: ignore[arg-type]
+                    yield Position(model, variant, axis, (place + 0.5) / _BINS, share, self.samples)
 
 
 def _masks(sample: Sample) -> Masks | None:

@@ -86,8 +86,9 @@ class Reference:
     def fits(self, row: Row) -> bool:
         """Whether a row is of this variant; without a ratio of its own, at any."""
         given = json.loads(row["method_parameters"] or "{}")
-        asked = self.ratio in (None, row["ratio_asked"])
-        return bool(row["method"] == self.method and asked and (self.parameters is None or given == self.parameters))
+        same_ratio = self.ratio in (None, row["ratio_asked"])
+        same_parameters = self.parameters is None or given == self.parameters
+        return bool(row["method"] == self.method and same_ratio and same_parameters)
 
 
 @dataclass(frozen=True)

@@ -244,12 +244,12 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
 
 def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:
     """The cells whose method works on the model; the others' records say why not."""
-    found = []
+    capable = []
     for cell in cells:
         with suppress(ValueError):
             session.check(cell.identity.variant)
-            found.append(cell)
-    return found
+            capable.append(cell)
+    return capable
 
 
 def _loaded_name(plan: RunPlan, unit: Unit) -> str:
@@ -298,17 +298,17 @@ def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
 
 def _runnable(plan: RunPlan, session: Session, unit: Unit) -> list[Cell]:
     """The unit's unfinished cells whose method works on the model; the others are recorded with the reason."""
-    found = []
+    runnable = []
     for cell in unit.pending:
         try:
             session.check(cell.identity.variant)
-            found.append(cell)
+            runnable.append(cell)
         except ValueError as error:
             if plan.spec.kind == "eval":
                 raise
             if cell.load_record() is None:
                 record_failure(cell, error, plan.options)
-    return found
+    return runnable
 
 
 def devices() -> list[str]:

@@ -118,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
     if args.verb == "results":
         return _results(args)
     spec = load(args.sweep).with_options(given_flags(args, FLAGS))
-    from ivcp_eval.runs.planning.data import fetch_missing
     from ivcp_eval.runs.planning.plan import make, write_manifest
     from ivcp_eval.runs.store.state import reopen
 
@@ -127,9 +126,8 @@ def run(args: argparse.Namespace) -> int:
     if slurm and not device:
         device = "cuda" if args.gpus_per_task else "cpu"
     plan_only = slurm or args.verb in ("plan", "status") or (args.verb == "work" and args.no_answer)
-    if args.verb == "run" and not slurm:
-        fetch_missing((name for _, name in spec.cells), notices(args))
-    plan = make(spec, args.runs, device, plan_only=plan_only)
+    fetch = notices(args) if args.verb == "run" and not slurm else None
+    plan = make(spec, args.runs, device, plan_only=plan_only, fetch=fetch)
     if args.verb == "plan":
         return _plan(plan)
     if args.verb == "status":

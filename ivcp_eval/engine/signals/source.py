@@ -11,7 +11,7 @@ import torch
 
 from ivcp_eval.engine.geometry import is_member, row_position_embeddings
 from ivcp_eval.interface import BudgetOf, Cut, Image, ImageSpan, Signals
-from ivcp_eval.interface.ops import apportion, budget
+from ivcp_eval.interface.ops import budgets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,18 +27,11 @@ def images_at_cut(
     The budget of an image is `ops.budget` of its *prompt* tokens, so staged ratios do not compound, and at most
     what is alive. That of a clip is the same of all its frames, split among them by their prompt tokens.
     """
-    alive = [is_member(visual_columns, span.columns).nonzero().flatten() for span in spans]
+    alive = [_alive(span, visual_columns) for span in spans]
     groups = range(len(spans)) if budget_of == "image" else [_clip(span, place) for place, span in enumerate(spans)]
-    budgets = [0] * len(spans)
-    for group in dict.fromkeys(groups):
-        members = [place for place, own in enumerate(groups) if own == group]
-        sizes = [spans[place].columns.numel() for place in members]
-        limits = [alive[place].numel() for place in members]
-        allowed = min(budget(ratio, sum(sizes)), sum(limits))
-        for place, share in zip(members, apportion(allowed, sizes, limits), strict=True):
-            budgets[place] = share
+    allowances = budgets(ratio, [span.columns.numel() for span in spans], [len(tokens) for tokens in alive], groups)
     images = []
-    for span, tokens, allowed in zip(spans, alive, budgets, strict=True):
+    for span, tokens, allowed in zip(spans, alive, allowances, strict=True):
         view = None
         if span.views:
             first = torch.tensor(span.views).cumsum(0)  # first token behind each view
@@ -46,6 +39,12 @@ def images_at_cut(
             view = torch.searchsorted(first, places, right=True)
         images.append(Image(tokens=tokens, budget=allowed, n_prompt=span.columns.numel(), span=span, view=view))
     return tuple(images)
+
+
+def _alive(span: ImageSpan, visual_columns: Tensor) -> Tensor:
+    """(N,) which of the row's visual tokens are the span's; looks at its stretch only, as there may be 1,000 spans."""
+    low, high = torch.searchsorted(visual_columns, span.columns[[0, -1]] + torch.tensor([0, 1])).tolist()
+    return is_member(visual_columns[low:high], span.columns).nonzero().flatten() + low
 
 
 def _clip(span: ImageSpan, place: int) -> tuple[str, int]:

@@ -105,7 +105,8 @@ class Session:
         """Answer one conversation greedily.
 
         Args:
-            parts: ``{"image": PIL.Image or path}`` and ``{"text": str}`` in order.
+            parts: ``{"image": PIL.Image or path}``, ``{"text": str}`` and decoded videos (`AbstractAdapter.encode`) in
+                order.
             grounding: also find the canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or "no box"
                 where the answer holds none in the family's declared format.
 
@@ -113,11 +114,11 @@ class Session:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
         generated = self._generate(parts, variant)
-        new, run, inputs, asked = generated.new, generated.run, generated.inputs, generated.asked
+        new, run, inputs, conversation = generated.new, generated.run, generated.inputs, generated.asked
         if generated.whole is None:
-            return self._answer(new, run, inputs, asked, grounding)
+            return self._answer(new, run, inputs, conversation, grounding)
         whole = self._visual_tokens(self._encoded(generated.whole)[0])
-        answer = self._answer(new, run, inputs, asked, grounding, whole=whole)
+        answer = self._answer(new, run, inputs, conversation, grounding, whole=whole)
         # Each image may round up to one token more.
         allowed = generated.share * whole + sum("image" in part for part in parts)
         return replace(answer, over_budget=generated.run.visual_kept[0] > allowed)
@@ -139,6 +140,11 @@ class Session:
             conversation, whole = _decoded(parts), None
             share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
             if share is not None:
+                if any("video" in part for part in conversation):
+                    raise InputRefused(
+                        f"method {variant.method!r} shrinks pictures and would leave the video as it is; show fewer "
+                        "frames instead"
+                    )
                 whole = conversation
                 conversation = [
                     {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
@@ -192,16 +198,19 @@ class Session:
         self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool, exact: bool
     ) -> list[list[Answer]]:
         decoded = [_decoded(parts) for parts in conversations]
-        layouts = [self.adapter.layout(self.processor, [conversation]) for conversation in decoded]
+        layouts = [dict(self.adapter.layout(self.processor, [conversation])) for conversation in decoded]
+        frames = [layout.pop("frames", None) for layout in layouts]
         if any(layout != layouts[0] for layout in layouts):
             raise ValueError("the pictures of these samples are laid out differently; answer them one at a time")
+        if any(frames):  # which are the rows' own
+            layouts[0]["frames"] = self.adapter.layout(self.processor, decoded)["frames"]
         own = [i for i, variant in enumerate(variants) if _on_its_own(variant)]
         rest = [i for i in range(len(variants)) if i not in own]
         answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
             forked = self._forked(decoded, layouts[0], [variants[i] for i in rest], grounding, exact)
-            for answers, made in zip(answered, forked, strict=True):
-                answers |= {i: answer for i, (answer, _) in zip(rest, made, strict=True)}
+            for answers, pairs in zip(answered, forked, strict=True):
+                answers |= {i: answer for i, (answer, _) in zip(rest, pairs, strict=True)}
         return [[answers[i] for i in range(len(variants))] for answers in answered]
 
     @contained(_METHOD)
@@ -210,10 +219,10 @@ class Session:
     ) -> list[tuple[Answer, Run]]:
         """`answer_all` that also says which tokens survived; variants that change the picture are refused."""
         conversation = _decoded(parts)
-        (made,) = self._forked(
+        (pairs,) = self._forked(
             [conversation], self.adapter.layout(self.processor, [conversation]), variants, grounding, False
         )
-        return made
+        return pairs
 
     def _forked(
         self,
@@ -228,16 +237,16 @@ class Session:
             inputs, tensors = self._encoded(*decoded)
             check()
             branches = fork(self.model, variants, tensors, layout=layout, exact=exact, **self._options)
-        made = []
+        results = []
         for sample in range(len(decoded)):
             rows = [branch.run.row(sample) for branch in branches]
-            made.append(
+            results.append(
                 [
                     (self._answer(branch.tokens[sample], row, inputs, decoded[sample], grounding, sample), row)
                     for branch, row in zip(branches, rows, strict=True)
                 ]
             )
-        return made
+        return results
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""
@@ -264,7 +273,7 @@ class Session:
         new: torch.Tensor,
         run: Run,
         inputs: Mapping[str, Any],
-        asked: list[Mapping[str, Any]],
+        conversation: list[Mapping[str, Any]],
         grounding: bool,
         sample: int = 0,
         whole: int | None = None,
@@ -272,7 +281,7 @@ class Session:
         """From the new tokens and the facts of one row.
 
         Args:
-            asked: the conversation. sample: of ``inputs``.
+            conversation: what was asked. sample: of ``inputs``.
             whole: visual tokens of the image as it was, where a smaller one was asked about.
         """
         text = storable(self.processor.batch_decode([new], skip_special_tokens=True)[0].strip())
@@ -288,16 +297,17 @@ class Session:
             kv_analytic=_round(run.analytic_share(0, int(new.numel()) - 1)),
             new_tokens=int(new.numel()),
             nonfinite_scores=sum(run.nonfinite_scores),
-            masks=self._masks(run, asked).to_text() if run.cuts else "",
+            masks=self._masks(run, conversation).to_text() if run.cuts else "",
         )
 
-    def _masks(self, run: Run, asked: list[Mapping[str, Any]]) -> Masks:
+    def _masks(self, run: Run, conversation: list[Mapping[str, Any]]) -> Masks:
         """Of one row; what only the processor knows of where the views lie is filled in."""
         masks = run.masks()
-        pictures = [part["image"] for part in asked if "image" in part]
+        pictures = iter([part["image"] for part in conversation if "image" in part])
         images = []
-        for image, picture in zip(masks.images, pictures, strict=True):
-            covered = self.adapter.covered(self.processor, picture.size)
+        for image in masks.images:
+            whole = image.frame is None  # frames of videos know what they show
+            covered = self.adapter.covered(self.processor, next(pictures).size) if whole else None
             images.append(replace(image, views=tuple(replace(v, covers=v.covers or covered) for v in image.views)))
         return replace(masks, images=tuple(images))
 

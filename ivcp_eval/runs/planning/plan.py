@@ -1,4 +1,4 @@
-"""From a spec to hashed cells and units of work on this machine: weights, data, limits. Nothing is run or fetched.
+"""From a spec to hashed cells and units of work on this machine: weights, data, limits. Nothing is run.
 
 Knows no method and no family by name.
 """
@@ -6,8 +6,9 @@ Knows no method and no family by name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -138,23 +139,32 @@ class RunPlan:
         return list(dict.fromkeys(map(described, held)))
 
 
-def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: bool = False) -> RunPlan:
+def make(
+    spec: Spec,
+    runs: Path | None = None,
+    device: str = "",
+    *,
+    plan_only: bool = False,
+    fetch: Callable[[str], None] | None = None,
+) -> RunPlan:
     """Find weights and data of every model, and hash every cell; what is missing becomes a problem, not an error.
 
     Args:
         runs: where cells live (default ``results/runs``). device: of this worker, in place of the spec's.
         plan_only: only plan, look or score, so this machine need not have the device; that of a full-size model is
-            then the one of the run that was started, or CUDA.
+            then the one of the run that was started, or CUDA. Weights are looked for on this machine alone.
+        fetch: have the data of a model that can run fetched where it is not here; is told of it.
     """
     runs = runs or cells.RUNS
     check_folder(runs)
     plan = RunPlan(spec, runs)
+    fetch_once = functools.cache(lambda name: data.fetch_missing([name], fetch) if fetch else None)
     for model, folder in spec.models.items():
         if not spec.benchmarks(model):
             continue
         placed = device or spec.options.device or (manifest.device(plan.state, model) if plan_only else "")
         try:
-            plan.models[model], missing = _model_plan(plan, model, folder, placed, plan_only)
+            plan.models[model], missing = _model_plan(plan, model, folder, placed, plan_only, fetch_once)
         except (models.MissingWeights, DataMissing, ValueError, OSError) as error:
             plan.problems.append(f"{model}: {error}")
             continue
@@ -163,7 +173,7 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: b
 
 
 def _model_plan(
-    plan: RunPlan, model: str, folder: str | None, device: str, plan_only: bool
+    plan: RunPlan, model: str, folder: str | None, device: str, plan_only: bool, fetch: Callable[[str], None]
 ) -> tuple[ModelPlan, list[str]]:
     """One model, and why benchmarks of it cannot run here; DataMissing if none can."""
     spec = plan.spec
@@ -180,6 +190,7 @@ def _model_plan(
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
     missing: list[str] = []
     for name in spec.benchmarks(model):
+        fetch(name)
         benchmark = data.find(name)
         try:
             digest = data.digest(benchmark)

@@ -113,16 +113,16 @@ def _checked(marked: Marked, name: str) -> Spec:
         if not raw.get(key):
             raise marked.error((key,), f"{key} is missing or empty")
     models_asked = _models(marked, raw["models"])
-    asked = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
+    benchmarks_of_all = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
     cells: dict[tuple[str, str], tuple[Variant, str]] = {}
-    for model, benchmark in itertools.product(models_asked, asked):
+    for model, benchmark in itertools.product(models_asked, benchmarks_of_all):
         cells[_key(Variant(model), benchmark)] = Variant(model), benchmark
     entries = marked.listed(("methods",), raw["methods"], dict, "a method with its ratios")
     shared = {key: raw[key] for key in _BUDGET if raw.get(key) is not None}
     _budget(marked, (), {}, shared, 1.0)
     for i, entry in enumerate(entries):
         before = len(cells)
-        for variant, benchmark in _entry(marked, ("methods", i), entry, list(models_asked), asked, shared):
+        for variant, benchmark in _entry(marked, ("methods", i), entry, list(models_asked), benchmarks_of_all, shared):
             cells[_key(variant, benchmark)] = variant, benchmark
         if len(cells) == before and entry["method"] != BASELINE:
             raise marked.error(
@@ -173,21 +173,21 @@ def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
 
 def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
     if isinstance(raw, dict):
-        found: dict[str, str | None] = dict(raw)
+        folders: dict[str, str | None] = dict(raw)
         for name, folder in raw.items():
             if not isinstance(name, str) or not isinstance(folder, str | None):
                 raise marked.error(
                     ("models", name), f"{name!r}: {folder!r} is not a short name and a folder, or nothing"
                 )
     else:
-        found = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
-    for i, name in enumerate(found):
+        folders = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
+    for i, name in enumerate(folders):
         try:
             models.find(name)
         except ValueError as error:
             place: Place = ("models", name) if isinstance(raw, dict) else ("models", i)
             raise marked.error(place, str(error)) from None
-    return found
+    return folders
 
 
 def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
@@ -247,7 +247,8 @@ def _controls(
 ) -> Iterator[tuple[Variant, str]]:
     """What every other method is to be compared with, wherever one is measured."""
     chosen, known = raw.get("controls"), control_names()
-    usual = [name for name in known if not make_method(name).repeats_baseline]
+    controls = {name: make_method(name) for name in known}
+    usual = [name for name, control in controls.items() if not (control.repeats_baseline or control.for_videos)]
     wanted = usual if chosen is None else chosen
     for i, entry in enumerate(
         marked.listed(("controls",), wanted, str | dict, "a control or its {method, parameters}")

@@ -17,7 +17,7 @@ from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Placement
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench
 
 
 def test_a_second_answering_is_the_noise_floor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,196 @@
+"""A verdict needs a rule, is right as often as it says, and never comes from missing or random evidence."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ivcp_eval.cli import main
+from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.stats.margins import clusters_to_decide, loss_test
+from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.views.decision import Policy, decide
+
+N = 1000
+
+
+def write(folder: Path, losses: dict[tuple[str, str], int], **more: Any) -> Path:
+    """Results of (method, benchmark) -> answers lost of 1,000; each benchmark has a baseline of 800 right."""
+    rows = []
+    for (method, benchmark), lost in {**{("none", b): 0 for _, b in losses}, **losses}.items():
+        place = f"{method}/{benchmark}"
+        (folder / place).mkdir(parents=True)
+        scores = np.zeros(N)
+        scores[lost : 800 + (5 if lost else 0)] = 1  # every variant also gains a few
+        write_samples(
+            folder / place / "predictions.csv",
+            [{"index": i, "prediction": str(s), "score": s} for i, s in enumerate(scores)],
+        )
+        factor = {"none": 1.0, "fastv": 0.7, "random": 0.5}.get(method, 0.9)
+        samples = [
+            {"index": str(i), "prefill_ms": 10 * factor * (1 + i % 3), "end_to_end_ms": 50 * factor} for i in range(8)
+        ]
+        (folder / place / "timing.json").write_text(json.dumps({"session": "s", "samples": samples}))
+        sizes = {"layers": 10, "kv_heads": 2, "head_dim": 32, "value_dim": None}
+        (folder / place / "cell.json").write_text(json.dumps({"identity": {}, "decoder": sizes}))
+        own = {
+            "model": "tiny", "method": method, "benchmark": benchmark, "metric": "accuracy", "status": "ok",
+            "score": 100 * scores.mean(), "score_scale": 100, "ratio_asked": 1.0 if method == "none" else 0.5,
+            "ratio_kv_cache": 1.0 if method == "none" else 0.5, "visual_tokens_prompt_mean": 64.0, "dtype": "bfloat16",
+            "n_samples": N, "run_id": place, "predictions": f"{place}/predictions.csv", "trained_weights": True,
+        }  # fmt: skip
+        rows.append(make_row(**{**own, **more}))
+    write_results(folder / "r.csv", rows)
+    return folder / "r.csv"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    losses = {"fastv": (10, 12), "ivc_prune": (6, 8), "random": (250, 30), "uniform": (31, 15)}
+    return write(tmp_path, {(m, b): lost for m, of in losses.items() for b, lost in zip("ab", of, strict=True)})
+
+
+def test_verdicts_savings_and_the_cheapest(results: Path) -> None:
+    decision = decide(results, Policy(3))
+    words = {one.variant.split()[0]: one.word for one in decision.verdicts}
+    assert words == {"fastv": "GO", "ivc_prune": "GO", "random": "NO-GO", "uniform": "UNDECIDED"}
+    assert decision.cheapest == {"tiny": ("fastv 0.5", "measured time end to end")}
+    assert decision.exit_code == 0
+    fastv, _, random, uniform = decision.verdicts
+    assert (fastv.prefill, fastv.end_to_end) == pytest.approx((0.7, 0.7))
+    assert fastv.kv_bytes_saved == 64 * 0.5 * 10 * 2 * 64 * 2
+    assert (random.benchmark, random.difference) == ("a", pytest.approx(-24.5))
+    assert uniform.more_samples > 0
+    assert "more samples would decide" in uniform.why
+    assert "Cheapest that passes, tiny: fastv 0.5" in decision.to_terminal(100)
+    assert max(map(len, decision.to_terminal(100).splitlines()[3:12])) <= 100
+
+
+def test_only_critical_benchmarks_decide(results: Path) -> None:
+    word = {one.variant: one.word for one in decide(results, Policy(5, critical=("b",))).verdicts}
+    assert word["random 0.5"] == "GO"
+    with pytest.raises(ValueError, match="unknown critical benchmark 'c'"):
+        decide(results, Policy(5, critical=("c",)))
+
+
+def test_missing_few_or_random_evidence_is_no_go_either_way(tmp_path: Path) -> None:
+    path = write(tmp_path / "missing", {("fastv", "a"): 2, ("fastv", "b"): 2, ("random", "a"): 2})
+    words = {one.variant: (one.word, one.why) for one in decide(path, Policy(5)).verdicts}
+    assert words["fastv 0.5"][0] == "GO"
+    assert words["random 0.5"][0] == "UNDECIDED"
+    assert words["random 0.5"][1].startswith("no row of b")
+    (few,) = decide(
+        path, Policy(5, critical=("b",), minimum_n=N + 1), select=lambda row: row["method"] == "fastv"
+    ).verdicts
+    assert (few.word, few.why[:10]) == ("UNDECIDED", "fewer than")
+    untrained = write(tmp_path / "untrained", {("fastv", "a"): 2}, trained_weights=False)
+    assert [one.word for one in decide(untrained, Policy(5)).verdicts] == ["UNDECIDED"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--margin", "3"], 0),
+        (["--margin", "3", "--method", "random"], 1),
+        (["--margin", "3", "--method", "uniform"], 3),
+    ],
+)
+def test_exit_codes(results: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int) -> None:
+    assert main(["decide", str(results), *options]) == code
+    assert "Rule: GO if on every benchmark" in capsys.readouterr().out
+
+
+def test_no_rule_no_verdict(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["decide", str(results)])
+    assert stop.value.code == 2
+    for margin in ("0", "-1", "nan", "100"):
+        assert main(["decide", str(results), f"--margin={margin}"]) == 2
+    policy = tmp_path / "policy.yaml"
+    for text, said in (("alpha: 0.1\n", "margin is missing"), ("margin: 1\nmargn: 2\n", "line 2: unknown key 'margn'")):
+        policy.write_text(text)
+        assert main(["decide", str(results), "--policy", str(policy)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_registered_policy_stands_in_the_output(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("margin: 3\nalpha: 0.01\ncritical: [a]\nminimum_n: 500\n")
+    assert main(["decide", str(results), "--policy", str(policy), "--alpha", "0.2"]) == 2, "no flag softens it"
+    capsys.readouterr()
+    assert main(["decide", str(results), "--policy", str(policy), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    digest = hashlib.sha256(policy.read_bytes()).hexdigest()
+    assert found["policy"] == {"margin": 3, "alpha": 0.01, "critical": ["a"], "minimum_n": 500, "sha256": digest}
+    assert main(["decide", str(results), "--policy", str(policy), "--csv"]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {line["policy_sha256"] for line in lines} == {digest}
+    assert [line["word"] for line in lines] == [one["word"] for one in found["verdicts"]]
+
+
+@pytest.mark.parametrize(
+    ("n", "margin", "gains"), [(100, 0.03, 0.0), (400, 0.03, 0.0), (400, 0.02, 0.05), (2000, 0.01, 0.02)]
+)
+def test_false_go_at_the_margin_is_at_most_alpha(n: int, margin: float, gains: float) -> None:
+    """Truth at the margin: losses exceed gains by exactly it, where hardly anything changes too."""
+    trials = 4000
+    drawn = np.random.default_rng(0).multinomial(n, [margin + gains, gains, 1 - margin - 2 * gains], trials)
+    lost, gained = drawn[:, 0], drawn[:, 1]
+    false_go = 0
+    for b, c in zip(lost, gained, strict=True):
+        difference = (c - b) / n
+        error = np.sqrt((b + c) / n - difference**2) / np.sqrt(n)
+        test = loss_test(difference, error, n, margin, 1, 0.05)
+        assert test is not None
+        false_go += test.p_not_worse <= 0.05
+        assert (test.lowest > -margin) == (test.p_not_worse < 0.05)
+    assert false_go / trials <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / trials)
+
+
+def test_power_is_what_the_number_of_samples_promises() -> None:
+    """With as many clusters as asked for, a true difference of the observed size is decided in 80 of 100 runs."""
+    generator, spread, truth, margin = np.random.default_rng(1), 0.4, -0.005, 0.03
+    n = int(clusters_to_decide(truth, spread / 10, 100, margin, 0.05))
+    passed = 0
+    for _ in range(1000):
+        values = generator.normal(truth, spread, n)
+        test = loss_test(values.mean(), values.std() / np.sqrt(n), n, margin, 1, 0.05)
+        passed += test is not None and test.p_not_worse <= 0.05
+    assert passed / 1000 == pytest.approx(0.8, abs=0.04)
+
+
+def test_any_false_go_among_many_variants_is_as_rare(tmp_path: Path) -> None:
+    """Twenty variants at the margin: Holm holds the chance that any of them passes."""
+    from ivcp_eval.reports.stats import holm
+
+    generator, n, margin = np.random.default_rng(2), 500, 0.04
+    families = 0
+    for _ in range(600):
+        p_values = []
+        for b, c in generator.multinomial(n, [0.09, 0.05, 0.86], 20)[:, :2]:
+            difference = (c - b) / n
+            test = loss_test(difference, np.sqrt((b + c) / n - difference**2) / np.sqrt(n), n, margin, 1, 0.05)
+            assert test is not None
+            p_values.append(test.p_not_worse)
+        families += holm(p_values).min() <= 0.05
+    assert families / 600 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
+
+
+def test_agreement_is_never_called_right_or_wrong(results: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "agreement", {("fastv", "a"): 2}, metric="agreement")
+    text = compare(path, resamples=100).to_terminal(999)
+    assert (
+        "Flips of agreement: answers that agree less / more with the unpruned model's, be they right or wrong." in text
+    )
+    assert "right -> wrong" not in text
+    assert decide(path, Policy(5)).notes == ("agreement: agreement with the unpruned model's answers, not accuracy.",)
+    assert "right -> wrong" in compare(results, resamples=100).to_terminal(999)
+    assert decide(results, Policy(5)).notes == ()

@@ -448,6 +448,7 @@ class AbstractMethod(ABC):
     faithfulness: ClassVar[Faithfulness] = "variant"
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     repeats_baseline: ClassVar[bool] = False  # prunes nothing; answers in passes of its own, once per benchmark
+    is_served: ClassVar[bool] = False  # a server does what it does (`variants.Server`); nothing of it is known here
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
 

@@ -54,6 +54,9 @@ REFUSED = (
 )
 """Columns whose difference changes scores by itself, so that a comparison would blame or praise the pruning for it."""
 
+#: Of `REFUSED`, what is a server's own and not known here, or sent to it in other words.
+_UNKNOWN_OF_SERVERS = ("revision", "trained_weights", "min_pixels", "max_pixels", "generation")
+
 _REMARKED = ("checkpoint", "dtype", "device", "attention", "torch_version", "transformers_version", "ivcp_commit")
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
@@ -195,6 +198,8 @@ def _shown(value: Any) -> str:
 
 def _unequal(baseline: Mapping[str, Any], pruned: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     published = bool(baseline["source"] or pruned["source"])
+    if _half_served(baseline, pruned):
+        columns = [name for name in columns if name not in _UNKNOWN_OF_SERVERS]
     lines = []
     for name in columns:
         before, after = baseline[name], pruned[name]
@@ -213,7 +218,17 @@ def differences(baseline: Row, pruned: Row) -> list[str]:
 
 def remarks(baseline: Row, pruned: Row) -> list[str]:
     """What differs and may matter, but does not forbid the comparison."""
-    return _unequal(baseline, pruned, _REMARKED)
+    lines = _unequal(baseline, pruned, _REMARKED)
+    if _half_served(baseline, pruned):
+        served = json.loads(pruned["served"] or baseline["served"])["base_url"]
+        unknown = ", ".join(_UNKNOWN_OF_SERVERS)
+        lines.append(f"one side is answered by a server ({served}), whose {unknown} may be others than those here")
+    return lines
+
+
+def _half_served(baseline: Mapping[str, Any], pruned: Mapping[str, Any]) -> bool:
+    """Whether one of the two rows was answered by a server, and the other here."""
+    return bool(baseline["served"]) != bool(pruned["served"])
 
 
 def unknown_provenance(baseline: Row, pruned: Row) -> list[str]:
@@ -323,6 +338,8 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
         return f"no {what}{_lacking(row, baselines)}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
+    # Of a server and the model here, that which answers where the row's own answers come from.
+    chosen = [g for g in chosen if not _half_served(g[0], row)] or chosen
     if len(chosen) > 1:
         unequal = [name for name in row if len({str(g[0][name]) for g in chosen}) > 1]
         raise NotComparable(

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that behaves as it is told, for the judge's client."""
+"""A real HTTP server on this machine that behaves as it is told, for whoever asks OpenAI-compatible servers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def error(status: int, message: str, code: str | None = None, **headers: str) ->
 @dataclass
 class Server:
     """Attributes: requests: bodies in the order of arrival. headers: theirs. most_at_once: requests under way.
-    sent: bytes of bodies."""
+    sent: bytes of bodies. models: what it lists; None: it does not."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +61,7 @@ class Server:
     times: list[float] = field(default_factory=list)
     most_at_once: int = 0
     sent: int = 0
+    models: tuple[str, ...] | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -93,6 +94,11 @@ def serve(respond: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
             finally:
                 with lock:
                     under_way -= 1
+
+        def do_GET(self) -> None:
+            listed = [{"id": name, "object": "model", "owned_by": "test"} for name in server.models or ()]
+            known = server.models is not None and self.path == "/v1/models"
+            self._send(Reply(200, json.dumps({"data": listed}).encode()) if known else error(404, "no such page"))
 
         def _send(self, reply: Reply) -> None:
             time.sleep(reply.delay_s)

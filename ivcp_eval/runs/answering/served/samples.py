@@ -43,7 +43,7 @@ class Served:
 
     def check(self, grounding: bool) -> None:
         """Raises Unsupported where boxes cannot be read: pixels are those of a picture that only a processor knows."""
-        if grounding and self._in_pixels and not (self.weights.source / "preprocessor_config.json").is_file():
+        if grounding and self._in_pixels and not any(self.weights.source.glob("*processor_config.json")):
             raise Unsupported(
                 f"{self.weights.family} writes boxes in pixels of the resized picture, whose size the checkpoint's "
                 f"processor says, and {self.weights.source} has none; give a folder with its JSON files (`path:`, "

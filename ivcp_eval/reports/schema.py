@@ -303,6 +303,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("transformers_version", "text", "transformers", of_run=True),
     Column("vlmeval_version", "text", "VLMEvalKit (distribution and version, or commit)", of_run=True),
     Column("dtype", "text", "weights and activations, e.g. `bfloat16`", of_run=True),
+    Column(
+        "quantised",
+        "text",
+        "how the weights of linear layers are stored, `int8` or `int4`, and by which library; empty: as they are",
+        late=True,
+        of_run=True,
+    ),
     Column("device", "text", "accelerator name, or `cpu`", of_run=True),
     Column("attention", "text", "attention kernel: `sdpa`, `eager`, `flash_attention_2`", of_run=True),
     Column("trained_weights", "boolean", "false: random weights, whose accuracies mean nothing", of_run=True),

@@ -24,6 +24,7 @@ from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.boxes import scored_box
 from ivcp_eval.runs.answering.generation import finite_logits, neutral
+from ivcp_eval.runs.answering.quantising import quantise
 from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from model_adapters._checkpoint import refuse_broken
@@ -80,6 +81,8 @@ class Session:
                 trust_remote_code=trust_remote_code,
             )
         refuse_broken(self.model, str(weights.source))
+        if weights.quantised:
+            quantise(self.model, weights.quantised)
         self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device
         cuda = self._device.type == "cuda"

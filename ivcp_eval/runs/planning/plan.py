@@ -17,6 +17,7 @@ from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Server, Variant
+from ivcp_eval.runs.answering.quantising import quantiser
 from ivcp_eval.runs.planning import cells, data
 from ivcp_eval.runs.planning.cells import Cell, Identity
 from ivcp_eval.runs.planning.closure import code_of
@@ -249,6 +250,8 @@ class _Identities:
         options, server = self.plan.options, variant.server
         placement = {**dataclasses.asdict(self.placement), "device": self.placement.device.partition(":")[0]}
         limits, sent = self.limits, adapter(self.weights.family).stated()
+        if self.weights.quantised:
+            placement |= {"weights": self.weights.quantised, "quantiser": quantiser()}
         if server is not None:
             placement = dict.fromkeys(placement, "")
             limits, sent = Limits(None, None, limits.max_new_tokens), fields_sent(server, limits.max_new_tokens)

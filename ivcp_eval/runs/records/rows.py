@@ -59,6 +59,7 @@ def cell_rows(weights: Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> 
         **{name: number for name, number in versions.items() if name in COLUMN_NAMES},
         "dtype": identity.placement["dtype"],
         "attention": identity.placement["attention"],
+        "quantised": " ".join(identity.placement.get(name, "") for name in ("weights", "quantiser")).strip(),
         "trained_weights": None if server else weights.trained,
         "run_id": identity.hash,
         "predictions": Path(_relative(cell.predictions, csv.parent)).as_posix(),

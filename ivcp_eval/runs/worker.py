@@ -269,10 +269,15 @@ def _time(plan: RunPlan, model: str, benchmark: Benchmark, cells: Sequence[Cell]
     if here:
         session = _session(plan, model, hooks, report)
         n = time_cells(session, dataset, _capable(session, here), wanted)
-    if served := [cell for cell in cells if cell not in here]:
-        engines = [_served(plan, Unit(model, benchmark, 0, 0, (cell,)), report) for cell in served]
-        n = max(n, time_served(engines, dataset, served, wanted))
-    return n
+    served = {}
+    for cell in cells:
+        if cell not in here:
+            engine = _served(plan, Unit(model, benchmark, 0, 0, (cell,)), report)
+            with suppress(ValueError):
+                engine.check(benchmark.kind == "grounding")
+                served[cell.identity.hash] = engine, cell
+    engines, asked = [engine for engine, _ in served.values()], [cell for _, cell in served.values()]
+    return max(n, time_served(engines, dataset, asked, wanted))
 
 
 def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:

@@ -94,18 +94,15 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
 
     _, checkpoint = models.find(args.model)
     parameters = dict(parameter(text) for text in args.set)
-    entry = {"method": args.method, "ratios": [args.ratio]}
+    entry = {"method": args.method, "ratios": [args.ratio], "budget": args.budget}
+    entry["parameters"] = {key: [value] if isinstance(value, list) else value for key, value in parameters.items()}
     baseline = args.baseline_url
     if args.base_url and args.method == BASELINE:
         baseline = args.base_url
     elif args.base_url:
         entry["served"] = _server(args, args.base_url)
     if "served" not in entry:
-        entry |= {
-            "parameters": {key: [value] if isinstance(value, list) else value for key, value in parameters.items()},
-            "seeds": [args.seed],
-            "budget": args.budget,
-        }
+        entry["seeds"] = [args.seed]
     model = {"path": args.model_path, "served": _server(args, baseline)} if baseline else args.model_path
     prompt = {"budget_prompt": list(args.budget_prompt)} if args.budget_prompt else {}
     return {

@@ -34,9 +34,13 @@ def key_of(variable: str) -> str:
     return key
 
 
-def connected(url: str, key: str, timeout_s: float, retries: int) -> AsyncOpenAI:
-    """A client whose every exchange ends within ``timeout_s``, retried as `JudgeConfig.retries` says."""
-    from openai import AsyncOpenAI
+def connected(url: str, key: str, timeout_s: float, retries: int, streams: bool = False) -> AsyncOpenAI:
+    """A client whose every exchange ends within ``timeout_s``, retried as `JudgeConfig.retries` says.
+
+    Args:
+        streams: hand on a reply while it arrives; who reads it has to limit it.
+    """
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     from ivcp_eval.vlmeval_bridge.judge.transport import BoundedClient
 
@@ -45,7 +49,9 @@ def connected(url: str, key: str, timeout_s: float, retries: int) -> AsyncOpenAI
         base_url=url,
         timeout=None,  # the client's own holds for all of an exchange
         max_retries=retries,
-        http_client=BoundedClient(timeout_s),
+        http_client=DefaultAsyncHttpxClient(timeout=timeout_s, follow_redirects=False)
+        if streams
+        else BoundedClient(timeout_s),
     )
 
 

@@ -18,6 +18,7 @@ class Reply:
 
     Attributes:
         cut: sends only that many bytes of the body it promised. repeat: how often the body is sent.
+        pause_s: seconds before each server-sent event of the body.
         drip_s: seconds before each byte of a body that takes a minute; with ``drip_head``, of the headers before it.
     """
 
@@ -27,6 +28,7 @@ class Reply:
     delay_s: float = 0.0
     cut: int | None = None
     repeat: int = 1
+    pause_s: float = 0.0
     drip_s: float = 0.0
     drip_head: bool = False
 
@@ -114,7 +116,10 @@ def serve(respond: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for _ in range(reply.repeat):
+                for event in reply.body.split(b"\n\n")[:-1] if reply.pause_s else ():
+                    time.sleep(reply.pause_s)
+                    self.wfile.write(event + b"\n\n")
+                for _ in range(0 if reply.pause_s else reply.repeat):
                     self.wfile.write(reply.body if reply.cut is None else reply.body[: reply.cut])
                     server.sent += len(reply.body)
                 if reply.cut is not None:

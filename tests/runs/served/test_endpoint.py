@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ivcp_eval.runs.answering.served.endpoint import Endpoint, Reply
 from ivcp_eval.runs.answering.served.samples import concurrently
 from tests.benchmarks.judge import server as http
 from tests.benchmarks.judge.server import error, serve
-from tests.runs.served.engine import is_probe, parts_of, said
+from tests.runs.served.engine import is_probe, parts_of, said, streamed
 
 AT_ONCE = {"retry_after_ms": "1"}
 Respond = Callable[[dict[str, Any], int], http.Reply]
@@ -179,3 +180,14 @@ def test_requests_under_way_are_dropped_when_nobody_waits() -> None:
         assert next(made) == Reply("yes", 10, 2)
         made.close()  # type: ignore[attr-defined]
         assert len(server.requests) <= 3
+
+
+def test_the_first_token_is_timed_when_it_comes() -> None:
+    paced = replace(streamed("abcd", "stop", 5), pause_s=0.2)
+    with asked(lambda body, n: paced) as (_, server, engine):
+        (times,) = concurrently(engine, ["x"], lambda client, item: engine.time(client, [{"text": item}]), streams=True)
+        assert server.requests[-1]["stream"] is True
+    assert 200 <= times.first_token_ms < 500, times
+    assert 500 <= 4 * times.decode_ms_per_token < 1000, "5 tokens by the server's usage"
+    assert times.end_to_end_ms > times.first_token_ms + 600
+    assert times.prefill_ms is times.vision_ms is None

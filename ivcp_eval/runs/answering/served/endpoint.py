@@ -82,8 +82,11 @@ class Endpoint:
         self._longest = next((fields[name] for name in ("max_tokens", "max_completion_tokens") if fields.get(name)), 0)
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[AsyncOpenAI]:
-        """A connection; the first one finds out what the server is, and asks it one tiny question.
+    async def open(self, streams: bool = False) -> AsyncIterator[AsyncOpenAI]:
+        """A connection, of which the first one finds out what the server is, and asks it one tiny question.
+
+        Args:
+            streams: for `time`; else every reply is read whole, and bounded.
 
         Raises:
             ServerLost: it is not there, or does not take what is sent.
@@ -93,7 +96,7 @@ class Endpoint:
         except ValueError as error:
             raise ServerLost(str(error)) from None
         self._secrets = (key,)
-        async with connected(self.server.base_url, key, self.timeout, RETRIES) as client:
+        async with connected(self.server.base_url, key, self.timeout, RETRIES, streams) as client:
             with masked_logs(self._secrets):
                 if not self.title:
                     await self._introduce(client)
@@ -207,14 +210,17 @@ class Endpoint:
             ServerLost: nobody is there.
         """
         import httpx2
+        import openai
+
+        from ivcp_eval.vlmeval_bridge.judge.transport import BoundedClient, ReplyTooLong
 
         url, key = f"{self.server.base_url}/models", {"Authorization": f"Bearer {client.api_key}"}
         for attempt in range(TRIES):
             try:
-                async with httpx2.AsyncClient(timeout=min(30.0, self.timeout)) as http:
+                async with BoundedClient(min(30.0, self.timeout)) as http:
                     response = await http.get(url, headers=key)
                 break
-            except httpx2.HTTPError as error:
+            except (httpx2.HTTPError, openai.APITimeoutError, ReplyTooLong) as error:
                 if attempt == TRIES - 1:
                     raise ServerLost(
                         f"{self.server.host} cannot be reached ({told(error, self._secrets)}); start it, or correct "

@@ -111,7 +111,10 @@ def served_samples(
 
 
 def concurrently(
-    endpoint: Endpoint, items: Sequence[Item], work: Callable[[AsyncOpenAI, Item], Coroutine[Any, Any, Result]]
+    endpoint: Endpoint,
+    items: Sequence[Item],
+    work: Callable[[AsyncOpenAI, Item], Coroutine[Any, Any, Result]],
+    streams: bool = False,
 ) -> Iterator[Result]:
     """What ``work`` makes of each item, as many at once as the server is asked; closing it drops what is under way."""
     results: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
@@ -128,7 +131,7 @@ def concurrently(
             for item in waiting:
                 results.put(await work(client, item))
 
-        async with endpoint.open() as client:
+        async with endpoint.open(streams) as client:
             await asyncio.gather(*[worker() for _ in range(endpoint.server.concurrency)])
 
     def run() -> None:

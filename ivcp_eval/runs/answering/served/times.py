@@ -64,7 +64,7 @@ def _stream(engine: Served, asked: Sequence[_Asked]) -> dict[str, Times]:
         except FAILURES:  # answering it said why
             return index, None
 
-    made = concurrently(engine.endpoint, asked, ask)
+    made = concurrently(engine.endpoint, asked, ask, streams=True)
     return {index: times for index, times in made if times is not None}
 
 

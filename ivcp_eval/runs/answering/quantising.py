@@ -42,7 +42,7 @@ def quantise(model: Any, kind: str) -> None:
         return linear and grouped in (None, module.in_features % _GROUP == 0)
 
     if kind == "int4":
-        four = IntxWeightOnlyConfig(torch.int4, PerGroup(_GROUP))
+        four = IntxWeightOnlyConfig(torch.int4, PerGroup(_GROUP))  # type: ignore[attr-defined]
         quantize_(model, four, lambda module, name: chosen(module, name, True))
     quantize_(
         model, Int8WeightOnlyConfig(), lambda module, name: chosen(module, name, None if kind == "int8" else False)

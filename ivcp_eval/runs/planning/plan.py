@@ -255,7 +255,8 @@ class _Identities:
         if server is not None:
             placement = dict.fromkeys(placement, "")
             limits, sent = Limits(None, None, limits.max_new_tokens), fields_sent(server, limits.max_new_tokens)
-        code = code_of(variant.method, self.weights.family, served=server is not None)
+        answering = variant.method, self.weights.family
+        code = code_of(*answering) if server is None else code_of(*answering, served=True)
         identity = Identity(
             variant=variant,
             method_parameters=parameters_of(make_method(variant.method, variant.parameters)),

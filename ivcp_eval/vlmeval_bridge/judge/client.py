@@ -253,7 +253,7 @@ class Judge:
             except openai.InternalServerError as error:
                 raise JudgeUnreachable(self._said("fails", error)) from None
             except openai.APIStatusError as error:
-                raise JudgeRefused(self._said(refusal(error), error)) from None
+                raise JudgeRefused(self._said(refusal(error, "judge"), error)) from None
             except openai.APITimeoutError as error:
                 trouble = self._said("cannot be reached", error)
                 tries -= 1

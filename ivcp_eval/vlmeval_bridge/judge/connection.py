@@ -64,11 +64,11 @@ def told(error: Exception, secrets: Collection[str]) -> str:
     return masked(f"{text} ({error.__cause__})" if error.__cause__ else text, secrets)[:300]
 
 
-def refusal(error: APIStatusError) -> str:
-    """What a server does with a request that it does not take."""
+def refusal(error: APIStatusError, whose: str) -> str:
+    """What a server does with a request that it does not take; ``whose`` server it is, in a word."""
     if 300 <= error.status_code < 400:
         with suppress(ValueError):  # a location that is no URL
             if host := urlsplit(error.response.headers.get("Location", "")).netloc.rpartition("@")[2]:
-                return f"redirects to {host}, where the key is not sent; if that is the server, name its URL"
-        return "redirects, and not to where the server is; name its URL"
+                return f"redirects to {host}, where the key is not sent; if that is the {whose}, name its URL"
+        return f"redirects, and not to where the {whose} is; name its URL"
     return "refuses the request"

@@ -92,17 +92,17 @@ def test_names_and_mistakes() -> None:
             check(spec(asked), "x")
 
 
-def test_without_the_library_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def missing(name: str) -> str:
         raise quantising.PackageNotFoundError(name)
 
     monkeypatch.setattr(quantising, "version", missing)
-    plan = make(check(spec(["tiny", "tiny@int8"]), "x"), tmp_path)
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    plan = make(check(spec(["tiny", "tiny@int8"]), "x"), tmp_path / "runs")
     assert list(plan.models) == ["tiny"]
     (problem,) = plan.problems
     assert problem.startswith("tiny@int8: quantised weights need torchao")
-
-
-def test_eval_names_the_model_by_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "--model", "qwen25", "--weights", "int8", "--runs", str(tmp_path / "runs")]) != 0
-    assert "qwen25@int8" in capsys.readouterr().err
+    assert main(["eval", "--weights", "int8", "--data", "tiny_mcq", "--runs", str(tmp_path / "runs")]) != 0
+    assert "pip install 'ivcp-eval[quantised]'" in capsys.readouterr().err

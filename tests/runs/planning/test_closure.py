@@ -64,6 +64,13 @@ def test_a_plug_ins_method_has_the_core_and_the_family() -> None:
     assert covered("of_another_package") < covered("none")
 
 
+def test_what_a_server_answers_does_not_depend_on_the_engine() -> None:
+    served = set(code_of("deployed", "llava", served=True).files)
+    assert {"ivcp_eval/runs/answering/served/endpoint.py", "ivcp_eval/vlmeval_bridge/judge/transport.py"} <= served
+    assert not any(path.startswith("ivcp_eval/engine/") or path.endswith("/session.py") for path in served)
+    assert "ivcp_eval/runs/answering/served/endpoint.py" not in covered("none")
+
+
 def test_all_of_it_takes_little_time() -> None:
     code_of.cache_clear()
     closure._tree.cache_clear()

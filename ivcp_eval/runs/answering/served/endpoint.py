@@ -243,7 +243,7 @@ class Endpoint:
         if isinstance(error, openai.APIStatusError) and error.status_code < 500:
             if error.status_code in (400, 408, 409, 413, 422):  # which other samples need not meet
                 return NoAnswer(f"{self.server.host} refuses the request ({text})")
-            return ServerLost(f"{self.server.host} {refusal(error)} ({text})")
+            return ServerLost(f"{self.server.host} {refusal(error, 'server')} ({text})")
         await self._listing(client)
         return NoAnswer(f"{self.server.host} fails ({text})")
 

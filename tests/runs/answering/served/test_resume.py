@@ -13,8 +13,8 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.served import endpoint
 from ivcp_eval.runs.answering.session import Session
 from tests.benchmarks.judge.server import Reply, error
-from tests.runs.served.conftest import Bench
-from tests.runs.served.engine import engine, said
+from tests.runs.answering.served.conftest import Bench
+from tests.runs.answering.served.engine import engine, said
 from tests.runs.sweep.conftest import Bench as Process
 
 ONE = {"benchmarks": ["tiny_mcq"], "limit": 6}

@@ -64,9 +64,8 @@ class Bench:
         return [dict(sample) for sample in read_samples(self.folder / row["predictions"])]
 
     def results(self, name: str) -> dict[str, bytes]:
-        """The CSV of a sweep, and the records and per-sample files of every cell, by name."""
+        """The CSV of a sweep, and the per-sample files of every cell, by name."""
         files = [self.folder / f"{name}.csv", *self.folder.glob("runs/*/*/*/predictions.csv")]
-        files += self.folder.glob("runs/*/*/*/run.json")
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
 
 

@@ -10,8 +10,8 @@ from ivcp_eval.cli import main
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.runs.answering.session import Session
-from tests.runs.served.conftest import Bench
-from tests.runs.served.engine import engine
+from tests.runs.answering.served.conftest import Bench
+from tests.runs.answering.served.engine import engine
 
 BASELINE, PRUNED = Variant("tiny"), Variant("tiny", "fastv", 0.5)
 LOCAL = {"method": "fastv", "ratios": [0.5]}

@@ -98,6 +98,8 @@ class Session:
         """
         if variant.budget is not None and variant.budget.problem:
             raise Unsupported(variant.budget.problem)
+        if make_method(variant.method).is_served:
+            raise ValueError(f"method {variant.method!r} is what a server does; there is nothing to run here")
         with self._pruned(variant):
             pass
 

@@ -35,6 +35,7 @@ def test_the_core_is_what_answers_and_verdicts_are_made_with() -> None:
         *("interface/records/drawing", "vlmeval_bridge/reading/own"),
         *("interface/variants", "benchmarks/__init__", "benchmarks/published", "vlmeval_bridge/cpu_torchvision"),
         *("runs/answering/cpu", "runs/answering/live", "runs/answering/timing"),
+        *(f"runs/answering/served/{name}" for name in ("__init__", "endpoint", "samples", "times")),
         *("vlmeval_bridge/judge/cache", "vlmeval_bridge/judge/config", "vlmeval_bridge/judge/estimate"),
     }
 

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.planning.cells import RUNS
     from ivcp_eval.runs.store.finished import eval_state, known
 
-    args.method = absolute(args.method or (DEPLOYED if args.base_url else "ivc_prune"))
+    args.method = absolute(_method(args))
     if not (args.base_url or args.baseline_url) and (args.served_model or args.served_options or args.concurrency):
         raise ValueError("--served-model, --served-options and --concurrency say how a server is asked; add --base-url")
     if args.weights:
@@ -94,7 +94,7 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
 
     _, checkpoint = models.find(args.model)
     parameters = dict(parameter(text) for text in args.set)
-    entry = {"method": args.method, "ratios": [args.ratio], "budget": args.budget}
+    entry = {"method": _method(args), "ratios": [args.ratio], "budget": args.budget}
     entry["parameters"] = {key: [value] if isinstance(value, list) else value for key, value in parameters.items()}
     baseline = args.baseline_url
     if args.base_url and args.method == BASELINE:
@@ -114,6 +114,10 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
         **prompt,
         **given_flags(args),
     }
+
+
+def _method(args: argparse.Namespace) -> str:
+    return args.method or (DEPLOYED if args.base_url else "ivc_prune")
 
 
 def _server(args: argparse.Namespace, url: str) -> dict[str, Any]:

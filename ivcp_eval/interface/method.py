@@ -338,6 +338,8 @@ class Step:
             layer 0.
         key: (G, C', D) keys of the visual tokens in the cache of the layer before, RoPE applied; None for layer 0.
         key_token: (C',) int64, as ``token``, of these keys; None for layer 0.
+        other_keys: ``other_keys()`` gives (G, R, D) keys of all other tokens in that cache, those of this forward
+            among them; None for layer 0.
         scaling: of the logits in the layer before. n_layers: of the decoder.
         memory: of the row; begins as `Signals.memory` was left by the prefill, and is kept from step to step.
     """
@@ -352,14 +354,27 @@ class Step:
     scaling: float = 1.0
     n_layers: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    other_keys: Callable[[], Tensor] | None = None
 
     def logits(self) -> Tensor:
         """(H, C') float32: how the last token of this forward matched each cached visual token in the layer before."""
-        assert self.query is not None
         assert self.key is not None
-        query = self.query[:, -1].float().unflatten(0, (self.key.shape[0], -1))  # (G, H/G, D)
-        product = query @ self.key.float().transpose(1, 2)
-        return product.flatten(0, 1) * self.scaling
+        return self._match(self.key)
+
+    def attention(self) -> Tensor:
+        """(H, C') float32: how much of its attention that token paid to each of them, beside all other tokens."""
+        assert self.key is not None
+        assert self.other_keys is not None
+        import torch
+
+        logits = torch.cat((self.logits(), self._match(self.other_keys())), dim=1)
+        return logits.softmax(dim=1)[:, : self.key.shape[1]]
+
+    def _match(self, key: Tensor) -> Tensor:
+        """(H, n) float32 logits of the last token's queries for keys (G, n, D)."""
+        assert self.query is not None
+        query = self.query[:, -1].float().unflatten(0, (key.shape[0], -1))  # (G, H/G, D)
+        return (query @ key.float().transpose(1, 2)).flatten(0, 1) * self.scaling
 
 
 @dataclass(frozen=True)
@@ -449,6 +464,7 @@ class AbstractMethod(ABC):
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     repeats_baseline: ClassVar[bool] = False  # prunes nothing; answers in passes of its own, once per benchmark
     is_served: ClassVar[bool] = False  # a server does what it does (`variants.Server`); nothing of it is known here
+    for_videos: ClassVar[bool] = False  # a control that has nothing to do with pictures; no usual one of their sweeps
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
 
@@ -457,6 +473,14 @@ class AbstractMethod(ABC):
         """`faithfulness` with these parameters: a value that was never released makes the method a variant."""
         departs = any(getattr(self, name) not in values for name, values in self.released.items())
         return "variant" if departs else self.faithfulness
+
+    @property
+    def loading(self) -> Mapping[str, str]:
+        """What the model has to be loaded with, of "dtype" and "attention"; what is left out is as for other methods.
+
+        Only for a method that `repeats_baseline`, since what it measures is this difference.
+        """
+        return {}
 
     @abstractmethod
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:

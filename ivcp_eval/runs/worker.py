@@ -151,7 +151,7 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
     for unit in plan.units():
         if stop.requested:
             break
-        if (model and unit.model != model) or {_engine_name(unit), unit.benchmark.name} & report.broken:
+        if (model and unit.model != model) or {_engine_name(plan, unit), unit.benchmark.name} & report.broken:
             continue
         if mark(plan, unit).exists() or not unit.pending:
             continue
@@ -166,7 +166,7 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
                     report.held.add(str(error))
                     waiting = True
                 except ServerLost as error:
-                    report.broken.add(_engine_name(unit))
+                    report.broken.add(_engine_name(plan, unit))
                     hooks.warn(f"{unit.model} on {unit.benchmark.name}: {error}. Run again to go on")
                 except _NotLoadedError as error:  # which ends no work on others
                     report.broken.add(error.name)
@@ -240,7 +240,8 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
         (unit.model, unit.benchmark.name) for unit in plan.units() if unit.pending and not mark(plan, unit).exists()
     }
     for name, model in plan.models.items():
-        for benchmark, cells in model.groups.values():
+        for benchmark, group in model.groups.values():
+            cells = model.timed(group)
             if stop.requested or (name, benchmark.name) in open_ or {name, benchmark.name} & report.broken:
                 continue
             if (only and name != only) or all(is_timed(cell, plan.options.timing) for cell in cells):
@@ -263,40 +264,41 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
 
 def _time(plan: RunPlan, model: str, benchmark: Benchmark, cells: Sequence[Cell], hooks: Hooks, report: Report) -> int:
     """Time a benchmark's cells: those of the model in memory side by side, and those of servers; how many samples."""
-    n, wanted = 0, plan.options.timing
-    dataset = _dataset(plan, Unit(model, benchmark, 0, 0, tuple(cells)), report)
-    here = [cell for cell in cells if cell.identity.variant.server is None]
+    n, wanted, placement = 0, plan.options.timing, plan.models[model].placement
+    here = tuple(cell for cell in cells if cell.identity.variant.server is None)
+    whole = Unit(model, benchmark, 0, 0, here, placement)
+    dataset = _dataset(plan, whole, report)
     if here:
-        session = _session(plan, model, hooks, report)
+        session = _session(plan, whole, hooks, report)
         n = time_cells(session, dataset, _capable(session, here), wanted)
-    served = {}
+    engines, asked = [], []
     for cell in cells:
         if cell not in here:
-            engine = _served(plan, Unit(model, benchmark, 0, 0, (cell,)), report)
+            engine = _served(plan, Unit(model, benchmark, 0, 0, (cell,), placement), report)
             with suppress(ValueError):
                 engine.check(benchmark.kind == "grounding")
-                served[cell.identity.hash] = engine, cell
-    engines, asked = [engine for engine, _ in served.values()], [cell for _, cell in served.values()]
+                engines.append(engine)
+                asked.append(cell)
     return max(n, time_served(engines, dataset, asked, wanted))
 
 
 def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:
     """The cells whose method works on the model; the others' records say why not."""
-    found = []
+    capable = []
     for cell in cells:
         with suppress(ValueError):
             session.check(cell.identity.variant)
-            found.append(cell)
-    return found
+            capable.append(cell)
+    return capable
 
 
-def _engine_name(unit: Unit) -> str:
-    return unit.model if unit.server is None else unit.server.base_url
+def _engine_name(plan: RunPlan, unit: Unit) -> str:
+    return _loaded_name(plan, unit) if unit.server is None else unit.server.base_url
 
 
 def _engine(plan: RunPlan, unit: Unit, hooks: Hooks, report: Report) -> Session | Served:
     """Who answers a unit."""
-    return _session(plan, unit.model, hooks, report) if unit.server is None else _served(plan, unit, report)
+    return _session(plan, unit, hooks, report) if unit.server is None else _served(plan, unit, report)
 
 
 def _served(plan: RunPlan, unit: Unit, report: Report) -> Served:
@@ -310,24 +312,33 @@ def _served(plan: RunPlan, unit: Unit, report: Report) -> Served:
     return report.servers[cell.identity.hash]
 
 
-def _session(plan: RunPlan, model: str, hooks: Hooks, report: Report) -> Session:
-    """The model in memory; one at a time."""
+def _loaded_name(plan: RunPlan, unit: Unit) -> str:
+    """The model of a unit, with how it is loaded where that is not as for the others: ``tiny (eager, bfloat16)``."""
+    usual, own = plan.models[unit.model].placement, unit.placement
+    different = [(own.dtype, usual.dtype), (own.attention, usual.attention)]
+    words = [mine for mine, other in different if mine != other]
+    return unit.model + (f" ({', '.join(words)})" if words else "")
+
+
+def _session(plan: RunPlan, unit: Unit, hooks: Hooks, report: Report) -> Session:
+    """The unit's model in memory; one at a time."""
     from ivcp_eval.runs.answering.session import timed_load
     from ivcp_eval.vlmeval_bridge import register
 
-    if model not in report.sessions:
+    name = _loaded_name(plan, unit)
+    if name not in report.sessions:
         report.sessions.clear()
         register()
-        own = plan.models[model]
+        own = plan.models[unit.model]
         try:
             loaded, seconds = timed_load(
-                own.weights, own.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
+                own.weights, unit.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
             )
         except FAILURES as error:
-            raise _NotLoadedError(model, error) from error
-        report.sessions[model] = loaded
-        hooks.say(f"loaded {model} in {seconds:.1f} s")
-    session: Session = report.sessions[model]
+            raise _NotLoadedError(name, error) from error
+        report.sessions[name] = loaded
+        hooks.say(f"loaded {name} in {seconds:.1f} s")
+    session: Session = report.sessions[name]
     return session
 
 
@@ -347,20 +358,20 @@ def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
 
 def _runnable(plan: RunPlan, engine: Session | Served, unit: Unit) -> list[Cell]:
     """The unit's unfinished cells whose method works on the model; the others are recorded with the reason."""
-    found = []
+    runnable = []
     for cell in unit.pending:
         try:
             if isinstance(engine, Served):
                 engine.check(unit.benchmark.kind == "grounding")
             else:
                 engine.check(cell.identity.variant)
-            found.append(cell)
+            runnable.append(cell)
         except ValueError as error:
             if plan.spec.kind == "eval":
                 raise
             if cell.load_record() is None:
                 record_failure(cell, error, plan.options)
-    return found
+    return runnable
 
 
 def devices() -> list[str]:

@@ -1,4 +1,4 @@
-"""From a spec to hashed cells and units of work on this machine: weights, data, limits. Nothing is run or fetched.
+"""From a spec to hashed cells and units of work on this machine: weights, data, limits. Nothing is run.
 
 Knows no method and no family by name.
 """
@@ -6,8 +6,9 @@ Knows no method and no family by name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one model under all variants of a run.
+    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one loaded model under all variants of a run.
 
     What a server answers (`Unit.server`) is a unit of its own.
     """
@@ -44,6 +45,7 @@ class Unit:
     start: int
     stop: int
     cells: tuple[Cell, ...]
+    placement: Placement
 
     @cached_property
     def name(self) -> str:
@@ -71,6 +73,17 @@ class ModelPlan:
     placement: Placement
     limits: Limits
     groups: Mapping[str, tuple[Benchmark, tuple[Cell, ...]]]
+
+    def placement_of(self, cell: Cell) -> Placement:
+        """Where and how the model runs for a cell: as for all others, unless its method has it loaded otherwise."""
+        found = cell.identity.placement
+        return dataclasses.replace(self.placement, dtype=found["dtype"], attention=found["attention"])
+
+    def timed(self, cells: Iterable[Cell]) -> tuple[Cell, ...]:
+        """Those whose times are comparable: of servers, and of the model as it is loaded for all but a few."""
+        return tuple(
+            cell for cell in cells if cell.identity.variant.server or self.placement_of(cell) == self.placement
+        )
 
 
 @dataclass
@@ -100,7 +113,7 @@ class RunPlan:
         return self.spec.options
 
     def units(self) -> tuple[Unit, ...]:
-        """Every unit, model by model, the longest benchmarks first."""
+        """Every unit, model by model, in each the longest benchmarks first."""
         return self._units
 
     @cached_property
@@ -111,12 +124,19 @@ class RunPlan:
         limit, shard = self.options.limit, self.options.shard
         for name, model in self.models.items():
             sized = [(data.rows(benchmark, limit), benchmark, group) for benchmark, group in model.groups.values()]
-            for n, benchmark, group in sorted(sized, key=lambda entry: -entry[0]):
-                here = tuple(cell for cell in group if cell.identity.variant.server is None)
-                served = [(cell,) for cell in group if cell not in here]
-                for answering in [*([here] if here else []), *served]:
+            sized.sort(key=lambda entry: -entry[0])
+            cells = [cell for _, _, group in sized for cell in group]
+            here = [cell for cell in cells if cell.identity.variant.server is None]
+            # One placement after the other, the usual one first, so that a worker loads the model once for each.
+            for placement in dict.fromkeys([model.placement, *map(model.placement_of, here)]):
+                for n, benchmark, group in sized:
+                    own = tuple(cell for cell in group if cell in here and model.placement_of(cell) == placement)
+                    for start in range(0, n if own else 0, shard):
+                        yield Unit(name, benchmark, start, min(n, start + shard), own, placement)
+            for n, benchmark, group in sized:
+                for served in (cell for cell in group if cell not in here):
                     for start in range(0, n, shard):
-                        yield Unit(name, benchmark, start, min(n, start + shard), answering)
+                        yield Unit(name, benchmark, start, min(n, start + shard), (served,), model.placement)
 
     def cells(self) -> Iterator[tuple[ModelPlan, Benchmark, Cell]]:
         """Every cell."""
@@ -135,23 +155,32 @@ class RunPlan:
         return list(dict.fromkeys(map(described, held)))
 
 
-def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: bool = False) -> RunPlan:
+def make(
+    spec: Spec,
+    runs: Path | None = None,
+    device: str = "",
+    *,
+    plan_only: bool = False,
+    fetch: Callable[[str], None] | None = None,
+) -> RunPlan:
     """Find weights and data of every model, and hash every cell; what is missing becomes a problem, not an error.
 
     Args:
         runs: where cells live (default ``results/runs``). device: of this worker, in place of the spec's.
         plan_only: only plan, look or score, so this machine need not have the device; that of a full-size model is
-            then the one of the run that was started, or CUDA.
+            then the one of the run that was started, or CUDA. Weights are looked for on this machine alone.
+        fetch: have the data of a model that can run fetched where it is not here; is told of it.
     """
     runs = runs or cells.RUNS
     check_folder(runs)
     plan = RunPlan(spec, runs)
+    fetch_once = functools.cache(lambda name: data.fetch_missing([name], fetch) if fetch else None)
     for model, folder in spec.models.items():
         if not spec.benchmarks(model):
             continue
         placed = device or spec.options.device or (manifest.device(plan.state, model) if plan_only else "")
         try:
-            plan.models[model], missing = _model_plan(plan, model, folder, placed, plan_only)
+            plan.models[model], missing = _model_plan(plan, model, folder, placed, plan_only, fetch_once)
         except (models.MissingWeights, DataMissing, ValueError, OSError) as error:
             plan.problems.append(f"{model}: {error}")
             continue
@@ -160,7 +189,7 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: b
 
 
 def _model_plan(
-    plan: RunPlan, model: str, folder: str | None, device: str, plan_only: bool
+    plan: RunPlan, model: str, folder: str | None, device: str, plan_only: bool, fetch: Callable[[str], None]
 ) -> tuple[ModelPlan, list[str]]:
     """One model, and why benchmarks of it cannot run here; DataMissing if none can."""
     spec = plan.spec
@@ -180,6 +209,7 @@ def _model_plan(
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
     missing: list[str] = []
     for name in spec.benchmarks(model):
+        fetch(name)
         benchmark = data.find(name)
         try:
             digest = data.digest(benchmark)
@@ -247,9 +277,10 @@ class _Identities:
 
     def cell(self, variant: Variant) -> Cell:
         """The cell of one variant."""
-        options, server = self.plan.options, variant.server
-        placement = {**dataclasses.asdict(self.placement), "device": self.placement.device.partition(":")[0]}
-        limits, sent = self.limits, adapter(self.weights.family).stated()
+        options, method = self.plan.options, make_method(variant.method, variant.parameters)
+        placement = {**dataclasses.asdict(self.placement), **method.loading}
+        placement["device"] = self.placement.device.partition(":")[0]
+        limits, sent, server = self.limits, adapter(self.weights.family).stated(), variant.server
         if self.weights.quantised:
             placement |= {"weights": self.weights.quantised, "quantiser": quantiser()}
         if server is not None:
@@ -259,7 +290,7 @@ class _Identities:
         code = code_of(*answering) if server is None else code_of(*answering, served=True)
         identity = Identity(
             variant=variant,
-            method_parameters=parameters_of(make_method(variant.method, variant.parameters)),
+            method_parameters=parameters_of(method),
             weights="" if server else self.weights.revision,
             benchmark=self.benchmark.name,
             data=self.digest,

@@ -35,16 +35,15 @@ if TYPE_CHECKING:
 def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[int, bool]:
     """Score what is whole, until asked to stop: (cells scored, anything that is not whole yet or held by others)."""
     scored, waiting, dataset = 0, False, _Dataset()
-    open_: set[str] = set()
+    open_cells: set[str] = set()
     for unit in plan.units():
-        if not (mark(plan, unit).exists() or not unit.pending):
-            open_ |= {cell.identity.hash for cell in unit.cells}
-            waiting |= held(lease(plan, unit.name))
+        done = mark(plan, unit).exists() or not unit.pending
+        open_cells |= set() if done else {cell.identity.hash for cell in unit.cells}
+        waiting |= not done and held(lease(plan, unit.name))
     for model, benchmark, cell in plan.cells():
         if stop.requested:
             break
-        needed = [cell, *([_baseline(model, benchmark)] if benchmark.reference == "baseline" else [])]
-        if cell.load_record() is not None or open_ & {each.identity.hash for each in needed}:
+        if cell.load_record() is not None or _read_for(model, benchmark, cell) & open_cells:
             continue
         with claim(lease(plan, f"score.{cell.identity.hash}")) as mine:
             if not mine:
@@ -135,17 +134,23 @@ def _score(
     return True
 
 
+def _read_for(model: ModelPlan, benchmark: Benchmark, cell: Cell) -> set[str]:
+    """Hashes of the cells whose answers it takes to score one."""
+    found = {cell.identity.hash}
+    return found | {_baseline(model, benchmark).identity.hash} if benchmark.reference == "baseline" else found
+
+
+def _baseline(model: ModelPlan, benchmark: Benchmark) -> Cell:
+    _, group = model.groups[benchmark.name]
+    return next(other for other in group if other.identity.variant.method == BASELINE)  # every plan has it
+
+
 def _unpruned(
     model: ModelPlan, benchmark: Benchmark, cell: Cell, known: Mapping[str, Answer], say: Callable[[str], None]
 ) -> Mapping[str, Answer]:
     """The unpruned model's answers to a benchmark, by the key of their prompt; ``known`` are the cell's own."""
     baseline = _baseline(model, benchmark)
     return known if baseline == cell else answers(baseline, say=say)
-
-
-def _baseline(model: ModelPlan, benchmark: Benchmark) -> Cell:
-    _, group = model.groups[benchmark.name]
-    return next(cell for cell in group if cell.identity.variant.method == BASELINE)  # every plan has it
 
 
 def _reopened(plan: RunPlan, cell: Cell, known: Mapping[str, Answer], say: Callable[[str], None]) -> bool:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.session import Session
-from tests.benchmarks.judge.server import Reply, Server, serve
+from tests.vlmeval_bridge.judge.server import Reply, Server, serve
 
 Trouble = Callable[[dict[str, Any], int], Reply | None]
 

@@ -15,9 +15,9 @@ from ivcp_eval.interface.variants import Server
 from ivcp_eval.runs.answering.served import endpoint as module
 from ivcp_eval.runs.answering.served.endpoint import Endpoint, Reply
 from ivcp_eval.runs.answering.served.samples import concurrently
-from tests.benchmarks.judge import server as http
-from tests.benchmarks.judge.server import error, serve
 from tests.runs.answering.served.engine import is_probe, parts_of, said, streamed
+from tests.vlmeval_bridge.judge import server as http
+from tests.vlmeval_bridge.judge.server import error, serve
 
 AT_ONCE = {"retry_after_ms": "1"}
 Respond = Callable[[dict[str, Any], int], http.Reply]

@@ -12,10 +12,10 @@ from ivcp_eval.cli import main
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.served import endpoint
 from ivcp_eval.runs.answering.session import Session
-from tests.benchmarks.judge.server import Reply, error
 from tests.runs.answering.served.conftest import Bench
 from tests.runs.answering.served.engine import engine, said
-from tests.runs.sweep.conftest import Bench as Process
+from tests.runs.conftest import Bench as Process
+from tests.vlmeval_bridge.judge.server import Reply, error
 
 ONE = {"benchmarks": ["tiny_mcq"], "limit": 6}
 WHOLE = [{"method": "none"}]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.interface import AbstractMethod, Cut, Image, ModelFacts, Selection, Signal, Signals
 
 _POOLS: dict[str, Callable[..., Tensor]] = {
     "mean": torch.nn.functional.avg_pool1d,
@@ -54,16 +54,23 @@ class Evictor(AbstractMethod):
         """(H, N) weights of one image's tokens after they were shared with neighbours; here with none."""
         return weight
 
+    def groups(self, signals: Signals) -> int:
+        """How many choices a layer makes: one for each key head, or one for all."""
+        assert signals.key is not None
+        return 1 if self.heads == "shared" else signals.key.shape[0]
+
     def select(self, signals: Signals) -> Selection:
         """Of each image its budget of heaviest tokens, in every key head."""
-        assert signals.key is not None
-        groups = 1 if self.heads == "shared" else signals.key.shape[0]
-        weight, kept = self.weigh(signals), []
-        for image in signals.images:
+        return Selection(self.heaviest(self.weigh(signals), self.groups(signals), signals.images))
+
+    def heaviest(self, weight: Tensor, groups: int, images: Sequence[Image]) -> Tensor:
+        """(K,), or (G, K) of each of the ``groups`` of heads, by ``weight`` (H, V): each image's budget."""
+        kept = []
+        for image in images:
             own = self.spread(weight[:, image.tokens]).unflatten(0, (groups, -1)).mean(dim=1)  # (G, N)
             kept.append(image.tokens[_heaviest(own)[:, : image.budget]])
         keep = torch.cat(kept, dim=1).sort(dim=1).values
-        return Selection(keep[0] if self.heads == "shared" else keep)
+        return keep[0] if self.heads == "shared" else keep
 
 
 def _heaviest(weight: Tensor) -> Tensor:

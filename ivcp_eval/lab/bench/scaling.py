@@ -166,6 +166,8 @@ def _select(method: AbstractMethod, signals: Signals, n: int, ratio: float) -> S
             new = method.merge_patches(Patches(signals.key[0, :left], block, n, ratio, TOWER))
             group, left = new[group], int(new.max()) + 1
         signals = replace(signals, vision={**signals.vision, "group": group[1:]})
+    if signals.cut is not None and signals.cut.late:
+        method.observe(signals)
     return method.select(signals)
 
 

@@ -61,14 +61,18 @@ class Evictor(AbstractMethod):
 
     def select(self, signals: Signals) -> Selection:
         """Of each image its budget of heaviest tokens, in every key head."""
-        return Selection(self.heaviest(self.weigh(signals), self.groups(signals), signals.images))
+        return Selection(
+            self.best(self.ranked(self.weigh(signals), self.groups(signals), signals.images), signals.images)
+        )
 
-    def heaviest(self, weight: Tensor, groups: int, images: Sequence[Image]) -> Tensor:
-        """(K,), or (G, K) of each of the ``groups`` of heads, by ``weight`` (H, V): each image's budget."""
-        kept = []
-        for image in images:
-            own = self.spread(weight[:, image.tokens]).unflatten(0, (groups, -1)).mean(dim=1)  # (G, N)
-            kept.append(image.tokens[_heaviest(own)[:, : image.budget]])
+    def ranked(self, weight: Tensor, groups: int, images: Sequence[Image]) -> list[Tensor]:
+        """Of each image (G, N): its tokens by falling ``weight`` (H, V) in each of the ``groups`` of heads."""
+        own = [self.spread(weight[:, image.tokens]).unflatten(0, (groups, -1)).mean(dim=1) for image in images]
+        return [image.tokens[_heaviest(part)] for part, image in zip(own, images, strict=True)]
+
+    def best(self, ranked: Sequence[Tensor], images: Sequence[Image]) -> Tensor:
+        """(K,), or (G, K), increasing: as many of each image's ``ranked`` tokens (G, N) as its budget allows."""
+        kept = [tokens[:, : image.budget] for tokens, image in zip(ranked, images, strict=True)]
         keep = torch.cat(kept, dim=1).sort(dim=1).values
         return keep[0] if self.heads == "shared" else keep
 

@@ -53,30 +53,30 @@ class Method(Evictor):
 
     def observe(self, signals: Signals) -> None:
         """Remember how dense the layer is and what is looked at."""
-        strong = weight = torch.zeros((), device=signals.visual.device)
+        strong, weight = [], []
         for rows in signals.question.split(ROWS):
             attention = signals.attention(rows)  # (H, r, n)
-            least = self.threshold * attention.amax(dim=-1, keepdim=True)
-            strong = strong + (attention >= least).sum(dim=(1, 2)).float().mean()
-            weight = weight + attention[:, :, signals.visual].sum(dim=1)
-        signals.memory.setdefault("dense", []).append(strong / (signals.question + 1).sum())
-        signals.memory.setdefault("weight", []).append(weight)
+            strong.append((attention >= self.threshold * attention.amax(dim=-1, keepdim=True)).sum())
+            weight.append(attention[:, :, signals.visual].sum(dim=1))
+        signals.memory.setdefault("strong", []).append(sum(strong[1:], start=strong[0]))
+        signals.memory.setdefault("weight", []).append(sum(weight[1:], start=weight[0]))
         signals.memory["groups"] = self.groups(signals)
 
     def weigh(self, signals: Signals) -> Tensor:
-        """Attention from behind the images."""
-        weight: Tensor = signals.memory["weight"][signals.stage]
-        return weight
+        """(L * H, V): attention from behind the images, layer after layer."""
+        return torch.cat(signals.memory.pop("weight"))
 
     def select(self, signals: Signals) -> Selection:
         """The layer's own share of every image."""
         assert signals.cut is not None
-        if "shares" not in signals.memory:
-            dense = torch.stack(signals.memory["dense"])
+        memory = signals.memory
+        if "shares" not in memory:
+            dense = torch.stack(memory["strong"]).float()  # of as many entries in every layer
             if not bool(dense.any()):  # of attention that is NaN no entry counts
                 dense = torch.ones_like(dense)
-            signals.memory["shares"] = (signals.cut.ratio * dense / dense.mean()).clamp(LEAST, 1).tolist()
-        share = signals.memory["shares"][signals.stage]
+            memory["shares"] = (signals.cut.ratio * dense / dense.mean()).clamp(LEAST, 1).tolist()
+            memory["ranked"] = self.ranked(self.weigh(signals), len(dense) * memory["groups"], signals.images)
+        share, groups = memory["shares"][signals.stage], memory["groups"]
         images = [replace(image, budget=budget(share, image.n_prompt)) for image in signals.images]
-        keep = self.heaviest(self.weigh(signals), signals.memory["groups"], images)
-        return Selection(keep, exact=False)
+        own = [tokens[signals.stage * groups :][:groups] for tokens in memory["ranked"]]
+        return Selection(self.best(own, images), exact=False)

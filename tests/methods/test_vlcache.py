@@ -62,8 +62,8 @@ def test_clipped_shares() -> None:
     method = make_method("vlcache", {"heads": "shared"})
     signals = random_signals((10, 10), ratio=0.5)
     counts = []
-    dense = [torch.tensor(value) for value in (1.0, 0.999, 0.001)]
-    signals.memory |= {"dense": dense, "weight": [torch.rand(4, 100)] * 3, "groups": 1}
+    strong = [torch.tensor(value) for value in (1000, 999, 1)]
+    signals.memory |= {"strong": strong, "weight": [torch.rand(4, 100)] * 3, "groups": 1}
     for stage, cut in enumerate(method.cuts(ModelFacts("llava", 3), 0.9)):
         assert cut.late
         counts.append(method.select(replace(signals, stage=stage, cut=cut)).keep.numel())

@@ -163,14 +163,24 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def write(results: Path, resamples: int) -> tuple[Path, Path]:
-    """Write ``<results>.curves.csv`` and ``.curves.png`` beside the results; returns both."""
+def write(results: Path, resamples: int, plotted: Sequence[str] = ()) -> tuple[Path, Path]:
+    """Write ``<results>.curves.csv`` and ``.curves.png`` beside the results; returns both.
+
+    Args:
+        plotted: the methods that the plot shows, all if none is named; the CSV and its correction always have all.
+
+    Raises:
+        ValueError: a method to plot is in no row; or as `curve_rows`.
+    """
     rows = curve_rows(results, resamples)
+    there = sorted({str(row["method"]) for row in rows})
+    if missing := sorted(set(plotted) - set(there)):
+        raise ValueError(f"{results} has no finished row of {', '.join(missing)}; it has {', '.join(there)}")
     table, plot = results.with_suffix(".curves.csv"), results.with_suffix(".curves.png")
     with atomic_write(table) as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _cell(row[name]) for name in COLUMNS})
-    write_plot(rows, plot)
+    write_plot([row for row in rows if not plotted or row["method"] in plotted], plot)
     return table, plot

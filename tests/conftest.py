@@ -25,7 +25,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-pair", action="store_true", help="tests/engine/contract: every check on every method and family"
     )
+    parser.addoption("--device", default="cpu", help="tests/engine/contract: where the models run")
+    parser.addoption("--dtype", default="float32", help="tests/engine/contract: float32, bfloat16 or float16")
+    parser.addoption("--attention", default="sdpa", help="tests/engine/contract: sdpa, eager or flash_attention_2")
     parser.addoption("--oracle-dir", help="tests/methods/test_oracles.py: a folder of other recorded answers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from tests.engine.tiny_models import WHERE
+
+    WHERE.device, WHERE.attention = config.getoption("device"), config.getoption("attention")
+    WHERE.dtype = getattr(torch, config.getoption("dtype"))
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -59,10 +60,25 @@ def build(name: str, seed: int = 0, attn: str = "sdpa") -> tuple[nn.Module, Call
     return _model(name, seed, attn), functools.partial(make_inputs, name)
 
 
+@dataclass
+class Where:
+    """Device, precision and attention of the models of this test run: options of the command line."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    attention: str = "sdpa"
+
+
+WHERE = Where()
+
+
 @functools.cache
 def _model(name: str, seed: int, attn: str) -> nn.Module:
     model = family(name).model(attn)
     initialise(model, seed)
+    for parameter in model.parameters():  # buffers (rotary frequencies) stay float32, as loading a checkpoint does
+        parameter.data = parameter.data.to(WHERE.dtype)
+    model.to(WHERE.device)
     model.eval().requires_grad_(False)
     # No early stop: every test decodes exactly as many tokens as it asks for.
     model.generation_config.eos_token_id = None
@@ -88,7 +104,8 @@ def text_model(name: str, model: nn.Module) -> Any:
 
 def make_inputs(name: str, *layouts: str, seed: int = 0) -> dict[str, Any]:
     """Inputs of one row per layout. Row r's content depends on (seed, its layout), not on the other rows."""
-    return family(name).inputs([parse(layout) for layout in layouts], seed)
+    inputs = family(name).inputs([parse(layout) for layout in layouts], seed)
+    return {key: value.to(WHERE.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def parse(layout: str) -> list[Segment]:

@@ -9,6 +9,7 @@ FOREIGN = True  # what follows belongs to the bench
 BENCHES = {
     "pruning": "prefill, decode, selection and memory, pruned against untouched (the default)",
     "selection": "how the cost of choosing grows with the image: slope, kernel launches, share of the prefill",
+    "throughput": "requests per second and time to first token under concurrent requests",
     "fork": "many variants in one pass against one by one",
     "stats": "how long a comparison of many variants on many samples takes",
     "eval": "the runner against VLMEvalKit's own loop, one answer after the other",

@@ -82,9 +82,10 @@ def flops(case: Case) -> tuple[float, float]:
     config = case.model.config
     text = config.text_config
     shape = DecoderShape.of(text)
-    visual = int((case.inputs["input_ids"] == config.image_token_id).sum())
-    other = case.inputs["input_ids"].shape[1] - visual
-    vision = vision_flops(config.vision_config, int(case.inputs["pixel_values"].shape[0]))
+    rows, length = case.inputs["input_ids"].shape  # all alike: what one costs
+    visual = int((case.inputs["input_ids"][0] == config.image_token_id).sum())
+    other = length - visual
+    vision = vision_flops(config.vision_config, int(case.inputs["pixel_values"].shape[0]) // rows)
     head = 2 * text.hidden_size * text.vocab_size
 
     def tokens(variant: Variant) -> tuple[list[int], int]:
@@ -149,8 +150,8 @@ def _wait(model: Any) -> None:
 # -- cases ----------------------------------------------------------------------------------------------------------
 
 
-def cases(size: str, device: str, dtype: str, folder: Path) -> list[Case]:
-    """All comparisons: a random Qwen2.5-VL of a size, then the embedded model."""
+def cases(size: str, device: str, dtype: str, folder: Path, rows: int = 1) -> list[Case]:
+    """All comparisons on a batch of ``rows``: a random Qwen2.5-VL of a size, then the embedded model."""
     import torch
 
     from ivcp_eval.lab.bench.models import build_model, make_inputs
@@ -166,7 +167,7 @@ def cases(size: str, device: str, dtype: str, folder: Path) -> list[Case]:
     kind = getattr(torch, dtype)
     model = build_model(config, device, kind, "sdpa")
     layers = config.text_config.num_hidden_layers
-    inputs = make_inputs(config, tokens, 1, shape.text_tokens, kind, device)
+    inputs = make_inputs(config, tokens, rows, shape.text_tokens, kind, device)
     late = max(1, round(16 * layers / 28))
     found = [
         Case(f"seven ratios, cut at {late} of {layers}, {new} new tokens", model, inputs, seven(late), new, TARGET)
@@ -177,7 +178,7 @@ def cases(size: str, device: str, dtype: str, folder: Path) -> list[Case]:
     found.append(Case("one variant, nothing to share", model, inputs, single, 4, 1 / CEILING))
     inlet = tuple(Variant("", "random", 0.5, {"layer": 0}, seed) for seed in (0, 1))
     found.append(Case("two variants cut at the input, only vision is shared", model, inputs, inlet, 4, 1 / CEILING))
-    return [*found, *_embedded(device, kind, folder)]
+    return [*found, *_embedded(device, kind, folder, rows)]
 
 
 def _mid() -> tuple[Any, int, Any]:
@@ -191,7 +192,7 @@ def _mid() -> tuple[Any, int, Any]:
     return shape, 576, configuration(shape)
 
 
-def _embedded(device: str, dtype: Any, folder: Path) -> list[Case]:
+def _embedded(device: str, dtype: Any, folder: Path, rows: int) -> list[Case]:
     """The shipped model where its weights are here, else one of its shape with random weights."""
     from transformers import AutoModelForImageTextToText
 
@@ -207,7 +208,7 @@ def _embedded(device: str, dtype: Any, folder: Path) -> list[Case]:
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None  # every variant decodes the same number of steps
     model.generation_config.pad_token_id = 0
-    inputs = make_inputs(model.config, 256, 1, 40, dtype, device)
+    inputs = make_inputs(model.config, 256, rows, 40, dtype, device)
     _into_vocabulary(inputs, model.config)
     layers = model.config.text_config.num_hidden_layers
     late = max(1, round(16 * layers / 28))
@@ -235,6 +236,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
     made.add_argument("--device", default="cpu")
     made.add_argument("--dtype", default="float32")
+    made.add_argument("--rows", type=int, default=1, help="prompts in one pass (default: %(default)s)")
     made.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
     made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
@@ -250,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from ivcp_eval.lab.bench.report import environment
 
+    if options.rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {options.rows}")
     if options.threads:
         torch.set_num_threads(options.threads)
     command = shlex.join(["ivcp", "bench", "fork", *(sys.argv[1:] if arguments is None else arguments)])
@@ -257,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock = time.process_time if options.cpu_time else time.perf_counter
     missed = False
     with TemporaryDirectory() as folder:
-        for case in cases(options.size, options.device, options.dtype, Path(folder)):
+        for case in cases(options.size, options.device, options.dtype, Path(folder), options.rows):
             spread, milliseconds, equal = measure(case, options.rounds, clock)
             singles, together = flops(case)
             hit = case.target is None or spread.median >= case.target

@@ -72,7 +72,7 @@ class Case:
     method: str
     parameters: tuple[tuple[str, Any], ...] = ()
     ratio: float = 0.5
-    attn: str = "sdpa"
+    attn: str = field(default_factory=lambda: tiny_models.WHERE.attention)
 
     def __str__(self) -> str:
         extra = "".join(f"-{value}" for _, value in self.parameters)

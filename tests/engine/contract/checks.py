@@ -16,7 +16,7 @@ from tests.engine import tiny_models
 from tests.engine.contract.cases import RAGGED, SINGLE, Case, Recording, image_columns
 from tests.engine.contract.reference import Plan, edited_cache, reference
 
-TOLERANCE = 1e-4  # absolute, on logits of scale 1 to 10
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}  # absolute, on logits of scale 1 to 10
 Check = Callable[[Case], None]
 CHECKS: dict[str, Check] = {}
 
@@ -27,8 +27,9 @@ def check(function: Check) -> Check:
     return function
 
 
-def close(got: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+def close(got: Tensor, wanted: Tensor, what: str) -> None:
     """Fail with the largest difference."""
+    tolerance = TOLERANCES[tiny_models.WHERE.dtype]
     assert got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
     assert bool(torch.isfinite(got).all()), f"{what}: not finite"
     worst = float((got.float() - wanted.float()).abs().max())
@@ -36,10 +37,26 @@ def close(got: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE) 
 
 
 def same_generation(got: Any, wanted: Any, what: str) -> None:
-    """Equal tokens, and logits of every step within the tolerance."""
-    assert torch.equal(got.sequences, wanted.sequences), f"{what}: {got.sequences} instead of {wanted.sequences}"
+    """Equal tokens, and logits of every step within the tolerance.
+
+    In half precision a row may go its own way from a token on that the tolerance leaves open; it is not followed.
+    """
+    half = tiny_models.WHERE.dtype != torch.float32
+    if not half:
+        assert torch.equal(got.sequences, wanted.sequences), f"{what}: {got.sequences} instead of {wanted.sequences}"
+    rows = torch.arange(len(got.sequences), device=got.sequences.device)
+    start = got.sequences.shape[1] - len(got.logits)
     for step, (a, b) in enumerate(zip(got.logits, wanted.logits, strict=True)):
-        close(a, b, f"{what}, step {step}")
+        if not rows.numel():
+            break
+        close(a[rows], b[rows], f"{what}, step {step}")
+        chosen = wanted.sequences[rows, start + step]
+        parted = got.sequences[rows, start + step] != chosen
+        lost = b[rows].float().gather(1, got.sequences[rows, start + step, None])[:, 0]
+        margin = b[rows].float().gather(1, chosen[:, None])[:, 0] - lost
+        limit = 2 * TOLERANCES[tiny_models.WHERE.dtype]
+        assert not bool((parted & (margin > limit)).any()), f"{what}, step {step}: {margin[parted].tolist()} apart"
+        rows = rows[~parted]
 
 
 def by_reference(case: Case, inputs: dict[str, Any], plan: Plan, n: int = 3, **options: Any) -> Any:
@@ -406,7 +423,7 @@ def earlier_caches_hold_the_survivors(case: Case) -> None:
                         into, weights = heads[head if len(heads) > 1 else 0]
                         merged = weights @ getattr(all_of_it, name)[row][head, plan.visual[row]].float()
                         wanted[[columns.index(c) for c in into]] = merged.to(wanted.dtype)
-                    close(getattr(got, name)[row][head, -len(columns) :], wanted, f"{name} of layer {index}", 1e-5)
+                    close(getattr(got, name)[row][head, -len(columns) :], wanted, f"{name} of layer {index}")
 
 
 # -- invariance -------------------------------------------------------------------------------------------------

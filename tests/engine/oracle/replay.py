@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ivcp_eval
+from tests.engine.tiny_models import WHERE
 
 DATA = Path(__file__).parent / "data"
 
@@ -45,7 +46,7 @@ class Case:
 
     def prompt_embeddings(self, model: Any, image: Tensor) -> dict[str, Tensor]:
         """What `generate` takes for text, ``image`` (N, E), text."""
-        table = model.get_input_embeddings().weight.data
+        table = model.get_input_embeddings().weight.data.cpu()
         embeds = torch.cat([table[self.array("text_before")], image, table[self.array("text_after")]])[None]
         return {"inputs_embeds": embeds, "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.int64)}
 
@@ -59,7 +60,9 @@ def cases(family: str) -> list[Any]:
 
 
 def check(case: Case, model: nn.Module, inputs: dict[str, Any], ratio: float = 0.5, **layout: Any) -> None:
-    """Generate as recorded and compare everything that was recorded."""
+    """Generate as recorded, on the test run's device, and compare everything that was recorded."""
+    model.to(WHERE.device)
+    inputs = {name: value.to(WHERE.device) for name, value in inputs.items()}
     steps = case.array("step_logits")
     options: dict[str, Any] = {
         "max_new_tokens": len(steps),
@@ -73,10 +76,10 @@ def check(case: Case, model: nn.Module, inputs: dict[str, Any], ratio: float = 0
     with torch.no_grad(), ivcp_eval.prune(model, "ivc_prune", ratio=ratio, **pruning) as run:
         made: Any = model.generate(**inputs, **options)  # type: ignore[operator]
     assert run.kept[0].tolist() == case.array("keep_indices").tolist()
-    torch.testing.assert_close(torch.cat(made.logits), steps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(made.logits).cpu(), steps, atol=1e-4, rtol=0)
     assert made.sequences[0, -len(steps) :].tolist() == case.array("greedy_tokens").tolist()
     assert run.kv_lengths == case.facts["kv_lengths_end"]
     # The recorded unpruned run differs, so the comparison above cannot pass without pruning; and our baseline is it.
     whole: Any = model.generate(**inputs, **options)  # type: ignore[operator]
-    torch.testing.assert_close(torch.cat(whole.logits)[0], case.array("full_step_logits")[0], atol=1e-4, rtol=0)
-    assert (torch.cat(whole.logits)[0] - steps[0]).abs().max() > 1e-2
+    torch.testing.assert_close(torch.cat(whole.logits)[0].cpu(), case.array("full_step_logits")[0], atol=1e-4, rtol=0)
+    assert (torch.cat(whole.logits)[0].cpu() - steps[0]).abs().max() > 1e-2

@@ -79,8 +79,8 @@ bench: $(READY)
 	@$(BIN)/ivcp bench pruning --size $(SIZE) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--ignore tests/runs/sweep/test_slurm.py)
-	$(if $(ARGS),,$(BIN)/python -m pytest tests/runs/sweep/test_slurm.py)  # alone: it measures a scheduler's timing
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(ARGS),$(ARGS),--ignore tests/runs/executors/test_slurm.py)
+	$(if $(ARGS),,$(BIN)/python -m pytest tests/runs/executors/test_slurm.py)  # alone: it measures a scheduler's timing
 
 # The hooks on another transformers: VERSION=5.14.0 | newest. Its venv lies over .venv and holds what differs.
 VERSION ?= newest

@@ -294,12 +294,12 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
         FileNotFoundError: there is none. DamagedError: it holds something else; the message ends in ``advice``.
     """
     with damage_as_clear_error(path, advice):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"a {type(found).__name__} where an object belongs")
-        if "checksum" in found and found.pop("checksum") != _seal(found):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__} where an object belongs")
+        if "checksum" in content and content.pop("checksum") != _seal(content):
             raise ValueError("changed since it was written")
-    return found
+    return content
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, sealed: bool = False) -> None:

@@ -103,6 +103,29 @@ def test_every_room_is_ranked_and_small() -> None:
         assert len(entries) <= 12 or folder.name == "methods", f"{folder.relative_to(ROOT)}: {len(entries)} entries"
 
 
+# Folders of tests that follow no package, and why.
+OWN_TESTS = {
+    "engine/contract": "what the engine promises of every method on every family",
+    "engine/oracle": "answers of independent code, recorded",
+    "methods/oracle": "answers of the authors' own code, recorded",
+    "model_adapters/families": "the smallest random model of each family",
+    "runs/e2e": "whole evaluations, from the command to the table",
+    "runs/sweep": "whole sweeps, killed and continued",
+}
+
+
+def test_tests_mirror_the_package() -> None:
+    """A folder of tests is named after the package that it tests, and is small enough to look through."""
+    folders = [path for path in (ROOT / "tests").rglob("*") if path.is_dir() and path.name != "__pycache__"]
+    for folder in folders:
+        name = str(folder.relative_to(ROOT / "tests"))
+        if any(name == own or name.startswith(f"{own}/") for own in OWN_TESTS):
+            continue
+        assert (ROOT / "ivcp_eval" / name).is_dir() or (ROOT / name).is_dir(), f"tests/{name} tests no package"
+        entries = [path for path in folder.iterdir() if path.name not in ("__pycache__", "__init__.py")]
+        assert len(entries) <= 12 or name == "methods", f"tests/{name}: {len(entries)} entries"
+
+
 def test_only_the_bridge_imports_vlmeval() -> None:
     bridge = {*sources("ivcp_eval", "vlmeval_bridge")}
     files = [path for package in PACKAGES for path in sources(package) if path not in bridge]

@@ -16,13 +16,13 @@ def in_order(given: str, truth: str) -> float:
 
     One item too many, one too few and two that changed places each cost one item's share.
     """
-    said, wanted = items(given), items(truth)
-    if not said or not wanted:
-        return float(said == wanted)
-    above = [0] * (len(wanted) + 1)
-    for one in said:
+    answered, expected = items(given), items(truth)
+    if not answered or not expected:
+        return float(answered == expected)
+    above = [0] * (len(expected) + 1)
+    for one in answered:
         row = [0]
-        for j, other in enumerate(wanted):
+        for j, other in enumerate(expected):
             row.append(above[j] + 1 if one == other else max(above[j + 1], row[j]))
         above = row
-    return above[-1] / max(len(said), len(wanted))
+    return above[-1] / max(len(answered), len(expected))

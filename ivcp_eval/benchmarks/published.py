@@ -81,8 +81,8 @@ class Published:
         )
 
 
-def _is(asked: str | None, *names: str) -> bool:
-    return asked is None or asked.casefold() in {name.casefold() for name in names if name}
+def _is(name_given: str | None, *names: str) -> bool:
+    return name_given is None or name_given.casefold() in {name.casefold() for name in names if name}
 
 
 @cache
@@ -124,7 +124,7 @@ class Range:
 
 
 def range_beside(
-    found: Iterable[Published], checkpoint: str, method: str, benchmark: str, kept: float, tolerance: float
+    published: Iterable[Published], checkpoint: str, method: str, benchmark: str, kept: float, tolerance: float
 ) -> Range | None:
     """The range of what was published beside one of our own rows; None if nothing was.
 
@@ -134,7 +134,7 @@ def range_beside(
     """
     beside = [
         number
-        for number in found
+        for number in published
         if (number.checkpoint, number.method, number.benchmark) == (checkpoint, method, benchmark)
         and number.kept_percent is not None
         and abs(number.kept_percent - kept) <= tolerance

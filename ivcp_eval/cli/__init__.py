@@ -25,6 +25,7 @@ import ivcp_eval
 from ivcp_eval.cli.bars import bars_on_terminals_only
 from ivcp_eval.vlmeval_bridge import cpu_torchvision
 
+_QUIET = "print results and errors only"
 GROUPS = {
     "running": "run models",
     "results": "read results",
@@ -72,6 +73,8 @@ def _run(module_name: str, arguments: Sequence[str]) -> int:
             return int(module.run(args))
         except SystemExit as stop:
             if foreign:  # of its own parser
+                if {"-h", "--help"} & {*args.further}:
+                    say(f"\nof every verb:\n  --quiet  {_QUIET}")
                 raise
             say(
                 f"ivcp: a plug-in or library asked the program to end (SystemExit: {stop.code}); it did not", sys.stderr
@@ -87,7 +90,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every verb; `main` adds them, and a verb with verbs of its own adds them to each."""
     # Nothing is set where it is not given, or a verb's own verb would undo it: `ivcp sweep --quiet run FILE`.
-    parser.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="print results and errors only")
+    parser.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=_QUIET)
 
 
 def notices(args: argparse.Namespace) -> Callable[[str], None]:

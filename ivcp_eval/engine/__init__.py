@@ -123,11 +123,28 @@ def resolve(
     family = family or family_of(getattr(config, "model_type", type(model).__name__))
     adapter = load_adapter(family)
     facts = adapter.facts(config, family)
+    _check_loading(method, adapter, model, name)
     cuts = method.cuts(facts, ratio) if ratio < 1 else ()
     if ratio < 1:
         _check_signals(method, cuts, adapter, model, family, name)
     _check_cuts(cuts, facts, name)
     return Resolved(adapter, family, method, name, ratio, cuts)
+
+
+def _check_loading(method: AbstractMethod, adapter: AbstractAdapter, model: Any, name: str) -> None:
+    if not method.loading:
+        return
+    text_model = adapter.text_model(model)
+    loaded = {
+        "dtype": str(text_model.dtype).removeprefix("torch."),
+        "attention": text_model.config._attn_implementation,
+    }
+    for what, wanted in method.loading.items():
+        if loaded[what] != wanted:
+            raise Unsupported(
+                f"method {name!r} with {what}={wanted} needs a model that is loaded so; this one has {loaded[what]}. "
+                "Load it anew, or let `ivcp eval` or a sweep do so"
+            )
 
 
 def check_ratio(ratio: float) -> None:

@@ -459,6 +459,14 @@ class AbstractMethod(ABC):
         departs = any(getattr(self, name) not in values for name, values in self.released.items())
         return "variant" if departs else self.faithfulness
 
+    @property
+    def loading(self) -> Mapping[str, str]:
+        """What the model has to be loaded with, of "dtype" and "attention"; what is left out is as for other methods.
+
+        Only for a method that `repeats_baseline`, since what it measures is this difference.
+        """
+        return {}
+
     @abstractmethod
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """Where to cut, in increasing layer order. Called once per `prune`, never for ratio 1."""

@@ -130,9 +130,10 @@ def _from_hub(checkpoint: Checkpoint, offline: bool | None) -> tuple[Path, str]:
             )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        how = "; a run would download them" if offline else f" and could not be fetched ({type(error).__name__})"
         raise MissingWeights(
             f"model {checkpoint.name!r}: the weights of {checkpoint.hub} (revision {checkpoint.revision}) are not on "
-            f"this machine and could not be fetched ({type(error).__name__}). Either run "
+            f"this machine{how}. Run "
             f"`hf download {checkpoint.hub} --revision {checkpoint.revision}` where the hub can be reached, or point "
             f"{_LOCAL.format(checkpoint.name)} at a local copy."
         ) from error

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 BASELINE = "none"
+#: Data types and kernels of attention that a model may be loaded with.
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 SEPARATOR = "__"
 OWN = "own"
 

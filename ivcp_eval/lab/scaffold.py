@@ -265,7 +265,7 @@ def _check_on(name: str, family: str, report: CheckReport) -> None:
 def _first_look(case: Any) -> str:
     """One prompt twice: what is wrong with the choice itself, in words; empty if nothing is."""
     inputs = case.inputs("t5 i0 t9")
-    found = []
+    keeps = []
     for _ in range(2):
         with case.prune() as recording:
             # The engine has its own reference to the instance, so the recorder is wrapped once more, in place.
@@ -284,8 +284,8 @@ def _first_look(case: Any) -> str:
             return f"`select` changed signals.{changed[0]} in place; work on a copy"
         if broken := sum(recording.run.nonfinite_scores):
             return f"{broken} scores are not finite (NaN or infinite); they rank lowest, so position decides"
-        found.append([selection.keep.tolist() for _, selection in recording.calls])
-    if found[0] != found[1]:
+        keeps.append([selection.keep.tolist() for _, selection in recording.calls])
+    if keeps[0] != keeps[1]:
         return "the same prompt was answered differently the second time; draw from signals.generator and nothing else"
     return ""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports import stats
-from ivcp_eval.reports.comparison import ComparedRow, Comparison
+from ivcp_eval.reports.comparison import ComparedRow, Comparison, NoiseFloor
 from ivcp_eval.reports.provenance import (
     AGAIN,
     Against,
@@ -197,13 +197,12 @@ def _with_noise_floor(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
     def place(row: ComparedRow) -> tuple[str, str, str, int | None]:
         return row.model, row.benchmark, row.metric, row.limit
 
-    floor = {place(row): row for row in rows if row.method == AGAIN and row.baseline_method == BASELINE}
-    return [
-        replace(row, again_difference=same.difference, again_answers_changed=same.answers_changed)
-        if (same := floor.get(place(row))) and row is not same
-        else row
-        for row in rows
-    ]
+    floors: dict[tuple[str, str, str, int | None], list[NoiseFloor]] = {}
+    for row in rows:
+        if row.method == AGAIN and row.baseline_method == BASELINE:
+            floor = NoiseFloor(row.settings, row.difference, row.answers_changed)
+            floors.setdefault(place(row), []).append(floor)
+    return [row if row.method == AGAIN else replace(row, again=tuple(floors.get(place(row), ()))) for row in rows]
 
 
 def _load(folder: Path, predictions: str) -> tuple[Samples | None, str]:

@@ -16,7 +16,21 @@ from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ComparedRow", "Comparison"]
+__all__ = ["ComparedRow", "Comparison", "NoiseFloor"]
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The baseline answered a second time against itself: differences up to these are no effect of pruning.
+
+    Attributes:
+        settings: what differed beside batching and order, e.g. ``attention=eager``. difference: in the unit of the
+            score. answers_changed: answers whose text changed; None where they are not known.
+    """
+
+    settings: str = ""
+    difference: float = math.nan
+    answers_changed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +52,7 @@ class ComparedRow:
         baseline_ratio_layer_mean: of the rows that it is compared with.
         rank: among the variants and one reference for all (``--against METHOD:RATIO``), 1 is best; rank_low and
             rank_high: ranks that the intervals allow.
-        again_difference, again_answers_changed: the baseline answered a second time against itself, where a sweep asked
-            for it (``controls: [again]``): differences up to these are no effect of pruning.
+        again: what the baseline's second answers say, where a sweep asked for them (``controls: [again]``).
     """
 
     model: str
@@ -93,8 +106,7 @@ class ComparedRow:
     rank: int | None = None
     rank_low: int | None = None
     rank_high: int | None = None
-    again_difference: float = math.nan
-    again_answers_changed: int | None = None
+    again: tuple[NoiseFloor, ...] = ()
     verdict: str = ""
 
     @property
@@ -106,13 +118,19 @@ class ComparedRow:
         return " ".join(part for part in (method, self.preset, ratio) if part)
 
     @property
+    def noise_floor(self) -> NoiseFloor:
+        """The largest of `again`, by its difference, then by the answers that changed; an empty one without any."""
+        return max(self.again, key=lambda a: (abs(a.difference), a.answers_changed or 0), default=NoiseFloor())
+
+    @property
     def where(self) -> str:
         """What the row is about, for notes."""
         return f"{self.model} {self.benchmark} {self.metric} {self.variant}"
 
     def record(self) -> dict[str, Any]:
         """Flat: column of the comparison's CSV -> value."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "times"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("times", "again")}
+        values |= {f"again_{name}": value for name, value in vars(self.noise_floor).items()}
         for stage, time in self.times.items():
             values |= {f"{stage}_time_{end}": getattr(time, end) for end in ("ratio", "low", "high")}
         return values | {"timed_samples": max(time.n for time in self.times.values()), "notes": "; ".join(self.notes)}

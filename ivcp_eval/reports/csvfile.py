@@ -98,7 +98,7 @@ def read_columns(path: Path, columns: Sequence[Column], names: Sequence[str]) ->
             else:
                 numbers.append(number)
                 rows.append(chosen(cells))
-    found: dict[str, list[Any]] = {}
+    cells_of: dict[str, list[Any]] = {}
     for name, texts in zip(there, zip(*rows, strict=True) if rows else [()] * len(there), strict=True):
         values: dict[str, Any] = {}
         for text in dict.fromkeys(texts):  # most columns hold few different cells
@@ -106,9 +106,9 @@ def read_columns(path: Path, columns: Sequence[Column], names: Sequence[str]) ->
                 values[text] = _value(by_name[name], text)
             except ValueError as error:
                 problems.append(f"line {numbers[texts.index(text)]}: column {name!r}: {error}")
-        found[name] = [values.get(text) for text in texts]
+        cells_of[name] = [values.get(text) for text in texts]
     check_problems(path, problems)
-    return {name: found.get(name, ["" if by_name[name].kind == "text" else None] * len(rows)) for name in names}
+    return {name: cells_of.get(name, ["" if by_name[name].kind == "text" else None] * len(rows)) for name in names}
 
 
 @contextmanager

@@ -86,8 +86,9 @@ class Reference:
     def fits(self, row: Row) -> bool:
         """Whether a row is of this variant; without a ratio of its own, at any."""
         given = json.loads(row["method_parameters"] or "{}")
-        asked = self.ratio in (None, row["ratio_asked"])
-        return bool(row["method"] == self.method and asked and (self.parameters is None or given == self.parameters))
+        same_ratio = self.ratio in (None, row["ratio_asked"])
+        same_parameters = self.parameters is None or given == self.parameters
+        return bool(row["method"] == self.method and same_ratio and same_parameters)
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,12 @@ def telling_parameters(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 
 def settings(row: Row, telling: Mapping[str, Sequence[str]]) -> str:
-    """``layer=3, ivc=0.0``: the parameters in ``telling`` (`telling_parameters`) of the row's method."""
+    """``layer=3, ivc=0.0``: the parameters in ``telling`` (`telling_parameters`) of the row's method.
+
+    An empty text says that a parameter was not set.
+    """
     parameters = json.loads(row["method_parameters"] or "{}")
-    names = [name for name in telling.get(row["method"], ()) if name in parameters]
+    names = [name for name in telling.get(row["method"], ()) if parameters.get(name, "") != ""]
     return ", ".join(f"{name}={_plain(parameters[name])}" for name in names)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # numpy, which other tables can do without
     from ivcp_eval.reports.comparison import ComparedRow, Comparison
     from ivcp_eval.reports.stats.timing import TimeRatio
 
-__all__ = ["LOUD", "fold", "footer", "render", "render_markdown", "wrapped"]
+__all__ = ["LOUD", "fold", "footer", "render", "render_markdown", "time_cell", "times_note", "wrapped"]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
 #: Lines of a table into a pipe or file are as long as this at most.
@@ -58,11 +59,12 @@ def render(comparison: Comparison, width: int | None = None) -> str:
     values = {name: column for name, column in cells.items() if name not in _NAMES}
     lines = [_title(comparison)]
     lines += [", ".join(f"{name} {value}" for name, value in same.items())] if same else []
-    wrapped = [line for text in lines for line in _wrapped(text, width, "")]
-    loud = _wrapped(LOUD, width, "") if comparison.meaningless else []
+    lines_of = partial(wrapped, width=width, break_long_words=True)
+    head = [lines_of(text) for text in lines]
+    loud = [lines_of(LOUD)] if comparison.meaningless else []
     blocks = [text for block in _folded(names, values, width) for text in (block, "")]
-    notes = [line for text in footer(comparison) for line in _wrapped(text, width, "  ")]
-    return "\n".join([*wrapped, "", *loud, *([""] if loud else []), *blocks, *notes, *(["", *loud] if loud else [])])
+    notes = [lines_of(text, hanging="  ") for text in footer(comparison)]
+    return "\n".join([*head, "", *loud, *([""] if loud else []), *blocks, *notes, *(["", *loud] if loud else [])])
 
 
 def render_markdown(comparison: Comparison) -> str:
@@ -77,15 +79,22 @@ def render_markdown(comparison: Comparison) -> str:
     return "\n".join([_title(comparison), "", *loud, table, "", *notes, *(["", LOUD] if loud else [])])
 
 
-def wrapped(text: str, width: int | None = None, indent: str = "") -> str:
-    """Prose in lines of ``width`` (as `fold`); an address or path stays in one piece, so that it can be copied."""
+def wrapped(
+    text: str, width: int | None = None, indent: str = "", hanging: str = "", break_long_words: bool = False
+) -> str:
+    """Prose in lines of ``width`` (as `fold`); an address or path stays in one piece, so that it can be copied.
+
+    Args:
+        indent: before every line. hanging: also before every line but the first.
+        break_long_words: no line is longer than ``width`` then, whatever stands in it.
+    """
     return textwrap.fill(
         text,
         _checked(width),
         initial_indent=indent,
-        subsequent_indent=indent,
+        subsequent_indent=indent + hanging,
         break_on_hyphens=False,
-        break_long_words=False,
+        break_long_words=break_long_words,
     )
 
 
@@ -96,10 +105,6 @@ def _title(comparison: Comparison) -> str:
 
 def _checked(width: int | None) -> int:
     return max(_NARROWEST, width or shutil.get_terminal_size((_WIDTH, 24)).columns)
-
-
-def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
 
 
 def _folded(names: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[str]], width: int) -> list[str]:
@@ -205,9 +210,8 @@ def _rank(row: ComparedRow) -> str:
 
 
 def _noise_floor(row: ComparedRow) -> str:
-    if row.again_answers_changed is None:
-        return ""
-    return f"{row.again_difference:+.{_digits(row)}f} ({row.again_answers_changed})"
+    known = [again for again in row.again if again.answers_changed is not None]
+    return "; ".join(f"{a.settings} {a.difference:+.{_digits(row)}f} ({a.answers_changed})".strip() for a in known)
 
 
 def _seeds(row: ComparedRow) -> str:
@@ -233,10 +237,10 @@ def footer(comparison: Comparison) -> list[str]:
         "Cost, measured: share of the prompt's visual tokens alive after the last cut (final), mean over the prefill's "
         "layers, in the KV cache; of the prefill's FLOPs in the decoder.",
     ]
-    if any(row.again_answers_changed is not None for row in rows):
+    if any(row.again for row in rows):
         lines.append(
             "A/A: difference of the baseline's second answers to its first (answers whose text changed), each sample "
-            "alone. Differences of that size are no effect of pruning."
+            "alone, and with what is named. Differences of that size are no effect of pruning."
         )
     if comparison.margin is not None:
         lines.append(f"Verdict: not worse means a loss below {comparison.margin:g} % of the scale, one-sided 2.5 %.")
@@ -306,23 +310,28 @@ def _noise(rows: Sequence[ComparedRow]) -> list[str]:
     ]
 
 
+def times_note(times: Iterable[TimeRatio]) -> str:
+    """What the cells of measured times are, and of how many samples; at least one was timed."""
+    counts = sorted({time.n for time in times if time.n})
+    n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return (
+        f"Times: of the variant over those of the baseline for the same sample in one session, {n} samples; geometric "
+        "mean and 95 % interval, below 1 is faster. Decode is per token; end to end from the picture to the last token."
+    )
+
+
 def _speed(rows: Sequence[ComparedRow]) -> list[str]:
     """Whose times were measured, and who is slower than the baseline."""
     timed = [row for row in rows if any(time.n for time in row.times.values())]
     if not timed:
         return []
-    counts = sorted({time.n for row in timed for time in row.times.values() if time.n})
-    n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     slower = [
         f"{row.model} {row.benchmark} {row.variant}, {stage.replace('_', ' ')}: {time_cell(time)}"
         for row in timed
         for stage, time in row.times.items()
         if time.low > 1
     ]
-    lines = [
-        f"Times: of the variant over those of the baseline for the same sample in one session, {n} samples; geometric "
-        "mean and 95 % interval, below 1 is faster. Decode is per token; end to end from the picture to the last token."
-    ]
+    lines = [times_note(time for row in timed for time in row.times.values())]
     return lines + [f"Slower than the baseline: {line}" for line in dict.fromkeys(slower)]
 
 

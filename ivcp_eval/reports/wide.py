@@ -1,9 +1,9 @@
 """Wide tables as papers print them: one per model, variants as rows, benchmarks as columns; CSV, Markdown and LaTeX.
 
-The headline metric of each benchmark; what is retained of the unpruned score; what was measured of the cost. ``*`` is
-at a score that differs from the unpruned one at 5 % after Holm's correction over the tables. Averages stand only where
-every benchmark of the row has a score: nothing is averaged over what happens to be there. The seeds of a method that
-draws are one row.
+The headline metric of each benchmark; what is retained of the unpruned score; what was measured of the cost and,
+beside the unpruned model, of the time. ``*`` is at a score that differs from the unpruned one at 5 % after Holm's
+correction over the tables. Averages stand only where every benchmark of the row has a score: nothing is averaged over
+what happens to be there. The seeds of a method that draws are one row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,10 +24,11 @@ from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import agreement
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface.variants import BASELINE
-from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.compare import ComparedRow, compare
 from ivcp_eval.reports.provenance import Group, NotComparable, finished_headline, grouped, merged
+from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
 from ivcp_eval.reports.table import Row, read_results
-from ivcp_eval.reports.terminal import fold
+from ivcp_eval.reports.terminal import fold, time_cell, times_note, wrapped
 
 MISSING = "-"
 _VARIANT = ("method", "method_parameters", "ratio_asked", "budget", "limit")
@@ -44,7 +46,7 @@ class Cell:
     Attributes:
         score: in the metric's unit, mean over seeds. deviation: standard deviation over seeds, None for a single one.
         retained: percent of the unpruned score. significant: differs from it; None if not tested.
-        kept, layer_mean: measured shares of the visual tokens.
+        kept, layer_mean: measured shares of the visual tokens. times: stage -> over the unpruned model's.
     """
 
     score: float
@@ -53,6 +55,7 @@ class Cell:
     significant: bool | None = None
     kept: float | None = None
     layer_mean: float | None = None
+    times: Mapping[str, TimeRatio] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,18 @@ class Table:
     note: str = ""
 
     def to_csv(self) -> str:
-        """Numbers only; per benchmark its score, what is retained, the significance, the deviation over seeds."""
+        """Numbers only; per benchmark score, share retained, significance, deviation over seeds; then the times."""
         columns = [(name, field) for name in self.names for field in ("score", "retained", "significant", "deviation")]
         words = {"score": "", "retained": " retained %", "significant": " significant", "deviation": " sd over seeds"}
         header = ["method", "ratio", "budget", "limit", "seeds", "kept", "layer_mean"]
-        rows = [[*header, *(name + words[field] for name, field in columns), "retained %"]]
+        timed = [(name, stage) for name in self.names for stage in STAGES if self._is_timed]
+        time_heads = [f"{name} {stage} time{part}" for name, stage in timed for part in ("", " low", " high", " n")]
+        rows = [[*header, *(name + words[field] for name, field in columns), "retained %", *time_heads]]
         for line in self.lines:
             cells = [getattr(line.cells.get(name), field, None) for name, field in columns]
             means = [line.mean(field, self.names) for field in ("kept", "layer_mean", "retained")]
-            values = [line.ratio, line.budget, line.limit, line.seeds, *means[:2], *cells, means[2]]
+            times = [value for name, stage in timed for value in _time_values(line.cells.get(name), stage)]
+            values = [line.ratio, line.budget, line.limit, line.seeds, *means[:2], *cells, means[2], *times]
             rows.append([line.method, *map(_csv_cell, values)])
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(
@@ -110,27 +116,38 @@ class Table:
         return stream.getvalue()
 
     def to_markdown(self) -> str:
-        """Two Markdown tables under the model's name, scores and retained shares, aligned also as plain text."""
-        parts = [f"### {self.model}", "", *_markdown(self._scores()), ""]
-        if self._has_shares:
-            parts += ["Retained, percent of the unpruned score:", "", *_markdown(self._shares()), ""]
+        """Markdown tables under the model's name: scores, retained shares, times; aligned also as plain text."""
+        parts = [f"### {self.model}", ""]
+        for title, rows, _ in self._parts():
+            parts += [*([title, ""] if title else []), *_markdown(rows), ""]
         return "\n".join([*parts, *([self.note, ""] if self.note else [])])
 
     def to_terminal(self, width: int | None = None) -> str:
         """The tables of `to_markdown`, folded to the terminal's width."""
-        parts = [f"model {self.model}", "", _folded(self._scores(), 2, width)]
-        if self._has_shares:
-            parts += ["", "Retained, percent of the unpruned score:", "", _folded(self._shares(), 2, width)]
-        return "\n".join([*parts, *(["", self.note] if self.note else [])])
+        parts = [f"model {self.model}"]
+        for title, rows, names in self._parts():
+            parts += ["", *([title, ""] if title else []), _folded(rows, names, width)]
+        return "\n".join([*parts, *(["", wrapped(self.note, width)] if self.note else [])])
 
     def to_latex(self) -> str:
-        """Two ``tabular`` that need the package booktabs: scores and retained shares."""
+        """The same as ``tabular``, which need the package booktabs."""
         notes = [f"% {self.note}"] if self.note else []
-        return "\n".join([*notes, *_latex(self._scores()), "", *_latex(self._shares()), ""])
+        return "\n".join([*notes, *(line for _, rows, _ in self._parts() for line in [*_latex(rows), ""])])
+
+    def _parts(self) -> list[tuple[str, list[list[str]], int]]:
+        """Tables: a title, rows of which the first is the headings, and how many columns name a row."""
+        parts = [("", self._scores(), 2)]
+        parts += [("Retained, percent of the unpruned score:", self._shares(), 2)] if self._has_shares else []
+        parts += [("Measured time over that of the unpruned model:", self._times(), 3)] if self._is_timed else []
+        return parts
 
     @property
     def _has_shares(self) -> bool:
         return any(line.mean("retained", self.names[:1]) for line in self.lines)
+
+    @property
+    def _is_timed(self) -> bool:
+        return any(time.n for line in self.lines for cell in line.cells.values() for time in cell.times.values())
 
     def _scores(self) -> list[list[str]]:
         rows = [["method", "ratio", "kept", "layers", *self.names, "retained %"]]
@@ -147,23 +164,32 @@ class Table:
             rows.append([line.method, line.share, *map(_number, shares), _number(line.mean("retained", self.names))])
         return rows
 
+    def _times(self) -> list[list[str]]:
+        rows = [["method", "ratio", "time", *self.names]]
+        for line in self.lines:
+            for stage in STAGES:
+                times = [_time(line.cells.get(name), stage) for name in self.names]
+                if any(time.n for time in times):
+                    rows.append([line.method, line.share, stage.replace("_", " "), *map(_time_text, times)])
+        return rows
+
 
 def tables(
     rows: Iterable[Row],
     planned: Mapping[str, Sequence[str]] | None = None,
-    p_values: Mapping[tuple[Any, ...], float] | None = None,
+    compared: Mapping[tuple[Any, ...], ComparedRow] | None = None,
     note: str = "",
 ) -> list[Table]:
     """One table per model of a results file, models and variants in the order of the file.
 
     Args:
         planned: benchmarks of each model, which are columns even where no row is there yet.
-        p_values: Holm's, by `_key`.
+        compared: each variant with the unpruned model, by `_key`.
         note: for under each table.
     """
     rows, planned = list(rows), planned or {}
     return [
-        _table([r for r in rows if r["model"] == model], planned.get(model, ()), p_values or {}, note)
+        _table([r for r in rows if r["model"] == model], planned.get(model, ()), compared or {}, note)
         for model in dict.fromkeys(r["model"] for r in rows)
     ]
 
@@ -172,16 +198,13 @@ def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = No
     """Write ``<results>/<model>.csv``, ``.md`` and ``.tex`` of `tables` for a results CSV; returns the tables."""
     folder = results.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    p_values: dict[tuple[Any, ...], float] = {}
+    compared: dict[tuple[Any, ...], ComparedRow] = {}
     note = "* differs from the unpruned score at 5 % after Holm's correction. ±: standard deviation over seeds."
     try:
-        for row in compare(results, select=finished_headline).rows:
-            p_values[_key({name: getattr(row, name) for name in ("model", "benchmark", "metric", *_VARIANT)})] = (
-                row.p_holm
-            )
+        compared = {_key(vars(row)): row for row in compare(results, select=finished_headline).rows}
     except NotComparable as error:
         note = f"Without marks of significance: {str(error).splitlines()[0]}"
-    written = tables(read_results(results), planned, p_values, note)
+    written = tables(read_results(results), planned, compared, note)
     for table in written:
         for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
             with atomic_write(folder / f"{table.model}.{suffix}") as stream:
@@ -193,7 +216,9 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("model", "benchmark", "metric", *_VARIANT))
 
 
-def _table(rows: Sequence[Row], planned: Sequence[str], p_values: Mapping[tuple[Any, ...], float], note: str) -> Table:
+def _table(
+    rows: Sequence[Row], planned: Sequence[str], compared: Mapping[tuple[Any, ...], ComparedRow], note: str
+) -> Table:
     first = {row["benchmark"]: row for row in reversed(rows)}
     metric = {name: benchmarks.headline(row) for name, row in first.items()}
     names = tuple(dict.fromkeys([*planned, *(row["benchmark"] for row in rows)]))
@@ -201,21 +226,23 @@ def _table(rows: Sequence[Row], planned: Sequence[str], p_values: Mapping[tuple[
     for group in grouped(row for row in rows if row["status"] == "ok" and row["metric"] == metric[row["benchmark"]]):
         groups[_variant(group[0])][group[0]["benchmark"]] = group
     lines = []
-    for variant, found in groups.items():
+    for variant, by_benchmark in groups.items():
         method, parameters, ratio, budget, limit = variant
         baseline = groups.get((BASELINE, None, 1.0, "", limit), {})
         lines.append(
             Line(
                 "unpruned" if method == BASELINE else _name(rows[0]["model"], method, parameters),
                 *(ratio, budget, limit),
-                max(map(len, found.values()), default=1),
-                {name: _cell(group, baseline.get(name), p_values) for name, group in found.items()},
+                max(map(len, by_benchmark.values()), default=1),
+                {name: _cell(group, baseline.get(name), compared) for name, group in by_benchmark.items()},
             )
         )
     random = any(row["trained_weights"] is False for row in rows)
     agreed = [name for name, headline in metric.items() if headline in agreement.METRICS]
     notes = [*(["Random weights: these numbers mean nothing."] if random else []), *([note] if note else [])]
     notes += [f"{', '.join(agreed)}: {agreement.NOTE}."] if agreed else []
+    times = [time for line in lines for cell in line.cells.values() for time in cell.times.values() if time.n]
+    notes += [times_note(times)] if times else []
     return Table(rows[0]["model"], names, tuple(lines), " ".join(notes))
 
 
@@ -225,18 +252,18 @@ def _variant(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in _VARIANT)
 
 
-def _cell(group: Group, baseline: Group | None, p_values: Mapping[tuple[Any, ...], float]) -> Cell:
+def _cell(group: Group, baseline: Group | None, compared: Mapping[tuple[Any, ...], ComparedRow]) -> Cell:
     row = merged(group)
     before = merged(baseline)["score"] if baseline else None
-    p_value = p_values.get(_key(row))
+    beside = compared.get(_key(row))
     return Cell(
         row["score"],
         stdev(r["score"] for r in group) if len(group) > 1 else None,
         100 * row["score"] / before if before else None,
-        # NaN: no test.
-        None if p_value is None or p_value != p_value else p_value < 0.05,
+        None if beside is None or math.isnan(beside.p_holm) else beside.p_holm < 0.05,
         row["ratio_kept_final"],
         row["ratio_layer_mean"],
+        beside.times if beside else {},
     )
 
 
@@ -272,6 +299,20 @@ def _score(cell: Cell | None) -> str:
         return MISSING
     spread = "" if cell.deviation is None else f" ± {cell.deviation:.1f}"
     return f"{cell.score:.1f}{spread}" + ("*" if cell.significant else "")
+
+
+def _time(cell: Cell | None, stage: str) -> TimeRatio:
+    return (cell.times if cell else {}).get(stage, TimeRatio())
+
+
+def _time_text(time: TimeRatio) -> str:
+    return time_cell(time) or MISSING
+
+
+def _time_values(cell: Cell | None, stage: str) -> list[float | int | None]:
+    """Ratio, interval and number of samples, as the CSV has them: nothing where nothing was measured."""
+    time = _time(cell, stage)
+    return [None if math.isnan(value) else value for value in (time.ratio, time.low, time.high)] + [time.n or None]
 
 
 def _folded(rows: Sequence[Sequence[str]], names: int, width: int | None) -> str:

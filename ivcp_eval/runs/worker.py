@@ -146,7 +146,7 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
     for unit in plan.units():
         if stop.requested:
             break
-        if (model and unit.model != model) or {unit.model, unit.benchmark.name} & report.broken:
+        if (model and unit.model != model) or {_loaded_name(plan, unit), unit.benchmark.name} & report.broken:
             continue
         if mark(plan, unit).exists() or not unit.pending:
             continue
@@ -167,7 +167,7 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
 
 
 def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> None:
-    session, dataset = _session(plan, unit.model, hooks, report), _dataset(plan, unit, report)
+    session, dataset = _session(plan, unit, hooks, report), _dataset(plan, unit, report)
     cells = _runnable(plan, session, unit)
     for cell in cells:
         if cell.load_record() is not None:
@@ -226,15 +226,16 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
         (unit.model, unit.benchmark.name) for unit in plan.units() if unit.pending and not mark(plan, unit).exists()
     }
     for name, model in plan.models.items():
-        for benchmark, cells in model.groups.values():
+        for benchmark, group in model.groups.values():
+            cells = model.timed(group)
             if stop.requested or (name, benchmark.name) in open_ or {name, benchmark.name} & report.broken:
                 continue
             if (only and name != only) or all(is_timed(cell, plan.options.timing) for cell in cells):
                 continue
             with claim(lease(plan, f"time.{name}.{benchmark.name}")) as mine:
                 if mine and not all(is_timed(cell, plan.options.timing) for cell in cells):
-                    unit = Unit(name, benchmark, 0, 0, cells)
-                    session, dataset = _session(plan, name, hooks, report), _dataset(plan, unit, report)
+                    unit = Unit(name, benchmark, 0, 0, cells, model.placement)
+                    session, dataset = _session(plan, unit, hooks, report), _dataset(plan, unit, report)
                     n = time_cells(session, dataset, _capable(session, cells), plan.options.timing)
                     hooks.say(f"timed {n} samples of {benchmark.name} under every variant of {name}")
                     timed = True
@@ -243,32 +244,41 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
 
 def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:
     """The cells whose method works on the model; the others' records say why not."""
-    found = []
+    capable = []
     for cell in cells:
         with suppress(ValueError):
             session.check(cell.identity.variant)
-            found.append(cell)
-    return found
+            capable.append(cell)
+    return capable
 
 
-def _session(plan: RunPlan, model: str, hooks: Hooks, report: Report) -> Session:
-    """The model in memory; one at a time."""
+def _loaded_name(plan: RunPlan, unit: Unit) -> str:
+    """The model of a unit, with how it is loaded where that is not as for the others: ``tiny (eager, bfloat16)``."""
+    usual, own = plan.models[unit.model].placement, unit.placement
+    different = [(own.dtype, usual.dtype), (own.attention, usual.attention)]
+    words = [mine for mine, other in different if mine != other]
+    return unit.model + (f" ({', '.join(words)})" if words else "")
+
+
+def _session(plan: RunPlan, unit: Unit, hooks: Hooks, report: Report) -> Session:
+    """The unit's model in memory; one at a time."""
     from ivcp_eval.runs.answering.session import timed_load
     from ivcp_eval.vlmeval_bridge import register
 
-    if model not in report.sessions:
+    name = _loaded_name(plan, unit)
+    if name not in report.sessions:
         report.sessions.clear()
         register()
-        own = plan.models[model]
+        own = plan.models[unit.model]
         try:
             loaded, seconds = timed_load(
-                own.weights, own.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
+                own.weights, unit.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
             )
         except FAILURES as error:
-            raise _NotLoadedError(model, error) from error
-        report.sessions[model] = loaded
-        hooks.say(f"loaded {model} in {seconds:.1f} s")
-    session: Session = report.sessions[model]
+            raise _NotLoadedError(name, error) from error
+        report.sessions[name] = loaded
+        hooks.say(f"loaded {name} in {seconds:.1f} s")
+    session: Session = report.sessions[name]
     return session
 
 
@@ -288,17 +298,17 @@ def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
 
 def _runnable(plan: RunPlan, session: Session, unit: Unit) -> list[Cell]:
     """The unit's unfinished cells whose method works on the model; the others are recorded with the reason."""
-    found = []
+    runnable = []
     for cell in unit.pending:
         try:
             session.check(cell.identity.variant)
-            found.append(cell)
+            runnable.append(cell)
         except ValueError as error:
             if plan.spec.kind == "eval":
                 raise
             if cell.load_record() is None:
                 record_failure(cell, error, plan.options)
-    return found
+    return runnable
 
 
 def devices() -> list[str]:

@@ -211,9 +211,9 @@ def agreed(benchmark: Benchmark, given: Mapping[str, str], reference: Mapping[st
         given, reference = (
             {index: split_thinking(text)[0] for index, text in answers.items()} for answers in (given, reference)
         )
-    found = agreement(given, reference, benchmark.kind == "grounding")
+    result = agreement(given, reference, benchmark.kind == "grounding")
     return Scored(
-        {name: (value, 100.0) for name, value in found.metrics.items()}, found.samples, remark=NOTE, ious=found.ious,
+        {name: (value, 100.0) for name, value in result.metrics.items()}, result.samples, remark=NOTE, ious=result.ious,
         thinking=thought if benchmark.thinking == "split" else 0,
     )  # fmt: skip
 

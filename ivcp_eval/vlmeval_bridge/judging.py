@@ -180,8 +180,8 @@ def _plain(reply: str) -> str | None:
 
 def _rated(text: str, best: int) -> float | None:
     """A number on the benchmark's scale, alone or as "of the best": 0.8/1; None for anything else."""
-    found = re.fullmatch(rf"({_NUMBER})(?:\s*(?:/|out of)\s*{best}(?:\.0)?)?", text, re.ASCII)
-    return float(found[1]) if found else None
+    match = re.fullmatch(rf"({_NUMBER})(?:\s*(?:/|out of)\s*{best}(?:\.0)?)?", text, re.ASCII)
+    return float(match[1]) if match else None
 
 
 def _share(reply: str) -> str | None:

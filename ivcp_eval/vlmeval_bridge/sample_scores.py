@@ -2,7 +2,7 @@
 
 A rule takes the data set object, the evaluated prediction file and the name under which the evaluator wrote, and
 returns index -> score in 0..1. Their mean (or, for circular sets, the share of questions whose rotations are all
-right) is the reported score; tests/benchmarks hold every rule to that.
+right) is the reported score; tests/vlmeval_bridge hold every rule to that.
 """
 
 from __future__ import annotations

@@ -31,6 +31,13 @@ def test_every_verb_can_be_quiet(verb: str, capsys: pytest.CaptureFixture[str]) 
     assert "--quiet" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", ["bench fork", "bench stats", "bench selection", "bench eval", "lab train tiny2"])
+def test_the_help_of_other_parsers_names_it_too(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    assert capsys.readouterr().out.count("--quiet") == 1
+
+
 def test_quiet_is_ours_and_the_rest_another_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[list[str]] = []
     monkeypatch.setattr(pruning, "main", lambda arguments: got.append(arguments) or 0)

@@ -35,6 +35,7 @@ def test_missing_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest
     assert "hf download" in message
     assert "MODEL_PATH" in message
     assert "models: {qwen25: /path/to/folder}" in message
+    assert "not on this machine; a run would download them" in message, "nothing was tried"
 
 
 @pytest.mark.parametrize("content", [[], ["config.json"]])

@@ -46,8 +46,8 @@ def between_markers(text: str, part: str) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    head, found, rest = text.partition(OPENING)
+    head, opening, rest = text.partition(OPENING)
     _, ended, tail = rest.partition(CLOSING)
-    if not found or not ended:
+    if not opening or not ended:
         raise ValueError(f"the document lacks {OPENING!r} ... {CLOSING!r}")
     return f"{head}{OPENING}\n\n{part}\n\n{CLOSING}{tail}"

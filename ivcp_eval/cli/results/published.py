@@ -32,21 +32,23 @@ def run(args: argparse.Namespace) -> int:
     """Print a table; 1 if nothing was published."""
     from ivcp_eval.benchmarks.published import numbers
 
-    found = [n for n in numbers() if n.is_named(args.model, args.method, args.benchmark)]
+    matching = [n for n in numbers() if n.is_named(args.model, args.method, args.benchmark)]
     if args.kept is not None:
-        found = [n for n in found if n.kept_percent is not None and abs(n.kept_percent - args.kept) <= args.within]
-    if not found:
+        matching = [
+            n for n in matching if n.kept_percent is not None and abs(n.kept_percent - args.kept) <= args.within
+        ]
+    if not matching:
         say(f"nothing was published of that. {_known(numbers(), args)}")
         return 1
     if args.beside:
-        return _beside(args, found)
+        return _beside(args, matching)
     if (args.model, args.method, args.benchmark, args.kept) == (None, None, None, None) and not args.all:
-        say(f"{len(found)} published numbers; name a model, a method or a benchmark. {_known(found, args)}")
+        say(f"{len(matching)} published numbers; name a model, a method or a benchmark. {_known(matching, args)}")
         return 0
-    shown = found if args.all else found[:MOST_ROWS]
+    shown = matching if args.all else matching[:MOST_ROWS]
     say(_table(shown))
-    if len(found) > len(shown):
-        say(f"... and {len(found) - len(shown)} more: narrow it, or --all")
+    if len(matching) > len(shown):
+        say(f"... and {len(matching) - len(shown)} more: narrow it, or --all")
     say(_footer(shown))
     return 0
 
@@ -55,8 +57,8 @@ def _known(some: Sequence[Published], args: argparse.Namespace) -> str:
     """What there is, by each name that was not found or not given."""
     parts = []
     for name in ("model", "method", "benchmark"):
-        asked = getattr(args, name)
-        if asked and any(n.is_named(**{**_ANY, name: asked}) for n in some):
+        value = getattr(args, name)
+        if value and any(n.is_named(**{**_ANY, name: value}) for n in some):
             continue
         counts = Counter(getattr(n, "printed_method" if name == "method" else name) for n in some)
         parts.append(f"{name}s: " + ", ".join(f"{key} ({count})" for key, count in counts.most_common(60)))
@@ -66,21 +68,21 @@ def _known(some: Sequence[Published], args: argparse.Namespace) -> str:
 _ANY: Mapping[str, Any] = {"model": None, "method": None, "benchmark": None}
 
 
-def _table(found: Sequence[Published]) -> str:
+def _table(rows: Sequence[Published]) -> str:
     from ivcp_eval.reports.terminal import fold
 
     columns = {
-        "model": [n.model for n in found],
-        "method": [n.printed_method for n in found],
-        "benchmark": [n.benchmark for n in found],
-        "kept %": [_number(n.kept_percent) for n in found],
-        "by": [n.kept_means for n in found],
-        "score": [_number(n.score) for n in found],
-        "unpruned": [_number(n.unpruned) for n in found],
-        "retained %": ["" if n.retained is None else f"{n.retained:.1f}" for n in found],
-        "whose": [n.origin for n in found],
-        "source": [n.source for n in found],
-        "metric, note": ["; ".join(filter(None, (n.metric, n.note))) for n in found],
+        "model": [n.model for n in rows],
+        "method": [n.printed_method for n in rows],
+        "benchmark": [n.benchmark for n in rows],
+        "kept %": [_number(n.kept_percent) for n in rows],
+        "by": [n.kept_means for n in rows],
+        "score": [_number(n.score) for n in rows],
+        "unpruned": [_number(n.unpruned) for n in rows],
+        "retained %": ["" if n.retained is None else f"{n.retained:.1f}" for n in rows],
+        "whose": [n.origin for n in rows],
+        "source": [n.source for n in rows],
+        "metric, note": ["; ".join(filter(None, (n.metric, n.note))) for n in rows],
     }
     return fold(columns, ("model", "method", "benchmark"), "metric, note")
 
@@ -89,17 +91,17 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _footer(found: Sequence[Published]) -> str:
+def _footer(rows: Sequence[Published]) -> str:
     from ivcp_eval.benchmarks.published import KEPT_MEANS, sources
 
     known = sources()
     lines = ["", "Copied from these, not measured here; compare within one source (results/baselines/field/README.md):"]
-    lines += [f"  {name}: {known[name]}" for name in dict.fromkeys(n.source for n in found)]
-    lines += ["Kept by:"] + [f"  {key}: {KEPT_MEANS[key]}" for key in dict.fromkeys(n.kept_means for n in found)]
+    lines += [f"  {name}: {known[name]}" for name in dict.fromkeys(n.source for n in rows)]
+    lines += ["Kept by:"] + [f"  {key}: {KEPT_MEANS[key]}" for key in dict.fromkeys(n.kept_means for n in rows)]
     return "\n".join(lines)
 
 
-def _beside(args: argparse.Namespace, found: Sequence[Published]) -> int:
+def _beside(args: argparse.Namespace, published: Sequence[Published]) -> int:
     """Own rows whose benchmark's headline metric was compared, each with the range of what was published."""
     from ivcp_eval.benchmarks.published import range_beside
     from ivcp_eval.reports.provenance import finished_headline
@@ -115,11 +117,11 @@ def _beside(args: argparse.Namespace, found: Sequence[Published]) -> int:
     for row in rows:
         if row["method"] == "none" or row["ratio_kept_final"] is None:
             continue
-        asked = {"model": args.model, "method": args.method, "benchmark": args.benchmark}
-        if any(value and value.casefold() != row[name].casefold() for name, value in asked.items()):
+        chosen = {"model": args.model, "method": args.method, "benchmark": args.benchmark}
+        if any(value and value.casefold() != row[name].casefold() for name, value in chosen.items()):
             continue
         kept, before = 100 * row["ratio_kept_final"], unpruned.get((row["model"], row["benchmark"]))
-        beside = range_beside(found, row["model"], row["method"], row["benchmark"], kept, args.within)
+        beside = range_beside(published, row["model"], row["method"], row["benchmark"], kept, args.within)
         values = (
             *(row["model"], row["method"], row["benchmark"], f"{kept:.1f}", f"{row['score']:.1f}"),
             f"{100 * row['score'] / before:.1f}" if before else "",

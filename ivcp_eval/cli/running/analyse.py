@@ -96,16 +96,16 @@ def _flips(args: argparse.Namespace) -> int:
     stored = flips.Stored.of(args.results) if args.results else [None] * len(args.data)
     methods = [{"method": name, "ratios": args.ratio, "seeds": [args.seed]} for name in args.method]
     rows: list[dict[str, Any]] = []
-    made: list[dict[str, Any]] = []
+    provenance: list[dict[str, Any]] = []
     session = None
     for number, one in enumerate(stored):
         if one is None:
-            asked = request(args, args.data[number], methods)
+            raw = request(args, args.data[number], methods)
         else:
             limit = {} if one.baseline["limit"] is None else {"limit": one.baseline["limit"]}
-            asked = {**request(args, one.baseline["benchmark"], NO_METHODS), **limit}
-            asked["models"] = {one.baseline["model"]: args.model_path}
-        study = Study.of(asked, folder(args), notices(args))
+            raw = {**request(args, one.baseline["benchmark"], NO_METHODS), **limit}
+            raw["models"] = {one.baseline["model"]: args.model_path}
+        study = Study.of(raw, folder(args), notices(args))
         if session is not None and session.weights == study.model.weights:
             study.session = session
         table, settings = flips.measure(
@@ -113,7 +113,7 @@ def _flips(args: argparse.Namespace) -> int:
         )
         session = study.session
         rows += [{"benchmark": study.benchmark.name, **row} for row in table]
-        made.append(study.provenance(settings))
+        provenance.append(study.provenance(settings))
     name = args.results.stem if args.results else f"{args.model}-{'-'.join(args.data)}"
     with_holm(rows)
     counts = list({(row["benchmark"], row["change"]): row for row in rows}.values())
@@ -121,7 +121,7 @@ def _flips(args: argparse.Namespace) -> int:
     counted = ("answers_changed", "verdicts_changed", "right_to_wrong", "wrong_to_right", "score")
     tested = ("against", "difference", "test", "p_holm")
     say(f"{text(counts, tested, 2)}\n\nShare of samples with another {args.count}, pruning minus control:\n")
-    finish(args, f"flips/{name}", rows, {"benchmarks": made}, text(tests, (*counted, "n", "clusters"), 2))
+    finish(args, f"flips/{name}", rows, {"benchmarks": provenance}, text(tests, (*counted, "n", "clusters"), 2))
     return 0
 
 

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
     add_flags(parser)
-    add("--estimate", action="store_true", help="only say what the judge would cost at most; nothing is sent or run")
+    add("--estimate", action="store_true", help="only say what the judge would cost at most; nothing is sent, "
+        "fetched or run")  # fmt: skip
     add("--output", type=Path, help="results CSV, rows are merged into it (default: results/eval/<model>.csv)")
     add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
     add("--every", type=float, default=30.0, metavar="SECONDS", help="between two reports where the output is no "
@@ -53,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
     args.method = absolute(args.method)
     if any(Path(word).suffix for word in args.data):
-        from ivcp_eval.vlmeval_bridge.reading.own import names_of
+        from ivcp_eval.vlmeval_bridge.reading.own import is_prepared, names_of
 
+        if not (args.estimate or all(map(is_prepared, args.data))):
+            from ivcp_eval.interface import models
+
+            models.locate(args.model, args.model_path)  # nothing is prepared for a model that is not here
         args.data = names_of(args.data, notices(args))
     if args.estimate:
         return _estimate(args)
@@ -107,7 +112,6 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.answering.timing import is_timed
     from ivcp_eval.runs.executors.local import run as run_local
-    from ivcp_eval.runs.planning.data import fetch_missing
     from ivcp_eval.runs.planning.plan import make, write_manifest
     from ivcp_eval.runs.planning.uncounted import uncounted_lines
     from ivcp_eval.runs.progress.display import Progress
@@ -116,8 +120,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.store.state import reopen
 
     tell = notices(args)
-    fetch_missing((name for _, name in spec.cells), tell)
-    plan = make(spec, runs)
+    plan = make(spec, runs, fetch=tell)
     if not plan.models:
         raise ValueError("\n".join(_without_model(plan.problems)))
     for _, _, cell in plan.cells():
@@ -143,7 +146,7 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
         tell(f"reusing {sum(finished)} finished of {len(finished)} cells (a cell is one variant on one benchmark)")
     try:
         n = spec.options.timing
-        timed = not n or all(is_timed(cell, n) for _, _, cell in plan.cells())
+        timed = not n or all(is_timed(cell, n) for model, _, cell in plan.cells() if model.timed([cell]))
         whole = all(finished) and timed
         if not whole and not run_local(plan, 0, Progress(plan, args.quiet, args.every), spec.options.device):
             say("stopped; run the same command again to continue")

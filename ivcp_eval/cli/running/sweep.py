@@ -16,6 +16,7 @@ from ivcp_eval.runs.store.finished import eval_state
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.planning.plan import RunPlan
+    from ivcp_eval.runs.progress.display import Progress
 
 from ivcp_eval.cli import add_common, notices, say
 
@@ -48,10 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in ("run", "work", "status"):
             verb.add_argument("--every", type=_seconds, default=30.0, metavar="SECONDS",
                 help="between two reports where the output is no terminal; 0: none (default: %(default)g)")  # fmt: skip
+            verb.add_argument("--html", type=_page, metavar="FILE", help="also keep a page that shows every cell and "
+                "reads itself anew in a browser; all workers write it, at most every ten seconds")  # fmt: skip
         if name == "status":
-            verb.add_argument(
+            live = verb.add_mutually_exclusive_group()
+            live.add_argument(
                 "--follow", action="store_true", help="show progress until everything is done or nobody works on it"
             )
+            live.add_argument(
+                "--watch", action="store_true", help="as --follow, but every cell, redrawn in place; into a file or "
+                "pipe the end alone",
+            )  # fmt: skip
         if name == "work":
             verb.add_argument("--model", default="", help="only this model")
             verb.add_argument("--no-score", action="store_true", help="only answer; another worker scores")
@@ -90,6 +98,14 @@ def _positive(text: str) -> int:
     return n
 
 
+def _page(text: str) -> Path:
+    path = Path(text).expanduser().resolve()
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
+        raise argparse.ArgumentTypeError(f"{text} {what}; name a file, e.g. status.html")
+    return path
+
+
 def _seconds(text: str) -> float:
     n = float(text)
     if not 0 <= n < float("inf"):
@@ -102,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
     if args.verb == "results":
         return _results(args)
     spec = load(args.sweep).with_options(given_flags(args, FLAGS))
-    from ivcp_eval.runs.planning.data import fetch_missing
     from ivcp_eval.runs.planning.plan import make, write_manifest
     from ivcp_eval.runs.store.state import reopen
 
@@ -111,15 +126,14 @@ def run(args: argparse.Namespace) -> int:
     if slurm and not device:
         device = "cuda" if args.gpus_per_task else "cpu"
     plan_only = slurm or args.verb in ("plan", "status") or (args.verb == "work" and args.no_answer)
-    if args.verb == "run" and not slurm:
-        fetch_missing((name for _, name in spec.cells), notices(args))
-    plan = make(spec, args.runs, device, plan_only=plan_only)
+    fetch = notices(args) if args.verb == "run" and not slurm else None
+    plan = make(spec, args.runs, device, plan_only=plan_only, fetch=fetch)
     if args.verb == "plan":
         return _plan(plan)
     if args.verb == "status":
-        if args.follow and not args.quiet:
-            _follow(plan, args.every)
-        return _status(plan)
+        if (args.follow or args.watch) and not args.quiet:
+            _follow(plan, args)
+        return _status(plan, args.html)
     if not plan.models:
         raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
     for problem in plan.problems:
@@ -162,12 +176,14 @@ def _plan(plan: RunPlan) -> int:
     return 0
 
 
-def _status(plan: RunPlan) -> int:
-    from ivcp_eval.runs.progress import status
-    from ivcp_eval.runs.progress.display import duration
+def _status(plan: RunPlan, html: Path | None) -> int:
+    from ivcp_eval.runs.progress import page, status
     from ivcp_eval.runs.progress.watch import Watch
+    from ivcp_eval.runs.progress.words import duration
 
     watch = Watch(plan)
+    if html:
+        page.write(watch, html)
     tallies, left, eta = list(watch.tallies.values()), watch.total.left, watch.eta_s
     say(status.table(tallies))
     say(f"\n{left} samples left" + (f", about {duration(eta)}" if left and eta is not None else ""))
@@ -185,12 +201,12 @@ def _status(plan: RunPlan) -> int:
     return int(any(line.reasons or line.failed for line in tallies))
 
 
-def _follow(plan: RunPlan, every: float) -> None:
-    from ivcp_eval.runs.progress.display import LOOK_S, Progress
+def _follow(plan: RunPlan, args: argparse.Namespace) -> None:
+    from ivcp_eval.runs.progress.display import LOOK_S
     from ivcp_eval.runs.store.state import is_worked_on
     from ivcp_eval.runs.worker import Stop
 
-    with Stop().signals() as stop, Progress(plan, every=every or 30.0) as progress:
+    with Stop().signals() as stop, _progress(plan, args) as progress:
         idle = 0.0
         while not (progress.complete or stop.requested or idle > IDLE_S):
             time.sleep(LOOK_S)
@@ -199,14 +215,20 @@ def _follow(plan: RunPlan, every: float) -> None:
         say(f"nobody has worked on it for {IDLE_S:.0f} s; `ivcp sweep run` goes on with what is left")
 
 
+def _progress(plan: RunPlan, args: argparse.Namespace) -> Progress:
+    from ivcp_eval.runs.progress.display import EVERY_S, Progress
+
+    every = args.every or (EVERY_S if args.verb == "status" else 0.0)
+    return Progress(plan, args.quiet, every, page=args.html, cells=args.verb == "status" and args.watch)
+
+
 def _work(plan: RunPlan, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.executors.local import LOST
-    from ivcp_eval.runs.progress.display import Progress
     from ivcp_eval.runs.worker import Stop, work
 
     try:
-        with Stop().signals() as stop, Progress(plan, args.quiet, args.every) as progress:
+        with Stop().signals() as stop, _progress(plan, args) as progress:
             report = work(
                 plan, stop, progress.hooks, not args.no_answer, not args.no_score, args.model, not args.not_alone
             )
@@ -217,9 +239,7 @@ def _work(plan: RunPlan, args: argparse.Namespace) -> int:
 
 
 def _run(plan: RunPlan, args: argparse.Namespace, device: str) -> int:
-    from ivcp_eval.runs.progress.display import Progress
-
-    progress = Progress(plan, args.quiet, args.every)
+    progress = _progress(plan, args)
     if args.executor == "slurm":
         from ivcp_eval.runs.executors.slurm import Options, submit, wait
 
@@ -227,7 +247,7 @@ def _run(plan: RunPlan, args: argparse.Namespace, device: str) -> int:
         options = Options(
             args.array_limit, args.partition, args.gpus_per_task, args.cpus_per_task, args.minutes, further
         )
-        tasks, score = submit(plan, options, device)
+        tasks, score = submit(plan, options, device, str(args.html or ""))
         notices(args)(
             f"submitted {len(tasks)} tasks ({' '.join(tasks)}) and the scoring job {score}; logs: {plan.state / 'logs'}"
         )

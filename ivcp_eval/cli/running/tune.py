@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
         *(kind, target, tuple(args.methods), args.layers, args.first, args.samples, args.eta),
         *(args.validation_share, args.seed),
     )
-    asked = request(args, args.data, NO_METHODS)
-    study = Study.of(asked, folder(args), notices(args))
+    raw = request(args, args.data, NO_METHODS)
+    study = Study.of(raw, folder(args), notices(args))
     rule = _validation(study, settings.share)
     notices(args)(f"validation split: {rule}")
-    rows, found, race = tune.search(study, asked, settings, rule, bar(args))
+    rows, outcome, race = tune.search(study, raw, settings, rule, bar(args))
     shown = text([row for row in rows if row["front"] or row is rows[0]], HIDDEN)
     name = f"tune/{args.model}-{args.data}-{args.budget}"
-    path = finish(args, name, rows, race.provenance(found), shown, READING)
+    path = finish(args, name, rows, race.provenance(outcome), shown, READING)
     tune.write_plot(rows, settings, f"{args.model} on {args.data}, {args.budget}", path.with_suffix(".png"))
     say(f"plot: {path.with_suffix('.png')}")
     best = max((row for row in rows if row["front"] == "yes"), key=lambda row: float(row["score"]))

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     placement = Placement(args.device, args.dtype, args.attention).resolve()
     session = Session(weights, placement, limits, args.trust_remote_code)
     out = args.out or Path(f"hawk_{args.model}.json")
-    found = heads.calibrate_heads(session, sets, out, args.layers, tell)
-    say(f"{out}: {' '.join(f'{one:.4f}' for one in found)}")
+    weights_of_heads = heads.calibrate_heads(session, sets, out, args.layers, tell)
+    say(f"{out}: {' '.join(f'{one:.4f}' for one in weights_of_heads)}")
     tell(f"what they were made from: {out.with_suffix('.ablation.json')}")
     return 0

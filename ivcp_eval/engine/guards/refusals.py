@@ -9,11 +9,10 @@ import torch
 
 from ivcp_eval.engine.cache import check_cache
 from ivcp_eval.interface.names import read
+from ivcp_eval.interface.variants import ATTENTIONS
 
 if TYPE_CHECKING:
     from torch import nn
-
-IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def unwrapped(model: Any) -> Any:
@@ -87,9 +86,9 @@ def refuse_unsupported(text_model: Any, kwargs: Mapping[str, Any]) -> None:
     if text_model.training:
         raise ValueError("the model is in training mode; call model.eval() first (pruning has no backward contract)")
     implementation = text_model.config._attn_implementation
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in ATTENTIONS:
         raise ValueError(
-            f"attention implementation {implementation!r} is not supported; use one of {', '.join(IMPLEMENTATIONS)}"
+            f"attention implementation {implementation!r} is not supported; use one of {', '.join(ATTENTIONS)}"
         )
     check_cache(read(kwargs, "cache"))  # first: a static cache comes with a mask of another kind
     mask = read(kwargs, "attention_mask")

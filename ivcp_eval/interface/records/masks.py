@@ -112,10 +112,10 @@ class Masks:
                 f"it is not known how the {self.images[image].n_tokens} tokens of image {image} lie in the picture: "
                 "give their grid, prune(..., grid=(rows, columns)), where there is no outer model to ask"
             )
-        found = [v for number, v in enumerate(views) if view in (number, v.name)]
-        if not found:
+        matching = [v for number, v in enumerate(views) if view in (number, v.name)]
+        if not matching:
             raise ValueError(f"image {image} has no view {view!r}; it has {', '.join(v.name for v in views)}")
-        return found[0]
+        return matching[0]
 
     def _tokens(self, image: int) -> slice:
         if not 0 <= image < len(self.images):

@@ -147,17 +147,17 @@ def _loop(name: str, folder: Path, start: int, stop: int, variants: int, threads
 
     worker = _WORKERS[0]
     torch.set_num_threads(threads)
-    dataset, found = worker.dataset(name), []
+    dataset, answers = worker.dataset(name), []
     whole = dataset.data
     dataset.data = whole.iloc[start:stop]
     try:
         for i, cell in enumerate(worker.model.groups[name][1][:variants]):
             with Journal(folder / f"{i}.jsonl").open() as journal:
                 infer(dataset, live_model(worker.session, cell.identity.variant, journal), folder / "work", ())
-                found.append({key: answer.scored for key, answer in journal.records.items()})
+                answers.append({key: answer.scored for key, answer in journal.records.items()})
     finally:
         dataset.data = whole
-    return found
+    return answers
 
 
 def _pass(name: str, folder: Path, start: int, stop: int, variants: int, threads: int) -> Answers:
@@ -172,7 +172,7 @@ def _pass(name: str, folder: Path, start: int, stop: int, variants: int, threads
     torch.set_num_threads(threads)
     benchmark, cells = worker.model.groups[name]
     cells = cells[:variants]
-    unit = Unit("tiny", benchmark, start, stop, cells)
+    unit = Unit("tiny", benchmark, start, stop, cells, worker.model.placement)
     known: list[dict[str, Any]] = [{} for _ in cells]
     with ExitStack() as stack:
         journals = [stack.enter_context(Journal(folder / f"{i}.jsonl").open()) for i in range(len(cells))]
@@ -231,13 +231,13 @@ class Pool:
         """Start ``count`` of them, each with its model in memory."""
         context = multiprocessing.get_context("spawn")
         with ExitStack() as stack:
-            made = [
+            workers = [
                 ProcessPoolExecutor(1, context, initializer=_load, initargs=(folder, samples, ratio))
                 for _ in range(count)
             ]
-            for worker in made:
+            for worker in workers:
                 stack.enter_context(worker)
-            yield cls(made)
+            yield cls(workers)
 
     def first(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the first process."""
@@ -273,11 +273,11 @@ def measure(pool: Pool, chosen: Sequence[Arm], names: Sequence[str], folder: Pat
     for turn, name in enumerate(names):
         rows = pool.first(_rows, name)
         total += rows
-        found = {}
+        scored = {}
         for arm in chosen if turn % 2 == 0 else reversed(chosen):
-            taken, found[arm] = pool.run(arm, name, rows, folder / name / arm.name)
+            taken, scored[arm] = pool.run(arm, name, rows, folder / name / arm.name)
             spent[arm].append(taken)
-        other = {arm: _differing(found[arm], found[chosen[0]]) for arm in chosen}
+        other = {arm: _differing(scored[arm], scored[chosen[0]]) for arm in chosen}
         for arm, count in other.items():
             assert count <= OTHER_SHARE * rows * arm.variants, f"{arm.name} answers {count} of {name} otherwise"
         others.update(other)
@@ -332,14 +332,14 @@ def _targets(rows: list[dict[str, Any]], times: Mapping[Arm, Spent]) -> list[dic
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of the bench."""
-    made = argparse.ArgumentParser(prog="ivcp bench eval", description=__doc__.splitlines()[0])
-    made.add_argument("--samples", type=int, help="first samples of each benchmark only; default: all")
-    made.add_argument("--data", nargs="+", default=BENCHMARKS, choices=BENCHMARKS, help="default: all four")
-    made.add_argument("--ratio", type=float, default=0.5, help="of ivc_prune (default: %(default)s)")
-    made.add_argument("--cores", type=int, default=2, help="threads or processes (default: %(default)s)")
-    made.add_argument("--out", type=Path, help="also write OUT.csv and OUT.json, and what it was measured on")
-    made.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
-    return made
+    parser = argparse.ArgumentParser(prog="ivcp bench eval", description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, help="first samples of each benchmark only; default: all")
+    parser.add_argument("--data", nargs="+", default=BENCHMARKS, choices=BENCHMARKS, help="default: all four")
+    parser.add_argument("--ratio", type=float, default=0.5, help="of ivc_prune (default: %(default)s)")
+    parser.add_argument("--cores", type=int, default=2, help="threads or processes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write OUT.csv and OUT.json, and what it was measured on")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

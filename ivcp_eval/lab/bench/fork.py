@@ -169,16 +169,16 @@ def cases(size: str, device: str, dtype: str, folder: Path, rows: int = 1) -> li
     layers = config.text_config.num_hidden_layers
     inputs = make_inputs(config, tokens, rows, shape.text_tokens, kind, device)
     late = max(1, round(16 * layers / 28))
-    found = [
+    listed = [
         Case(f"seven ratios, cut at {late} of {layers}, {new} new tokens", model, inputs, seven(late), new, TARGET)
         for new in (4, 32)
     ]
-    found.append(Case("mixed methods, 4 new tokens", model, inputs, mixed(layers), 4, None))
+    listed.append(Case("mixed methods, 4 new tokens", model, inputs, mixed(layers), 4, None))
     single = (Variant("", "ivc_prune", 0.5, {"layer": late}),)
-    found.append(Case("one variant, nothing to share", model, inputs, single, 4, 1 / CEILING))
+    listed.append(Case("one variant, nothing to share", model, inputs, single, 4, 1 / CEILING))
     inlet = tuple(Variant("", "random", 0.5, {"layer": 0}, seed) for seed in (0, 1))
-    found.append(Case("two variants cut at the input, only vision is shared", model, inputs, inlet, 4, 1 / CEILING))
-    return [*found, *_embedded(device, kind, folder, rows)]
+    listed.append(Case("two variants cut at the input, only vision is shared", model, inputs, inlet, 4, 1 / CEILING))
+    return [*listed, *_embedded(device, kind, folder, rows)]
 
 
 def _mid() -> tuple[Any, int, Any]:
@@ -232,17 +232,17 @@ def _into_vocabulary(inputs: dict[str, Any], config: Any) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of the bench."""
-    made = argparse.ArgumentParser(prog="ivcp bench fork", description=__doc__.splitlines()[0])
-    made.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--dtype", default="float32")
-    made.add_argument("--rows", type=int, default=1, help="prompts in one pass (default: %(default)s)")
-    made.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
-    made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
-    made.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
-    made.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
-    return made
+    parser = argparse.ArgumentParser(prog="ivcp bench fork", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rows", type=int, default=1, help="prompts in one pass (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
+    parser.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,15 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             singles, together = flops(case)
             hit = case.target is None or spread.median >= case.target
             missed |= not hit
-            wanted = "" if case.target is None else f", target {case.target:.2f}: {'met' if hit else 'MISSED'}"
+            target = "" if case.target is None else f", target {case.target:.2f}: {'met' if hit else 'MISSED'}"
             sys.stdout.write(
                 f"{case.name}: {spread.median:.2f}x (quartiles {spread.q1:.2f}-{spread.q3:.2f}, {spread.n} rounds), "
-                f"FLOPs allow {singles / together:.2f}x{wanted}; {milliseconds:.0f} ms a pass; "
+                f"FLOPs allow {singles / together:.2f}x{target}; {milliseconds:.0f} ms a pass; "
                 f"{equal} of {len(case.variants)} variants token for token\n"
             )
             sys.stdout.flush()
-            found = {"times": asdict(spread), "flops": singles / together, "pass_ms": milliseconds, "equal": equal}
-            rows.append({"case": case.name, "variants": len(case.variants), "target": case.target, **found})
+            numbers = {"times": asdict(spread), "flops": singles / together, "pass_ms": milliseconds, "equal": equal}
+            rows.append({"case": case.name, "variants": len(case.variants), "target": case.target, **numbers})
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(options.out.with_suffix(".json"), {**before, "rows": rows})

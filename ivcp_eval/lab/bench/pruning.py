@@ -263,24 +263,24 @@ _OPTIONS = {"visual_tokens": "tokens", "batches": "batch", "rounds": "rounds", "
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp bench``."""
-    made = argparse.ArgumentParser(prog="ivcp bench", description=__doc__.splitlines()[0])
-    made.add_argument("--size", default="small", help="tiny, small or qwen25_7b (default: small)")
-    made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
-    made.add_argument("--tokens", type=int, nargs="+", help="visual tokens per image; default: those of the size")
-    made.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: those of the size")
-    made.add_argument("--rounds", type=int, help="interleaved rounds; default: those of the size")
-    made.add_argument("--new-tokens", type=int, help="tokens to decode; default: those of the size")
-    made.add_argument("--methods", nargs="*", metavar="NAME", help="whose selection is timed; default: every method")
-    made.add_argument("--only-methods", action="store_true", help="time nothing but selection")
-    made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
-    made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
-    made.add_argument("--cell-s", type=float, default=120, help="start no round after that many seconds of a cell")
-    made.add_argument("--limit-s", type=float, default=3600, help="start no cell after that many seconds")
-    made.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
-    made.add_argument("--note", help="recorded in OUT.json (the commit, say, where there is no git checkout)")
-    made.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
-    return made
+    parser = argparse.ArgumentParser(prog="ivcp bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="small", help="tiny, small or qwen25_7b (default: small)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
+    parser.add_argument("--tokens", type=int, nargs="+", help="visual tokens per image; default: those of the size")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: those of the size")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds; default: those of the size")
+    parser.add_argument("--new-tokens", type=int, help="tokens to decode; default: those of the size")
+    parser.add_argument("--methods", nargs="*", metavar="NAME", help="whose selection is timed; default: every method")
+    parser.add_argument("--only-methods", action="store_true", help="time nothing but selection")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
+    parser.add_argument("--cell-s", type=float, default=120, help="start no round after that many seconds of a cell")
+    parser.add_argument("--limit-s", type=float, default=3600, help="start no cell after that many seconds")
+    parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
+    parser.add_argument("--note", help="recorded in OUT.json (the commit, say, where there is no git checkout)")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -188,29 +188,29 @@ def row(name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths)
     """Columns as in docs/bench.md."""
     last = costs[-1]
     served = SERVED.prefill_flops([tokens[-1]] * SERVED.layers)
-    found: dict[str, Any] = {"method": name}
-    found |= {f"{n} ms": 1e3 * cost.seconds for n, cost in zip(tokens, costs, strict=True)}
+    columns: dict[str, Any] = {"method": name}
+    columns |= {f"{n} ms": 1e3 * cost.seconds for n, cost in zip(tokens, costs, strict=True)}
     if len(tokens) > 1:
         growth = math.log(max(last.seconds, 1e-6) / max(costs[-2].seconds, 1e-6))
-        found["slope"] = growth / math.log(tokens[-1] / tokens[-2])
-    found["operations"] = last.operations
-    found["of prefill"] = last.flops * SERVED.hidden / widths.hidden / served
-    found["met"] = last.operations <= MOST_OPERATIONS and found["of prefill"] <= MOST_OF_PREFILL
-    return found
+        columns["slope"] = growth / math.log(tokens[-1] / tokens[-2])
+    columns["operations"] = last.operations
+    columns["of prefill"] = last.flops * SERVED.hidden / widths.hidden / served
+    columns["met"] = last.operations <= MOST_OPERATIONS and columns["of prefill"] <= MOST_OF_PREFILL
+    return columns
 
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp bench selection``."""
-    made = argparse.ArgumentParser(prog="ivcp bench selection", description=__doc__.splitlines()[0])
-    made.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image")
-    made.add_argument("--ratio", type=float, default=0.5, help="retention ratio (default: 0.5)")
-    made.add_argument("--hidden", type=int, default=512, help="width of states and features (default: 512)")
-    made.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
-    made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    made.add_argument("--out", type=Path, help="write a CSV")
-    made.add_argument("--check", action="store_true", help="exit 1 if a method misses its targets")
-    return made
+    parser = argparse.ArgumentParser(prog="ivcp bench selection", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image")
+    parser.add_argument("--ratio", type=float, default=0.5, help="retention ratio (default: 0.5)")
+    parser.add_argument("--hidden", type=int, default=512, help="width of states and features (default: 512)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    parser.add_argument("--out", type=Path, help="write a CSV")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a method misses its targets")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -132,11 +132,11 @@ def _run_once(setup: Setup, inputs: dict[str, Any], method: str | AbstractMethod
 
 def _watched(method: str | AbstractMethod, watch: clock.CallTime) -> AbstractMethod:
     """The method with its own work under the clock. The instance is a frozen dataclass, and of this run only."""
-    made = make_method(method) if isinstance(method, str) else method
+    watched = make_method(method) if isinstance(method, str) else method
     if isinstance(method, str):
         for work in ("select", "edit_keys"):
-            object.__setattr__(made, work, watch.around(getattr(made, work)))
-    return made
+            object.__setattr__(watched, work, watch.around(getattr(watched, work)))
+    return watched
 
 
 def _row(one: Candidate, rounds: dict[Any, list[Timed]]) -> dict[str, Any]:

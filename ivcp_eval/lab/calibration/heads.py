@@ -72,8 +72,8 @@ def calibrate_heads(
                 with without_head(session, head, silenced):
                     done[key] = accuracy(session, known)
                 write_json(record, {**about, "accuracy": accuracies})
-            made = sum(map(len, accuracies.values()))
-            progress(f"[{made}/{total}] {one.name}, {'whole model' if head is None else f'without head {head}'}: "
+            n_measured = sum(map(len, accuracies.values()))
+            progress(f"[{n_measured}/{total}] {one.name}, {'whole model' if head is None else f'without head {head}'}: "
                      f"{done[key]:.1%}")  # fmt: skip
     weights = head_weights(accuracies, n_heads)
     write_json(file, weights)
@@ -83,16 +83,16 @@ def calibrate_heads(
 def _measured(record: Path, about: Mapping[str, Any]) -> Accuracies:
     advice = "remove the file, and everything is measured again"
     try:
-        found = read_json(record, advice)
+        content = read_json(record, advice)
     except FileNotFoundError:
         return {}
-    differing = sorted(name for name, value in about.items() if found.get(name) != value)
+    differing = sorted(name for name, value in about.items() if content.get(name) != value)
     if differing:
         raise ValueError(
             f"{record} is of other {', '.join(differing)}, so it cannot be gone on with; name another file to write, "
             f"or {advice}"
         )
-    accuracies: Accuracies = found["accuracy"]
+    accuracies: Accuracies = content["accuracy"]
     return accuracies
 
 

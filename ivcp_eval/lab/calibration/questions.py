@@ -48,8 +48,8 @@ class Question:
         if self.answer is None:
             raise ValueError(f"no answer of {self.text!r} is known")
         if not isinstance(self.answer, str):
-            found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", box)]
-            return len(found) == 4 and iou((found[0], found[1], found[2], found[3]), self.answer) >= 0.5
+            numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", box)]
+            return len(numbers) == 4 and iou((numbers[0], numbers[1], numbers[2], numbers[3]), self.answer) >= 0.5
         right, given = self.answer.strip().casefold(), answer.strip().casefold()
         # "A. a red circle" is the answer "A"; "12" is not the answer "1".
         return given.startswith(right) and not given[len(right) : len(right) + 1].isalnum()
@@ -75,12 +75,12 @@ def generated(limit: int) -> list[QuestionSet]:
         rows = [
             {name: str(cell) for name, cell in row.items()} for row in islice(benchmark_rows(file, "validation"), limit)
         ]
-        asked = tuple(
+        questions = tuple(
             Question(one.image, tasks.build_prompt(one.sample), _answer(row["answer"], one.image))
             for row, one in zip(rows, questions_of(rows, file.removeprefix("tiny_").removesuffix(".tsv")), strict=True)
         )
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        sets.append(QuestionSet(file.removesuffix(".tsv"), asked, digest))
+        sets.append(QuestionSet(file.removesuffix(".tsv"), questions, digest))
     return sets
 
 
@@ -158,11 +158,11 @@ def _image(row: Mapping[str, Any], known: Mapping[str, Any], folder: Path, where
 
 def _answer(cell: Any, image: Any) -> str | Box | None:
     text = "" if cell is None else str(cell)
-    found = _BOX.fullmatch(text)
-    if found is None:
+    match = _BOX.fullmatch(text)
+    if match is None:
         return text.strip() or None
     width, height = image.size
-    x1, y1, x2, y2 = (float(number) for number in found.groups())
+    x1, y1, x2, y2 = (float(number) for number in match.groups())
     return (x1 / width, y1 / height, x2 / width, y2 / height)
 
 

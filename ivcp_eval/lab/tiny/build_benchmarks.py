@@ -47,13 +47,13 @@ class Benchmark:
 
 
 def _ask_box(rng: np.random.Generator, scene: Scene, category: str) -> tasks.Sample | None:
-    found = (tasks.plain_references if category == "plain" else tasks.relation_references)(scene)
-    return found[rng.integers(len(found))] if found else None
+    references = (tasks.plain_references if category == "plain" else tasks.relation_references)(scene)
+    return references[rng.integers(len(references))] if references else None
 
 
 def _ask_yes_no(rng: np.random.Generator, scene: Scene, category: str) -> tasks.Sample | None:
-    found = tasks.yes_no_question(rng, scene)
-    return found if found and found.category == category else None
+    question = tasks.yes_no_question(rng, scene)
+    return question if question and question.category == category else None
 
 
 BENCHMARKS = {
@@ -136,15 +136,15 @@ def benchmark_rows(name: str, split: str) -> Iterator[Row]:
     while any(left.values()):
         rng = scene_rng(split, number)
         scene = sample_scene(rng)
-        asked: list[tasks.Sample] = []
+        samples: list[tasks.Sample] = []
         # The rarest category first: most scenes can serve the common ones.
         for category in sorted(left, key=lambda c: (-left[c] / benchmark.quotas[c], c)):
             sample = benchmark.ask(rng, scene, category) if left[category] else None
-            if sample and len(asked) < QUESTIONS_PER_IMAGE:
-                asked.append(sample)
+            if sample and len(samples) < QUESTIONS_PER_IMAGE:
+                samples.append(sample)
                 left[category] -= 1
         first = index
-        for sample in asked:
+        for sample in samples:
             image = base64.b64encode(encode_png(render(scene))).decode() if index == first else str(first)
             yield _row(benchmark, index, image, sample, scene, f"{split}_{number}")
             index += 1

@@ -110,7 +110,7 @@ def plain_references(scene: Scene) -> list[Sample]:
 def relation_references(scene: Scene) -> list[Sample]:
     """Grounding questions in which only the relation to a uniquely named object tells equals apart."""
     names = [name_of(o) for o in scene.objects]
-    found = []
+    references = []
     for name in sorted({n for n in names if names.count(n) > 1}):
         equals = [o for n, o in zip(names, scene.objects, strict=True) if n == name]
         for anchor_name, anchor in zip(names, scene.objects, strict=True):
@@ -121,8 +121,8 @@ def relation_references(scene: Scene) -> list[Sample]:
                 maybe = [o for o in equals if holds(relation, o, anchor, -RELATION_MARGIN)]
                 if len(yes) == 1 and len(maybe) == 1:
                     text = f"{name} {relation} the {anchor_name}"
-                    found.append(Sample("grounding", "relation", text, format_box(yes[0].box), box=yes[0].box))
-    return found
+                    references.append(Sample("grounding", "relation", text, format_box(yes[0].box), box=yes[0].box))
+    return references
 
 
 def yes_no_question(rng: np.random.Generator, scene: Scene) -> Sample | None:
@@ -199,8 +199,8 @@ MCQ_CATEGORIES = ("colour", "shape", "count", "presence")
 
 def short_question(rng: np.random.Generator, scene: Scene, category: str) -> Sample | None:
     """Short-answer question of ``category``, or None if the scene offers none."""
-    found = _SHORT[category](rng, scene)
-    return Sample("short", category, *found) if found else None
+    pair = _SHORT[category](rng, scene)
+    return Sample("short", category, *pair) if pair else None
 
 
 def mcq_question(rng: np.random.Generator, scene: Scene, category: str) -> Sample | None:
@@ -212,10 +212,10 @@ def mcq_question(rng: np.random.Generator, scene: Scene, category: str) -> Sampl
         question, right = "Which object is in the image?", names[rng.integers(len(names))]
         pool = [n for n in (f"{c} {s}" for c in COLOURS for s in SHAPES) if n not in names]
     else:
-        found = _SHORT[category](rng, scene)
-        if found is None:
+        pair = _SHORT[category](rng, scene)
+        if pair is None:
             return None
-        question, right = found
+        question, right = pair
         values = {"colour": tuple(COLOURS), "shape": SHAPES, "count": ("1", "2", "3", "4")}[category]
         pool = [v for v in values if v != right]
     wrong = [pool[i] for i in rng.permutation(len(pool))[:3]]

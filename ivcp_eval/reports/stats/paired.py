@@ -34,8 +34,8 @@ class Samples:
     @classmethod
     def read(cls, path: Path) -> Samples:
         """From a per-sample CSV. Raises as `read_sample_columns`."""
-        found = read_sample_columns(path, [*COLUMNS, "cluster", "prompt_sha256"])
-        return cls({name: np.array(values, dtype=object) for name, values in found.items()})
+        columns = read_sample_columns(path, [*COLUMNS, "cluster", "prompt_sha256"])
+        return cls({name: np.array(values, dtype=object) for name, values in columns.items()})
 
     def __len__(self) -> int:
         return len(self.columns["index"])

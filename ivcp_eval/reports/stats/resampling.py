@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -123,12 +123,12 @@ class Paired:
         before, after, ids = _checked(baseline, pruned, clusters)
         metric = sums or _mean(before, after, scale)
         n_clusters = int(ids.max()) + 1
-        found: dict[bytes, int] = {}
+        place_of: dict[bytes, int] = {}
         columns: list[Array] = []
         places = []
         for terms in (*metric.baseline.T, *metric.pruned.T):
             column: Array = np.bincount(ids, weights=terms, minlength=n_clusters).astype(np.float64)
-            place = found.setdefault(_digest(column), len(columns))
+            place = place_of.setdefault(_digest(column), len(columns))
             columns += [column] if place == len(columns) else []
             places.append(place)
         return cls(
@@ -219,17 +219,17 @@ def paired_bootstraps(
         places = [i for i, one in enumerate(comparisons) if one.n_clusters == n_clusters]
         group = [comparisons[i] for i in places]
         if n_clusters == 1:
-            found = [_of_one_cluster(one, level) for one in group]
+            compared = [_of_one_cluster(one, level) for one in group]
         else:
             drawn = _resampled(group, resamples, seed)
             counted = [sign_flip_p(one.moved[:, 0]) if one.is_mean else None for one in group]
             left = [one for one, p_value in zip(group, counted, strict=True) if p_value is None]
             swapped = iter(_permuted(left, resamples, seed))
-            found = [
+            compared = [
                 _result(one, sums, _share_as_extreme(one, next(swapped)) if p_value is None else p_value, level)
                 for one, sums, p_value in zip(group, drawn, counted, strict=True)
             ]
-        for i, result in zip(places, found, strict=True):
+        for i, result in zip(places, compared, strict=True):
             results[i] = result
     return [result for result in results if result is not None]
 
@@ -329,17 +329,11 @@ def _resampled(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
         places += n_clusters * np.arange(rows, dtype=np.int32)[:, None]
         return np.bincount(places.ravel(), minlength=rows * n_clusters).reshape(rows, -1).astype(np.float64)
 
-    shared = iter(_products([one.sums for one in group if one.kinds is None], draw, n_clusters, count, seed))
-    found = []
-    for one in group:
-        if one.kinds is None:
-            sums = next(shared)
-        else:
-            first, counts = one.kinds
-            drawn = np.random.default_rng([seed, n_clusters]).multinomial(n_clusters, counts / n_clusters, count)
-            sums = drawn.astype(np.float64) @ one.sums[first]
-        found.append(one.combine(sums[:, one.places].transpose(1, 0, 2)))
-    return found
+    def draw_kinds(generator: np.random.Generator, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return generator.multinomial(n_clusters, counts / n_clusters, count)
+
+    totals = _totals(group, [one.sums for one in group], draw, draw_kinds, count, seed)
+    return [one.combine(sums[:, one.places].transpose(1, 0, 2)) for one, sums in zip(group, totals, strict=True)]
 
 
 def _permuted(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
@@ -352,17 +346,38 @@ def _permuted(group: Sequence[Paired], count: int, seed: int) -> list[Array]:
         bits = np.frombuffer(generator.bytes(-(-rows * n_clusters // 8)), dtype=np.uint8)
         return np.unpackbits(bits, count=rows * n_clusters).reshape(rows, -1).astype(np.float64)
 
-    shared = iter(_products([one.moved for one in group if one.kinds is None], draw, n_clusters, count, seed))
-    found = []
-    for one in group:
+    def draw_kinds(generator: np.random.Generator, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return generator.binomial(counts, 0.5, (count, counts.size))
+
+    totals = _totals(group, [one.moved for one in group], draw, draw_kinds, count, seed)
+    return [
+        one.combine(one.totals[:, None] + np.stack([moved, -moved])) for one, moved in zip(group, totals, strict=True)
+    ]
+
+
+def _totals(
+    group: Sequence[Paired],
+    parts: Sequence[Array],
+    draw: Callable[[np.random.Generator, int], Array],
+    draw_kinds: Callable[[np.random.Generator, NDArray[np.int64]], NDArray[np.int64]],
+    count: int,
+    seed: int,
+) -> Iterator[Array]:
+    """Per comparison the (count, M) sums of its parts, each cluster's (C, M) as often as was drawn for it.
+
+    Args:
+        draw: (generator, rows) -> (rows, C) how often each cluster counts. draw_kinds: (generator, (kinds,) clusters of
+            each kind) -> (count, kinds) how often each kind does.
+    """
+    n_clusters = group[0].n_clusters
+    many = [part for one, part in zip(group, parts, strict=True) if one.kinds is None]
+    shared = iter(_products(many, draw, n_clusters, count, seed))
+    for one, part in zip(group, parts, strict=True):
         if one.kinds is None:
-            moved = next(shared)
+            yield next(shared)
         else:
             first, counts = one.kinds
-            swapped = np.random.default_rng([seed, n_clusters]).binomial(counts, 0.5, (count, counts.size))
-            moved = swapped.astype(np.float64) @ one.moved[first]
-        found.append(one.combine(one.totals[:, None] + np.stack([moved, -moved])))
-    return found
+            yield draw_kinds(np.random.default_rng([seed, n_clusters]), counts).astype(np.float64) @ part[first]
 
 
 def _products(
@@ -375,24 +390,24 @@ def _products(
     """Per part (C, M) the (count, M) products of one random (count, C) matrix with it, drawn some rows at a time."""
     if not parts:
         return []
-    found: dict[bytes, int] = {}
+    place_of: dict[bytes, int] = {}
     columns: list[Array] = []
     places = []
     for part in parts:
         own = []
         for column in part.T:
-            place = found.setdefault(_digest(column), len(columns))
+            place = place_of.setdefault(_digest(column), len(columns))
             columns += [column] if place == len(columns) else []
             own.append(place)
         places.append(own)
     together = np.stack(columns, axis=1)
-    made = np.empty((count, len(columns)))
+    products = np.empty((count, len(columns)))
     generator = np.random.default_rng([seed, n_clusters])
     rows = max(1, _CHUNK // n_clusters)
     for start in range(0, count, rows):
         stop = min(count, start + rows)
-        made[start:stop] = draw(generator, stop - start) @ together
-    return [made[:, own] for own in places]
+        products[start:stop] = draw(generator, stop - start) @ together
+    return [products[:, own] for own in places]
 
 
 def _digest(column: Array) -> bytes:

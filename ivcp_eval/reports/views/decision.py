@@ -237,8 +237,8 @@ def decide(
     verdicts = []
     for of in groups.values():
         # Without critical benchmarks all that any variant of the model has: none passes by having fewer.
-        needed = policy.critical or tuple(dict.fromkeys(row.benchmark for found in of.values() for row in found))
-        own = [_Candidate(variant, found, policy, needed) for (variant, *_), found in of.items()]
+        needed = policy.critical or tuple(dict.fromkeys(row.benchmark for own_rows in of.values() for row in own_rows))
+        own = [_Candidate(variant, own_rows, policy, needed) for (variant, *_), own_rows in of.items()]
         go = stats.holm([one.p_go for one in own])
         no_go = stats.holm([p for one in own for p in one.p_worse])
         for one, p in zip(own, go, strict=True):
@@ -346,17 +346,17 @@ def _cheapest(verdicts: Sequence[Verdict]) -> dict[str, tuple[str, str]]:
     """Per model the passing variant of least cost, by the first measure that all that pass have."""
     measures = {"end_to_end": "measured time end to end", "prefill": "measured time of the prefill"}
     measures |= {"flops": "measured FLOPs of the prefill", "layers": "measured tokens, mean over layers"}
-    found = {}
+    cheapest = {}
     for model in dict.fromkeys(one.model for one in verdicts):
         passing = [one for one in verdicts if one.model == model and one.word == "GO"]
         for name, words in measures.items():
             if passing and not any(math.isnan(getattr(one, name)) for one in passing):
-                found[model] = min(passing, key=attrgetter(name)).variant, words
+                cheapest[model] = min(passing, key=attrgetter(name)).variant, words
                 break
         else:
             if passing:
-                found[model] = passing[0].variant, "nothing measured; the first one"
-    return found
+                cheapest[model] = passing[0].variant, "nothing measured; the first one"
+    return cheapest
 
 
 def _kv_bytes_saved(compared: ComparedRow, folder: Path, rows: Sequence[Row]) -> float:

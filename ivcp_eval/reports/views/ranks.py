@@ -22,15 +22,15 @@ def ranked(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
     A variant ranks surely before another where its interval lies wholly above the other's. Intervals of differences to
     one reference that do not overlap belong to different variants with more than their 95 %.
     """
-    made = []
+    with_ranks = []
     for row in rows:
         others = [other for other in rows if _place(other) == _place(row) and other is not row]
         ends = [(other.difference_low, other.difference_high) for other in others] + [(0.0, 0.0)]
         better = sum(other.difference > row.difference for other in others) + (row.difference < 0)
         before = sum(low > row.difference_high for low, _ in ends)  # False where an interval is missing
         behind = sum(high < row.difference_low for _, high in ends)
-        made.append(replace(row, rank=1 + better, rank_low=1 + before, rank_high=1 + len(others) + 1 - behind))
-    return made
+        with_ranks.append(replace(row, rank=1 + better, rank_low=1 + before, rank_high=1 + len(others) + 1 - behind))
+    return with_ranks
 
 
 def best_at_equal_cost(rows: Sequence[ComparedRow], reference: str) -> list[str]:

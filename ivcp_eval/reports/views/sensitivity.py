@@ -36,12 +36,12 @@ def varied(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             settings += [] if parameters in settings else [parameters]
     usual = {method: _centre(settings) for method, settings in by_method.items() if len(settings) > 1}
     if not usual or None in usual.values():
-        missing = ", ".join(method for method, found in usual.items() if found is None) or "there is none"
+        missing = ", ".join(method for method, defaults in usual.items() if defaults is None) or "there is none"
         raise ValueError(
             "the file must hold methods at their defaults and with single parameters changed, as sweeps/"
             f"iwp_sensitivity.yaml lays out; not so: {missing}"
         )
-    return {method: found for method, found in usual.items() if found is not None}
+    return {method: defaults for method, defaults in usual.items() if defaults is not None}
 
 
 def _centre(settings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -76,7 +76,7 @@ def _table(results: Path, method: str, methods: Mapping[str, dict[str, Any]], re
         title = titles[row.benchmark, row.ratio_asked]
         cells[first][title] = f"{row.score_baseline:.1f}"
         cells.setdefault(_label(row, method, usual), dict.fromkeys(titles.values(), ""))[title] = _cell(row)
-    return [{"changed": label, **found} for label, found in cells.items()]
+    return [{"changed": label, **by_column} for label, by_column in cells.items()]
 
 
 def _cell(row: ComparedRow) -> str:
@@ -115,14 +115,14 @@ def markdown(results: Path, note: str = "") -> str:
         f"* versions: ivcp-eval {measured['ivcp_commit'][:12]}, torch {measured['torch_version']}, transformers "
         f"{measured['transformers_version']}, {measured['vlmeval_version']}",
     ]
-    for method, found in tables(results).items():
+    for method, table in tables(results).items():
         lines += ["", f"## `{method}`"] if several else []
         usual = ", ".join(f"`{name}={value}`" for name, value in methods[method].items())
         lines += [
             *([""] if several else []),
             f"* defaults: {usual}",
             "",
-            tabulate(found, headers="keys", tablefmt="github", disable_numparse=True),
+            tabulate(table, headers="keys", tablefmt="github", disable_numparse=True),
         ]
     return "\n".join([*lines, "", *([note, ""] if note else [])])
 

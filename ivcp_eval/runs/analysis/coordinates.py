@@ -98,14 +98,14 @@ def covered(span: ImageSpan, box: Box) -> Tokens:
         side, (wide, high) = sides.pop(), span.tiles
         tiles = [(row, column) for row in range(high) for column in range(wide)]
         if len(span.views) in (len(tiles), len(tiles) + 1):
-            found = []
+            columns = []
             for number, view in enumerate(span.views):
                 row, column = tiles[number] if number < len(tiles) else (0, 0)
                 across, down = (wide, high) if number < len(tiles) else (1, 1)
                 x1, y1, x2, y2 = box
                 local = (x1 * across - column, y1 * down - row, x2 * across - column, y2 * down - row)
-                found.append(_in_grid((side, side), local) + number * view)
-            return np.concatenate(found)
+                columns.append(_in_grid((side, side), local) + number * view)
+            return np.concatenate(columns)
     raise Unsupported(
         "the model's visual tokens form neither one grid nor square tiles, so it is not known which of them show the "
         "target; families whose do: Qwen's, and InternVL"
@@ -207,7 +207,7 @@ def measure(
     digest = study.digest(settings, [named(cell) for cell in study.pruned], file_digest(__file__))
     recalls = Recalls(study.folder / "answers" / f"{digest}.recall.jsonl").load()
     boxes = {str(row["index"]): ground_truth(row).box for row in _rows(study)}
-    found: dict[str, dict[str, Answer]] = {}
+    answers: dict[str, dict[str, Answer]] = {}
     order = study.questions()
     with study.kept(digest):
         for question in bar(order):
@@ -220,14 +220,15 @@ def measure(
             runs: dict[str, Run] = {}
             ready = {name: Ready(method, RATIO) for name, method in by_hand.items()}
             for name, answer in study.answers(question, {**variants, **ready}, runs.update).items():
-                found.setdefault(name, {})[question.index] = answer
+                answers.setdefault(name, {})[question.index] = answer
             columns = torch.tensor(next((method.columns for method in by_hand.values() if method.columns), []))
             if len(columns):
                 recalls.add(
                     question.key,
                     {name: float(torch.isin(columns, run.kept[0]).float().mean()) for name, run in runs.items()},
                 )
-    return _table(study, found, {q.index: recalls.known.get(q.key, {}) for q in order}), {**settings, "digest": digest}
+    known = {q.index: recalls.known.get(q.key, {}) for q in order}
+    return _table(study, answers, known), {**settings, "digest": digest}
 
 
 def _layer_of(study: Study, variant: Variant) -> int:
@@ -246,15 +247,18 @@ def _rows(study: Study) -> list[dict[str, Any]]:
 
 
 def _table(
-    study: Study, found: Mapping[str, Mapping[str, Answer]], recalls: Mapping[str, Mapping[str, float]]
+    study: Study, by_condition: Mapping[str, Mapping[str, Answer]], recalls: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    samples = {name: study.samples(answers) for name, answers in found.items()}
+    samples = {name: study.samples(answers) for name, answers in by_condition.items()}
     indices = list(samples[UNPRUNED])
     verdicts = Verdicts([samples[UNPRUNED][index].cluster for index in indices])
     for name, scored in samples.items():
         verdicts.scores[name] = [float(scored[index].score or 0) for index in indices]
         verdicts.recall[name] = [recalls[index][name] for index in indices if name in recalls.get(index, {})]
-    rows = [_row(verdicts, name, CONDITIONS.get(name, UNPRUNED), list(found[name].values())) for name in found]
+    rows = [
+        _row(verdicts, name, CONDITIONS.get(name, UNPRUNED), list(answers.values()))
+        for name, answers in by_condition.items()
+    ]
     return with_holm(rows)
 
 

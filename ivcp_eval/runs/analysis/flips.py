@@ -62,19 +62,19 @@ class Stored:
             ValueError: there is none, or per-sample files are missing.
         """
         rows = [row for row in read_results(results) if finished_headline(row)]
-        found = []
+        pairs = []
         for base in (row for row in rows if row["method"] == BASELINE):
             same = ("model", "benchmark", "limit", "metric", "revision")
             own = [row for row in rows if row is not base and all(row[name] == base[name] for name in same)]
             if own:
                 answers = {name: _answers(results, row) for name, row in zip(_labels(own), own, strict=True)}
-                found.append(cls(base, _answers(results, base), answers))
-        if not found:
+                pairs.append(cls(base, _answers(results, base), answers))
+        if not pairs:
             raise ValueError(
                 f"{results} has no finished unpruned row with pruned ones beside it; name a file that `ivcp eval` or "
                 "`ivcp sweep results` wrote"
             )
-        return found
+        return pairs
 
     def check(self, study: Study) -> None:
         """Raise ValueError unless the model that is to answer the controls is the one that gave these answers."""
@@ -155,26 +155,26 @@ def measure(
         variants |= {label(cell.identity.variant): cell.identity.variant for cell in study.pruned}
     settings: dict[str, Any] = {"pixels": pixels, "paraphrases": str(file or "templates"), "count": count}
     resize = f"resized by {pixels:+d} pixels"
-    found: dict[str, dict[str, Answer]] = {}
+    by_condition: dict[str, dict[str, Answer]] = {}
     digest = study.digest([named(cell) for cell in study.pruned], file_digest(__file__))
     with study.kept(digest):
         for number, question in enumerate(bar(questions)):
-            made = {} if stored else study.answers(question, variants)
+            new = {} if stored else study.answers(question, variants)
             larger = replace(question, parts=[_resized(part, pixels) for part in question.parts])
-            made |= study.answers(larger, {resize: variants[UNPRUNED]})
-            for name, asked in others.items():
-                made[name] = study.answers(asked[number], {UNPRUNED: variants[UNPRUNED]})[UNPRUNED]
-            for name, answer in made.items():
-                found.setdefault(name, {})[question.index] = answer
-    samples = {name: study.samples(answers) for name, answers in found.items()}
+            new |= study.answers(larger, {resize: variants[UNPRUNED]})
+            for name, other in others.items():
+                new[name] = study.answers(other[number], {UNPRUNED: variants[UNPRUNED]})[UNPRUNED]
+            for name, answer in new.items():
+                by_condition.setdefault(name, {})[question.index] = answer
+    samples = {name: study.samples(answers) for name, answers in by_condition.items()}
     given: dict[str, Answered] = {
-        name: {i: Given(found[name][i].prediction, float(sample.score or 0)) for i, sample in of.items()}
+        name: {i: Given(by_condition[name][i].prediction, float(sample.score or 0)) for i, sample in of.items()}
         for name, of in samples.items()
     }
     if stored is not None:
         given = {UNPRUNED: stored.unpruned, **stored.pruned, **given}
     clusters = {i: sample.cluster for i, sample in samples[resize].items()}
-    failed = {name: n for name, of in found.items() if (n := sum(bool(answer.error) for answer in of.values()))}
+    failed = {name: n for name, of in by_condition.items() if (n := sum(bool(answer.error) for answer in of.values()))}
     settings |= {"digest": digest, "benchmark": study.benchmark.name, "failed": failed}
     for name, n in failed.items():
         study.tell(f"{study.benchmark.name}, {name}: {n} answers failed and count as wrong")
@@ -187,17 +187,17 @@ def reworded(study: Study, questions: Sequence[Question], file: Path | None) -> 
     if file is not None:
         texts = {f"paraphrase {file.name}": paraphrase.from_file(file, indices)}
     else:
-        asked = dict(zip(data["index"].astype(str), data["question"].astype(str), strict=True))
+        originals = dict(zip(data["index"].astype(str), data["question"].astype(str), strict=True))
         texts = {
-            f"paraphrase {name!r}": {i: paraphrase.fill(template, asked[i]) for i in indices}
+            f"paraphrase {name!r}": {i: paraphrase.fill(template, originals[i]) for i in indices}
             for name, template in paraphrase.templates(study.benchmark.kind).items()
         }
-    found = {}
+    by_wording = {}
     for name, words in texts.items():
         rows = data[data["index"].astype(str).isin(indices)].copy()
         rows["question"] = [words[str(index)] for index in rows["index"]]
-        found[name] = study.questions(rows)
-    return found
+        by_wording[name] = study.questions(rows)
+    return by_wording
 
 
 def patch_side(session: Any) -> int:

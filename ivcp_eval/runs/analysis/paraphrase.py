@@ -51,12 +51,12 @@ def from_file(path: Path, indices: Sequence[str]) -> dict[str, str]:
                 f"missing: {', '.join(sorted(missing))}"
             )
         rows = list(reader)
-    found = {row["index"]: row["question"] for row in rows}
-    if len(found) < len(rows):
-        raise ValueError(f"{path}: {len(rows) - len(found)} index values occur more than once; each needs one question")
-    if lacking := [index for index in indices if not (found.get(index) or "").strip()]:
+    texts = {row["index"]: row["question"] for row in rows}
+    if len(texts) < len(rows):
+        raise ValueError(f"{path}: {len(rows) - len(texts)} index values occur more than once; each needs one question")
+    if lacking := [index for index in indices if not (texts.get(index) or "").strip()]:
         raise ValueError(
             f"{path} has no question for {len(lacking)} of {len(indices)} rows that are asked, e.g. index "
             f"{lacking[0]}; add them, or ask fewer rows with --limit"
         )
-    return {index: found[index] for index in indices}
+    return {index: texts[index] for index in indices}

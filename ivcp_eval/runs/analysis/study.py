@@ -25,7 +25,6 @@ from ivcp_eval.reports.stats import PairedResult, holm
 from ivcp_eval.reports.terminal import fold
 from ivcp_eval.runs.answering.prompts import Prompts
 from ivcp_eval.runs.planning.cells import Cell
-from ivcp_eval.runs.planning.data import fetch_missing
 from ivcp_eval.runs.planning.plan import ModelPlan, RunPlan, make
 from ivcp_eval.runs.planning.spec import check
 from ivcp_eval.runs.records.sample_rows import samples
@@ -91,8 +90,7 @@ class Study:
             ValueError: something is wrong with the request, or neither model nor data are here.
         """
         spec = check({"kind": "eval", "controls": [], **request}, "analysis")
-        fetch_missing((name for _, name in spec.cells), tell)
-        plan = make(spec, folder)
+        plan = make(spec, folder, fetch=tell)
         if not plan.models:
             raise ValueError("\n".join(plan.problems))
         (model,) = plan.models.values()
@@ -145,13 +143,13 @@ class Study:
 
     def questions(self, rows: Any = None) -> list[Question]:
         """The prompts of the data set, or of ``rows``, a table like its own; rows that cannot be read are told of."""
-        asked = self._asked if rows is None else self._read(rows)
-        for row in asked:
+        prompts = self._asked if rows is None else self._read(rows)
+        for row in prompts:
             if row.message is None:
                 self.tell(f"{self.benchmark.name}, row {row.index} is left out: {row.failure['error']}")
         return [
             Question(row.index, row.key, [{part["type"]: part["value"]} for part in row.message])
-            for row in asked
+            for row in prompts
             if row.message is not None
         ]
 
@@ -176,14 +174,14 @@ class Study:
                 from the journal and those made one by one after a failure have none.
         """
         assert self._journal is not None
-        found = {name: self._journal.records.get(f"{name} {question.key}") for name in conditions}
-        lacking = {name: conditions[name] for name, answer in found.items() if answer is None or not answer.is_settled}
+        kept = {name: self._journal.records.get(f"{name} {question.key}") for name in conditions}
+        lacking = {name: conditions[name] for name, answer in kept.items() if answer is None or not answer.is_settled}
         for name, (answer, run) in self._made(question, lacking).items() if lacking else ():
             self._journal.append(f"{name} {question.key}", answer)
-            found[name] = answer
+            kept[name] = answer
             if seen and run is not None:
                 seen({name: run})
-        answers = {name: answer for name, answer in found.items() if answer is not None}
+        answers = {name: answer for name, answer in kept.items() if answer is not None}
         self._devices |= {answer.device for answer in answers.values() if answer.device}
         return answers
 
@@ -201,13 +199,13 @@ class Study:
         if shrinking and len(conditions) > 1:  # each encodes a picture of its own
             rest = {name: condition for name, condition in conditions.items() if name not in shrinking}
             parts = [{name: conditions[name]} for name in shrinking] + [rest] * bool(rest)
-            return {name: made for part in parts for name, made in self._made(question, part).items()}
+            return {name: new for part in parts for name, new in self._made(question, part).items()}
         try:
             if shrinking:
                 ((name, variant),) = conditions.items()
                 return {name: (self.session.answer(question.parts, cast("Variant", variant), grounding), None)}
-            made = self.session.answer_and_runs(question.parts, list(conditions.values()), grounding)
-            return dict(zip(conditions, made, strict=True))
+            new = self.session.answer_and_runs(question.parts, list(conditions.values()), grounding)
+            return dict(zip(conditions, new, strict=True))
         except Unsupported:
             raise
         except FAILURES as error:
@@ -247,8 +245,8 @@ class Study:
         """
         data = self.dataset.data
         rows = data[data["index"].astype(str).isin(answers.keys())].drop(columns="image", errors="ignore")
-        found = samples(self.benchmark, rows.to_dict("records"), Prompts.of(self._asked), self.scored(answers))
-        scored = {sample.index: sample for sample in found if sample.score is not None}
+        every = samples(self.benchmark, rows.to_dict("records"), Prompts.of(self._asked), self.scored(answers))
+        scored = {sample.index: sample for sample in every if sample.score is not None}
         if not scored:
             raise ValueError(f"{self.benchmark.name} gives no sample a score of its own, so nothing can be paired")
         return scored

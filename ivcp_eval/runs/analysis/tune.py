@@ -95,7 +95,7 @@ def entries(settings: Settings, n_layers: int, first_cut: int = 0) -> list[dict[
     shared = {"ratios": [round(settings.target * level, 6) for level in LEVELS], "budget": settings.kind}
     lowest = max(1, first_cut)
     spread = np.linspace(lowest, n_layers - 1, min(_MOST_LAYERS, n_layers - lowest)).tolist()
-    found = []
+    methods = []
     for method in settings.methods:
         has = default_parameters(method)
         grids: list[dict[str, list[Any]]] = []
@@ -106,8 +106,8 @@ def entries(settings: Settings, n_layers: int, first_cut: int = 0) -> list[dict[
             grids.append({"depths": [[round(s + (1 - s) * i / n, 4) for i in range(n)] for s, n in stages]})
         if not grids or settings.layers is None:
             grids.append({})  # where the method cuts by itself
-        found += [{**shared, "method": method, "parameters": grid, "seeds": [settings.seed]} for grid in grids]
-    return found
+        methods += [{**shared, "method": method, "parameters": grid, "seeds": [settings.seed]} for grid in grids]
+    return methods
 
 
 def is_validation(cell: str, share: float) -> bool:
@@ -198,8 +198,8 @@ def search(
     prompt = _typical(list(whole.answers.values()))
     wired = adapter(study.model.weights.family)
     facts = wired.facts(wired.config(str(study.model.weights.source)), study.model.weights.family)
-    asked = {**request, "methods": entries(settings, facts.n_layers, facts.first_cut), "budget_prompt": list(prompt)}
-    race = Study.of(asked, study.folder, study.tell, study.dataset)
+    raw = {**request, "methods": entries(settings, facts.n_layers, facts.first_cut), "budget_prompt": list(prompt)}
+    race = Study.of(raw, study.folder, study.tell, study.dataset)
     race.session = study.session
     alive, left_out = _able(race)
     if not alive:
@@ -217,19 +217,19 @@ def search(
                 candidate.rung = rung + 1
             if rung + 1 < len(sizes):
                 alive = halved(alive, settings.eta)
-    found: dict[str, Any] = {
+    outcome: dict[str, Any] = {
         "settings": {**vars(settings), "methods": list(settings.methods)},
         **{"prompt": list(prompt), "split": rule, "rungs": sizes, "left_out": left_out, "digest": journal},
     }
-    return _table(everybody, whole, race, settings, len(sizes)), found, race
+    return _table(everybody, whole, race, settings, len(sizes)), outcome, race
 
 
 def _ask(study: Study, candidates: Sequence[Candidate], questions: Sequence[Question], bar: Any) -> None:
     conditions = {named(candidate.cell): candidate.cell.identity.variant for candidate in candidates}
     for question in bar(questions):
-        made = study.answers(question, conditions)
+        answers = study.answers(question, conditions)
         for candidate in candidates:
-            candidate.answers[question.index] = made[named(candidate.cell)]
+            candidate.answers[question.index] = answers[named(candidate.cell)]
     for candidate in candidates:
         candidate.samples = study.samples(candidate.answers)
 

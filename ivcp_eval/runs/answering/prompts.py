@@ -39,13 +39,13 @@ class Prompts:
     @classmethod
     def of(cls, rows: Iterable[Asked]) -> Prompts:
         """From the prompts themselves."""
-        found = cls()
+        prompts = cls()
         for row in rows:
             if row.message is None:
-                found.broken[row.index] = dict(row.failure)
+                prompts.broken[row.index] = dict(row.failure)
             else:
-                found.keys[row.index], found.pictures[row.index] = row.key, row.pictures
-        return found
+                prompts.keys[row.index], prompts.pictures[row.index] = row.key, row.pictures
+        return prompts
 
     def note(self, cell: Cell, start: int, stop: int) -> None:
         """Keep them as those of the rows ``start`` to ``stop`` of a cell's model and benchmark."""
@@ -56,14 +56,14 @@ class Prompts:
     @classmethod
     def load(cls, cell: Cell) -> Prompts:
         """Whatever is noted of a cell's model and benchmark. A row that could be read once is not broken."""
-        found = cls()
+        prompts = cls()
         for path in sorted(_folder(cell).glob("*.json")):
             part = cls._read(path)
-            found.keys |= part.keys
-            found.pictures |= part.pictures
-            found.broken |= part.broken
-        found.broken = {index: why for index, why in found.broken.items() if index not in found.keys}
-        return found
+            prompts.keys |= part.keys
+            prompts.pictures |= part.pictures
+            prompts.broken |= part.broken
+        prompts.broken = {index: why for index, why in prompts.broken.items() if index not in prompts.keys}
+        return prompts
 
     @classmethod
     def asked(cls, cell: Cell, start: int, stop: int) -> set[str]:
@@ -74,12 +74,12 @@ class Prompts:
     def _read(cls, path: Path) -> Prompts:
         """What `note` wrote; nothing where the file is missing or damaged."""
         try:
-            found = cls(**read_json(path, "it is made again"))
+            prompts = cls(**read_json(path, "it is made again"))
         except (FileNotFoundError, DamagedError, TypeError):
             return cls()
-        texts = [vars(found)[name] for name in ("keys", "pictures")]
+        texts = [vars(prompts)[name] for name in ("keys", "pictures")]
         whole = all(isinstance(part, dict) and all(map(_is_text, part.values())) for part in texts)
-        return found if whole and _are_failures(found.broken) else cls()
+        return prompts if whole and _are_failures(prompts.broken) else cls()
 
     def fit(self, rows: Iterable[str], answers: Mapping[str, Answer]) -> bool:
         """Whether they cover ``rows`` (indices) and were those asked."""

@@ -113,11 +113,11 @@ class Session:
             AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
         """
         generated = self._generate(parts, variant)
-        new, run, inputs, asked = generated.new, generated.run, generated.inputs, generated.asked
+        new, run, inputs, conversation = generated.new, generated.run, generated.inputs, generated.asked
         if generated.whole is None:
-            return self._answer(new, run, inputs, asked, grounding)
+            return self._answer(new, run, inputs, conversation, grounding)
         whole = self._visual_tokens(self._encoded(generated.whole)[0])
-        answer = self._answer(new, run, inputs, asked, grounding, whole=whole)
+        answer = self._answer(new, run, inputs, conversation, grounding, whole=whole)
         # Each image may round up to one token more.
         allowed = generated.share * whole + sum("image" in part for part in parts)
         return replace(answer, over_budget=generated.run.visual_kept[0] > allowed)
@@ -200,8 +200,8 @@ class Session:
         answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
         if rest:
             forked = self._forked(decoded, layouts[0], [variants[i] for i in rest], grounding, exact)
-            for answers, made in zip(answered, forked, strict=True):
-                answers |= {i: answer for i, (answer, _) in zip(rest, made, strict=True)}
+            for answers, pairs in zip(answered, forked, strict=True):
+                answers |= {i: answer for i, (answer, _) in zip(rest, pairs, strict=True)}
         return [[answers[i] for i in range(len(variants))] for answers in answered]
 
     @contained(_METHOD)
@@ -210,10 +210,10 @@ class Session:
     ) -> list[tuple[Answer, Run]]:
         """`answer_all` that also says which tokens survived; variants that change the picture are refused."""
         conversation = _decoded(parts)
-        (made,) = self._forked(
+        (pairs,) = self._forked(
             [conversation], self.adapter.layout(self.processor, [conversation]), variants, grounding, False
         )
-        return made
+        return pairs
 
     def _forked(
         self,
@@ -228,16 +228,16 @@ class Session:
             inputs, tensors = self._encoded(*decoded)
             check()
             branches = fork(self.model, variants, tensors, layout=layout, exact=exact, **self._options)
-        made = []
+        results = []
         for sample in range(len(decoded)):
             rows = [branch.run.row(sample) for branch in branches]
-            made.append(
+            results.append(
                 [
                     (self._answer(branch.tokens[sample], row, inputs, decoded[sample], grounding, sample), row)
                     for branch, row in zip(branches, rows, strict=True)
                 ]
             )
-        return made
+        return results
 
     def _time(self, answers: int) -> Any:
         """The time limit of so many answers made together."""
@@ -264,7 +264,7 @@ class Session:
         new: torch.Tensor,
         run: Run,
         inputs: Mapping[str, Any],
-        asked: list[Mapping[str, Any]],
+        conversation: list[Mapping[str, Any]],
         grounding: bool,
         sample: int = 0,
         whole: int | None = None,
@@ -272,7 +272,7 @@ class Session:
         """From the new tokens and the facts of one row.
 
         Args:
-            asked: the conversation. sample: of ``inputs``.
+            conversation: what was asked. sample: of ``inputs``.
             whole: visual tokens of the image as it was, where a smaller one was asked about.
         """
         text = storable(self.processor.batch_decode([new], skip_special_tokens=True)[0].strip())
@@ -288,13 +288,13 @@ class Session:
             kv_analytic=_round(run.analytic_share(0, int(new.numel()) - 1)),
             new_tokens=int(new.numel()),
             nonfinite_scores=sum(run.nonfinite_scores),
-            masks=self._masks(run, asked).to_text() if run.cuts else "",
+            masks=self._masks(run, conversation).to_text() if run.cuts else "",
         )
 
-    def _masks(self, run: Run, asked: list[Mapping[str, Any]]) -> Masks:
+    def _masks(self, run: Run, conversation: list[Mapping[str, Any]]) -> Masks:
         """Of one row; what only the processor knows of where the views lie is filled in."""
         masks = run.masks()
-        pictures = [part["image"] for part in asked if "image" in part]
+        pictures = [part["image"] for part in conversation if "image" in part]
         images = []
         for image, picture in zip(masks.images, pictures, strict=True):
             covered = self.adapter.covered(self.processor, picture.size)

@@ -107,13 +107,13 @@ def _read(cell: Cell) -> tuple[int, dict[str, Times]]:
     path = cell.folder / FILE
     if not path.is_file():
         return 0, {}
-    found = read_json(path, ADVICE)
+    content = read_json(path, ADVICE)
     with damage_as_clear_error(path, ADVICE):
-        times = {str(sample.pop("index")): Times(**sample) for sample in found["samples"]}
+        times = {str(sample.pop("index")): Times(**sample) for sample in content["samples"]}
         values = [value for timed in times.values() for value in vars(timed).values() if value is not None]
         if not all(type(value) in (int, float) and 0 <= value < math.inf for value in values):
             raise TypeError("a time is no number")
-        return int(found.get("asked", 0)), times
+        return int(content.get("asked", 0)), times
 
 
 def _chosen(session: Session, dataset: Any, n: int) -> Iterator[tuple[str, Parts]]:

@@ -71,7 +71,10 @@ def _processes(plan: RunPlan, stop: Stop, progress: Progress, places: list[str],
     def start(i: int) -> subprocess.Popen[bytes]:
         device = ["--device", places[i % len(places)]] if places else []
         alone = ["--not-alone"] if threads else []
-        return _start([*arguments, *device, *alone, "--no-score", "--every", "0"], logs / f"worker-{i}.log", threads)
+        page = ["--html", str(progress.page)] if progress.page else []
+        return _start(
+            [*arguments, *device, *alone, *page, "--no-score", "--every", "0"], logs / f"worker-{i}.log", threads
+        )
 
     started: list[subprocess.Popen[bytes]] = []
     restarts = [0] * count

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,14 @@ class Task:
 
     Attributes:
         spec, runs: of the run. model: the one it keeps in memory; empty for the scoring job, which needs no GPU.
-        device: of the tasks.
+        device: of the tasks. page: HTML file that each keeps up to date; empty for none.
     """
 
     spec: str
     runs: str
     model: str
     device: str
+    page: str = ""
 
     def __call__(self) -> int:
         """Work; the number of finished units or scored cells.
@@ -72,12 +74,14 @@ class Task:
         from ivcp_eval.runs.planning.plan import make
         from ivcp_eval.runs.planning.spec import load
         from ivcp_eval.runs.records.results import build
-        from ivcp_eval.runs.worker import Hooks, work
+        from ivcp_eval.runs.worker import work
 
-        with Stop().signals() as stop:
+        with ExitStack() as stack:
+            stop = stack.enter_context(Stop().signals())
             spec = load(self.spec)
             plan = make(spec, Path(self.runs), self.device, plan_only=not self.model)
-            hooks = Hooks(*[lambda text: print(text, flush=True)] * 2)  # noqa: T201
+            page = Path(self.page) if self.page else None
+            hooks = stack.enter_context(Progress(plan, every=0, page=page)).hooks
             # Slurm counts its restarts of a task from 1 and says nothing at the first start.
             restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
             hooks.say(f"start {restart} on {socket.gethostname()}")
@@ -108,11 +112,12 @@ def requeue() -> None:
     subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
 
 
-def submit(plan: RunPlan, options: Options, device: str) -> tuple[list[str], str]:
+def submit(plan: RunPlan, options: Options, device: str, page: str = "") -> tuple[list[str], str]:
     """Submit the array and the scoring job; returns (ids of the tasks, id of the scoring job).
 
     Args:
         device: of the tasks, and of the plan, which this machine need not have.
+        page: of `Task`.
 
     Raises:
         ImportError: submitit is missing. RuntimeError: there is no ``sbatch`` here.
@@ -126,7 +131,7 @@ def submit(plan: RunPlan, options: Options, device: str) -> tuple[list[str], str
     logs = plan.state / "logs" / "slurm"
     spec, folder = str(spec_path(plan.state).resolve()), str(plan.runs.resolve())
     counts = shares(plan, options.array_limit)
-    tasks = [Task(spec, folder, model, device) for model, n in counts.items() for _ in range(n)]
+    tasks = [Task(spec, folder, model, device, page) for model, n in counts.items() for _ in range(n)]
     common = {**({"partition": options.partition} if options.partition else {}), **options.parameters}
     jobs: list[Any] = []
     if tasks:
@@ -147,7 +152,7 @@ def submit(plan: RunPlan, options: Options, device: str) -> tuple[list[str], str
     executor.update_parameters(
         job_name=f"ivcp-{plan.spec.name}-score", time=options.minutes, cpus_per_task=1, **_split(common, after)
     )
-    score = executor.submit(Task(spec, folder, "", device))
+    score = executor.submit(Task(spec, folder, "", device, page))
     return [job.job_id for job in jobs], score.job_id
 
 

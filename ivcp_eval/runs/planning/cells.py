@@ -111,13 +111,13 @@ def read_notes(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none. DamagedError: it holds something else.
     """
-    found = files.read_json(path, NOTES_ADVICE)
+    content = files.read_json(path, NOTES_ADVICE)
     with files.damage_as_clear_error(path, NOTES_ADVICE):
-        sizes = (found["decoder"] or {}).values()
+        sizes = (content["decoder"] or {}).values()
         numbers = [n for size in sizes for n in (size if isinstance(size, list) else [size]) if n is not None]
-        if not isinstance(found["identity"], dict) or not all(type(n) is int for n in numbers):
+        if not isinstance(content["identity"], dict) or not all(type(n) is int for n in numbers):
             raise TypeError("no identity, or sizes that are no numbers")
-    return found
+    return content
 
 
 def code_listing(runs: Path, code: str) -> Path:

@@ -9,14 +9,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ivcp_eval.interface.variants import parameter
+from ivcp_eval.interface.variants import ATTENTIONS, DTYPES, parameter
 from ivcp_eval.vlmeval_bridge.judge.config import check_options
 
 __all__ = ["TIMED_SAMPLES", "Options", "add_flags", "check", "given_flags"]
 
 TIMED_SAMPLES = 16
-_DTYPES = ("float32", "bfloat16", "float16")
-_ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
 def _option(default: Any, kind: type, help: str, **more: Any) -> Any:  # noqa: A002 (argparse's word)
@@ -41,8 +39,8 @@ class Options:
         "that refuses max_tokens or temperature is asked without", metavar="KEY=VALUE",
     )  # fmt: skip
     device: str = _option("", str, "cuda, cuda:1, cpu, or auto for all GPUs; default: cuda if there is one")
-    dtype: str = _option("", str, "default: bfloat16 on a GPU, float32 on a CPU", choices=_DTYPES)
-    attention: str = _option("", str, "default: the fastest installed", choices=_ATTENTIONS)
+    dtype: str = _option("", str, "default: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
+    attention: str = _option("", str, "default: the fastest installed", choices=ATTENTIONS)
     min_pixels: int | None = _option(None, int, "default: the family's published limit", metavar="N")
     max_pixels: int | None = _option(None, int, "default: the family's published limit", metavar="N")
     max_new_tokens: int | None = _option(None, int, "default: the family's published limit", metavar="N")

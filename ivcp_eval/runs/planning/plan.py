@@ -1,4 +1,4 @@
-"""From a spec to hashed cells and units of work on this machine: weights, data, limits. Nothing is run or fetched.
+"""From a spec to hashed cells and units of work on this machine: weights, data, limits. Nothing is run.
 
 Knows no method and no family by name.
 """
@@ -6,8 +6,9 @@ Knows no method and no family by name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one model under all variants of a run."""
+    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one loaded model under all variants of a run."""
 
     model: str
     benchmark: Benchmark
     start: int
     stop: int
     cells: tuple[Cell, ...]
+    placement: Placement
 
     @cached_property
     def name(self) -> str:
@@ -62,6 +64,15 @@ class ModelPlan:
     placement: Placement
     limits: Limits
     groups: Mapping[str, tuple[Benchmark, tuple[Cell, ...]]]
+
+    def placement_of(self, cell: Cell) -> Placement:
+        """Where and how the model runs for a cell: as for all others, unless its method has it loaded otherwise."""
+        found = cell.identity.placement
+        return dataclasses.replace(self.placement, dtype=found["dtype"], attention=found["attention"])
+
+    def timed(self, cells: Iterable[Cell]) -> tuple[Cell, ...]:
+        """Those whose times are comparable: of the model as it is loaded for all but a few."""
+        return tuple(cell for cell in cells if self.placement_of(cell) == self.placement)
 
 
 @dataclass
@@ -91,7 +102,7 @@ class RunPlan:
         return self.spec.options
 
     def units(self) -> tuple[Unit, ...]:
-        """Every unit, model by model, the longest benchmarks first."""
+        """Every unit, model by model, in each the longest benchmarks first."""
         return self._units
 
     @cached_property
@@ -102,9 +113,14 @@ class RunPlan:
         limit, shard = self.options.limit, self.options.shard
         for name, model in self.models.items():
             sized = [(data.rows(benchmark, limit), benchmark, group) for benchmark, group in model.groups.values()]
-            for n, benchmark, group in sorted(sized, key=lambda entry: -entry[0]):
-                for start in range(0, n, shard):
-                    yield Unit(name, benchmark, start, min(n, start + shard), group)
+            sized.sort(key=lambda entry: -entry[0])
+            cells = [cell for _, _, group in sized for cell in group]
+            # One placement after the other, the usual one first, so that a worker loads the model once for each.
+            for placement in dict.fromkeys([model.placement, *map(model.placement_of, cells)]):
+                for n, benchmark, group in sized:
+                    own = tuple(cell for cell in group if model.placement_of(cell) == placement)
+                    for start in range(0, n if own else 0, shard):
+                        yield Unit(name, benchmark, start, min(n, start + shard), own, placement)
 
     def cells(self) -> Iterator[tuple[ModelPlan, Benchmark, Cell]]:
         """Every cell."""
@@ -123,23 +139,32 @@ class RunPlan:
         return list(dict.fromkeys(map(described, held)))
 
 
-def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: bool = False) -> RunPlan:
+def make(
+    spec: Spec,
+    runs: Path | None = None,
+    device: str = "",
+    *,
+    plan_only: bool = False,
+    fetch: Callable[[str], None] | None = None,
+) -> RunPlan:
     """Find weights and data of every model, and hash every cell; what is missing becomes a problem, not an error.
 
     Args:
         runs: where cells live (default ``results/runs``). device: of this worker, in place of the spec's.
         plan_only: only plan, look or score, so this machine need not have the device; that of a full-size model is
-            then the one of the run that was started, or CUDA.
+            then the one of the run that was started, or CUDA. Weights are looked for on this machine alone.
+        fetch: have the data of a model that can run fetched where it is not here; is told of it.
     """
     runs = runs or cells.RUNS
     check_folder(runs)
     plan = RunPlan(spec, runs)
+    fetch_once = functools.cache(lambda name: data.fetch_missing([name], fetch) if fetch else None)
     for model, folder in spec.models.items():
         if not spec.benchmarks(model):
             continue
         placed = device or spec.options.device or (manifest.device(plan.state, model) if plan_only else "")
         try:
-            plan.models[model], missing = _model_plan(plan, model, folder, placed, plan_only)
+            plan.models[model], missing = _model_plan(plan, model, folder, placed, plan_only, fetch_once)
         except (models.MissingWeights, DataMissing, ValueError, OSError) as error:
             plan.problems.append(f"{model}: {error}")
             continue
@@ -148,7 +173,7 @@ def make(spec: Spec, runs: Path | None = None, device: str = "", *, plan_only: b
 
 
 def _model_plan(
-    plan: RunPlan, model: str, folder: str | None, device: str, plan_only: bool
+    plan: RunPlan, model: str, folder: str | None, device: str, plan_only: bool, fetch: Callable[[str], None]
 ) -> tuple[ModelPlan, list[str]]:
     """One model, and why benchmarks of it cannot run here; DataMissing if none can."""
     spec = plan.spec
@@ -165,6 +190,7 @@ def _model_plan(
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
     missing: list[str] = []
     for name in spec.benchmarks(model):
+        fetch(name)
         benchmark = data.find(name)
         try:
             digest = data.digest(benchmark)
@@ -232,11 +258,12 @@ class _Identities:
 
     def cell(self, variant: Variant) -> Cell:
         """The cell of one variant."""
-        options, placement = self.plan.options, dataclasses.asdict(self.placement)
+        options, method = self.plan.options, make_method(variant.method, variant.parameters)
+        device = self.placement.device.partition(":")[0]
         code = code_of(variant.method, self.weights.family)
         identity = Identity(
             variant=variant,
-            method_parameters=parameters_of(make_method(variant.method, variant.parameters)),
+            method_parameters=parameters_of(method),
             weights=self.weights.revision,
             benchmark=self.benchmark.name,
             data=self.digest,
@@ -245,7 +272,7 @@ class _Identities:
             prompt=self._prompt,
             judge=judge_name(options, self.benchmark),
             limits=dataclasses.asdict(self.limits),
-            placement={**placement, "device": self.placement.device.partition(":")[0]},
+            placement={**dataclasses.asdict(self.placement), **method.loading, "device": device},
             versions=cells.versions(),
             code=code.hash,
             method_source=method_source(variant.method),

@@ -16,7 +16,9 @@
 The unpruned baseline of every model and benchmark is always part. So are the controls (random, uniform, ...) at every
 ratio or budget at which a model's other methods meet a benchmark, unless the file lists them itself or chooses some by
 ``controls: [random]`` or none by ``controls: []``. ``controls: [again]`` answers the baseline a second time, each
-sample alone: what differs then is the noise floor of every comparison.
+sample alone: what differs then is the noise floor of every comparison. A control's own parameters are written as a
+method's, ``controls: [again, {method: again, parameters: {attention: eager, dtype: [bfloat16, float16]}}]``: the
+baseline a second time with another kernel, and in other data types.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from ivcp_eval.runs.store.finished import eval_state
 __all__ = ["Spec", "SpecError", "check", "load"]
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
+_CONTROL = ("method", "parameters")
 _ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget")
 _EXCLUDE = ("model", "method", "benchmark", "ratio", "budget")
 _BUDGET = ("budget", "budget_prompt")
@@ -110,16 +113,16 @@ def _checked(marked: Marked, name: str) -> Spec:
         if not raw.get(key):
             raise marked.error((key,), f"{key} is missing or empty")
     models_asked = _models(marked, raw["models"])
-    asked = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
+    benchmarks_of_all = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
     cells: dict[tuple[str, str], tuple[Variant, str]] = {}
-    for model, benchmark in itertools.product(models_asked, asked):
+    for model, benchmark in itertools.product(models_asked, benchmarks_of_all):
         cells[_key(Variant(model), benchmark)] = Variant(model), benchmark
     entries = marked.listed(("methods",), raw["methods"], dict, "a method with its ratios")
     shared = {key: raw[key] for key in _BUDGET if raw.get(key) is not None}
     _budget(marked, (), {}, shared, 1.0)
     for i, entry in enumerate(entries):
         before = len(cells)
-        for variant, benchmark in _entry(marked, ("methods", i), entry, list(models_asked), asked, shared):
+        for variant, benchmark in _entry(marked, ("methods", i), entry, list(models_asked), benchmarks_of_all, shared):
             cells[_key(variant, benchmark)] = variant, benchmark
         if len(cells) == before and entry["method"] != BASELINE:
             raise marked.error(
@@ -170,21 +173,21 @@ def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
 
 def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
     if isinstance(raw, dict):
-        found: dict[str, str | None] = dict(raw)
+        folders: dict[str, str | None] = dict(raw)
         for name, folder in raw.items():
             if not isinstance(name, str) or not isinstance(folder, str | None):
                 raise marked.error(
                     ("models", name), f"{name!r}: {folder!r} is not a short name and a folder, or nothing"
                 )
     else:
-        found = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
-    for i, name in enumerate(found):
+        folders = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
+    for i, name in enumerate(folders):
         try:
             models.find(name)
         except ValueError as error:
             place: Place = ("models", name) if isinstance(raw, dict) else ("models", i)
             raise marked.error(place, str(error)) from None
-    return found
+    return folders
 
 
 def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
@@ -231,17 +234,8 @@ def _entry(
             raise marked.error((*place, "ratios", i), f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half")
     declared = list(make_method(method).sweep_seeds)
     seeds = marked.listed((*place, "seeds"), entry.get("seeds", declared), int, "a whole number")
-    grid = entry.get("parameters") or {}
-    lists = [value for value in grid.values() if isinstance(value, list)] if isinstance(grid, dict) else []
-    n = math.prod(map(len, [chosen, ratios, seeds, sets, *lists]))
-    if n > MOST_CELLS:
-        raise marked.error(place, f"this entry asks for {n} cells; a sweep has at most {MOST_CELLS}")
-    for parameters in _grid(marked, (*place, "parameters"), grid):
-        try:
-            make_method(method, parameters)
-        except (ValueError, TypeError) as error:
-            text = str(error) if isinstance(error, ValueError) else f"{parameters} do not fit {method}: {error}"
-            raise marked.error((*place, "parameters"), text) from None
+    others = math.prod(map(len, [chosen, ratios, seeds, sets]))
+    for parameters in _grid(marked, place, entry, others):
         for model, ratio, seed, name in itertools.product(chosen, ratios, seeds, sets):
             if method != BASELINE:
                 budget = _budget(marked, place, entry, shared, float(ratio))
@@ -254,18 +248,25 @@ def _controls(
     """What every other method is to be compared with, wherever one is measured."""
     chosen, known = raw.get("controls"), control_names()
     usual = [name for name in known if not make_method(name).repeats_baseline]
-    names = usual if chosen is None else marked.listed(("controls",), chosen, str, "the name of a control")
-    for i, method in enumerate(names):
+    wanted = usual if chosen is None else chosen
+    for i, entry in enumerate(
+        marked.listed(("controls",), wanted, str | dict, "a control or its {method, parameters}")
+    ):
+        place: Place = ("controls", i)
+        entry = marked.keys(place, {"method": entry} if isinstance(entry, str) else entry, _CONTROL)
+        method = entry.get("method")
         if method not in known:
-            raise marked.error(("controls", i), str(unknown("control", method, known)))
-        if any(variant.method == method for variant, _ in listed):
+            raise marked.error(place, str(unknown("control", str(method), known)))
+        if entry.keys() == {"method"} and any(variant.method == method for variant, _ in listed):
             continue
-        if make_method(method).repeats_baseline:
-            yield from ((Variant(variant.model, method), name) for variant, name in listed)
-            continue
-        for variant, name in listed:
-            for seed in make_method(method).sweep_seeds:
-                yield replace(variant, method=method, parameters={}, seed=seed), name
+        for parameters in _grid(marked, place, entry, len(listed)):
+            made = make_method(method, parameters)
+            for variant, name in listed:
+                if made.repeats_baseline:
+                    yield Variant(variant.model, method, parameters=parameters), name
+                    continue
+                for seed in made.sweep_seeds:
+                    yield replace(variant, method=method, parameters=parameters, seed=seed), name
 
 
 def _budget(
@@ -289,11 +290,23 @@ def _budget(
         raise marked.error(place, str(error)) from None
 
 
-def _grid(marked: Marked, place: Place, raw: Any) -> list[dict[str, Any]]:
+def _grid(marked: Marked, place: Place, entry: Mapping[str, Any], others: int) -> Iterator[dict[str, Any]]:
+    """Every combination of the parameters of an entry's method, each checked; ``others``: cells of each."""
+    method, raw = name_of(entry["method"]), entry.get("parameters") or {}
     if not isinstance(raw, dict):
-        raise marked.error(place, f"expected parameters as a mapping, got {raw!r}")
+        raise marked.error((*place, "parameters"), f"expected parameters as a mapping, got {raw!r}")
     axes = [value if isinstance(value, list) else [value] for value in raw.values()]
-    return [dict(zip(raw, values, strict=True)) for values in itertools.product(*axes)]
+    n = others * math.prod(map(len, axes))
+    if n > MOST_CELLS:
+        raise marked.error(place, f"this entry asks for {n} cells; a sweep has at most {MOST_CELLS}")
+    for values in itertools.product(*axes):
+        parameters = dict(zip(raw, values, strict=True))
+        try:
+            make_method(method, parameters)
+        except (ValueError, TypeError) as error:
+            text = str(error) if isinstance(error, ValueError) else f"{parameters} do not fit {method}: {error}"
+            raise marked.error((*place, "parameters"), text) from None
+        yield parameters
 
 
 def _without(marked: Marked, cells: list[tuple[Variant, str]], raw: Any) -> list[tuple[Variant, str]]:

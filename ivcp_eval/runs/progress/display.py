@@ -1,15 +1,21 @@
-"""Progress of a sweep on the terminal: bars on a TTY, plain lines now and then otherwise, nothing if quiet."""
+"""Progress of a sweep: bars or a grid on a terminal, plain lines now and then otherwise, and a page if asked for."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ivcp_eval.runs.planning.plan import RunPlan
-from ivcp_eval.runs.progress.watch import Tally, Watch
+from ivcp_eval.runs.progress import grid, page
+from ivcp_eval.runs.progress.tally import Tally
+from ivcp_eval.runs.progress.watch import Watch
+from ivcp_eval.runs.progress.words import benchmark_line, failed, kept, summary
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.worker import Hooks
@@ -25,24 +31,38 @@ class Progress:
     Args:
         quiet: show warnings only. every: seconds between two reports where the output is no TTY; 0 leaves them out.
         stream: default standard output.
+        page: HTML file that is kept up to date (`page.refresh`), also if quiet; it costs no answer if it cannot be.
+        cells: show every cell, redrawn in place; nothing at all where the output is no TTY.
     """
 
-    def __init__(self, plan: RunPlan, quiet: bool = False, every: float = EVERY_S, stream: Any = None) -> None:
-        self.plan, self.quiet, self.every = plan, quiet, every
+    def __init__(
+        self,
+        plan: RunPlan,
+        quiet: bool = False,
+        every: float = EVERY_S,
+        stream: Any = None,
+        page: Path | None = None,
+        cells: bool = False,
+    ) -> None:
+        self.plan, self.quiet, self.every, self.page, self.cells = plan, quiet, every, page, cells
         self.stream = stream or sys.stdout
-        self._screen: _Bars | _Lines | None = None
+        self._watch: Watch | None = None
+        self._screen: _Bars | _Grid | _Lines | None = None
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
+        self._page_failed = False
 
     def __enter__(self) -> Self:
-        if self.quiet:
-            return self
-        if self.stream.isatty():
-            self._screen = _Bars(Watch(self.plan), self.stream)
-        else:
-            self._screen = _Lines(Watch(self.plan) if self.every else None, self.stream, self.every)
-        if self._screen.watch is not None:
-            self._thread = threading.Thread(target=self._follow, args=(self._screen,), daemon=True)
+        terminal = self.stream.isatty()
+        reports = not self.quiet and (terminal or (self.every and not self.cells))
+        if reports or self.page or self.cells:
+            self._watch = Watch(self.plan)
+        if reports and terminal and self._watch:
+            self._screen = (_Grid if self.cells else _Bars)(self._watch, self.stream)
+        elif not self.quiet and not self.cells:
+            self._screen = _Lines(self._watch if reports else None, self.stream, self.every)
+        if self._watch is not None:
+            self._thread = threading.Thread(target=self._follow, args=(self._watch,), daemon=True)
             self._thread.start()
         return self
 
@@ -50,6 +70,10 @@ class Progress:
         self._end.set()
         if self._thread is not None:
             self._thread.join()
+        if self._watch is not None:
+            with suppress(OSError):  # as in `_follow`: to look on must cost nothing of what was done
+                self._watch.look()
+            self._refresh_page(self._watch, every=0)
         if self._screen is not None:
             self._screen.close()
 
@@ -76,45 +100,28 @@ class Progress:
     @property
     def complete(self) -> bool:
         """Nothing is left to answer or score."""
-        return self._screen is not None and self._screen.watch is not None and self._screen.watch.total.complete
+        return self._watch is not None and self._watch.total.complete
 
-    def _follow(self, screen: _Bars | _Lines) -> None:
+    def _follow(self, watch: Watch) -> None:
         while not self._end.wait(LOOK_S):
             try:
-                screen.show()
+                watch.look()
+                if self._screen is not None:
+                    self._screen.show()
             except OSError:
                 continue  # a file system that hiccups; what was missed is read at the next look
+            self._refresh_page(watch, page.EVERY_S)
 
-
-def summary(watch: Watch) -> str:
-    """How fast, how long still, what is kept, and who is at work."""
-    total, eta = watch.total, watch.eta_s
-    words = [f"{watch.rate:.2f} samples/s" if watch.rate else ""]
-    words += [f"{duration(eta)} left" if eta is not None and total.answered < total.samples else ""]
-    words += [_kept(total), _failed(total), f"{total.scored}/{total.cells} cells scored"]
-    words += [f"{total.broken} of them not whole" if total.broken else "", f"{total.working} at work"]
-    return ", ".join(word for word in words if word)
-
-
-def benchmark_line(tally: Tally) -> str:
-    """How far one benchmark of one model is."""
-    words = [f"{tally.answered}/{tally.samples} samples", _failed(tally), _kept(tally)]
-    return f"{tally.model} on {tally.benchmark}: " + ", ".join(word for word in words if word)
-
-
-def duration(seconds: float) -> str:
-    """In the unit that reads best."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _kept(tally: Tally) -> str:
-    return "" if tally.kept is None else f"{100 * tally.kept:.0f}% of visual tokens kept"
-
-
-def _failed(tally: Tally) -> str:
-    return f"{tally.failed} failed" if tally.failed else ""
+    def _refresh_page(self, watch: Watch, every: float) -> None:
+        """A page that cannot be written is said once and costs nothing else."""
+        if self.page is None:
+            return
+        try:
+            page.refresh(watch, self.page, every)
+        except OSError as error:
+            if not self._page_failed:
+                self.warn(f"{self.page} is not kept up to date, the work goes on: {error}")
+            self._page_failed = True
 
 
 class _Lines:
@@ -131,7 +138,6 @@ class _Lines:
     def show(self, last: bool = False) -> None:
         if self.watch is None:
             return
-        self.watch.look()
         if last or time.monotonic() - self.spoke >= self.every:
             self.spoke = time.monotonic()
             total = self.watch.total
@@ -140,6 +146,31 @@ class _Lines:
 
     def close(self) -> None:
         self.show(last=True)
+
+
+class _Grid:
+    """Every cell, redrawn in place, as far down as the terminal is high."""
+
+    def __init__(self, watch: Watch, stream: Any) -> None:
+        self.watch, self.stream = watch, stream
+        self.stream.write("\x1b[2J")
+        self.show()
+
+    def say(self, text: str) -> None:
+        """Nothing: the next drawing would cover it."""
+
+    def show(self) -> None:
+        size = shutil.get_terminal_size()
+        lines = grid.lines(self.watch, size.columns)
+        if len(lines) >= size.lines:
+            hidden = len(lines) - size.lines + 2
+            lines = [*lines[:-hidden], f"{hidden} more lines: make the window higher, or --html FILE"[: size.columns]]
+        # From the upper left corner, each line up to its end, then what is left of the last drawing.
+        self.stream.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.show()
 
 
 class _Bars:
@@ -171,7 +202,6 @@ class _Bars:
         self.tqdm.write(text, file=self.stream)
 
     def show(self) -> None:
-        self.watch.look()
         for key, tally in self.watch.tallies.items():
             if tally.answered == tally.samples and key not in self.reported:
                 self.reported.add(key)
@@ -181,7 +211,7 @@ class _Bars:
         while len(self.bars) <= len(working):
             self.bars.append(self._bar(""))
         for bar, tally in zip(self.bars[1:], working, strict=False):
-            more = ", ".join(word for word in (_failed(tally), _kept(tally)) if word)
+            more = ", ".join(word for word in (failed(tally), kept(tally)) if word)
             self._draw(bar, tally, f"  {tally.model} on {tally.benchmark}", more)
         for bar in self.bars[1 + len(working) :]:
             bar.close()

@@ -9,7 +9,7 @@ from ivcp_eval.reports.terminal import fold
 from ivcp_eval.runs.planning import data
 from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.planning.uncounted import uncounted_lines
-from ivcp_eval.runs.progress.watch import Tally
+from ivcp_eval.runs.progress.tally import Tally
 from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together

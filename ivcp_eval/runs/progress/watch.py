@@ -10,66 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ivcp_eval.files import DamagedError
-from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.interface.variants import BASELINE, SEPARATOR
 from ivcp_eval.runs.planning.cells import Cell
+from ivcp_eval.runs.planning.placement import Placement
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
+from ivcp_eval.runs.progress.tally import CellState, State, Tally
 from ivcp_eval.runs.store.journal import entry
 from ivcp_eval.runs.store.lease import held
 from ivcp_eval.runs.store.state import Mark, lease, mark, shard
 
+_STATES: dict[str, State] = {"ok": "scored", "skipped": "skipped"}
 WINDOW_S = 120.0  # over which speed is measured ...
 WINDOW_SAMPLES = 10  # ... unless fewer samples than these fall into it
-
-
-@dataclass
-class Tally:
-    """One benchmark of one model, or the sum of all.
-
-    Attributes:
-        samples, answered, failed: of the benchmark; a failed sample counts as answered once its unit is done.
-        cells, scored, broken: variants; ``broken`` are scored ones that are not whole.
-        working: units that a live worker holds.
-        visual_tokens, visual_kept: of the pruned answers seen so far, so that big pictures weigh as they cost.
-        units, units_done: ranges of samples that one worker takes at a time.
-        agree, compared: answers made together in half precision, of which one of every unit is made alone too.
-        seconds, timed: that the finished units took, and the samples that were answered in them.
-        reasons, skipped: why cells are not whole, and why their model cannot run others.
-    """
-
-    model: str = ""
-    benchmark: str = ""
-    samples: int = 0
-    answered: int = 0
-    failed: int = 0
-    cells: int = 0
-    scored: int = 0
-    broken: int = 0
-    working: int = 0
-    visual_tokens: int = 0
-    visual_kept: int = 0
-    units: int = 0
-    units_done: int = 0
-    agree: int = 0
-    compared: int = 0
-    seconds: float = 0.0
-    timed: int = 0
-    reasons: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-    @property
-    def left(self) -> int:
-        """Samples that are not answered yet."""
-        return self.samples - self.answered
-
-    @property
-    def kept(self) -> float | None:
-        """Share of the visual tokens alive after the last cut, in pruned answers; None before the first."""
-        return self.visual_kept / self.visual_tokens if self.visual_tokens else None
-
-    @property
-    def complete(self) -> bool:
-        """Nothing is left to answer or score."""
-        return self.answered == self.samples and self.scored == self.cells
 
 
 class _Tail:
@@ -79,7 +31,7 @@ class _Tail:
         self.path, self.cell = path, cell
         self.offset = 0
         self.good: set[str] = set()
-        self.bad: set[str] = set()
+        self.bad: dict[str, str] = {}  # key of a sample -> its error
 
     def read(self, tally: Tally) -> bool:
         """Take in what is new; False if there is no such file."""
@@ -103,18 +55,22 @@ class _Tail:
     def _take(self, line: bytes, tally: Tally) -> None:
         key, answer = entry(line)
         if self.cell.needs_answer(answer):
-            self.bad |= {key} if answer.error else set()
+            self.bad |= {key: answer.error} if answer.error else {}
             return
         if key not in self.good and self.cell.identity.variant.method != BASELINE:
             tally.visual_tokens += answer.visual_tokens or 0
             tally.visual_kept += answer.visual_kept or 0
         self.good.add(key)
-        self.bad.discard(key)
+        self.bad.pop(key, None)
 
 
 @dataclass
 class _Followed:
-    """A unit: its journals while it is open, and what it adds to its benchmark's tally."""
+    """A unit: its journals while it is open, and what it adds to its benchmark's tally.
+
+    Attributes:
+        errors: by the hash of a cell the last error of a sample, kept when the unit is done.
+    """
 
     unit: Unit
     tails: list[_Tail]
@@ -124,6 +80,8 @@ class _Followed:
     failed: int = 0
     fresh: int = 0
     seen: bool = False
+    working: bool = False
+    errors: dict[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -145,6 +103,7 @@ class Watch:
     _fresh: int = 0
     _speeds: deque[tuple[float, int]] = field(default_factory=deque)
     _recount: set[tuple[str, str]] = field(default_factory=set)
+    _records: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for _, benchmark, cell in self.plan.cells():
@@ -209,6 +168,32 @@ class Watch:
             return total.left / self.rate
         return total.seconds / total.timed * total.left / max(1, total.working) if total.timed else None
 
+    def cells(self) -> list[CellState]:
+        """Every cell, as of the last look, in the order of the plan."""
+        answered: dict[str, int] = {}
+        samples: dict[str, int] = {}
+        running: set[str] = set()
+        errors: dict[str, str] = {}
+        for followed in self._units:
+            open_ = {tail.cell.identity.hash: len(tail.good) for tail in followed.tails if not followed.done}
+            for cell in followed.unit.cells:
+                name = cell.identity.hash
+                samples[name] = samples.get(name, 0) + followed.size
+                answered[name] = answered.get(name, 0) + open_.get(name, followed.size)
+            running |= open_.keys() if followed.working else set()
+            errors |= followed.errors
+        found = []
+        for _, benchmark, cell in self.plan.cells():
+            name, variant = cell.identity.hash, cell.identity.variant
+            n, size = answered.get(name, 0), samples.get(name, 0)
+            status, reason = self._records.get(name, ("", errors.get(name, "").partition("\n")[0]))
+            state: State = _STATES.get(status, "failed")
+            if not status:
+                state = "running" if name in running else "answered" if n == size else "waiting"
+            label = variant.name.removeprefix(variant.model).removeprefix(SEPARATOR) or BASELINE
+            found.append(CellState(variant.model, benchmark.name, label, state, n, size, reason))
+        return found
+
     def _of(self, followed: _Followed) -> Tally:
         return self.tallies[followed.unit.model, followed.unit.benchmark.name]
 
@@ -218,7 +203,7 @@ class Watch:
             followed.done, followed.marked, followed.seen, followed.tails = False, False, False, _tails(unit)
             tally.units_done -= 1
             self._recount.add((unit.model, unit.benchmark.name))
-        working = unit.name in leased and held(lease(self.plan, unit.name))
+        followed.working = working = unit.name in leased and held(lease(self.plan, unit.name))
         tally.working += working
         finished = not followed.done and unit.name in done
         if followed.done or (followed.seen and not working and not finished):
@@ -227,6 +212,7 @@ class Watch:
         there = [tail for tail in followed.tails if tail.read(tally)]
         answered = min([len(tail.good) for tail in there], default=followed.answered)
         followed.failed = len(set[str]().union(*(tail.bad for tail in there)))
+        followed.errors = {tail.cell.identity.hash: next(reversed(tail.bad.values())) for tail in there if tail.bad}
         if followed.seen:
             self._add(followed, answered - followed.answered)
         followed.seen, followed.answered = True, answered
@@ -255,17 +241,31 @@ class Watch:
 
     def _count_scored(self) -> None:
         """Records are looked for where all answers are there; before, only those of an earlier run can exist."""
-        for key, tally in self.tallies.items():
-            open_ = tally.answered < tally.samples or tally.scored == tally.cells
-            if open_ and key not in self._recount:
+        groups: dict[tuple[str, str, Placement], list[_Followed]] = {}
+        for followed in self._units:
+            unit = followed.unit
+            groups.setdefault((unit.model, unit.benchmark.name, unit.placement), []).append(followed)
+        changed = set()
+        for (model, benchmark, _), units in groups.items():
+            hashes = {cell.identity.hash: cell for cell in units[0].unit.cells}
+            settled = any(f.answered < f.size for f in units) or hashes.keys() <= self._records.keys()
+            if settled and (model, benchmark) not in self._recount:
                 continue
+            changed.add((model, benchmark))
+            for name, cell in hashes.items():
+                record = cell.load_record()
+                self._records.pop(name, None)
+                if record is not None:
+                    self._records[name] = record["status"], record["reason"]
+        for key in changed:
+            tally = self.tallies[key]
             tally.scored, tally.reasons, tally.skipped = 0, [], []
             for cell in self.plan.models[key[0]].groups[key[1]][1]:
-                record = cell.load_record()
-                tally.scored += record is not None
-                if record is not None and record["status"] != "ok":
-                    reasons = tally.skipped if record["status"] == "skipped" else tally.reasons
-                    reasons.append(f"{cell.identity.variant.name}: {record['reason']}")
+                status, reason = self._records.get(cell.identity.hash, ("", ""))
+                tally.scored += bool(status)
+                if status not in ("", "ok"):
+                    reasons = tally.skipped if status == "skipped" else tally.reasons
+                    reasons.append(f"{cell.identity.variant.name}: {reason}")
             tally.broken = len(tally.reasons)
         self._recount.clear()
 

@@ -15,6 +15,7 @@ from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.files import file_digest
 from ivcp_eval.reports.table import Row, read_results, read_samples, write_results, write_samples
+from ivcp_eval.runs.planning import data
 from ivcp_eval.vlmeval_bridge.judge.client import Judge
 from ivcp_eval.vlmeval_bridge.judge.config import EXACT_MATCHING, JudgeConfig
 from ivcp_eval.vlmeval_bridge.judge.estimate import Estimate, estimate
@@ -114,7 +115,7 @@ def estimate_rejudge(
 
 def estimate_eval(
     names: Iterable[str],
-    asked: str,
+    judge_name: str,
     cache: Path,
     variants: int = 2,
     max_new_tokens: int = 512,
@@ -125,19 +126,19 @@ def estimate_eval(
     """The most that an evaluation can send: every answer as long as allowed, none readable without the judge.
 
     Args:
-        names: benchmarks. asked: judge as the user named it; empty takes the default where one is needed.
+        names: benchmarks. judge_name: judge as the user named it; empty takes the default where one is needed.
         variants: models to evaluate, the baseline included. max_new_tokens, limit, judge_options: of the
             evaluation.
 
     Raises:
-        DataMissing: a benchmark that is to be judged is not here.
+        DataMissing: a benchmark that is to be judged is not here; it is not fetched for this.
     """
     from ivcp_eval.vlmeval_bridge.judge.config import asked_judge
 
     total = Estimate(0, 0, 0, 0, 0.0)
     for name in names:
         benchmark = benchmarks.load(name)
-        model = asked_judge(asked, benchmark.judge)
+        model = asked_judge(judge_name, benchmark.judge)
         if model in ("none", EXACT_MATCHING):
             continue
         dataset = _dataset(benchmark, limit)
@@ -184,6 +185,7 @@ def _cells(results: Path, rows: Sequence[Row], only: Sequence[str]) -> Iterator[
 def _dataset(benchmark: Benchmark, limit: int | None = None) -> Any:
     from ivcp_eval.vlmeval_bridge import register
 
+    data.digest(benchmark)  # VLMEvalKit would fetch a file that is not here, or is another one
     register()
     from ivcp_eval.vlmeval_bridge.evaluate import build
 

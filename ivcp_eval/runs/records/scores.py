@@ -119,12 +119,12 @@ class Scores:
             FileNotFoundError: there is none. DamagedError: it holds something else.
         """
         advice = "the next run scores again; the answers are kept"
-        found = files.read_json(path, advice)
+        content = files.read_json(path, advice)
         with files.damage_as_clear_error(path, advice):
-            found["made"] = Made(**found["made"])
-            found["metrics"] = {name: (score, scale) for name, (score, scale) in found["metrics"].items()}
-            found["samples"] = tuple(Sample(**sample) for sample in found["samples"])
-            scores = cls(**found)
+            content["made"] = Made(**content["made"])
+            content["metrics"] = {name: (score, scale) for name, (score, scale) in content["metrics"].items()}
+            content["samples"] = tuple(Sample(**sample) for sample in content["samples"])
+            scores = cls(**content)
             for part in (scores, scores.made, *scores.samples):
                 _check(part)
             for value in itertools.chain(*scores.metrics.values()):
@@ -139,12 +139,13 @@ def _check(part: Any) -> None:
             _check_type(declared.name, getattr(part, declared.name), str(declared.type))
 
 
-def _check_type(name: str, value: Any, wanted: str) -> None:
+def _check_type(name: str, value: Any, declared: str) -> None:
     types = {"str": str, "bool": bool, "int": int, "float": int | float, "None": type(None)}
     if not any(
-        isinstance(value, types[word]) and (isinstance(value, bool) == (word == "bool")) for word in wanted.split(" | ")
+        isinstance(value, types[word]) and (isinstance(value, bool) == (word == "bool"))
+        for word in declared.split(" | ")
     ):
-        raise TypeError(f"{name} is {str(value)[:80]!r}, which is no {wanted}")
+        raise TypeError(f"{name} is {str(value)[:80]!r}, which is no {declared}")
 
 
 def _without_nan(value: Any) -> Any:

@@ -35,16 +35,15 @@ if TYPE_CHECKING:
 def score_any(plan: RunPlan, stop: Stop, say: Callable[[str], None]) -> tuple[int, bool]:
     """Score what is whole, until asked to stop: (cells scored, anything that is not whole yet or held by others)."""
     scored, waiting, dataset = 0, False, _Dataset()
-    open_units: dict[tuple[str, str], bool] = {}
+    open_cells: set[str] = set()
     for unit in plan.units():
-        key = unit.model, unit.benchmark.name
         done = mark(plan, unit).exists() or not unit.pending
-        open_units[key] = open_units.get(key, False) or not done
+        open_cells |= set() if done else {cell.identity.hash for cell in unit.cells}
         waiting |= not done and held(lease(plan, unit.name))
     for model, benchmark, cell in plan.cells():
         if stop.requested:
             break
-        if cell.load_record() is not None or open_units.get((cell.identity.variant.model, benchmark.name), False):
+        if cell.load_record() is not None or _read_for(model, benchmark, cell) & open_cells:
             continue
         with claim(lease(plan, f"score.{cell.identity.hash}")) as mine:
             if not mine:
@@ -135,12 +134,22 @@ def _score(
     return True
 
 
+def _read_for(model: ModelPlan, benchmark: Benchmark, cell: Cell) -> set[str]:
+    """Hashes of the cells whose answers it takes to score one."""
+    found = {cell.identity.hash}
+    return found | {_baseline(model, benchmark).identity.hash} if benchmark.reference == "baseline" else found
+
+
+def _baseline(model: ModelPlan, benchmark: Benchmark) -> Cell:
+    _, group = model.groups[benchmark.name]
+    return next(other for other in group if other.identity.variant.method == BASELINE)  # every plan has it
+
+
 def _unpruned(
     model: ModelPlan, benchmark: Benchmark, cell: Cell, known: Mapping[str, Answer], say: Callable[[str], None]
 ) -> Mapping[str, Answer]:
     """The unpruned model's answers to a benchmark, by the key of their prompt; ``known`` are the cell's own."""
-    _, group = model.groups[benchmark.name]
-    baseline = next(other for other in group if other.identity.variant.method == BASELINE)  # every plan has it
+    baseline = _baseline(model, benchmark)
     return known if baseline == cell else answers(baseline, say=say)
 
 

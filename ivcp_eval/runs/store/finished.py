@@ -45,10 +45,10 @@ def known(state: Path) -> Finished | None:
         same = noted["versions"] == versions() and all(
             _stamp(Path(path)) == stamp for path, stamp in noted["files"].items()
         )
-        found = Finished(Path(noted["csv"]), frozenset(noted["runs"]))
+        finished = Finished(Path(noted["csv"]), frozenset(noted["runs"]))
     except (OSError, *DAMAGE):  # not there, damaged, or an input is gone
         return None
-    return found if same and found.csv.is_file() else None
+    return finished if same and finished.csv.is_file() else None
 
 
 def usual_csv(runs: Path, model: str) -> Path:

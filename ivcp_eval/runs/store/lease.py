@@ -14,8 +14,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,45 @@ def holder(path: Path, expires_s: float = EXPIRES_S) -> str:
     """Who holds it, in words; empty if no live worker does."""
     if not held(path, expires_s):
         return ""
-    noted = _read(path)
-    who = f"process {noted['pid']} on {noted['host']}" if {"pid", "host"} <= noted.keys() else "somebody unnamed"
-    return f"{who} ({path}), whose claim ends when it does, or {expires_s:.0f} s after its last sign of life"
+    return (
+        f"{_who(_read(path))} ({path}), whose claim ends when it does, or {expires_s:.0f} s after its last sign of life"
+    )
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a claim.
+
+    Attributes:
+        claim: on what. who: process and machine. held_s: since when, in seconds; None where it was not noted.
+        silent_s: seconds since its last sign of life.
+    """
+
+    claim: str
+    who: str
+    held_s: float | None
+    silent_s: float
+
+
+def holders(folder: Path, expires_s: float = EXPIRES_S) -> list[Holder]:
+    """Every claim below ``folder`` that a live worker holds."""
+    found = []
+    for path in sorted(folder.glob("*.lease")):
+        with suppress(FileNotFoundError):  # given back this moment
+            if held(path, expires_s):
+                noted, now = _read(path), _now(folder)
+                since = noted.get("since")
+                held_s = max(0.0, now - since) if isinstance(since, int | float) else None
+                found.append(Holder(path.stem, _who(noted), held_s, max(0.0, now - path.stat().st_mtime)))
+    return found
+
+
+def _who(noted: Mapping[str, Any]) -> str:
+    return f"process {noted['pid']} on {noted['host']}" if {"pid", "host"} <= noted.keys() else "somebody unnamed"
 
 
 def _create(path: Path, token: str) -> bool:
-    text = json.dumps({"token": token, "host": socket.gethostname(), "pid": os.getpid()})
+    text = json.dumps({"token": token, "host": socket.gethostname(), "pid": os.getpid(), "since": _now(path.parent)})
     try:
         with disk_full_as_clear_error(path, path), path.open("x", encoding="utf-8") as stream:
             stream.write(text)

@@ -38,18 +38,18 @@ def read(state: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is not there: {state.name!r} has not run; start it with `ivcp sweep run`")
     advice = "the next run writes it again"
-    found = read_json(file, advice)
+    content = read_json(file, advice)
     with damage_as_clear_error(file, advice):
-        for model in found["models"].values():
+        for model in content["models"].values():
             if not all(isinstance(model[name], kind) for name, kind in MODEL.items()):
                 raise TypeError(f"a model is {str(model)[:80]}")
-        for cell in found["cells"]:
+        for cell in content["cells"]:
             folder = PurePosixPath(cell["folder"])
-            if cell["model"] not in found["models"] or folder.is_absolute() or ".." in folder.parts:
+            if cell["model"] not in content["models"] or folder.is_absolute() or ".." in folder.parts:
                 raise ValueError(f"a cell is {str(cell)[:80]}")
-        if not isinstance(found["name"], str) or not isinstance(found["problems"], list):
+        if not isinstance(content["name"], str) or not isinstance(content["problems"], list):
             raise TypeError("no name, or no problems")
-    return found
+    return content
 
 
 def device(state: Path, model: str) -> str:
@@ -73,7 +73,7 @@ def write(
     Args:
         cells: (model, folder below the runs). runs: name of that folder, beside which the state lies.
     """
-    found = {
+    content = {
         "name": name,
         "problems": list(problems),
         "models": dict(models),
@@ -82,10 +82,10 @@ def write(
     }
     file = path(state)
     try:
-        same = read(state) == found
+        same = read(state) == content
     except (FileNotFoundError, DamagedError):
         same = False
     if not same:
         state.mkdir(parents=True, exist_ok=True)
-        write_json(file, found, sealed=True)
+        write_json(file, content, sealed=True)
     return file

@@ -56,13 +56,13 @@ class Mark:
             FileNotFoundError: the unit is not done. DamagedError: the file holds something else.
         """
         advice = "its unit is open again, and what is answered of it is kept"
-        found = read_json(path, advice)
+        content = read_json(path, advice)
         with damage_as_clear_error(path, advice):
             for field in fields(cls):
-                value = found.get(field.name, 0)
+                value = content.get(field.name, 0)
                 if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                     raise TypeError(f"{field.name} is {value!r}")
-            return cls(**found)
+            return cls(**content)
 
 
 def lease(plan: RunPlan, name: str) -> Path:
@@ -82,17 +82,17 @@ def answers(cell: Cell, unit: Unit | None = None, say: Callable[[str], None] = l
         unit: leave out what was written of other rows, whose number grows with the benchmark.
         say: is told of damaged journals.
     """
-    found: dict[str, Answer] = {}
+    newest: dict[str, Answer] = {}
     paths = sorted((cell.folder / "shards").glob("*.jsonl"))
     if unit is not None:
         paths = [path for path in paths if _overlaps(path, unit)]
     for journal in map(Journal, [cell.journal, *paths]):
         for key, answer in journal.load().items():
-            if key not in found or cell.needs_answer(found[key]):
-                found[key] = answer
+            if key not in newest or cell.needs_answer(newest[key]):
+                newest[key] = answer
         if journal.damage:
             say(str(journal.damage))
-    return found
+    return newest
 
 
 def lost(cell: Cell, unit: Unit, known: Mapping[str, Answer]) -> int:

@@ -113,9 +113,9 @@ class Judge:
         self._stop.clear()
         # In a thread, since the caller's may run an event loop of its own, as a notebook's does.
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(lambda: asyncio.run(self._ask_each(questions)))
+            verdicts = pool.submit(lambda: asyncio.run(self._ask_each(questions)))
             try:
-                return asked.result()
+                return verdicts.result()
             finally:
                 self._stop.set()
 
@@ -274,9 +274,9 @@ class Judge:
         """Whether the refusal names a field that need not be sent so; from now on it is not."""
         text = error.response.text
         for name in _INSTEAD:
-            asked = name == "temperature" and name in self.config.extra  # what the user asks for is not dropped
+            by_user = name == "temperature" and name in self.config.extra  # what the user asks for is not dropped
             old = name in self._renamed or name in self._renamed.values()
-            if name in fields and not asked and not old and re.search(rf"\b{name}\b", text):
+            if name in fields and not by_user and not old and re.search(rf"\b{name}\b", text):
                 self._renamed[name] = _INSTEAD[name]
                 return True
         return False

@@ -101,16 +101,16 @@ def _without_user(url: str) -> str:
     return url.rpartition("@")[2]
 
 
-def asked_judge(asked: str, need: str) -> str:
+def asked_judge(named: str, need: str) -> str:
     """The judge model for one benchmark; `EXACT_MATCHING` or "none" where no judge is asked.
 
     Args:
-        asked: what the user named; empty leaves it to the benchmark.
+        named: what the user named; empty leaves it to the benchmark.
         need: the benchmark's: "none", "optional" or "required".
     """
     if need == "none":
         return "none"
-    return asked or (DEFAULT if need == "required" else EXACT_MATCHING)
+    return named or (DEFAULT if need == "required" else EXACT_MATCHING)
 
 
 def cache_folder(runs: Path) -> Path:

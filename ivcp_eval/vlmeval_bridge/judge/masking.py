@@ -21,7 +21,7 @@ def masked(text: str, secrets: Collection[str]) -> str:
         edge = r"\b" if len(secret) < _SHORTEST else ""
         text = re.sub(f"{edge}{re.escape(secret)}{edge}", _MASK, text)
     long = [secret for secret in secrets if len(secret) >= _SHORTEST]
-    text = _WORD.sub(lambda found: _MASK if any(_has_part(found[0], secret) for secret in long) else found[0], text)
+    text = _WORD.sub(lambda word: _MASK if any(_has_part(word[0], secret) for secret in long) else word[0], text)
     return _OPENAI.sub(_MASK, text)
 
 

@@ -101,6 +101,11 @@ def is_file_name(word: str) -> bool:
     return Path(word).suffix.lower() in SUFFIXES
 
 
+def is_prepared(word: str) -> bool:
+    """Whether a word names a benchmark, or a file of which one of its name was made before."""
+    return not is_file_name(word) or (benchmarks.own_folder() / f"{Path(word).stem}.tsv").is_file()
+
+
 def names_of(words: Sequence[str], say: Callable[[str], None]) -> list[str]:
     """Benchmark names as they are, and files as the benchmarks that `add` makes of them. Raises as `add`."""
     return [add(Path(word), say=say) if is_file_name(word) else word for word in words]
@@ -129,18 +134,18 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
     lines, problems = _read_tsv(path) if path.suffix.lower() == ".tsv" else _read_jsonl(path)
     if not lines and not problems:
         raise BadData(f"{path}: the file has no lines")
-    found = "" if problems else _kind(path, lines, kind, problems)
+    kind_of_all = "" if problems else _kind(path, lines, kind, problems)
     folder = benchmarks.own_folder()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.tsv"
     part = target.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         with disk_full_as_clear_error(target, part):
-            _write(path, part, lines, found, problems)
+            _write(path, part, lines, kind_of_all, problems)
         if problems:
             raise BadData("\n".join([*problems[:MOST_PROBLEMS], *_and_more(problems), "nothing was written"]))
         _check_table(path, part, lines)
-        text = _data_file(source, lines, found, file_digest(part))
+        text = _data_file(source, lines, kind_of_all, file_digest(part))
         known = benchmarks.data_file(name)
         if known.is_file() and target.is_file() and known.read_text(encoding="utf-8") == text:
             return name
@@ -152,7 +157,7 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
         part.unlink(missing_ok=True)
     note = "" if lines[0].answers else f"; it has no answers, so its score is the {agreement.NOTE}"
     said = "replaced, since its file changed (earlier results stay as they are)" if changed else "added"
-    say(f"{name}: {said}: {len(lines)} questions of the kind {found}{note}")
+    say(f"{name}: {said}: {len(lines)} questions of the kind {kind_of_all}{note}")
     return name
 
 
@@ -195,16 +200,18 @@ def _jsonl_line(path: Path, number: int, content: bytes) -> _Line:
     return _line(path, number, _parsed(content))
 
 
-def _gathered(path: Path, what: str, made: Iterable[tuple[int, Callable[[], _Line]]]) -> tuple[list[_Line], list[str]]:
+def _gathered(
+    path: Path, what: str, entries: Iterable[tuple[int, Callable[[], _Line]]]
+) -> tuple[list[_Line], list[str]]:
     """The entries that are good, and what is wrong with the others.
 
     Args:
-        what: an entry is called. made: the number of each, and what reads it or raises ValueError.
+        what: an entry is called. entries: the number of each, and what reads it or raises ValueError.
     """
     lines: list[_Line] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
-    for number, make in made:
+    for number, make in entries:
         try:
             line = make()
         except ValueError as error:
@@ -230,23 +237,23 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parsed(content: bytes) -> Mapping[str, Any]:
     try:
-        found = json.loads(content.decode(), object_pairs_hook=_once)
+        entry = json.loads(content.decode(), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte 0x{content[error.start]:02x} is not UTF-8 text; save the file as UTF-8") from None
     except RecursionError:
         raise ValueError("brackets within brackets, too deep") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error}); a whole object is expected on every line") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"an object with image and question is expected, got a {type(found).__name__}")
-    return found
+    if not isinstance(entry, dict):
+        raise ValueError(f"an object with image and question is expected, got a {type(entry).__name__}")
+    return entry
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return entry
 
 
 def _line(path: Path, number: int, raw: Mapping[str, Any]) -> _Line:
@@ -363,17 +370,17 @@ def _cell_answers(cell: str) -> tuple[list[str], tuple[float, ...] | None]:
 # -- kind and table ---------------------------------------------------------------------------------------------------
 
 
-def _kind(path: Path, lines: Sequence[_Line], asked: str, problems: list[str]) -> str:
+def _kind(path: Path, lines: Sequence[_Line], stated: str, problems: list[str]) -> str:
     """What all lines are; lines that are not go to ``problems``."""
-    if asked not in ("", *KINDS):
-        raise BadData(f"unknown kind {asked!r}; allowed: {', '.join(KINDS)}")
+    if stated not in ("", *KINDS):
+        raise BadData(f"unknown kind {stated!r}; allowed: {', '.join(KINDS)}")
     word = _word(path)
     answered = [line for line in lines if line.answers]
     if answered and len(answered) < len(lines):
         without = next(line.number for line in lines if not line.answers)
         problems.append(f"{path}, {word} {without}: no answer, but other {word}s have one; give all of them or none")
-    if asked:
-        kind = asked
+    if stated:
+        kind = stated
     elif any(line.options for line in lines):
         kind = "mcq"
     elif answered and all(_is_yes_no(line) for line in answered):
@@ -499,7 +506,7 @@ def _check_table(path: Path, part: Path, lines: Sequence[_Line]) -> None:
     try:
         tsv.read(part)
     except tsv.BadTable as error:
-        text = re.sub(r", row (\d+)", lambda found: f", {_word(path)} {lines[int(found[1]) - 1].number}", str(error))
+        text = re.sub(r", row (\d+)", lambda match: f", {_word(path)} {lines[int(match[1]) - 1].number}", str(error))
         raise BadData(text.replace(str(part), str(path)) + "; nothing was written") from error
 
 

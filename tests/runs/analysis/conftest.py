@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from ivcp_eval.cli import main
-from tests.runs.e2e.conftest import Lab
-from tests.runs.e2e.conftest import lab as lab
+from tests.runs.conftest import Lab
 
 Analyse = Callable[..., list[dict[str, str]]]
 

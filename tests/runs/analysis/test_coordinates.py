@@ -12,7 +12,7 @@ import torch
 from ivcp_eval.interface import ImageSpan, Unsupported
 from ivcp_eval.runs.analysis.coordinates import CONDITIONS, covered, kept_tokens
 from tests.runs.analysis.conftest import Analyse
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 
 
 def test_every_selection_keeps_what_it_says() -> None:

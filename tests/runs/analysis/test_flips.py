@@ -10,7 +10,7 @@ import pytest
 from ivcp_eval.runs.analysis import paraphrase
 from ivcp_eval.runs.analysis.flips import Given, table
 from tests.runs.analysis.conftest import Analyse
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 
 
 def given(*scores: float) -> dict[str, Given]:

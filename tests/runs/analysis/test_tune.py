@@ -15,8 +15,7 @@ from ivcp_eval.lab.tiny.build_benchmarks import content
 from ivcp_eval.runs.analysis import tune
 from ivcp_eval.runs.analysis.study import Study
 from tests.runs.analysis.conftest import Analyse
-from tests.runs.e2e.conftest import Lab
-from tests.runs.e2e.conftest import declared as declared
+from tests.runs.conftest import Lab
 
 SETTINGS = tune.Settings("flops", 0.5, ("ivc_prune", "pyramiddrop", "visionzip"))
 

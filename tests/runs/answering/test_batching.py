@@ -12,7 +12,7 @@ import torch
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.runs.answering.batching import MOST_CPU, SHARE, batch_size, row_bytes
 from ivcp_eval.runs.answering.session import Session
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench
 
 SHAPE = DecoderShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944)
 

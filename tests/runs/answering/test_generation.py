@@ -17,9 +17,7 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.generation import NonFiniteLogits, finite_logits
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement
-from tests.runs.e2e.conftest import Lab, lab
-
-__all__ = ["lab"]  # a fixture
+from tests.runs.conftest import Lab
 
 HARM = {
     "do_sample": True,

@@ -9,7 +9,7 @@ import pytest
 from ivcp_eval.reports.table import read_results
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.vlmeval_bridge import register
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench
 
 
 @pytest.fixture

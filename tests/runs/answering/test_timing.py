@@ -16,7 +16,7 @@ from ivcp_eval.runs.answering.timing import FILE, Times, is_timed, time_cells, t
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.vlmeval_bridge import register
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.live import from_variant_name
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 
 
 def test_a_budget_is_solved_said_and_measured(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.runs.answering.session import Session
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 from tests.runs.planning.test_light import called
 
 ALL = ("tiny_grounding", "tiny_mcq", "tiny_short", "tiny_yes_no")
@@ -262,6 +262,39 @@ def test_missing_data_is_said_and_the_rest_is_run(lab: Lab, capsys: pytest.Captu
     assert lab.eval("--data", "RefCOCO_val", "--output", str(lab.folder / "none.csv")) == 2
     assert "the data is not here" in capsys.readouterr().err
     assert not (lab.folder / "none.csv").exists()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of VLMEvalKit's or the hub's servers."""
+    asked: list[str] = []
+
+    def refuse(address: str, *_: object, **__: object) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlretrieve", refuse)
+    return asked
+
+
+def test_an_estimate_fetches_nothing(lab: Lab, no_network: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.eval("--data", "MMVet", "--estimate") == 2
+    assert "benchmark 'MMVet': the data is not here" in capsys.readouterr().err
+    assert not no_network
+
+
+def test_no_data_is_fetched_or_prepared_for_a_model_that_is_not_here(
+    lab: Lab, no_network: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine.jsonl"
+    own.write_text("")
+    for name in ("MMStar", str(own)):
+        folder = ["--model", "qwen25", "--model-path", str(tmp_path / "weights")]
+        assert main(["eval", *folder, "--data", name, "--runs", str(tmp_path / "runs")]) == 2
+        assert "holds no config.json" in capsys.readouterr().err
+    assert not no_network
+    assert lab.eval("--data", "MMStar") == 2
+    assert no_network, "the model is here, so the data was asked for"
 
 
 @pytest.mark.parametrize(

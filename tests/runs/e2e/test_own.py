@@ -17,7 +17,7 @@ from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import Row, read_samples
 from ivcp_eval.reports.wide import write_tables
 from ivcp_eval.runs.records import scoring
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 
 METHOD = """
 from __future__ import annotations

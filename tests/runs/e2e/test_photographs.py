@@ -18,7 +18,7 @@ from PIL import Image
 
 from ivcp_eval.cli import main
 from ivcp_eval.reports.table import read_samples
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"

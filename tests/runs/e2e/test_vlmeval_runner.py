@@ -23,7 +23,7 @@ from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.vlmeval_bridge.reading.answers import is_empty
 from ivcp_eval.vlmeval_bridge.registration import default_names
-from tests.runs.e2e.conftest import Lab
+from tests.runs.conftest import Lab
 
 
 @pytest.mark.slow

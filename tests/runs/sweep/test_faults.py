@@ -28,8 +28,7 @@ from ivcp_eval.runs.answering.samples import answer_samples
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.store.journal import Journal
 from tests.answers import answer as good
-from tests.runs.e2e.conftest import Lab
-from tests.runs.sweep.conftest import Bench, _child
+from tests.runs.conftest import Bench, Lab, _child
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
@@ -224,7 +223,7 @@ def test_a_real_limit_of_file_sizes_stops_writing_anywhere(bench: Bench) -> None
     assert bench.call("run", "--quiet") == 0
     disturbed = bench.elsewhere(bench.folder.parent / "limited")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs.sweep.preload"])
+    context.set_forkserver_preload(["tests.runs.preload"])
     longest = max(path.stat().st_size for path in bench.folder.rglob("*") if path.is_file())
     draw, codes = random.Random(5), []
     for _ in range(6):

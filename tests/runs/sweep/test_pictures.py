@@ -10,7 +10,7 @@ from PIL import Image
 
 from ivcp_eval.files import DiskFullError
 from ivcp_eval.vlmeval_bridge.reading.pictures import unpacked, whole
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "named_so.png"])

@@ -19,8 +19,7 @@ from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.journal import Journal
 from ivcp_eval.runs.worker import Hooks, Stop, work
-from tests.runs.e2e.conftest import Lab
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench, Lab
 
 
 def test_cells_are_those_of_single_runs_and_are_reused(

@@ -23,8 +23,7 @@ from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.store.journal import Journal
 from tests.engine import tiny_models
-from tests.runs.e2e.conftest import Lab
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench, Lab
 
 VARIANTS = (Variant("tiny"), Variant("tiny", "fastv", 0.5), Variant("tiny", "ivc_prune", 0.5))
 

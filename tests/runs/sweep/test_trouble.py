@@ -25,8 +25,7 @@ from ivcp_eval.runs.answering.samples import DeviceLost
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.executors import local, slurm
 from ivcp_eval.runs.store.journal import Journal
-from tests.runs.e2e.conftest import Lab
-from tests.runs.sweep.conftest import Bench
+from tests.runs.conftest import Bench, Lab
 
 
 def unwhole(bench: Bench) -> list[tuple[str, str, str]]:

@@ -90,17 +90,17 @@ def prefix_ids(width: int, height: int) -> list[int]:
 
 def make_batch(split: str, first: int, count: int, size: tuple[int, int], objects: tuple[int, int]) -> Batch:
     """Build a batch from the scenes ``first`` .. ``first + count - 1`` of ``split``."""
-    scenes, rows, asked = [], [], []
+    scenes, rows, chosen = [], [], []
     for index in range(first, first + count):
         rng = scene_rng(split, index)
         scene = sample_scene(rng, size, objects)
         scenes.append(scene)
         groups = choose_questions(rng, scene)
         rows.append(pack(*groups, salt=index))
-        asked.append(groups)
+        chosen.append(groups)
     prefix = prefix_ids(*size)
     cells = [cell_targets(scene) for scene in scenes]
-    looks = [look_targets(*pair) for pair in zip(scenes, asked, strict=True)]
+    looks = [look_targets(*pair) for pair in zip(scenes, chosen, strict=True)]
     return Batch(
         images=torch.from_numpy(np.stack([render(scene) for scene in scenes])),
         ids=torch.tensor([prefix + row[0] for row in rows]),
@@ -122,8 +122,8 @@ def choose_questions(rng: np.random.Generator, scene: Scene) -> tuple[list[tasks
     plain, related = tasks.plain_references(scene), tasks.relation_references(scene)
     boxes = [related[i] for i in rng.permutation(len(related))[:2]]
     boxes += [plain[i] for i in rng.permutation(len(plain))[: SLOTS[0][0] - len(boxes)]]
-    asked = (tasks.mcq_question(rng, scene, c) for c in rng.permutation(tasks.MCQ_CATEGORIES).tolist())
-    choices = [q for q in asked if q][: SLOTS[1][0]]
+    questions = (tasks.mcq_question(rng, scene, c) for c in rng.permutation(tasks.MCQ_CATEGORIES).tolist())
+    choices = [q for q in questions if q][: SLOTS[1][0]]
     short = [q for q in [tasks.yes_no_question(rng, scene)] if q]
     # Counting is learned last and so asked most.
     for category in ["count", "count", *rng.permutation(("colour", "shape", "number")).tolist()]:
@@ -236,13 +236,13 @@ def look_targets(
     start = 0
     for (count, _), samples in zip(SLOTS, groups, strict=True):
         for slot, sample in enumerate(samples):
-            found = subjects(scene, sample)
+            targets = subjects(scene, sample)
             if sample.category == "count":
-                centres = [scene.objects[i].centre for i in found]
+                centres = [scene.objects[i].centre for i in targets]
                 places = [0, *(1 + int(y) // CELL * columns + int(x) // CELL for x, y in centres)]
                 counted[start + slot, places] = 1 / len(places)
-            elif found:
-                looked[start + slot, 1:] = np.isin(owner, found)
+            elif targets:
+                looked[start + slot, 1:] = np.isin(owner, targets)
             else:
                 looked[start + slot, 0] = 1
         start += count

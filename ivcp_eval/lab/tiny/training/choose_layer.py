@@ -31,15 +31,15 @@ TASKS = ("tiny_grounding.tsv", "tiny_short.tsv")
 
 def questions(per_task: int) -> list[Question]:
     """The first questions of each task of the validation split, built in a temporary folder."""
-    found = []
+    chosen = []
     with tempfile.TemporaryDirectory() as folder:
         for name, content in build("validation").items():
             if name in TASKS:
                 path = Path(folder, name)
                 path.write_bytes(content)
                 rows = read_benchmark(path)
-                found += rows[:: max(1, len(rows) // per_task)][:per_task]
-    return found
+                chosen += rows[:: max(1, len(rows) // per_task)][:per_task]
+    return chosen
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     variants = [Variant("tiny")]
     variants += [Variant("tiny", "ivc_prune", ratio, {"layer": k}) for ratio in RATIOS for k in layers]
     hits: dict[tuple[str, int], list[bool]] = defaultdict(list)
-    asked = questions(args.per_task)
-    for question in tqdm(asked):
+    chosen = questions(args.per_task)
+    for question in tqdm(chosen):
         parts: list[Mapping[str, Any]] = [{"image": question.image}, {"text": tasks.build_prompt(question.sample)}]
         for i, answer in enumerate(session.answer_all(parts, variants)):
             hits[question.sample.task, i].append(is_right(question.sample, answer.prediction))

@@ -19,8 +19,8 @@ _NUMBERS = re.compile(r"\d+")
 
 def parse_box(text: str) -> Box | None:
     """Return the first four integers of ``text`` as a box, or None."""
-    found = [int(v) for v in _NUMBERS.findall(text.replace("bbox_2d", ""))][:4]
-    return (found[0], found[1], found[2], found[3]) if len(found) == 4 else None
+    numbers = [int(v) for v in _NUMBERS.findall(text.replace("bbox_2d", ""))][:4]
+    return (numbers[0], numbers[1], numbers[2], numbers[3]) if len(numbers) == 4 else None
 
 
 def overlap(first: Box | None, second: Box | None) -> float:

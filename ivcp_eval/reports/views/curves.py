@@ -90,8 +90,11 @@ def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """Legend entry: the method, and that its coordinates are off where they are."""
-    return f"{row['method']} without IVC" if '"ivc":0.0' in str(row["method_parameters"]) else str(row["method"])
+    """Legend entry: the method, its preset if that is the released one, and that its coordinates are off if they are."""
+    parameters = str(row["method_parameters"])
+    if '"preset":"official"' in parameters:
+        return f"{row['method']} official"
+    return f"{row['method']} without IVC" if '"ivc":0.0' in parameters else str(row["method"])
 
 
 def curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float, float, float]]:
@@ -146,7 +149,7 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set(title=f"{name} ({here[0]['metric']})", xlabel=words)
     axes[0][0].legend(fontsize=7)
     figure.suptitle(
-        "bars: 95 % interval of the paired difference to the unpruned model; hollow: not better than random", fontsize=9
+        "bars: 95 % interval of the paired difference to the unpruned model\nhollow: not better than random", fontsize=9
     )
     temporary = path.with_suffix(".tmp.png")
     with disk_full_as_clear_error(path, temporary):

@@ -90,7 +90,7 @@ def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """Legend entry: the method, its preset if that is the released one, and that its coordinates are off if they are."""
+    """Legend entry: the method, and its preset where that is the released one, or that its coordinates are off."""
     parameters = str(row["method_parameters"])
     if '"preset":"official"' in parameters:
         return f"{row['method']} official"

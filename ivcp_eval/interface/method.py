@@ -341,6 +341,8 @@ class Step:
             layer 0.
         key: (G, C', D) keys of the visual tokens in the cache of the layer before, RoPE applied; None for layer 0.
         key_token: (C',) int64, as ``token``, of these keys; None for layer 0.
+        other_keys: ``other_keys()`` gives (G, R, D) keys of all other tokens in that cache, those of this forward
+            among them; None for layer 0.
         scaling: of the logits in the layer before. n_layers: of the decoder.
         memory: of the row; begins as `Signals.memory` was left by the prefill, and is kept from step to step.
     """
@@ -355,14 +357,27 @@ class Step:
     scaling: float = 1.0
     n_layers: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    other_keys: Callable[[], Tensor] | None = None
 
     def logits(self) -> Tensor:
         """(H, C') float32: how the last token of this forward matched each cached visual token in the layer before."""
-        assert self.query is not None
         assert self.key is not None
-        query = self.query[:, -1].float().unflatten(0, (self.key.shape[0], -1))  # (G, H/G, D)
-        product = query @ self.key.float().transpose(1, 2)
-        return product.flatten(0, 1) * self.scaling
+        return self._match(self.key)
+
+    def attention(self) -> Tensor:
+        """(H, C') float32: how much of its attention that token paid to each of them, beside all other tokens."""
+        assert self.key is not None
+        assert self.other_keys is not None
+        import torch
+
+        logits = torch.cat((self.logits(), self._match(self.other_keys())), dim=1)
+        return logits.softmax(dim=1)[:, : self.key.shape[1]]
+
+    def _match(self, key: Tensor) -> Tensor:
+        """(H, n) float32 logits of the last token's queries for keys (G, n, D)."""
+        assert self.query is not None
+        query = self.query[:, -1].float().unflatten(0, (key.shape[0], -1))  # (G, H/G, D)
+        return (query @ key.float().transpose(1, 2)).flatten(0, 1) * self.scaling
 
 
 @dataclass(frozen=True)
@@ -450,6 +465,7 @@ class AbstractMethod(ABC):
     faithfulness: ClassVar[Faithfulness] = "variant"
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     repeats_baseline: ClassVar[bool] = False  # prunes nothing; answers in passes of its own, once per benchmark
+    for_videos: ClassVar[bool] = False  # a control that has nothing to do with pictures; no usual one of their sweeps
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ivcp_eval.interface import Image, Signals
+
+
+class Part(Protocol):
+    """An image, or a clip: anything with alive tokens (N,), as indices into the row's visual tokens."""
+
+    @property
+    def tokens(self) -> Tensor: ...
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -54,6 +61,23 @@ def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> lis
             left -= limits[i]
         open_parts = [i for i in open_parts if i not in full]
     return given
+
+
+def budgets(ratio: float, sizes: Sequence[int], alive: Sequence[int], groups: Sequence[Hashable]) -> list[int]:
+    """How many tokens of each image may stay: that of all images of one group together, split by their ``sizes``.
+
+    Args:
+        sizes: tokens in the prompt. alive: those left, which is the most that may stay. groups: what images share.
+    """
+    found, together = [0] * len(sizes), dict[Hashable, list[int]]()
+    for place, group in enumerate(groups):
+        together.setdefault(group, []).append(place)
+    for members in together.values():
+        shares, limits = ([counts[place] for place in members] for counts in (sizes, alive))
+        allowed = min(budget(ratio, sum(shares)), sum(limits))
+        for place, share in zip(members, apportion(allowed, shares, limits), strict=True):
+            found[place] = share
+    return found
 
 
 def ranking(score: Tensor) -> Tensor:
@@ -198,24 +222,22 @@ def group_means(group: Tensor, n_groups: int) -> Tensor:
     return sparse_weights(group, members, 1 / sizes[group], (n_groups, group.numel()))
 
 
-def merged_selection(
-    kept: Sequence[Tensor], weights: Sequence[Tensor], images: Sequence[Image]
-) -> tuple[Tensor, Tensor]:
-    """(keep, merge) of a `Selection` from each image's kept tokens (K_i,) and weights (K_i, N_i), both image-local.
+def merged_selection(kept: Sequence[Tensor], weights: Sequence[Tensor], parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """(keep, merge) of a `Selection` from each part's kept tokens (K_i,) and weights (K_i, N_i), both part-local.
 
-    Weights may be dense or sparse; those returned are sparse.
+    The parts are the row's images, or its clips. Weights may be dense or sparse; those returned are sparse.
     """
-    keep = torch.cat([image.tokens[local] for image, local in zip(images, kept, strict=True)])
+    keep = torch.cat([part.tokens[local] for part, local in zip(parts, kept, strict=True)])
     place = keep.argsort().argsort()
     rows, columns, values, first = [], [], [], 0
-    for image, local, weight in zip(images, kept, weights, strict=True):
+    for part, local, weight in zip(parts, kept, weights, strict=True):
         sparse = weight.to_sparse().coalesce()
         row, column = sparse.indices()
         rows.append(place[first + row])
-        columns.append(image.tokens[column])
+        columns.append(part.tokens[column])
         values.append(sparse.values())
         first += local.numel()
-    size = (keep.numel(), sum(image.tokens.numel() for image in images))
+    size = (keep.numel(), sum(part.tokens.numel() for part in parts))
     return keep.sort().values, sparse_weights(torch.cat(rows), torch.cat(columns), torch.cat(values), size)
 
 
@@ -292,20 +314,34 @@ def unit_range(score: Tensor) -> Tensor:
     return ((clean - low) / (high - low).clamp_min(1e-12)).clamp_max(1)
 
 
-def density_peaks(states: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """DPC-kNN clusters of ``states`` (N, E): (k,) centres, and (N,) the cluster of each state.
+def density_peaks(states: Tensor, k: int, neighbours: int | None = None) -> tuple[Tensor, Tensor]:
+    """DPC-kNN clusters of ``states`` (N, E): (k,) centres, best first, and (N,) the cluster of each state.
 
-    Density is exp of minus the mean squared distance (divided by sqrt(E)) to the k nearest states, itself included.
-    Centres have the largest product of density and distance to the nearest denser state; every other state joins the
-    nearest centre. Of equally dense states the lower index counts as denser; ties fall to the lower index.
+    Density is exp of minus the mean squared distance (divided by sqrt(E)) to the ``neighbours`` nearest states (None: k
+    of them), itself included. Centres have the largest product of density and distance to the nearest denser state
+    (the densest: to the farthest of all); every other state joins the nearest centre. Of equally dense states the lower
+    index counts as denser; ties fall to the lower index. Memory is linear in N.
     """
-    distance = distances(states, states) / states.shape[1] ** 0.5
-    density = (-(distance.topk(min(k, len(states)), dim=1, largest=False).values ** 2).mean(dim=1)).exp()
-    place = torch.empty_like(order := ranking(density))
-    place[order] = torch.arange(len(order), device=order.device)
-    denser = place[None, :] < place[:, None]
-    parent = torch.where(denser, distance, distance.max()).amin(dim=1)
-    centres = ranking(parent * density)[:k]
-    cluster = distance[:, centres].argmin(dim=1)
+    every = torch.arange(len(states), device=states.device)
+    parts = every.split(block_rows(len(states)))
+
+    def apart(rows: Tensor) -> Tensor:
+        return distances(states[rows], states) / states.shape[1] ** 0.5
+
+    known = apart(every) if len(parts) == 1 else None  # else too large to keep, and computed twice
+    nearest, density, longest = min(neighbours or k, len(states)), [], []
+    for rows in parts:
+        distance = apart(rows) if known is None else known
+        density.append((-(distance.topk(nearest, dim=1, largest=False).values ** 2).mean(dim=1)).exp())
+        longest.append(distance.max())
+    dense, farthest = torch.cat(density), torch.stack(longest).max()
+    place = torch.empty_like(order := ranking(dense))
+    place[order] = every
+    parent = []
+    for rows in parts:
+        distance = apart(rows) if known is None else known
+        parent.append(torch.where(place < place[rows, None], distance, farthest).amin(dim=1))
+    centres = ranking(torch.cat(parent) * dense)[:k]
+    cluster = torch.cat([distances(states[rows], states[centres]).argmin(dim=1) for rows in parts])
     cluster[centres] = torch.arange(k, device=cluster.device)
     return centres, cluster

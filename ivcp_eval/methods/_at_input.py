@@ -1,22 +1,29 @@
-"""What methods share that choose among an image's embeddings before the language model runs."""
+"""What methods share that choose among an image's embeddings before the language model runs; of videos: `_clips`."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import AbstractMethod, Cut, Image, ModelFacts, Selection, Signals
-from ivcp_eval.interface.ops import itself, merged_selection, unit_range, unit_rows
+from ivcp_eval.interface import AbstractMethod, BudgetOf, Cut, Image, ModelFacts, Selection, Signals
+from ivcp_eval.interface.ops import Part, itself, merged_selection, unit_range, unit_rows
+
+Chosen = Tensor | tuple[Tensor, Tensor]
+"""(K,) which of N tokens stay, in any order; or these and the weights (K, N) of what they become.
+
+Row i of the weights stands at the place of token i of the first. Places are exchangeable where survivors are numbered
+anew.
+"""
 
 
 @dataclass(frozen=True)
-class AtInput(AbstractMethod):
-    """One cut at the model's input, image by image. Families that add visual features later are cut after these.
+class ChoosingAtInput(AbstractMethod):
+    """One cut at the model's input. Families that add visual features later are cut after these.
 
     Attributes:
         renumber: number the survivors 0..n-1; None as released, where the language model gets the shorter embeddings
@@ -24,6 +31,7 @@ class AtInput(AbstractMethod):
     """
 
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {"renumber": (None, True)}
+    budget_of: ClassVar[BudgetOf] = "image"
 
     renumber: bool | None = None
 
@@ -34,33 +42,37 @@ class AtInput(AbstractMethod):
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One cut for every layer's cache."""
-        return (Cut(model.first_cut, ratio, renumber=model.renumbers(self.renumber)),)
+        return (Cut(model.first_cut, ratio, renumber=model.renumbers(self.renumber), budget=self.budget_of),)
 
-    @abstractmethod
-    def choose(self, signals: Signals, image: Image) -> Tensor | tuple[Tensor, Tensor]:
-        """(K,) which of the image's N tokens stay, in any order; or these and the weights (K, N) of what they become.
-
-        Row i of the weights stands at the place of token i of the first. Places are exchangeable where survivors are
-        numbered anew.
-        """
-
-    def select(self, signals: Signals) -> Selection:
-        """What `choose` says of every image."""
-        chosen = [self.choose(signals, image) for image in signals.images]
+    def selection(self, chosen: Sequence[Chosen], parts: Sequence[Part]) -> Selection:
+        """Of what was chosen of each of the ``parts``, the row's images or clips."""
         if all(isinstance(one, Tensor) for one in chosen):
-            kept = [image.tokens[one] for image, one in zip(signals.images, chosen, strict=True)]
-            return Selection(torch.cat(kept).sort().values)
+            kept = [part.tokens[one] for part, one in zip(parts, chosen, strict=True)]
+            return Selection(torch.cat(kept).sort().values, exact=self.exact)
         pairs = [
-            (one, itself(one, image.tokens.numel())) if isinstance(one, Tensor) else one
-            for one, image in zip(chosen, signals.images, strict=True)
+            (one, itself(one, part.tokens.numel())) if isinstance(one, Tensor) else one
+            for one, part in zip(chosen, parts, strict=True)
         ]
-        keep, merge = merged_selection([kept for kept, _ in pairs], [weights for _, weights in pairs], signals.images)
+        keep, merge = merged_selection([kept for kept, _ in pairs], [weights for _, weights in pairs], parts)
         return Selection(keep, merge, exact=self.exact)
 
 
-def embeddings(signals: Signals, image: Image) -> Tensor:
-    """(N, E) the image's alive tokens as the language model gets them."""
-    return signals.hidden[signals.visual[image.tokens]]
+@dataclass(frozen=True)
+class AtInput(ChoosingAtInput):
+    """Image by image."""
+
+    @abstractmethod
+    def choose(self, signals: Signals, image: Image) -> Chosen:
+        """Of the image's N tokens."""
+
+    def select(self, signals: Signals) -> Selection:
+        """What `choose` says of every image."""
+        return self.selection([self.choose(signals, image) for image in signals.images], signals.images)
+
+
+def embeddings(signals: Signals, part: Part) -> Tensor:
+    """(N, E) the alive tokens of an image or clip as the language model gets them."""
+    return signals.hidden[signals.visual[part.tokens]]
 
 
 def importance(signals: Signals, image: Image, block: str = "") -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals, Step
-from ivcp_eval.interface.ops import budget, last_token, top
+from ivcp_eval.interface.ops import budgets, last_token, top
 from ivcp_eval.interface.registry import PLUS_DSTP
 from ivcp_eval.methods._wrapping import Wrapper
 
@@ -128,7 +128,7 @@ class PlusDstp(Wrapper):
         left = state.kept.nonzero().flatten().to(signals.visual.device)
         shown = replace(
             signals,
-            images=tuple(_left_of(image, left, cut.ratio) for image in signals.images),
+            images=_left_of(signals, left, cut),
             visual=signals.visual[left],
             vision={name: signal[left] for name, signal in signals.vision.items()},
             cut=cut,
@@ -169,9 +169,19 @@ class PlusDstp(Wrapper):
         state.until = step.number + self.hold
 
 
-def _left_of(image: Image, left: Tensor, ratio: float) -> Image:
-    """The image with the tokens that are ``left`` (M,) of the row's, counted among these."""
-    stays = torch.isin(image.tokens, left)
-    tokens = torch.searchsorted(left, image.tokens[stays])
-    view = None if image.view is None else image.view[stays]
-    return replace(image, tokens=tokens, view=view, budget=min(budget(ratio, image.n_prompt), tokens.numel()))
+def _left_of(signals: Signals, left: Tensor, cut: Cut) -> tuple[Image, ...]:
+    """The images with the tokens that are ``left`` (M,) of the row's, counted among these, and budgets for ``cut``."""
+    stays = [torch.isin(image.tokens, left) for image in signals.images]
+    clips = [number for number, clip in enumerate(signals.clips) for _ in clip]
+    groups = clips if cut.budget == "clip" else range(len(stays))
+    sizes = [image.n_prompt for image in signals.images]
+    allowances = budgets(cut.ratio, sizes, [int(here.sum()) for here in stays], groups)
+    return tuple(
+        replace(
+            image,
+            tokens=torch.searchsorted(left, image.tokens[here]),
+            view=None if image.view is None else image.view[here],
+            budget=allowed,
+        )
+        for image, here, allowed in zip(signals.images, stays, allowances, strict=True)
+    )

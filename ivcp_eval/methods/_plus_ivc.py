@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import AbstractScorer, Cut, Faithfulness, ModelFacts, Selection, Signals
+from ivcp_eval.interface import AbstractScorer, Cut, Faithfulness, Image, ModelFacts, Selection, Signals
 from ivcp_eval.interface.method import method_name
-from ivcp_eval.interface.ops import best_of_rest, coordinate_set, sparse_weights
+from ivcp_eval.interface.ops import apportion, best_of_rest, coordinate_set, sparse_weights
 from ivcp_eval.interface.registry import PLUS_IVC
 from ivcp_eval.methods._wrapping import Wrapper
 
@@ -88,40 +88,46 @@ class PlusIvc(Wrapper):
         return forced
 
     def _fill(self, signals: Signals, forced: Tensor) -> Selection:
-        """By bisection, for all images at once: the most own tokens that leave room for the coordinates."""
-        budgets = [image.budget for image in signals.images]
-        low = [b - int(forced[image.tokens].sum()) for b, image in zip(budgets, signals.images, strict=True)]
+        """By bisection, for all images or clips at once: the most own tokens that leave room for the coordinates."""
+        parts = _budgeted(signals)
+        tokens = [torch.cat([image.tokens for image in part]) for part in parts]
+        budgets = [sum(image.budget for image in part) for part in parts]
+        low = [b - int(forced[own].sum()) for b, own in zip(budgets, tokens, strict=True)]
         high = list(budgets)
         while low != high:
             middle = [-(-(a + b) // 2) for a, b in zip(low, high, strict=True)]
             _, kept = self._choose(signals, middle)
-            for i, image in enumerate(signals.images):
+            for i, own in enumerate(tokens):
                 if low[i] == high[i]:
                     continue
-                if int((kept | forced)[image.tokens].sum()) <= budgets[i]:
+                if int((kept | forced)[own].sum()) <= budgets[i]:
                     low[i] = middle[i]
                 else:
                     high[i] = middle[i] - 1
         more = self._choose(signals, [min(a + 1, b) for a, b in zip(low, budgets, strict=True)])[1]
         chosen, kept = self._choose(signals, low, signals.memory)
         keep = kept | forced
-        for image, budget in zip(signals.images, budgets, strict=True):
+        for own, budget in zip(tokens, budgets, strict=True):
             # A larger choice need not hold the smaller one, and may bring two new tokens where there is room for one.
-            new = image.tokens[(more & ~keep)[image.tokens]]
-            keep[new[: budget - int(keep[image.tokens].sum())]] = True
+            new = own[(more & ~keep)[own]]
+            keep[new[: budget - int(keep[own].sum())]] = True
         return Selection(keep.nonzero().flatten(), None if chosen.merge is None else _merged(chosen, kept, keep))
 
     def _choose(
         self, signals: Signals, budgets: Sequence[int], memory: dict[str, Any] | None = None
     ) -> tuple[Selection, Tensor]:
-        """The inner method's choice of so many tokens of each image, and (V,) bool of it; 0 is for it to leave out.
+        """The inner method's choice of so many tokens of each image or clip, and (V,) bool of it; 0 leaves it out.
 
         Every call is as the first: draws begin anew, and what the method remembers is kept in ``memory`` only.
         """
-        images = tuple(replace(image, budget=max(1, b)) for image, b in zip(signals.images, budgets, strict=True))
+        parts, images = _budgeted(signals), list[Image]()
+        for part, total in zip(parts, budgets, strict=True):
+            sizes, alive = [image.n_prompt for image in part], [image.tokens.numel() for image in part]
+            split = apportion(max(1, total), sizes, alive)
+            images += [replace(image, budget=b) for image, b in zip(part, split, strict=True)]
         drawn = None if signals.generator is None else signals.generator.clone_state()
         memory = dict(signals.memory) if memory is None else memory
-        chosen = self.inner.select(replace(signals, images=images, generator=drawn, memory=memory))
+        chosen = self.inner.select(replace(signals, images=tuple(images), generator=drawn, memory=memory))
         if not chosen.exact:
             raise ValueError(
                 f"{method_name(self.inner)!r} sets how many tokens stay by a rule of its own here, so it gives none up "
@@ -129,10 +135,17 @@ class PlusIvc(Wrapper):
             )
         kept = torch.zeros(signals.n_visual, dtype=torch.bool, device=signals.visual.device)
         kept[chosen.keep] = True
-        for image, budget in zip(signals.images, budgets, strict=True):
-            if not budget:
+        for part, total in zip(parts, budgets, strict=True):
+            for image in part if not total else ():
                 kept[image.tokens] = False
         return chosen, kept
+
+
+def _budgeted(signals: Signals) -> tuple[tuple[Image, ...], ...]:
+    """What holds a budget of its own at this cut: each image, or the images of each clip."""
+    if signals.cut is not None and signals.cut.budget == "clip":
+        return signals.clips
+    return tuple((image,) for image in signals.images)
 
 
 def _merged(chosen: Selection, kept: Tensor, keep: Tensor) -> Tensor:

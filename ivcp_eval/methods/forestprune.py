@@ -1,18 +1,19 @@
-"""Keeps the roots of trees of tokens that are alike and near, over the half of each image that gathers information.
+"""Keeps the roots of trees of tokens that are alike and near, over the half of each frame that gathers information.
 
 Paper: https://arxiv.org/abs/2603.22911 (ForestPrune: spatial-temporal forests; pruning by depth).
 Reference: https://github.com/luminousllsa/ForestPrune @ 1686829 (llava/model/llava_arch_forest.py,
 ``prune_temporal_forest_spatial``)
 
-G-Prune (`gprune`) keeps half of an image. In the first frame every token left is a tree. A token of a later frame grows
-the tree that holds the one most like it (cosine of 0.9 and more) of those near it (at most 0.2 of the image apart,
-along either axis), behind that tree's last one before the frame; where there is none it is a new tree. If there are
-more trees than the budget, the two most alike roots are joined, the later below the earlier, until there are as many.
-What stays has the least depth, and of equal depth the earliest frame.
+G-Prune (`gprune`) keeps half of a frame. In the first frame of a video every token left is a tree. A token of a later
+frame grows the tree that holds the one most like it (cosine of 0.9 and more) of those near it (at most 0.2 of the frame
+apart, along either axis), behind that tree's last one before the frame; where there is none it is a new tree. If there
+are more trees than the budget, the two most alike roots are joined, the later below the earlier, until there are as
+many. What stays has the least depth, and of equal depth the earliest frame.
 
-Differs: images are frames of one video only if ``frames`` says so, which then decides how many stay of each; else each
-image has its own trees, all of one token, and its own budget, by the ratio. Above a ratio of 0.5, for which nothing is
-released, G-Prune keeps as many as the budget. Of equally deep tokens of one frame the first stay.
+Differs: the budget is the ratio's of all tokens of the video; the released code takes twice the ratio of the halves,
+which rounds otherwise where a half is no whole number. Above a ratio of 0.5, for which nothing is released, G-Prune
+keeps as many as the budget. Of equally deep tokens of one frame the first stay. A picture is a video of one frame, with
+trees of one token each.
 """
 
 from __future__ import annotations
@@ -26,28 +27,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ivcp_eval.interface import Faithfulness, Image, Selection, Signals
+from ivcp_eval.interface import Faithfulness, Signals
 from ivcp_eval.interface.ops import block_rows, top, unit_rows
 from ivcp_eval.methods import gprune
-from ivcp_eval.methods._at_input import AtInput, embeddings, places
+from ivcp_eval.methods._at_input import embeddings, places
+from ivcp_eval.methods._clips import Clip, ClipsAtInput
 
-HALF = 0.5  # of an image, what G-Prune keeps
+HALF = 0.5  # of a frame, what G-Prune keeps
 NEIGHBOURS = 64  # of a root that are known at a time
 
 
 @dataclass(frozen=True)
-class Method(AtInput):
+class Method(ClipsAtInput):
     """ForestPrune.
 
     Attributes:
-        frames: whether the images of a prompt are frames of one video, in order.
         alike: cosine from which on a token may grow a tree.
-        near: 1 minus the distance along either axis, in an image of side 1, up to which it may.
+        near: 1 minus the distance along either axis, in a frame of side 1, up to which it may.
     """
 
     faithfulness: ClassVar[Faithfulness] = "faithful"
 
-    frames: bool = False
     alike: float = 0.9
     near: float = 0.8
 
@@ -56,30 +56,19 @@ class Method(AtInput):
         if not 0 < self.alike <= 1 or not 0 <= self.near <= 1:
             raise ValueError(f"alike={self.alike} must lie in (0, 1], near={self.near} in 0..1")
 
-    def choose(self, signals: Signals, image: Image) -> Tensor:
-        """Of one image on its own."""
-        (half,) = self._halves(signals, [image])
-        return half[self.forest([embeddings(signals, image)[half]], [places(image)[half]], image.budget).chosen]
+    def choose(self, signals: Signals, clip: Clip) -> Tensor:
+        """The least deep tokens of the forest."""
+        halves = self.halves(signals, clip)
+        pairs = list(zip(clip.frames, halves, strict=True))
+        states = [embeddings(signals, frame)[half] for frame, half in pairs]
+        forest = self.forest(states, [places(frame)[half] for frame, half in pairs], clip.budget)
+        first = clip.first.tolist()
+        return torch.cat([half + start for half, start in zip(halves, first, strict=True)])[forest.chosen]
 
-    def select(self, signals: Signals) -> Selection:
-        """Image by image, or over all of them."""
-        if not self.frames:
-            return super().select(signals)
-        assert signals.cut is not None
-        images = list(signals.images)
-        halves = self._halves(signals, images)
-        pairs = list(zip(images, halves, strict=True))
-        total = sum(half.numel() for half in halves)
-        # Not the budget: the released code rounds once, and what is rounded is the half.
-        k = min(total, max(1, round(total * signals.cut.ratio / HALF)))
-        states, where = ([part(i)[h] for i, h in pairs] for part in (lambda i: embeddings(signals, i), places))
-        kept = torch.cat([image.tokens[half] for image, half in pairs])[self.forest(states, where, k).chosen]
-        return Selection(kept.sort().values, exact=False)
-
-    def _halves(self, signals: Signals, images: list[Image]) -> list[Tensor]:
-        """Per image what G-Prune keeps, increasing."""
-        scores = [gprune.Method().scores(embeddings(signals, image)) for image in images]
-        sizes = [max(round(HALF * image.n_prompt), 0 if self.frames else image.budget) for image in images]
+    def halves(self, signals: Signals, clip: Clip) -> list[Tensor]:
+        """Per frame what G-Prune keeps, increasing: half, or as many as the budget."""
+        scores = [gprune.Method().scores(embeddings(signals, frame)) for frame in clip.frames]
+        sizes = [max(round(HALF * frame.n_prompt), frame.budget) for frame in clip.frames]
         return [top(score, size) for score, size in zip(scores, sizes, strict=True)]
 
     def forest(self, states: list[Tensor], where: list[Tensor], k: int) -> Forest:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval.interface import Cut, Image, ImageSpan, Selection, Signals, Step
+from ivcp_eval.engine.signals.source import images_at_cut
+from ivcp_eval.interface import BudgetOf, Cut, Frame, Image, ImageSpan, Selection, Signals, Step
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method
 from tests.engine import tiny_models
@@ -70,26 +72,46 @@ def random_signals(
     return row
 
 
+def random_clips(
+    *clips: tuple[int, int, int], ratio: float = 0.5, budget_of: BudgetOf = "clip", **options: Any
+) -> Signals:
+    """`random_signals` of videos, each (frames, rows, columns); one of 0 frames is a picture."""
+    grids = [(rows, columns) for frames, rows, columns in clips for _ in range(max(1, frames))]
+    signals = random_signals(*grids, ratio=ratio, **options)
+    shown: list[Frame | None] = []
+    for clip, (frames, *_) in enumerate(clips):
+        shown += [Frame(clip, index, float(index)) for index in range(frames)] or [None]
+    spans = [replace(image.span, frame=frame) for image, frame in zip(signals.images, shown, strict=True)]
+    images = images_at_cut(spans, signals.visual, ratio, budget_of)
+    return replace(signals, images=images, cut=Cut(0, ratio, budget=budget_of))
+
+
 def random_steps(n_layers: int, n_steps: int, n_visual: int, ratio: float, memory: dict[str, Any]) -> Iterator[Step]:
     """What a method that masks single steps is asked, layer after layer and step after step, of one row."""
     generator = torch.Generator().manual_seed(0)
     token = torch.arange(n_visual)
+    text_key = torch.randn(GROUPS, 4, SIZE, generator=torch.Generator().manual_seed(1))
     for number, layer in itertools.product(range(n_steps), range(n_layers)):
         states = [2 * torch.randn(heads, n, SIZE, generator=generator) for heads, n in ((HEADS, 1), (GROUPS, n_visual))]
         query, key = states if layer else (None, None)
-        seen = token if layer else None
-        yield Step(layer, number, token, ratio, query, key, seen, SIZE**-0.5, n_layers, memory)
+        seen, text = (token, lambda: text_key) if layer else (None, None)
+        yield Step(layer, number, token, ratio, query, key, seen, SIZE**-0.5, n_layers, memory, text)
 
 
-def slow_attention(step: Step, tokens: list[int]) -> list[list[float]]:
-    """Per head the softmax over ``tokens`` of the layer before, for its newest query."""
+def slow_attention(step: Step, tokens: list[int], beside_text: bool = False) -> list[list[float]]:
+    """Per head the softmax over ``tokens`` (and text) of the layer before, for its newest query; of these tokens."""
     assert step.query is not None
     assert step.key is not None
     rows = []
     for head in range(HEADS):
         query, key = step.query[head, -1].double(), step.key[head * GROUPS // HEADS].double()
         powers = [math.exp(float(query @ key[token]) / SIZE**0.5) for token in tokens]
-        rows.append([power / sum(powers) for power in powers])
+        others: list[float] = []
+        if beside_text:
+            assert step.other_keys is not None
+            text = step.other_keys()[head * GROUPS // HEADS].double()
+            others = [math.exp(float(query @ row) / SIZE**0.5) for row in text]
+        rows.append([power / sum(powers + others) for power in powers])
     return rows
 
 

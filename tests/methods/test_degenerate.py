@@ -17,11 +17,12 @@ import ivcp_eval
 from ivcp_eval.interface import AbstractScorer, ModelFacts, Selection, Signals
 from ivcp_eval.interface.registry import PLUS_IVC, make_method, method_names
 from tests.engine import tiny_models
-from tests.methods.material import random_signals
+from tests.methods.material import random_clips, random_signals
 from tests.methods.test_families import a_family_of
 
 CHOOSING = [n for n in method_names() if any(c.ratio < 1 for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]
 NAMES = [*CHOOSING, *(n + PLUS_IVC for n in CHOOSING if isinstance(make_method(n), AbstractScorer))]
+CLIPS = [n for n in CHOOSING if any(c.budget == "clip" for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]
 
 
 def changed(signals: Signals, edit: Callable[[Tensor, Tensor], Tensor]) -> Signals:
@@ -80,6 +81,20 @@ def test_nothing_to_rank_by(name: str, value: float) -> None:
         for keep in torch.atleast_2d(chosen(name, signals).keep):
             for image in signals.images:
                 assert int(torch.isin(keep, image.tokens).sum()) == image.budget
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("value", [0.0, 1.0, torch.nan, torch.inf, -torch.inf])
+def test_nothing_to_rank_by_in_videos(name: str, value: float) -> None:
+    def edit(states: Tensor, visual: Tensor) -> Tensor:
+        states[visual] = value
+        return states
+
+    for ratio in (0.02, 0.3, 0.9):  # less than a frame, and more than whole frames can give up
+        signals = changed(random_clips((7, 3, 5), (0, 1, 1), (2, 2, 2), (1, 1, 1), ratio=ratio), edit)
+        keep = chosen(name, signals).keep
+        for clip in signals.clips:
+            assert sum(int(torch.isin(keep, image.tokens).sum()) for image in clip) == sum(i.budget for i in clip)
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ivcp_eval.engine.signals.vision import received
 from ivcp_eval.interface.ops import merged_states
 from ivcp_eval.interface.registry import PLUS_IVC, make_method
-from tests.methods.material import random_signals
-from tests.methods.test_degenerate import CHOOSING, chosen
+from tests.methods.material import random_clips, random_signals
+from tests.methods.test_degenerate import CHOOSING, CLIPS, chosen
 
 
 class Largest(TorchDispatchMode):
@@ -36,6 +36,16 @@ def test_no_map_of_the_prompt(name: str) -> None:
         if selection.merge is not None:
             for merge in [selection.merge] if selection.keep.ndim == 1 else selection.merge:
                 merged_states(merge, signals.hidden[signals.visual])
+    assert 0 < largest.numbers < signals.hidden.shape[0] ** 2 / 4
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_no_map_of_a_video(name: str) -> None:
+    signals = random_clips((16, 8, 9), ratio=0.3)
+    with Largest() as largest:
+        selection = chosen(name, signals)
+        if selection.merge is not None:
+            merged_states(selection.merge, signals.hidden[signals.visual])
     assert 0 < largest.numbers < signals.hidden.shape[0] ** 2 / 4
 
 

@@ -1,6 +1,8 @@
-"""Oracle: answers of the authors' own functions on random inputs, recorded; see oracle/data/README.md.
+"""Oracle: answers of the authors' own functions on random inputs, recorded; see the READMEs of oracle/data (images)
+and oracle/video.
 
-``--oracle-dir FOLDER`` reads other files of the same layout. Of a file that no mapping knows the test says so.
+``--oracle-dir FOLDER`` reads other files of the same layout, in the folder or below it. Of a file that no mapping knows
+the test says so.
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ FOLDER = Path(__file__).parent / "oracle"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recorded" in metafunc.fixturenames:
-        folder = Path(metafunc.config.getoption("oracle_dir") or FOLDER / "data")
-        files = sorted(folder.glob("*.npz"))
+        files = sorted(Path(metafunc.config.getoption("oracle_dir") or FOLDER).rglob("*.npz"))
         pairs = [(file, name) for file in files for name in sorted({key.split("/")[0] for key in np.load(file).files})]
         metafunc.parametrize(("recorded", "name"), pairs, ids=[f"{file.stem}-{name}" for file, name in pairs])
 
@@ -45,4 +46,4 @@ def test_the_answers_are_the_authors(recorded: Path, name: str) -> None:
 
 def test_every_mapping_has_a_file() -> None:
     known = {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
-    assert known == {path.stem for path in (FOLDER / "data").glob("*.npz")}
+    assert known == {path.stem for path in FOLDER.rglob("*.npz")}

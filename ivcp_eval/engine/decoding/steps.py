@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,12 +88,13 @@ class StepMasks(Listener):
             slots, tokens = _visual(layer, state, row)
             if not slots.numel():
                 continue
-            own_query = own_key = own_tokens = None
+            own_query = own_key = own_tokens = other_keys = None
             if before is not None and query is not None:
                 embeddings = row_position_embeddings(before.embeddings, row, before.attention.config)
                 own_query = self.adapter.rotate(query[row], embeddings)
                 there, own_tokens = _visual(before.cached, state, row)
                 own_key = before.cached.keys[row][:, there.to(before.cached.keys.device)]
+                other_keys = partial(_other_keys, before.cached, row, there)
             step = Step(
                 layer=index,
                 number=cached - layer.slot_map.columns.shape[1],
@@ -104,6 +106,7 @@ class StepMasks(Listener):
                 scaling=1.0 if before is None else before.scaling,
                 n_layers=len(self._layers),
                 memory=state.memory[row],
+                other_keys=other_keys,
             )
             attended = self.method.attended(step)
             if attended is None:
@@ -130,3 +133,10 @@ def _visual(layer: PrunedLayer, state: StepState, row: int) -> tuple[Tensor, Ten
     visual = state.visual[row]
     slots = ((columns >= 0) & visual[columns.clamp_min(0)]).nonzero().flatten()
     return slots, torch.searchsorted(visual.nonzero().flatten(), columns[slots])
+
+
+def _other_keys(layer: PrunedLayer, row: int, visual: Tensor) -> Tensor:
+    """(G, R, D) what a layer's cache holds of a row but the ``visual`` slots (C,) and padding."""
+    other = layer.slot_map.key_columns(layer.keys.shape[-2])[row] >= 0
+    other[visual.to(other.device)] = False
+    return layer.keys[row][:, other.to(layer.keys.device)]

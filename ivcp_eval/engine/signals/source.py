@@ -11,7 +11,7 @@ import torch
 
 from ivcp_eval.engine.geometry import is_member, row_position_embeddings
 from ivcp_eval.interface import BudgetOf, Cut, Image, ImageSpan, Signals
-from ivcp_eval.interface.ops import apportion, budget
+from ivcp_eval.interface.ops import budgets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,16 +29,9 @@ def images_at_cut(
     """
     alive = [is_member(visual_columns, span.columns).nonzero().flatten() for span in spans]
     groups = range(len(spans)) if budget_of == "image" else [_clip(span, place) for place, span in enumerate(spans)]
-    budgets = [0] * len(spans)
-    for group in dict.fromkeys(groups):
-        members = [place for place, own in enumerate(groups) if own == group]
-        sizes = [spans[place].columns.numel() for place in members]
-        limits = [alive[place].numel() for place in members]
-        allowed = min(budget(ratio, sum(sizes)), sum(limits))
-        for place, share in zip(members, apportion(allowed, sizes, limits), strict=True):
-            budgets[place] = share
+    allowances = budgets(ratio, [span.columns.numel() for span in spans], [len(tokens) for tokens in alive], groups)
     images = []
-    for span, tokens, allowed in zip(spans, alive, budgets, strict=True):
+    for span, tokens, allowed in zip(spans, alive, allowances, strict=True):
         view = None
         if span.views:
             first = torch.tensor(span.views).cumsum(0)  # first token behind each view

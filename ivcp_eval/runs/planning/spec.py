@@ -247,7 +247,8 @@ def _controls(
 ) -> Iterator[tuple[Variant, str]]:
     """What every other method is to be compared with, wherever one is measured."""
     chosen, known = raw.get("controls"), control_names()
-    usual = [name for name in known if not make_method(name).repeats_baseline]
+    controls = {name: make_method(name) for name in known}
+    usual = [name for name, control in controls.items() if not (control.repeats_baseline or control.for_videos)]
     wanted = usual if chosen is None else chosen
     for i, entry in enumerate(
         marked.listed(("controls",), wanted, str | dict, "a control or its {method, parameters}")

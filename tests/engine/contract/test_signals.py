@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ivcp_eval
-from ivcp_eval.interface import Cut, ModelFacts, Signal, Signals, registry
+from ivcp_eval.interface import Cut, ModelFacts, Signal, Signals, Step, registry
 from tests.engine import tiny_models
 from tests.engine.contract.cases import RAGGED, Case
 from tests.engine.contract.checks import close
@@ -89,6 +89,40 @@ def test_signals_are_the_unpruned_models(case: Case) -> None:
         assert signals.cut == Cut(LAYER, 0.5)
         states = plain.hidden_states[LAYER][row, alive]
         close(signals.memory["normed"], case.text_model.norm(states), "states after the final norm", 1e-5)
+
+
+@dataclass(frozen=True)
+class Watching(Toy):
+    """Removes nothing, and looks at what every step pays attention to."""
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({"step"})
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        return ()
+
+    def attended(self, step: Step) -> None:
+        if step.layer == LAYER:
+            step.memory.setdefault("seen", []).append(step.attention())
+
+
+def test_attention_of_a_step_is_the_unpruned_models(case: Case) -> None:
+    """Beside all text, that of the answer too, and none of the padding."""
+    if case.family == "deepseek_vl2":
+        pytest.skip("its cache holds no keys")
+    inputs = case.inputs(*RAGGED)
+    plain = case.generate(inputs, 4, output_attentions=True).attentions[1:]
+    seen: dict[int, dict[str, Any]] = {}
+    method = Watching()
+    attend = method.attended
+    object.__setattr__(method, "attended", lambda step: (seen.update({id(step.memory): step.memory}), attend(step))[1])
+    with ivcp_eval.prune(case.model, method, 0.5):
+        case.generate(inputs, 4)
+    assert len(seen) == 2
+    for row, memory in enumerate(seen.values()):
+        visual = (inputs["input_ids"][row] == case.image_token).nonzero().flatten()
+        assert len(memory["seen"]) == len(plain) == 3
+        for attention, layers in zip(memory["seen"], plain, strict=True):
+            close(attention, layers[LAYER - 1][row, :, -1, visual], "attention of a step", 1e-5)
 
 
 def test_projections_are_those_of_the_layer_that_is_entered(case: Case) -> None:

@@ -1,7 +1,7 @@
 """One file per recorded function: from the arrays of a case to what the method here answers to them.
 
 ``outputs(case)`` gives arrays by the names under which the authors' answers lie in the case; `test_oracles` compares.
-What the arrays are: data/README.md.
+What the arrays are: data/README.md, and video/README.md of those of videos.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.engine.signals.source import attention_rows
-from ivcp_eval.interface import AbstractMethod, Cut, Image, ImageSpan, Selection, Signals
+from ivcp_eval.interface import AbstractMethod, Cut, Frame, Image, ImageSpan, Selection, Signals
+from ivcp_eval.interface.ops import apportion
 
 Case = Mapping[str, Tensor]
 
@@ -44,6 +45,30 @@ def one_image(
         cut=Cut(0, 0.5, renumber=True),
         **parts,
     )
+
+
+def one_clip(
+    features: Tensor, budget: Tensor | int, grid: Tensor | tuple[int, ...] = (), *, ratio: float = 0.5, **parts: Any
+) -> Signals:
+    """A row that is a video of T frames and nothing else, ``budget`` tokens of which may stay.
+
+    Args:
+        features: (T, N, E) states. grid: (rows, columns) of a frame. ratio: of the cut. parts: fields of `Signals`.
+    """
+    count, n, _ = features.shape
+    signals = one_image(count * n, 0, hidden=features.flatten(0, 1), **parts)
+    budgets = apportion(int(budget), [n] * count, [n] * count)
+    sides = (int(grid[0]), int(grid[1])) if len(grid) else None
+    tokens = torch.arange(count * n).split(n)
+    spans = [ImageSpan(part, sides, frame=Frame(0, index)) for index, part in enumerate(tokens)]
+    images = tuple(Image(*one) for one in zip(tokens, budgets, [n] * count, spans, strict=True))
+    return replace(signals, images=images, cut=Cut(0, ratio, renumber=True, budget="clip"))
+
+
+def per_frame(kept: Tensor, case: Case) -> Tensor:
+    """(T,) how many of ``kept`` (K,), counted through the video, each frame of ``features`` (T, N, E) has."""
+    count, n, _ = case["features"].shape
+    return torch.bincount(kept // n, minlength=count)
 
 
 def evicting(case: Case) -> Signals:

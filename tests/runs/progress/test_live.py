@@ -22,8 +22,8 @@ from ivcp_eval.runs.progress.watch import Watch
 from ivcp_eval.runs.progress.words import summary
 from ivcp_eval.runs.store.lease import claim, holders
 from ivcp_eval.runs.store.state import lease
-from tests.runs.sweep.conftest import Bench
-from tests.runs.sweep.test_progress import answer, finish, score
+from tests.runs.conftest import Bench
+from tests.runs.progress.test_progress import answer, finish, score
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='alert(2)'>\"&$now\x1b[31m"
 

@@ -1,4 +1,4 @@
-# make eval | sweep | results | test | check | bench | compare | list ; everything installs itself into .venv on first use.
+# make eval | sweep | results | test | check | bench | compare | report | list ; everything installs itself into .venv on first use.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +15,7 @@ OPTIONS = $(if $(BUDGET),--budget $(BUDGET)) \
           $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) \
           $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(ARGS)
 
-.PHONY: setup lock eval sweep results compare list bench test test-transformers check format smoke clean
+.PHONY: setup lock eval sweep results compare report list bench test test-transformers check format smoke clean
 .DEFAULT_GOAL := eval
 
 setup: $(READY)
@@ -46,7 +46,7 @@ LOCK_VENV := .venv-lock
 lock:
 	[ -x $(LOCK_VENV)/bin/uv ] || { $(PYTHON) -m venv $(LOCK_VENV) && $(LOCK_VENV)/bin/pip install --quiet --disable-pip-version-check uv; }
 	cat requirements.lock requirements-cuda.lock > $(LOCK_VENV)/lock
-	$(LOCK_VENV)/bin/uv pip compile --quiet pyproject.toml --extra vlmeval --extra slurm --extra dev --group lock --universal --python-version 3.11 \
+	$(LOCK_VENV)/bin/uv pip compile --quiet pyproject.toml --extra vlmeval --extra slurm --extra report --extra dev --group lock --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate $(UPGRADE) --output-file $(LOCK_VENV)/lock
 	rm -rf $(LOCK_VENV)/torch
 	$(LOCK_VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(LOCK_VENV)/torch "$$(grep -o '^torch==[^ ]*' $(LOCK_VENV)/lock)"
@@ -61,6 +61,10 @@ CHOICE = $(if $(filter file,$(origin RESULTS)),--method $(METHOD) --ratio $(RATI
          $(if $(SET),--set $(SET)) $(if $(LIMIT),--limit $(LIMIT)))
 compare: $(READY)
 	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(CHOICE) $(ARGS)
+
+# One HTML file of RESULTS: verdict (MARGIN=1), plots, flips, pictures, costs. ARGS="--policy FILE --figures DIR --out FILE"
+report: $(READY)
+	@$(BIN)/ivcp report $(RESULTS) $(BASELINE) $(if $(MARGIN),--margin $(MARGIN)) $(ARGS)
 
 # Many variants on many benchmarks in one pass each; run again to continue. ARGS="--executor slurm --partition gpu ..."
 SWEEP ?= sweeps/smoke.yaml

@@ -336,6 +336,9 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("answer", "text", "the true answer"),
     Column("score", "number", "score of this sample in [0, 1]; empty if it cannot be scored alone", low=0, high=1),
     Column("iou", "number", "grounding: overlap of the box with the true one", low=0, high=1, late=True),
+    Column(
+        "box", "text", "grounding: the box that is scored, as fractions of the picture, or why there is none", late=True
+    ),
     _ANSWERED["visual_tokens"],
     _ANSWERED["visual_kept"],
     Column("layer_mean_ratio", "number", "share of them alive, mean over layers of the prefill", low=0, high=1),

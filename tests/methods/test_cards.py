@@ -79,6 +79,17 @@ def test_promised_methods_exist_and_all_methods_are_listed() -> None:
     assert all(row["use"] and row["note"] for row in shown.values())
 
 
+def test_a_method_of_another_name_says_which_system_it_runs() -> None:
+    notes = {row["method or system"]: row["note"] for row in cards.rows()}
+    for name, system in (
+        ("quadtree", "OmniRefine"),
+        ("dart_tensorrt", "DART in TensorRT Edge-LLM"),
+        ("NAME+dstp", "DSTP"),
+    ):
+        assert f"({system})" in notes[name]
+    assert "(LOOK-M)" not in notes["lookm"]
+
+
 def test_a_row_without_reason_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, message in (
         ("- {system: X, paper: '', state: gaps, why: y}", "expected"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +105,13 @@ def test_cuts_must_increase() -> None:
         ivcp_eval.prune(model, Toy(depths=(0.5, 0.2)), 0.5).__enter__()
 
 
+def test_only_evictions_are_late() -> None:
+    model, method = Case("qwen2_5_vl", "none").model, Toy(depths=(0.5,))
+    object.__setattr__(method, "cuts", lambda facts, ratio: (Cut(2, ratio, late=True),))
+    with pytest.raises(ValueError, match="late, which only an eviction"), ivcp_eval.prune(model, method, 0.5):
+        pass
+
+
 def test_static_cache(case: Case) -> None:
     with refused(case, "StaticLayer|StaticCache") as inputs:
         case.generate(inputs, 2, cache_implementation="static", disable_compile=True)
@@ -144,13 +150,6 @@ def test_four_dimensional_mask(case: Case) -> None:
         position_ids = torch.arange(length)[None]
         inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool)
         case.forward({key: value for key, value in inputs.items() if "type_ids" not in key}, position_ids=position_ids)
-
-
-def test_video(case: Case) -> None:
-    if "pixel_values_videos" not in inspect.signature(case.model.forward).parameters:
-        pytest.skip(f"{case.family} takes no videos")
-    with refused(case, "got a video") as inputs:
-        case.forward(inputs, pixel_values_videos=torch.zeros(4, 1176))
 
 
 def test_new_image_on_a_filled_cache(case: Case) -> None:

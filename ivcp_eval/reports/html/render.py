@@ -143,7 +143,7 @@ def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script, which nothing in it may end early."""
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle(snippet=None)
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 

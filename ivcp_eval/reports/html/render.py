@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,9 +142,8 @@ def _filled(report: Report) -> Callable[..., str]:
 
 def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script, which nothing in it may end early."""
-    import vl_convert
-
-    bundle: str = vl_convert.javascript_bundle()
+    convert: Any = import_module("vl_convert")  # its stubs miss the default of the argument
+    bundle: str = convert.javascript_bundle()
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 

@@ -103,7 +103,8 @@ class Verdict:
         benchmark: the one that is nearest to failing. difference, lowest: there, in percent of the scale; the lower end
             of the one-sided interval, uncorrected.
         more_samples: of that benchmark that would decide, if the difference stays as it is (80 % power).
-        prefill, decode, end_to_end: time over the baseline's, geometric mean over benchmarks, where measured.
+        prefill, first_token (of servers), decode, end_to_end: time over the baseline's, geometric mean over benchmarks,
+            where measured.
         kv: measured share of the visual tokens in the KV cache. kv_bytes_saved: of one prompt, by the decoder's sizes.
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
     """
@@ -119,6 +120,7 @@ class Verdict:
     lowest: float
     more_samples: float
     prefill: float
+    first_token: float
     decode: float
     end_to_end: float
     kv: float

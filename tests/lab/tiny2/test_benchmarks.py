@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from ivcp_eval.cli import main
-from ivcp_eval.lab.tiny2 import evaluate
+from ivcp_eval.lab.tiny2 import evaluate, tasks
+from ivcp_eval.lab.tiny2.scenes import sample_scene, scene_rng
 from ivcp_eval.vlmeval_bridge.reading import tsv
 
 
@@ -61,3 +62,13 @@ def test_another_format_is_refused_and_nothing_written(easy_vqa: Path, tmp_path:
     (easy_vqa / "questions.json").write_text('[["what is the red shape?", "triangle", 0], {"question": "?"}]')
     assert main(["lab", "easy-vqa", str(easy_vqa), "--out", str(tmp_path / "easy_vqa.tsv")]) == 2
     assert not (tmp_path / "easy_vqa.tsv").exists()
+
+
+def test_the_census_counts_what_the_scene_holds() -> None:
+    for index in range(20):
+        scene = sample_scene(scene_rng("validation", index))
+        said = dict(line.rsplit(" ", 1) for line in tasks.census(scene).answer.split("\n"))
+        assert sum(map(int, said.values())) == 2 * len(scene.objects)
+        for item in scene.objects:
+            assert int(said[item.colour]) == sum(o.colour == item.colour for o in scene.objects)
+            assert int(said[item.shape]) == sum(o.shape == item.shape for o in scene.objects)

@@ -25,11 +25,11 @@ from ivcp_eval.files import DiskFullError, NoLocksError
 from ivcp_eval.interface.failures import FAILURES, contained, failure
 from ivcp_eval.interface.registry import unknown
 from ivcp_eval.vlmeval_bridge import judging, scores
-from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
+from ivcp_eval.vlmeval_bridge.datasets import CLASSES, image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.judge import Judge
 from ivcp_eval.vlmeval_bridge.model import BridgedVLM, Message, Prompting
-from ivcp_eval.vlmeval_bridge.reading import answers, stock
+from ivcp_eval.vlmeval_bridge.reading import answers, stock, videos
 from ivcp_eval.vlmeval_bridge.reading.pictures import alone, unpacked
 from ivcp_eval.vlmeval_bridge.sample_scores import RULES
 from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
@@ -95,6 +95,8 @@ def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | Non
         try:
             with alone(dataset), contained("VLMEvalKit"):
                 message = unpacked(build or partial(dataset.build_prompt, line), again="image" in dataset.data)
+                if isinstance(dataset, CLASSES):
+                    message = videos.shown(line, message)
             key, pictures = message_key(message), image_key(message)
         except (DiskFullError, NoLocksError):
             raise

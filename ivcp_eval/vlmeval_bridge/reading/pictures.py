@@ -87,10 +87,12 @@ class Unpacking:
     img_root: str
 
     def dump_image(self, line: Any) -> Any:
-        """Paths of the row's pictures, as the class gives them."""
+        """Paths of the row's pictures, as the class gives them; none of a row that shows a video file."""
         if "image" in line:
             for cell, name in _named(line):
                 _unpack(cell, Path(self.img_root) / name)
+        elif "video" in line:
+            return []
         return super().dump_image(line)  # type: ignore[misc]
 
 

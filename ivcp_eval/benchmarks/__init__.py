@@ -99,6 +99,8 @@ class Benchmark:
             VLMEvalKit advises for all sets; "kept": its evaluator reads the tags.
         reference: "answers": predictions are compared with the data set's; "baseline": with what the unpruned model
             answered, so the score is an agreement, no accuracy.
+        sampling: which frames of video files are shown: "nframe=8", "fps=1" (`clips.Sampling`), or "rows", where each
+            row says it; empty for pictures, and for frames that are pictures of the data.
         n_samples: rows of the full set, None if unknown.
         abilities: tags.
         url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
@@ -120,6 +122,7 @@ class Benchmark:
     judge: str = "none"
     thinking: str = "split"
     reference: str = "answers"
+    sampling: str = ""
     n_samples: int | None = None
     abilities: tuple[str, ...] = ()
     url: str = ""

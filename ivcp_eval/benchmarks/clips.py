@@ -1,4 +1,4 @@
-"""Videos as frames and the seconds at which they are shown: decoded from a file with PyAV, or pictures with stated times.
+"""Videos as frames and when each is shown: decoded from a file with PyAV, or pictures with stated times.
 
 A file is read twice: its packets for the times of all frames, then the frames that were chosen, so that no more than
 these are ever held. Times are those of the stream, counted from its first frame, however uneven they are.
@@ -103,8 +103,10 @@ class Clip:
     @property
     def digest(self) -> str:
         """SHA-256 of the pixels, their shape and the times."""
+        import numpy as np
+
         found = hashlib.sha256(f"{self.frames.shape} {self.seconds}".encode())
-        found.update(memoryview(self.frames).cast("B"))
+        found.update(np.ascontiguousarray(self.frames).data)
         return found.hexdigest()
 
 

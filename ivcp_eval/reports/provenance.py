@@ -47,6 +47,7 @@ REFUSED = (
     "max_pixels",
     "max_new_tokens",
     "generation",
+    "video",
     "benchmark_sha256",
     "limit",
     "revision",

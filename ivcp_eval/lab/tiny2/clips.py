@@ -102,14 +102,14 @@ def first_move(rng: np.random.Generator, variant: int) -> Group:
 
     clips = (
         Clip(tuple(frame(step, homes, first) for step in range(STEPS)), first)
-        for homes in product((0, 1), repeat=2)
+        for homes in ((0, 0), (0, 1), (1, 0), (1, 1))
         for first in (0, 1)
     )
     return Group("Both objects move once. Which one moves first?", tuple(map(str, things)), tuple(clips))
 
 
 def entering(rng: np.random.Generator, variant: int) -> Group:
-    """One to three objects come through a door, each for some pictures; every picture shows one in half of the clips."""
+    """One to three come through a door, each for some pictures; every picture shows one in half of the clips."""
     (thing,) = _things(rng, 1)
     door = _Thing("square", "door", (90, 70, 60))
     two = ("110100", "100110")[variant % 2]

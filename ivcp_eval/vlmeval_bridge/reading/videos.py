@@ -26,9 +26,9 @@ def shown(line: Mapping[str, Any], message: Message) -> Message:
     texts = [part for part in message if part["type"] == "text"]
     if seconds := _cell(line, "seconds"):
         frames = [part["value"] for part in message if part["type"] == "image"]
-        times = _times(seconds)
-        clips.check_times(len(frames), times)
-        return [{"type": "video", "value": frames, "seconds": times}, *texts]
+        at = times(seconds)
+        clips.check_times(len(frames), at)
+        return [{"type": "video", "value": frames, "seconds": at}, *texts]
     if path := _cell(line, "video"):
         part: dict[str, Any] = {"type": "video", "value": path}
         for name, kind in (("nframe", int), ("fps", float), ("frames_sha256", str)):
@@ -65,11 +65,12 @@ def _cell(line: Mapping[str, Any], name: str) -> str:
     return "" if cell != cell else str(cell)
 
 
-def _times(cell: str) -> list[float]:
+def times(cell: str) -> list[float]:
+    """The numbers of a cell. Raises ValueError where it holds something else."""
     try:
-        times = json.loads(cell)
-        if not isinstance(times, list):
-            raise TypeError(type(times).__name__)
-        return [float(at) for at in times]
+        listed = json.loads(cell)
+        if not isinstance(listed, list):
+            raise TypeError(type(listed).__name__)
+        return [float(at) for at in listed]
     except (ValueError, TypeError) as error:
         raise ValueError(f"seconds must be a list of numbers, got {cell[:80]!r} ({error})") from None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ivcp_eval import files
+from ivcp_eval.benchmarks import clips
 from ivcp_eval.interface import QuestionKind
 from ivcp_eval.interface.marked import Marked, Place
 from ivcp_eval.interface.registry import unknown
@@ -240,6 +241,11 @@ def _read(path: Path, _changed: int) -> Benchmark:
     for key, words in allowed.items():
         if (got := getattr(benchmark, key)) not in words:
             raise marked.error((key,), f"{key} {got!r}; allowed: {', '.join(word or 'nothing' for word in words)}")
+    if benchmark.sampling not in ("", "rows"):
+        try:
+            clips.Sampling.of(benchmark.sampling)
+        except ValueError as error:
+            raise marked.error(("sampling",), str(error)) from None
     if len(benchmark.sha256) not in (0, 64):
         raise marked.error(("sha256",), f"sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
     return benchmark

@@ -78,6 +78,14 @@ class Sampling:
                 "or frames a second above 0"
             )
 
+    @classmethod
+    def of(cls, words: str) -> Sampling:
+        """Of ``nframe=8`` or ``fps=1``. Raises ValueError."""
+        name, _, number = words.partition("=")
+        if name not in ("nframe", "fps"):
+            raise ValueError(f"got {words!r}, expected nframe=8 or fps=1")
+        return cls(nframe=int(number)) if name == "nframe" else cls(fps=float(number))
+
     def places(self, times: Sequence[float]) -> list[int]:
         """Which of the frames, shown at ``times`` (increasing, from 0), are taken; at least one, none twice."""
         n = len(times)

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from vlmeval.dataset.image_vqa import MMVet
+from vlmeval.dataset.video_base import VideoBaseDataset
 from vlmeval.inference import infer_data_job
 
-from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, without_pair
+from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, clips, without_pair
 from ivcp_eval.benchmarks.agreement import NOTE, agreement
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL, not_whole
 from ivcp_eval.benchmarks.thinking import END, split_thinking
@@ -92,10 +93,14 @@ def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | Non
     for i in range(*slice(start, stop).indices(len(dataset.data))):
         line = dataset.data.iloc[i]
         build = partial(prompting.message, line, kind, dataset.dump_image) if kind else None
+        if isinstance(dataset, VideoBaseDataset):
+            build = partial(dataset.build_prompt, line, video_llm=True)
         try:
             with alone(dataset), contained("VLMEvalKit"):
                 message = unpacked(build or partial(dataset.build_prompt, line), again="image" in dataset.data)
-                if isinstance(dataset, CLASSES):
+                if isinstance(dataset, VideoBaseDataset):
+                    message = videos.of_file(message, clips.Sampling(dataset.nframe, max(0, dataset.fps)))
+                elif isinstance(dataset, CLASSES):
                     message = videos.shown(line, message)
             key, pictures = message_key(message), image_key(message)
         except (DiskFullError, NoLocksError):
@@ -179,6 +184,8 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
                 f"{benchmark.name} is rated by a judge, which exact matching cannot replace; name one (JUDGE=gpt-4o)"
             )
     thinking = answers.split_thinking(predictions) if benchmark.thinking == "split" else 0
+    if isinstance(dataset, VideoBaseDataset):  # whose evaluators refuse pickled tables
+        predictions = answers.as_text(predictions)
     with lossless_files():
         if judge is not None and benchmark.judge != "none":
             predictions, unrated = judging.rate(benchmark, dataset, predictions, judge, evaluator)

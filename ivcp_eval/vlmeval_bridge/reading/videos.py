@@ -38,6 +38,19 @@ def shown(line: Mapping[str, Any], message: Message) -> Message:
     return message
 
 
+def of_file(message: Message, sampling: clips.Sampling) -> Message:
+    """The message of a video class of VLMEvalKit's for models that take files, and which frames of the file are shown.
+
+    What it says of roles is left out: its own adapters of the families here put all of it into the user's turn.
+    """
+    asked = {name: value for name, value in vars(sampling).items() if value}
+    return [
+        {"type": part["type"], "value": part["value"], **(asked if part["type"] == "video" else {})}
+        for part in message
+        if part["value"]
+    ]
+
+
 def parts(message: Message) -> list[dict[str, Any]]:
     """The conversation that a session answers."""
     return [{part["type"]: part["value"], **{k: v for k, v in part.items() if k not in _OWN}} for part in message]

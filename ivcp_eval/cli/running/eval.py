@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget-prompt", type=int, nargs=2, metavar=("VISUAL", "TEXT"), help="tokens of the prompt for which FLOPs "
         "are held equal (default: 1024 64)")  # fmt: skip
     add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks, groups, or files of your own "
-        "pictures and videos (.jsonl, .tsv); default: the shipped sets for a shipped model, else the matrix of twenty")  # fmt: skip
+        "pictures, videos (.jsonl, .tsv); default: the shipped sets for a shipped model, else the twenty")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")

@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 
-<<<<<<< HEAD
 from ivcp_eval.benchmarks import clips
-from ivcp_eval.benchmarks.boxes import FORMATS, format_answer, parse_answer
-=======
->>>>>>> main
 from ivcp_eval.benchmarks.pictures import decoded
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock

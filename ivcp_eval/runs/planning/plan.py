@@ -305,12 +305,8 @@ class _Identities:
             versions=cells.versions(),
             code=code.hash,
             method_source=method_source(variant.method),
-<<<<<<< HEAD
-            generation=adapter(self.weights.family).stated(),
-            video=self.video,
-=======
             generation=sent,
->>>>>>> main
+            video=self.video,
         )
         return Cell(identity, self.plan.runs, options.exact, code.files)
 

@@ -64,6 +64,8 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
             f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder), or see `ivcp data`. "
             f"{benchmark.source}"
         )
+    if isinstance(dataset, CLASSES):
+        dataset.adds_videos = True  # see `messages`
     if limit is not None:
         cut = dataset.data.iloc[:limit]
         alone = without_pair(benchmark.vlmeval, {str(column): list(cut[column]) for column in cut})

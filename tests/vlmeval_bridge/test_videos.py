@@ -14,11 +14,13 @@ from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import clips
 from ivcp_eval.benchmarks.clips import Sampling
 from ivcp_eval.interface import Frame
+from ivcp_eval.interface.failures import InputRefused
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.vlmeval_bridge import register
 from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
+from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
 from tests.runs.conftest import Lab, lab  # noqa: F401 (a fixture)
 from tests.videos import video
 
@@ -173,3 +175,11 @@ def test_from_the_command_line_to_rows(
     failed = [record for cell in cells if (record := json.loads(cell.read_text()))["n_failed"]]
     assert [record["status"] for record in failed] == ["incomplete"] * 2, "other files are other cells"
     assert all("4 of 4 samples failed (DamagedVideo 4)" in record["reason"] for record in failed)
+
+
+def test_its_own_loop_never_asks_about_a_file_it_does_not_show() -> None:
+    data = Unpacking()
+    with pytest.raises(InputRefused, match="use ivcp eval"):
+        data.dump_image({"video": "a.mp4"})
+    data.adds_videos = True  # our runner does
+    assert data.dump_image({"video": "a.mp4"}) == []

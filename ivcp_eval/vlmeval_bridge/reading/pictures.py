@@ -100,7 +100,7 @@ class Unpacking:
         elif "video" in line:
             if not self.adds_videos:
                 raise InputRefused(
-                    "VLMEvalKit's own loop would ask about a video file without showing it; use ivcp eval"
+                    "VLMEvalKit's own loop would ask about a video and not show it; use ivcp eval"
                 )
             return []
         return super().dump_image(line)  # type: ignore[misc]

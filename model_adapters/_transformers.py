@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ivcp_eval.interface import AbstractAdapter, ImageSpan, Signal
 from model_adapters._checkpoint import whole
+from model_adapters._decoded import frames_in, video_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +48,25 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return getattr(model.model, "language_model", model.model)
 
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Where the image placeholder token stands, if image pixels (or encoded images) come with the ids."""
-        ids = inputs.get("input_ids")
+        """Where the placeholder tokens stand of what comes with the ids, as pixels or encoded: images, videos."""
+        ids, videos = inputs.get("input_ids"), self.video_mask(model, inputs)
         if ids is None or (inputs.get("pixel_values") is None and inputs.get("mm_encoder_outputs") is None):
+            return videos
+        images: Tensor = ids == model.config.image_token_id
+        return images if videos is None else images | videos
+
+    def video_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Where the video placeholder token stands, if a video comes with the ids, as frames or encoded."""
+        ids, encoded = inputs.get("input_ids"), (inputs.get("mm_encoder_outputs") or {}).get("video")
+        if self.no_videos or ids is None or (inputs.get("pixel_values_videos") is None and encoded is None):
             return None
-        return ids == model.config.image_token_id
+        videos: Tensor = ids == model.config.video_token_id
+        return videos
+
+    def in_video(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """(B, S) bool on CPU: those of ``mask`` that are a video's."""
+        videos = self.video_mask(model, inputs)
+        return torch.zeros_like(mask) if videos is None else videos.cpu() & mask
 
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """One image per run of placeholder tokens."""
@@ -115,31 +130,48 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return {}
 
     def encode(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Tensor]:
-        """`turn` of every conversation through the processor, padded on the left."""
+        """`turn` of every conversation through the processor, padded on the left.
+
+        Raises:
+            ValueError: a video for a processor that takes none, or one that is none (`_decoded.video_options`).
+        """
         images = [part["image"] for parts in conversations for part in parts if "image" in part]
+        videos = video_options(processor, conversations)
+        if videos and getattr(processor, "video_processor", None) is None:
+            raise ValueError(f"got a video, but {self.no_videos}; pass its frames as images")
         encoded: Mapping[str, Tensor] = processor(
             text=[self.turn(processor, parts) for parts in conversations],
             images=images or None,
             padding=True,
             padding_side="left",
             return_tensors="pt",
+            **videos,
         )
-        return encoded
+        return {name: value for name, value in encoded.items() if name != "video_metadata"}
+
+    def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
+        """When the frames of videos are shown: not every family's inputs say it."""
+        if not any("video" in part for parts in conversations for part in parts):
+            return {}
+        return {"frames": [frames_in(processor, parts) for parts in conversations]}
 
     def turn(self, processor: Any, parts: list[Mapping[str, Any]]) -> str:
-        """One user turn as text, a placeholder for each image: the checkpoint's own chat template."""
-        content = [{"type": "image"} if "image" in part else {"type": "text", "text": part["text"]} for part in parts]
+        """One user turn as text, a placeholder for each image and video: the checkpoint's own chat template."""
+        content = []
+        for part in parts:
+            kind = next(kind for kind in ("text", "image", "video") if kind in part)
+            content.append({"type": kind, "text": part["text"]} if kind == "text" else {"type": kind})
         turn = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
-def encoded_images(inputs: Mapping[str, Any]) -> list[Tensor] | None:
-    """(N, E) features of every image, where `generate` has encoded them before the forward (transformers 5.20+).
+def encoded(inputs: Mapping[str, Any], kind: Literal["image", "video"] = "image") -> list[Tensor] | None:
+    """(N, E) features of every image or video, where `generate` encoded it before the forward (transformers 5.20+).
 
-    The forward then gets neither pixels nor image sizes, only the features of each image.
+    The forward then gets neither pixels nor sizes, only the features.
     """
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    return None if encoded is None else [features.flatten(0, -2) for features in encoded.pooler_output]
+    found = (inputs.get("mm_encoder_outputs") or {}).get(kind)
+    return None if found is None else [features.flatten(0, -2) for features in found.pooler_output]
 
 
 def images_by_length(mask: Tensor, lengths: list[int]) -> list[list[int]] | None:

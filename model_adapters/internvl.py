@@ -49,6 +49,7 @@ class Adapter(AbstractTransformersAdapter):
 
     model_types = ("internvl", "llama", "qwen2")
     closing_tokens = 1  # </img>
+    no_videos = "its processor makes pictures of a video's frames"
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         *_originals("internvl25", "InternVL2_5", "1B 2B 4B 8B 26B 38B 78B", plain="8B"),
         *_originals("internvl3", "InternVL3", "1B 2B 8B 14B 38B 78B", plain="8B"),
@@ -105,6 +106,7 @@ class Adapter(AbstractTransformersAdapter):
         else:
             processor = super().load_processor(str(folder), **options)
         processor.image_processor.max_patches = MAX_TILES
+        frames_as_tiles(processor)
         return processor
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
@@ -120,13 +122,21 @@ class Adapter(AbstractTransformersAdapter):
         return f"{question}\n{SINGLE_WORD}"
 
     def turn(self, processor: Any, parts: list[Mapping[str, Any]]) -> str:
-        """Images first, numbered if several, then the text, in the originals' conversation template."""
-        return conversation(parts, processor.image_token)
+        """Videos and images first, images numbered if several, then the text, in the originals' template."""
+        return conversation(parts, processor.image_token, processor.video_token)
 
     def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
-        """The tile grid of a single image, all that the released pruning code can use."""
+        """The tile grid of a single image, all that the released pruning code can use; and the frames of videos."""
         images = [part["image"] for parts in conversations for part in parts if "image" in part]
-        return {"tiles": tile_grid(processor.image_processor, images[0].size)} if len(images) == 1 else {}
+        tiles = {"tiles": tile_grid(processor.image_processor, images[0].size)} if len(images) == 1 else {}
+        in_order = [sorted(parts, key=lambda part: "video" not in part) for parts in conversations]  # as `turn`
+        return {**tiles, **super().layout(processor, in_order)}
+
+
+def frames_as_tiles(processor: Any) -> None:
+    """Make the processor turn each frame of a video into one tile, as the published evaluation does."""
+    for name in ("size", "image_mean", "image_std"):
+        setattr(processor.video_processor, name, getattr(processor.image_processor, name))
 
 
 def _folder(source: str, revision: str | None) -> Path:
@@ -161,11 +171,14 @@ def _lay_out(span: ImageSpan) -> tuple[View, ...]:
     return View("tiles", joined, WHOLE), overview
 
 
-def conversation(parts: list[Mapping[str, Any]], image_token: str) -> str:
+def conversation(parts: list[Mapping[str, Any]], image_token: str, video_token: str = "") -> str:
     """One user turn; with several images "Image-1: ...", and "<Image-1>" where one stood among the text.
 
-    As VLMEvalKit's ``reorganize_prompt``: the marks are dropped where all images stand together.
+    As VLMEvalKit's ``reorganize_prompt``: the marks are dropped where all images stand together. A video, of which
+    the processor makes "Frame1: ...", stands before all else.
     """
+    videos = f"{video_token}\n" * sum("video" in part for part in parts)
+    parts = [part for part in parts if "video" not in part]
     texts = [part["text"] for part in parts if "text" in part]
     n = len(parts) - len(texts)
     if n <= 1:
@@ -175,7 +188,8 @@ def conversation(parts: list[Mapping[str, Any]], image_token: str) -> str:
         unread = iter(marks)
         marked = "".join(part["text"] if "text" in part else next(unread) for part in parts)
         question = "".join(f"Image-{i + 1}: {image_token}\n" for i in range(n)) + marked.replace("".join(marks), "")
-    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    user = f"<|im_start|>user\n{videos}{question}<|im_end|>\n"
+    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{user}<|im_start|>assistant\n"
 
 
 def tile_grid(image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:

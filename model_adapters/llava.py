@@ -32,6 +32,7 @@ class Adapter(AbstractTransformersAdapter):
     """Wiring of LLaVA-1.5."""
 
     model_types = ("llava",)
+    no_videos = "its model takes pictures only"
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint("llava15", "llava-hf/llava-1.5-7b-hf"),
         Checkpoint("llava15_13b", "llava-hf/llava-1.5-13b-hf"),

@@ -18,7 +18,7 @@ import torch
 from ivcp_eval.interface import WHOLE, Checkpoint, ImageSpan, QuestionKind, View, VisionTap
 from model_adapters._prompts import letter_question
 from model_adapters._shrink import shrunk_to_count
-from model_adapters._transformers import AbstractTransformersAdapter, encoded_images, image_runs, images_by_length
+from model_adapters._transformers import AbstractTransformersAdapter, encoded, image_runs, images_by_length
 from model_adapters._vision import feature_tap, newlines_by_row
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Adapter(AbstractTransformersAdapter):
     """Wiring of LLaVA-NeXT."""
 
     model_types = ("llava_next",)
+    no_videos = "its model takes pictures only (LLaVA-NeXT-Video is another)"
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint("llava_next", "llava-hf/llava-v1.6-vicuna-7b-hf"),
         Checkpoint("llava_next_13b", "llava-hf/llava-v1.6-vicuna-13b-hf"),
@@ -45,12 +46,12 @@ class Adapter(AbstractTransformersAdapter):
         Newline tokens count as the image's: they stand for its rows.
         """
         side = _side(model.config)
-        encoded = encoded_images(inputs)
+        features_of = encoded(inputs)
         newline = getattr(model.model, "image_newline", None)
-        if encoded is None:
+        if features_of is None:
             grids = self.grids(model.config, inputs)
         else:
-            grids = [_grid_by_newlines(features[side * side :], newline) for features in encoded]
+            grids = [_grid_by_newlines(features[side * side :], newline) for features in features_of]
         views = [(side * side, rows * (columns + 1)) for rows, columns in grids]
         rows = images_by_length(mask, [sum(view) for view in views])
         if rows is None:  # a mask given by the user

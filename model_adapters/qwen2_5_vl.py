@@ -11,11 +11,14 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from ivcp_eval.benchmarks.boxes import smart_resize
-from ivcp_eval.interface import WHOLE, Checkpoint, ImageSpan, QuestionKind, VisionTap, grid_view
+from ivcp_eval.interface import WHOLE, Checkpoint, Frame, ImageSpan, QuestionKind, VisionTap, grid_view
 from ivcp_eval.interface.ops import budget
 from model_adapters._shrink import shrunk_grid
-from model_adapters._transformers import AbstractTransformersAdapter, image_runs
+from model_adapters._transformers import AbstractTransformersAdapter, encoded, image_runs
+from model_adapters._videos import in_prompt_order, per_video, row_repeats, videos_by_length
 from model_adapters._vision import qwen_tap
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ class Adapter(AbstractTransformersAdapter):
     model_types = ("qwen2_5_vl",)
     position_axes = 3
     closing_tokens = 1  # <|vision_end|>
+    no_videos = ""
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint(
             "tiny",
@@ -51,8 +55,14 @@ class Adapter(AbstractTransformersAdapter):
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """Runs of <|image_pad|>; ``image_grid_thw`` lists the images of the whole batch in the same order.
 
-        Where `generate` has encoded the images before the forward, only the M-RoPE positions still show the grids.
+        Where `generate` has encoded the images before the forward, only the M-RoPE positions still show the grids. A
+        video is cut into its grid steps, each of which shows two frames.
         """
+        in_video = self.in_video(model, mask, inputs)
+        pictures = self._pictures(model, mask & ~in_video, inputs)
+        return in_prompt_order(pictures, self._steps(model, in_video, inputs)) if bool(in_video.any()) else pictures
+
+    def _pictures(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         merge = model.config.vision_config.spatial_merge_size
         runs = [image_runs(row) for row in mask]
         thw = inputs.get("image_grid_thw")
@@ -60,6 +70,36 @@ class Adapter(AbstractTransformersAdapter):
             return _spans_by_position(runs, inputs.get("position_ids"))
         grids = iter(_in_row_order([(t, h // merge, w // merge) for t, h, w in thw.tolist()], runs))
         return [[ImageSpan(run, grid=next(grids)[1:], lay_out=STRETCHED) for run in row] for row in runs]
+
+    def _steps(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
+        """The grid steps of every row's videos, as one run of placeholders or a run each; ``mask`` has theirs."""
+        merge = model.config.vision_config.spatial_merge_size
+        thw, features = inputs.get("video_grid_thw"), encoded(inputs, "video")
+        sizes = None if thw is None else [(t, h // merge, w // merge) for t, h, w in thw.tolist()]
+        lengths = [len(video) for video in features or ()] if sizes is None else [t * h * w for t, h, w in sizes]
+        rows = videos_by_length(mask, lengths)
+        repeats = row_repeats(inputs.get("input_ids"), mask)
+        given = inputs.get("second_per_grid_ts")
+        given = [] if given is None else [float(seconds) for seconds in given]
+        paces = per_video(given, [len(row) for row in rows], repeats)
+        spans: list[list[ImageSpan]] = []
+        for index, (row, pace) in enumerate(zip(rows, paces, strict=True)):
+            spans.append([])
+            for clip, ((number, columns), seconds) in enumerate(zip(row, pace, strict=True)):
+                if sizes is None:
+                    t, *grid = _grid_by_position(columns, index, inputs.get("position_ids"))
+                else:
+                    t, *grid = sizes[number]
+                spans[-1] += [
+                    ImageSpan(
+                        step,
+                        grid=(grid[0], grid[1]),
+                        lay_out=STRETCHED,
+                        frame=Frame(clip, number, None if seconds is None else number * seconds),
+                    )
+                    for number, step in enumerate(columns.chunk(t))
+                ]
+        return spans
 
     def pixel_options(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
         """``size`` of the image processor, whose edges are areas in spite of their names."""
@@ -123,6 +163,20 @@ def _spans_by_position(runs: list[list[Tensor]], position_ids: Tensor | None) ->
         grids = [(h, w) if h * w == run.numel() else None for (h, w), run in zip(sizes, row, strict=True)]
         spans.append([ImageSpan(run, grid=grid, lay_out=STRETCHED) for run, grid in zip(row, grids, strict=True)])
     return spans
+
+
+def _grid_by_position(columns: Tensor, row: int, position_ids: Tensor | None) -> tuple[int, int, int]:
+    """(t, h, w) of a video's tokens, of whose grid only the positions (3 or 4, B, S) of its first run are left."""
+    if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] >= 3:
+        run = columns[: int(((columns - columns[0]) == torch.arange(columns.numel())).sum())]
+        seen = position_ids[-2:, row].cpu()[:, run]
+        h, w = (int(n) for n in seen.amax(1) - seen.amin(1) + 1)
+        if columns.numel() % (h * w) == 0:
+            return columns.numel() // (h * w), h, w
+    raise ValueError(
+        f"the grid of a video of {columns.numel()} tokens is not known: pass video_grid_thw, or the 3-D position_ids "
+        "that `generate` makes of it"
+    )
 
 
 def _in_row_order(sizes: list[tuple[int, int, int]], runs: list[list[Tensor]]) -> list[tuple[int, int, int]]:

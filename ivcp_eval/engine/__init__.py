@@ -7,12 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.engine.guards.refusals import refuse_labels, unwrapped
+from ivcp_eval.engine.guards.refusals import refuse_labels, refuse_own_pruning, unwrapped
 from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.hooks import Pruner, listeners_for
 from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.run import Run
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, ModelFacts, Signal, Unsupported, VisionTap
+from ivcp_eval.interface import (
+    AbstractAdapter,
+    AbstractMethod,
+    Cut,
+    Frame,
+    ModelFacts,
+    Signal,
+    Unsupported,
+    VisionTap,
+)
 from ivcp_eval.interface.method import method_name
 from ivcp_eval.interface.registry import adapter as load_adapter
 from ivcp_eval.interface.registry import family_of, make_method
@@ -37,6 +46,7 @@ def prune(
     grid: tuple[int, int] | None = None,
     tiles: tuple[int, int] | None = None,
     padding: Sequence[int] | None = None,
+    frames: Sequence[Sequence[Frame | None]] | None = None,
     seed: int = 0,
     **parameters: Any,
 ) -> Iterator[Run]:
@@ -60,6 +70,9 @@ def prune(
             models alone. Overrides what the adapter finds.
         grid, tiles, padding: layout of the image(s) where there is no outer model to ask: (rows, columns) of a grid,
             (w, h) high-resolution tiles, and indices of tokens that show padding only.
+        frames: per row of the prompt, for each of its images in order (a video is one per grid step), which frame of
+            which video it shows, None for a picture: for frames that come as images, and where the model's inputs do
+            not say when a frame is shown. One row serves all.
         seed: of methods that draw; a row draws the same in any batch.
         **parameters: of the method, e.g. ``layer=16``, ``preset="official"``.
 
@@ -71,7 +84,7 @@ def prune(
         ValueError: unknown method, parameter or model family, no ratio or one outside (0, 1], a layer the model has
             not, a transformers release that the hooks do not fit, a model inside ``nn.DataParallel``, or (inside the
             block) something unsupported: static, offloaded or quantised caches, training, labels, torch.compile,
-            videos, chunked prefill, a new image on a filled cache.
+            videos of a family whose videos are not pruned, chunked prefill, a new image on a filled cache.
     """
     if not isinstance(method, str) and parameters:
         raise ValueError(f"parameters {sorted(parameters)} were given beside a ready method; set them on the method")
@@ -87,6 +100,7 @@ def prune(
         resolved=resolved,
         image_mask=image_mask,
         span_options={key: value for key, value in options.items() if value is not None},
+        frames=frames,
         seed=seed,
     )
     engine = Pruner(parts, listeners_for(model, resolved))
@@ -120,6 +134,7 @@ def resolve(
     if isinstance(method, str):
         method = make_method(method, parameters)
     config = getattr(model, "config", None)
+    refuse_own_pruning(config)
     family = family or family_of(getattr(config, "model_type", type(model).__name__))
     adapter = load_adapter(family)
     facts = adapter.facts(config, family)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -169,9 +168,9 @@ class Engine(ABC):
         self._inputs = dict(kwargs)
         if args:
             self._inputs.setdefault("input_ids", args[0])
-        refuse_videos(self._inputs)
+        refuse_videos(self._inputs, self.adapter.no_videos)
         self._image_mask = self.adapter.image_mask(self.model, self._inputs)
-        pixels = read(self._inputs, "pixel_values") is not None
+        pixels = any(read(self._inputs, name) is not None for name in ("pixel_values", "pixel_values_videos"))
         if self.cuts and pixels and self.parts.image_mask is None and read(self._inputs, "input_ids") is None:
             raise ValueError("got pixel_values with inputs_embeds: pass input_ids, or prune(..., image_mask=...)")
         if pixels and read(self._inputs, "mm_encoder_outputs") is None:
@@ -210,7 +209,7 @@ class Engine(ABC):
         alive = Rows(tuple(row.nonzero().flatten() for row in valid))
         visual = self._visual_mask(batch, length).cpu() & valid
         spans = self.adapter.image_spans(self.model, visual, self._inputs) if bool(visual.any()) else []
-        spans = [[replace(span, **self.parts.span_options) for span in row] for row in spans]
+        spans = self.parts.completed(spans)
         self.continuity.prompt_begins(length)
         self.run.start(visual, alive.columns, spans, len(self.decoder.layers))
         if self.cuts and bool(visual[:, -1].any()):
@@ -218,7 +217,9 @@ class Engine(ABC):
                 "a prompt ends with a visual token, whose logits a cut may drop. Put text after the last image."
             )
         if (self.cuts or self._needs_cache) and spans:
-            state = Prefill(Prompt(visual, alive, spans, self._inputs), len(self.decoder.layers), self.run)
+            videos = self.adapter.video_mask(self.model, self._inputs)
+            prompt = Prompt(visual, alive, spans, self._inputs, None if videos is None else videos.cpu() & visual)
+            state = Prefill(prompt, len(self.decoder.layers), self.run)
             self._running = state
             for listener in self.listeners:
                 listener.begin(state)

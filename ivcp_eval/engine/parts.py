@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut
+from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Cut, Frame, ImageSpan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +62,7 @@ class Parts:
         model: the outer model. resolved: what runs on it.
         image_mask: (B, S) bool, the visual tokens of the prompt; None: the adapter finds them.
         span_options: fields of `ImageSpan` that the caller knows better than the adapter.
+        frames: per row, which frame each of its images shows, likewise; one row serves all.
         seed: of methods that draw.
         text_model: decoder to hook in place of the model's own.
     """
@@ -70,6 +71,7 @@ class Parts:
     resolved: Resolved
     image_mask: Tensor | None = None
     span_options: Mapping[str, Any] = field(default_factory=dict)
+    frames: Sequence[Sequence[Frame | None]] | None = None
     seed: int = 0
     text_model: Any = None
 
@@ -77,6 +79,48 @@ class Parts:
     def decoder(self) -> Any:
         """The text model that is hooked, with ``layers``, ``norm`` and ``rotary_emb``."""
         return self.resolved.adapter.text_model(self.model) if self.text_model is None else self.text_model
+
+    def completed(self, spans: list[list[ImageSpan]]) -> list[list[ImageSpan]]:
+        """The images of every row with what the caller said of them.
+
+        Raises:
+            ValueError: ``frames`` do not fit the rows, or do not count clips and their steps from 0.
+        """
+        spans = [[replace(span, **self.span_options) for span in row] for row in spans]
+        if self.frames is None or not spans:
+            return spans
+        if not self.frames or len(spans) % len(self.frames):
+            raise ValueError(f"frames were given for {len(self.frames)} rows, the prompt has {len(spans)}")
+        repeats = len(spans) // len(self.frames)  # beams repeat every row
+        made = []
+        for number, row in enumerate(spans):
+            given = self.frames[number // repeats]
+            if len(given) != len(row):
+                raise ValueError(
+                    f"frames name {len(given)} images of row {number}, which has {len(row)} (each grid step of a video "
+                    "is one); give a Frame for each, None for a picture"
+                )
+            _check_frames(given)
+            made.append([replace(span, frame=frame) for span, frame in zip(row, given, strict=True)])
+        return made
+
+
+def _check_frames(frames: Sequence[Frame | None]) -> None:
+    """Raise ValueError unless clips and their steps are counted from 0, in the prompt's order and without gaps."""
+    clip, step, broken = -1, 0, False
+    for frame in frames:
+        if frame is None:
+            broken = True
+            continue
+        goes_on = f"Frame({clip}, {step}) or " if clip >= 0 else ""
+        if (frame.clip, frame.index) not in ((clip, step), (clip + 1, 0)):
+            raise ValueError(
+                f"got {frame}, expected {goes_on}Frame({clip + 1}, 0); count the clips of a row, and the frames of "
+                "each, in the prompt's order from 0"
+            )
+        if broken and frame.index:
+            raise ValueError(f"a picture stands between frames of clip {clip}; the frames of a clip follow each other")
+        clip, step, broken = frame.clip, frame.index + 1, False
 
 
 class Listener:

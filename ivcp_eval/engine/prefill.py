@@ -39,12 +39,14 @@ class Prompt:
     Attributes:
         image_mask: (B, S) bool on CPU, the visual tokens. alive: the columns that are not padding.
         spans: per row, its images. inputs: of the multimodal model, by name.
+        video_mask: (B, S) bool on CPU, those of ``image_mask`` that were encoded as videos; None without any.
     """
 
     image_mask: Tensor
     alive: Rows
     spans: Sequence[list[ImageSpan]]
     inputs: Mapping[str, Any]
+    video_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

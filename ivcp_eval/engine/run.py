@@ -138,7 +138,7 @@ class Run:
 
     def masks(self, row: int = 0) -> Masks:
         """What the cuts left of one row's images, to be kept or drawn without the model."""
-        images = tuple(ImageCells(span.columns.numel(), span.lay_out(span)) for span in self.images[row])
+        images = tuple(ImageCells(span.columns.numel(), span.lay_out(span), span.frame) for span in self.images[row])
         cuts = []
         for cut in self.cuts:
             merged = cut.merged[row]
@@ -149,7 +149,7 @@ class Run:
         """(rows, columns) bool: the cells of an image whose token is alive after a cut, as `Masks.mask`.
 
         Args:
-            image: of the row. row: of the prefill's batch.
+            image: of the row, each grid step of a video being one (`Masks.of_frame`). row: of the prefill's batch.
             view: number or name; the default is the one of highest resolution that spans the whole picture.
             cut: which of `cuts`; the default is the last. All cells are alive where nothing was cut.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from ivcp_eval.interface.method import ImageSpan, ModelFacts, Rectangle, Signal, TowerFacts
 
@@ -58,6 +58,10 @@ class PatchStates:
     class_token: bool = False
 
 
+TokensOf: TypeAlias = "Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]"
+"""From per-patch tensors (P, *) and the arguments of the tower's call the same of the visual tokens (N, *)."""
+
+
 @dataclass(frozen=True)
 class VisionTap:
     """Where the engine listens in a vision tower, and how patches become visual tokens.
@@ -73,6 +77,7 @@ class VisionTap:
         tokens: ``tokens(patches, args, kwargs)``: from per-patch tensors (P, *) and the arguments of the tower's call
             the same of the visual tokens, (N, *), all images one after the other in prompt order. With ``method``
             every argument comes by its name.
+        video: where images have a ``method`` of their own, that of videos and the ``tokens`` that belong to it.
         between: of every block the norm between attention and MLP, which is given the very tensor that the block adds
             the MLP's output to; empty where a visual token is not one patch, so that merging patches leaves as many.
     """
@@ -81,8 +86,9 @@ class VisionTap:
     facts: TowerFacts
     tower: Any
     states: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], PatchStates]
-    tokens: Callable[[Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], dict[str, Tensor]]
+    tokens: TokensOf
     method: str = "forward"
+    video: tuple[str, TokensOf] | None = None
     between: Sequence[Any] = ()
 
 
@@ -105,6 +111,7 @@ class AbstractAdapter(ABC):
     model_types: ClassVar[tuple[str, ...]]  # `config.model_type` of the models it handles
     position_axes: ClassVar[int] = 1  # of a token's position: 3 for M-RoPE
     closing_tokens: ClassVar[int] = 0  # marker tokens that close an image span (Qwen: <|vision_end|>)
+    no_videos: ClassVar[str] = "its adapter does not find them"  # why videos are refused; empty where they are pruned
 
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = ()
     box_format: ClassVar[str] = ""  # key of `benchmarks.boxes.FORMATS`; empty if the family was not trained to ground
@@ -132,11 +139,18 @@ class AbstractAdapter(ABC):
 
     @abstractmethod
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """(B, S) bool: visual tokens of images among ``inputs['input_ids']``; None if no image is passed."""
+        """(B, S) bool: visual tokens among ``inputs['input_ids']``; None if neither image nor video is passed."""
+
+    def video_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """(B, S) bool: those of `image_mask` that come as a video's; None if no video is passed.
+
+        The tower encodes them in a call of their own, after the images, wherever they stand in the prompt.
+        """
+        return None
 
     @abstractmethod
     def image_spans(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
-        """For each row its images in order. ``mask``: (B, S) bool on CPU."""
+        """For each row its images and the grid steps of its videos, in prompt order. ``mask``: (B, S) bool on CPU."""
 
     @abstractmethod
     def projection(self, layer: Any, signal: Signal) -> tuple[Any, Callable[[Tensor], Tensor]]:
@@ -197,11 +211,16 @@ class AbstractAdapter(ABC):
 
         Args:
             processor: as returned by `load`.
-            conversations: per sample the ordered parts of one user turn, ``{"image": PIL.Image}`` or ``{"text": str}``.
+            conversations: per sample the ordered parts of one user turn: ``{"image": PIL.Image}``, ``{"text": str}``,
+                or a decoded video, ``{"video": frames, "seconds": times}``: PIL images of one size or a uint8 array
+                (T, H, W, 3), and when each of them is shown, in seconds from the video's start.
+
+        Raises:
+            ValueError: a video, where the family takes none, without frames, or without increasing times.
         """
 
     def layout(self, processor: Any, conversations: list[list[Mapping[str, Any]]]) -> Mapping[str, Any]:
-        """Options of `prune` that only the pictures tell, such as InternVL's ``tiles``; as `encode` is called."""
+        """Options of `prune` that only the conversations tell, such as InternVL's ``tiles``; as `encode` is called."""
         return {}
 
     def covered(self, processor: Any, size: tuple[int, int]) -> Rectangle | None:

@@ -27,6 +27,7 @@ class Adapter(AbstractTransformersAdapter):
     """Wiring of DeepSeek-VL2, and of DeepseekV2 language models used alone (then `prune` needs ``image_mask=``)."""
 
     model_types = ("deepseek_vl_v2", "deepseek_v2")
+    no_videos = "its model takes pictures only"
     checkpoints = (
         Checkpoint("deepseek_vl2_small", "deepseek-ai/deepseek-vl2-small", note="16B, the one IVC-Prune was run on"),
         Checkpoint("deepseek_vl2_tiny", "deepseek-ai/deepseek-vl2-tiny", note="3B, multi-head attention"),
@@ -167,6 +168,8 @@ class Adapter(AbstractTransformersAdapter):
 
         VLMEvalKit's special case for MMMU (numbered placeholders, the first image doubled in size) is not repeated.
         """
+        if any("video" in part for parts in conversations for part in parts):
+            raise ValueError(f"got a video, but {self.no_videos}; pass its frames as images")
         turns, images = [], []
         for parts in conversations:
             texts = [f"{processor.image_token}\n" if "image" in part else part["text"] for part in parts]

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[list[dict[str, tuple[int, int]]], list[int]]] = {
     "qwen3_vl": QWEN,
     "llava": ([{"picture": (4, 4)}] * 2, [0, 0]),
     "llava_next": ([{"tiles": (4, 4), "overview": (2, 2)}, {"tiles": (2, 4), "overview": (2, 2)}], [4, 2]),
-    "llava_onevision": ([{"tiles": (4, 2), "overview": (2, 2)}, {"tiles": (2, 4), "overview": (2, 2)}], [4, 2]),
+    "llava_onevision": ([{"tiles": (6, 3), "overview": (3, 3)}, {"tiles": (3, 6), "overview": (3, 3)}], [6, 3]),
     "internvl": ([{"tiles": (4, 8), "overview": (4, 4)}, {"picture": (4, 4)}], [0, 0]),
     # One separator, and a newline for each row of both views.
     "deepseek_vl2": ([{"tiles": (4, 2), "overview": (2, 2)}, {"tiles": (2, 4), "overview": (2, 2)}], [7, 5]),

@@ -4,7 +4,8 @@
 >>> inputs = make_inputs("t5 i0 t9", "t4 i1 t3 i2 t6", "t12")  # three rows, left-padded, the last one text only
 >>> model.generate(**inputs, max_new_tokens=4, do_sample=False)  # doctest: +SKIP
 
-A layout names segments in order: ``tN`` is N text tokens, ``iK`` the family's image of kind K. A family lives in
+A layout names segments in order: ``tN`` is N text tokens, ``iK`` the family's image of kind K, ``vK`` its video of kind
+K. A family lives in
 ``tests/model_adapters/families/<family>.py`` (its adapter's name) and defines
 
 * ``N_TOKENS``: visual tokens of each kind of image, kind 0 the largest and of at least 12; have a kind with one
@@ -12,8 +13,11 @@ A layout names segments in order: ``tN`` is N text tokens, ``iK`` the family's i
 * ``model(attn) -> nn.Module``: a stock class with at least 6 small decoder layers, float32, for that attention
   implementation. Weights are drawn here.
 * ``IMAGE``: the id of the image placeholder token.
-* ``inputs(rows, seed) -> dict``: what ``forward`` and ``generate`` take, for rows of ("text", N) and ("image", K)
-  segments: at least ``input_ids`` and ``attention_mask``, left-padded (`pad_left`), and image tensors if there are any.
+* where the family has videos, ``STEPS``: visual tokens of each grid step of each kind of video, and ``VIDEO``: the id
+  of the placeholder token.
+* ``inputs(rows, seed) -> dict``: what ``forward`` and ``generate`` take, for rows of ("text", N), ("image", K) and
+  ("video", K) segments: at least ``input_ids`` and ``attention_mask``, left-padded (`pad_left`), and image tensors if
+  there are any.
 * optionally ``SECOND_TURN_DROPS``: inputs not to be passed again on a filled cache.
 """
 
@@ -110,14 +114,14 @@ def make_inputs(name: str, *layouts: str, seed: int = 0) -> dict[str, Any]:
 
 def parse(layout: str) -> list[Segment]:
     """``"t5 i0"`` -> ``[("text", 5), ("image", 0)]``."""
-    return [({"t": "text", "i": "image"}[part[0]], int(part[1:])) for part in layout.split()]
+    return [({"t": "text", "i": "image", "v": "video"}[part[0]], int(part[1:])) for part in layout.split()]
 
 
 def row_generator(row: list[Segment], seed: int) -> torch.Generator:
     """The source of a row's content: equal rows are equal in every batch."""
     code = seed
     for kind, number in row:
-        code = (code * 1009 + number * 2 + (kind == "text")) % (1 << 31)
+        code = (code * 1009 + number * 2 + {"image": 0, "text": 1, "video": 500}[kind]) % (1 << 31)
     return torch.Generator().manual_seed(code)
 
 

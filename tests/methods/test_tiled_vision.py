@@ -16,12 +16,14 @@ from ivcp_eval.methods.visionzip import Method as VisionZip
 from model_adapters._vision import newlines_by_row
 from tests.engine import tiny_models
 
-SIDE = 2  # patches per side of a tile of the tiny models
 NEXT = {
     (56, 56): (2, 2),
     (28, 56): (1, 2),
     (56, 28): (2, 1),
     (30, 60): (1, 2),
+    (84, 84): (2, 2),
+    (42, 84): (1, 2),
+    (84, 42): (2, 1),
 }  # (height, width): rows, columns of tiles
 ROWS = ("t5 i0 t9", "t4 i1 t3 i2 i3 t6")
 
@@ -67,10 +69,10 @@ def per_tile(family: str, inputs: dict[str, Any], counts: list[int]) -> dict[str
 
 def line_of(tiles: Tensor, size: tuple[int, int], grid: tuple[int, int], most: int | None) -> Tensor:
     """One image: overview, then the unpadded grid row by row, each row followed by its mean."""
-    line = list(tiles[0])
-    rows, columns = (SIDE * n for n in grid)
+    line, side = list(tiles[0]), math.isqrt(tiles.shape[1])
+    rows, columns = (side * n for n in grid)
     cell = [
-        [tiles[1 + (y // SIDE) * grid[1] + x // SIDE, (y % SIDE) * SIDE + x % SIDE] for x in range(columns)]
+        [tiles[1 + (y // side) * grid[1] + x // side, (y % side) * side + x % side] for x in range(columns)]
         for y in range(rows)
     ]
     height, width = size
@@ -81,7 +83,7 @@ def line_of(tiles: Tensor, size: tuple[int, int], grid: tuple[int, int], most: i
         cut = (columns - int(round(width * rows / height, 7))) // 2
         cell = [row[cut : columns - cut] for row in cell]
     if most is not None:
-        ratio = math.sqrt(len(cell) * len(cell[0]) / (most * SIDE**2))
+        ratio = math.sqrt(len(cell) * len(cell[0]) / (most * side**2))
         if ratio > 1.1:
             cell = bilinear(cell, int(len(cell) // ratio), int(len(cell[0]) // ratio))
     for row in cell:
@@ -118,7 +120,7 @@ def test_every_token_gets_the_signal_of_its_cells(family: str, encoded_before: b
     sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
     tiles = [1 + NEXT[size][0] * NEXT[size][1] for size in sizes]
     literal = per_tile(family, inputs, tiles)
-    most = 3 if family == "llava_onevision" else None
+    most = 2 if family == "llava_onevision" else None
     calls = seen(family, inputs, **({"num_beams": 2} if encoded_before else {}))
     calls = calls[::2] if encoded_before else calls
     assert len(calls) == len(ROWS)
@@ -143,12 +145,12 @@ def test_features_are_those_that_the_language_model_gets() -> None:
 
 def test_several_images_of_a_onevision_sample_are_overviews() -> None:
     """One newline behind each, which gets the mean of its overview."""
-    ids = torch.tensor([[20, *[503] * 5, *[503] * 5, 21, 22, 23]])
+    ids = torch.tensor([[20, *[503] * 10, *[503] * 10, 21, 22, 23]])
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(2, 1, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
-        "image_sizes": torch.tensor([[56, 56], [28, 56]]),
+        "pixel_values": torch.randn(2, 1, 3, 42, 42, generator=torch.Generator().manual_seed(0)),
+        "image_sizes": torch.tensor([[84, 84], [42, 84]]),
         "batch_num_images": torch.tensor([2]),
     }
     literal = per_tile("llava_onevision", inputs, [1, 1])

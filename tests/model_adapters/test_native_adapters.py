@@ -50,7 +50,7 @@ def test_images_and_budgets(family: str) -> None:
         wanted = [sizes[kind % len(sizes)] for kind in kinds]
         assert [image.n_prompt for image in signals.images] == wanted
         ids = torch.full((sum(wanted),), tiny_models.family(family).IMAGE)
-        columns = image_columns(ids, int(ids[0]), wanted)
+        columns = image_columns(ids, [int(ids[0])], wanted)
         assert [image.tokens.tolist() for image in signals.images] == columns
         kept = set(selection.keep.tolist())
         assert [len(kept & set(c)) for c in columns] == [max(1, round(0.3 * n)) for n in wanted]
@@ -113,17 +113,17 @@ def test_llava_onevision_views_add_up_to_the_processors_count() -> None:
 def test_llava_onevision_several_images_as_the_processor_encodes_them() -> None:
     """One overview each (``batch_num_images``); the spans follow."""
     model, _ = tiny_models.build("llava_onevision")
-    ids = torch.tensor([[20, *[503] * 5, *[503] * 5, 21, 22, 23]])
+    ids = torch.tensor([[20, *[503] * 10, *[503] * 10, 21, 22, 23]])
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(2, 1, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
-        "image_sizes": torch.tensor([[56, 56], [28, 56]]),
+        "pixel_values": torch.randn(2, 1, 3, 42, 42, generator=torch.Generator().manual_seed(0)),
+        "image_sizes": torch.tensor([[84, 84], [42, 84]]),
         "batch_num_images": torch.tensor([2]),
     }
     with torch.no_grad(), ivcp_eval.prune(model, "ivc_prune", 0.4) as run:
         model(**inputs)
-    assert (run.visual_prompt, run.visual_kept) == ([10], [4])
+    assert (run.visual_prompt, run.visual_kept) == ([20], [8])
 
 
 def test_images_by_length_undoes_what_beam_search_repeats() -> None:

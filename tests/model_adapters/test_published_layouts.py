@@ -183,7 +183,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llava_onevision": {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "ignore_index": -100,
-        "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        "image_grid_pinpoints": [[42, 84], [84, 42], [84, 84]],
         "image_token_index": 503,
         "model_type": "llava_onevision",
         "projector_hidden_act": "gelu",
@@ -202,7 +202,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_aspect_ratio": "anyres_max_2",
         "vision_config": {
             "hidden_size": 32,
-            "image_size": 28,
+            "image_size": 42,
             "intermediate_size": 48,
             "model_type": "siglip_vision_model",
             "num_attention_heads": 2,

@@ -122,7 +122,8 @@ class Trunk(Engine):
         options = {key: value for key, value in layout.items() if value is not None}
         cuts = tuple(Cut(layer, 1.0, needs=signals) for layer, signals in layers.items())
         resolved = Resolved(adapter, family, _Unpruned.of(methods, model, adapter), "none", 1.0, cuts)
-        parts = Parts(model, resolved, image_mask=options.pop("image_mask", None), span_options=options)
+        known = {name: options.pop(name, None) for name in ("image_mask", "frames")}
+        parts = Parts(model, resolved, **known, span_options=options)
         super().__init__(parts, listeners_for(model, resolved))
         self.last = None if whole else max(layers)
         self.snapshots: dict[int, Snapshot] = {}

@@ -53,16 +53,29 @@ def refuse_labels(_module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> 
         raise ValueError("got labels: a pruned prefill has fewer logits than tokens. Leave the prune block to train.")
 
 
-def refuse_videos(inputs: Mapping[str, Any]) -> None:
+def refuse_videos(inputs: Mapping[str, Any], reason: str) -> None:
     """Raise ValueError where the inputs of the multimodal model hold a video, as frames or already encoded.
 
     `generate` encodes videos, as it does images, before the forward (transformers 5.20 and later).
+
+    Args:
+        reason: why the family's videos cannot be pruned (`AbstractAdapter.no_videos`); empty where they can.
     """
     given = [name for name, value in inputs.items() if "video" in name and value is not None]
-    if given or (read(inputs, "mm_encoder_outputs") or {}).get("video") is not None:
+    if reason and (given or (read(inputs, "mm_encoder_outputs") or {}).get("video") is not None):
         raise ValueError(
-            "got a video; only images can be pruned, and a video's tokens would count as text. Pass its frames as "
-            "images, or leave the prune block."
+            f"got a video, whose tokens would count as text: {reason}. Pass its frames as images and say which belong "
+            "together, prune(..., frames=[[Frame(0, 0), Frame(0, 1), ...]]), or leave the prune block."
+        )
+
+
+def refuse_own_pruning(config: Any) -> None:
+    """Raise ValueError for a model that prunes its own videos: what it answers unpruned is no baseline."""
+    share = getattr(config, "video_pruning_rate", None)
+    if share:
+        raise ValueError(
+            f"{getattr(config, 'model_type', 'the model')} prunes its own videos (config.video_pruning_rate={share}), "
+            "so that every row, the baseline first, would be pruned twice; load it with video_pruning_rate=0"
         )
 
 

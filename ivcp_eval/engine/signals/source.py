@@ -27,7 +27,7 @@ def images_at_cut(
     The budget of an image is `ops.budget` of its *prompt* tokens, so staged ratios do not compound, and at most
     what is alive. That of a clip is the same of all its frames, split among them by their prompt tokens.
     """
-    alive = [is_member(visual_columns, span.columns).nonzero().flatten() for span in spans]
+    alive = [_alive(span, visual_columns) for span in spans]
     groups = range(len(spans)) if budget_of == "image" else [_clip(span, place) for place, span in enumerate(spans)]
     allowances = budgets(ratio, [span.columns.numel() for span in spans], [len(tokens) for tokens in alive], groups)
     images = []
@@ -39,6 +39,12 @@ def images_at_cut(
             view = torch.searchsorted(first, places, right=True)
         images.append(Image(tokens=tokens, budget=allowed, n_prompt=span.columns.numel(), span=span, view=view))
     return tuple(images)
+
+
+def _alive(span: ImageSpan, visual_columns: Tensor) -> Tensor:
+    """(N,) which of the row's visual tokens are the span's; looks at its stretch only, as there may be 1,000 spans."""
+    low, high = torch.searchsorted(visual_columns, span.columns[[0, -1]] + torch.tensor([0, 1])).tolist()
+    return is_member(visual_columns[low:high], span.columns).nonzero().flatten() + low
 
 
 def _clip(span: ImageSpan, place: int) -> tuple[str, int]:

@@ -58,11 +58,15 @@ class VisionListener(Listener):
             handles.append(attention.register_forward_hook(functools.partial(hear_attention, number), with_kwargs=True))
             if self.signals & {"feature", "group"}:
                 handles.append(block.register_forward_hook(functools.partial(hear_block, number)))
+        encoded = functools.partial(self._after_tower, tap.tokens)
         handles.append(
-            tap.tower.register_forward_hook(self._after_tower, with_kwargs=True)
+            tap.tower.register_forward_hook(encoded, with_kwargs=True)
             if tap.method == "forward"
-            else MethodHook(tap.tower, tap.method, self._after_tower)
+            else MethodHook(tap.tower, tap.method, encoded)
         )
+        if tap.video is not None:
+            method, tokens = tap.video
+            handles.append(MethodHook(tap.tower, method, functools.partial(self._after_tower, tokens)))
         return handles
 
     def encode(self) -> None:
@@ -71,14 +75,19 @@ class VisionListener(Listener):
 
     def begin(self, state: Prefill) -> None:
         """Give the prefill the signals of its visual tokens."""
-        state.vision = self.rows(state.prompt.image_mask.sum(1).tolist())
+        videos = state.prompt.video_mask
+        state.vision = self.rows(
+            state.prompt.image_mask.sum(1).tolist(), None if videos is None else videos[state.prompt.image_mask]
+        )
 
-    def rows(self, sizes: list[int]) -> list[dict[str, Tensor]]:
+    def rows(self, sizes: list[int], in_video: Tensor | None = None) -> list[dict[str, Tensor]]:
         """Per row the signals of its visual tokens, as ``NUMBER/SIGNAL``; `of_method` gives them a method's names.
 
         Args:
             sizes: visual tokens of each row. Beams repeat rows, and `generate` may have encoded the images once for
                 all of them.
+            in_video: (sum of sizes,) bool: which of them, row after row, are a video's; None without any. All videos
+                are encoded after all images.
 
         Raises:
             ValueError: the images that were encoded are not those of the prompt.
@@ -88,8 +97,12 @@ class VisionListener(Listener):
         for repeats in (r for r in range(1, len(sizes) + 1) if len(sizes) % r == 0):
             distinct = sizes[::repeats]
             if sum(distinct) == total and [n for n in distinct for _ in range(repeats)] == sizes:
-                joined = {name: torch.cat([part[name] for part in heard]).split(distinct) for name in heard[0]}
-                return [{name: parts[row // repeats] for name, parts in joined.items()} for row in range(len(sizes))]
+                joined = {name: torch.cat([part[name] for part in heard]) for name in heard[0]}
+                if in_video is not None:
+                    place = _places(torch.cat(in_video.split(sizes)[::repeats]))
+                    joined = {name: signal[place.to(signal.device)] for name, signal in joined.items()}
+                split = {name: signal.split(distinct) for name, signal in joined.items()}
+                return [{name: parts[row // repeats] for name, parts in split.items()} for row in range(len(sizes))]
         raise ValueError(
             f"the vision tower encoded {total} visual tokens, the rows of the prompt hold {sizes}. Pass pixel_values "
             "with the prompt (not inputs_embeds or cached image features)."
@@ -110,10 +123,17 @@ class VisionListener(Listener):
             self._heard.patches[f"{number}/group"] = torch.cat(self.merging.groups)
             self.merging.clear()
 
-    def _after_tower(self, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+    def _after_tower(self, tokens: Any, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if self._heard.patches:
             patches, self._heard.patches = self._heard.patches, {}
-            self._heard.images.append(self.tap.tokens(patches, args, kwargs))
+            self._heard.images.append(tokens(patches, args, kwargs))
+
+
+def _places(in_video: Tensor) -> Tensor:
+    """(V,) where each visual token of the prompt stands among those of all images and, behind them, of all videos."""
+    place = torch.empty_like(in_video, dtype=torch.int64)
+    place[torch.cat(((~in_video).nonzero().flatten(), in_video.nonzero().flatten()))] = torch.arange(place.numel())
+    return place
 
 
 def _by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

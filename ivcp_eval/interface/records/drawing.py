@@ -298,17 +298,21 @@ def _caption(drawing: Drawing, row: Row, cut: int | None) -> str:
     masks = row.masks
     if masks is None or not masks.images:
         return ""
-    n = masks.images[drawing.image].n_tokens
+    n, frame = masks.images[drawing.image].n_tokens, masks.images[drawing.image].frame
+    shown = ""
+    if frame is not None:
+        time = "" if frame.seconds is None else f" at {frame.seconds:g} s"
+        shown = f"clip {frame.clip}, frame {frame.index}{time}: "
     if cut is None:
-        return f"{n} tokens, all kept"
-    text = f"before layer {masks.cuts[cut].layer}: {masks.kept(drawing.image, cut)} of {n} tokens"
+        return f"{shown}{n} tokens, all kept"
+    text = f"{shown}before layer {masks.cuts[cut].layer}: {masks.kept(drawing.image, cut)} of {n} tokens"
     views = masks.images[drawing.image].views
     if not views:
         return f"{text}; how they lie in the picture is not known"
     view = masks.view(drawing.image, drawing.view)
     if (view.cells >= 0).sum() < n:
-        shown = masks.mask(drawing.image, drawing.view, cut)
-        text += f", {shown.sum()} of {(view.cells >= 0).sum()} in the view drawn ({view.name})"
+        alive = masks.mask(drawing.image, drawing.view, cut)
+        text += f", {alive.sum()} of {(view.cells >= 0).sum()} in the view drawn ({view.name})"
     if view.covers is None:
         text += "; which part of the picture they show is not known"
     return text

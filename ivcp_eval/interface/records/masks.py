@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.interface.method import View
+from ivcp_eval.interface.method import Frame, View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,14 +45,16 @@ class CutMask:
 
 @dataclass(frozen=True)
 class ImageCells:
-    """One image of a prompt.
+    """One image of a prompt, or one grid step of a video.
 
     Attributes:
         n_tokens: its visual tokens in the prompt. views: where they lie (`ImageSpan.lay_out`); empty if not known.
+        frame: which part of which video it shows; None for a picture.
     """
 
     n_tokens: int
     views: tuple[View, ...]
+    frame: Frame | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,17 @@ class Masks:
         tokens = self._tokens(image)
         return int(self._cut(cut).kept[tokens].sum()) if self.cuts else tokens.stop - tokens.start
 
+    def of_frame(self, clip: int, index: int) -> int:
+        """Which image of the prompt shows a grid step of a video, both counted from 0; ValueError if none does."""
+        found = [image.frame and (image.frame.clip, image.frame.index) for image in self.images]
+        if (clip, index) not in found:
+            clips = [place[0] for place in found if place]
+            sizes = ", ".join(f"clip {number} has {clips.count(number)}" for number in dict.fromkeys(clips))
+            raise ValueError(
+                f"the prompt has no frame {index} of clip {clip}; of its frames {sizes or 'there are none'}"
+            )
+        return found.index((clip, index))
+
     def view(self, image: int = 0, view: int | str = 0) -> View:
         """One view of an image; raises ValueError as `mask`."""
         self._tokens(image)
@@ -134,7 +147,10 @@ class Masks:
         """ASCII without spaces; some hundred characters."""
         import numpy as np
 
-        images = [[image.n_tokens, [_packed_view(view) for view in image.views]] for image in self.images]
+        images = [
+            [image.n_tokens, [_packed_view(view) for view in image.views], *_packed_frame(image.frame)]
+            for image in self.images
+        ]
         cuts, bits = [], []
         for cut in self.cuts:
             bits.append(np.packbits(cut.kept).tobytes())
@@ -178,6 +194,18 @@ def _packed_view(view: View) -> list[Any]:
     return [view.name, *view.cells.shape, covers, stretches]
 
 
+def _packed_frame(frame: Frame | None) -> list[Any]:
+    """Nothing of a picture, so that its text is as it was before there were videos."""
+    return [] if frame is None else [[frame.clip, frame.index, frame.seconds]]
+
+
+def _frame(packed: Sequence[Any]) -> Frame | None:
+    if not packed:
+        return None
+    ((clip, index, seconds),) = packed
+    return Frame(int(clip), int(index), None if seconds is None else float(seconds))
+
+
 def _view(packed: Sequence[Any], n_tokens: int) -> View:
     import numpy as np
 
@@ -201,7 +229,10 @@ def _read(raw: bytes) -> Masks:
 
     head, _, rest = raw.partition(b"\n")
     said = json.loads(head)
-    images = tuple(ImageCells(int(n), tuple(_view(view, n) for view in views)) for n, views in said["images"])
+    images = tuple(
+        ImageCells(int(n), tuple(_view(view, n) for view in views), _frame(frame))
+        for n, views, *frame in said["images"]
+    )
     n_tokens = sum(image.n_tokens for image in images)
     place = 0
 

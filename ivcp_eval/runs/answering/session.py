@@ -105,7 +105,8 @@ class Session:
         """Answer one conversation greedily.
 
         Args:
-            parts: ``{"image": PIL.Image or path}`` and ``{"text": str}`` in order.
+            parts: ``{"image": PIL.Image or path}``, ``{"text": str}`` and decoded videos (`AbstractAdapter.encode`) in
+                order.
             grounding: also find the canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or "no box"
                 where the answer holds none in the family's declared format.
 
@@ -139,6 +140,11 @@ class Session:
             conversation, whole = _decoded(parts), None
             share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
             if share is not None:
+                if any("video" in part for part in conversation):
+                    raise InputRefused(
+                        f"method {variant.method!r} shrinks pictures and would leave the video as it is; show fewer "
+                        "frames instead"
+                    )
                 whole = conversation
                 conversation = [
                     {"image": shrink(part["image"], self.adapter, self.processor, share)} if "image" in part else part
@@ -192,9 +198,12 @@ class Session:
         self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool, exact: bool
     ) -> list[list[Answer]]:
         decoded = [_decoded(parts) for parts in conversations]
-        layouts = [self.adapter.layout(self.processor, [conversation]) for conversation in decoded]
+        layouts = [dict(self.adapter.layout(self.processor, [conversation])) for conversation in decoded]
+        frames = [layout.pop("frames", None) for layout in layouts]
         if any(layout != layouts[0] for layout in layouts):
             raise ValueError("the pictures of these samples are laid out differently; answer them one at a time")
+        if any(frames):  # which are the rows' own
+            layouts[0]["frames"] = self.adapter.layout(self.processor, decoded)["frames"]
         own = [i for i, variant in enumerate(variants) if _on_its_own(variant)]
         rest = [i for i in range(len(variants)) if i not in own]
         answered = [{i: self.answer(conversation, variants[i], grounding) for i in own} for conversation in decoded]
@@ -294,10 +303,11 @@ class Session:
     def _masks(self, run: Run, conversation: list[Mapping[str, Any]]) -> Masks:
         """Of one row; what only the processor knows of where the views lie is filled in."""
         masks = run.masks()
-        pictures = [part["image"] for part in conversation if "image" in part]
+        pictures = iter([part["image"] for part in conversation if "image" in part])
         images = []
-        for image, picture in zip(masks.images, pictures, strict=True):
-            covered = self.adapter.covered(self.processor, picture.size)
+        for image in masks.images:
+            whole = image.frame is None  # frames of videos know what they show
+            covered = self.adapter.covered(self.processor, next(pictures).size) if whole else None
             images.append(replace(image, views=tuple(replace(v, covers=v.covers or covered) for v in image.views)))
         return replace(masks, images=tuple(images))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,9 @@ from tests.engine.contract.toys import TOYS
 
 SINGLE = ("t5 i0 t9",)
 RAGGED = ("t5 i0 t9", "t4 i1 t3 i2 t6", "t12")  # one image; two; text only: three lengths, left-padded
+SEVERAL = ("t2 i1 i0 i1 t4",)
+# A video; an image on either side of one, and another; text only. And images between videos, of which one ends all.
+WITH_VIDEOS = ("t5 v0 t9",), ("t5 v0 t9", "t4 i1 t3 v1 t2 i2 t2 v0 t6", "t12"), ("t2 v1 i0 t1 v0 t4",)
 PARAMETERS: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {
     # The released DeepSeek code knows only 14 x 15 tiles, too many for a tiny model; tests/engine/oracle replays it.
     "ivc_prune": (({"preset": "official"}, ("qwen2_5_vl", "llava", "internvl")),),
@@ -42,7 +45,7 @@ class Recording:
     edits: list[tuple[int, Tensor]] = field(default_factory=list)
     steps: list[tuple[Step, Tensor | None]] = field(default_factory=list)
 
-    def plan(self, inputs: dict[str, Any], image_token: int) -> Plan:
+    def plan(self, inputs: dict[str, Any], placeholders: Container[int]) -> Plan:
         """The reference's plan of the last prefill, which `inputs` was; forgets the calls."""
         calls = [(signals.stage, selection) for signals, selection in self.calls]
         embedded = [signals.hidden[signals.visual] for signals, _ in self.calls]
@@ -57,7 +60,7 @@ class Recording:
             for stage, selection in calls
             if stage not in observed
         ]
-        plan = make_plan(inputs, image_token, cuts, renumbered, edits)
+        plan = make_plan(inputs, placeholders, cuts, renumbered, edits)
         plan.add_steps(steps)
         if "group" in self.method.tower_signals:
             plan.embedded = embedded
@@ -73,10 +76,11 @@ class Case:
     parameters: tuple[tuple[str, Any], ...] = ()
     ratio: float = 0.5
     attn: str = field(default_factory=lambda: tiny_models.WHERE.attention)
+    videos: bool = False
 
     def __str__(self) -> str:
         extra = "".join(f"-{value}" for _, value in self.parameters)
-        return f"{self.method}{extra}-{self.family}"
+        return f"{self.method}{extra}-{self.family}{'-videos' * self.videos}"
 
     def but(self, **changes: Any) -> Case:
         """The case with another ratio or attention."""
@@ -97,14 +101,50 @@ class Case:
         """The placeholder's id."""
         return int(tiny_models.family(self.family).IMAGE)
 
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """The ids of the placeholders of images and videos."""
+        return self.image_token, getattr(tiny_models.family(self.family), "VIDEO", self.image_token)
+
+    def is_visual(self, ids: Tensor) -> Tensor:
+        """Which of the ids are placeholders."""
+        return torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """The layout of a batch of one row."""
+        return WITH_VIDEOS[0] if self.videos else SINGLE
+
+    @property
+    def ragged(self) -> tuple[str, ...]:
+        """Layouts of a batch: rows of unequal length, one of text only."""
+        return WITH_VIDEOS[1] if self.videos else RAGGED
+
+    @property
+    def several(self) -> tuple[str, ...]:
+        """The layout of a row with three images or more, some side by side."""
+        return WITH_VIDEOS[2] if self.videos else SEVERAL
+
     def inputs(self, *layouts: str, seed: int = 0) -> dict[str, Any]:
         """Prompts; see `tests.engine.tiny_models`."""
         return tiny_models.make_inputs(self.family, *layouts, seed=seed)
 
     def image_sizes(self, layout: str) -> list[int]:
-        """Visual tokens of each image of a layout."""
-        sizes = tiny_models.family(self.family).N_TOKENS
-        return [sizes[number % len(sizes)] for kind, number in tiny_models.parse(layout) if kind == "image"]
+        """Visual tokens of each image of a layout, and of each grid step of its videos."""
+        return [n for sizes in self._sizes(layout) for n in sizes]
+
+    def clip_sizes(self, layout: str) -> list[int]:
+        """How many images each clip of a layout is: 1, or the grid steps of a video."""
+        return list(map(len, self._sizes(layout)))
+
+    def _sizes(self, layout: str) -> list[tuple[int, ...]]:
+        module = tiny_models.family(self.family)
+        images, segments = module.N_TOKENS, tiny_models.parse(layout)
+        return [
+            (images[number % len(images)],) if kind == "image" else module.STEPS[number]
+            for kind, number in segments
+            if kind != "text"
+        ]
 
     def make(self) -> AbstractMethod:
         """A fresh instance of the method."""
@@ -188,7 +228,31 @@ def all_cases() -> list[Case]:
             list(TOYS) if family in ("qwen2_5_vl", "llava") else ["toy_stages_mixed", "toy_merge", "toy_renumber_once"]
         )
         cases += [Case(family, name) for name in toys]
+        if hasattr(tiny_models.family(family), "STEPS"):
+            cases += [Case(family, method, videos=True) for method in ON_VIDEOS]
     return cases
+
+
+ON_VIDEOS: dict[str, frozenset[str]] = {
+    "none": frozenset({"ratio_one_is_bit_equal"}),
+    "toy_clips": frozenset(
+        {
+            "batch_equals_its_rows",
+            "beams_equal_reference",
+            "budget_is_exact_per_image",
+            "cache_lengths_are_as_declared",
+            "decode_equals_reference",
+            "ratio_one_is_bit_equal",
+            "second_turn_equals_reference",
+            "uncached_equals_reference",
+        }
+    ),
+    "visionzip": frozenset({"batch_equals_its_rows", "decode_equals_reference", "generate_offers_the_same_signals"}),
+    "ivc_prune": frozenset({"budget_is_exact_per_image", "decode_equals_reference", "prefill_equals_reference"}),
+    "snapkv": frozenset({"budget_is_exact_per_image", "decode_equals_reference"}),
+    "fastv+dstp": frozenset({"decode_equals_reference"}),
+}
+"""What runs on prompts with videos, by default: of each kind of method the checks in which a video could differ."""
 
 
 MECHANICS = frozenset(
@@ -217,14 +281,16 @@ def wanted(check: str, case: Case) -> bool:
     `MECHANICS` run for `none`, the main method and the toys wherever these run, for every other method on two
     families: Qwen2.5-VL and one that its name decides.
     """
+    if case.videos:
+        return check in ON_VIDEOS[case.method]
     if check not in MECHANICS or case.method in TOYS or case.method in ("none", "ivc_prune"):
         return True
     families = tiny_models.names()
     return case.family in ("qwen2_5_vl", families[zlib.crc32(case.method.encode()) % len(families)])
 
 
-def image_columns(ids: Tensor, image_token: int, sizes: list[int]) -> list[list[int]]:
+def image_columns(ids: Tensor, placeholders: Container[int], sizes: list[int]) -> list[list[int]]:
     """The columns of each image of one row (S,): its placeholders, dealt out in order."""
-    columns = [c for c, token in enumerate(ids.tolist()) if token == image_token]
+    columns = [c for c, token in enumerate(ids.tolist()) if token in placeholders]
     assert len(columns) == sum(sizes)
     return [[columns.pop(0) for _ in range(size)] for size in sizes]

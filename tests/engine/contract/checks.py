@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ivcp_eval.interface import Unsupported
 from tests.engine import tiny_models
-from tests.engine.contract.cases import RAGGED, SINGLE, Case, Recording, image_columns
+from tests.engine.contract.cases import Case, Recording, image_columns
 from tests.engine.contract.reference import Plan, edited_keys, reference
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}  # absolute, on logits of scale 1 to 10
@@ -73,7 +73,7 @@ def run_both(case: Case, layouts: tuple[str, ...], n: int = 3, **options: Any) -
     inputs = case.inputs(*layouts)
     with case.prune() as recording:
         pruned = case.generate(inputs, n, **options)
-    plan = recording.plan(inputs, case.image_token)
+    plan = recording.plan(inputs, case.placeholders)
     same_generation(pruned, by_reference(case, inputs, plan, n, **options), f"{case} on {layouts}")
     return recording, plan, pruned
 
@@ -84,7 +84,7 @@ def run_both(case: Case, layouts: tuple[str, ...], n: int = 3, **options: Any) -
 @check
 def ratio_one_is_bit_equal(case: Case) -> None:
     """Ratio 1, and the method `none` at any ratio, change nothing at all."""
-    inputs = case.inputs(*RAGGED)
+    inputs = case.inputs(*case.ragged)
     plain, tokens = case.forward(inputs).logits, case.generate(inputs)
     for ratio in (1.0, 0.5) if case.method == "none" else (1.0,):
         with case.but(ratio=ratio).prune() as recording:
@@ -115,12 +115,12 @@ def text_only_is_untouched(case: Case) -> None:
 @check
 def prefill_equals_reference(case: Case) -> None:
     """The logits of every surviving token, padded rows too, with and without a cache."""
-    for layouts in (SINGLE, RAGGED):
+    for layouts in (case.single, case.ragged):
         inputs = case.inputs(*layouts)
         for use_cache in (True,) if case.works_on_cache else (True, False):
             with case.prune() as recording:
                 got = case.forward(inputs, use_cache=use_cache).logits
-            plan = recording.plan(inputs, case.image_token)
+            plan = recording.plan(inputs, case.placeholders)
             with reference(case.text_model, plan):
                 wanted = case.forward(inputs, use_cache=False).logits
             assert [row.tolist() for row in recording.run.kept] == plan.kept, "run.kept is not what survived"
@@ -135,7 +135,7 @@ def prefill_equals_reference(case: Case) -> None:
 @check
 def decode_equals_reference(case: Case) -> None:
     """Prefill and every decode step of greedy generation, one row and a left-padded batch."""
-    for layouts in (SINGLE, RAGGED):
+    for layouts in (case.single, case.ragged):
         run_both(case, layouts)
 
 
@@ -146,14 +146,14 @@ def question_before_image_equals_reference(case: Case) -> None:
 
 
 @functools.cache
-def layouts_for_beams(family: str) -> tuple[str, ...]:
+def layouts_for_beams(family: str, videos: bool) -> tuple[str, ...]:
     """Prompts whose images the stock model's own beams hold on to.
 
     Before transformers 5.18 `generate` repeated pixels tile by tile, which hands those of a row with several images
     (or tiles) to the wrong beams.
     """
-    case = Case(family, "none")
-    for layouts in (RAGGED, ("t5 i0 t9", "t4 i1 t3", "t12")):
+    case = Case(family, "none", videos=videos)
+    for layouts in (case.ragged, (*case.single, "t4 i1 t3", "t12")):
         inputs = case.inputs(*layouts)
         cached, uncached = (
             case.generate(inputs, 4, num_beams=2, output_scores=True, use_cache=flag) for flag in (True, False)
@@ -167,7 +167,7 @@ def layouts_for_beams(family: str) -> tuple[str, ...]:
 @check
 def beams_equal_reference(case: Case) -> None:
     """Beam search on a padded batch: same sequences, scores and survivors in every beam."""
-    layouts = layouts_for_beams(case.family)
+    layouts = layouts_for_beams(case.family, case.videos)
     if not layouts:
         pytest.skip(f"in this transformers release {case.family}'s beams get the wrong images, unpruned too")
     inputs = case.inputs(*layouts)
@@ -181,7 +181,7 @@ def beams_equal_reference(case: Case) -> None:
     with case.prune() as one:
         case.generate(inputs, 1)
     assert kept == [row.tolist() for row in one.run.kept for _ in range(2)]
-    plan = one.plan(inputs, case.image_token)
+    plan = one.plan(inputs, case.placeholders)
     wanted = by_reference(case, inputs, plan, 3, num_beams=2, output_scores=True)
     assert torch.equal(got.sequences, wanted.sequences)
     close(got.sequences_scores, wanted.sequences_scores, f"{case}, beam scores")
@@ -190,12 +190,12 @@ def beams_equal_reference(case: Case) -> None:
 @check
 def sampling_equals_reference(case: Case) -> None:
     """Sampling from the same seed draws the same tokens; pruning leaves the global generator alone."""
-    inputs = case.inputs(*RAGGED)
+    inputs = case.inputs(*case.ragged)
     with case.prune() as recording:
         torch.manual_seed(3)
         got = case.generate(inputs, do_sample=True)
         state = torch.get_rng_state()
-    plan = recording.plan(inputs, case.image_token)
+    plan = recording.plan(inputs, case.placeholders)
     torch.manual_seed(3)
     same_generation(got, by_reference(case, inputs, plan, do_sample=True), str(case))
     assert torch.equal(state, torch.get_rng_state())
@@ -204,7 +204,7 @@ def sampling_equals_reference(case: Case) -> None:
 @check
 def uncached_equals_reference(case: Case) -> None:
     """Without a cache every step prunes the whole sequence anew, generated tokens counting as text."""
-    inputs = case.inputs(*RAGGED)
+    inputs = case.inputs(*case.ragged)
     if case.works_on_cache:
         with pytest.raises(ValueError, match="use_cache=False"), case.prune():
             case.generate(inputs, 2, use_cache=False)
@@ -217,7 +217,7 @@ def uncached_equals_reference(case: Case) -> None:
         longer = tiny_models.extend(inputs, ids)
         with case.prune() as recording:
             case.generate(longer, 1)
-        wanted = by_reference(case, longer, recording.plan(longer, case.image_token), 1)
+        wanted = by_reference(case, longer, recording.plan(longer, case.placeholders), 1)
         close(logits, wanted.logits[0], f"{case}, uncached step {step}")
         ids = torch.cat([ids, wanted.sequences[:, -1:]], dim=1)
     assert torch.equal(got.sequences, ids)
@@ -226,11 +226,11 @@ def uncached_equals_reference(case: Case) -> None:
 @check
 def second_turn_equals_reference(case: Case) -> None:
     """A question asked on the returned cache, in the same block, in a new one, and by bare forwards."""
-    for layouts, same_block in ((SINGLE, False), (RAGGED, True)):
+    for layouts, same_block in ((case.single, False), (case.ragged, True)):
         inputs = case.inputs(*layouts)
         with case.prune() as recording:
             first = case.generate(inputs, 2)
-            plan = recording.plan(inputs, case.image_token)
+            plan = recording.plan(inputs, case.placeholders)
             more = torch.arange(20, 24).repeat(len(layouts), 1)
             ids = torch.cat([first.sequences, more], dim=1)
             turn = tiny_models.second_turn(case.family, inputs, ids)
@@ -251,7 +251,7 @@ def second_turn_equals_reference(case: Case) -> None:
 @check
 def manual_decoding_equals_reference(case: Case) -> None:
     """Bare forwards on the returned cache, of one token and of several, continue at the right position."""
-    inputs = case.inputs(*SINGLE)
+    inputs = case.inputs(*case.single)
     prompt = {key: value for key, value in inputs.items() if key != "attention_mask"}
     turns = [torch.tensor(new) for new in ([[21]], [[22, 23, 24]], [[25]])]
 
@@ -265,7 +265,7 @@ def manual_decoding_equals_reference(case: Case) -> None:
 
     with case.prune() as recording:
         got = decode()
-    plan = recording.plan(inputs, case.image_token)
+    plan = recording.plan(inputs, case.placeholders)
     if plan.edits:
         with edited_keys(case.text_model, plan):
             wanted = decode()
@@ -307,7 +307,7 @@ def prompt_lookup_equals_greedy(case: Case) -> None:
 @check
 def budget_is_exact_per_image(case: Case) -> None:
     """round(ratio * N) of every image, at least 1, whatever else the batch holds; all text survives."""
-    layouts = (*RAGGED, "t2 i1 i0 i1 t4")
+    layouts = (*case.ragged, *case.several)
     inputs = case.inputs(*layouts)
     ids = inputs["input_ids"]
     for ratio in (0.5,) if ("preset", "official") in case.parameters else (0.01, 0.25, 0.5, 0.9):
@@ -325,15 +325,25 @@ def budget_is_exact_per_image(case: Case) -> None:
         exact &= any(cut.ratio < 1 for cut in recording.cuts)
         for row, layout in enumerate(layouts):
             kept = set(run.kept[row].tolist())
-            text = (inputs["attention_mask"][row].bool() & (ids[row] != case.image_token)).nonzero().flatten()
+            text = (inputs["attention_mask"][row].bool() & ~case.is_visual(ids[row])).nonzero().flatten()
             assert kept >= set(text.tolist()), "a text token was dropped"
-            images = image_columns(ids[row], case.image_token, case.image_sizes(layout))
+            images = image_columns(ids[row], case.placeholders, case.image_sizes(layout))
             counts = [len(kept & set(columns)) for columns in images]
             assert run.visual_prompt[row] == sum(map(len, images))
             assert run.visual_kept[row] == sum(counts) == len(kept) - len(text)
             if exact:
                 wanted = [max(1, round(ratio * len(columns))) for columns in images]
+                if recording.cuts[-1].budget == "clip":
+                    sizes = list(map(len, images))
+                    counts, wanted = (_per_clip(case, layout, numbers) for numbers in (counts, sizes))
+                    wanted = [max(1, round(ratio * n)) for n in wanted]
                 assert counts == wanted, f"ratio {ratio}, {layout!r}: kept {counts} of each image, wanted {wanted}"
+
+
+def _per_clip(case: Case, layout: str, numbers: list[int]) -> list[int]:
+    """Sums of the numbers of every image over those of one video."""
+    unread = iter(numbers)
+    return [sum(next(unread) for _ in range(n)) for n in case.clip_sizes(layout)]
 
 
 def _evictions_are_exact(recording: Recording, ratio: float) -> None:
@@ -350,7 +360,7 @@ def _evictions_are_exact(recording: Recording, ratio: float) -> None:
 def generate_offers_the_same_signals(case: Case) -> None:
     """`generate` may encode images before the forward; a method must see the same images, budgets and question."""
     # One row: left padding shifts the positions of a bare forward, in stock code already.
-    inputs = case.inputs("t2 i1 i0 i1 t4")
+    inputs = case.inputs(*case.several)
     seen = []
     for run in (case.forward, lambda inputs: case.generate(inputs, 1)):
         with case.prune() as recording:
@@ -374,11 +384,11 @@ def generate_offers_the_same_signals(case: Case) -> None:
 @check
 def cache_lengths_are_as_declared(case: Case) -> None:
     """Physical KV length of every layer by the cuts' cache policies; logical length unchanged; `Run` measures it."""
-    for layouts in (SINGLE, RAGGED):
+    for layouts in (case.single, case.ragged):
         inputs = case.inputs(*layouts)
         with case.prune() as recording:
             out = case.generate(inputs, 3)
-            plan = recording.plan(inputs, case.image_token)
+            plan = recording.plan(inputs, case.placeholders)
         cache, run, rows = out.past_key_values, recording.run, range(len(layouts))
         n_visual = [sum(case.image_sizes(layout)) for layout in layouts]
         n_text = [len(plan.valid[row]) - n_visual[row] for row in rows]
@@ -403,12 +413,12 @@ def _cuts_cache(policy: str, layer: int) -> bool:
 @check
 def earlier_caches_hold_the_survivors(case: Case) -> None:
     """Below the first cut, every cached key and value is the unpruned model's at its original position."""
-    for layouts in (SINGLE, RAGGED):
+    for layouts in (case.single, case.ragged):
         inputs = case.inputs(*layouts)
         plain = case.forward(inputs).past_key_values
         with case.prune() as recording:
             pruned = case.forward(inputs).past_key_values
-            plan = recording.plan(inputs, case.image_token)
+            plan = recording.plan(inputs, case.placeholders)
         for index in range(plan.stages[0].cut.layer if plan.stages else len(plain.layers)):
             got, all_of_it = pruned.layers[index], plain.layers[index]
             for row in range(len(layouts)):
@@ -426,7 +436,7 @@ def earlier_caches_hold_the_survivors(case: Case) -> None:
 @check
 def eager_equals_sdpa(case: Case) -> None:
     """Both attention implementations choose and compute the same."""
-    for layouts, n in ((SINGLE, 1), (RAGGED, 3)):  # without padding sdpa takes no mask at all
+    for layouts, n in ((case.single, 1), (case.ragged, 3)):  # without padding sdpa takes no mask at all
         inputs = case.inputs(*layouts)
         outputs = []
         for attn in ("sdpa", "eager"):
@@ -440,11 +450,11 @@ def eager_equals_sdpa(case: Case) -> None:
 @check
 def batch_equals_its_rows(case: Case) -> None:
     """Left padding, other images and a text-only row in the batch change nothing for a row."""
-    inputs = case.inputs(*RAGGED)
+    inputs = case.inputs(*case.ragged)
     length = inputs["input_ids"].shape[1]
     with case.prune() as recording:
         batch, kept = case.generate(inputs), [row.tolist() for row in recording.run.kept]
-    for row, layout in enumerate(RAGGED):
+    for row, layout in enumerate(case.ragged):
         alone = case.inputs(layout)
         with case.prune() as recording:
             single = case.generate(alone)
@@ -461,7 +471,7 @@ def repeatable(case: Case) -> None:
 
     Rows of other words draw from other seeds: or chance would strike the same places in every prompt.
     """
-    inputs = case.inputs(*RAGGED)
+    inputs = case.inputs(*case.ragged)
     seen = []
     for block in range(2):
         torch.manual_seed(block)
@@ -479,10 +489,10 @@ def repeatable(case: Case) -> None:
 def half_precision_runs(case: Case) -> None:
     """bfloat16: exact budgets, bfloat16 caches, and logits near the bfloat16 reference."""
     model = tiny_models.half(case.family, case.attn)
-    inputs = case.inputs(*RAGGED)
+    inputs = case.inputs(*case.ragged)
     with case.prune(model) as recording:
         out = case.forward(inputs, model)
-    plan = recording.plan(inputs, case.image_token)
+    plan = recording.plan(inputs, case.placeholders)
     assert {layer.keys.dtype for layer in out.past_key_values.layers} == {torch.bfloat16}
     with reference(tiny_models.text_model(case.family, model), plan):
         wanted = case.forward(inputs, model, use_cache=False).logits
@@ -519,14 +529,14 @@ def hooks_of(model: Any) -> list[tuple[str, str, int]]:
 def scores_are_finite(case: Case) -> None:
     """Every score is a number; NaN and infinity rank by position alone."""
     with case.prune() as recording:
-        case.forward(case.inputs(*RAGGED))
+        case.forward(case.inputs(*case.ragged))
     assert not any(recording.run.nonfinite_scores), f"scores that are not finite: {recording.run.nonfinite_scores}"
 
 
 @check
 def nothing_is_left_behind(case: Case) -> None:
     """After the block, after an exception inside a forward and inside the block, the model is as before."""
-    inputs = case.inputs(*RAGGED)
+    inputs = case.inputs(*case.ragged)
     plain = case.forward(inputs).logits  # first: stock towers register hooks of their own in their first forward
     hooks, attributes = hooks_of(case.model), sorted(vars(case.model))
 
@@ -556,7 +566,7 @@ def nothing_is_left_behind(case: Case) -> None:
             recording.edits.clear()
             recording.steps.clear()
             out = case.generate(inputs, 2)  # the failed forward must not leak into this one
-            plan = recording.plan(inputs, case.image_token)
+            plan = recording.plan(inputs, case.placeholders)
     finally:
         handle.remove()
     as_before()

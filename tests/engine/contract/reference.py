@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +104,7 @@ class Plan:
 
 def make_plan(
     inputs: dict[str, Any],
-    image_token: int,
+    placeholders: Container[int],
     cuts: Sequence[Cut],
     calls: Sequence[tuple[int, Selection]],
     edits: Sequence[tuple[int, Tensor]] = (),
@@ -113,7 +113,7 @@ def make_plan(
     ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
     alive = [row.nonzero().flatten().tolist() for row in valid]
     plan = Plan(ids.shape[1], [list(row) for row in alive], [])
-    plan.visual = [[c for c in row if int(ids[i, c]) == image_token] for i, row in enumerate(alive)]
+    plan.visual = [[c for c in row if int(ids[i, c]) in placeholders] for i, row in enumerate(alive)]
     with_images = [row for row, columns in enumerate(plan.visual) if columns]
     for number, (layer, keys) in enumerate(edits):
         plan.edits[layer, with_images[number % len(with_images)]] = keys
@@ -121,7 +121,7 @@ def make_plan(
     for number, cut in enumerate(cuts):
         merges: list[Any] = []
         for row, columns in enumerate(alive):
-            visual = [c for c in columns if int(ids[row, c]) == image_token]
+            visual = [c for c in columns if int(ids[row, c]) in placeholders]
             if not visual:
                 merges.append(None)
                 continue

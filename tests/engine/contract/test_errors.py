@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,13 +143,6 @@ def test_four_dimensional_mask(case: Case) -> None:
         position_ids = torch.arange(length)[None]
         inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool)
         case.forward({key: value for key, value in inputs.items() if "type_ids" not in key}, position_ids=position_ids)
-
-
-def test_video(case: Case) -> None:
-    if "pixel_values_videos" not in inspect.signature(case.model.forward).parameters:
-        pytest.skip(f"{case.family} takes no videos")
-    with refused(case, "got a video") as inputs:
-        case.forward(inputs, pixel_values_videos=torch.zeros(4, 1176))
 
 
 def test_new_image_on_a_filled_cache(case: Case) -> None:

@@ -17,12 +17,16 @@ from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.prefill import Cutter, Prefill
 from ivcp_eval.engine.signals import source as signals
+from ivcp_eval.engine.signals import vision
 from ivcp_eval.interface import ops
+from model_adapters import qwen2_5_vl
+from tests.engine.contract import test_videos
 from tests.engine.contract.cases import Case
 from tests.engine.contract.checks import CHECKS
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: dict[str, tuple[Mutant, tuple[tuple[str, str], ...]]] = {}
+VIDEO_MUTANTS: dict[str, tuple[Mutant, Callable[[str], None]]] = {}
 
 
 def caught_by(*checks: tuple[str, str]) -> Callable[[Mutant], Mutant]:
@@ -30,6 +34,16 @@ def caught_by(*checks: tuple[str, str]) -> Callable[[Mutant], Mutant]:
 
     def register(mutant: Mutant) -> Mutant:
         MUTANTS[mutant.__name__] = (mutant, checks)
+        return mutant
+
+    return register
+
+
+def caught_on_videos_by(test: Callable[[str], None]) -> Callable[[Mutant], Mutant]:
+    """Register a mutant with the test of a family's videos that must fail on it."""
+
+    def register(mutant: Mutant) -> Mutant:
+        VIDEO_MUTANTS[mutant.__name__] = (mutant, test)
         return mutant
 
     return register
@@ -285,6 +299,32 @@ def padding_slots_are_recorded_as_columns(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, geometry.Rows, "matrix", lambda original, self: original(self).clamp_min(0))
 
 
+@caught_on_videos_by(lambda family: test_videos.test_signals_of_the_tower_follow_the_prompt(family, "forward"))
+def signals_of_videos_follow_those_of_images(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(vision, "_places", lambda in_video: torch.arange(in_video.numel()))
+
+
+@caught_on_videos_by(lambda family: test_videos.test_a_span_knows_its_clip_frame_and_second(family, "generate"))
+def a_step_is_shown_a_second_late(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, qwen2_5_vl, "Frame", lambda original, clip, index, at: original(clip, index, at and at + 1))
+
+
+@caught_on_videos_by(lambda family: test_videos.test_a_span_knows_its_clip_frame_and_second(family, "forward"))
+def videos_are_found_behind_all_pictures(patch: pytest.MonkeyPatch) -> None:
+    def in_order(*found: Any) -> Any:
+        return [[span for spans in row for span in spans] for row in zip(*found, strict=True)]
+
+    patch.setattr(qwen2_5_vl, "in_prompt_order", in_order)
+
+
+@caught_on_videos_by(lambda family: CHECKS["budget_is_exact_per_image"](Case(family, "toy_clips", videos=True)))
+def the_budget_of_a_clip_is_that_of_its_frames(patch: pytest.MonkeyPatch) -> None:
+    def images(original: Any, spans: Any, visual_columns: torch.Tensor, ratio: float, *_rest: Any) -> Any:
+        return original(spans, visual_columns, ratio, "image")
+
+    wrap(patch, signals, "images_at_cut", images)
+
+
 @pytest.fixture
 def shared_models() -> Iterator[None]:
     """A mutant may leave hooks on the models that all tests share."""
@@ -316,6 +356,17 @@ def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             # A TypeError would be a broken mutant.
             with pytest.raises((AssertionError, ValueError, RuntimeError)):
                 CHECKS[check](Case("qwen2_5_vl", method))
+
+
+@pytest.mark.usefixtures("shared_models")
+@pytest.mark.parametrize("name", VIDEO_MUTANTS)
+def test_mutant_is_caught_on_videos(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes without it: the tests themselves run on every family."""
+    mutant, test = VIDEO_MUTANTS[name]
+    with monkeypatch.context() as patch:
+        mutant(patch)
+        with pytest.raises((AssertionError, ValueError, RuntimeError)):
+            test("qwen2_5_vl")
 
 
 def test_the_checks_pass_without_a_mutant() -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import AbstractScorer, CachePolicy, Cut, ModelFacts, Selection, Signals
+from ivcp_eval.interface import (
+    AbstractScorer,
+    BudgetOf,
+    CachePolicy,
+    Cut,
+    Image,
+    ModelFacts,
+    Selection,
+    Signals,
+    ops,
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,7 @@ class Toy(AbstractScorer):
         renumber: likewise.
         merge: survivors become weighted means over all visual tokens.
         draw: scores from the row's generator instead.
+        budget: what it holds for; frames of a clip may share one.
     """
 
     depths: tuple[float, ...] = (0.5,)
@@ -27,6 +38,7 @@ class Toy(AbstractScorer):
     renumber: tuple[bool, ...] = (False,)
     merge: bool = False
     draw: bool = False
+    budget: BudgetOf = "image"
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """Ratios fall evenly to ``ratio``."""
@@ -39,6 +51,7 @@ class Toy(AbstractScorer):
                     ratio=ratio if last else 1 - (1 - ratio) * (i + 1) / len(self.depths),
                     cache=self.policies[min(i, len(self.policies) - 1)],
                     renumber=self.renumber[min(i, len(self.renumber) - 1)],
+                    budget=self.budget,
                 )
             )
         return tuple(cuts)
@@ -56,12 +69,21 @@ class Toy(AbstractScorer):
         return score.to(signals.visual.device)
 
     def select(self, signals: Signals) -> Selection:
-        """The best of each image, merged with all others if asked."""
+        """The best of each image or clip, merged with all others if asked."""
         keep = super().select(signals).keep
+        if self.budget == "clip":
+            signals.memory["stages"] = signals.stage  # scored once more
+            keep = ops.top_of_each_image(self.score(signals), [_joined(clip) for clip in signals.clips])
         if not self.merge:
             return Selection(keep)
         distance = (keep[:, None] - torch.arange(signals.n_visual, device=keep.device)).abs().float()
         return Selection(keep, merge=(-distance).softmax(dim=-1))
+
+
+def _joined(clip: tuple[Image, ...]) -> Image:
+    """A clip as if it were one image."""
+    tokens = torch.cat([image.tokens for image in clip])
+    return replace(clip[0], tokens=tokens, budget=sum(image.budget for image in clip))
 
 
 TOYS = {
@@ -80,4 +102,5 @@ TOYS = {
     "toy_renumber_twice": Toy(depths=(0.2, 0.5, 0.8), policies=("from_cut",), renumber=(True,)),
     "toy_renumber_once": Toy(depths=(0.2, 0.7), policies=("from_cut", "all_layers"), renumber=(True, False)),
     "toy_draw": Toy(draw=True),
+    "toy_clips": Toy(depths=(0.2, 0.5, 0.8), policies=("from_cut", "all_but_first", "all_layers"), budget="clip"),
 }

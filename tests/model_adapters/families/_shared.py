@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from tests.engine.tiny_models import VOCABULARY, Rows, draw_text, pad_left, row_generator
 
@@ -47,10 +47,11 @@ def prompts(
     draw: Callable[[int, torch.Generator], Tensor],
     before: Sequence[int] = (),
     after: Sequence[int] = (),
+    video: Callable[[int, Generator], list[int]] | None = None,
 ) -> tuple[dict[str, Any], list[Tensor], list[int]]:
     """(ids and attention mask, what ``draw(kind, generator)`` gave for each image, its kind), in order.
 
-    ``before`` and ``after`` are markers around every image.
+    ``before`` and ``after`` are markers around every image. ``video(kind, generator)`` gives the ids of a video.
     """
     ids: list[list[int]] = []
     pixels: list[Tensor] = []
@@ -61,6 +62,10 @@ def prompts(
         for segment, number in row:
             if segment == "text":
                 line += draw_text(generator, number)
+                continue
+            if segment == "video":
+                assert video is not None, "this family has no videos"
+                line += video(number, generator)
                 continue
             kind = number % len(n_tokens)
             line += [*before, *[IMAGE] * n_tokens[kind], *after]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.engine.tiny_models import VOCABULARY, Rows, draw_text, pad_left, row_generator
+from tests.engine.tiny_models import VOCABULARY, Rows
+from tests.model_adapters.families import _qwen
+from tests.model_adapters.families._qwen import END, N_TOKENS, PACES, START, STEPS, TOKEN_IDS, VIDEO
+from tests.model_adapters.families._shared import IMAGE
 
-GRIDS = ((4, 6), (3, 5), (2, 2), (1, 1))  # rows, columns of visual tokens
-N_TOKENS = tuple(rows * columns for rows, columns in GRIDS)
-START, END, IMAGE, VIDEO = 501, 502, 503, 504
+SECOND_TURN_DROPS = ("pixel_values", "pixel_values_videos")
+
+__all__ = ["END", "IMAGE", "N_TOKENS", "PACES", "SECOND_TURN_DROPS", "START", "STEPS", "VIDEO", "inputs", "model"]
 
 
 def model(attn: str) -> nn.Module:
@@ -40,33 +42,12 @@ def model(attn: str) -> nn.Module:
             "window_size": 112,
             "fullatt_block_indexes": [1],
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
         tie_word_embeddings=False,
+        **TOKEN_IDS,
     )
     return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attn)
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:
-    """<|vision_start|> pads <|vision_end|> for each image; patches drawn per row."""
-    ids, patches, grids = [], [], []
-    for row in rows:
-        generator = row_generator(row, seed)
-        line: list[int] = []
-        for kind, number in row:
-            if kind == "text":
-                line += draw_text(generator, number)
-                continue
-            height, width = GRIDS[number % len(GRIDS)]
-            line += [START, *[IMAGE] * (height * width), END]
-            patches.append(torch.randn(height * width * 4, 3 * 2 * 14 * 14, generator=generator))
-            grids.append([1, height * 2, width * 2])
-        ids.append(line)
-    padded, mask = pad_left(ids)
-    made: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
-    made["mm_token_type_ids"] = (padded == IMAGE).int()
-    if patches:
-        made |= {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
-    return made
+    """Patches of 14 x 14; the inputs tell how long a grid step lasts."""
+    return _qwen.inputs(rows, seed, patch_size=14, paced=True)

@@ -9,10 +9,12 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from tests.engine.tiny_models import Rows
 from tests.model_adapters.families import _qwen
-from tests.model_adapters.families._qwen import MROPE_TEXT_CONFIG, N_TOKENS, TOKEN_IDS
+from tests.model_adapters.families._qwen import MROPE_TEXT_CONFIG, N_TOKENS, STEPS, TOKEN_IDS, VIDEO
 from tests.model_adapters.families._shared import IMAGE, without_images
 
-__all__ = ["IMAGE", "N_TOKENS", "inputs", "model"]
+SECOND_TURN_DROPS = ("pixel_values", "pixel_values_videos")
+
+__all__ = ["IMAGE", "N_TOKENS", "SECOND_TURN_DROPS", "STEPS", "VIDEO", "inputs", "model"]
 
 
 def model(attn: str) -> nn.Module:

@@ -9,10 +9,12 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tests.engine.tiny_models import Rows
 from tests.model_adapters.families import _qwen
-from tests.model_adapters.families._qwen import N_TOKENS, TOKEN_IDS
+from tests.model_adapters.families._qwen import N_TOKENS, STEPS, TOKEN_IDS, VIDEO
 from tests.model_adapters.families._shared import IMAGE, TEXT_CONFIG, without_images
 
-__all__ = ["IMAGE", "N_TOKENS", "inputs", "model"]
+SECOND_TURN_DROPS = ("pixel_values", "pixel_values_videos")
+
+__all__ = ["IMAGE", "N_TOKENS", "SECOND_TURN_DROPS", "STEPS", "VIDEO", "inputs", "model"]
 
 
 def model(attn: str) -> nn.Module:
@@ -36,5 +38,5 @@ def model(attn: str) -> nn.Module:
 
 
 def inputs(rows: Rows, seed: int) -> dict[str, Any]:
-    """Patches of 16 x 16."""
-    return _qwen.inputs(rows, seed, patch_size=16)
+    """Patches of 16 x 16; a time stamp of two tokens before every grid step."""
+    return _qwen.inputs(rows, seed, patch_size=16, stamped=True)

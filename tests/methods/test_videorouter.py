@@ -26,7 +26,8 @@ def slow_relevance(signals: Signals, clip: int) -> list[float]:
 
 def slow_counts(shares: list[float], sizes: list[int], total: int) -> list[int]:
     """Whole frames first, as long as a share is more than a frame; then largest remainders."""
-    counts, left = {}, dict(enumerate(shares))
+    counts: dict[int, int] = {}
+    left = dict(enumerate(shares))
     while True:
         unit = (total - sum(counts.values())) / sum(left.values())
         whole = [t for t in left if left[t] * unit >= sizes[t]]

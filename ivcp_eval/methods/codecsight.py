@@ -129,7 +129,8 @@ def motion_grids(video: Path | str, shown: Sequence[int], grid: tuple[int, int])
     if list(shown) != sorted(set(shown)) or not shown or shown[0] < 0:
         raise ValueError(f"shown={list(shown)} must be increasing numbers of frames, 0 or more")
     rows, columns = grid
-    steps, now, any_vectors = [], torch.zeros(rows, columns), False
+    steps: list[Tensor] = []
+    now, any_vectors = torch.zeros(rows, columns), False
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
         stream.codec_context.options = {"flags2": "+export_mvs"}

@@ -1,4 +1,4 @@
-# make eval | sweep | results | test | check | bench | compare | list ; everything installs itself into .venv on first use.
+# make eval | sweep | results | test | check | bench | compare | report | list ; everything installs itself into .venv on first use.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +15,7 @@ OPTIONS = $(if $(BUDGET),--budget $(BUDGET)) \
           $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) \
           $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(ARGS)
 
-.PHONY: setup lock eval sweep results compare list bench test test-transformers check format smoke clean
+.PHONY: setup lock eval sweep results compare report list bench test test-transformers test-quantised check format smoke clean
 .DEFAULT_GOAL := eval
 
 setup: $(READY)
@@ -46,7 +46,7 @@ LOCK_VENV := .venv-lock
 lock:
 	[ -x $(LOCK_VENV)/bin/uv ] || { $(PYTHON) -m venv $(LOCK_VENV) && $(LOCK_VENV)/bin/pip install --quiet --disable-pip-version-check uv; }
 	cat requirements.lock requirements-cuda.lock > $(LOCK_VENV)/lock
-	$(LOCK_VENV)/bin/uv pip compile --quiet pyproject.toml --extra vlmeval --extra slurm --extra dev --group lock --universal --python-version 3.11 \
+	$(LOCK_VENV)/bin/uv pip compile --quiet pyproject.toml --extra vlmeval --extra slurm --extra report --extra dev --group lock --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate $(UPGRADE) --output-file $(LOCK_VENV)/lock
 	rm -rf $(LOCK_VENV)/torch
 	$(LOCK_VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(LOCK_VENV)/torch "$$(grep -o '^torch==[^ ]*' $(LOCK_VENV)/lock)"
@@ -61,6 +61,10 @@ CHOICE = $(if $(filter file,$(origin RESULTS)),--method $(METHOD) --ratio $(RATI
          $(if $(SET),--set $(SET)) $(if $(LIMIT),--limit $(LIMIT)))
 compare: $(READY)
 	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(CHOICE) $(ARGS)
+
+# One HTML file of RESULTS: verdict (MARGIN=1), plots, flips, pictures, costs. ARGS="--policy FILE --figures DIR --out FILE"
+report: $(READY)
+	@$(BIN)/ivcp report $(RESULTS) $(BASELINE) $(if $(MARGIN),--margin $(MARGIN)) $(ARGS)
 
 # Many variants on many benchmarks in one pass each; run again to continue. ARGS="--executor slurm --partition gpu ..."
 SWEEP ?= sweeps/smoke.yaml
@@ -94,6 +98,14 @@ test-transformers: $(READY)
 	$(OTHER)/bin/python -c 'import transformers as t; v = "$(VERSION)"; print("transformers", t.__version__); assert v in ("newest", t.__version__)'
 	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/engine/oracle tests/engine/contract --ignore tests/engine/contract/test_mutations.py \
 	  $(if $(ARGS),$(ARGS),-k "not test_contract or (($(CHECKS)) and ($(METHODS)))")
+
+# Weights in 8 and 4 bits need torchao, which every import of transformers would load, and which has much to say then.
+TORCHAO := .venv-torchao
+test-quantised: $(READY)
+	[ -x $(TORCHAO)/bin/pip ] || $(BIN)/python -m venv $(TORCHAO)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$(echo $(TORCHAO)/lib/python*/site-packages)/base.pth"
+	$(TORCHAO)/bin/pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
+	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

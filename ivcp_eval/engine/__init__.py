@@ -216,6 +216,10 @@ def _check_cuts(cuts: tuple[Cut, ...], facts: ModelFacts, method: str) -> None:
         )
     for cut in cuts:
         check_ratio(cut.ratio)
+        if cut.late and not cut.evicts:
+            raise ValueError(
+                f'method {method!r} cuts layer {cut.layer} late, which only an eviction (cache="own") can be'
+            )
         lowest = facts.first_cut if cut.ratio < 1 and not cut.evicts else 0
         if not lowest <= cut.layer < facts.n_layers:
             raise ValueError(

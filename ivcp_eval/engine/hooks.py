@@ -299,6 +299,7 @@ class Engine(ABC):
                 "the cache of this forward did not reach the decoder layers by a name that pruning knows, so "
                 "it could not be pruned and decoding would be wrong; install a tested release of transformers"
             )
+        self.cutter.evict_late(state)
         self.continuity.prompt_ended(pruned=cache is not None and state.changed)
         if state.changed:
             state.finish()

@@ -7,7 +7,7 @@ gathers what it keeps.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,7 @@ class Prefill:
         self.stage = 0  # cuts and observations so far
         self.shorter = False  # whether anything was removed from the sequence so far
         self.evicted = False  # whether anything was removed from a single layer's cache
+        self.late: list[tuple[Cut, list[Signals | None]]] = []  # evictions that wait for the last layer; per row
         self.cache: Cache | None = None
         self.mask: Tensor | None = None
         self.position_embeddings: Any = None
@@ -127,6 +128,25 @@ class Prefill:
         rows = Rows(tuple(columns))
         self.layers[layer] = LayerSlots(rows, rows.matrix(), self.now.shift)
         self.evicted = True
+
+    def merge_cached(self, layer: int, row: int, visual: Tensor, selection: Selection) -> None:
+        """Give survivors of an eviction the weighted sums of cached keys and values that the selection asks for.
+
+        Args:
+            visual: (V,) the row's visual tokens as indices into its alive ones, which the selection counts.
+        """
+        assert self.cache is not None
+        assert selection.merge is not None
+        cached, alive = self.cache.layers[layer], self.now.rows.columns[row].numel()
+        at = self.now.rows.slots_in(self.now.matrix)[row, -alive:].to(cached.keys.device)[visual]
+        per_head = selection.keep.ndim == 2
+        for name in ("keys", "values"):
+            states = getattr(cached, name).clone()
+            for head in range(states.shape[1]):
+                keep = selection.keep[head] if per_head else selection.keep
+                merge = selection.merge[head] if per_head else selection.merge
+                states[row, head, at[keep]] = merged_states(merge, states[row, head, at]).to(states.dtype)
+            setattr(cached, name, states)
 
     def finish(self) -> None:
         """After the last layer: count into the run, and make the cache's layers know what they hold."""
@@ -207,11 +227,34 @@ class Cutter:
             state.position_embeddings = read(kwargs, "position_embeddings")
         source = self._source(state, cut, hidden)
         here = state.now.rows.slots_in(state.now.matrix)
-        kept = []
-        for row, alive in enumerate(state.now.rows.columns):
-            asked = self._ask(state, source, row, alive, here[row, here.shape[1] - alive.numel() :])
-            kept.append(torch.arange(alive.numel())[None] if asked is None else _with_text(*asked))
+        rows = [
+            self._signals(state, source, row, alive, here[row, here.shape[1] - alive.numel() :])
+            for row, alive in enumerate(state.now.rows.columns)
+        ]
         state.stage += 1
+        if not cut.late:
+            self._evict(state, cut, rows)
+            return
+        for shown in rows:
+            if shown is not None:
+                self._watched(state, shown, self.method.observe)
+        state.late.append((cut, [shown and _without_states(shown) for shown in rows]))
+
+    def evict_late(self, state: Prefill) -> None:
+        """Once the last layer has run, carry out the evictions that waited for it."""
+        for cut, rows in state.late:
+            self._evict(state, cut, rows)
+
+    def _evict(self, state: Prefill, cut: Cut, rows: Sequence[Signals | None]) -> None:
+        kept = []
+        for row, (signals, alive) in enumerate(zip(rows, state.now.rows.columns, strict=True)):
+            if signals is None:
+                kept.append(torch.arange(alive.numel())[None])
+                continue
+            shown, selection = self._choose(state, row, signals)
+            if selection.merge is not None:
+                state.merge_cached(cut.layer, row, shown.visual, selection)
+            kept.append(_with_text(shown, selection))
         if cut.ratio < 1:
             state.evict(cut.layer, kept)
 
@@ -246,10 +289,10 @@ class Cutter:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which of the row's alive tokens survive, (n,) bool on CPU; the rest as `_select`."""
         keep = torch.ones(alive.numel(), dtype=torch.bool)
-        asked = self._ask(state, source, row, alive, slots)
+        asked = self._signals(state, source, row, alive, slots)
         if asked is None:
             return keep, hidden, None
-        signals, selection = asked
+        signals, selection = self._choose(state, row, asked)
         # Before the host waits for what survives anyway.
         target = None if selection.merge is None else merge_targets(selection.merge)
         visual, kept = signals.visual.cpu(), selection.keep.cpu()
@@ -264,10 +307,8 @@ class Cutter:
         among = torch.searchsorted(state.prompt.image_mask[row].nonzero().flatten(), alive[visual])
         return keep, hidden, _of_prompt(target.cpu(), among, kept, int(state.prompt.image_mask[row].sum()))
 
-    def _ask(
-        self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor
-    ) -> tuple[Signals, Selection] | None:
-        """What the method is shown of a row and what it answers, checked; None for a row without visual tokens."""
+    def _signals(self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor) -> Signals | None:
+        """What the method is shown of a row; None for a row without visual tokens."""
         image_mask = state.prompt.image_mask[row]
         is_visual = image_mask[alive]
         if not bool(is_visual.any()):
@@ -279,19 +320,27 @@ class Cutter:
         vision = {name: signal[among.to(signal.device)].to(device) for name, signal in heard.items()}
         seed, ids = self._row_seed(state, row, alive), self._ids(state, row, alive)
         spans, memory = state.prompt.spans[row], state.memory[row]
-        shown = Untouched(source.row(row, alive, slots, is_visual, spans, vision, memory, seed, ids))
-        signals = shown.signals
+        return source.row(row, alive, slots, is_visual, spans, vision, memory, seed, ids)
+
+    def _choose(self, state: Prefill, row: int, signals: Signals) -> tuple[Signals, Selection]:
+        """What the method was shown and what it answered, checked."""
+        with Rankings() as rankings:
+            shown, selection = self._watched(state, signals, self.method.select)
+        check_type(selection, Selection, self.run.method, "select")
+        selection.check(shown, self.run.method)
+        self.run.count_nonfinite(row, max(selection.nonfinite, rankings.nonfinite()))
+        return shown, selection
+
+    def _watched(self, state: Prefill, signals: Signals, ask: Callable[[Signals], Any]) -> tuple[Signals, Any]:
+        """What the method was shown and what it answered, which must leave the model's tensors alone."""
+        shown = Untouched(signals)
         state.choosing = True
         try:
-            with Rankings() as rankings:
-                selection: Selection = self.method.select(signals)
+            answer = ask(shown.signals)
         finally:
             state.choosing = False
         shown.check(self.run.method)
-        check_type(selection, Selection, self.run.method, "select")
-        selection.check(signals, self.run.method)
-        self.run.count_nonfinite(row, max(selection.nonfinite, rankings.nonfinite()))
-        return signals, selection
+        return shown.signals, answer
 
     def _ids(self, state: Prefill, row: int, alive: Tensor) -> Tensor | None:
         ids = read(state.prompt.inputs, "input_ids")
@@ -318,6 +367,27 @@ class Cutter:
             return None  # sdpa and flash attention are causal by themselves where the keys are the queries
         columns = state.now.matrix.to(hidden.device)
         return attention_mask(columns, hidden.shape[1], implementation=implementation, dtype=hidden.dtype)
+
+
+def _without_states(signals: Signals) -> Signals:
+    """The same row and budgets, holding nothing that is as large as the layer's states."""
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise ValueError("a late eviction is chosen after the layer is gone; keep what it needs in `observe`")
+
+    return replace(
+        signals,
+        hidden=signals.hidden[:0].clone(),
+        value=None,
+        key=None,
+        query=None,
+        raw_value=None,
+        rope=gone,
+        attention=gone,
+        rotate=gone,
+        project=gone,
+        normed=gone,
+    )
 
 
 def _with_text(signals: Signals, selection: Selection) -> Tensor:

@@ -114,7 +114,9 @@ class Cut:
 
     With ``cache="own"`` it is an eviction: the prompt goes through every layer whole, and once ``layer`` has run, its
     cache alone loses the tokens. `Signals.hidden` is then that layer's output, projections and attention are its own,
-    and ``ratio`` is the share that its cache keeps.
+    and ``ratio`` is the share that its cache keeps. With ``late`` the tokens leave once the last layer has run, so that
+    a layer's share may follow from what all of them show: `AbstractMethod.observe` is given the signals, and `select`
+    is asked afterwards, with signals without any states.
     """
 
     layer: int
@@ -123,6 +125,7 @@ class Cut:
     renumber: bool = False
     needs: frozenset[Signal] = frozenset()
     budget: BudgetOf = "image"
+    late: bool = False
 
     @property
     def evicts(self) -> bool:
@@ -387,7 +390,8 @@ class Selection:
         keep: (K,) int64 indices into the row's visual tokens, strictly increasing. At an eviction also (G, K): what
             each key head keeps, of each image equally many; real memory is freed either way.
         merge: optional (K, V) weights, dense or sparse (`ivcp_eval.interface.ops.sparse_weights`); survivor i
-            continues as ``merge[i] @ hidden[visual]`` (float32, then cast).
+            continues as ``merge[i] @ hidden[visual]`` (float32, then cast). At an eviction its cached key and value
+            become the like sums of the layer's cached keys and values; (G, K, V) for each key head its own.
         exact: False if the method's own rule overrides the budget (a released rule without one).
         nonfinite: how many scores of visual tokens were NaN or infinite, where the method counts; the engine counts
             what is ranked in any way (`Run.nonfinite_scores`).
@@ -435,12 +439,10 @@ class Selection:
         images = signals.image[keep].sort(dim=-1).values if per_head else keep
         if per_head and bool((images != images[:1]).any()):
             raise ValueError(f"method {method!r} kept more visual tokens of an image in one head than in another")
-        if self.merge is not None and signals.cut is not None and signals.cut.evicts:
-            raise ValueError(f"method {method!r} returned merge weights at an eviction, where no states change")
-        if self.merge is not None and tuple(self.merge.shape) != (keep.numel(), signals.n_visual):
+        if self.merge is not None and tuple(self.merge.shape) != (*keep.shape, signals.n_visual):
             raise ValueError(
                 f"method {method!r} returned merge weights {tuple(self.merge.shape)}, "
-                f"expected {(keep.numel(), signals.n_visual)}"
+                f"expected {(*keep.shape, signals.n_visual)}"
             )
 
 
@@ -465,6 +467,7 @@ class AbstractMethod(ABC):
     faithfulness: ClassVar[Faithfulness] = "variant"
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     repeats_baseline: ClassVar[bool] = False  # prunes nothing; answers in passes of its own, once per benchmark
+    is_served: ClassVar[bool] = False  # a server does what it does (`variants.Server`); nothing of it is known here
     for_videos: ClassVar[bool] = False  # a control that has nothing to do with pictures; no usual one of their sweeps
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
@@ -490,6 +493,10 @@ class AbstractMethod(ABC):
     @abstractmethod
     def select(self, signals: Signals) -> Selection:
         """Choose the surviving visual tokens of one row at one cut. Must not modify the signals (but `memory`)."""
+
+    def observe(self, signals: Signals) -> None:
+        """Remember in ``signals.memory`` what `select` needs of a layer at a ``late`` cut; called for these only."""
+        raise NotImplementedError
 
     def merge_patches(self, patches: Patches) -> Tensor:
         """(n,) int64 0..m-1: of each patch the number that it goes on under; those of one number become their mean.

@@ -16,6 +16,7 @@ from ivcp_eval.files import DAMAGE, PACKAGE, fingerprint
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.registry import adapter, family_names, unknown
 
+QUANTISED = ("int8", "int4")
 _LOCAL = "MODEL_PATH (--model-path; in a sweep file `models: {{{}: /path/to/folder}}`)"
 
 
@@ -32,6 +33,7 @@ class Weights:
         source: folder with config and weights.
         revision: commit on the hub, or the fingerprint of local files.
         trained: False for random stand-in weights, whose accuracies mean nothing.
+        quantised: how weights are stored when they are loaded, of `QUANTISED`; empty: as they are.
     """
 
     checkpoint: Checkpoint
@@ -39,6 +41,7 @@ class Weights:
     source: Path
     revision: str
     trained: bool = True
+    quantised: str = ""
 
 
 def checkpoints() -> dict[str, tuple[str, Checkpoint]]:
@@ -53,15 +56,23 @@ def checkpoints() -> dict[str, tuple[str, Checkpoint]]:
 
 
 def find(name: str) -> tuple[str, Checkpoint]:
-    """(family, checkpoint) of a short name.
+    """(family, checkpoint) of a short name, or of one with quantised weights: ``qwen25@int8``.
 
     Raises:
         ValueError: unknown name; the message suggests the nearest.
     """
-    known = checkpoints()
-    if name not in known:
-        raise unknown("model", name, known)
-    return known[name]
+    known, (short, kind) = checkpoints(), unquantised(name)
+    if short not in known:
+        raise unknown("model", short, known)
+    if kind and kind not in QUANTISED:
+        raise unknown("kind of weights", kind, QUANTISED)
+    return known[short]
+
+
+def unquantised(name: str) -> tuple[str, str]:
+    """``qwen25@int8`` -> ("qwen25", "int8"); the second is empty for weights as they are."""
+    short, _, kind = name.partition("@")
+    return short, kind
 
 
 def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool | None = None) -> Weights:
@@ -76,9 +87,21 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
     """
     family, checkpoint = find(name)
     if path is None and not checkpoint.local:
-        return Weights(checkpoint, family, *_from_hub(checkpoint, offline))
+        return Weights(checkpoint, family, *_from_hub(checkpoint, offline), quantised=unquantised(name)[1])
     folder = PACKAGE / checkpoint.local if path is None else Path(path).expanduser()
-    return Weights(checkpoint, family, folder, fingerprint(_checked(folder, name)), _is_trained(folder))
+    revision = fingerprint(_checked(folder, name))
+    return Weights(checkpoint, family, folder, revision, _is_trained(folder), unquantised(name)[1])
+
+
+def elsewhere(name: str, path: str | os.PathLike[str] | None = None) -> Weights:
+    """A model of which nothing need be on this machine, since a server has it; ``path`` may hold its processor.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    family, checkpoint = find(name)
+    folder = PACKAGE / checkpoint.local if checkpoint.local else Path(checkpoint.hub)  # which need not be there
+    return Weights(checkpoint, family, folder if path is None else Path(path).expanduser(), "")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 BASELINE = "none"
 #: Data types and kernels of attention that a model may be loaded with.
@@ -67,6 +67,74 @@ class CostTarget:
 
 
 @dataclass(frozen=True)
+class Server:
+    """A served engine that answers in place of a model in this process (docs/design/served.md).
+
+    Attributes:
+        base_url: of an OpenAI-compatible server, up to and including ``/v1``; without user, password or query.
+        model: what is sent as ``model``; empty for the only one that the server lists.
+        options: further fields of each request, such as ``repetition_penalty``; None leaves one of ours out.
+        concurrency: requests under way at once.
+        key: the environment variable that holds the server's key.
+    """
+
+    base_url: str
+    model: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 8
+    key: str = "SERVED_API_KEY"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, with what is allowed."""
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"base_url {_without_secrets(self.base_url)!r} must look like http://host:8000/v1")
+        if url.username is not None or url.query or url.fragment:
+            raise ValueError(
+                f"base_url {_without_secrets(self.base_url)!r} is given with a user, password or query, and results "
+                f"hold it; put the key into the environment variable {self.key}"
+            )
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency must be a whole number above 0, got {self.concurrency}")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key):
+            raise ValueError("key of a server is the name of an environment variable, e.g. SERVED_API_KEY")
+        if taken := {"model", "messages", "stream", "n"} & set(self.options):
+            raise ValueError(f"options {', '.join(sorted(taken))} are not free to choose; e.g. max_tokens, top_p are")
+        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Server:
+        """The server of plain values, as a sweep file has them.
+
+        Raises:
+            ValueError: an unknown key, or a value of another kind.
+        """
+        kinds = {"base_url": str, "model": str, "options": Mapping, "concurrency": int, "key": str}
+        for name, value in given.items():
+            if name not in kinds:
+                raise ValueError(f"a server has no {name!r}; allowed: {', '.join(kinds)}")
+            if not isinstance(value, kinds[name]) or isinstance(value, bool):
+                raise ValueError(f"{name} of a server is {value!r}, which is no {kinds[name].__name__}")
+        if "base_url" not in given:
+            raise ValueError("a server needs a base_url, e.g. http://localhost:8000/v1")
+        return cls(**given)
+
+    @property
+    def host(self) -> str:
+        """``localhost:8000``."""
+        return urlsplit(self.base_url).netloc
+
+    def to_json(self) -> dict[str, Any]:
+        """What can change an answer or a time; where the key is cannot."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "key"}
+
+
+def _without_secrets(url: str) -> str:
+    """A URL as errors show it."""
+    return url.partition("?")[0].rpartition("@")[2][:80]
+
+
+@dataclass(frozen=True)
 class Variant:
     """A pruned (or, with method ``none``, unpruned) way of running one model.
 
@@ -75,6 +143,8 @@ class Variant:
         parameters: of the method, as the user gave them. seed: of methods that draw.
         budget: what is held in place of a ratio of the user's; ``ratio`` is then the one that was found to hold it.
         implied: parameters that go without saying, since the checkpoint sets them to these values itself (`tuned`).
+        server: who answers; None for the model in this process. What a server does to be faster, it does unseen, and
+            ``ratio`` is what it was started with, as the user says.
     """
 
     model: str
@@ -84,11 +154,13 @@ class Variant:
     seed: int = 0
     budget: CostTarget | None = None
     implied: tuple[str, ...] = field(default=(), compare=False)
+    server: Server | None = None
 
     @property
     def key(self) -> str:
         """Equal for what a user would call the same variant."""
-        return repr((self.model, self.method, self.share, sorted(self.parameters.items()), self.seed))
+        served = () if self.server is None else (self.server.to_json(),)
+        return repr((self.model, self.method, self.share, sorted(self.parameters.items()), self.seed, *served))
 
     @property
     def asked(self) -> float:
@@ -111,6 +183,8 @@ class Variant:
         shown = {key: value for key, value in self.parameters.items() if key not in self.implied}
         if self.seed:
             shown[_SEED] = self.seed
+        if self.server is not None:  # told apart by it, but a server is not known by a name
+            shown["server"] = f"{self.server.host}/{self.server.model}"
         if self.budget is not None and self.budget.prompt not in (None, PROMPT):
             shown[_PROMPT] = "+".join(map(str, self.budget.prompt or ()))
         parts = [f"{_safe(key)}={_safe(text_of(shown[key]))}" for key in sorted(shown)]
@@ -140,7 +214,8 @@ class Variant:
         del fields["implied"]
         if self.budget is None:
             del fields["budget"]
-        return fields
+        del fields["server"]
+        return fields if self.server is None else {**fields, "server": self.server.to_json()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Variant:
@@ -148,7 +223,8 @@ class Variant:
         budget = fields.get("budget")
         if budget is not None:
             budget = CostTarget(**{**budget, "prompt": None if budget["prompt"] is None else tuple(budget["prompt"])})
-        return cls(**{**fields, "budget": budget})
+        server = Server(**fields["server"]) if fields.get("server") else None
+        return cls(**{**fields, "budget": budget, "server": server})
 
 
 def parse(name: str) -> Variant:

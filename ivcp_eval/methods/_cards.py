@@ -16,7 +16,7 @@ from ivcp_eval.interface import plugins
 from ivcp_eval.interface.registry import WRAPPERS, module_names
 
 FILE = Path(__file__).with_name("_catalogue.yaml")
-STATES = ("planned", "gaps", "weights", "frames", "depth", "calibration", "model", "tool")
+STATES = ("gaps", "weights", "depth", "calibration", "model", "tool")
 
 LABELS = {
     "faithful": "held to the authors' own code",
@@ -161,7 +161,10 @@ def rows() -> list[dict[str, str]]:
     table = []
     for name, card in cards.items():
         entry = titles.get(name.replace(WRAPPED, "fastv"), {})
-        table.append(_row(name, card.faithfulness, " ".join(filter(None, (card.keeps, entry.get("note", ""))))))
+        system = entry.get("system", "")
+        runs = "" if _squeezed(system) == _squeezed(name) else f"({system})"
+        note = " ".join(part for part in (card.keeps, runs if system else "", entry.get("note", "")) if part)
+        table.append(_row(name, card.faithfulness, note))
     for plugin in plugins.found():
         table.append(_row(plugin.name, "refused" if plugin.problem else "plug-in", _plugin_note(plugin)))
     for entry in systems():
@@ -169,6 +172,11 @@ def rows() -> list[dict[str, str]]:
             paper = f" (arXiv {entry['paper']})" if entry["paper"] else ""
             table.append(_row(entry["system"] + paper, entry["state"], f"{entry['why']}. Needs: {entry['needs']}."))
     return table
+
+
+def _squeezed(name: str) -> str:
+    """Letters and digits alone: LOOK-M is `lookm`."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _plugin_note(plugin: plugins.Plugin) -> str:

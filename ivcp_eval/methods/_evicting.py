@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.interface import AbstractMethod, Cut, Image, ModelFacts, Selection, Signal, Signals
 
 _POOLS: dict[str, Callable[..., Tensor]] = {
     "mean": torch.nn.functional.avg_pool1d,
@@ -54,16 +54,27 @@ class Evictor(AbstractMethod):
         """(H, N) weights of one image's tokens after they were shared with neighbours; here with none."""
         return weight
 
+    def groups(self, signals: Signals) -> int:
+        """How many choices a layer makes: one for each key head, or one for all."""
+        assert signals.key is not None
+        return 1 if self.heads == "shared" else signals.key.shape[0]
+
     def select(self, signals: Signals) -> Selection:
         """Of each image its budget of heaviest tokens, in every key head."""
-        assert signals.key is not None
-        groups = 1 if self.heads == "shared" else signals.key.shape[0]
-        weight, kept = self.weigh(signals), []
-        for image in signals.images:
-            own = self.spread(weight[:, image.tokens]).unflatten(0, (groups, -1)).mean(dim=1)  # (G, N)
-            kept.append(image.tokens[_heaviest(own)[:, : image.budget]])
+        return Selection(
+            self.best(self.ranked(self.weigh(signals), self.groups(signals), signals.images), signals.images)
+        )
+
+    def ranked(self, weight: Tensor, groups: int, images: Sequence[Image]) -> list[Tensor]:
+        """Of each image (G, N): its tokens by falling ``weight`` (H, V) in each of the ``groups`` of heads."""
+        own = [self.spread(weight[:, image.tokens]).unflatten(0, (groups, -1)).mean(dim=1) for image in images]
+        return [image.tokens[_heaviest(part)] for part, image in zip(own, images, strict=True)]
+
+    def best(self, ranked: Sequence[Tensor], images: Sequence[Image]) -> Tensor:
+        """(K,), or (G, K), increasing: as many of each image's ``ranked`` tokens (G, N) as its budget allows."""
+        kept = [tokens[:, : image.budget] for tokens, image in zip(ranked, images, strict=True)]
         keep = torch.cat(kept, dim=1).sort(dim=1).values
-        return Selection(keep[0] if self.heads == "shared" else keep)
+        return keep[0] if self.heads == "shared" else keep
 
 
 def _heaviest(weight: Tensor) -> Tensor:

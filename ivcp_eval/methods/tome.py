@@ -84,14 +84,11 @@ def folded(unit: Tensor, r: int, class_token: bool = False) -> Tensor:
     likeness, best = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
     if class_token:
         likeness[0] = -torch.inf
-    order, count = ranking(likeness), len(even) - r
-    if class_token:
-        stays = torch.ones_like(best)
-        stays[order[:r]] = 0
-        of_even = torch.where(stays > 0, stays.cumsum(0) - 1, best + count)
-    else:
-        of_even = best + count
-        of_even[order[r:]] = torch.arange(count, device=unit.device)
-    place = torch.empty(len(unit), dtype=torch.int64, device=unit.device)
-    place[::2], place[1::2] = of_even, torch.arange(count, count + len(odd), device=unit.device)
+    numbers = torch.arange(len(unit), device=unit.device)
+    count = len(even) - r
+    stays = ranking(likeness)[r:]
+    place = torch.empty_like(numbers)
+    of_even = torch.add(best, count, out=place[::2])
+    of_even[stays.sort().values if class_token else stays] = numbers[:count]
+    place[1::2] = numbers[count : count + len(odd)]
     return place

@@ -63,10 +63,11 @@ class Method(AbstractMethod):
         for name in ("feature", "relative", "central"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if not self.sigma > 0 or not self.epsilon > 0 or not 0 <= self.recovered <= 1:
-            raise ValueError(
-                f"sigma={self.sigma} and epsilon={self.epsilon} must be above 0, recovered={self.recovered} lie in 0..1"
-            )
+        for name in ("sigma", "epsilon"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")
+        if not 0 <= self.recovered <= 1:
+            raise ValueError(f"recovered={self.recovered} must lie in 0..1")
         if self.layer < 0 or self.rounds < 1:
             raise ValueError(f"layer={self.layer} must be 0 or more, rounds={self.rounds} 1 or more")
         if self.importance not in ("cost", "mass"):

@@ -121,7 +121,8 @@ def compare(
         baseline_csv: baseline rows, ours or published; by default rows of ``results_csv``.
         force: compare in spite of different settings; they are then named in the table.
         against: which rows are the baseline: ``"none"``, the unpruned model; ``"same_method"``, the row of the same
-            method and ratio, to hold a reproduction against published numbers; the name of a method, its row at the
+            method and ratio, to hold a reproduction against published numbers; ``"full"``, of models with quantised
+            weights the unpruned model of full ones; the name of a method, its row at the
             same ratio or budget (``"random"``: is it better than chance?); ``"METHOD:RATIO"``, one variant for all
             rows, which are then ranked; or a `Reference`, a method with parameters.
         margin: largest acceptable loss in percent of the metric's scale; adds a verdict per row.
@@ -242,7 +243,8 @@ def _pair(baseline: Group, pruned: Group, folders: tuple[Path, Path], load: Load
             ([r["score"] for r in baseline], [r["score"] for r in pruned]),
         )
     timings = _timings(folders[0], baseline[0]), _timings(folders[1], pruned[0])
-    if baseline[0]["method"] == BASELINE and timings[1] is not None:
+    same_model = baseline[0]["model"] == pruned[0]["model"]
+    if same_model and baseline[0]["method"] == BASELINE and timings[1] is not None:
         # The unpruned model may have been timed again since, beside another variant.
         timings = timings[1].of_baseline() or timings[0], timings[1]
     return _Pair(baseline, pruned, metric, tuple(refused), timings)

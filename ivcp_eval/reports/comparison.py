@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
@@ -170,11 +170,15 @@ class Comparison:
 
         People may open it (`files.as_shown`).
         """
-        records = [row.record() for row in self.rows]
         with atomic_write(path) as stream:
-            writer = csv.DictWriter(stream, records[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: _shown(value) for name, value in record.items()} for record in records)
+            self.to_csv(stream)
+
+    def to_csv(self, stream: IO[str]) -> None:
+        """As `write_csv`, into an open file."""
+        records = [row.record() for row in self.rows]
+        writer = csv.DictWriter(stream, records[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _shown(value) for name, value in record.items()} for record in records)
 
     def to_terminal(self, width: int | None = None) -> str:
         """The table and its footer as plain text; no line is longer than ``width``, by default the terminal's."""

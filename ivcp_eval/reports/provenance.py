@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from ivcp_eval import benchmarks
+from ivcp_eval.interface.models import unquantised
 from ivcp_eval.interface.variants import BASELINE, OWN
 from ivcp_eval.reports.table import KEY, Row
 
@@ -39,6 +40,8 @@ __all__ = [
 
 #: Method of the rows that answer the baseline a second time.
 AGAIN = "again"
+#: Against this, rows of quantised models are compared with the unpruned model of full weights.
+FULL = "full"
 REFUSED = (
     "judge",
     "vlmeval_version",
@@ -54,7 +57,19 @@ REFUSED = (
 )
 """Columns whose difference changes scores by itself, so that a comparison would blame or praise the pruning for it."""
 
-_REMARKED = ("checkpoint", "dtype", "device", "attention", "torch_version", "transformers_version", "ivcp_commit")
+#: Of `REFUSED`, what is a server's own and not known here, or sent to it in other words.
+_UNKNOWN_OF_SERVERS = ("revision", "trained_weights", "min_pixels", "max_pixels", "generation")
+
+_REMARKED = (
+    "checkpoint",
+    "quantised",
+    "dtype",
+    "device",
+    "attention",
+    "torch_version",
+    "transformers_version",
+    "ivcp_commit",
+)
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
     "ratio_kv_analytic",
@@ -121,7 +136,7 @@ class Selection:
         )
 
 
-Against = Literal["none", "same_method"] | str | Reference
+Against = Literal["none", "same_method", "full"] | str | Reference
 """Which rows are the baseline; any other text is METHOD, or METHOD:RATIO for one variant."""
 
 
@@ -199,6 +214,8 @@ def _shown(value: Any) -> str:
 
 def _unequal(baseline: Mapping[str, Any], pruned: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     published = bool(baseline["source"] or pruned["source"])
+    if _half_served(baseline, pruned):
+        columns = [name for name in columns if name not in _UNKNOWN_OF_SERVERS]
     lines = []
     for name in columns:
         before, after = baseline[name], pruned[name]
@@ -217,7 +234,17 @@ def differences(baseline: Row, pruned: Row) -> list[str]:
 
 def remarks(baseline: Row, pruned: Row) -> list[str]:
     """What differs and may matter, but does not forbid the comparison."""
-    return _unequal(baseline, pruned, _REMARKED)
+    lines = _unequal(baseline, pruned, _REMARKED)
+    if _half_served(baseline, pruned):
+        served = json.loads(pruned["served"] or baseline["served"])["base_url"]
+        unknown = ", ".join(_UNKNOWN_OF_SERVERS)
+        lines.append(f"one side is answered by a server ({served}), whose {unknown} may be others than those here")
+    return lines
+
+
+def _half_served(baseline: Mapping[str, Any], pruned: Mapping[str, Any]) -> bool:
+    """Whether one of the two rows was answered by a server, and the other here."""
+    return bool(baseline["served"]) != bool(pruned["served"])
 
 
 def unknown_provenance(baseline: Row, pruned: Row) -> list[str]:
@@ -241,6 +268,8 @@ def sample_differences(baseline: Mapping[str, Collection[Any]], pruned: Mapping[
 
 def candidates(results: Sequence[Row], baselines: Sequence[Row], against: Against, *, own: bool) -> list[Row]:
     """Rows to compare: pruned ones that are not the baseline themselves, and with a foreign file unpruned ones too."""
+    if against == FULL:
+        return [row for row in results if unquantised(row["model"])[1] and row["method"] != AGAIN]
     if own or against not in ("none", "same_method"):
         reference = _reference(against)
         unpruned = (BASELINE, AGAIN) if reference else (BASELINE,)
@@ -252,7 +281,7 @@ def candidates(results: Sequence[Row], baselines: Sequence[Row], against: Agains
 def _reference(against: Against) -> Reference | None:
     if isinstance(against, Reference):
         return against
-    if against in ("none", "same_method"):
+    if against in ("none", "same_method", FULL):
         return None
     method, colon, ratio = against.partition(":")
     try:
@@ -269,7 +298,11 @@ def one_reference(against: Against) -> bool:
 
 def described(against: Against) -> str:
     """The baseline rows in words."""
-    words = {"none": "unpruned rows", "same_method": "rows of the same method"}
+    words = {
+        "none": "unpruned rows",
+        "same_method": "rows of the same method",
+        FULL: "unpruned rows of weights that are not quantised",
+    }
     reference = _reference(against)
     if reference is None:
         return words[str(against)]
@@ -309,9 +342,10 @@ def _lacking(row: Row, baselines: Sequence[Group]) -> str:
 def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
     """The one baseline of a group, or why there is none. Raises NotComparable if there are several that fit equally."""
     row = group[0]
-    same = [g for g in baselines if all(g[0][name] == row[name] for name in ("model", "benchmark", "metric"))]
+    wanted = {**row, "model": unquantised(row["model"])[0]} if against == FULL else row
+    same = [g for g in baselines if all(g[0][name] == wanted[name] for name in ("model", "benchmark", "metric"))]
     reference = _reference(against)
-    if against == "none":
+    if against in ("none", FULL):
         same = [g for g in same if g[0]["method"] == BASELINE]
     else:
         if reference is None or reference.ratio is None:
@@ -324,9 +358,11 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
         what = "baseline row"
         if reference:
             what = f"row of {described(against) if reference.ratio else f'{reference.method} at the same cost'}"
-        return f"no {what}{_lacking(row, baselines)}"
+        return f"no {what}{_lacking(wanted, baselines)}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
+    # Of a server and the model here, that which answers where the row's own answers come from.
+    chosen = [g for g in chosen if not _half_served(g[0], row)] or chosen
     if len(chosen) > 1:
         unequal = [name for name in row if len({str(g[0][name]) for g in chosen}) > 1]
         raise NotComparable(

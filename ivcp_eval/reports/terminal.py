@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ivcp_eval.benchmarks import agreement
+
 if TYPE_CHECKING:  # numpy, which other tables can do without
     from ivcp_eval.reports.comparison import ComparedRow, Comparison
     from ivcp_eval.reports.stats.timing import TimeRatio
@@ -232,8 +234,8 @@ def footer(comparison: Comparison) -> list[str]:
     """What must be known to read the table, one statement per line."""
     rows, resamples = comparison.rows, comparison.resamples
     lines = [*_what_is_paired(rows, resamples), *_corrections(rows, resamples), *_noise(rows)]
+    lines += _what_flips(rows)
     lines += [
-        "Flips: answers that turned right -> wrong / wrong -> right (where answers are graded: score fell / rose).",
         "Cost, measured: share of the prompt's visual tokens alive after the last cut (final), mean over the prefill's "
         "layers, in the KV cache; of the prefill's FLOPs in the decoder.",
     ]
@@ -259,6 +261,23 @@ def footer(comparison: Comparison) -> list[str]:
     lines += [f"FORCED although settings differ: {line}" for line in comparison.forced]
     lines += _grouped_notes(rows)
     lines += [f"Not compared: {line}" for line in comparison.left_out]
+    return lines
+
+
+def _what_flips(rows: Sequence[ComparedRow]) -> list[str]:
+    """Where agreement is measured nobody knows what is right."""
+    metrics = dict.fromkeys(row.metric for row in rows)
+    agreed = [name for name in metrics if name in agreement.METRICS]
+    lines = []
+    if len(agreed) < len(metrics):
+        lines.append(
+            "Flips: answers that turned right -> wrong / wrong -> right (where answers are graded: score fell / rose)."
+        )
+    if agreed:
+        lines.append(
+            f"Flips of {', '.join(agreed)}: answers that agree less / more with the unpruned model's, be they right or "
+            f"wrong. The score is the {agreement.NOTE}."
+        )
     return lines
 
 

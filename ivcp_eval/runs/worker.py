@@ -14,8 +14,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.interface.failures import FAILURES
 from ivcp_eval.runs.answering.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
+from ivcp_eval.runs.answering.served.endpoint import ServerLost
+from ivcp_eval.runs.answering.served.samples import Served, served_samples
+from ivcp_eval.runs.answering.served.times import time_served
 from ivcp_eval.runs.answering.timing import is_timed, time_cells
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
@@ -69,6 +73,7 @@ class Report:
     broken: set[str] = field(default_factory=set)
     held: set[str] = field(default_factory=set, repr=False)
     sessions: dict[str, Any] = field(default_factory=dict, repr=False)
+    servers: dict[str, Served] = field(default_factory=dict, repr=False)
     dataset: tuple[Any, Any] = field(default=(None, None), repr=False)
 
 
@@ -146,7 +151,7 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
     for unit in plan.units():
         if stop.requested:
             break
-        if (model and unit.model != model) or {_loaded_name(plan, unit), unit.benchmark.name} & report.broken:
+        if (model and unit.model != model) or {_engine_name(plan, unit), unit.benchmark.name} & report.broken:
             continue
         if mark(plan, unit).exists() or not unit.pending:
             continue
@@ -160,6 +165,9 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
                 except JournalHeld as error:  # a worker that lost its claim is still writing its last sample
                     report.held.add(str(error))
                     waiting = True
+                except ServerLost as error:
+                    report.broken.add(_engine_name(plan, unit))
+                    hooks.warn(f"{unit.model} on {unit.benchmark.name}: {error}. Run again to go on")
                 except _NotLoadedError as error:  # which ends no work on others
                     report.broken.add(error.name)
                     hooks.warn(str(error))
@@ -167,12 +175,12 @@ def _answer_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, model: 
 
 
 def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report) -> None:
-    session, dataset = _session(plan, unit, hooks, report), _dataset(plan, unit, report)
-    cells = _runnable(plan, session, unit)
+    engine, dataset = _engine(plan, unit, hooks, report), _dataset(plan, unit, report)
+    cells = _runnable(plan, engine, unit)
     for cell in cells:
         if cell.load_record() is not None:
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
-        cell.note(asdict(session.shape))
+        cell.note(None if isinstance(engine, Served) else asdict(engine.shape))
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
     start = time.monotonic()
     with ExitStack() as stack:
@@ -188,8 +196,14 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
                     journal.append(key, record)
                     before[key] = record
 
+        made: Iterator[Answered]
+        if not isinstance(engine, Served):
+            made = answered_samples(plan, unit, engine, dataset, cells, known, losses, agreement)
+        else:
+            made = served_samples(unit, engine, dataset, cells, known)
+        stack.callback(made.close)  # type: ignore[attr-defined]  # requests that are under way are dropped
         try:
-            for key, records in answered_samples(plan, unit, session, dataset, cells, known, losses, agreement):
+            for key, records in made:
                 if not records:  # its picture cannot be read; `run_cell` notes why
                     failed += 1
                     continue
@@ -232,14 +246,40 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
                 continue
             if (only and name != only) or all(is_timed(cell, plan.options.timing) for cell in cells):
                 continue
-            with claim(lease(plan, f"time.{name}.{benchmark.name}")) as mine:
+            task = f"time.{name}.{benchmark.name}"
+            if task in report.broken:
+                continue
+            with claim(lease(plan, task)) as mine:
                 if mine and not all(is_timed(cell, plan.options.timing) for cell in cells):
-                    unit = Unit(name, benchmark, 0, 0, cells, model.placement)
-                    session, dataset = _session(plan, unit, hooks, report), _dataset(plan, unit, report)
-                    n = time_cells(session, dataset, _capable(session, cells), plan.options.timing)
+                    try:
+                        n = _time(plan, name, benchmark, cells, hooks, report)
+                    except ServerLost as error:
+                        report.broken.add(task)
+                        hooks.warn(f"{name} on {benchmark.name} is not timed: {error}. Run again to time it")
+                        continue
                     hooks.say(f"timed {n} samples of {benchmark.name} under every variant of {name}")
                     timed = True
     return timed
+
+
+def _time(plan: RunPlan, model: str, benchmark: Benchmark, cells: Sequence[Cell], hooks: Hooks, report: Report) -> int:
+    """Time a benchmark's cells: those of the model in memory side by side, and those of servers; how many samples."""
+    n, wanted, placement = 0, plan.options.timing, plan.models[model].placement
+    here = tuple(cell for cell in cells if cell.identity.variant.server is None)
+    whole = Unit(model, benchmark, 0, 0, here, placement)
+    dataset = _dataset(plan, whole, report)
+    if here:
+        session = _session(plan, whole, hooks, report)
+        n = time_cells(session, dataset, _capable(session, here), wanted)
+    engines, asked = [], []
+    for cell in cells:
+        if cell not in here:
+            engine = _served(plan, Unit(model, benchmark, 0, 0, (cell,), placement), report)
+            with suppress(ValueError):
+                engine.check(benchmark.kind == "grounding")
+                engines.append(engine)
+                asked.append(cell)
+    return max(n, time_served(engines, dataset, asked, wanted))
 
 
 def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:
@@ -250,6 +290,26 @@ def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:
             session.check(cell.identity.variant)
             capable.append(cell)
     return capable
+
+
+def _engine_name(plan: RunPlan, unit: Unit) -> str:
+    return _loaded_name(plan, unit) if unit.server is None else unit.server.base_url
+
+
+def _engine(plan: RunPlan, unit: Unit, hooks: Hooks, report: Report) -> Session | Served:
+    """Who answers a unit."""
+    return _session(plan, unit, hooks, report) if unit.server is None else _served(plan, unit, report)
+
+
+def _served(plan: RunPlan, unit: Unit, report: Report) -> Served:
+    """The server of a unit's one cell; what it said of itself is kept."""
+    from ivcp_eval.vlmeval_bridge import register
+
+    (cell,) = unit.cells
+    if cell.identity.hash not in report.servers:
+        register()
+        report.servers[cell.identity.hash] = Served(plan.models[unit.model], cell, plan.options.timeout)
+    return report.servers[cell.identity.hash]
 
 
 def _loaded_name(plan: RunPlan, unit: Unit) -> str:
@@ -296,12 +356,15 @@ def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
     return report.dataset[1]
 
 
-def _runnable(plan: RunPlan, session: Session, unit: Unit) -> list[Cell]:
+def _runnable(plan: RunPlan, engine: Session | Served, unit: Unit) -> list[Cell]:
     """The unit's unfinished cells whose method works on the model; the others are recorded with the reason."""
     runnable = []
     for cell in unit.pending:
         try:
-            session.check(cell.identity.variant)
+            if isinstance(engine, Served):
+                engine.check(unit.benchmark.kind == "grounding")
+            else:
+                engine.check(cell.identity.variant)
             runnable.append(cell)
         except ValueError as error:
             if plan.spec.kind == "eval":

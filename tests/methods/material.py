@@ -131,10 +131,12 @@ def pruned_columns(
     return [columns.tolist() for columns in run.kept]
 
 
-def evicting_columns(method: str, family: str, inputs: dict[str, Any], ratio: float) -> list[list[list[int]]]:
+def evicting_columns(
+    method: str, family: str, inputs: dict[str, Any], ratio: float, **parameters: Any
+) -> list[list[list[int]]]:
     """Per layer and key head the prompt columns of visual tokens that the caches of a single row keep."""
     model, _ = tiny_models.build(family)
-    visual, made = image_columns(family, inputs), make_method(method)
+    visual, made = image_columns(family, inputs), make_method(method, parameters)
     select = made.select
     kept: list[list[list[int]]] = []
 

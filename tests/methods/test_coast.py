@@ -113,6 +113,7 @@ def test_bad_parameters() -> None:
         ("low", -0.1),
         ("high", 2),
         ("references", 3),
+        ("references", math.nan),
         ("heads", "sum"),
     ):
         with pytest.raises(ValueError, match=name):

@@ -59,8 +59,11 @@ def chosen(name: str, signals: Signals) -> Selection:
         whole = tuple(replace(image, budget=image.n_prompt) for image in signals.images)
         method.select(replace(signals, images=whole))
     first = look.index(False)
-    cut = cuts[first] if cuts[first].evicts else signals.cut
+    assert signals.cut is not None
+    cut = replace(cuts[first], ratio=signals.cut.ratio) if cuts[first].evicts else signals.cut
     signals = replace(signals, stage=first, cut=cut)
+    if cut.late:
+        method.observe(signals)
     selection = method.select(signals)
     selection.check(signals, name)
     return selection

@@ -17,7 +17,7 @@ UNSUPPORTED = {
     ("downsample", "llava"): "every image costs the same number of visual tokens",
     **{
         (method, "deepseek_vl2"): "its cache holds compressed latents that all heads share, not keys"
-        for method in ("dycoke", "fastocr", "h2o", "pyramidkv", "rotatek", "snapkv", "think")
+        for method in ("dycoke", "fastocr", "h2o", "lookm", "pyramidkv", "rotatek", "snapkv", "think", "vlcache")
     },
     **{
         (method, family): "its vision tower has no class token"

@@ -34,7 +34,8 @@ def test_no_map_of_the_prompt(name: str) -> None:
     with Largest() as largest:
         selection = chosen(name, signals)
         if selection.merge is not None:
-            merged_states(selection.merge, signals.hidden[signals.visual])
+            for merge in [selection.merge] if selection.keep.ndim == 1 else selection.merge:
+                merged_states(merge, signals.hidden[signals.visual])
     assert 0 < largest.numbers < signals.hidden.shape[0] ** 2 / 4
 
 

@@ -172,7 +172,9 @@ def _selects(name: str) -> bool:
     evicts = any(cut.evicts for cut in method.cuts(ModelFacts("llava", 8), 0.5))
     on_cache = evicts or bool(method.needs & {"cached_key", "step"})
     in_tower = "group" in method.tower_signals
-    return method.pixel_share(0.5) is None and not on_cache and not in_tower and name not in ("none", "again")
+    return (
+        method.pixel_share(0.5) is None and not on_cache and not in_tower and name not in ("none", "again", "deployed")
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in method_names() if _selects(name)])

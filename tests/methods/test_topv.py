@@ -140,6 +140,7 @@ def test_layer() -> None:
 def test_bad_parameters() -> None:
     for name, value in (
         *(("feature", -1.0), ("relative", -1.0), ("central", math.inf), ("sigma", 0.0), ("epsilon", 0.0)),
+        *(("sigma", math.inf), ("epsilon", math.inf), ("epsilon", math.nan), ("recovered", math.nan)),
         *(("recovered", 2.0), ("layer", -1), ("rounds", 0), ("importance", "peak")),
     ):
         with pytest.raises(ValueError, match=name):

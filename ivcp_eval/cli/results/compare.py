@@ -21,9 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="only rows with these parameters of the method")
     add("--limit", type=int, help="only rows of runs with this --limit")
     add("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
-    add("--against", default="none", metavar="WHAT", help="which rows of BASELINE count: none (unpruned), same_method, "
-        "the name of a method, e.g. random, at the same ratio or budget, or METHOD:RATIO, one variant for all rows, "
-        "which are then ranked (default: %(default)s)")  # fmt: skip
+    add("--against", default="none", metavar="WHAT", help="which rows of BASELINE count: none (unpruned), full "
+        "(unpruned, for models with quantised weights), same_method, the name of a method, e.g. random, at the same "
+        "ratio or budget, or METHOD:RATIO, one variant for all rows, which are then ranked "
+        "(default: %(default)s)")  # fmt: skip
     add("--margin", type=float, help="points that may be lost; adds a verdict per row")
     add("--resamples", type=int, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
     add("--output", type=Path, help="also write the comparison as CSV")

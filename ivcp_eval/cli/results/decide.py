@@ -10,8 +10,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ivcp_eval.cli import say
+
+if TYPE_CHECKING:
+    from ivcp_eval.reports.views.decision import Policy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", type=Path, help="results CSV")
     add("baseline", type=Path, nargs="?", help="baseline CSV; default: rows of RESULTS itself")
-    rule = parser.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--margin", type=float, help="loss, in percent of the scale, that is too much")
-    rule.add_argument("--policy", type=Path, metavar="FILE", help="YAML with margin, alpha, critical and minimum_n; "
-        "its hash stands in the output")  # fmt: skip
-    add("--critical", nargs="+", metavar="NAME", help="benchmarks that decide (default: all)")
-    add("--alpha", type=float, help="chance of a false GO for any variant of a model (default: 0.05)")
-    add("--minimum-n", type=int, metavar="N", help="samples of a benchmark below which nothing is decided")
+    add_rule(parser, required=True)
     add("--method", help="only variants of this method")
     add("--ratio", type=float, help="only variants that asked for this share")
     add("--force", action="store_true", help="decide although judge, prompts, pixels or versions differ")
@@ -35,17 +33,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "exit code: 0 some variant is GO; 1 all are NO-GO; 3 none is GO, some undecided; 2 not carried out"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the verdicts; their exit code."""
-    from ivcp_eval.reports.provenance import Selection
-    from ivcp_eval.reports.views.decision import Policy, decide
+def add_rule(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Options that state a rule."""
+    add = parser.add_argument
+    rule = parser.add_mutually_exclusive_group(required=required)
+    rule.add_argument("--margin", type=float, help="loss, in percent of the scale, that is too much")
+    rule.add_argument("--policy", type=Path, metavar="FILE", help="YAML with margin, alpha, critical and minimum_n; "
+        "its hash stands in the output")  # fmt: skip
+    add("--critical", nargs="+", metavar="NAME", help="benchmarks that decide (default: all)")
+    add("--alpha", type=float, help="chance of a false GO for any variant of a model (default: 0.05)")
+    add("--minimum-n", type=int, metavar="N", help="samples of a benchmark below which nothing is decided")
+
+
+def policy_of(args: argparse.Namespace) -> Policy | None:
+    """The rule that the options state; None where they state none.
+
+    Raises:
+        ValueError: options that would change what a file states, or that have no margin; or as `Policy`.
+    """
+    from ivcp_eval.reports.views.decision import Policy
 
     given = {"alpha": args.alpha, "critical": args.critical and tuple(args.critical), "minimum_n": args.minimum_n}
     given = {name: value for name, value in given.items() if value is not None}
+    flags = ", ".join("--" + name.replace("_", "-") for name in given)
     if args.policy and given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{flags} beside --policy: what was registered stands; say it in {args.policy}")
-    policy = Policy.read(args.policy) if args.policy else Policy(args.margin, **given)
+    if args.policy:
+        return Policy.read(args.policy)
+    if args.margin is None and given:
+        raise ValueError(f"{flags} without a rule; state one with --margin or --policy")
+    return None if args.margin is None else Policy(args.margin, **given)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the verdicts; their exit code."""
+    from ivcp_eval.reports.provenance import Selection
+    from ivcp_eval.reports.views.decision import decide
+
+    policy = policy_of(args)
+    assert policy is not None  # one of its options is required
     chosen = Selection(args.method, args.ratio)
     decision = decide(args.results, policy, args.baseline, force=args.force, select=chosen.fits)
     if args.json:

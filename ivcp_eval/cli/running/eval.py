@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.cli import notices, say
 from ivcp_eval.files import DATASETS
+from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
 if TYPE_CHECKING:
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from ivcp_eval.runs.planning.spec import Spec
     from ivcp_eval.runs.store.finished import Finished
 
+DEPLOYED = "deployed"  # the method whose work a server does
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
     add("--model", default="tiny", help="short name, see `ivcp list` (default: %(default)s)")
-    add("--method", default="ivc_prune", help="pruning method, or the path of a file with a class Method, e.g. "
-        "./mine.py (default: %(default)s)")  # fmt: skip
+    add("--method", help="pruning method, or the path of a file with a class Method, e.g. "
+        "./mine.py (default: ivc_prune)")  # fmt: skip
     add("--ratio", type=float, default=0.5, help="share of the visual tokens kept, in (0, 1] (default: %(default)s)")
     add("--budget", default="own", metavar="KIND", help="what --ratio is a share of: own (the method's own retention "
         "ratio, as papers print it), or, so that methods cost the same, of the unpruned model's final (visual tokens "
@@ -37,6 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
+    add("--weights", choices=("int8", "int4"), help="store the weights so, under any method; --model NAME@int8 is the "
+        "same (default: as they are)")  # fmt: skip
+    add("--base-url", metavar="URL", help="an OpenAI-compatible server that answers in place of a method, e.g. "
+        "http://localhost:8000/v1, started to keep --ratio of the visual tokens; with --method none it is the "
+        "unpruned model. Its key is read from SERVED_API_KEY")  # fmt: skip
+    add("--served-model", metavar="NAME", help="the server's name of the model (default: the only one it lists)")
+    add("--baseline-url", metavar="URL", help="a server that answers unpruned (default: the weights on this machine)")
+    add(
+        "--served-options", nargs="+", default=[], metavar="KEY=VALUE", help="further fields of requests to the servers"
+    )
+    add("--concurrency", type=int, help="requests that a server is sent at once (default: 8)")
     add_flags(parser)
     add("--estimate", action="store_true", help="only say what the judge would cost at most; nothing is sent, "
         "fetched or run")  # fmt: skip
@@ -52,7 +66,11 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.planning.cells import RUNS
     from ivcp_eval.runs.store.finished import eval_state, known
 
-    args.method = absolute(args.method)
+    args.method = absolute(_method(args))
+    if not (args.base_url or args.baseline_url) and (args.served_model or args.served_options or args.concurrency):
+        raise ValueError("--served-model, --served-options and --concurrency say how a server is asked; add --base-url")
+    if args.weights:
+        args.model = f"{args.model}@{args.weights}"
     if any(Path(word).suffix for word in args.data):
         from ivcp_eval.vlmeval_bridge.reading.own import is_prepared, names_of
 
@@ -81,23 +99,39 @@ def _raw(args: argparse.Namespace) -> dict[str, Any]:
 
     _, checkpoint = models.find(args.model)
     parameters = dict(parameter(text) for text in args.set)
-    entry = {
-        "method": args.method,
-        "ratios": [args.ratio],
-        "parameters": {key: [value] if isinstance(value, list) else value for key, value in parameters.items()},
-        "seeds": [args.seed],
-        "budget": args.budget,
-    }
+    entry = {"method": _method(args), "ratios": [args.ratio], "budget": args.budget}
+    entry["parameters"] = {key: [value] if isinstance(value, list) else value for key, value in parameters.items()}
+    baseline = args.baseline_url
+    if args.base_url and args.method == BASELINE:
+        baseline = args.base_url
+    elif args.base_url:
+        entry["served"] = _server(args, args.base_url)
+    if "served" not in entry:
+        entry["seeds"] = [args.seed]
+    model = {"path": args.model_path, "served": _server(args, baseline)} if baseline else args.model_path
     prompt = {"budget_prompt": list(args.budget_prompt)} if args.budget_prompt else {}
     return {
         "kind": "eval",
-        "models": {args.model: args.model_path},
+        "models": {args.model: model},
         "benchmarks": args.data or ["embedded" if checkpoint.local else "matrix"],
         "methods": [entry],
         "controls": [],
         **prompt,
         **given_flags(args),
     }
+
+
+def _method(args: argparse.Namespace) -> str:
+    return args.method or (DEPLOYED if args.base_url else "ivc_prune")
+
+
+def _server(args: argparse.Namespace, url: str) -> dict[str, Any]:
+    """As `served` of a sweep file has it."""
+    from ivcp_eval.interface.variants import parameter
+
+    options = dict(parameter(text) for text in args.served_options)
+    given = {"base_url": url, "model": args.served_model, "options": options or None, "concurrency": args.concurrency}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _digest(args: argparse.Namespace) -> str:
@@ -186,7 +220,7 @@ def _inputs(plan: RunPlan) -> Iterator[Path]:
 
     yield DATASETS  # a file more or less
     for model, benchmark, cell in plan.cells():
-        yield from (path for path in model.weights.source.iterdir() if path.is_file())
+        yield from (path for path in model.weights.source.glob("*") if path.is_file())  # a server's are not here
         yield path_of(benchmark)
         yield from (cell.notes, cell.journal, cell.scores, cell.record, cell.predictions)
         if data_file(benchmark.name).is_file():

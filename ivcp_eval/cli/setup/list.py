@@ -69,10 +69,10 @@ def _models() -> list[_Entry]:
 
 
 def _methods() -> Sequence[_Entry]:
-    """Those that run, plug-ins among them."""
+    """Those that run, plug-ins among them, and the systems that a verb covers."""
     from ivcp_eval.methods import _cards as cards
 
-    return [(row, row["use"] not in cards.STATES) for row in cards.rows()]
+    return [(row, row["use"] == "tool" or row["use"] not in cards.STATES) for row in cards.rows()]
 
 
 def _benchmarks() -> list[_Entry]:

@@ -82,6 +82,9 @@ class Answer:
     visual_per_layer: tuple[int, ...] = _of("integers", "visual tokens that each layer processed", ())
     visual_cached: tuple[int, ...] = _of("integers", "visual tokens in each layer's cache", ())
     kv_analytic: float | None = _of("number", "share of the visual cache that decoding would read", low=0)
+    prompt_tokens: int | None = _of(
+        "integer", "prompt tokens as a server counts them (`usage`); empty: not served", low=0, column="prompt_tokens"
+    )
     new_tokens: int | None = _of("integer", "generated tokens", low=0, column="new_tokens")
     together: bool = _of("boolean", "batched with others in half precision", False)
     over_budget: bool = _of("boolean", "costs more than asked at any size", False)
@@ -120,7 +123,9 @@ class Answer:
         meaning = measured()
         if strange := sorted(record.keys() - meaning.keys()):
             raise ValueError(f"unknown keys of an answer: {', '.join(strange)}; known: {', '.join(meaning)}")
-        if not record.get("error") and (missing := [name for name in _NEEDED if record.get(name) in (None, [])]):
+        if not record.get("error") and (
+            missing := [name for name in _needed(record) if record.get(name) in (None, [])]
+        ):
             raise ValueError(f"an answer without an error lacks {', '.join(missing)}")
         for name, value in record.items():
             if value is not None or _DEFAULTS[name] is not None:
@@ -136,5 +141,10 @@ def measured() -> dict[str, Measured]:
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Answer)}
-#: What is counted for every answer.
+#: What is counted for every answer, and of those that a server gave.
+_SERVED = ("prompt_tokens", "new_tokens")
 _NEEDED = ("visual_tokens", "visual_kept", "text_tokens", "visual_per_layer", "visual_cached", "new_tokens")
+
+
+def _needed(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return _NEEDED if record.get("prompt_tokens") is None else _SERVED

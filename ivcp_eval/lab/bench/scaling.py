@@ -10,8 +10,10 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,20 +145,25 @@ def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu"
     cuts = method.cuts(ModelFacts("qwen2_5_vl", SERVED.layers, position_axes=3), ratio)
     memory: dict[str, Any] = {}
     seconds, operations, flops, alive = 0.0, 0, 0, n
-    for stage, cut in enumerate(cuts):
+    jobs: list[tuple[int, Cut, Callable[[Signals], Selection | None]]]
+    jobs = [(stage, cut, method.observe) for stage, cut in enumerate(cuts) if cut.late]
+    jobs += [(stage, cut, partial(_select, method, n=n, ratio=ratio)) for stage, cut in enumerate(cuts)]
+    for stage, cut, ask in jobs:
         signals = signals_of(method, cut, stage, alive, n, widths, memory, device)
+        kept = {name: copy(value) for name, value in memory.items()}  # lists of what was observed grow in place
         with _Operations() as counted, FlopCounterMode(display=False) as counter:  # counting takes time of its own
-            _select(method, replace(signals, memory=dict(memory)), n, ratio)
+            ask(replace(signals, memory=kept))
         begin = _now(device)
-        selection = _select(method, signals, n, ratio)
+        selection = ask(signals)
         seconds += _now(device) - begin
-        selection.check(signals, name)
         operations, flops = operations + counted.count, flops + counter.get_total_flops()
-        alive = alive if cut.evicts else selection.keep.numel()
+        if selection is not None:
+            selection.check(signals, name)
+            alive = alive if cut.evicts else selection.keep.numel()
     return Cost(seconds, operations, flops) if any(cut.ratio < 1 for cut in cuts) else None
 
 
-def _select(method: AbstractMethod, signals: Signals, n: int, ratio: float) -> Selection:
+def _select(method: AbstractMethod, signals: Signals, *, n: int, ratio: float) -> Selection:
     """The choice, with what the method does inside the tower."""
     if "group" in method.tower_signals:
         assert signals.key is not None

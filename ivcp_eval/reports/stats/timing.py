@@ -18,7 +18,12 @@ from ivcp_eval.files import damage_as_clear_error, read_json
 __all__ = ["STAGES", "TimeRatio", "Timings", "paired_ratio", "read_timings", "time_ratios"]
 
 #: Stage as tables name it -> field of a timed sample, in milliseconds.
-STAGES = {"prefill": "prefill_ms", "decode": "decode_ms_per_token", "end_to_end": "end_to_end_ms"}
+STAGES = {
+    "prefill": "prefill_ms",
+    "first_token": "first_token_ms",
+    "decode": "decode_ms_per_token",
+    "end_to_end": "end_to_end_ms",
+}
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,11 @@ def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """Legend entry: the method, and that its coordinates are off where they are."""
-    return f"{row['method']} without IVC" if '"ivc":0.0' in str(row["method_parameters"]) else str(row["method"])
+    """Legend entry: the method, and its preset where that is the released one, or that its coordinates are off."""
+    parameters = str(row["method_parameters"])
+    if '"preset":"official"' in parameters:
+        return f"{row['method']} official"
+    return f"{row['method']} without IVC" if '"ivc":0.0' in parameters else str(row["method"])
 
 
 def curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float, float, float]]:
@@ -146,7 +149,7 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set(title=f"{name} ({here[0]['metric']})", xlabel=words)
     axes[0][0].legend(fontsize=7)
     figure.suptitle(
-        "bars: 95 % interval of the paired difference to the unpruned model; hollow: not better than random", fontsize=9
+        "bars: 95 % interval of the paired difference to the unpruned model\nhollow: not better than random", fontsize=9
     )
     temporary = path.with_suffix(".tmp.png")
     with disk_full_as_clear_error(path, temporary):
@@ -163,14 +166,24 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def write(results: Path, resamples: int) -> tuple[Path, Path]:
-    """Write ``<results>.curves.csv`` and ``.curves.png`` beside the results; returns both."""
+def write(results: Path, resamples: int, plotted: Sequence[str] = ()) -> tuple[Path, Path]:
+    """Write ``<results>.curves.csv`` and ``.curves.png`` beside the results; returns both.
+
+    Args:
+        plotted: the methods that the plot shows, all if none is named; the CSV and its correction always have all.
+
+    Raises:
+        ValueError: a method to plot is in no row; or as `curve_rows`.
+    """
     rows = curve_rows(results, resamples)
+    there = sorted({str(row["method"]) for row in rows})
+    if missing := sorted(set(plotted) - set(there)):
+        raise ValueError(f"{results} has no finished row of {', '.join(missing)}; it has {', '.join(there)}")
     table, plot = results.with_suffix(".curves.csv"), results.with_suffix(".curves.png")
     with atomic_write(table) as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _cell(row[name]) for name in COLUMNS})
-    write_plot(rows, plot)
+    write_plot([row for row in rows if not plotted or row["method"] in plotted], plot)
     return table, plot

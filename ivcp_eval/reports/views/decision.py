@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, Literal
 
-from ivcp_eval.benchmarks import headline
+from ivcp_eval.benchmarks import agreement, headline
 from ivcp_eval.files import as_shown, damage_as_clear_error, read_json
 from ivcp_eval.interface.marked import Marked
 from ivcp_eval.interface.registry import unknown
@@ -31,7 +31,7 @@ from ivcp_eval.reports.stats.margins import LossTest, clusters_to_decide, loss_t
 from ivcp_eval.reports.stats.timing import STAGES
 from ivcp_eval.reports.table import Row, read_results
 
-__all__ = ["Decision", "Policy", "Verdict", "decide"]
+__all__ = ["Decision", "Policy", "Verdict", "decide", "kv_bytes"]
 
 Word = Literal["GO", "NO-GO", "UNDECIDED"]
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -103,7 +103,8 @@ class Verdict:
         benchmark: the one that is nearest to failing. difference, lowest: there, in percent of the scale; the lower end
             of the one-sided interval, uncorrected.
         more_samples: of that benchmark that would decide, if the difference stays as it is (80 % power).
-        prefill, decode, end_to_end: time over the baseline's, geometric mean over benchmarks, where measured.
+        prefill, first_token (of servers), decode, end_to_end: time over the baseline's, geometric mean over benchmarks,
+            where measured.
         kv: measured share of the visual tokens in the KV cache. kv_bytes_saved: of one prompt, by the decoder's sizes.
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
     """
@@ -119,6 +120,7 @@ class Verdict:
     lowest: float
     more_samples: float
     prefill: float
+    first_token: float
     decode: float
     end_to_end: float
     kv: float
@@ -257,6 +259,8 @@ def decide(
 
 def _notes(comparison: Comparison) -> tuple[str, ...]:
     notes = [f"FORCED although settings differ: {line}" for line in comparison.forced]
+    agreed = dict.fromkeys(row.metric for row in comparison.rows if row.metric in agreement.METRICS)
+    notes += [f"{', '.join(agreed)}: {agreement.NOTE}."] if agreed else []
     return (*notes, *(["RANDOM WEIGHTS: nothing is decided."] if comparison.meaningless else []))
 
 
@@ -359,14 +363,13 @@ def _cheapest(verdicts: Sequence[Verdict]) -> dict[str, tuple[str, str]]:
     return cheapest
 
 
-def _kv_bytes_saved(compared: ComparedRow, folder: Path, rows: Sequence[Row]) -> float:
-    """Of one prompt's KV cache, by the decoder's sizes that stand beside the samples; NaN where they do not."""
-    names = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit")
-    row = next((row for row in rows if all(row[name] == getattr(compared, name) for name in names)), None)
-    if row is None or not row["predictions"] or row["visual_tokens_prompt_mean"] is None:
+def kv_bytes(row: Row, predictions: Path | None) -> float:
+    """What the visual tokens of one unpruned prompt take in the KV cache, by the decoder's sizes that stand beside the
+    samples; NaN where they do not."""
+    if predictions is None or row["visual_tokens_prompt_mean"] is None or row["dtype"] not in _ITEMSIZE:
         return math.nan
-    path = (folder / row["predictions"]).with_name("cell.json")
-    if not path.is_file() or row["dtype"] not in _ITEMSIZE:
+    path = predictions.with_name("cell.json")
+    if not path.is_file():
         return math.nan
     advice = "the next run writes it again; the answers are kept"
     decoder = read_json(path, advice).get("decoder")
@@ -375,7 +378,15 @@ def _kv_bytes_saved(compared: ComparedRow, folder: Path, rows: Sequence[Row]) ->
     with damage_as_clear_error(path, advice):
         width = decoder["kv_heads"] * (decoder["head_dim"] + (decoder.get("value_dim") or decoder["head_dim"]))
         token = decoder["layers"] * width * _ITEMSIZE[row["dtype"]]
-    return float(row["visual_tokens_prompt_mean"] * (1 - compared.ratio_kv_cache) * token)
+    return float(row["visual_tokens_prompt_mean"] * token)
+
+
+def _kv_bytes_saved(compared: ComparedRow, folder: Path, rows: Sequence[Row]) -> float:
+    names = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit")
+    row = next((row for row in rows if all(row[name] == getattr(compared, name) for name in names)), None)
+    if row is None or not row["predictions"]:
+        return math.nan
+    return (1 - compared.ratio_kv_cache) * kv_bytes(row, folder / row["predictions"])
 
 
 def _mean(values: Sequence[float]) -> float:

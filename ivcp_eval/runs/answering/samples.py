@@ -18,6 +18,7 @@ from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 
 if TYPE_CHECKING:
+    from ivcp_eval.interface import AbstractAdapter
     from ivcp_eval.runs.answering.session import Session
 
 Records = dict[str, Answer]  # by the key of the sample
@@ -112,7 +113,7 @@ def answered_samples(
     if not cells:
         return
     exact, grounding = plan.options.exact, unit.benchmark.kind == "grounding"
-    samples, broken = _asked(unit, session, dataset, cells[0])
+    samples, broken = asked(unit, session.adapter, dataset, cells[0])
     yield from [("", [])] * broken
     lacking = {
         key: open_
@@ -139,12 +140,12 @@ def answered_samples(
         yield key, answers
 
 
-def _asked(unit: Unit, session: Session, dataset: Any, cell: Cell) -> tuple[list[Sample], int]:
+def asked(unit: Unit, adapter: AbstractAdapter, dataset: Any, cell: Cell) -> tuple[list[Sample], int]:
     """Every prompt of the unit once, and how many rows have none; their keys are noted for who scores."""
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting
 
-    rows = list(messages(dataset, Prompting(session.adapter), unit.start, unit.stop))
+    rows = list(messages(dataset, Prompting(adapter), unit.start, unit.stop))
     Prompts.of(rows).note(cell, unit.start, unit.stop)
     samples = {
         row.key: [{part["type"]: part["value"]} for part in row.message] for row in rows if row.message is not None

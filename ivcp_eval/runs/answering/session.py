@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from ivcp_eval.benchmarks.boxes import FORMATS, format_answer, parse_answer
 from ivcp_eval.benchmarks.pictures import decoded
-from ivcp_eval.benchmarks.thinking import split_thinking
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.engine.cost.flops import DecoderShape
@@ -24,13 +22,14 @@ from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.boxes import scored_box
 from ivcp_eval.runs.answering.generation import finite_logits, neutral
+from ivcp_eval.runs.answering.quantising import quantise
 from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from model_adapters._checkpoint import refuse_broken
 from model_adapters._shrink import shrink
 
-NO_BOX = "no box"
 _METHOD = "the method, or the model"
 Parts = Sequence[Mapping[str, Any]]
 
@@ -82,6 +81,8 @@ class Session:
                 trust_remote_code=trust_remote_code,
             )
         refuse_broken(self.model, str(weights.source))
+        if weights.quantised:
+            quantise(self.model, weights.quantised)
         self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device
         cuda = self._device.type == "cuda"
@@ -97,6 +98,8 @@ class Session:
         """
         if variant.budget is not None and variant.budget.problem:
             raise Unsupported(variant.budget.problem)
+        if make_method(variant.method).is_served:
+            raise ValueError(f"method {variant.method!r} is what a server does; there is nothing to run here")
         with self._pruned(variant):
             pass
 
@@ -285,9 +288,10 @@ class Session:
             whole: visual tokens of the image as it was, where a smaller one was asked about.
         """
         text = storable(self.processor.batch_decode([new], skip_special_tokens=True)[0].strip())
+        frame = self.adapter.box_frame(self.processor, inputs, sample) if grounding else None
         return Answer(
             prediction=text,
-            box=self._box(text, inputs, sample) if grounding else None,
+            box=scored_box(text, self.adapter, frame) if grounding else None,
             device=self.device_name,
             visual_tokens=whole or run.visual_prompt[0],
             visual_kept=run.visual_kept[0],
@@ -318,14 +322,6 @@ class Session:
     def _pruned(self, variant: Variant, layout: Mapping[str, Any] | None = None) -> Any:
         options = {**(layout or {}), **variant.parameters}
         return prune(self.model, variant.method, variant.ratio, seed=variant.seed, **options)
-
-    def _box(self, raw: str, inputs: Mapping[str, Any], sample: int) -> str:
-        if not self.adapter.box_format:
-            return NO_BOX
-        frame = self.adapter.box_frame(self.processor, inputs, sample)
-        answer, _ = split_thinking(raw)
-        box = parse_answer(answer, FORMATS[self.adapter.box_format], frame)
-        return NO_BOX if box is None else format_answer(box, FORMATS["unit"])
 
 
 def _on_its_own(variant: Variant) -> bool:

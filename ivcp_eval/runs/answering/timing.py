@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.cells import Cell
 
 if TYPE_CHECKING:
+    from ivcp_eval.interface import AbstractAdapter
     from ivcp_eval.runs.answering.session import Parts, Session
 
 FILE = "timing.json"  # in each cell's folder; `reports.stats.timing` pairs them by session and index
@@ -33,14 +34,16 @@ class Times:
 
     Attributes:
         vision_ms: vision encoder and projector; None for a model without one. prefill_ms: of the decoder, selection
-            included. decode_ms_per_token: after the first; None where there was none.
-        end_to_end_ms: from opening the picture to the last token.
+            included. decode_ms_per_token: after the first; None where there was none. A server shows neither of the
+            first two, but when its first token came.
+        end_to_end_ms: from opening the picture to the last token. first_token_ms: of a server, from sending to it.
     """
 
     vision_ms: float | None
-    prefill_ms: float
+    prefill_ms: float | None
     decode_ms_per_token: float | None
     end_to_end_ms: float
+    first_token_ms: float | None = None
 
 
 def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) -> int:
@@ -60,7 +63,7 @@ def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) ->
     if not n or not cells:
         return 0
     rounds: dict[str, list[Times]] = {}
-    for index, parts in _chosen(session, dataset, n):
+    for index, parts in chosen(session.adapter, dataset, n):
         order = list(range(len(cells)))
         if len(rounds) % 2:
             order.reverse()
@@ -72,15 +75,30 @@ def time_cells(session: Session, dataset: Any, cells: Sequence[Cell], n: int) ->
         except FAILURES:  # answering it said why
             continue
         rounds[index] = [times[i] for i in range(len(cells))]
-    timings = {"session": secrets.token_hex(8), "device": session.device_name, "asked": n}
-    samples = [[{"index": index, **asdict(times[i])} for index, times in rounds.items()] for i in range(len(cells))]
+    samples = [[(index, times[i]) for index, times in rounds.items()] for i in range(len(cells))]
+    write_times(cells, samples, {"device": session.device_name, "asked": n})
+    return len(rounds)
+
+
+def write_times(
+    cells: Sequence[Cell], timed: Sequence[Sequence[tuple[str, Times]]], common: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]] = (),
+) -> None:  # fmt: skip
+    """Write each cell's ``timing.json``.
+
+    Args:
+        timed: of each cell the index and times of every sample, measured side by side. common: noted of all cells.
+        own: of each cell what is noted of it alone.
+    """
+    session = {"session": secrets.token_hex(8), **common}
+    samples = [[{"index": index, **asdict(times)} for index, times in of] for of in timed]
     # Beside each variant's times stand the baseline's: another variant may be timed later, and the baseline again.
     unpruned = [i for i, cell in enumerate(cells) if cell.identity.variant.method == BASELINE]
     beside = {"baseline": samples[unpruned[0]]} if unpruned else {}
-    for cell, own in zip(cells, samples, strict=True):
+    for i, cell in enumerate(cells):
         cell.folder.mkdir(parents=True, exist_ok=True)
-        write_json(cell.folder / FILE, {**timings, "samples": own, **beside}, sealed=True)
-    return len(rounds)
+        alone = own[i] if own else {}
+        write_json(cell.folder / FILE, {**session, **alone, "samples": samples[i], **beside}, sealed=True)
 
 
 def is_timed(cell: Cell, n: int) -> bool:
@@ -102,6 +120,18 @@ def times_of(cell: Cell) -> dict[str, Times]:
     return _read(cell)[1]
 
 
+def throughput_of(cell: Cell) -> float | None:
+    """Answers per second of a server; None where it was not measured. Raises as `times_of`."""
+    path = cell.folder / FILE
+    if not path.is_file():
+        return None
+    with damage_as_clear_error(path, ADVICE):
+        rate = read_json(path, ADVICE).get("requests_per_s")
+        if rate is not None and not (type(rate) in (int, float) and 0 <= rate < math.inf):
+            raise TypeError("requests per second are no number")
+    return rate
+
+
 def _read(cell: Cell) -> tuple[int, dict[str, Times]]:
     """How many samples were asked for, 0 for a cell that was not timed, and the times; raises as `times_of`."""
     path = cell.folder / FILE
@@ -116,13 +146,13 @@ def _read(cell: Cell) -> tuple[int, dict[str, Times]]:
         return int(content.get("asked", 0)), times
 
 
-def _chosen(session: Session, dataset: Any, n: int) -> Iterator[tuple[str, Parts]]:
+def chosen(adapter: AbstractAdapter, dataset: Any, n: int) -> Iterator[tuple[str, Parts]]:
     """(index, conversation) of ``n`` rows spread evenly; rows whose picture cannot be read are left out."""
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting
 
     total = len(dataset.data)
     for row in sorted({(2 * i + 1) * total // (2 * n) for i in range(n)}):
-        for prompt in messages(dataset, Prompting(session.adapter), row, row + 1):
+        for prompt in messages(dataset, Prompting(adapter), row, row + 1):
             if prompt.message is not None:
                 yield prompt.index, [{part["type"]: part["value"]} for part in prompt.message]

@@ -26,6 +26,8 @@ CORE = (
     "ivcp_eval.runs.answering.samples",
     "ivcp_eval.vlmeval_bridge.evaluate",
 )
+#: In place of the first two, where a server answers.
+SERVED_CORE = ("ivcp_eval.runs.answering.served.samples", "ivcp_eval.vlmeval_bridge.evaluate")
 #: Modules and packages that are imported there but change no answer, with the reason. Nothing behind them is followed.
 OUTSIDE: Mapping[str, str] = {
     "ivcp_eval": "names of the public interface",
@@ -68,13 +70,13 @@ class Code:
 
 
 @cache
-def code_of(method: str, family: str, root: Path = ROOT) -> Code:
-    """The code that answers with a method (in a wrapper the wrapper's too) on a family.
+def code_of(method: str, family: str, root: Path = ROOT, served: bool = False) -> Code:
+    """The code that answers with a method (in a wrapper the wrapper's too) on a family, or that asks a server.
 
     A plug-in's method is not under ``root``: the identity holds its package, version and code apart.
     """
     base, plus = unwrapped_name(method)
-    modules = [*CORE, f"ivcp_eval.methods.{base}", f"model_adapters.{family}"]
+    modules = [*(SERVED_CORE if served else CORE), f"ivcp_eval.methods.{base}", f"model_adapters.{family}"]
     modules += [WRAPPERS[plus][0]] if plus else []
     tree = _tree(root)
     paths = sorted(frozenset().union(*map(tree.reached, modules)))

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
-from ivcp_eval.interface.variants import Variant
+from ivcp_eval.interface.variants import Server, Variant
+from ivcp_eval.runs.answering.quantising import quantiser
 from ivcp_eval.runs.planning import cells, data
 from ivcp_eval.runs.planning.cells import Cell, Identity
 from ivcp_eval.runs.planning.closure import code_of
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one loaded model under all variants of a run."""
+    """Rows ``start`` to ``stop`` of one benchmark, to be answered by one loaded model under all variants of a run.
+
+    What a server answers (`Unit.server`) is a unit of its own.
+    """
 
     model: str
     benchmark: Benchmark
@@ -49,6 +53,11 @@ class Unit:
         text = " ".join(cell.identity.hash + ("exact" if cell.exact else "") for cell in self.cells)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return f"{self.model}.{self.benchmark.name}.{self.start:07d}-{self.stop:07d}.{digest}"
+
+    @property
+    def server(self) -> Server | None:
+        """Who answers; None for the model in memory."""
+        return self.cells[0].identity.variant.server
 
     @property
     def pending(self) -> list[Cell]:
@@ -71,8 +80,10 @@ class ModelPlan:
         return dataclasses.replace(self.placement, dtype=found["dtype"], attention=found["attention"])
 
     def timed(self, cells: Iterable[Cell]) -> tuple[Cell, ...]:
-        """Those whose times are comparable: of the model as it is loaded for all but a few."""
-        return tuple(cell for cell in cells if self.placement_of(cell) == self.placement)
+        """Those whose times are comparable: of servers, and of the model as it is loaded for all but a few."""
+        return tuple(
+            cell for cell in cells if cell.identity.variant.server or self.placement_of(cell) == self.placement
+        )
 
 
 @dataclass
@@ -115,12 +126,17 @@ class RunPlan:
             sized = [(data.rows(benchmark, limit), benchmark, group) for benchmark, group in model.groups.values()]
             sized.sort(key=lambda entry: -entry[0])
             cells = [cell for _, _, group in sized for cell in group]
+            here = [cell for cell in cells if cell.identity.variant.server is None]
             # One placement after the other, the usual one first, so that a worker loads the model once for each.
-            for placement in dict.fromkeys([model.placement, *map(model.placement_of, cells)]):
+            for placement in dict.fromkeys([model.placement, *map(model.placement_of, here)]):
                 for n, benchmark, group in sized:
-                    own = tuple(cell for cell in group if model.placement_of(cell) == placement)
+                    own = tuple(cell for cell in group if cell in here and model.placement_of(cell) == placement)
                     for start in range(0, n if own else 0, shard):
                         yield Unit(name, benchmark, start, min(n, start + shard), own, placement)
+            for n, benchmark, group in sized:
+                for served in (cell for cell in group if cell not in here):
+                    for start in range(0, n, shard):
+                        yield Unit(name, benchmark, start, min(n, start + shard), (served,), model.placement)
 
     def cells(self) -> Iterator[tuple[ModelPlan, Benchmark, Cell]]:
         """Every cell."""
@@ -177,8 +193,11 @@ def _model_plan(
 ) -> tuple[ModelPlan, list[str]]:
     """One model, and why benchmarks of it cannot run here; DataMissing if none can."""
     spec = plan.spec
-    weights = models.locate(model, folder, offline=True if plan_only else None)
-    placement = _placement(spec.options, weights, device, plan_only)
+    if all(variant.server for variant in spec.variants(model)):
+        weights, placement = models.elsewhere(model, folder), Placement("", "", "")
+    else:
+        weights = models.locate(model, folder, offline=True if plan_only else None)
+        placement = _placement(spec.options, weights, device, plan_only)
     limits = _limits(spec.options, weights)
     own = weights.checkpoint.methods
     tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
@@ -259,26 +278,40 @@ class _Identities:
     def cell(self, variant: Variant) -> Cell:
         """The cell of one variant."""
         options, method = self.plan.options, make_method(variant.method, variant.parameters)
-        device = self.placement.device.partition(":")[0]
-        code = code_of(variant.method, self.weights.family)
+        placement = {**dataclasses.asdict(self.placement), **method.loading}
+        placement["device"] = self.placement.device.partition(":")[0]
+        limits, sent, server = self.limits, adapter(self.weights.family).stated(), variant.server
+        if self.weights.quantised:
+            placement |= {"weights": self.weights.quantised, "quantiser": quantiser()}
+        if server is not None:
+            placement = dict.fromkeys(placement, "")
+            limits, sent = Limits(None, None, limits.max_new_tokens), fields_sent(server, limits.max_new_tokens)
+        answering = variant.method, self.weights.family
+        code = code_of(*answering) if server is None else code_of(*answering, served=True)
         identity = Identity(
             variant=variant,
             method_parameters=parameters_of(method),
-            weights=self.weights.revision,
+            weights="" if server else self.weights.revision,
             benchmark=self.benchmark.name,
             data=self.digest,
             scoring=self.benchmark.scoring,
             limit=options.limit,
             prompt=self._prompt,
             judge=judge_name(options, self.benchmark),
-            limits=dataclasses.asdict(self.limits),
-            placement={**dataclasses.asdict(self.placement), **method.loading, "device": device},
+            limits=dataclasses.asdict(limits),
+            placement=placement,
             versions=cells.versions(),
             code=code.hash,
             method_source=method_source(variant.method),
-            generation=adapter(self.weights.family).stated(),
+            generation=sent,
         )
         return Cell(identity, self.plan.runs, options.exact, code.files)
+
+
+def fields_sent(server: Server, max_new_tokens: int) -> dict[str, Any]:
+    """What is sent to a server beside model and messages: greedy decoding, and what the user's options say."""
+    ours = {"temperature": 0, "max_tokens": max_new_tokens}
+    return {name: value for name, value in {**ours, **server.options}.items() if value is not None}
 
 
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:

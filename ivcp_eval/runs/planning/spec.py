@@ -1,6 +1,6 @@
 """A sweep file: what is to be measured, checked before anything runs. No torch.
 
-    models: [qwen25, internvl25]            # or a mapping of name to a local folder
+    models: [qwen25, internvl25]            # or a mapping of name to a local folder, or to {path, served, quantise}
     benchmarks: [matrix]                    # names or groups
     methods:
       - method: ivc_prune                   # or the path of a file with a class `Method`: ./mine.py
@@ -8,6 +8,7 @@
         parameters: {layer: [14, 16]}        # a list is a grid; write [[...]] for one value that is a list
         seeds: [0, 1]                       # of a method that draws; left out: as many as it declares
         models: [qwen25]                    # only these; also `benchmarks`
+        served: {base_url: URL, model: NAME}  # a server that was started to prune answers (docs/design/served.md)
         budget: layer_mean                  # what its ratios are shares of; also sweep-wide (docs/sweeps.md)
     exclude:
       - {method: ivc_prune, benchmark: MME}
@@ -35,7 +36,7 @@ from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import models
 from ivcp_eval.interface.marked import Marked, Place, SpecError
 from ivcp_eval.interface.registry import absolute, make_method, method_names, name_of, unknown
-from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Variant
+from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Server, Variant
 from ivcp_eval.methods._cards import control_names
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.options import check as check_option
@@ -45,8 +46,10 @@ __all__ = ["Spec", "SpecError", "check", "load"]
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 _CONTROL = ("method", "parameters")
-_ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget")
+_ENTRY = ("method", "ratios", "parameters", "seeds", "models", "benchmarks", "budget", "served")
+_MODEL = ("path", "served", "quantise")
 _EXCLUDE = ("model", "method", "benchmark", "ratio", "budget")
+_SERVER = tuple(field.name for field in dataclasses.fields(Server))
 _BUDGET = ("budget", "budget_prompt")
 MOST_CELLS = 100_000
 
@@ -112,11 +115,12 @@ def _checked(marked: Marked, name: str) -> Spec:
     for key in ("models", "benchmarks", "methods"):
         if not raw.get(key):
             raise marked.error((key,), f"{key} is missing or empty")
-    models_asked = _models(marked, raw["models"])
+    models_asked, servers = _models(marked, raw["models"])
     benchmarks_of_all = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
     cells: dict[tuple[str, str], tuple[Variant, str]] = {}
     for model, benchmark in itertools.product(models_asked, benchmarks_of_all):
-        cells[_key(Variant(model), benchmark)] = Variant(model), benchmark
+        baseline = Variant(model, server=servers.get(model))
+        cells[_key(baseline, benchmark)] = baseline, benchmark
     entries = marked.listed(("methods",), raw["methods"], dict, "a method with its ratios")
     shared = {key: raw[key] for key in _BUDGET if raw.get(key) is not None}
     _budget(marked, (), {}, shared, 1.0)
@@ -129,7 +133,15 @@ def _checked(marked: Marked, name: str) -> Spec:
                 ("methods", i), "this entry adds nothing to those above it, or one of its lists is empty"
             )
     listed = [cell for cell in cells.values() if cell[0].method != BASELINE]
-    for variant, benchmark in _controls(marked, raw, listed):
+    for variant, _ in listed:
+        if variant.model in servers and variant.server is None:
+            raise marked.error(
+                ("methods",),
+                f"method {variant.method!r} runs on weights that are here, and the baseline of {variant.model} is "
+                "served; list a model without `served` for it, or limit the entry by `models`",
+            )
+    here = [cell for cell in listed if cell[0].server is None]  # a control is run where its neighbours are
+    for variant, benchmark in _controls(marked, raw, here):
         cells[_key(variant, benchmark)] = variant, benchmark
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
     options = _options(marked, raw)
@@ -171,23 +183,36 @@ def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
     return variant.key, benchmark
 
 
-def _models(marked: Marked, raw: Any) -> dict[str, str | None]:
-    if isinstance(raw, dict):
-        folders: dict[str, str | None] = dict(raw)
-        for name, folder in raw.items():
-            if not isinstance(name, str) or not isinstance(folder, str | None):
-                raise marked.error(
-                    ("models", name), f"{name!r}: {folder!r} is not a short name and a folder, or nothing"
-                )
-    else:
-        folders = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
-    for i, name in enumerate(folders):
+def _models(marked: Marked, raw: Any) -> tuple[dict[str, str | None], dict[str, Server]]:
+    """Name -> local folder, with a name of its own for every way of quantising; and whose baseline is served."""
+    found: dict[str, str | None] = {}
+    servers: dict[str, Server] = {}
+    if not isinstance(raw, dict):
+        raw = dict.fromkeys(marked.listed(("models",), raw, str, "the short name of a model"))
+    for i, (name, given) in enumerate(raw.items()):
+        place: Place = ("models", name) if ("models", name) in marked.lines else ("models", i)
+        if not isinstance(name, str) or not isinstance(given, str | Mapping | None):
+            raise marked.error(place, f"{name!r}: {given!r} is not a short name and a folder, or nothing")
+        entry = marked.keys(place, given, _MODEL) if isinstance(given, Mapping) else {"path": given}
+        names = [name]
+        if "quantise" in entry:
+            kinds = marked.listed((*place, "quantise"), entry["quantise"], str, "int8, int4 or none")
+            names = [name if kind == "none" else f"{name}@{kind}" for kind in kinds]
         try:
-            models.find(name)
+            for each in names:
+                models.find(each)
+            if "served" in entry:
+                servers |= dict.fromkeys(names, Server.of(marked.keys((*place, "served"), entry["served"], _SERVER)))
+        except SpecError:
+            raise
         except ValueError as error:
-            place: Place = ("models", name) if isinstance(raw, dict) else ("models", i)
             raise marked.error(place, str(error)) from None
-    return folders
+        if "served" in entry and "quantise" in entry:
+            raise marked.error(place, f"{name}: weights of a served model are not ours to quantise; remove one of them")
+        if not isinstance(entry.get("path"), str | None):
+            raise marked.error(place, f"path {entry['path']!r} is no folder")
+        found |= dict.fromkeys(names, entry.get("path"))
+    return found, servers
 
 
 def _benchmarks(marked: Marked, place: Place, raw: Any) -> list[str]:
@@ -216,6 +241,7 @@ def _entry(
         make_method(method)
     except ValueError as error:
         raise marked.error((*place, "method"), str(error)) from None
+    server = _server(marked, place, entry, method)
     chosen = marked.listed((*place, "models"), entry.get("models", all_models), str, "the short name of a model")
     for i, name in enumerate(chosen):
         if name not in all_models:
@@ -238,8 +264,29 @@ def _entry(
     for parameters in _grid(marked, place, entry, others):
         for model, ratio, seed, name in itertools.product(chosen, ratios, seeds, sets):
             if method != BASELINE:
-                budget = _budget(marked, place, entry, shared, float(ratio))
-                yield Variant(model, method, float(ratio), parameters, seed, budget), name
+                budget = None if server else _budget(marked, place, entry, shared, float(ratio))
+                yield Variant(model, method, float(ratio), parameters, seed, budget, server=server), name
+
+
+def _server(marked: Marked, place: Place, entry: Mapping[str, Any], method: str) -> Server | None:
+    """Who answers in place of this process; raises SpecError where a method wants a server and has none, or has one."""
+    if make_method(method).is_served != ("served" in entry):
+        raise marked.error(
+            place,
+            f"method {method!r} needs served: {{base_url: http://host:8000/v1}}"
+            if "served" not in entry
+            else f"method {method!r} runs here; a server that prunes is measured with a method that is served",
+        )
+    if "served" not in entry:
+        return None
+    if entry.get("budget", OWN) != OWN or "seeds" in entry:
+        raise marked.error(place, "a served entry has no budget and no seeds: the server was started as it was")
+    try:
+        return Server.of(marked.keys((*place, "served"), entry["served"], _SERVER))
+    except SpecError:
+        raise
+    except ValueError as error:
+        raise marked.error((*place, "served"), str(error)) from None
 
 
 def _controls(

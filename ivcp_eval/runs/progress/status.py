@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.terminal import fold
 from ivcp_eval.runs.planning import data
 from ivcp_eval.runs.planning.plan import RunPlan
@@ -68,12 +69,12 @@ class Cost:
 
 def cost(plan: RunPlan) -> Cost:
     """Of what is not finished yet; what is not on this machine counts with declared sizes and `ASSUMED_BYTES`."""
-    ratios_of: dict[tuple[str, str], list[float]] = {}
+    variants_of: dict[tuple[str, str], list[Variant]] = {}
     for variant, name in plan.spec.cells:
-        ratios_of.setdefault((variant.model, name), []).append(variant.ratio)
+        variants_of.setdefault((variant.model, name), []).append(variant)
     hours, calls, fallbacks, dollars, disk = 0.0, 0, 0, 0.0, 0
     priced = True
-    for (model, name), ratios in ratios_of.items():
+    for (model, name), variants in variants_of.items():
         own = plan.models.get(model)
         benchmark = data.find(name)
         n = benchmark.n_samples or 0
@@ -81,22 +82,23 @@ def cost(plan: RunPlan) -> Cost:
         if own is not None:
             size = sum(path.stat().st_size for path in Path(own.weights.source).glob("*.safetensors"))
             if name in own.groups:
-                ratios = [cell.identity.variant.ratio for cell in own.groups[name][1] if cell.finished() is None]
+                variants = [cell.identity.variant for cell in own.groups[name][1] if cell.finished() is None]
                 n = data.rows(benchmark, None)
         n = min(n, plan.options.limit or n)
-        if not ratios:
+        if not variants:
             continue
-        hours += n * _seconds(size, ratios) / 3600
-        disk += n * len(ratios) * BYTES_PER_ANSWER
+        here = [variant.ratio for variant in variants if variant.server is None]
+        hours += n * _seconds(size, here) / 3600 if here else 0.0
+        disk += n * len(variants) * BYTES_PER_ANSWER
         judge = asked_judge(plan.options.judge, benchmark.judge)
         if judge in ("none", EXACT_MATCHING):
             continue
         if benchmark.judge == "optional":
-            fallbacks += n * len(ratios)
+            fallbacks += n * len(variants)
         else:
             price = _price(judge, plan.options.judge_url)
-            calls += n * len(ratios)
-            dollars += n * len(ratios) * (price or 0.0)
+            calls += n * len(variants)
+            dollars += n * len(variants) * (price or 0.0)
             priced &= price is not None
     return Cost(hours, calls, fallbacks, dollars if priced else None, disk)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ivcp_eval.files import DamagedError, damage_as_clear_error, file_digest, write_json
 from ivcp_eval.reports.table import write_samples
-from ivcp_eval.runs.answering.timing import times_of
+from ivcp_eval.runs.answering.timing import throughput_of, times_of
 from ivcp_eval.runs.planning.cells import NOTES_ADVICE, Cell, read_notes
 from ivcp_eval.runs.records.record import CellRecord, cell_record, sample_rows
 from ivcp_eval.runs.records.scores import Scores
@@ -32,7 +32,8 @@ def recompute(cell: Cell) -> CellRecord:
         raise journal.damage or DamagedError(cell.journal, f"{lost} answers are gone", ANSWERED_AGAIN)
     times = times_of(cell) if scores.made.timing else {}
     with damage_as_clear_error(cell.notes, NOTES_ADVICE):  # a decoder of other sizes than the answers'
-        record = cell_record(notes["identity"], answers, scores, notes["decoder"], times)
+        rate = throughput_of(cell) if times else None
+        record = cell_record(notes["identity"], answers, scores, notes["decoder"], times, rate)
     before: dict[str, Any] = {}
     with suppress(DamagedError):  # it is made here
         before = cell.read_record() or {}

@@ -39,7 +39,8 @@ class CellRecord:
         reason: in words if the status is not "ok", else a remark.
         identity: of the cell. metrics: name -> {"score", "scale"}.
         together: an answer was made together with others in half precision (`Cell.exact`).
-        visual_tokens_prompt_mean, new_tokens_mean: per sample.
+        visual_tokens_prompt_mean, new_tokens_mean: per sample. prompt_tokens_mean: likewise, as a server counts them.
+        requests_per_s: of a server, with as many requests under way as `variants.Server.concurrency` says.
         ratio_*: shares of the unpruned model, weighted by visual tokens, so that big images weigh as they cost.
         *_median: milliseconds per sample, or per token.
         samples_sha256: of the rows of the per-sample CSV. predictions_sha256: of that file, which is made again where
@@ -75,6 +76,9 @@ class CellRecord:
     predictions_sha256: str = ""
     n_thinking: int = 0
     ratio_kv_analytic: float | None = None
+    prompt_tokens_mean: float | None = None
+    first_token_ms_median: float | None = None
+    requests_per_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As ``run.json`` holds it."""
@@ -92,12 +96,13 @@ def cell_record(
     scores: Scores,
     decoder: Mapping[str, Any] | None = None,
     times: Mapping[str, Times] = MappingProxyType({}),
+    requests_per_s: float | None = None,
 ) -> CellRecord:
     """The record of a cell.
 
     Args:
         identity: as JSON. answers: the journal's records. decoder: sizes by which FLOPs are counted (`Cell.note`).
-        times: of the samples that were timed, by index.
+        times: of the samples that were timed, by index. requests_per_s: of a server, where it was measured.
     """
     rows = sample_rows(answers, scores, decoder, times)
     good = [row for row in rows if not row["error"]]
@@ -111,11 +116,12 @@ def cell_record(
         _counted([answer.over_budget for answer in used], "samples have pictures that cost more at any size"),
         _counted([answer.nonfinite_scores > 0 for answer in used], "samples had scores that are not finite"),
     ]
-    visual = sum(row["visual_tokens"] for row in good)
+    counted = [row for row in good if row["visual_tokens"] is not None]  # a server does not say
+    visual = sum(row["visual_tokens"] for row in counted)
 
     def share(column: str) -> float | None:
         """Mean over visual tokens; where there are none, nothing was saved or spent."""
-        values = [row[column] * row["visual_tokens"] for row in good if row[column] is not None]
+        values = [row[column] * row["visual_tokens"] for row in counted if row[column] is not None]
         return sum(values) / visual if values else None
 
     return CellRecord(
@@ -129,8 +135,8 @@ def cell_record(
         n_clusters=len({row["cluster"] for row in rows}),
         n_failed=len(rows) - len(good),
         together=any(answer.together for answer in used),
-        visual_tokens_prompt_mean=visual / len(good) if good else None,
-        ratio_kept_final=sum(row["visual_kept"] for row in good) / visual if visual else None,
+        visual_tokens_prompt_mean=visual / len(counted) if counted else None,
+        ratio_kept_final=sum(row["visual_kept"] for row in counted) / visual if visual else None,
         ratio_layer_mean=share("layer_mean_ratio"),
         ratio_flops=share("flops_ratio"),
         ratio_kv_cache=share("kv_ratio"),
@@ -146,6 +152,9 @@ def cell_record(
         samples_sha256=_digest(rows),
         n_thinking=scores.thinking,
         ratio_kv_analytic=_weighted(used),
+        prompt_tokens_mean=_mean([row["prompt_tokens"] for row in good if row["prompt_tokens"] is not None]),
+        first_token_ms_median=_median(times, "first_token_ms"),
+        requests_per_s=requests_per_s,
     )
 
 
@@ -170,6 +179,7 @@ def _sample_row(sample: Sample, answer: Answer, shape: DecoderShape | None, time
         "answer": sample.answer,
         "score": sample.score,
         "iou": sample.iou,
+        "box": answer.box or "",
         "layer_mean_ratio": cost.layer_mean,
         "kv_ratio": cost.cached,
         "flops_ratio": cost.flops,
@@ -207,6 +217,10 @@ def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
 def _median(times: Mapping[str, Times], name: str) -> float | None:
     values = [value for timed in times.values() if (value := getattr(timed, name)) is not None]
     return statistics.median(values) if values else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _devices(identity: Mapping[str, Any], used: Sequence[Answer]) -> str:

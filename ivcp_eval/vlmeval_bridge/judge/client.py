@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import threading
 from collections import Counter
@@ -17,6 +16,15 @@ from urllib.parse import urlsplit
 
 from ivcp_eval.vlmeval_bridge.judge.cache import VerdictCache
 from ivcp_eval.vlmeval_bridge.judge.config import KEY_VARIABLE, LENGTHS, OPENAI, JudgeConfig
+from ivcp_eval.vlmeval_bridge.judge.connection import (
+    TRIES,
+    WHOLE,
+    NotACompletion,
+    connected,
+    key_of,
+    refusal,
+    told,
+)
 from ivcp_eval.vlmeval_bridge.judge.masking import masked, masked_logs
 from ivcp_eval.vlmeval_bridge.judge.questions import Question, without_thinking
 
@@ -29,10 +37,7 @@ TEMPERATURES = (0.0, 0.5, 1.0)
 MORE_ROOM, MOST_ROOM = 8, 4096
 # A judge that makes no sense this often is no judge (wrong model, broken template); below it, samples are left out.
 MOST_UNREADABLE = 0.1
-_TRIES = 3  # after time-outs and bodies that are no completions; others are retried as often as the user allows
 _FILTERED = ("content_filter", "content_policy_violation")
-# How servers say that a reply is whole; by any other reason to stop, known or not, it may be a part of one.
-_WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished", "end")
 _NO_ROOM = "output limit was reached"  # OpenAI's reasoning models refuse what they have no room to finish
 # What to send in place of a field that the judge refuses; None leaves it out.
 _INSTEAD: Mapping[str, str | None] = {**dict(zip(LENGTHS, reversed(LENGTHS), strict=True)), "temperature": None}
@@ -144,26 +149,18 @@ class Judge:
         return outcomes
 
     def _connect(self) -> AsyncOpenAI:
-        from openai import AsyncOpenAI
-
-        from ivcp_eval.vlmeval_bridge.judge.transport import BoundedClient
-
-        key = _key()
+        key = self._key()
         if not key and self.config.url == OPENAI:
             raise JudgeRefused(
                 f"judge {self.identity} needs a key: set {KEY_VARIABLE} (or name another server with OPENAI_BASE_URL)"
             )
-        if not key.isascii() or not key.isprintable() or " " in key:
-            raise JudgeRefused(
-                f"{KEY_VARIABLE} holds a character that no key has (a space, a line break?); set it anew"
-            )
-        return AsyncOpenAI(
-            api_key=key or "none",
-            base_url=self.config.url,
-            timeout=None,  # the client's own holds for all of an exchange
-            max_retries=self.config.retries,
-            http_client=BoundedClient(self.config.timeout_s),
-        )
+        return connected(self.config.url, key, self.config.timeout_s, self.config.retries)
+
+    def _key(self) -> str:
+        try:
+            return key_of(KEY_VARIABLE)
+        except ValueError as error:
+            raise JudgeRefused(str(error)) from None
 
     async def _probe(self, client: AsyncOpenAI) -> None:
         """One tiny request, so that a wrong key or address costs a second and not a run."""
@@ -232,7 +229,7 @@ class Judge:
 
         from ivcp_eval.vlmeval_bridge.judge.transport import ReplyTooLong
 
-        trouble, tries, before = "", min(_TRIES, 1 + self.config.retries), dict(self._renamed)
+        trouble, tries, before = "", min(TRIES, 1 + self.config.retries), dict(self._renamed)
         while tries:
             fields = self._fields(room, temperature)
             self.sent += 1
@@ -256,7 +253,7 @@ class Judge:
             except openai.InternalServerError as error:
                 raise JudgeUnreachable(self._said("fails", error)) from None
             except openai.APIStatusError as error:
-                raise JudgeRefused(self._said(_refusal(error), error)) from None
+                raise JudgeRefused(self._said(refusal(error, "judge"), error)) from None
             except openai.APITimeoutError as error:
                 trouble = self._said("cannot be reached", error)
                 tries -= 1
@@ -264,7 +261,7 @@ class Judge:
                 raise JudgeUnreachable(self._said("cannot be reached", error)) from None
             except (
                 openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError, RecursionError,
-                ReplyTooLong, _NotACompletion,
+                ReplyTooLong, NotACompletion,
             ) as error:  # fmt: skip
                 trouble = self._said("does not answer with chat completions", error)
                 tries -= 1
@@ -284,36 +281,15 @@ class Judge:
     @property
     def _secrets(self) -> tuple[str, ...]:
         url = urlsplit(self.config.url)
-        return _key(), url.password or url.username or ""
+        return self._key(), url.password or url.username or ""
 
     def _said(self, what: str, error: Exception) -> str:
-        text = f"{type(error).__name__}: {error}"
-        response = getattr(error, "response", None)
-        if response is not None and " - " not in text:  # openai shows its own kind of message only
-            text += f" - {response.text}"
-        text = masked(f"{text} ({error.__cause__})" if error.__cause__ else text, self._secrets)
-        return f"judge {self.identity} {what} ({text[:300]}). Verdicts so far are kept; run again to retry."
+        text = told(error, self._secrets)
+        return f"judge {self.identity} {what} ({text}). Verdicts so far are kept; run again to retry."
 
 
 class _CutOff(Exception):
     """A reply that is not whole: "0" may be the beginning of "0.8"."""
-
-
-class _NotACompletion(Exception):
-    """A reply in another shape."""
-
-
-def _key() -> str:
-    return os.environ.get(KEY_VARIABLE, "").strip()
-
-
-def _refusal(error: APIStatusError) -> str:
-    if 300 <= error.status_code < 400:
-        with suppress(ValueError):  # a location that is no URL
-            if host := urlsplit(error.response.headers.get("Location", "")).netloc.rpartition("@")[2]:
-                return f"redirects to {host}, where the key is not sent; if that is the judge, name its URL"
-        return "redirects, and not to where the judge is; name its URL"
-    return "refuses the request"
 
 
 def _text(body: Any) -> str:
@@ -321,10 +297,10 @@ def _text(body: Any) -> str:
         choice = body.choices[0]
         content = choice.message.content
     except (AttributeError, IndexError, TypeError) as error:
-        raise _NotACompletion(f"no choices in the reply: {str(body)[:80]!r}") from error
+        raise NotACompletion(f"no choices in the reply: {str(body)[:80]!r}") from error
     reason = str(choice.finish_reason or "").lower()
     if reason == "content_filter" or not isinstance(content, str):
         return ""
-    if reason not in _WHOLE:
+    if reason not in WHOLE:
         raise _CutOff(reason)
     return content.strip()

@@ -48,7 +48,8 @@ class Recording:
     def plan(self, inputs: dict[str, Any], placeholders: Container[int]) -> Plan:
         """The reference's plan of the last prefill, which `inputs` was; forgets the calls."""
         calls = [(signals.stage, selection) for signals, selection in self.calls]
-        embedded = [signals.hidden[signals.visual] for signals, _ in self.calls]
+        tower = "group" in self.method.tower_signals
+        embedded = [signals.hidden[signals.visual] for signals, _ in self.calls if tower]
         edits, steps = list(self.edits), list(self.steps)
         self.calls.clear()
         self.edits.clear()
@@ -62,8 +63,7 @@ class Recording:
         ]
         plan = make_plan(inputs, placeholders, cuts, renumbered, edits)
         plan.add_steps(steps)
-        if "group" in self.method.tower_signals:
-            plan.embedded = embedded
+        plan.embedded = embedded
         return plan
 
 
@@ -251,6 +251,8 @@ ON_VIDEOS: dict[str, frozenset[str]] = {
     "ivc_prune": frozenset({"budget_is_exact_per_image", "decode_equals_reference", "prefill_equals_reference"}),
     "snapkv": frozenset({"budget_is_exact_per_image", "decode_equals_reference"}),
     "fastv+dstp": frozenset({"decode_equals_reference"}),
+    "aot": frozenset({"decode_equals_reference"}),  # merges across frames
+    "dycoke": frozenset({"decode_equals_reference"}),  # cuts, and masks steps
 }
 """What runs on prompts with videos, by default: of each kind of method the checks in which a video could differ."""
 

@@ -38,7 +38,14 @@ class Plan:
     edits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, row) -> keys of its visual columns
     visual: list[list[int]] = field(default_factory=list)
     evicted: dict[tuple[int, int], list[set[int]]] = field(default_factory=dict)  # (layer, row) -> per head, what left
+    # (layer, row) -> per head the columns merged into, and the weights of all visual columns
+    merged: dict[tuple[int, int], list[tuple[list[int], Tensor]]] = field(default_factory=dict)
     embedded: list[Tensor] = field(default_factory=list)  # of rows with images, what a tower that merges made of them
+
+    @property
+    def edits_cache(self) -> bool:
+        """Whether cached states are others than the prompt left, which no mask can show."""
+        return bool(self.edits or self.merged)
 
     @property
     def kept(self) -> list[list[int]]:
@@ -130,6 +137,10 @@ def make_plan(
             if cut.evicts:
                 chosen = torch.atleast_2d(selection.keep).tolist()
                 plan.evicted[cut.layer, row] = [set(visual) - {visual[i] for i in keep} for keep in chosen]
+                if selection.merge is not None:
+                    weights = selection.merge.to_dense().reshape(len(chosen), -1, len(visual))
+                    into = [[visual[i] for i in keep] for keep in chosen]
+                    plan.merged[cut.layer, row] = list(zip(into, weights, strict=True))
                 continue
             survivors = [visual[i] for i in selection.keep.tolist()]
             merges.append(None if selection.merge is None else (visual, survivors, selection.merge))
@@ -153,11 +164,7 @@ def reference(text_model: Any, plan: Plan) -> Iterator[None]:
     def before_layer(layer: int, _module: Any, args: Any, kwargs: Any) -> Any:
         assert kwargs.get("past_key_values") is None or kwargs["past_key_values"].get_seq_length(layer) == 0
         hidden, repeats = args[0], args[0].shape[0] // len(plan.valid)
-        mask = _mask(plan, layer, hidden.shape[1]).repeat_interleave(repeats, 0)
-        if plan.heads > 1:
-            mask = mask.repeat_interleave(text_model.config.num_attention_heads // plan.heads, 1)
-        additive = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        kwargs = {**kwargs, "attention_mask": additive, "position_ids": None}
+        kwargs = {**kwargs, **_masked(text_model, plan, layer, hidden, 0), "position_ids": None}
         if layer == 0 and plan.embedded:
             hidden = _embedded(hidden, plan, repeats)
         for stage in plan.stages:
@@ -182,8 +189,11 @@ def reference(text_model: Any, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def edited_keys(text_model: Any, plan: Plan) -> Iterator[None]:
-    """For methods that cut nothing but edit cached keys: the stock model with those keys put into its stock cache."""
+def edited_cache(text_model: Any, plan: Plan) -> Iterator[None]:
+    """For methods that cut nothing but edit or merge what is cached: the stock model and cache, with that put into it.
+
+    What was evicted stays there, and is forbidden by a mask.
+    """
     assert not plan.stages
 
     def after(_module: Any, _args: Any, output: Any) -> None:
@@ -194,12 +204,38 @@ def edited_keys(text_model: Any, plan: Plan) -> Iterator[None]:
         for (layer, row), keys in plan.edits.items():
             for copy in range(row * repeats, (row + 1) * repeats):
                 cache.layers[layer].keys[copy][:, plan.visual[row]] = keys.to(cache.layers[layer].keys.dtype)
+        for (layer, row), heads in plan.merged.items():
+            states = (cache.layers[layer].keys, cache.layers[layer].values)
+            for copy, (name, head) in itertools.product(
+                range(row * repeats, (row + 1) * repeats), itertools.product(states, range(states[0].shape[1]))
+            ):
+                into, weights = heads[head if len(heads) > 1 else 0]
+                own = name[copy, head]
+                own[into] = (weights @ own[plan.visual[row]].float()).to(own.dtype)
 
-    handle = text_model.register_forward_hook(after)
+    def before_layer(layer: int, _module: Any, args: Any, kwargs: Any) -> Any:
+        past = kwargs["past_key_values"].get_seq_length(layer)
+        return (args, kwargs | _masked(text_model, plan, layer, args[0], past)) if past else None
+
+    handles = [text_model.register_forward_hook(after)]
+    for index, module in enumerate(text_model.layers if plan.evicted else ()):
+        hook = functools.partial(before_layer, index)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _masked(text_model: Any, plan: Plan, layer: int, hidden: Tensor, past: int) -> dict[str, Any]:
+    """The mask of a layer for the columns behind ``past``, as its argument."""
+    mask = _mask(plan, layer, past + hidden.shape[1])[:, :, past:]
+    mask = mask.repeat_interleave(hidden.shape[0] // len(plan.valid), 0)
+    if plan.heads > 1:
+        mask = mask.repeat_interleave(text_model.config.num_attention_heads // plan.heads, 1)
+    additive = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+    return {"attention_mask": additive}
 
 
 def _mask(plan: Plan, layer: int, length: int) -> Tensor:

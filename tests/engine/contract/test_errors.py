@@ -105,6 +105,13 @@ def test_cuts_must_increase() -> None:
         ivcp_eval.prune(model, Toy(depths=(0.5, 0.2)), 0.5).__enter__()
 
 
+def test_only_evictions_are_late() -> None:
+    model, method = Case("qwen2_5_vl", "none").model, Toy(depths=(0.5,))
+    object.__setattr__(method, "cuts", lambda facts, ratio: (Cut(2, ratio, late=True),))
+    with pytest.raises(ValueError, match="late, which only an eviction"), ivcp_eval.prune(model, method, 0.5):
+        pass
+
+
 def test_static_cache(case: Case) -> None:
     with refused(case, "StaticLayer|StaticCache") as inputs:
         case.generate(inputs, 2, cache_implementation="static", disable_compile=True)

@@ -14,7 +14,9 @@ from ivcp_eval.interface import Signals, registry
 from ivcp_eval.lab.bench.scaling import MOST_OPERATIONS, Cost, Widths, measure, row
 
 SMALL = Widths(hidden=32, heads=4, groups=2, head=8)
-COSTLY = {"h2o": "adds up the attention of all tokens of the prompt in every layer, as the method says"}
+COSTLY = dict.fromkeys(
+    ("h2o", "lookm"), "adds up the attention of all tokens of the prompt in every layer, as the method says"
+)
 
 
 @pytest.mark.parametrize("name", registry.method_names())

@@ -9,6 +9,7 @@ import pytest
 
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
+from ivcp_eval.reports.views import curves
 from ivcp_eval.reports.views.curves import AXES, curve, curve_rows, write
 
 N = 120
@@ -113,6 +114,17 @@ def test_files_are_written_beside_the_results(tmp_path: Path) -> None:
     write(path, resamples=200)
     assert (tmp_path / "sweep.curves.csv").read_text().count("\n") == 1 + 4
     assert (tmp_path / "sweep.curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_some_methods_are_plotted_and_all_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plotted: list[str] = []
+    monkeypatch.setattr(curves, "write_plot", lambda rows, path: plotted.extend(row["method"] for row in rows))
+    path = _sweep(tmp_path, _scores())
+    write(path, resamples=200, plotted=["fastv"])
+    assert set(plotted) == {"fastv"}
+    assert (tmp_path / "sweep.curves.csv").read_text().count("\n") == 1 + 4
+    with pytest.raises(ValueError, match=r"no finished row of fastw; it has .*fastv"):
+        write(path, resamples=200, plotted=["fastw"])
 
 
 def test_without_an_unpruned_row_it_says_so(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ivcp_eval.cli import main
+from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.stats.margins import clusters_to_decide, loss_test
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 from ivcp_eval.reports.views.decision import Policy, decide
@@ -181,3 +182,15 @@ def test_any_false_go_among_many_variants_is_as_rare(tmp_path: Path) -> None:
             p_values.append(test.p_not_worse)
         families += holm(p_values).min() <= 0.05
     assert families / 600 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
+
+
+def test_agreement_is_never_called_right_or_wrong(results: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "agreement", {("fastv", "a"): 2}, metric="agreement")
+    text = compare(path, resamples=100).to_terminal(999)
+    assert (
+        "Flips of agreement: answers that agree less / more with the unpruned model's, be they right or wrong." in text
+    )
+    assert "right -> wrong" not in text
+    assert decide(path, Policy(5)).notes == ("agreement: agreement with the unpruned model's answers, not accuracy.",)
+    assert "right -> wrong" in compare(results, resamples=100).to_terminal(999)
+    assert decide(results, Policy(5)).notes == ()

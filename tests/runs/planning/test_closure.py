@@ -35,6 +35,7 @@ def test_the_core_is_what_answers_and_verdicts_are_made_with() -> None:
         *("interface/records/drawing", "vlmeval_bridge/reading/own"),
         *("interface/variants", "benchmarks/__init__", "benchmarks/published", "vlmeval_bridge/cpu_torchvision"),
         *("runs/answering/cpu", "runs/answering/live", "runs/answering/timing"),
+        *(f"runs/answering/served/{name}" for name in ("__init__", "endpoint", "samples", "times")),
         *("vlmeval_bridge/judge/cache", "vlmeval_bridge/judge/config", "vlmeval_bridge/judge/estimate"),
     }
 
@@ -62,6 +63,13 @@ def test_a_plug_ins_method_has_the_core_and_the_family() -> None:
         "ivcp_eval/methods/_uncut.py",
     }
     assert covered("of_another_package") < covered("none")
+
+
+def test_what_a_server_answers_does_not_depend_on_the_engine() -> None:
+    served = set(code_of("deployed", "llava", served=True).files)
+    assert {"ivcp_eval/runs/answering/served/endpoint.py", "ivcp_eval/vlmeval_bridge/judge/transport.py"} <= served
+    assert not any(path.startswith("ivcp_eval/engine/") or path.endswith("/session.py") for path in served)
+    assert "ivcp_eval/runs/answering/served/endpoint.py" not in covered("none")
 
 
 def test_all_of_it_takes_little_time() -> None:

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that behaves as it is told, for the judge's client."""
+"""A real HTTP server on this machine that behaves as it is told, for whoever asks OpenAI-compatible servers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Reply:
 
     Attributes:
         cut: sends only that many bytes of the body it promised. repeat: how often the body is sent.
+        pause_s: seconds before each server-sent event of the body.
         drip_s: seconds before each byte of a body that takes a minute; with ``drip_head``, of the headers before it.
     """
 
@@ -27,6 +28,7 @@ class Reply:
     delay_s: float = 0.0
     cut: int | None = None
     repeat: int = 1
+    pause_s: float = 0.0
     drip_s: float = 0.0
     drip_head: bool = False
 
@@ -53,7 +55,7 @@ def error(status: int, message: str, code: str | None = None, **headers: str) ->
 @dataclass
 class Server:
     """Attributes: requests: bodies in the order of arrival. headers: theirs. most_at_once: requests under way.
-    sent: bytes of bodies."""
+    sent: bytes of bodies. models: what it lists; None: it does not."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Server:
     times: list[float] = field(default_factory=list)
     most_at_once: int = 0
     sent: int = 0
+    models: tuple[str, ...] | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -94,6 +97,11 @@ def serve(respond: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
                 with lock:
                     under_way -= 1
 
+        def do_GET(self) -> None:
+            listed = [{"id": name, "object": "model", "owned_by": "test"} for name in server.models or ()]
+            known = server.models is not None and self.path == "/v1/models"
+            self._send(Reply(200, json.dumps({"data": listed}).encode()) if known else error(404, "no such page"))
+
         def _send(self, reply: Reply) -> None:
             time.sleep(reply.delay_s)
             try:
@@ -108,7 +116,10 @@ def serve(respond: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for _ in range(reply.repeat):
+                for event in reply.body.split(b"\n\n")[:-1] if reply.pause_s else ():
+                    time.sleep(reply.pause_s)
+                    self.wfile.write(event + b"\n\n")
+                for _ in range(0 if reply.pause_s else reply.repeat):
                     self.wfile.write(reply.body if reply.cut is None else reply.body[: reply.cut])
                     server.sent += len(reply.body)
                 if reply.cut is not None:

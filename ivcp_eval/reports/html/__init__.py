@@ -1,0 +1,1 @@
+"""A report as one static HTML file: verdict, plots, flips, pictures of what was kept, provenance."""

@@ -1,0 +1,1 @@
+"""Answers of a server in place of a model in this process (docs/design/served.md)."""

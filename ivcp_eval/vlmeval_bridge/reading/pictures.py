@@ -99,9 +99,7 @@ class Unpacking:
                 _unpack(cell, Path(self.img_root) / name)
         elif "video" in line:
             if not self.adds_videos:
-                raise InputRefused(
-                    "VLMEvalKit's own loop would ask about a video and not show it; use ivcp eval"
-                )
+                raise InputRefused("VLMEvalKit's own loop would ask about a video and not show it; use ivcp eval")
             return []
         return super().dump_image(line)  # type: ignore[misc]
 

@@ -15,7 +15,7 @@ OPTIONS = $(if $(BUDGET),--budget $(BUDGET)) \
           $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(SEED),--seed $(SEED)) \
           $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(ARGS)
 
-.PHONY: setup lock eval sweep results compare report list bench test test-transformers check format smoke clean
+.PHONY: setup lock eval sweep results compare report list bench test test-transformers test-quantised check format smoke clean
 .DEFAULT_GOAL := eval
 
 setup: $(READY)
@@ -98,6 +98,14 @@ test-transformers: $(READY)
 	$(OTHER)/bin/python -c 'import transformers as t; v = "$(VERSION)"; print("transformers", t.__version__); assert v in ("newest", t.__version__)'
 	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/engine/oracle tests/engine/contract --ignore tests/engine/contract/test_mutations.py \
 	  $(if $(ARGS),$(ARGS),-k "not test_contract or (($(CHECKS)) and ($(METHODS)))")
+
+# Weights in 8 and 4 bits need torchao, which every import of transformers would load, and which has much to say then.
+TORCHAO := .venv-torchao
+test-quantised: $(READY)
+	[ -x $(TORCHAO)/bin/pip ] || $(BIN)/python -m venv $(TORCHAO)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$(echo $(TORCHAO)/lib/python*/site-packages)/base.pth"
+	$(TORCHAO)/bin/pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
+	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from ivcp_eval.interface import PatchStates, TowerFacts, VisionTap
 from model_adapters._transformers import rotate_half
 
+Normalised: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of red, green and blue by which the published processors normalise pixels."""
+
+CLIP: Normalised = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET: Normalised = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES: Normalised = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LUMA = (0.299, 0.587, 0.114)  # BT.601
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def vit_tap(tower: Any, own: int, *, class_token: bool, pool: int = 1) -> VisionTap:
+def vit_tap(
+    tower: Any, own: int, *, class_token: bool, pool: int = 1, normalised: Normalised | None = None
+) -> VisionTap:
     """A ViT on a batch of equal images or tiles (CLIP, SigLIP, InternViT).
 
     Args:
@@ -23,6 +33,7 @@ def vit_tap(tower: Any, own: int, *, class_token: bool, pool: int = 1) -> Vision
             blocks' attention has ``q_proj``, ``k_proj`` and, where it has them, ``q_norm``, ``k_norm``.
         class_token: whether token 0 is one; it is no visual token.
         pool: patches per side that become one visual token.
+        normalised: how pixels are, where each visual token is a square of them.
     """
 
     def states(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PatchStates:
@@ -48,10 +59,25 @@ def vit_tap(tower: Any, own: int, *, class_token: bool, pool: int = 1) -> Vision
             states[name] = grid.flatten(0, 1)
         return states
 
+    def luma(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        assert normalised is not None
+        grey = brightness(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0], normalised, axis=1)
+        patch = tower.config.patch_size
+        side = pool * (patch if isinstance(patch, int) else patch[0])
+        cells = grey.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)  # tile, row, column, y, x
+        return cells.flatten(0, 2).flatten(1)[:, None]
+
     blocks = [(getattr(layer, "attention", None) or layer.self_attn, layer) for layer in vit_layers(tower)]
     every = range(len(blocks))
     facts = TowerFacts(len(blocks), every[own], tuple(every), class_token)
-    return VisionTap(blocks=blocks, facts=facts, tower=tower, states=states, tokens=tokens)
+    shown = None if normalised is None else luma
+    return VisionTap(blocks=blocks, facts=facts, tower=tower, states=states, tokens=tokens, luma=shown)
+
+
+def brightness(pixels: Tensor, normalised: Normalised, axis: int) -> Tensor:
+    """(*) float32 brightness, 0 black and 1 white, of pixels with red, green and blue along ``axis``."""
+    mean, std, share = torch.tensor((*normalised, LUMA), device=pixels.device)
+    return torch.tensordot(pixels.float(), share * std, dims=([axis], [0])) + share @ mean
 
 
 def mergeable(tap: VisionTap) -> VisionTap:
@@ -94,11 +120,12 @@ def vit_layers(tower: Any) -> Any:
     return encoder.layer if hasattr(encoder, "layer") else encoder.layers
 
 
-def qwen_tap(tower: Any) -> VisionTap:
+def qwen_tap(tower: Any, normalised: Normalised) -> VisionTap:
     """The tower of Qwen's families: images packed in one sequence, patches grouped by merge unit, 2-D RoPE.
 
     Its own block is the last, in Qwen2.5-VL the last one whose attention is not windowed (published: also the last).
-    The signals of a merge unit's patches are averaged, as in VisionZip's port to Qwen2.5-VL.
+    The signals of a merge unit's patches are averaged, as in VisionZip's port to Qwen2.5-VL. How the pixels are
+    ``normalised`` is the processor's affair.
     """
     windowed = getattr(tower, "fullatt_block_indexes", None) is not None
     whole = sorted(tower.fullatt_block_indexes) if windowed else range(len(tower.blocks))
@@ -123,9 +150,14 @@ def qwen_tap(tower: Any) -> VisionTap:
         back = order.argsort().to(grids.device)
         return {name: value[back.to(value.device)] for name, value in units.items()}
 
+    def luma(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        patches = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # one merge unit after the other
+        shape = (-1, tower.spatial_merge_size**2, 3, tower.config.temporal_patch_size, tower.config.patch_size**2)
+        return brightness(patches.reshape(shape), normalised, axis=2).transpose(1, 2).flatten(2)
+
     blocks = [(block.attn, block) for block in tower.blocks]
     facts = TowerFacts(len(blocks), whole[-1], tuple(whole), class_token=False)
-    return VisionTap(blocks=blocks, facts=facts, tower=tower, states=states, tokens=tokens)
+    return VisionTap(blocks=blocks, facts=facts, tower=tower, states=states, tokens=tokens, luma=luma)
 
 
 def window_order(grids: list[tuple[int, int, int]], side: int) -> Tensor:

@@ -25,7 +25,7 @@ from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
 from model_adapters._shrink import shrunk_to_tiles
 from model_adapters._transformers import AbstractTransformersAdapter, image_runs
-from model_adapters._vision import vit_tap
+from model_adapters._vision import IMAGENET, vit_tap
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,8 @@ class Adapter(AbstractTransformersAdapter):
         tower = getattr(model.model, "vision_tower", None)
         if tower is None:
             return None
-        return vit_tap(tower, -1, class_token=True, pool=round(1 / model.config.downsample_ratio))
+        pool = round(1 / model.config.downsample_ratio)
+        return vit_tap(tower, -1, class_token=True, pool=pool, normalised=IMAGENET)
 
     def config(self, source: str) -> Any:
         """Of an original checkpoint, what it is converted to."""

@@ -19,7 +19,7 @@ from ivcp_eval.interface.ops import budget
 from model_adapters._shrink import shrunk_grid
 from model_adapters._transformers import AbstractTransformersAdapter, encoded, image_runs
 from model_adapters._videos import in_prompt_order, per_video, row_repeats, videos_by_length
-from model_adapters._vision import qwen_tap
+from model_adapters._vision import CLIP, Normalised, qwen_tap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,7 @@ class Adapter(AbstractTransformersAdapter):
         Checkpoint("qwen25_72b", "Qwen/Qwen2.5-VL-72B-Instruct"),
     )
     box_format = "qwen2_5_vl"
+    pixels: ClassVar[Normalised] = CLIP
     # The limits of the released grounding configuration (config.py:1112-1134 of the reference below).
     min_pixels: ClassVar[int | None] = 4 * 28 * 28
     max_pixels: ClassVar[int | None] = 16384 * 28 * 28
@@ -118,7 +119,7 @@ class Adapter(AbstractTransformersAdapter):
     def vision_tap(self, model: Any) -> VisionTap | None:
         """The last block with full attention: a window's attention says nothing of the whole image."""
         tower = getattr(model.model, "visual", None)
-        return None if tower is None else qwen_tap(tower)
+        return None if tower is None else qwen_tap(tower, self.pixels)
 
     def shrunk_size(self, processor: Any, size: tuple[int, int], share: float) -> tuple[int, int] | None:
         """Whole merge units, and ``min_pixels`` of them at least, so that the processor leaves the result as it is."""

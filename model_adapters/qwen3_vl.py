@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivcp_eval.interface import Checkpoint, ModelFacts, QuestionKind, Signal
+from model_adapters._vision import HALVES
 from model_adapters.qwen2_5_vl import Adapter as Qwen25Adapter
 from model_adapters.qwen2_5_vl import qwen_prompt
 
@@ -31,6 +32,7 @@ class Adapter(Qwen25Adapter):
         Checkpoint("qwen3_32b", "Qwen/Qwen3-VL-32B-Instruct"),
     )
     box_format = "qwen3_vl"
+    pixels = HALVES
     min_pixels = None  # the checkpoint's own limits
     max_pixels = None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ivcp_eval import files
+from ivcp_eval.benchmarks import clips
 from ivcp_eval.interface import QuestionKind
 from ivcp_eval.interface.marked import Marked, Place
 from ivcp_eval.interface.registry import unknown
@@ -99,6 +100,8 @@ class Benchmark:
             VLMEvalKit advises for all sets; "kept": its evaluator reads the tags.
         reference: "answers": predictions are compared with the data set's; "baseline": with what the unpruned model
             answered, so the score is an agreement, no accuracy.
+        sampling: which frames of video files are shown: "nframe=8", "fps=1" (`clips.Sampling`), or "rows", where each
+            row says it; empty for pictures, and for frames that are pictures of the data.
         n_samples: rows of the full set, None if unknown.
         abilities: tags.
         url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
@@ -120,6 +123,7 @@ class Benchmark:
     judge: str = "none"
     thinking: str = "split"
     reference: str = "answers"
+    sampling: str = ""
     n_samples: int | None = None
     abilities: tuple[str, ...] = ()
     url: str = ""
@@ -237,6 +241,11 @@ def _read(path: Path, _changed: int) -> Benchmark:
     for key, words in allowed.items():
         if (got := getattr(benchmark, key)) not in words:
             raise marked.error((key,), f"{key} {got!r}; allowed: {', '.join(word or 'nothing' for word in words)}")
+    if benchmark.sampling not in ("", "rows"):
+        try:
+            clips.Sampling.of(benchmark.sampling)
+        except ValueError as error:
+            raise marked.error(("sampling",), str(error)) from None
     if len(benchmark.sha256) not in (0, 64):
         raise marked.error(("sha256",), f"sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
     return benchmark

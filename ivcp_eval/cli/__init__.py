@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import os
 import select
 import sys
@@ -43,6 +44,10 @@ def verbs() -> dict[str, str]:
     return modules
 
 
+#: Loggers that warn of what they miss as soon as transformers loads them, whether anyone uses them or not.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 some cells are not whole, 2 the request cannot be carried out."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -67,6 +72,8 @@ def _run(module_name: str, arguments: Sequence[str]) -> int:
     parser.set_defaults(quiet=False)
     rest, foreign = arguments[1:], getattr(module, "FOREIGN", False)
     args = _foreign(rest) if foreign and rest[:1] not in (["-h"], ["--help"]) else parser.parse_args(rest)
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     cpu_torchvision.install()  # before a verb, in whatever order, imports transformers
     with bars_on_terminals_only(args.quiet):
         try:
@@ -91,6 +98,14 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every verb; `main` adds them, and a verb with verbs of its own adds them to each."""
     # Nothing is set where it is not given, or a verb's own verb would undo it: `ivcp sweep --quiet run FILE`.
     parser.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=_QUIET)
+
+
+def count(text: str) -> int:
+    """The type of an option that counts: a whole number of 1 and more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def notices(args: argparse.Namespace) -> Callable[[str], None]:

@@ -192,6 +192,10 @@ def _check_blocks(method: AbstractMethod, tap: VisionTap | None, family: str, na
             f"method {name!r} merges patches inside the vision tower, but on {family!r} a visual token is not one "
             "patch: it is made of several, or tiles are cropped and joined behind the tower"
         )
+    if "luma" in method.tower_signals and tap.luma is None:
+        raise Unsupported(
+            f"method {name!r} needs the pixels of every visual token, but on {family!r} a token is no rectangle of them"
+        )
     for number in method.tower_blocks(tap.facts).values():
         if not 0 <= number < tap.facts.n_blocks:
             raise ValueError(

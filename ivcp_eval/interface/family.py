@@ -80,6 +80,9 @@ class VisionTap:
             the same of the visual tokens, (N, *), all images one after the other in prompt order. With ``method``
             every argument comes by its name.
         video: where images have a ``method`` of their own, that of videos and the ``tokens`` that belong to it.
+        luma: ``luma(args, kwargs)``: from the arguments of the tower's call the brightness of the visual tokens'
+            pixels, as `Signals.vision` has it and in the order of ``tokens``; None where no token is a rectangle of
+            pixels. That pixels are normalised as by the family's published processors is taken for granted.
         between: of every block the norm between attention and MLP, which is given the very tensor that the block adds
             the MLP's output to; empty where a visual token is not one patch, so that merging patches leaves as many.
     """
@@ -91,6 +94,7 @@ class VisionTap:
     tokens: TokensOf
     method: str = "forward"
     video: tuple[str, TokensOf] | None = None
+    luma: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor] | None = None
     between: Sequence[Any] = ()
 
 

@@ -29,10 +29,11 @@ the layer's own, and nothing leaves the sequence (`Cut.evicts`).
 BudgetOf = Literal["image", "clip"]
 """What a budget holds for: each image, frames of a video too; or each clip, inside which the method may move it."""
 
-TowerSignal = Literal["received", "cls", "query", "key", "feature", "joint_cls", "joint_key", "group"]
+TowerSignal = Literal["received", "cls", "query", "key", "feature", "joint_cls", "joint_key", "group", "luma"]
 """What a block of the vision tower can say of each visual token; shapes are those of `Signals.vision`.
 
-"group" is wanted by methods that merge inside the tower, and by these alone (`AbstractMethod.merge_patches`).
+"group" is wanted by methods that merge inside the tower, and by these alone (`AbstractMethod.merge_patches`). "luma" is
+what the tower was shown, whatever the block.
 """
 
 Faithfulness = Literal["faithful", "from_formula", "variant", "control"]
@@ -250,7 +251,8 @@ class Signals:
             attention of the class token, where the tower has one; both mean over heads; ``key`` (V, D) keys, mean over
             heads; ``query`` (V, H, D) queries, times the root of what scales logits; ``feature`` (V, F) hidden states
             behind the block; ``joint_key`` (V, H * D) keys of all heads side by side, and ``joint_cls`` (V,) the class
-            token's attention by these, where there is one.
+            token's attention by these, where there is one; ``luma`` (V, F, M) float32 brightness (BT.601) of the M
+            pixels of each of the F frames that the token shows, 0 black and 1 white, always by that name alone.
         cut: the cut itself. ids: (n,) int64 token ids, where the prompt came as ids.
         stage: 0 for the first cut, 1 for the second, ...
         family: the adapter's name, for presets that reproduce one family's released code.

@@ -11,7 +11,7 @@ Differs: of OmniRefine this is one part, that of a single image, so it is a vari
 not said: ``likeness``. The last part to be divided is divided only so far that the budget is met exactly: some quarters
 in reading order become parts of their own, the others stay one; ``threshold`` is the published rule, which knows no
 budget. Sides that are no power of two are halved as evenly as may be; an image that is no grid (tiles, newlines) is one
-row. A mean stands at the token nearest to the middle of its part. Audio and time do not exist here.
+row. A mean stands at the token nearest to the middle of its part. Videos: `omnirefine`.
 """
 
 from __future__ import annotations

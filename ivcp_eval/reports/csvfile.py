@@ -133,7 +133,15 @@ def check_problems(path: Path, problems: Sequence[str]) -> None:
 
 
 def header_of(path: Path) -> list[str]:
-    """Column names of a CSV file; an empty list where the first line is none."""
+    """Column names of a CSV file.
+
+    Raises:
+        FileNotFoundError: there is no such file. ResultsError: it is empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no results file {path}; `ivcp eval` writes results/eval/<model>.csv")
+    if not path.stat().st_size:
+        raise ResultsError(f"{path} is empty; results begin with a line of column names (results/README.md)")
     with path.open(encoding="utf-8-sig", newline="", errors="replace") as stream:
         return next(csv.reader([stream.readline()]), [])
 

@@ -50,6 +50,7 @@ REFUSED = (
     "max_pixels",
     "max_new_tokens",
     "generation",
+    "video",
     "benchmark_sha256",
     "limit",
     "revision",

@@ -295,6 +295,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("max_pixels", "integer", "upper pixel limit of an image; empty: the processor's own", low=0, of_run=True),
     Column("max_new_tokens", "integer", "generation limit", low=1, of_run=True),
     Column("generation", "json", "every generation parameter in force; empty: not noted", late=True, of_run=True),
+    Column("video", "text", "how video files become frames, and who decodes; empty: pictures", late=True, of_run=True),
     Column("judge", "text", "`name@snapshot`, `exact_matching`, or `none` where nothing is judged"),
     Column("judge_failures", "integer", "answers that the judge could not rate", low=0, of_run=True),
     Column("ivcp_commit", "text", "commit of ivcp-eval; version and code hash of an installed package", of_run=True),

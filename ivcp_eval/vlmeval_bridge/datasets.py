@@ -24,7 +24,7 @@ from ivcp_eval.benchmarks.boxes import FORMATS
 from ivcp_eval.benchmarks.grounding import ground_truth, score
 from ivcp_eval.benchmarks.lists import in_order, items
 from ivcp_eval.files import file_digest
-from ivcp_eval.vlmeval_bridge.reading import answers, tsv
+from ivcp_eval.vlmeval_bridge.reading import answers, tsv, videos
 from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
 
 REQUIRED = {
@@ -49,7 +49,8 @@ def read_tsv(path: Path, kind: str, answered: bool = True) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; see `ivcp data` for where it comes from")
     table = tsv.read(path)
-    required = [column for column in REQUIRED[kind] if answered or column != "answer"]
+    shown = "video" if "video" in table else "image"
+    required = [shown if column == "image" else column for column in REQUIRED[kind] if answered or column != "answer"]
     missing = [column for column in required if column not in table]
     if missing:
         raise ValueError(
@@ -61,7 +62,7 @@ def read_tsv(path: Path, kind: str, answered: bool = True) -> pd.DataFrame:
     twice = table["index"][table["index"].duplicated()]
     if len(twice):
         raise ValueError(f"{path}: {len(twice)} index values occur twice, e.g. {twice.iloc[0]!r}; they must be unique")
-    for column in ("image", "answer") if answered else ("image",):
+    for column in (shown, "answer") if answered else (shown,):
         empty = table["index"][table[column] == ""]
         if len(empty):
             raise ValueError(f"{path}: {len(empty)} rows have no {column}, e.g. the row with index {empty.iloc[0]!r}")
@@ -81,6 +82,7 @@ class _Shipped(Unpacking, ImageBaseDataset):
     def __init__(self, dataset: str, skip_noimg: bool = True, **kwargs: Any) -> None:
         super().__init__(dataset=dataset, skip_noimg=skip_noimg)
         self.data["index"] = self._indices  # "007" is not 7
+        self.meta_only = False  # pictures come from `dump_image`, which has none for a video file
 
     @classmethod
     def supported_datasets(cls) -> list[str]:
@@ -236,17 +238,15 @@ def of_file(benchmark: benchmarks.Benchmark, path: Path) -> Any:
     return type(cls.__name__, (cls,), {"FILE": path})(dataset=benchmark.vlmeval)
 
 
-def message_key(message: list[dict[str, str]]) -> str:
-    """Content hash of a prompt: its texts and the bytes of its images, in order."""
+def message_key(message: list[dict[str, Any]]) -> str:
+    """Content hash of a prompt: its texts and the bytes of its images and videos, in order."""
     digest = hashlib.sha256()
     for part in message:
-        value = part["value"]
-        content = file_digest(value) if part["type"] == "image" else value
-        digest.update(json.dumps([part["type"], content]).encode())
+        digest.update(json.dumps([part["type"], videos.content(part)]).encode())
     return digest.hexdigest()
 
 
-def image_key(message: list[dict[str, str]]) -> str:
-    """Content hash of a prompt's images, equal for all questions on the same pictures; 16 hexadecimal digits."""
-    content = [file_digest(part["value"]) for part in message if part["type"] == "image"]
+def image_key(message: list[dict[str, Any]]) -> str:
+    """Content hash of what a prompt shows, equal for all questions on the same pictures; 16 hexadecimal digits."""
+    content = [videos.content(part) for part in message if part["type"] != "text"]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from vlmeval.dataset.image_vqa import MMVet
+from vlmeval.dataset.video_base import VideoBaseDataset
 from vlmeval.inference import infer_data_job
 
-from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, without_pair
+from ivcp_eval.benchmarks import Benchmark, DataMissing, Samples, clips, without_pair
 from ivcp_eval.benchmarks.agreement import NOTE, agreement
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL, not_whole
 from ivcp_eval.benchmarks.thinking import END, split_thinking
@@ -25,11 +26,11 @@ from ivcp_eval.files import DiskFullError, NoLocksError
 from ivcp_eval.interface.failures import FAILURES, contained, failure
 from ivcp_eval.interface.registry import unknown
 from ivcp_eval.vlmeval_bridge import judging, scores
-from ivcp_eval.vlmeval_bridge.datasets import image_key, message_key
+from ivcp_eval.vlmeval_bridge.datasets import CLASSES, image_key, message_key
 from ivcp_eval.vlmeval_bridge.environment import data_root, lossless_files
 from ivcp_eval.vlmeval_bridge.judge import Judge
 from ivcp_eval.vlmeval_bridge.model import BridgedVLM, Message, Prompting
-from ivcp_eval.vlmeval_bridge.reading import answers, stock
+from ivcp_eval.vlmeval_bridge.reading import answers, stock, videos
 from ivcp_eval.vlmeval_bridge.reading.pictures import alone, unpacked
 from ivcp_eval.vlmeval_bridge.sample_scores import RULES
 from ivcp_eval.vlmeval_bridge.scores import ScoreMissing
@@ -63,6 +64,8 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
             f"Put {benchmark.vlmeval}.tsv into {data_root()} (set LMUData to use another folder), or see `ivcp data`. "
             f"{benchmark.source}"
         )
+    if isinstance(dataset, CLASSES):
+        dataset.adds_videos = True  # see `messages`
     if limit is not None:
         cut = dataset.data.iloc[:limit]
         alone = without_pair(benchmark.vlmeval, {str(column): list(cut[column]) for column in cut})
@@ -92,9 +95,15 @@ def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | Non
     for i in range(*slice(start, stop).indices(len(dataset.data))):
         line = dataset.data.iloc[i]
         build = partial(prompting.message, line, kind, dataset.dump_image) if kind else None
+        if isinstance(dataset, VideoBaseDataset):
+            build = partial(dataset.build_prompt, line, video_llm=True)
         try:
             with alone(dataset), contained("VLMEvalKit"):
                 message = unpacked(build or partial(dataset.build_prompt, line), again="image" in dataset.data)
+                if isinstance(dataset, VideoBaseDataset):
+                    message = videos.of_file(message, clips.Sampling(dataset.nframe, max(0, dataset.fps)))
+                elif isinstance(dataset, CLASSES):
+                    message = videos.shown(line, message)
             key, pictures = message_key(message), image_key(message)
         except (DiskFullError, NoLocksError):
             raise
@@ -177,6 +186,8 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
                 f"{benchmark.name} is rated by a judge, which exact matching cannot replace; name one (JUDGE=gpt-4o)"
             )
     thinking = answers.split_thinking(predictions) if benchmark.thinking == "split" else 0
+    if isinstance(dataset, VideoBaseDataset):  # whose evaluators refuse pickled tables
+        predictions = answers.as_text(predictions)
     with lossless_files():
         if judge is not None and benchmark.judge != "none":
             predictions, unrated = judging.rate(benchmark, dataset, predictions, judge, evaluator)

@@ -17,7 +17,7 @@ from vlmeval.vlm.base import BaseModel
 from ivcp_eval import benchmarks
 from ivcp_eval.interface import AbstractAdapter, QuestionKind
 
-Message = list[dict[str, str]]
+Message = list[dict[str, Any]]
 
 # As VLMEvalKit's own Qwen adapter decides where it uses its wording: Y/N only where the set asks no format itself.
 _STOCK_KINDS: Mapping[str, QuestionKind] = {"MCQ": "mcq", "VQA": "short_answer"}

@@ -161,3 +161,20 @@ def test_loading_a_model_draws_nothing_over_our_bars(capfd: pytest.CaptureFixtur
     assert logging.is_progress_bar_enabled(), "the caller's own setting stands"
     seen = capfd.readouterr()
     assert (seen.out, seen.err) == ("", "")
+
+
+@pytest.mark.parametrize("verb", ["compare", "report", "curves"])
+@pytest.mark.parametrize("number", ["0", "-5", "many"])
+def test_resamples_are_counted_from_one(verb: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "results/tiny.csv", f"--resamples={number}"])
+    assert "--resamples" in capsys.readouterr().err
+
+
+def test_a_results_file_that_is_none_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.csv").touch()
+    for name, words in (("absent.csv", "there is no results file"), ("empty.csv", "is empty")):
+        assert main(["compare", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert len(error) < 300

@@ -69,6 +69,7 @@ def random_signals(
         generator=torch.Generator().manual_seed(seed),
     )
     tower["query"] = draw(sum(sizes), HEADS, SIZE)
+    tower["luma"] = draw(sum(sizes), 2, 4).sigmoid()
     return row
 
 

@@ -82,7 +82,6 @@ def test_promised_methods_exist_and_all_methods_are_listed() -> None:
 def test_a_method_of_another_name_says_which_system_it_runs() -> None:
     notes = {row["method or system"]: row["note"] for row in cards.rows()}
     for name, system in (
-        ("quadtree", "OmniRefine"),
         ("dart_tensorrt", "DART in TensorRT Edge-LLM"),
         ("NAME+dstp", "DSTP"),
     ):

@@ -24,6 +24,10 @@ UNSUPPORTED = {
         for method in ("prumerge", "prumerge_plus")
         for family in ("deepseek_vl2", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
     },
+    **{
+        ("eventprune", family): "a token is no rectangle of them"
+        for family in ("deepseek_vl2", "llava", "llava_next", "llava_onevision")
+    },
     **{("tome", family): "a visual token is not one patch" for family in tiny_models.names() if family != "llava"},
 }
 

@@ -21,6 +21,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fastvid", {"preset": "llava_video"}),
     ("fastvid", {"preset": "qwen2_5_vl"}),
     ("holitom", {}),
+    ("omnirefine", {}),
     ("prunevid", {}),
 ]
 LAYOUTS: dict[str, tuple[tuple[int, int, int], ...]] = {

@@ -21,7 +21,10 @@ FOLDER = Path(__file__).parent / "oracle"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recorded" in metafunc.fixturenames:
-        files = sorted(Path(metafunc.config.getoption("oracle_dir") or FOLDER).rglob("*.npz"))
+        folder = Path(metafunc.config.getoption("oracle_dir") or FOLDER)
+        files = sorted(folder.rglob("*.npz"))
+        if not files:
+            raise pytest.UsageError(f"{folder} holds no .npz file of recorded answers")
         pairs = [(file, name) for file in files for name in sorted({key.split("/")[0] for key in np.load(file).files})]
         metafunc.parametrize(("recorded", "name"), pairs, ids=[f"{file.stem}-{name}" for file, name in pairs])
 

@@ -11,6 +11,7 @@ import torch
 import ivcp_eval
 from ivcp_eval.interface import ModelFacts
 from ivcp_eval.interface.registry import make_method
+from ivcp_eval.methods import vlcache
 from tests.engine import tiny_models
 from tests.methods.material import best, evicting_columns, image_columns, random_signals, stock_attention
 
@@ -29,7 +30,11 @@ def slow_density(maps: torch.Tensor, question: list[int], threshold: float) -> f
 
 
 @pytest.mark.parametrize(("family", "ratio", "threshold"), [("qwen2_5_vl", 0.4, 0.5), ("llava", 0.1, 0.3)])
-def test_in_a_model_dense_layers_keep_more(family: str, ratio: float, threshold: float) -> None:
+@pytest.mark.parametrize("rows", [2, vlcache.ROWS])
+def test_in_a_model_dense_layers_keep_more(
+    family: str, ratio: float, threshold: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlcache, "ROWS", rows)
     inputs = tiny_models.make_inputs(family, "t5 i0 t9")
     columns = image_columns(family, inputs)
     question = list(range(columns[-1] + 1 + (family == "qwen2_5_vl"), inputs["input_ids"].shape[1]))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks.thinking import split_thinking
 from ivcp_eval.interface.registry import adapter
+from ivcp_eval.runs.answering.boxes import scored_box
 from tests.vlmeval_bridge.conftest import Laboratory, judge_for
 from tests.vlmeval_bridge.files import SHORT, Files, files
 from tests.vlmeval_bridge.miniatures import miniatures
@@ -62,9 +61,5 @@ def test_where_thinking_ends(text: str, answer: str, thinking: str):
 
 
 def test_a_box_that_was_thought_of_is_not_the_answer():
-    from ivcp_eval.runs.answering.session import Session
-
-    family = adapter("internvl")
-    session = cast(Any, SimpleNamespace(adapter=family, processor=None))
     text = "<think><box>[[0, 0, 10, 10]]</box>?</think><box>[[100, 200, 300, 400]]</box>"
-    assert Session._box(session, text, {}, 0) == "[0.100000, 0.200000, 0.300000, 0.400000]"
+    assert scored_box(text, adapter("internvl"), None) == "[0.100000, 0.200000, 0.300000, 0.400000]"

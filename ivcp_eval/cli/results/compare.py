@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ivcp_eval.cli import say
+from ivcp_eval.cli import count, say
 from ivcp_eval.files import results_file
 from ivcp_eval.interface.variants import parameter
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ratio or budget, or METHOD:RATIO, one variant for all rows, which are then ranked "
         "(default: %(default)s)")  # fmt: skip
     add("--margin", type=float, help="points that may be lost; adds a verdict per row")
-    add("--resamples", type=int, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
+    add("--resamples", type=count, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
     add("--output", type=Path, help="also write the comparison as CSV")
 
 

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "after the last cut), layer_mean (processed, mean over layers) or flops (of the prefill)")  # fmt: skip
     add("--budget-prompt", type=int, nargs=2, metavar=("VISUAL", "TEXT"), help="tokens of the prompt for which FLOPs "
         "are held equal (default: 1024 64)")  # fmt: skip
-    add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks, groups, or files of your own pictures "
-        "(.jsonl, .tsv); default: the shipped sets for a shipped model, else the matrix of twenty")  # fmt: skip
+    add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks, groups, or files of your own "
+        "pictures, videos (.jsonl, .tsv); default: the shipped sets for a shipped model, else the twenty")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
     add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
@@ -201,8 +201,8 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     if problems:
         say("run the same command again to retry what failed; finished cells are reused")
     done = Finished(csv, frozenset(row["run_id"] for row in collected.rows))
-    # The source of a plug-in's method is not among the files that are looked at; planning hashes it.
-    plain = not any(cell.identity.method_source for _, _, cell in plan.cells())
+    # The source of a plug-in's method, video files and their decoder are not looked at; planning hashes them.
+    plain = not any(cell.identity.method_source or cell.identity.video for _, _, cell in plan.cells())
     if plain and not problems:
         note(plan.state, done, _inputs(plan))
     _print_table(done)

@@ -53,7 +53,7 @@ class VisionListener(Listener):
         tap = self.tap
         hear_attention, hear_block = self._after_attention, self._after_block
         handles: list[Any] = [] if self.merging is None else self.merging.attach()
-        for number in self.numbers:
+        for number in self.numbers if self.signals - {"luma"} else ():
             attention, block = tap.blocks[number]
             handles.append(attention.register_forward_hook(functools.partial(hear_attention, number), with_kwargs=True))
             if self.signals & {"feature", "group"}:
@@ -81,7 +81,8 @@ class VisionListener(Listener):
         )
 
     def rows(self, sizes: list[int], in_video: Tensor | None = None) -> list[dict[str, Tensor]]:
-        """Per row the signals of its visual tokens, as ``NUMBER/SIGNAL``; `of_method` gives them a method's names.
+        """Per row the signals of its visual tokens, as ``NUMBER/SIGNAL``; ``luma`` without a number; `of_method` gives
+        them a method's names.
 
         Args:
             sizes: visual tokens of each row. Beams repeat rows, and `generate` may have encoded the images once for
@@ -109,8 +110,7 @@ class VisionListener(Listener):
         )
 
     def _after_attention(self, number: int, module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        if self._heard.read:
-            self._heard.clear()
+        self._begin()
         with torch.no_grad():
             heard = patch_signals(self.tap.states(module, args, kwargs), self.signals)
         self._heard.patches.update({f"{number}/{name}": signal for name, signal in heard.items()})
@@ -124,9 +124,18 @@ class VisionListener(Listener):
             self.merging.clear()
 
     def _after_tower(self, tokens: Any, _module: Any, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        if self._heard.patches:
-            patches, self._heard.patches = self._heard.patches, {}
-            self._heard.images.append(tokens(patches, args, kwargs))
+        self._begin()
+        patches, self._heard.patches = self._heard.patches, {}
+        heard = tokens(patches, args, kwargs) if patches else {}
+        if "luma" in self.signals and self.tap.luma is not None:
+            heard["luma"] = self.tap.luma(args, kwargs)
+        if heard:
+            self._heard.images.append(heard)
+
+    def _begin(self) -> None:
+        """Forget what a prefill has used."""
+        if self._heard.read:
+            self._heard.clear()
 
 
 def _places(in_video: Tensor) -> Tensor:
@@ -186,12 +195,13 @@ class MethodHook:
 def of_method(heard: Mapping[str, Tensor], method: AbstractMethod, facts: TowerFacts) -> dict[str, Tensor]:
     """What `VisionListener` heard of one row, by the names of a method; others may have listened with it."""
     blocks = {f"{name}/" if name else "": number for name, number in method.tower_blocks(facts).items()}
-    return {
+    found = {
         prefix + signal: heard[f"{number}/{signal}"]
         for prefix, number in blocks.items()
         for signal in sorted(method.tower_signals)
         if f"{number}/{signal}" in heard
     }
+    return found | {name: heard[name] for name in method.tower_signals & {"luma"} if name in heard}
 
 
 def patch_signals(states: PatchStates, wanted: frozenset[TowerSignal]) -> dict[str, Tensor]:

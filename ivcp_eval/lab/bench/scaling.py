@@ -131,7 +131,7 @@ def signals_of(
 
 def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping[str, Tensor]:
     wide: dict[str, tuple[int, ...]] = {"key": (widths.head,), "query": (widths.heads, widths.head)}
-    wide |= {"feature": (widths.hidden,), "joint_key": (widths.hidden,)}
+    wide |= {"feature": (widths.hidden,), "joint_key": (widths.hidden,), "luma": (2, 28 * 28)}
     return {
         f"{name}/{signal}" if name else signal: draw(n, *wide[signal]) if signal in wide else draw(n).exp()
         for name in method.tower_blocks(TOWER)

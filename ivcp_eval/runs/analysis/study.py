@@ -143,15 +143,13 @@ class Study:
 
     def questions(self, rows: Any = None) -> list[Question]:
         """The prompts of the data set, or of ``rows``, a table like its own; rows that cannot be read are told of."""
+        from ivcp_eval.vlmeval_bridge.reading import videos
+
         prompts = self._asked if rows is None else self._read(rows)
         for row in prompts:
             if row.message is None:
                 self.tell(f"{self.benchmark.name}, row {row.index} is left out: {row.failure['error']}")
-        return [
-            Question(row.index, row.key, [{part["type"]: part["value"]} for part in row.message])
-            for row in prompts
-            if row.message is not None
-        ]
+        return [Question(row.index, row.key, videos.parts(row.message)) for row in prompts if row.message is not None]
 
     @cached_property
     def _asked(self) -> list[Asked]:

@@ -53,8 +53,9 @@ class LiveAnswers:
 
     def _answer(self, message: Message, dataset: str | None) -> Answer:
         from ivcp_eval.vlmeval_bridge.model import benchmark_of
+        from ivcp_eval.vlmeval_bridge.reading import videos
 
-        parts = [{part["type"]: part["value"]} for part in message]
+        parts = videos.parts(message)
         grounding = dataset is not None and benchmark_of(dataset).kind == "grounding"
         try:
             return self.session.answer(parts, self.variant, grounding)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.benchmarks import clips
 from ivcp_eval.files import DAMAGE, read_json, write_json
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure
 from ivcp_eval.interface.records import Answer
@@ -144,12 +145,11 @@ def asked(unit: Unit, adapter: AbstractAdapter, dataset: Any, cell: Cell) -> tup
     """Every prompt of the unit once, and how many rows have none; their keys are noted for who scores."""
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting
+    from ivcp_eval.vlmeval_bridge.reading.videos import parts
 
     rows = list(messages(dataset, Prompting(adapter), unit.start, unit.stop))
     Prompts.of(rows).note(cell, unit.start, unit.stop)
-    samples = {
-        row.key: [{part["type"]: part["value"]} for part in row.message] for row in rows if row.message is not None
-    }
+    samples = {row.key: parts(row.message) for row in rows if row.message is not None}
     return list(samples.items()), sum(row.message is None for row in rows)
 
 
@@ -208,12 +208,14 @@ def _size(sample: Sample) -> tuple[int, int]:
 
     pixels = 0
     for part in sample[1]:
-        if "image" in part:
-            try:
+        try:
+            if "video" in part:
+                pixels += clips.pixels(part)
+            elif "image" in part:
                 with Image.open(part["image"]) as image:  # reads the header only
                     pixels += image.width * image.height
-            except (OSError, Image.DecompressionBombError):
-                pass  # answering it will say so
+        except (OSError, Image.DecompressionBombError, clips.VideoRefused):
+            pass  # answering it will say so
     return pixels, sum(len(part.get("text", "")) for part in sample[1])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ivcp_eval.benchmarks import clips
 from ivcp_eval.benchmarks.pictures import decoded
 from ivcp_eval.engine import Run, prune
 from ivcp_eval.engine.cost import clock
@@ -108,13 +109,14 @@ class Session:
         """Answer one conversation greedily.
 
         Args:
-            parts: ``{"image": PIL.Image or path}``, ``{"text": str}`` and decoded videos (`AbstractAdapter.encode`) in
-                order.
+            parts: ``{"image": PIL.Image or path}``, ``{"text": str}`` and videos, decoded (`AbstractAdapter.encode`)
+                or to be decoded (`clips.opened`), in order.
             grounding: also find the canonical box ``[x1, y1, x2, y2]`` (fractions of the original image), or "no box"
                 where the answer holds none in the family's declared format.
 
         Raises:
-            AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded.
+            AnswerTimeout: it took longer than allowed. OSError: a picture cannot be decoded. clips.VideoRefused: a
+                video cannot.
         """
         generated = self._generate(parts, variant)
         new, run, inputs, conversation = generated.new, generated.run, generated.inputs, generated.asked
@@ -331,7 +333,13 @@ def _on_its_own(variant: Variant) -> bool:
 
 
 def _decoded(parts: Parts) -> list[Mapping[str, Any]]:
-    return [{"image": decoded(part["image"])} if "image" in part else part for part in parts]
+    return [_shown(part) for part in parts]
+
+
+def _shown(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "video" in part:
+        return clips.opened(part)
+    return {"image": decoded(part["image"])} if "image" in part else part
 
 
 def _round(value: float | None) -> float | None:

@@ -150,9 +150,10 @@ def chosen(adapter: AbstractAdapter, dataset: Any, n: int) -> Iterator[tuple[str
     """(index, conversation) of ``n`` rows spread evenly; rows whose picture cannot be read are left out."""
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting
+    from ivcp_eval.vlmeval_bridge.reading import videos
 
     total = len(dataset.data)
     for row in sorted({(2 * i + 1) * total // (2 * n) for i in range(n)}):
         for prompt in messages(dataset, Prompting(adapter), row, row + 1):
             if prompt.message is not None:
-                yield prompt.index, [{part["type"]: part["value"]} for part in prompt.message]
+                yield prompt.index, videos.parts(prompt.message)

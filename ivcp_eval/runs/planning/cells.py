@@ -69,6 +69,8 @@ class Identity:
         method_source: package, version and code of a plug-in's method; empty for a method of this package.
         generation: the parameters of generation that are stated, all others being neutral (`AbstractAdapter.stated`);
             empty in cells of an earlier version, which took what the checkpoint's generation_config.json said.
+        video: how files of videos become frames (``nframe=8``, ``fps=1.0``, ``rows``: as each row says), and who
+            decodes them; empty where frames are pictures of the data, whose hash covers them and their times.
     """
 
     variant: Variant
@@ -86,12 +88,13 @@ class Identity:
     code: str
     method_source: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
+    video: str = ""
 
     @cached_property
     def canonical(self) -> str:
         """Canonical JSON; fields that came later are left out at their default, so that earlier hashes stay."""
         fields = {**asdict(self), "variant": self.variant.to_json()}
-        for late in ("method_source", "generation"):
+        for late in ("method_source", "generation", "video"):
             if not fields[late]:
                 del fields[late]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,13 @@ def path_of(benchmark: Benchmark) -> Path:
     return benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
 
 
+def video_folder(benchmark: Benchmark) -> Path:
+    """Where the video files of a set of VLMEvalKit's lie."""
+    return data_root() / "videos" / benchmark.vlmeval
+
+
 def digest(benchmark: Benchmark) -> str:
-    """SHA-256 of the benchmark's file.
+    """SHA-256 of the benchmark's file, and of its video files where these are apart; each file is read whole once.
 
     Raises:
         DataMissing: it is not here, or is not the file whose checksum VLMEvalKit notes, which would download over it.
@@ -54,7 +60,12 @@ def digest(benchmark: Benchmark) -> str:
                 else "Restore it (git checkout), or correct sha256 if the change is meant."
             )
         )
-    return digest
+    if benchmark.sampling in ("", "rows"):  # of a user's own video files the table has the frames' digests
+        return digest
+    both, folder = hashlib.sha256(digest.encode()), video_folder(benchmark)
+    for video in sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"):
+        both.update(f" {video.relative_to(folder)} {remembered(video, 'sha256', file_digest, str)}".encode())
+    return both.hexdigest()
 
 
 def rows(benchmark: Benchmark, limit: int | None) -> int:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.benchmarks import Benchmark, DataMissing, notices
+from ivcp_eval.benchmarks import Benchmark, DataMissing, clips, notices
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Server, Variant
@@ -213,6 +213,7 @@ def _model_plan(
         benchmark = data.find(name)
         try:
             digest = data.digest(benchmark)
+            video = f"{benchmark.sampling}, {clips.decoder()}" if benchmark.sampling else ""
             data.rows(benchmark, spec.options.limit)  # a file that cannot be read is said now
             for line in notices(benchmark, data.path_of(benchmark), spec.options.limit):
                 if line not in plan.notices:
@@ -220,7 +221,7 @@ def _model_plan(
         except (DataMissing, ValueError) as error:  # not here, or not the file it should be
             missing.append(str(error))
             continue
-        identities = _Identities(plan, weights, placement, limits, benchmark, digest)
+        identities = _Identities(plan, weights, placement, limits, benchmark, digest, video)
         variants = [variant for variant, of in spec.cells if of == name and variant.model == model]
         groups[name] = benchmark, tuple(identities.cell(tuned[variant.key]) for variant in variants)
     if not groups:
@@ -265,6 +266,7 @@ class _Identities:
     limits: Limits
     benchmark: Benchmark
     digest: str
+    video: str
 
     @cached_property
     def _prompt(self) -> str:
@@ -304,6 +306,7 @@ class _Identities:
             code=code.hash,
             method_source=method_source(variant.method),
             generation=sent,
+            video=self.video,
         )
         return Cell(identity, self.plan.runs, options.exact, code.files)
 

@@ -54,6 +54,7 @@ def cell_rows(weights: Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> 
         "limit": identity.limit,
         **identity.limits,
         **({"generation": identity.generation} if "generation" in COLUMN_NAMES else {}),
+        "video": identity.video,
         "judge": identity.judge,
         # The other libraries' are in run.json only.
         **{name: number for name, number in versions.items() if name in COLUMN_NAMES},

@@ -50,6 +50,18 @@ def read(path: Path) -> pd.DataFrame:
     return table
 
 
+def as_text(path: Path) -> Path:
+    """The table that `write` wrote as a TSV, for evaluators that read nothing else.
+
+    An answer that pandas would take for a missing value gets a space behind it, which no evaluator minds.
+    """
+    table = read(path)
+    table["prediction"] = [f"{text} " if text in STR_NA_VALUES else text for text in table["prediction"]]
+    target = path.with_suffix(".tsv")
+    table.to_csv(target, sep="\t", index=False)
+    return target
+
+
 def pickled(path: Path) -> Path:
     """A prediction file as `write` leaves it; one that VLMEvalKit's own runner wrote is read as text and written so."""
     if path.suffix == ".pkl":

@@ -1,8 +1,12 @@
 """A user's own pictures and questions as a benchmark: a JSONL file (or a TSV) becomes a data file and a checked TSV.
 
     {"image": "cat.jpg", "question": "What is this?", "answer": "cat"}
+    {"video": "cat.mp4", "fps": 1, "question": "What does it do?", "answer": "sleep"}
 
-``image`` is a path, or a list of paths, within the folder of the file. Optional are ``answer`` (a text, or a list of
+``image`` is a path, or a list of paths, within the folder of the file. ``video`` is the path of a video file, of which
+``nframe`` frames are shown (default 8), or ``fps`` a second; or it is a folder of pictures, or a list of them, with
+``seconds``, when each is shown. Files are decoded once here: what cannot be is said now, and the frames that a run
+decodes must be the same ones. Optional are ``answer`` (a text, or a list of
 texts of which any counts), ``options`` (a list, or a mapping of letters), ``category`` and ``index``. Without answers
 the score is the agreement with the unpruned model. Nothing is written unless every line is good.
 """
@@ -27,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval import benchmarks, vlmeval_bridge
-from ivcp_eval.benchmarks import agreement
+from ivcp_eval.benchmarks import agreement, clips
 from ivcp_eval.benchmarks.pictures import decoded
-from ivcp_eval.files import atomic_write, commit_file, data_root, disk_full_as_clear_error, file_digest
-from ivcp_eval.vlmeval_bridge.reading import tsv
+from ivcp_eval.files import atomic_write, commit_file, data_root, disk_full_as_clear_error, file_digest, remembered
+from ivcp_eval.vlmeval_bridge.reading import tsv, videos
 
 KINDS = ("mcq", "yes_no", "grounding", "short_answer")
 SUFFIXES = (".jsonl", ".tsv")
@@ -42,7 +46,10 @@ MOST_PIXELS = 178_956_970
 MOST_PROBLEMS = 20
 
 _ORIENTATION = 0x0112  # tag of EXIF
-_KEYS = ("image", "question", "answer", "options", "category", "index")
+_SHOWN = ("image", "video", "nframe", "fps", "seconds")
+_KEYS = (*_SHOWN, "question", "answer", "options", "category", "index")
+_VIDEO = ("video", "nframe", "fps", "frame_seconds", "frames_sha256", "decoder")
+_FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of a folder that is a video
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _BOX = re.compile(rf"\s*[\[(]?\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[\])]?\s*")
@@ -82,7 +89,8 @@ class _Line:
     """One question.
 
     Attributes:
-        number: of the line, or of a TSV's row. pictures: paths, or the pictures themselves.
+        number: of the line, or of a TSV's row. pictures: paths, or the pictures themselves; none where a file is shown.
+        video: the file, and how it is sampled. seconds: of pictures that are frames, when each is shown.
         answers: empty if there is none. box: an answer that is four numbers. options: letter -> text.
     """
 
@@ -90,6 +98,8 @@ class _Line:
     index: str
     question: str
     pictures: list[Path] | list[bytes]
+    video: tuple[Path, clips.Sampling] | None = None
+    seconds: list[float] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     box: tuple[float, ...] | None = None
     options: dict[str, str] = field(default_factory=dict)
@@ -259,16 +269,50 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _line(path: Path, number: int, raw: Mapping[str, Any]) -> _Line:
     if unknown := sorted(set(raw) - set(_KEYS)):
         raise ValueError(f"unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(_KEYS)}")
-    images = raw.get("image")
-    listed = images if isinstance(images, list) else [images]
-    named = [image for image in listed if isinstance(image, str) and image]
-    if not named or len(named) < len(listed):
-        raise ValueError("image must be the path of a picture, or a list of paths")
-    line = _Line(number, _index(raw, number), _text("question", raw.get("question")), _paths(path, named))
+    line = _Line(number, _index(raw, number), _text("question", raw.get("question")), [])
+    _show(line, path, raw)
     line.answers, line.box = _answers(raw["answer"]) if raw.get("answer") is not None else ([], None)
     line.options = _options(raw["options"]) if raw.get("options") is not None else {}
     line.category = _text("category", raw["category"]) if raw.get("category") is not None else ""
     return line
+
+
+def _show(line: _Line, path: Path, raw: Mapping[str, Any]) -> None:
+    """Note what the question is about: pictures, frames with their times, or a file."""
+    if ("image" in raw) == ("video" in raw):
+        raise ValueError("either image or video is expected: a path, or a list of paths")
+    key = "image" if "image" in raw else "video"
+    named = _named(path, key, raw[key])
+    files = _paths(path, key, named)
+    if "video" in raw and ("seconds" in raw or len(files) > 1 or isinstance(raw["video"], list)):
+        stated, line.pictures = raw.get("seconds", []), files
+        if not isinstance(stated, list) or not all(_is_number(at) for at in stated):
+            raise ValueError(f"seconds must be a list of numbers, got {str(stated)[:80]!r}")
+        clips.check_times(len(files), stated)
+        line.seconds = [float(at) for at in stated]
+    elif "video" in raw:
+        sampled = {name: raw[name] for name in ("nframe", "fps") if name in raw} or {"nframe": clips.DEFAULT_FRAMES}
+        line.video = files[0], clips.Sampling(**sampled)
+    else:
+        line.pictures = files
+    of_file = [name for name in ("nframe", "fps") if name in raw and line.video is None]
+    if of_file or ("seconds" in raw and not line.seconds):
+        what = "frames" if line.seconds else "a file" if line.video else "an image"
+        raise ValueError(f"{', '.join(of_file) or 'seconds'} cannot be said of {what}")
+
+
+def _named(path: Path, key: str, raw: Any) -> list[str]:
+    """The paths of a line; of a folder those of its pictures, by name."""
+    listed = raw if isinstance(raw, list) else [raw]
+    named = [name for name in listed if isinstance(name, str) and name]
+    if not named or len(named) < len(listed):
+        raise ValueError(f"{key} must be a path, or a list of paths")
+    if key == "video" and isinstance(raw, str) and "\0" not in raw and (folder := path.parent / raw).is_dir():
+        inside = (file for file in folder.iterdir() if file.suffix.lower() in _FRAMES)
+        named = [f"{raw}/{file.name}" for file in sorted(inside)]
+        if not named:
+            raise ValueError(f"video {raw!r}: no pictures ({', '.join(_FRAMES)}) in this folder")
+    return named
 
 
 def _index(raw: Mapping[str, Any], number: int) -> str:
@@ -289,18 +333,18 @@ def _text(key: str, value: Any) -> str:
     return value.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _paths(path: Path, named: Sequence[str]) -> list[Path]:
+def _paths(path: Path, key: str, named: Sequence[str]) -> list[Path]:
     folder, paths = path.resolve().parent, []
     for name in named:
         try:
             picture = (folder / name).resolve()
             there = picture.is_file()
         except (ValueError, OSError) as error:  # a NUL byte; a name that is too long
-            raise ValueError(f"image {name[:80]!r}: {error}") from None
+            raise ValueError(f"{key} {name[:80]!r}: {error}") from None
         if not picture.is_relative_to(folder):
-            raise ValueError(f"image {name!r} leads out of {folder}; pictures lie beside the file, or in folders below")
+            raise ValueError(f"{key} {name!r} leads out of {folder}; {key}s lie beside the file, or in folders below")
         if not there:
-            raise ValueError(f"image {name!r}: there is no such file in {folder}")
+            raise ValueError(f"{key} {name!r}: there is no such file in {folder}")
         paths.append(picture)
     return paths
 
@@ -334,6 +378,8 @@ def _read_tsv(path: Path) -> tuple[list[_Line], list[str]]:
     table = tsv.read(path)
     if missing := [column for column in ("index", "image", "question") if column not in table]:
         raise BadData(f"{path}: no column {', '.join(missing)}; found: {', '.join(map(str, table.columns))}")
+    if "video" in table:
+        raise BadData(f"{path}: files of videos are named in a .jsonl file, see `ivcp data add --help`")
     rows = [{str(column): str(cell) for column, cell in row.items()} for row in table.to_dict("records")]
     cells = {row["index"]: row["image"] for row in rows}
     return _gathered(path, "row", ((n, partial(_tsv_line, n, row, cells)) for n, row in enumerate(rows, 1)))
@@ -345,6 +391,9 @@ def _tsv_line(number: int, row: Mapping[str, str], cells: Mapping[str, str]) -> 
     line.answers, line.box = _cell_answers(row["answer"]) if row.get("answer") else ([], None)
     line.options = _options(options) if options else {}
     line.category = row.get("category", "")
+    if row.get("seconds"):
+        line.seconds = videos.times(row["seconds"])
+        clips.check_times(len(line.pictures), line.seconds)
     return line
 
 
@@ -379,6 +428,10 @@ def _kind(path: Path, lines: Sequence[_Line], stated: str, problems: list[str]) 
     if answered and len(answered) < len(lines):
         without = next(line.number for line in lines if not line.answers)
         problems.append(f"{path}, {word} {without}: no answer, but other {word}s have one; give all of them or none")
+    of_files = [line for line in lines if line.video]
+    if of_files and len(of_files) < len(lines):
+        other = next(line.number for line in lines if not line.video)
+        problems.append(f"{path}, {word} {other}: pictures, but other {word}s show video files; part them in two files")
     if stated:
         kind = stated
     elif any(line.options for line in lines):
@@ -403,15 +456,16 @@ def _misfit(line: _Line, kind: str) -> str:
     """Why a line is no question of a kind, in words; empty if it is."""
     if bool(line.options) != (kind == "mcq"):
         return "no options, which multiple choice needs on every line" if kind == "mcq" else f"options, but kind {kind}"
+    boxless = kind == "grounding" and (len(line.pictures) != 1 or bool(line.seconds))
     if not line.answers:
-        return "a box is asked of one picture" if kind == "grounding" and len(line.pictures) > 1 else ""
+        return "a box is asked of one picture" if boxless else ""
     if kind == "mcq" and _letter(line) is None:
         return f"answer {line.answers[0][:80]!r} is neither a letter of the options nor the text of one of them"
     if kind == "yes_no" and not _is_yes_no(line):
         return f"answer {line.answers[0][:80]!r} is neither yes nor no"
     if kind == "grounding" and line.box is None:
         return f"answer {line.answers[0][:80]!r} is no box: four numbers x1, y1, x2, y2 in pixels"
-    return "a box is asked of one picture" if kind == "grounding" and len(line.pictures) > 1 else ""
+    return "a box is asked of one picture" if boxless else ""
 
 
 def _letter(line: _Line) -> str | None:
@@ -428,7 +482,8 @@ def _letter(line: _Line) -> str | None:
 def _write(path: Path, part: Path, lines: Sequence[_Line], kind: str, problems: list[str]) -> None:
     """The table; pictures that cannot be read go to ``problems``."""
     letters = sorted({letter for line in lines for letter in line.options})
-    columns = ["index", "image", "question", *letters]
+    columns = ["index", *(_VIDEO if any(line.video for line in lines) else ("image",)), "question", *letters]
+    columns += ["seconds"] if any(line.seconds for line in lines) else []
     columns += ["answer"] if any(line.answers for line in lines) else []
     columns += ["category"] if any(line.category for line in lines) else []
     columns += ["width", "height"] if kind == "grounding" else []
@@ -437,21 +492,43 @@ def _write(path: Path, part: Path, lines: Sequence[_Line], kind: str, problems: 
         writer.writeheader()
         for line in lines:
             try:
-                pictures = [_picture(picture) for picture in line.pictures]
-                width, height = pictures[0][1]
-                _check_box(line, kind, width, height)
+                shown = _of_file(*line.video) if line.video else _of_pictures(line, kind)
             except ValueError as error:
                 problems.append(f"{path}, {_word(path)} {line.number}: {error}")
                 continue
-            texts = [base64.b64encode(content).decode("ascii") for content, _ in pictures]
             if not problems:
                 writer.writerow(
                     {
                         **{"index": line.index, "question": line.question, "category": line.category},
-                        **{"image": texts[0] if len(texts) == 1 else str(texts), "answer": _answer(line, kind)},
-                        **{"width": width, "height": height, **line.options},
+                        **{"answer": _answer(line, kind), **line.options, **shown},
                     }
                 )
+
+
+def _of_pictures(line: _Line, kind: str) -> dict[str, Any]:
+    """The cells of pictures that can be decoded; of frames also their times."""
+    pictures = [_picture(picture) for picture in line.pictures]
+    width, height = pictures[0][1]
+    _check_box(line, kind, width, height)
+    sizes = {size for _, size in pictures}
+    if line.seconds and len(sizes) > 1:
+        raise ValueError(f"the frames of a video have the sizes {sorted(sizes)}; make them one")
+    texts = [base64.b64encode(content).decode("ascii") for content, _ in pictures]
+    image = texts[0] if len(texts) == 1 else str(texts)
+    seconds = json.dumps(line.seconds) if line.seconds else ""
+    return {"image": image, "width": width, "height": height, "seconds": seconds}
+
+
+def _of_file(path: Path, sampling: clips.Sampling) -> dict[str, Any]:
+    """The cells of a video file, which is decoded, or was before by the same decoder."""
+    decoder = clips.decoder()
+
+    def facts(file: Path) -> dict[str, Any]:
+        clip = clips.decode(file, sampling)
+        return {"frames_sha256": clip.digest, "frame_seconds": json.dumps([round(at, 6) for at in clip.seconds])}
+
+    known = remembered(path, f"{sampling} {decoder}", facts, dict)
+    return {"video": str(path), "nframe": sampling.nframe or "", "fps": sampling.fps or "", **known, "decoder": decoder}
 
 
 def _picture(source: Path | bytes) -> tuple[bytes, tuple[int, int]]:
@@ -512,14 +589,16 @@ def _check_table(path: Path, part: Path, lines: Sequence[_Line]) -> None:
 
 def _data_file(source: str, lines: Sequence[_Line], kind: str, digest: str) -> str:
     """The data file, every value as JSON, which is YAML that nothing is read into."""
-    answered = bool(lines[0].answers)
+    answered, of_files = bool(lines[0].answers), bool(lines[0].video)
+    what = "videos" if of_files else "pictures"
     metrics, samples = _METRICS[kind]
     if not answered:
         names = agreement.BOX_METRICS if kind == "grounding" else agreement.TEXT_METRICS
         metrics, samples = [{"name": name, "file": "", "column": name} for name in names], {}
     values: dict[str, Any] = {
-        "title": f"own pictures{'' if answered else '; agreement with the unpruned model'}",
+        "title": f"own {what}{'' if answered else '; agreement with the unpruned model'}",
         "kind": kind,
+        **({"sampling": "rows"} if of_files else {}),
         "sha256": digest,
         "n_samples": len(lines),
         "reference": "answers" if answered else "baseline",

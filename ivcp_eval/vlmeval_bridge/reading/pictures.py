@@ -16,6 +16,7 @@ from typing import Any
 
 from ivcp_eval.benchmarks.pictures import decoded
 from ivcp_eval.files import NO_SPACE, DiskFullError, atomic_write, hold_lock
+from ivcp_eval.interface.failures import InputRefused
 
 #: Modes that VLMEvalKit writes as they are, or turns into RGB, without losing what a model sees.
 _WRITTEN_RIGHT = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
@@ -85,12 +86,21 @@ class Unpacking:
     """Stands before a data set class of VLMEvalKit's and unpacks the pictures that the class could not."""
 
     img_root: str
+    adds_videos = False  # whether who builds the prompts adds the video that a row names, as our runner does
 
     def dump_image(self, line: Any) -> Any:
-        """Paths of the row's pictures, as the class gives them."""
+        """Paths of the row's pictures, as the class gives them; none of a row that shows a video file.
+
+        Raises:
+            InputRefused: a video file, in VLMEvalKit's own loop, which would ask without it.
+        """
         if "image" in line:
             for cell, name in _named(line):
                 _unpack(cell, Path(self.img_root) / name)
+        elif "video" in line:
+            if not self.adds_videos:
+                raise InputRefused("VLMEvalKit's own loop would ask about a video and not show it; use ivcp eval")
+            return []
         return super().dump_image(line)  # type: ignore[misc]
 
 

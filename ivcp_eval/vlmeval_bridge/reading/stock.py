@@ -12,9 +12,11 @@ from typing import Any
 import pandas as pd
 import vlmeval.dataset
 from vlmeval.dataset.image_base import ImageBaseDataset
+from vlmeval.dataset.video_base import VideoBaseDataset
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import DataMissing
+from ivcp_eval.benchmarks.clips import Sampling
 from ivcp_eval.files import file_digest
 from ivcp_eval.vlmeval_bridge.environment import data_root, fetch
 from ivcp_eval.vlmeval_bridge.reading import tsv
@@ -32,6 +34,10 @@ def build(name: str) -> Any:
     if cls is None:
         cls = _custom(path) if path.is_file() else None
         return None if cls is None else type(cls.__name__, (_OwnFile, cls), {})(dataset=name)
+    if issubclass(cls, VideoBaseDataset) and (sampling := _sampling(name)) is not None:
+        made = type(cls.__name__, (_StockVideos, cls), {})(dataset=name, nframe=sampling.nframe, fps=sampling.fps or -1)
+        made.data = _table(path, noted_md5(name)).assign(index=made.data["index"].to_numpy())
+        return made
     if not issubclass(cls, ImageBaseDataset) or issubclass(cls, Unpacking):
         return vlmeval.dataset.build_dataset(name)  # videos and texts, or a class of ours, which reads as this does
     if cls.load_data is not ImageBaseDataset.load_data and path.is_file():
@@ -42,7 +48,30 @@ def build(name: str) -> Any:
 def noted_md5(name: str) -> str:
     """The checksum that VLMEvalKit notes for a data set; "" if none."""
     cls = next((c for c in vlmeval.dataset.DATASET_CLASSES if name in c.supported_datasets()), None)
-    return str(getattr(cls, "DATASET_MD5", {}).get(name) or "")
+    by_name, of_video = getattr(cls, "DATASET_MD5", {}), ("MP4_MD5", "MD5")
+    return str(by_name.get(name) or next((getattr(cls, noted) for noted in of_video if hasattr(cls, noted)), ""))
+
+
+class _StockVideos:
+    """Stands before a video class of VLMEvalKit's: its table and files lie in the data root; nothing is fetched.
+
+    The class itself would fetch the whole repository, up to hundreds of gigabytes, and run code of its table's cells.
+    """
+
+    def prepare_dataset(self, dataset_name: str, *_: Any, **__: Any) -> dict[str, str]:
+        """Where the table is, and the folder that its paths of videos count from."""
+        path, videos = data_root() / f"{dataset_name}.tsv", data_root() / "videos" / dataset_name
+        if not path.is_file() or not videos.is_dir():
+            raise DataMissing(f"{path} and the folder {videos} with the videos are expected")
+        tsv.read(path, noted_md5(dataset_name))
+        return {"root": str(videos), "data_file": str(path)}
+
+
+def _sampling(name: str) -> Sampling | None:
+    """How a declared benchmark samples its video files."""
+    declared = (benchmarks.load(known) for known in benchmarks.names())
+    words = next((benchmark.sampling for benchmark in declared if benchmark.vlmeval == name), "")
+    return Sampling.of(words) if words else None
 
 
 class _StockFile(Unpacking):

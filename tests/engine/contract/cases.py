@@ -251,6 +251,8 @@ ON_VIDEOS: dict[str, frozenset[str]] = {
     "ivc_prune": frozenset({"budget_is_exact_per_image", "decode_equals_reference", "prefill_equals_reference"}),
     "snapkv": frozenset({"budget_is_exact_per_image", "decode_equals_reference"}),
     "fastv+dstp": frozenset({"decode_equals_reference"}),
+    "aot": frozenset({"decode_equals_reference"}),  # merges across frames
+    "dycoke": frozenset({"decode_equals_reference"}),  # cuts, and masks steps
 }
 """What runs on prompts with videos, by default: of each kind of method the checks in which a video could differ."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,17 @@ def test_tokens_saved_are_not_time_saved(report: Report) -> None:
     assert whole.bound == pytest.approx((60 - 5) / 60), "only the prefill shrinks"
     assert fast.kv_bytes_unpruned == VISUAL * 10 * 2 * 64 * 2
     assert fast.kv_bytes == fast.kv_bytes_unpruned / 2
+
+
+def test_times_of_other_sessions_are_not_paired(results: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(results.parent, copy)
+    for benchmark in ("tiny_grounding", "tiny_short"):
+        path = copy / f"{benchmark}-fastv-0.5-0" / "timing.json"
+        path.write_text(path.read_text().replace('"session": "s"', '"session": "another day"'))
+    costs = {one.variant: one for one in collect(copy / results.name, resamples=20).costs}
+    assert not costs["fastv 0.5"].stages
+    assert costs["visionzip 0.25"].stages
 
 
 def test_abilities_are_means_by_category(results: Path, report: Report) -> None:

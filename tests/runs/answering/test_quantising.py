@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,3 +108,12 @@ def test_without_the_library_it_is_said(
     assert problem.startswith("tiny@int8: quantised weights need torchao")
     assert main(["eval", "--weights", "int8", "--data", "tiny_mcq", "--runs", str(tmp_path / "runs")]) != 0
     assert "pip install 'ivcp-eval[quantised]'" in capsys.readouterr().err
+
+
+def test_an_installed_torchao_has_nothing_to_say_to_those_who_do_not_use_it(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    code = f"from ivcp_eval.cli import main; raise SystemExit(main({['method', 'check', 'fastv']!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torchao" not in done.stderr + done.stdout
+    assert "pytree" not in done.stderr

@@ -12,6 +12,7 @@ from ivcp_eval.interface.failures import InputRefused
 from ivcp_eval.interface.models import locate
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.served.endpoint import _messages
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement
 
@@ -33,6 +34,11 @@ def test_a_session_answers_about_a_video(random_model: Path) -> None:
         assert [image.frame for image in masks.images] == [None, Frame(0, 0, 0.0), Frame(0, 1, 1.0)]
     with pytest.raises(InputRefused, match="would leave the video as it is; show fewer frames"):
         session.answer(parts, Variant("", "downsample", 0.5))
+
+
+def test_a_server_gets_no_video() -> None:
+    with pytest.raises(InputRefused, match="videos are not sent to servers"):
+        _messages([{"video": "a.mp4", "nframe": 8}, {"text": "what?"}])
 
 
 def test_a_batch_keeps_the_frames_of_every_row(random_model: Path) -> None:

@@ -271,7 +271,7 @@ def _messages(parts: Parts) -> list[dict[str, Any]]:
     """One user turn. Pictures are sent as the model here would see them before it resizes them, without loss.
 
     Raises:
-        OSError: one cannot be decoded.
+        OSError: one cannot be decoded. InputRefused: a video.
     """
     content: list[dict[str, Any]] = []
     for part in parts:
@@ -280,6 +280,8 @@ def _messages(parts: Parts) -> list[dict[str, Any]]:
             decoded(part["image"]).save(png, "PNG")
             url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
             content.append({"type": "image_url", "image_url": {"url": url}})
+        elif "video" in part:
+            raise InputRefused("videos are not sent to servers, which would sample them in ways of their own")
         else:
             content.append({"type": "text", "text": part["text"]})
     return [{"role": "user", "content": content}]

@@ -1,0 +1,89 @@
+"""Rows that show a video: which columns say so, the part of the prompt that comes of them, and its content hash.
+
+A row has either pictures and ``seconds``, when each of them is shown, or ``video``, the path of a file, with ``nframe``
+or ``fps``, and ``frames_sha256`` where the frames were decoded before (`own`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ivcp_eval.benchmarks import clips
+from ivcp_eval.files import file_digest, remembered
+
+Message = list[dict[str, Any]]
+
+
+def shown(line: Mapping[str, Any], message: Message) -> Message:
+    """The message of a row with its pictures as the frames of a video, or with its video file; others as they are.
+
+    Raises:
+        ValueError: what the row says of its video cannot be read.
+    """
+    texts = [part for part in message if part["type"] == "text"]
+    if seconds := _cell(line, "seconds"):
+        frames = [part["value"] for part in message if part["type"] == "image"]
+        at = times(seconds)
+        clips.check_times(len(frames), at)
+        return [{"type": "video", "value": frames, "seconds": at}, *texts]
+    if path := _cell(line, "video"):
+        part: dict[str, Any] = {"type": "video", "value": path}
+        for name, kind in (("nframe", int), ("fps", float), ("frames_sha256", str)):
+            if cell := _cell(line, name):
+                part[name] = kind(cell)
+        return [part, *texts]
+    return message
+
+
+def of_file(message: Message, sampling: clips.Sampling) -> Message:
+    """The message of a video class of VLMEvalKit's for models that take files, and which frames of the file are shown.
+
+    What it says of roles is left out: its own adapters of the families here put all of it into the user's turn.
+    """
+    asked = {name: value for name, value in vars(sampling).items() if value}
+    return [
+        {"type": part["type"], "value": part["value"], **(asked if part["type"] == "video" else {})}
+        for part in message
+        if part["value"]
+    ]
+
+
+def parts(message: Message) -> list[dict[str, Any]]:
+    """The conversation that a session answers."""
+    return [{part["type"]: part["value"], **{k: v for k, v in part.items() if k not in _OWN}} for part in message]
+
+
+_OWN = ("type", "value")
+
+
+def content(part: Mapping[str, Any]) -> Any:
+    """What is hashed of a picture or video: bytes of files, times, and what decides which frames are seen."""
+    value = part["value"]
+    if part["type"] == "image":
+        return file_digest(value)
+    if part["type"] != "video":
+        return value
+    rest = {name: said for name, said in part.items() if name not in _OWN}
+    if isinstance(value, list):
+        return {"frames": [file_digest(name) for name in value], **rest}
+    return {"file": remembered(Path(value), "sha256", file_digest, str), "decoder": clips.decoder(), **rest}
+
+
+def _cell(line: Mapping[str, Any], name: str) -> str:
+    """The text of a cell; "" where there is none, or NaN in its place."""
+    cell = line.get(name, "")
+    return "" if cell != cell else str(cell)
+
+
+def times(cell: str) -> list[float]:
+    """The numbers of a cell. Raises ValueError where it holds something else."""
+    try:
+        listed = json.loads(cell)
+        if not isinstance(listed, list):
+            raise TypeError(type(listed).__name__)
+        return [float(at) for at in listed]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"seconds must be a list of numbers, got {cell[:80]!r} ({error})") from None

@@ -253,7 +253,7 @@ def test_pruned_generation_equals_the_masked_reference(loaded: Any, tmp_path: Pa
     with ivcp_eval.prune(model, method, 0.5) as run:
         got = model.generate(**inputs, **options)
     cuts = method.cuts(WIRED.facts(model.config, "deepseek_vl2"), 0.5)
-    plan = contract.make_plan(inputs, processor.image_token_id, cuts, method.calls)
+    plan = contract.make_plan(inputs, {processor.image_token_id}, cuts, method.calls)
     with contract.reference(WIRED.text_model(model), plan):
         wanted = model.generate(**inputs, **options, use_cache=False)
     assert run.visual_kept == [sum(-(-n_tokens(3, t) // 2) for t in row) for row in ([(2, 1)], [], [(1, 2), (1, 1)])]

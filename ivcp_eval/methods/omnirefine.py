@@ -199,7 +199,7 @@ def spatial_parts(tree: Tree, n_chunks: int, steps: int) -> Tensor:
     reached = torch.ones_like(depth, dtype=torch.bool)
     for level, block in enumerate(tree.blocks[:-1]):
         here = (tree.level[:count] == level).nonzero().flatten()
-        divided = torch.zeros(n_chunks, int(block.max()) + 1, dtype=torch.bool, device=depth.device)
+        divided = torch.zeros(n_chunks, size, dtype=torch.bool, device=depth.device)  # never more blocks than tokens
         divided[tree.chunk[here], tree.block[here]] = True
         reached = reached & divided[:, block]
         depth += reached

@@ -35,7 +35,7 @@ class Idle(AbstractScorer):
     name = "idle"
 
     def __init__(self, cuts: Sequence[Cut]) -> None:
-        self._cuts = tuple(dataclasses.replace(cut, needs=frozenset()) for cut in cuts)
+        self._cuts = tuple(dataclasses.replace(cut, needs=frozenset(), late=False) for cut in cuts)
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """Those given."""

@@ -128,6 +128,8 @@ class Method(ClipsAtInput):
 
     def _inside(self, signals: Signals) -> Selection:
         score, part, clips = question_attention(signals), signals.memory["part"], clips_of(signals)
+        if len(part) != signals.n_visual:  # `NAME+ivc` kept others beside those noted: then all are one part
+            part = torch.zeros_like(signals.visual)
         chosen = [self.of_parts(score[clip.tokens], part[clip.tokens], clip.budget) for clip in clips]
         return self.selection(chosen, clips)
 

@@ -101,7 +101,7 @@ def test_every_stage_runs_on_small_shapes(stage: str, tmp_path: Path) -> None:
         assert float(rows[0]["requests_ratio"]) == 1
         assert float(rows[1]["kv_bytes"]) < float(rows[0]["kv_bytes"])
     if stage == "contract":
-        assert 'tests="3"' in (tmp_path / "contract_bfloat16_sdpa.xml").read_text()
+        assert 'tests="4"' in (tmp_path / "contract_bfloat16_sdpa.xml").read_text()
 
 
 def test_the_full_profile_asks_for_what_the_bench_knows() -> None:

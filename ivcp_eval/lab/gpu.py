@@ -33,9 +33,10 @@ class Profile:
     """How large the stages are.
 
     Attributes:
-        size: of the random model. tokens, batches: prompts of the bench. concurrency: of the throughput.
+        size: of the random model. tokens, batches: prompts of the bench. rounds: of every measurement.
+        concurrency, new_tokens: requests of the throughput at a time, and the length of their answers.
         contract: extra ``-k`` expression of the contract. dtypes: in which it runs.
-        train: configuration of the training, and minutes of one call.
+        forks: prompts that share a pass. train: configuration of the training.
     """
 
     size: str

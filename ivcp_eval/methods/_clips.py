@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -109,6 +109,26 @@ class ClipsAtInput(ChoosingAtInput):
             parts += [shown, separators]
             chosen += [self.choose(signals, shown), torch.arange(n_kept, device=clip.tokens.device)]
         return self.selection(chosen, parts)
+
+
+@dataclass(frozen=True)
+class CountedClips(ClipsAtInput):
+    """Whose released code decides by itself how many stay.
+
+    Attributes:
+        counts: "ratio" (the user's budget, exactly) or "released".
+    """
+
+    counts: Literal["ratio", "released"] = "ratio"
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can mean."""
+        check_counts(self.counts)
+
+    @property
+    def exact(self) -> bool:
+        """Unless the released counts decide."""
+        return self.counts == "ratio"
 
 
 def clips_of(signals: Signals) -> list[Clip]:

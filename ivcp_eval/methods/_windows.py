@@ -12,9 +12,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ivcp_eval.interface import CachePolicy, Cut, ModelFacts
 from ivcp_eval.interface.ops import itself, sparse_weights
 
 Window = tuple[int, int]
+
+
+def two_stages(
+    model: ModelFacts, ratio: float, inside: float, layer: int, *, renumber: bool, cache: CachePolicy = "all_layers"
+) -> tuple[Cut, ...]:
+    """A cut at the input, and one before ``layer`` that keeps a share ``inside`` of what it left; at 1 the first alone.
+
+    ``ratio`` is what both leave. A share too small for it is raised to its root, so that each stage has its part.
+    """
+    outer = Cut(model.first_cut, min(ratio / inside, ratio**0.5), renumber=renumber, budget="clip")
+    inner = Cut(max(model.first_cut + 1, layer), ratio, cache=cache, budget="clip")
+    return (outer, inner) if inside < 1 else (outer,)
+
+
+def check_layer(layer: int | None) -> None:
+    """Raise ValueError for a ``layer`` before which no attention could rank."""
+    if layer is not None and layer < 1:
+        raise ValueError(f"layer={layer} has no layer before it whose attention could rank; use 1 or more")
 
 
 def parts_of(frames: Sequence[Tensor], window: Window, still: Tensor) -> list[Tensor]:

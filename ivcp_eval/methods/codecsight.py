@@ -21,20 +21,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Faithfulness, Signals
 from ivcp_eval.interface.ops import evenly
-from ivcp_eval.methods._clips import Clip, ClipsAtInput, check_counts
+from ivcp_eval.methods._clips import Clip, CountedClips
 
 POINTS = 5  # along each side of a block, at which its vector is looked at
 
 
 @dataclass(frozen=True)
-class Method(ClipsAtInput):
+class Method(CountedClips):
     """CodecSight at the language model's input.
 
     Attributes:
@@ -49,22 +49,16 @@ class Method(ClipsAtInput):
 
     motion: Path | None = None
     still: float = 0.25
-    counts: Literal["ratio", "released"] = "ratio"
 
     def __post_init__(self) -> None:
         """Text from the command line is a path."""
         if self.motion is not None:
             object.__setattr__(self, "motion", Path(self.motion))
-        check_counts(self.counts)
+        super().__post_init__()
         if self.counts == "released" and self.motion is None:
             raise ValueError("counts='released' keeps what moves; give the file that says so, motion=FILE")
         if self.still < 0:
             raise ValueError(f"still={self.still} must be a number of pixels, 0 or more")
-
-    @property
-    def exact(self) -> bool:
-        """Unless all that moves stays."""
-        return self.counts == "ratio"
 
     def choose(self, signals: Signals, clip: Clip) -> Tensor:
         """What moves most; of what moves as much as the last of these, an even choice."""

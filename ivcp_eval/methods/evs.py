@@ -17,18 +17,18 @@ on from its width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from ivcp_eval.interface import Faithfulness, Signals
 from ivcp_eval.interface.ops import top
 from ivcp_eval.methods._at_input import embeddings
-from ivcp_eval.methods._clips import Clip, ClipsAtInput, check_counts, cosines, released_count
+from ivcp_eval.methods._clips import Clip, CountedClips, cosines, released_count
 
 
 @dataclass(frozen=True)
-class Method(ClipsAtInput):
+class Method(CountedClips):
     """Efficient Video Sampling.
 
     Attributes:
@@ -36,17 +36,6 @@ class Method(ClipsAtInput):
     """
 
     faithfulness: ClassVar[Faithfulness] = "faithful"
-
-    counts: Literal["ratio", "released"] = "ratio"
-
-    def __post_init__(self) -> None:
-        """Refuse another way of counting."""
-        check_counts(self.counts)
-
-    @property
-    def exact(self) -> bool:
-        """Unless vLLM's rounding is asked for."""
-        return self.counts == "ratio"
 
     def choose(self, signals: Signals, clip: Clip) -> Tensor:
         """The least like what was at their place."""

@@ -47,7 +47,7 @@ from ivcp_eval.interface.ops import (
     unit_rows,
 )
 from ivcp_eval.methods._at_input import embeddings
-from ivcp_eval.methods._clips import Clip, ClipsAtInput, check_counts
+from ivcp_eval.methods._clips import Clip, CountedClips
 
 Preset = Literal["llava_onevision", "llava_video", "qwen2_5_vl"]
 Segment = tuple[int, int]  # first frame, frame behind the last
@@ -57,7 +57,7 @@ NEIGHBOURS, LONGEST = 4, 64
 
 
 @dataclass(frozen=True)
-class Method(ClipsAtInput):
+class Method(CountedClips):
     """FastVID.
 
     Attributes:
@@ -75,7 +75,6 @@ class Method(ClipsAtInput):
 
     renumber: bool | None = False
     preset: Preset | None = None
-    counts: Literal["ratio", "released"] = "ratio"
     c: int = 8
     tau: float | None = None
     d: float = 0.4
@@ -85,18 +84,13 @@ class Method(ClipsAtInput):
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        check_counts(self.counts)
+        super().__post_init__()
         if self.preset not in (None, *TAU):
             raise ValueError(f"preset={self.preset!r} must be one of {', '.join(TAU)}, or None for the family's")
         if self.c < 1 or self.p < 1:
             raise ValueError(f"c={self.c} and p={self.p} must be 1 or more")
         if not 0 <= self.d <= 1 or not 0 <= self.beta <= 1:
             raise ValueError(f"d={self.d} and beta={self.beta} must lie in 0..1")
-
-    @property
-    def exact(self) -> bool:
-        """Unless the released counts decide."""
-        return self.counts == "ratio"
 
     def choose(self, signals: Signals, clip: Clip) -> tuple[Tensor, Tensor]:
         """By the embeddings and the tower's attention."""

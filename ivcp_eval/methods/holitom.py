@@ -29,7 +29,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -49,12 +49,12 @@ from ivcp_eval.interface.ops import (
     unit_rows,
 )
 from ivcp_eval.methods._at_input import embeddings, in_output_order
-from ivcp_eval.methods._clips import Clip, ClipsAtInput, check_counts, clips_of
-from ivcp_eval.methods._windows import Window, enough_parts, parts_of, shared_places, survivors
+from ivcp_eval.methods._clips import Clip, CountedClips, clips_of
+from ivcp_eval.methods._windows import Window, check_layer, enough_parts, parts_of, shared_places, survivors, two_stages
 
 
 @dataclass(frozen=True)
-class Method(ClipsAtInput):
+class Method(CountedClips):
     """HoliTom.
 
     Attributes:
@@ -71,7 +71,6 @@ class Method(ClipsAtInput):
     tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"received"})
     faithfulness: ClassVar[Faithfulness] = "faithful"
 
-    counts: Literal["ratio", "released"] = "ratio"
     tau: float | None = None
     beta: float = 0.6
     plain_mean: bool = False
@@ -82,26 +81,18 @@ class Method(ClipsAtInput):
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        check_counts(self.counts)
+        super().__post_init__()
         if not 0 <= self.beta <= 1 or not 0 < self.inside <= 1:
             raise ValueError(f"beta={self.beta} must lie in 0..1, inside={self.inside} in (0, 1]")
         if self.neighbours < 1 or self.longest < 1:
             raise ValueError(f"neighbours={self.neighbours} and longest={self.longest} must be 1 or more")
-        if self.layer is not None and self.layer < 1:
-            raise ValueError(f"layer={self.layer} has no layer before it whose attention could rank; use 1 or more")
-
-    @property
-    def exact(self) -> bool:
-        """Unless the released counts decide."""
-        return self.counts == "ratio"
+        check_layer(self.layer)
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One at the input, one deep in the language model."""
         layer = round(18 / 28 * model.n_layers) if self.layer is None else self.layer
-        before = min(ratio / self.inside, ratio**0.5) if self.inside < 1 else ratio
-        outer = Cut(model.first_cut, before, renumber=model.renumbers(self.renumber), budget="clip")
-        inner = Cut(max(model.first_cut + 1, layer), ratio, cache="from_cut", budget="clip")
-        return (outer, inner) if self.inside < 1 else (outer,)
+        renumber = model.renumbers(self.renumber)
+        return two_stages(model, ratio, self.inside, layer, renumber=renumber, cache="from_cut")
 
     def select(self, signals: Signals) -> Selection:
         """Windows at the input; attention and merging inside."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from ivcp_eval.interface import Faithfulness, Signals
 from ivcp_eval.interface.ops import group_means, place_in_group, top, unit_rows
 from ivcp_eval.methods._at_input import embeddings, grid_of
-from ivcp_eval.methods._clips import Clip, ClipsAtInput, check_counts
+from ivcp_eval.methods._clips import Clip, CountedClips
 from ivcp_eval.methods.quadtree import block_likeness, nested_blocks
 
 
@@ -54,7 +54,7 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Method(ClipsAtInput):
+class Method(CountedClips):
     """OmniRefine without audio.
 
     Attributes:
@@ -66,7 +66,6 @@ class Method(ClipsAtInput):
 
     faithfulness: ClassVar[Faithfulness] = "variant"
 
-    counts: Literal["ratio", "released"] = "ratio"
     spatial: float = 0.82
     temporal: float = 0.58
     shortest: int = 3
@@ -76,7 +75,7 @@ class Method(ClipsAtInput):
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        check_counts(self.counts)
+        super().__post_init__()
         if self.likeness not in ("least", "mean"):
             raise ValueError(f"likeness={self.likeness!r} must be 'least' or 'mean'")
         if not (-1 <= self.spatial <= 1 and -1 <= self.temporal <= 1):
@@ -86,11 +85,6 @@ class Method(ClipsAtInput):
                 f"shortest={self.shortest} must be 1 or more, cost={self.cost} 0 or more, longest={self.longest} at "
                 "least twice the shortest less 1, so that chunks cover any video"
             )
-
-    @property
-    def exact(self) -> bool:
-        """Unless the published thresholds decide."""
-        return self.counts == "ratio"
 
     def choose(self, signals: Signals, clip: Clip) -> tuple[Tensor, Tensor]:
         """The middles of what is joined, and the means."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,14 +36,14 @@ from torch import Tensor
 from ivcp_eval.interface import Cut, Faithfulness, ModelFacts, Selection, Signal, Signals
 from ivcp_eval.interface.ops import apportion, density_peaks, group_means, place_in_group, unit_rows
 from ivcp_eval.methods._at_input import embeddings, in_output_order
-from ivcp_eval.methods._clips import Clip, ClipsAtInput, check_counts, clips_of
-from ivcp_eval.methods._windows import Window, enough_parts, parts_of, shared_places, survivors
+from ivcp_eval.methods._clips import Clip, CountedClips, clips_of
+from ivcp_eval.methods._windows import Window, check_layer, enough_parts, parts_of, shared_places, survivors, two_stages
 
 NEIGHBOURS, SMALL = 7, 14
 
 
 @dataclass(frozen=True)
-class Method(ClipsAtInput):
+class Method(CountedClips):
     """PruneVid.
 
     Attributes:
@@ -57,7 +57,6 @@ class Method(ClipsAtInput):
     needs: ClassVar[frozenset[Signal]] = frozenset({"query", "key"})
     faithfulness: ClassVar[Faithfulness] = "faithful"
 
-    counts: Literal["ratio", "released"] = "ratio"
     tau: float = 0.8
     temporal_segment_ratio: float = 0.25
     cluster_ratio: float = 0.5
@@ -66,28 +65,19 @@ class Method(ClipsAtInput):
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        check_counts(self.counts)
+        super().__post_init__()
         shares = (self.temporal_segment_ratio, self.cluster_ratio, self.alpha)
         if not all(0 < share <= 1 for share in shares):
             raise ValueError(
                 f"temporal_segment_ratio={shares[0]}, cluster_ratio={shares[1]} and alpha={shares[2]} must lie in "
                 "(0, 1]"
             )
-        if self.layer is not None and self.layer < 1:
-            raise ValueError(f"layer={self.layer} has no layer before it whose attention could rank; use 1 or more")
-
-    @property
-    def exact(self) -> bool:
-        """Unless the released counts decide."""
-        return self.counts == "ratio"
+        check_layer(self.layer)
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One at the input, one inside the language model."""
         layer = round(11 / 32 * model.n_layers) if self.layer is None else self.layer
-        merged = min(ratio / self.alpha, ratio**0.5) if self.alpha < 1 else ratio
-        outer = Cut(model.first_cut, merged, renumber=model.renumbers(self.renumber), budget="clip")
-        inner = Cut(max(model.first_cut + 1, layer), ratio, budget="clip")
-        return (outer, inner) if self.alpha < 1 else (outer,)
+        return two_stages(model, ratio, self.alpha, layer, renumber=model.renumbers(self.renumber))
 
     def select(self, signals: Signals) -> Selection:
         """Merging at the input; the question's choice inside."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import threading
 from collections import Counter
@@ -24,6 +23,7 @@ from ivcp_eval.vlmeval_bridge.judge.connection import (
     key_of,
     refusal,
     told,
+    unreadable,
 )
 from ivcp_eval.vlmeval_bridge.judge.masking import masked, masked_logs
 from ivcp_eval.vlmeval_bridge.judge.questions import Question, without_thinking
@@ -227,8 +227,6 @@ class Judge:
         """
         import openai
 
-        from ivcp_eval.vlmeval_bridge.judge.transport import ReplyTooLong
-
         trouble, tries, before = "", min(TRIES, 1 + self.config.retries), dict(self._renamed)
         while tries:
             fields = self._fields(room, temperature)
@@ -259,10 +257,7 @@ class Judge:
                 tries -= 1
             except openai.APIConnectionError as error:
                 raise JudgeUnreachable(self._said("cannot be reached", error)) from None
-            except (
-                openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError, RecursionError,
-                ReplyTooLong, NotACompletion,
-            ) as error:  # fmt: skip
+            except unreadable() as error:
                 trouble = self._said("does not answer with chat completions", error)
                 tries -= 1
         raise JudgeUnreachable(trouble)

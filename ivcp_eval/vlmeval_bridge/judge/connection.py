@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -20,6 +21,16 @@ TRIES = 3  # after bodies that are no completions; others are retried as often a
 
 class NotACompletion(Exception):
     """A reply in another shape."""
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What the client raises for a reply that is no chat completion, whatever else it may be."""
+    import openai
+
+    from ivcp_eval.vlmeval_bridge.judge.transport import ReplyTooLong
+
+    decoding = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+    return (openai.APIResponseValidationError, *decoding, ReplyTooLong, NotACompletion)
 
 
 def key_of(variable: str) -> str:

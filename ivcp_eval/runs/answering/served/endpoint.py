@@ -25,6 +25,7 @@ from ivcp_eval.vlmeval_bridge.judge.connection import (
     key_of,
     refusal,
     told,
+    unreadable,
 )
 from ivcp_eval.vlmeval_bridge.judge.masking import masked_logs
 
@@ -110,8 +111,6 @@ class Endpoint:
         """
         import openai
 
-        from ivcp_eval.vlmeval_bridge.judge.transport import ReplyTooLong
-
         messages, trouble = _messages(parts), ""
         for _ in range(TRIES):
             try:
@@ -129,10 +128,7 @@ class Endpoint:
                 ) from None
             except (openai.APIStatusError, openai.APIConnectionError) as error:
                 raise await self._whose(client, error) from None
-            except (
-                openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError, RecursionError,
-                ReplyTooLong, NotACompletion,
-            ) as error:  # fmt: skip
+            except unreadable() as error:
                 trouble = told(error, self._secrets)
         if trouble:
             raise NoAnswer(f"{self.server.host} does not answer with chat completions ({trouble})")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.benchmarks import is_file_name
 from ivcp_eval.cli import notices, say
 from ivcp_eval.files import DATASETS
 from ivcp_eval.interface.variants import BASELINE
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--served-model, --served-options and --concurrency say how a server is asked; add --base-url")
     if args.weights:
         args.model = f"{args.model}@{args.weights}"
-    if any(Path(word).suffix for word in args.data):
+    if any(map(is_file_name, args.data)):
         from ivcp_eval.vlmeval_bridge.reading.own import is_prepared, names_of
 
         if not (args.estimate or all(map(is_prepared, args.data))):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.files import DamagedError
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.finished import eval_state
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_flags(verb, FLAGS, default="the file's")
         add_common(verb)
         if name in ("run", "work", "status"):
-            verb.add_argument("--every", type=_seconds, default=30.0, metavar="SECONDS",
+            verb.add_argument("--every", type=AMOUNT, default=30.0, metavar="SECONDS",
                 help="between two reports where the output is no terminal; 0: none (default: %(default)g)")  # fmt: skip
             verb.add_argument("--html", type=_page, metavar="FILE", help="also keep a page that shows every cell and "
                 "reads itself anew in a browser; all workers write it, at most every ten seconds")  # fmt: skip
@@ -72,30 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_run(verb: argparse.ArgumentParser) -> None:
     add = verb.add_argument
     add("--executor", choices=("local", "slurm"), default="local")
-    add("--workers", type=_count, default=0, help="local processes (default: one per GPU, or one)")
+    add("--workers", type=INDEX, default=0, help="local processes (default: one per GPU, or one)")
     add("--retry-failed", action="store_true", help="try again what failed")
     add("--partition", default="", help="Slurm partition")
-    add("--gpus-per-task", type=_count, default=1, help="GPUs of a Slurm task (default: %(default)s)")
-    add("--cpus-per-task", type=_positive, default=4, help="CPUs of a Slurm task (default: %(default)s)")
-    add("--array-limit", type=_positive, default=8, help="most Slurm tasks (default: %(default)s)")
-    add("--minutes", type=_positive, default=24 * 60, help="time limit of a Slurm task, which is requeued while work "
+    add("--gpus-per-task", type=INDEX, default=1, help="GPUs of a Slurm task (default: %(default)s)")
+    add("--cpus-per-task", type=COUNT, default=4, help="CPUs of a Slurm task (default: %(default)s)")
+    add("--array-limit", type=COUNT, default=8, help="most Slurm tasks (default: %(default)s)")
+    add("--minutes", type=COUNT, default=24 * 60, help="time limit of a Slurm task, which is requeued while work "
         "is left (default: %(default)s)")  # fmt: skip
     add("--wait", action="store_true", help="stay and show the progress of the Slurm tasks, then print the results")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="further sbatch options, e.g. account=abc")
-
-
-def _count(text: str) -> int:
-    n = int(text)
-    if n < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return n
-
-
-def _positive(text: str) -> int:
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return n
 
 
 def _page(text: str) -> Path:
@@ -104,13 +91,6 @@ def _page(text: str) -> Path:
         what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
         raise argparse.ArgumentTypeError(f"{text} {what}; name a file, e.g. status.html")
     return path
-
-
-def _seconds(text: str) -> float:
-    n = float(text)
-    if not 0 <= n < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return n
 
 
 def run(args: argparse.Namespace) -> int:

@@ -159,10 +159,8 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     plan = make(spec, runs, fetch=tell)
     if not plan.models:
         raise ValueError("\n".join(_without_model(plan.problems)))
-    for _, _, cell in plan.cells():
-        budget = cell.identity.variant.budget
-        if budget is not None and budget.problem:
-            raise ValueError(budget.problem)
+    if plan.misfits:
+        raise ValueError("\n".join(plan.misfits))
     for line in plan.budgets():
         tell(line)
     for line in [*plan.notices, *uncounted_lines(cell for _, _, cell in plan.cells() if cell.finished() is None)]:

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
     for problem in plan.problems:
         say(f"NOT PART OF THIS RUN: {problem}")
-    for line in plan.notices:
+    for line in [*plan.notices, *plan.misfits]:
         notices(args)(line)
     if args.verb == "run":
         write_manifest(plan)
@@ -137,7 +137,7 @@ def _plan(plan: RunPlan) -> int:
     tallies = list(Watch(plan).tallies.values())
     n_cells, here = len(plan.spec.cells), sum(line.cells for line in tallies)
     say(status.table(tallies))
-    for text in [*status.uncounted(plan), *plan.budgets()]:
+    for text in [*status.uncounted(plan), *plan.budgets(), *plan.misfits]:
         say(text)
     for problem in plan.problems:
         say(f"\nnot here: {problem}")

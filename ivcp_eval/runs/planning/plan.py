@@ -94,6 +94,7 @@ class RunPlan:
         runs: where cells live.
         models: by short name. problems: why models or benchmarks cannot run here; the others can.
         notices: what to know before running: partial data, metrics that a limit leaves without a score.
+        misfits: variants that their model cannot run, each with the reason; their cells become rows that say so.
     """
 
     spec: Spec
@@ -101,6 +102,7 @@ class RunPlan:
     models: dict[str, ModelPlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> Path:
@@ -146,8 +148,9 @@ class RunPlan:
                     yield model, benchmark, cell
 
     def budgets(self) -> list[str]:
-        """One line per variant that holds a budget: the ratio that was found for it, or why it cannot run."""
-        held = [cell.identity.variant for _, _, cell in self.cells() if cell.identity.variant.budget]
+        """One line per variant that holds a budget: the ratio that was found for it."""
+        variants = [cell.identity.variant for _, _, cell in self.cells()]
+        held = [variant for variant in variants if variant.budget and not variant.budget.problem]
         if not held:
             return []
         from ivcp_eval.engine.cost.predicted import described
@@ -201,11 +204,12 @@ def _model_plan(
     limits = _limits(spec.options, weights)
     own = weights.checkpoint.methods
     tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
-    if any(variant.budget for variant in tuned.values()):
-        from ivcp_eval.engine.cost.predicted import Decoder, solve_budget  # and with it transformers
+    if any(v.budget or (not v.server and v.parameters.keys() - set(v.implied)) for v in tuned.values()):
+        from ivcp_eval.engine.cost.predicted import Decoder, misfit, solve_budget  # and with it transformers
 
         decoder = Decoder.of(weights)
         tuned = {key: solve_budget(variant, decoder) for key, variant in tuned.items()}
+        plan.misfits += [f"{v.name} cannot run: {why}" for v in tuned.values() if (why := misfit(v, decoder.facts))]
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
     missing: list[str] = []
     for name in spec.benchmarks(model):

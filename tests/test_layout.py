@@ -52,7 +52,7 @@ def imported(path: Path) -> Iterator[str]:
             "import_module",
             "__import__",
         ):
-            yield from called(node.args[0])
+            yield from () if finds else called(node.args[0])
 
 
 def called(argument: ast.expr) -> Iterator[str]:

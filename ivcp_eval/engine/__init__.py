@@ -153,10 +153,10 @@ def _check_loading(method: AbstractMethod, adapter: AbstractAdapter, model: Any,
         "dtype": str(text_model.dtype).removeprefix("torch."),
         "attention": text_model.config._attn_implementation,
     }
-    for what, wanted in method.loading.items():
-        if loaded[what] != wanted:
+    for what, required in method.loading.items():
+        if loaded[what] != required:
             raise Unsupported(
-                f"method {name!r} with {what}={wanted} needs a model that is loaded so; this one has {loaded[what]}. "
+                f"method {name!r} with {what}={required} needs a model that is loaded so; this one has {loaded[what]}. "
                 "Load it anew, or let `ivcp eval` or a sweep do so"
             )
 

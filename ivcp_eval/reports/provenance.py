@@ -361,8 +361,8 @@ def _lacking(row: Row, baselines: Sequence[Group]) -> str:
 def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
     """The one baseline of a group, or why there is none. Raises NotComparable if there are several that fit equally."""
     row = group[0]
-    wanted = {**row, "model": unquantised(row["model"])[0]} if against == FULL else row
-    same = [g for g in baselines if all(g[0][name] == wanted[name] for name in ("model", "benchmark", "metric"))]
+    unpruned = {**row, "model": unquantised(row["model"])[0]} if against == FULL else row
+    same = [g for g in baselines if all(g[0][name] == unpruned[name] for name in ("model", "benchmark", "metric"))]
     reference = _reference(against)
     if against in ("none", FULL):
         same = [g for g in same if g[0]["method"] == BASELINE]
@@ -377,7 +377,7 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
         what = "baseline row"
         if reference:
             what = f"row of {described(against) if reference.ratio else f'{reference.method} at the same cost'}"
-        return f"no {what}{_lacking(wanted, baselines)}"
+        return f"no {what}{_lacking(unpruned, baselines)}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
     # Of a server and the model here, that which answers where the row's own answers come from.

@@ -74,7 +74,7 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRow:
     """The prompt of one row.
 
     Attributes:
@@ -89,7 +89,7 @@ class Asked:
     failure: Mapping[str, str] = field(default_factory=dict)
 
 
-def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | None = None) -> Iterator[Asked]:
+def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | None = None) -> Iterator[PromptRow]:
     """The prompts of the rows ``start`` to ``stop``, as VLMEvalKit's loop will build them."""
     kind = None if getattr(dataset, "force_use_dataset_prompt", False) else prompting.kind(dataset.dataset_name)
     for i in range(*slice(start, stop).indices(len(dataset.data))):
@@ -108,9 +108,9 @@ def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | Non
         except (DiskFullError, NoLocksError):
             raise
         except FAILURES as error:
-            yield Asked(str(line["index"]), failure=failure(error))
+            yield PromptRow(str(line["index"]), failure=failure(error))
         else:
-            yield Asked(str(line["index"]), message, key, pictures)
+            yield PromptRow(str(line["index"]), message, key, pictures)
 
 
 def infer(dataset: Any, model: BridgedVLM, folder: Path, broken: Collection[str]) -> Path:

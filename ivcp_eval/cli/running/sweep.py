@@ -182,15 +182,15 @@ def _status(plan: RunPlan, html: Path | None) -> int:
 
 
 def _follow(plan: RunPlan, args: argparse.Namespace) -> None:
-    from ivcp_eval.runs.progress.display import LOOK_S
+    from ivcp_eval.runs.progress.display import REFRESH_S
     from ivcp_eval.runs.store.state import is_worked_on
     from ivcp_eval.runs.worker import Stop
 
     with Stop().signals() as stop, _progress(plan, args) as progress:
         idle = 0.0
         while not (progress.complete or stop.requested or idle > IDLE_S):
-            time.sleep(LOOK_S)
-            idle = 0.0 if is_worked_on(plan) else idle + LOOK_S
+            time.sleep(REFRESH_S)
+            idle = 0.0 if is_worked_on(plan) else idle + REFRESH_S
     if idle > IDLE_S:
         say(f"nobody has worked on it for {IDLE_S:.0f} s; `ivcp sweep run` goes on with what is left")
 

@@ -19,7 +19,7 @@ from ivcp_eval.interface.method import WHOLE, Rectangle
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.reports.comparison import ComparedRow
 from ivcp_eval.reports.html.model import AXES, Ability, Cut, Flip, FlipCount, FlipKind, Picture, Position, Shown
-from ivcp_eval.reports.html.questions import Asked, Questions, jpeg
+from ivcp_eval.reports.html.questions import Question, Questions, jpeg
 from ivcp_eval.reports.stats import Paired, paired_bootstraps
 from ivcp_eval.reports.table import Row, read_sample_columns
 
@@ -273,12 +273,12 @@ class _Details:
         baselines = _Baselines()
         for number in numbers:
             pair = pairs[number]
-            wanted = {index for place, index in chosen if place == pair.place}
-            if not wanted or pair.file is None or pair.baseline_file is None:
+            indices = {index for place, index in chosen if place == pair.place}
+            if not indices or pair.file is None or pair.baseline_file is None:
                 continue
-            self.samples[number] = {i: s for i, s in _read(pair.file).items() if i in wanted}
+            self.samples[number] = {i: s for i, s in _read(pair.file).items() if i in indices}
             before = baselines.of(pair.baseline_file)
-            self.before |= {(pair.place, index): before[index] for index in wanted if index in before}
+            self.before |= {(pair.place, index): before[index] for index in indices if index in before}
             name = pair.compared.benchmark
             if name not in self.questions:
                 asked = {index for (_, benchmark, _), index in chosen if benchmark == name}
@@ -298,7 +298,7 @@ class _Details:
             variant=row.variant,
             index=index,
             category=after["category"],
-            question=_shortened(self._asked(row.benchmark, index).text),
+            question=_shortened(self._question(row.benchmark, index).text),
             gold="" if row.metric in agreement.METRICS else _shortened(after["answer"]),
             before=first,
             after=second,
@@ -311,7 +311,7 @@ class _Details:
     def picture(self, name: str, place: Place, index: str) -> Picture:
         """One card with a picture."""
         model, benchmark, _ = place
-        asked, before = self._asked(benchmark, index), self.before[place, index]
+        asked, before = self._question(benchmark, index), self.before[place, index]
         own = [n for n in self.numbers if self.pairs[n].place == place and index in self.samples.get(n, {})]
         # Those that answer differently first, where not all find room.
         own.sort(key=lambda n: self.samples[n][index]["score"] == before["score"])
@@ -341,8 +341,8 @@ class _Details:
             ),
         )
 
-    def _asked(self, benchmark: str, index: str) -> Asked:
-        return self.questions[benchmark].asked.get(index, Asked("", None, ""))
+    def _question(self, benchmark: str, index: str) -> Question:
+        return self.questions[benchmark].by_index.get(index, Question("", None, ""))
 
 
 def _shown(variant: str, sample: Sample) -> Shown:

@@ -63,11 +63,11 @@ def tables(results: Path, resamples: int = 10_000) -> dict[str, list[dict[str, s
 
 
 def _table(results: Path, method: str, methods: Mapping[str, dict[str, Any]], resamples: int) -> list[dict[str, str]]:
-    def wanted(row: Row) -> bool:
+    def selected(row: Row) -> bool:
         return finished_headline(row) and (row["method"] == method or row["method"] not in methods)
 
     usual = methods[method]
-    compared = compare(results, against=Reference(method, usual), resamples=resamples, select=wanted).rows
+    compared = compare(results, against=Reference(method, usual), resamples=resamples, select=selected).rows
     columns = sorted({(row.benchmark, row.ratio_asked) for row in compared}, reverse=True)
     titles = {column: f"{column[0]} {column[1]:g}" for column in columns}
     first = f"{method}, defaults"

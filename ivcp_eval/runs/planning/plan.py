@@ -27,7 +27,7 @@ from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.planning.spec import Spec
 from ivcp_eval.runs.store import manifest
 from ivcp_eval.vlmeval_bridge.environment import check_folder
-from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, asked_judge
+from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, judge_for
 
 if TYPE_CHECKING:
     from ivcp_eval.interface.models import Weights
@@ -197,7 +197,7 @@ def _model_plan(
     """One model, and why benchmarks of it cannot run here; DataMissing if none can."""
     spec = plan.spec
     if all(variant.server for variant in spec.variants(model)):
-        weights, placement = models.elsewhere(model, folder), Placement("", "", "")
+        weights, placement = models.served(model, folder), Placement("", "", "")
     else:
         weights = models.locate(model, folder, offline=True if plan_only else None)
         placement = _placement(spec.options, weights, device, plan_only)
@@ -323,7 +323,7 @@ def fields_sent(server: Server, max_new_tokens: int) -> dict[str, Any]:
 
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
     """The judge that is asked about the benchmark's answers; None if nobody is."""
-    judge = asked_judge(options.judge, benchmark.judge)
+    judge = judge_for(options.judge, benchmark.judge)
     if judge in ("none", EXACT_MATCHING):
         return None
     return JudgeConfig(judge, options.judge_url, extra=options.judge_options or {})
@@ -332,7 +332,7 @@ def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
 def judge_name(options: Options, benchmark: Benchmark) -> str:
     """As a cell's identity has it."""
     config = judge_config(options, benchmark)
-    return config.identity if config else asked_judge(options.judge, benchmark.judge)
+    return config.identity if config else judge_for(options.judge, benchmark.judge)
 
 
 def write_manifest(plan: RunPlan) -> Path:

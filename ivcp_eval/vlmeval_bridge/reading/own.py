@@ -166,22 +166,22 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
 
 
 def _check_name(name: str, source: str) -> None:
-    elsewhere = f"give it another name: `ivcp data add {source} --name NAME`"
+    advice = f"give it another name: `ivcp data add {source} --name NAME`"
     if not _NAME.fullmatch(name):
-        raise BadData(f"{name!r} is no name of a benchmark: up to 80 letters, digits, - and _; {elsewhere}")
+        raise BadData(f"{name!r} is no name of a benchmark: up to 80 letters, digits, - and _; {advice}")
     if any(word in name for word in _SPECIAL) or any(word in name.lower() for word in _SPECIAL_FOLDED):
         words = ", ".join((*_SPECIAL, *_SPECIAL_FOLDED))
-        raise BadData(f"{name!r}: VLMEvalKit scores names with these words in ways of their own ({words}); {elsewhere}")
+        raise BadData(f"{name!r}: VLMEvalKit scores names with these words in ways of their own ({words}); {advice}")
     known = benchmarks.data_file(name)
     if known.parent == benchmarks.own_folder():
         earlier = benchmarks.load(name).source
         if earlier != source:
-            raise BadData(f"a benchmark {name!r} was made of {earlier} before; {elsewhere}, or remove {known}")
+            raise BadData(f"a benchmark {name!r} was made of {earlier} before; {advice}, or remove {known}")
         return
     taken = {word.lower() for word in (*benchmarks.names(), *benchmarks.groups(), benchmarks.OWN)}
     if name.lower() in taken or vlmeval_bridge.knows(name):
         raise BadData(f"{name!r} is a benchmark or group already, or a file in {data_root()}, which runs by name; "
-                      f"{elsewhere}")  # fmt: skip
+                      f"{advice}")  # fmt: skip
 
 
 def _word(path: Path) -> str:

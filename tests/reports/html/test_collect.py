@@ -166,11 +166,11 @@ def test_questions_are_those_of_the_very_file(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "mine.tsv"
     path.write_text(f"index\timage\tquestion\tA\tB\n1\t{picture}\twhich?\tred\tblue\n2\t1\tagain?\t\t\n")
     assert "not the file that was asked" in Questions.read("mine", "0" * 64, {"1"}).missing
-    found = Questions.read("mine", file_digest(path), {"2"}).asked
+    found = Questions.read("mine", file_digest(path), {"2"}).by_index
     assert set(found) == {"2"}
     assert found["2"].text == "again?"
     assert found["2"].picture == picture, "a cell may name the row that has the picture"
-    (both,) = Questions.read("mine", file_digest(path), {"1"}).asked.values()
+    (both,) = Questions.read("mine", file_digest(path), {"1"}).by_index.values()
     assert both.text == "which?\nA. red\nB. blue"
 
 

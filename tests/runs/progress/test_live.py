@@ -60,7 +60,7 @@ def test_states_of_cells_and_one_source_of_all_counts(plan: RunPlan) -> None:
     other = next(unit for unit in plan.units() if unit.benchmark.name == "tiny_yes_no")
 
     def states() -> list[tuple[str, int, str]]:
-        watch.look()
+        watch.refresh()
         return [(cell.state, cell.answered, cell.reason) for cell in watch.cells() if cell.benchmark == "tiny_mcq"]
 
     watch = Watch(plan)
@@ -227,6 +227,6 @@ def test_cells_of_one_loading_are_scored_before_those_of_another(bench: Bench) -
         for cell in unit.cells:
             cell.folder.mkdir(parents=True, exist_ok=True)
             score(cell)
-    watch.look()
+    watch.refresh()
     assert Counter(cell.state for cell in watch.cells()) == {"scored": 10, "waiting": 2}
     assert (watch.total.scored, watch.total.answered) == (10, 10)

@@ -272,3 +272,14 @@ def test_every_public_function_has_a_docstring(package: str) -> None:
             if not ast.get_docstring(node):
                 missing.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert not missing
+
+
+def test_names_are_the_words_of_the_field() -> None:
+    """Words that a reader would have to be told the meaning of; what they stood for has a usual name."""
+    odd = {"asked", "company", "dear", "elsewhere", "lacks", "look", "makings", "noted", "told", "wanted"}
+    found = []
+    for path in [path for package in PACKAGES for path in sources(package) if "lab" not in path.parts]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [getattr(node, name, None) for name in ("id", "attr", "arg", "name")]
+            found += [f"{path.relative_to(ROOT)}: {name}" for name in names if str(name).strip("_").lower() in odd]
+    assert not found

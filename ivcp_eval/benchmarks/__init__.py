@@ -150,9 +150,9 @@ class Benchmark:
         """
         missing = []
         for metric in self.metrics:
-            lacks = any(column in rows and str(value) not in rows[column] for column, value in metric.rows.items())
+            incomplete = any(column in rows and str(value) not in rows[column] for column, value in metric.rows.items())
             groups = rows.get(self.category)
-            if lacks or (metric.optional and groups is not None and metric.column not in groups):
+            if incomplete or (metric.optional and groups is not None and metric.column not in groups):
                 missing.append(metric.name)
         return tuple(missing)
 

@@ -152,7 +152,8 @@ class Scored:
         metrics: name -> (score, scale). samples: index -> score in 0..1; without an entry: not scored alone.
         judge_failures: answers that the judge could not rate, which are left out of the score; None if none was asked.
         remark: what else should be known, in words.
-        ious: grounding: index -> overlap of the box with the true one.
+        ious: grounding: index -> overlap of the box with the true one, or, of agreement, with the unpruned model's.
+        similarities: of agreement: index -> likeness of the text to the unpruned model's.
         thinking: answers of which only what follows ``</think>`` was scored.
     """
 
@@ -161,6 +162,7 @@ class Scored:
     judge_failures: int | None = None
     remark: str = ""
     ious: Mapping[str, float] = field(default_factory=dict)
+    similarities: Mapping[str, float] = field(default_factory=dict)
     thinking: int = 0
 
 
@@ -211,7 +213,7 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
         None if unrated is None else len(unrated),
         _remark(benchmark, predictions, unrated or (), thinking),
         _ious(benchmark, predictions),
-        thinking,
+        thinking=thinking,
     )
 
 
@@ -225,7 +227,7 @@ def agreed(benchmark: Benchmark, given: Mapping[str, str], reference: Mapping[st
     result = agreement(given, reference, benchmark.kind == "grounding")
     return Scored(
         {name: (value, 100.0) for name, value in result.metrics.items()}, result.samples, remark=NOTE, ious=result.ious,
-        thinking=thought if benchmark.thinking == "split" else 0,
+        similarities=result.similarities, thinking=thought if benchmark.thinking == "split" else 0,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ivcp_eval import cli
+from ivcp_eval.benchmarks.agreement import BOX_METRICS, TEXT_METRICS, agreement
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.provenance import Selection
@@ -230,6 +231,26 @@ class TestUnpaired:
         assert all(row.paired for row in found.values())
         assert [(row.right_to_wrong, row.wrong_to_right) for row in found.values()] == [(0, 0), (18, 3), (18, 3)]
         assert [row.graded for row in found.values()] == [False, False, True]
+
+    @pytest.mark.parametrize("boxes", [False, True])
+    def test_every_metric_of_agreement_is_paired(self, folder, boxes):
+        """Half of the answers say the same in other words, or move the box by half its width."""
+        before = {str(i): f"[0, {i / N}, 0.5, 1]" for i in range(N)}
+        now = {index: text if int(index) % 2 else f"[0.25, {text[4:-8]}, 0.75, 1]" for index, text in before.items()}
+        rows = []
+        for method, given in (("none", before), ("ivc_prune", now)):
+            found = agreement(given, before, boxes)
+            own = {"score": found.samples, "similarity": found.similarities, "iou": found.ious}
+            lines = [
+                {**row, **{name: values.get(str(row["index"])) for name, values in own.items()}}
+                for row in samples([0.0] * N)
+            ]
+            write_samples(folder / "runs" / f"{method}.csv", lines)
+            for metric, score in found.metrics.items():
+                rows.append(make(method, metric=metric, score=score, predictions=f"runs/{method}.csv"))
+        found = {row.metric: row for row in compare(write(folder, *rows)).rows}
+        assert found.keys() == {*(BOX_METRICS if boxes else TEXT_METRICS)}
+        assert all(row.paired and row.right_to_wrong == N // 2 for row in found.values())
 
     def test_a_metric_that_samples_do_not_determine(self, folder):
         rows = [

@@ -281,8 +281,8 @@ class _Details:
             self.before |= {(pair.place, index): before[index] for index in indices if index in before}
             name = pair.compared.benchmark
             if name not in self.questions:
-                asked = {index for (_, benchmark, _), index in chosen if benchmark == name}
-                self.questions[name] = Questions.read(name, pair.baseline["benchmark_sha256"] or "", asked)
+                indices = {index for (_, benchmark, _), index in chosen if benchmark == name}
+                self.questions[name] = Questions.read(name, pair.baseline["benchmark_sha256"] or "", indices)
                 if self.questions[name].missing:
                     self.unread.append(f"questions and pictures of {name}: {self.questions[name].missing}")
 
@@ -311,16 +311,16 @@ class _Details:
     def picture(self, name: str, place: Place, index: str) -> Picture:
         """One card with a picture."""
         model, benchmark, _ = place
-        asked, before = self._question(benchmark, index), self.before[place, index]
+        question, before = self._question(benchmark, index), self.before[place, index]
         own = [n for n in self.numbers if self.pairs[n].place == place and index in self.samples.get(n, {})]
         # Those that answer differently first, where not all find room.
         own.sort(key=lambda n: self.samples[n][index]["score"] == before["score"])
         own = sorted(own[: _MOST_VARIANTS - 1])
         agreed = self.pairs[own[0]].compared.metric in agreement.METRICS
         missing, content, size = self.questions[benchmark].missing or "the file names no picture", b"", (0, 0)
-        if asked.picture:
+        if question.picture:
             try:
-                content, size = jpeg(asked.picture)
+                content, size = jpeg(question.picture)
                 missing = ""
             except OSError as error:
                 missing = str(error)
@@ -329,9 +329,9 @@ class _Details:
             model=model,
             benchmark=benchmark,
             index=index,
-            question=_shortened(asked.text),
+            question=_shortened(question.text),
             gold="" if agreed else _shortened(before["answer"]),
-            box=asked.box,
+            box=question.box,
             jpeg=content,
             missing=missing,
             size=size,

@@ -76,7 +76,7 @@ def _score_against_cost(
     x = alt.X("cost:Q", title=f"{COSTS[cost]} (share)", scale=alt.Scale(zero=False, nice=True), axis=axis)
     score = alt.Y("score:Q", title=y, scale=alt.Scale(domain=domain))
     layers: list[alt.Chart] = []
-    if not math.isnan(floor):
+    if floor > 0:  # none was measured, or no score moved, which the page says in words
         band = alt.Chart(_inline([{"low": baseline - floor, "high": baseline + floor}]))
         layers.append(
             band.mark_rect(color=_FLOOR, opacity=0.35, description="noise floor: second run of the baseline").encode(

@@ -54,14 +54,19 @@ class Pair:
         """What was asked."""
         return self.compared.model, self.compared.benchmark, self.compared.limit
 
+    @property
+    def variant(self) -> str:
+        """Its name; where it has several seeds, with the one whose samples these are."""
+        name, n = self.compared.variant, self.compared.n_seeds
+        return name if n == 1 else f"{name} (seed {self.row['seed']}, one of {n})"
+
 
 @dataclass
 class Measured:
     """Over all samples.
 
     Attributes:
-        flipped: number of a pair -> kind -> indices. drawn: what was asked -> indices whose kept cells are known, of
-            variants with one seed.
+        flipped: number of a pair -> kind -> indices. drawn: what was asked -> indices whose kept cells are known.
     """
 
     flipped: dict[int, dict[FlipKind, list[str]]] = field(default_factory=dict)
@@ -115,10 +120,9 @@ def of_samples(pairs: Sequence[Pair]) -> Measured:
         for ability, test in _by_category(pair, both):
             found.append(ability)
             tests.append(test)
-        places = grids.setdefault((pair.compared.model, pair.compared.variant), _Places())
+        places = grids.setdefault((pair.compared.model, pair.variant), _Places())
         masked = [(sample, unpruned["index"]) for unpruned, sample in both if sample["masks"]]
-        if pair.compared.n_seeds == 1:
-            measured.drawn.setdefault(pair.place, {}).update((index, None) for _, index in masked)
+        measured.drawn.setdefault(pair.place, {}).update((index, None) for _, index in masked)
         for sample, _ in masked[:_MOST_MASKS]:
             masks = _masks(sample)
             damaged += masks is None
@@ -164,7 +168,7 @@ def _by_category(pair: Pair, both: Sequence[tuple[Sample, Sample]]) -> Iterator[
                 compared.model,
                 compared.benchmark,
                 category,
-                compared.variant,
+                pair.variant,
                 len(members),
                 first,
                 second,
@@ -224,14 +228,13 @@ def _masks(sample: Sample) -> Masks | None:
 def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: int) -> Flips:
     """Up to ``cards`` samples, of which up to ``pictures`` with their picture: variants, benchmarks and kinds in turn.
 
-    Cards are of variants with one seed; samples that flip under most variants go first.
+    Samples that flip under most variants go first.
     """
-    single = [n for n in measured.flipped if pairs[n].compared.n_seeds == 1]
-    often = Counter((pairs[n].place, i) for n in single for kind in KINDS for i in measured.flipped[n][kind])
+    often = Counter((pairs[n].place, i) for n, of in measured.flipped.items() for kind in KINDS for i in of[kind])
     queues = [
         [(n, kind, i) for i in sorted(measured.flipped[n][kind], key=lambda i: -often[pairs[n].place, i])]
         for kind in KINDS
-        for n in single
+        for n in measured.flipped
     ]
     flipped = ((pairs[n].place, i) for n, _, i in _in_turn(queues) if i in measured.drawn.get(pairs[n].place, ()))
     others = _in_turn([[(place, i) for i in drawn] for place, drawn in measured.drawn.items()])
@@ -241,17 +244,17 @@ def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: in
             break
         chosen[key] = None
     picked = list(islice(_in_turn(queues), cards - len(chosen)))
-    details = _Details(pairs, single, {*chosen, *((pairs[n].place, index) for n, _, index in picked)})
+    details = _Details(pairs, [*measured.flipped], {*chosen, *((pairs[n].place, index) for n, _, index in picked)})
     names = {key: f"picture-{number}" for number, key in enumerate(chosen)}
     flips = [
         details.flip(number, kind, index, names.get((pairs[number].place, index), "")) for number, kind, index in picked
     ]
     shown = tuple(details.picture(name, *key) for key, name in names.items())
     counts = []
-    for number in single:
-        row, of_kind = pairs[number].compared, measured.flipped[number]
+    for number, of_kind in measured.flipped.items():
+        row = pairs[number].compared
         lost, gained, changed = (len(of_kind[kind]) for kind in KINDS)
-        counts.append(FlipCount(row.model, row.benchmark, row.variant, lost, gained, changed))
+        counts.append(FlipCount(row.model, row.benchmark, pairs[number].variant, lost, gained, changed))
     return Flips(tuple(counts), tuple(flips), shown, tuple(details.unread))
 
 
@@ -295,7 +298,7 @@ class _Details:
             kind=kind,
             model=row.model,
             benchmark=row.benchmark,
-            variant=row.variant,
+            variant=self.pairs[number].variant,
             index=index,
             category=after["category"],
             question=_shortened(self._question(row.benchmark, index).text),
@@ -337,7 +340,7 @@ class _Details:
             size=size,
             shown=(
                 _shown(_UNPRUNED, before),
-                *(_shown(self.pairs[n].compared.variant, self.samples[n][index]) for n in own),
+                *(_shown(self.pairs[n].variant, self.samples[n][index]) for n in own),
             ),
         )
 

@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
         rows = entries()
         shown = [row for row, first in rows if first or args.all]
         if chosen or args.all:
-            name = next(iter(shown[0]))
-            say(fold({head: [row[head] for row in shown] for head in shown[0]}, [name], prose) + "\n")
+            heads = list(rows[0][0])
+            say(fold({head: [row[head] for row in shown] for head in heads}, heads[:1], prose) + "\n")
         else:
             say(f"{_names(what, shown)}\n")
         if len(shown) < len(rows):

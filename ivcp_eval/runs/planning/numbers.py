@@ -25,11 +25,8 @@ class Number:
 
     def __str__(self) -> str:
         what = "a whole number" if self.kind is int else "a finite number"
-        return (
-            what
-            + f" {'above' if self.above else 'of at least'} {self.low:g}"
-            + (f" and at most {self.high:g}" if self.high < math.inf else "")
-        )
+        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        return f"{what} {low}" + ("" if self.high == math.inf else f" and at most {self.high:g}")
 
     def fits(self, value: Any) -> bool:
         """Whether a value is of this kind; true and false are no numbers."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.cli import say
+from ivcp_eval.interface.registry import name_of
 from ivcp_eval.runs.planning.numbers import COUNT, SHARE, Number
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     policy = policy_of(args)
     assert policy is not None  # one of its options is required
-    chosen = Selection(args.method, args.ratio)
+    chosen = Selection(name_of(args.method) if args.method else None, args.ratio)
     decision = decide(args.results, policy, args.baseline, force=args.force, select=chosen.fits)
     if args.json:
         say(json.dumps(decision.to_json(), indent=2))

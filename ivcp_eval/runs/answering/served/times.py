@@ -35,28 +35,26 @@ def time_served(engines: Sequence[Served], dataset: Any, cells: Sequence[Cell], 
     if not cells:
         return 0
     most = max(n, _ROUNDS * max(engine.server.concurrency for engine in engines))
-    samples_sent = list(chosen(engines[0].adapter, dataset, most))
+    prompts = list(chosen(engines[0].adapter, dataset, most))
     timed: list[dict[str, Times]] = [{} for _ in cells]
     seconds = [0.0] * len(cells)
     order = list(range(len(cells)))
     for i in order:
-        _stream(
-            engines[i], samples_sent[:1]
-        )  # what is loaded or compiled for the first request is no part of the others
-    for half in (samples_sent[::2], samples_sent[1::2]):
+        _stream(engines[i], prompts[:1])  # what is loaded or compiled for the first request is no part of the others
+    for half in (prompts[::2], prompts[1::2]):
         for i in order:
             start = time.perf_counter()
             timed[i] |= _stream(engines[i], half)
             seconds[i] += time.perf_counter() - start
         order.reverse()
-    whole = [index for index, _ in samples_sent if all(index in own for own in timed)]
+    whole = [index for index, _ in prompts if all(index in own for own in timed)]
     rates = [{"requests_per_s": round(len(own) / took, 4)} for own, took in zip(timed, seconds, strict=True)]
     samples = [[(index, own[index]) for index in whole] for own in timed]
     write_times(cells, samples, {"device": " + ".join(engine.server.host for engine in engines), "asked": n}, rates)
     return len(whole)
 
 
-def _stream(engine: Served, samples_sent: Sequence[_Sample]) -> dict[str, Times]:
+def _stream(engine: Served, prompts: Sequence[_Sample]) -> dict[str, Times]:
     """Index -> times, of the samples whose answer came."""
 
     async def ask(client: AsyncOpenAI, sample: _Sample) -> tuple[str, Times | None]:
@@ -66,7 +64,7 @@ def _stream(engine: Served, samples_sent: Sequence[_Sample]) -> dict[str, Times]
         except FAILURES:  # answering it said why
             return index, None
 
-    made = concurrently(engine.endpoint, samples_sent, ask, streams=True)
+    made = concurrently(engine.endpoint, prompts, ask, streams=True)
     return {index: times for index, times in made if times is not None}
 
 

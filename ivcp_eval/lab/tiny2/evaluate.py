@@ -32,6 +32,7 @@ from ivcp_eval.lab.tiny2.processor import MERGE_SIZE
 from ivcp_eval.lab.tiny2.scenes import LEAST_COVER, Scene, cell_cover, render, sample_scene, scene_rng
 from ivcp_eval.reports.stats.verdicts import Verdicts
 from ivcp_eval.runs.analysis.coordinates import kept_tokens
+from ivcp_eval.runs.planning.numbers import COUNT
 
 #: Enough for the longest answer, a box of four three-digit numbers with its end token.
 MAX_NEW_TOKENS = 20
@@ -253,8 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ivcp lab accept tiny2", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name("model"), help="folder of the model")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--questions", type=int, default=1000, help="per task (default: %(default)s)")
-    parser.add_argument("--swept", type=int, default=300, help="questions for the cut layers (default: %(default)s)")
+    parser.add_argument("--questions", type=COUNT, default=1000, help="per task (default: %(default)s)")
+    parser.add_argument("--swept", type=COUNT, default=300, help="questions for the cut layers (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     if not (args.model / "config.json").is_file():

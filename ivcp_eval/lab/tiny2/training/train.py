@@ -33,6 +33,7 @@ from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
+from ivcp_eval.runs.planning.numbers import POSITIVE
 
 CONFIGS = Path(__file__).parent
 #: Share of a coordinate's target that each of its neighbours gets.
@@ -318,7 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML configuration, or the name of a shipped one: cpu.yaml, gpu.yaml (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, help=FOLDER_HELP)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, resumably, after this time")
+    parser.add_argument("--minutes", type=POSITIVE, default=float("inf"), help="stop, resumably, after this time")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -131,13 +131,17 @@ def vision_forward(visual: Any, images: Tensor, dtype: torch.dtype = torch.float
 
 
 def tower_features(visual: Any, images: Tensor, dtype: torch.dtype, kernels: Kernels = EAGER) -> Tensor:
-    """What the tower's blocks say of each cell: (batch, cells, 4 x tower width), cells in raster order."""
+    """What the tower's blocks say of each cell: (batch, cells, 4 x tower width), cells in raster order.
+
+    ``images`` is (batch, height, width, 3), or (batch, 2, height, width, 3) for the pairs of pictures of a clip.
+    """
     size = int(visual.patch_size)
     window = int(visual.window_size) // (2 * size)
-    layout = vision_layout(images.shape[1] // (2 * size), images.shape[2] // (2 * size), window, images.device)
-    weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
-    patches = to_patches(images, size).to(dtype)[:, layout.order].flatten(1, 2)
-    x = F.linear(patches, weight.to(dtype))
+    layout = vision_layout(images.shape[-3] // (2 * size), images.shape[-2] // (2 * size), window, images.device)
+    weight = visual.patch_embed.proj.weight.to(dtype)
+    pairs = [(images, weight.sum(2))] if images.ndim == 4 else list(zip(images.unbind(1), weight.unbind(2), strict=True))
+    parts = [F.linear(to_patches(i, size).to(dtype)[:, layout.order].flatten(1, 2), w.flatten(1)) for i, w in pairs]
+    x = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
     inverse_frequency = visual.rotary_pos_emb.inv_freq.float()
     angles = torch.cat((layout.rows[:, None] * inverse_frequency, layout.columns[:, None] * inverse_frequency), dim=-1)
     cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)

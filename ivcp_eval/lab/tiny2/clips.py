@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product, zip_longest
 from pathlib import Path
@@ -27,6 +27,7 @@ from ivcp_eval.lab.tiny.build_benchmarks import encode_png
 from ivcp_eval.lab.tiny.scenes import COLOURS, Box
 from ivcp_eval.lab.tiny.tasks import LETTERS
 from ivcp_eval.lab.tiny2.scenes import SHAPES, SPLITS, Placed, Scene, render
+from ivcp_eval.lab.tiny2.tasks import Sample
 
 NAME = "tiny_clips.tsv"
 SIDE = 112  # pixels of a picture, both ways
@@ -205,6 +206,21 @@ def groups(split: str = "test") -> Iterator[tuple[str, int, Group, NDArray[np.in
             group, background = make(rng, variant), rng.integers(200, 246, 3)
             drawn = tuple(group.clips[i] for i in rng.permutation(len(group.clips)))
             yield category, variant, replace(group, clips=drawn), background
+
+
+def draw(rng: np.random.Generator, categories: Sequence[str]) -> tuple[Group, Clip, NDArray[np.uint8]]:
+    """A clip of one of ``categories``: its group, the clip, and its pictures (steps, height, width, 3)."""
+    make, variants = TASKS[categories[rng.integers(len(categories))]]
+    group = make(rng, int(rng.integers(variants)))
+    clip, background = group.clips[rng.integers(len(group.clips))], rng.integers(200, 246, 3)
+    return group, clip, np.stack([picture(frame, background) for frame in clip.frames])
+
+
+def choice(rng: np.random.Generator, group: Group, clip: Clip) -> Sample:
+    """The question of ``group`` about ``clip``, its options in a drawn order."""
+    order = rng.permutation(len(group.options)).tolist()
+    options = tuple(group.options[i] for i in order)
+    return Sample("mcq", "clip", group.question, LETTERS[order.index(clip.answer)], options)
 
 
 def picture(frame: Frame, background: NDArray[np.int64]) -> NDArray[np.uint8]:

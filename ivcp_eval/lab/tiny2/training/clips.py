@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ivcp_eval.lab.tiny2.clips import SECONDS_A_STEP, SIDE, STEPS, TASKS, Clip, Frame, Group, picture
+from ivcp_eval.lab.tiny.tasks import name_of
+from ivcp_eval.lab.tiny2.clips import SECONDS_A_STEP, SIDE, STEPS, Clip, Frame, Group, choice, draw
 from ivcp_eval.lab.tiny2.processor import TOKENS_PER_SECOND
 from ivcp_eval.lab.tiny2.scenes import CELL, scene_rng
-from ivcp_eval.lab.tiny.tasks import LETTERS, name_of
 from ivcp_eval.lab.tiny2.tasks import LIST_PROMPT, Sample, format_box
 from ivcp_eval.lab.tiny2.training.batches import BEFORE_PICTURES, TextBatch, encode, pack
 from ivcp_eval.lab.tiny2.training.decoder import Groups, Layout
@@ -36,10 +36,8 @@ def make_clip_batch(split: str, first: int, count: int, phase: dict[str, Any]) -
     images, rows, samples = [], [], []
     for index in range(first, first + count):
         rng = scene_rng(split, index)
-        make, variants = TASKS[phase["clips"][rng.integers(len(phase["clips"]))]]
-        group = make(rng, int(rng.integers(variants)))
-        clip, background = group.clips[rng.integers(len(group.clips))], rng.integers(200, 246, 3)
-        images.append(np.stack([picture(frame, background) for frame in clip.frames]))
+        group, clip, pictures = draw(rng, phase["clips"])
+        images.append(pictures)
         asked = [[_ask(rng, kind, group, clip) for kind in part["kinds"]] for part in phase["groups"]]
         rows.append(pack(asked, groups))
         samples.append([sample for own in asked for sample in own])
@@ -59,9 +57,7 @@ def _ask(rng: np.random.Generator, kind: str, group: Group, clip: Clip) -> Sampl
         return Sample("list", "clip_list", LIST_PROMPT, "\n".join(_shown(frame) for frame in clip.frames))
     if kind != "choice":
         raise ValueError(f"unknown kind of question {kind!r} about a clip; known: list, choice")
-    order = rng.permutation(len(group.options)).tolist()
-    options = tuple(group.options[i] for i in order)
-    return Sample("mcq", "clip", group.question, LETTERS[order.index(clip.answer)], options)
+    return choice(rng, group, clip)
 
 
 def _shown(frame: Frame) -> str:

@@ -253,7 +253,9 @@ def check_phases(config: dict[str, Any], depth: int) -> None:
             raise ValueError(f"phase {number} is of kind {phase['kind']!r}; use tower or text")
         for part in phase.get("parts", []):
             if wrong := sorted(part.keys() & {"kind", "images", "batch", "layers", "rate", "tower_rate"}):
-                raise ValueError(f"phase {number}: one of its parts sets {', '.join(wrong)}; set that for the whole phase")
+                raise ValueError(
+                    f"phase {number}: one of its parts sets {', '.join(wrong)}; set that for the whole phase"
+                )
         if phase["kind"] == "text":
             active = set(active_layers(depth, phase.get("layers")))
             if lost := sorted(known - active):

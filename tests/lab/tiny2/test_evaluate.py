@@ -103,9 +103,8 @@ def test_table_passes_and_misses() -> None:
     assert not [f.what for f in table(grounding, short, two, order, layers) if not f.passed]
     bad = _verdicts({**good, "none again": 0.9, "target only": 0.9, "half of the target dropped": 0.7})
     bad.recall = {"value 0.5": [0.5] * 200, "random 0.5": [0.5] * 200}
-    missed = {
-        f.what for f in table(bad, short, two, _verdicts({"none": 0.9, "one picture": 0.5}), layers) if not f.passed
-    }
+    order = _verdicts({"none": 0.9, "one picture": 0.5})
+    missed = {f.what for f in table(bad, short, two, order, layers) if not f.passed}
     assert missed == {
         "order question on clips",  # right without seeing more than one picture
         "flips in a second unpruned run",

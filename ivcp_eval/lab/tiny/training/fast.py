@@ -139,11 +139,10 @@ def tower_features(visual: Any, images: Tensor, dtype: torch.dtype, kernels: Ker
     window = int(visual.window_size) // (2 * size)
     layout = vision_layout(images.shape[-3] // (2 * size), images.shape[-2] // (2 * size), window, images.device)
     weight = visual.patch_embed.proj.weight.to(dtype)
-    pairs = (
-        [(images, weight.sum(2))] if images.ndim == 4 else list(zip(images.unbind(1), weight.unbind(2), strict=True))
-    )
-    parts = [F.linear(to_patches(i, size).to(dtype)[:, layout.order].flatten(1, 2), w.flatten(1)) for i, w in pairs]
-    x = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    halves = ((images, weight.sum(2)),) if images.ndim == 4 else zip(images.unbind(1), weight.unbind(2), strict=True)
+    x: Any = 0
+    for pictures, half in halves:
+        x = x + F.linear(to_patches(pictures, size).to(dtype)[:, layout.order].flatten(1, 2), half.flatten(1))
     inverse_frequency = visual.rotary_pos_emb.inv_freq.float()
     angles = torch.cat((layout.rows[:, None] * inverse_frequency, layout.columns[:, None] * inverse_frequency), dim=-1)
     cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)

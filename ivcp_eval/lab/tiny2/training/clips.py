@@ -1,4 +1,4 @@
-"""Training batches of clips: the embedded video benchmark's worlds, drawn from the training split, as real video tokens.
+"""Training batches of clips as real video tokens: the embedded video benchmark's worlds from the training split.
 
 Besides the benchmark's choice, whose options stand in any order here, a clip is asked for the objects of all its
 pictures with their boxes: the dense signal of a clip, as the list of all objects is of a picture.

@@ -175,7 +175,7 @@ class Batches(Dataset[Any]):
 
 
 def parts_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
-    """The kinds of batches of ``phase``, which take turns: what each of its ``parts`` says, if it has any, beside it."""
+    """The kinds of batches of ``phase``, which take turns: what each of its ``parts`` adds, or the phase alone."""
     return [{**phase, **part} for part in phase.get("parts", [{}])]
 
 

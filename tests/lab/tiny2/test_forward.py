@@ -116,7 +116,7 @@ def test_questions_about_a_window_count_from_the_corner_of_the_whole_picture() -
 @pytest.mark.parametrize("category", sorted(clips.TASKS))
 def test_questions_about_a_clip_equal_single_prompts_on_real_video_tokens(model: Any, category: str) -> None:
     """Tower on pairs of pictures, places in time and every slot's logits against the stock model on a video."""
-    groups = [{"tokens": 200, "kinds": ["list"]}, {"tokens": 190, "kinds": ["choice", "choice"]}]
+    groups = [{"tokens": 200, "kinds": ["list"]}, {"tokens": 190, "kinds": ["choice", "say"]}]
     batch = training_clips.make_clip_batch("train", 7, 2, {"clips": [category], "groups": groups})
     processor, labelled = build_processor(), batch.labels[1] != batches.IGNORED
     with torch.no_grad():

@@ -30,7 +30,8 @@ SCENERY = ("door", "cover")
 def make_clip_batch(split: str, first: int, count: int, phase: dict[str, Any]) -> TextBatch:
     """Rows ``first`` .. ``first + count - 1`` of ``split``: a clip each of the categories in ``clips``, and questions.
 
-    Kinds of questions: ``list`` (the objects of every picture) and ``choice`` (the benchmark's question).
+    Kinds of questions: ``list`` (the objects of every picture), ``choice`` (the benchmark's question) and ``say`` (the
+    same without options).
     """
     groups = tuple((len(group["kinds"]), group["tokens"]) for group in phase["groups"])
     images, rows, samples = [], [], []
@@ -55,9 +56,11 @@ def make_clip_batch(split: str, first: int, count: int, phase: dict[str, Any]) -
 def _ask(rng: np.random.Generator, kind: str, group: Group, clip: Clip) -> Sample:
     if kind == "list":
         return Sample("list", "clip_list", LIST_PROMPT, "\n".join(_shown(frame) for frame in clip.frames))
-    if kind != "choice":
-        raise ValueError(f"unknown kind of question {kind!r} about a clip; known: list, choice")
-    return choice(rng, group, clip)
+    if kind == "choice":
+        return choice(rng, group, clip)
+    if kind == "say":
+        return Sample("short", "clip", group.question, group.options[clip.answer])
+    raise ValueError(f"unknown kind of question {kind!r} about a clip; known: list, choice, say")
 
 
 def _shown(frame: Frame) -> str:

@@ -1,6 +1,6 @@
 """Write the embedded video benchmark ``datasets/tiny_clips.tsv``: ``ivcp lab build-benchmarks clips [--check]``.
 
-Eight pictures, half a second apart, of the second embedded model's objects, and a choice about what happens. Clips come
+Eight pictures of the second embedded model's objects, half a second of each, and a choice about what happens. Clips come
 in groups that share one question and its options, and are made such that whoever sees a single picture of a clip, and
 knows at what time it is shown, can do no better than chance: for every such picture the group has equally many clips of
 each answer. So whatever a model scores above chance, it has from several pictures. A test counts this in the file.
@@ -34,6 +34,8 @@ SIDE = 112  # pixels of a picture, both ways
 THING = 28  # of an object
 STEPS = 8
 SECONDS_A_STEP = 0.5
+#: Frames of each picture. An encoder that makes one token of two frames never joins two pictures then.
+FRAMES_A_STEP = 2
 COLUMNS = ("index", "image", "seconds", "question", *LETTERS, "answer", "category", "image_id")
 
 Frame = tuple[Placed, ...]
@@ -235,7 +237,7 @@ def content(split: str = "test") -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=COLUMNS, delimiter="\t", lineterminator="\n")
     writer.writeheader()
-    seconds = json.dumps([SECONDS_A_STEP * step for step in range(STEPS)])
+    seconds = json.dumps([SECONDS_A_STEP / FRAMES_A_STEP * frame for frame in range(FRAMES_A_STEP * STEPS)])
     rows: dict[str, list[dict[str, str]]] = {category: [] for category in TASKS}
     for category, variant, group, background in groups(split):
         drawn: dict[Frame, str] = {}
@@ -245,7 +247,7 @@ def content(split: str = "test") -> bytes:
                     drawn[frame] = base64.b64encode(encode_png(picture(frame, background))).decode()
             rows[category].append(
                 {
-                    "image": str([drawn[frame] for frame in clip.frames]),
+                    "image": str([drawn[frame] for frame in clip.frames for _ in range(FRAMES_A_STEP)]),
                     "seconds": seconds,
                     "question": group.question,
                     **dict(zip(LETTERS, group.options, strict=False)),

@@ -176,8 +176,9 @@ class Asker:
         images = [list(question.images) for question in batch]
         seen: dict[str, Any] = {"images": images}
         if batch[0].clip:
-            about = {"fps": 1 / clips.SECONDS_A_STEP, "total_num_frames": clips.STEPS}
-            videos = [torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) for pictures in images]
+            frames = [np.repeat(np.stack(pictures), clips.FRAMES_A_STEP, axis=0) for pictures in images]
+            about = {"fps": clips.FRAMES_A_STEP / clips.SECONDS_A_STEP, "total_num_frames": len(frames[0])}
+            videos = [torch.from_numpy(each).permute(0, 3, 1, 2) for each in frames]
             seen = {"videos": videos, "video_metadata": [about] * len(videos), "do_sample_frames": False}
         inputs = self.processor(text=texts, **seen, padding=True, return_tensors="pt")
         with torch.inference_mode(), prune(self.model, method, ratio, **options) as run:

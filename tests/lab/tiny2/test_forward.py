@@ -115,7 +115,7 @@ def test_questions_about_a_window_count_from_the_corner_of_the_whole_picture() -
 
 @pytest.mark.parametrize("category", sorted(clips.TASKS))
 def test_questions_about_a_clip_equal_single_prompts_on_real_video_tokens(model: Any, category: str) -> None:
-    """Tower on pairs of pictures, places in time and every slot's logits against the stock model on a video."""
+    """Places in time and every slot's logits against the stock model on a video."""
     groups = [{"tokens": 200, "kinds": ["list"]}, {"tokens": 190, "kinds": ["choice", "say"]}]
     batch = training_clips.make_clip_batch("train", 7, 2, {"clips": [category], "groups": groups})
     processor, labelled = build_processor(), batch.labels[1] != batches.IGNORED
@@ -124,7 +124,7 @@ def test_questions_about_a_clip_equal_single_prompts_on_real_video_tokens(model:
         tokens = merge(model.model.visual, features).unflatten(0, batch.images.shape[:2]).flatten(1, 2)
         embeddings = model.get_input_embeddings()(batch.ids).index_copy(1, batch.layout.visual, tokens)
         ours = model.lm_head(decode(model.model.language_model, embeddings, batch.layout)[1][labelled])
-    frames = batch.images[1].flatten(0, 1).permute(0, 3, 1, 2)
+    frames = batch.images[1].permute(0, 3, 1, 2).repeat_interleave(clips.FRAMES_A_STEP, dim=0)
     assert frames.unique(dim=0).shape[0] > 1
     rows = []
     for sample in filter(None, batch.samples[1]):
@@ -135,11 +135,11 @@ def test_questions_about_a_clip_equal_single_prompts_on_real_video_tokens(model:
         inputs = processor(
             text=[text + sample.answer],
             videos=[frames],
-            video_metadata=[{"fps": 1 / clips.SECONDS_A_STEP, "total_num_frames": clips.STEPS}],
+            video_metadata=[{"fps": clips.FRAMES_A_STEP / clips.SECONDS_A_STEP, "total_num_frames": len(frames)}],
             do_sample_frames=False,
             return_tensors="pt",
         )
-        assert inputs["video_grid_thw"].tolist() == [[4, 14, 14]]
+        assert inputs["video_grid_thw"].tolist() == [[8, 14, 14]]
         with torch.no_grad():
             rows.append(model(**inputs).logits[0, -len(batches.encode(sample.answer)) - 1 :])
     torch.testing.assert_close(ours, torch.cat(rows), atol=5e-5, rtol=1e-4)

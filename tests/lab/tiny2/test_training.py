@@ -107,7 +107,7 @@ PARTS: dict[str, Any] = {
 def test_parts_of_a_phase_take_turns_and_are_validated_by_name(tmp_path: Path) -> None:
     made = train.Batches(PARTS, 8)
     shapes = [tuple(made[number].images.shape[1:]) for number in range(6)]
-    clip, two = (4, 2, 112, 112, 3), (2, 64, 64, 3)
+    clip, two = (8, 112, 112, 3), (2, 64, 64, 3)
     assert shapes == [(1, 96, 96, 3), clip, two, (1, 128, 64, 3), clip, two]
     _run(tmp_path, {**CONFIG, "phases": [PARTS], "validate_every": 6})
     with (tmp_path / "text_accuracy.csv").open() as handle:

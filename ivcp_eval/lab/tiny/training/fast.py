@@ -131,18 +131,13 @@ def vision_forward(visual: Any, images: Tensor, dtype: torch.dtype = torch.float
 
 
 def tower_features(visual: Any, images: Tensor, dtype: torch.dtype, kernels: Kernels = EAGER) -> Tensor:
-    """What the tower's blocks say of each cell: (batch, cells, 4 x tower width), cells in raster order.
-
-    ``images`` is (batch, height, width, 3), or (batch, 2, height, width, 3) for the pairs of pictures of a clip.
-    """
+    """What the tower's blocks say of each cell: (batch, cells, 4 x tower width), cells in raster order."""
     size = int(visual.patch_size)
     window = int(visual.window_size) // (2 * size)
-    layout = vision_layout(images.shape[-3] // (2 * size), images.shape[-2] // (2 * size), window, images.device)
-    weight = visual.patch_embed.proj.weight.to(dtype)
-    halves = ((images, weight.sum(2)),) if images.ndim == 4 else zip(images.unbind(1), weight.unbind(2), strict=True)
-    x: Any = 0
-    for pictures, half in halves:
-        x = x + F.linear(to_patches(pictures, size).to(dtype)[:, layout.order].flatten(1, 2), half.flatten(1))
+    layout = vision_layout(images.shape[1] // (2 * size), images.shape[2] // (2 * size), window, images.device)
+    weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
+    patches = to_patches(images, size).to(dtype)[:, layout.order].flatten(1, 2)
+    x = F.linear(patches, weight.to(dtype))
     inverse_frequency = visual.rotary_pos_emb.inv_freq.float()
     angles = torch.cat((layout.rows[:, None] * inverse_frequency, layout.columns[:, None] * inverse_frequency), dim=-1)
     cos, sin = angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)

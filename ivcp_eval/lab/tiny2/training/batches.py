@@ -54,7 +54,7 @@ class TextBatch:
     """Questions about pictures of one size, the same number of pictures in every row.
 
     Attributes:
-        images: (batch, pictures, height, width, 3) uint8; of a clip (batch, pairs, 2, height, width, 3).
+        images: (batch, pictures, height, width, 3) uint8.
         ids: (batch, tokens) int64, the pictures' tokens included.
         labels: (batch, slot tokens) next token of every slot token, or -100.
         weights: (batch, slot tokens) weight of each label.

@@ -21,8 +21,6 @@ from ivcp_eval.lab.tiny2.tasks import LIST_PROMPT, Sample, format_box
 from ivcp_eval.lab.tiny2.training.batches import BEFORE_PICTURES, TextBatch, encode, pack
 from ivcp_eval.lab.tiny2.training.decoder import Groups, Layout
 
-#: Pictures that one token holds (the tower's temporal patch).
-PAIR = 2
 #: What a clip shows beside its objects; no list names it.
 SCENERY = ("door", "cover")
 
@@ -44,7 +42,7 @@ def make_clip_batch(split: str, first: int, count: int, phase: dict[str, Any]) -
         samples.append([sample for own in asked for sample in own])
     prefix = prefix_ids()
     return TextBatch(
-        images=torch.from_numpy(np.stack(images)).unflatten(1, (-1, PAIR)),
+        images=torch.from_numpy(np.stack(images)),
         ids=torch.tensor([prefix + row[0] for row in rows]),
         labels=torch.tensor([row[1] for row in rows]),
         weights=torch.tensor([row[2] for row in rows]),
@@ -82,7 +80,7 @@ def _inside(inner: Sequence[int], outer: Sequence[int]) -> bool:
 @lru_cache(maxsize=1)
 def prefix_ids() -> list[int]:
     """Token ids of everything before the question."""
-    cells = STEPS // PAIR * (SIDE // CELL) ** 2
+    cells = STEPS * (SIDE // CELL) ** 2
     clip = [*encode("<|vision_start|>"), *encode("<|video_pad|>") * cells, *encode("<|vision_end|>")]
     return [*encode(BEFORE_PICTURES), *clip]
 
@@ -90,10 +88,10 @@ def prefix_ids() -> list[int]:
 @lru_cache(maxsize=16)
 def layout_for(groups: Groups) -> Layout:
     """Layout of a sequence with a clip, each token at its lone position; ``layout_for`` of pictures has the rest."""
-    side, times = SIDE // CELL, STEPS // PAIR
-    cells = torch.arange(times * side * side)
+    side = SIDE // CELL
+    cells = torch.arange(STEPS * side * side)
     start = len(encode(BEFORE_PICTURES)) + 1
-    apart = int(PAIR * SECONDS_A_STEP * TOKENS_PER_SECOND)
+    apart = int(SECONDS_A_STEP * TOKENS_PER_SECOND)
     places = torch.stack((cells // (side * side) * apart, cells // side % side, cells % side)) + start
     at = start + side  # as behind a picture: the time takes no room
     pieces = [torch.arange(start).expand(3, -1), places, torch.tensor([at]).expand(3, -1)]

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ivcp_eval.interface import Image, Signals, TowerSignal
+from ivcp_eval.interface import Image, Signals
 
 Net = TypeVar("Net", bound=nn.Module)
 PART = "part"  # key of the metadata
@@ -48,6 +48,36 @@ class Importance(nn.Module):
         return self.layers(nn.functional.layer_norm(states.float(), states.shape[-1:]))[:, 0]
 
 
+class Scorer(nn.Module):
+    """VisionSelector's: the mean over an image of what each token's query makes of all tokens' keys.
+
+    Reference: https://github.com/JulietChoo/VisionSelector @ 800a70f (selector_scorer.py, ``TransformerScorer``).
+    """
+
+    def __init__(self, width: int, hidden: int = 0) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = (nn.Linear(width, hidden or width // 2) for _ in range(2))
+        for layer in (self.q_proj, self.k_proj):
+            nn.init.normal_(layer.weight, std=1e-4)
+            nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Scorer:
+        """One of the shape that these weights have."""
+        hidden, width = tensors["q_proj.weight"].shape
+        return cls(width, hidden)
+
+    @property
+    def width(self) -> int:
+        """Of the states that it reads."""
+        return int(self.q_proj.in_features)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(N,) scores of ``states`` (N, width)."""
+        query, key = self.q_proj(states.float()), self.k_proj(states.float())
+        return query @ key.mean(dim=0) / query.shape[-1] ** 0.5
+
+
 def network(file: Path, part: str, build: Callable[[Mapping[str, Tensor]], Net], device: torch.device) -> Net:
     """The trained network of a file.
 
@@ -73,16 +103,17 @@ def _loaded(
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file ({error}); `ivcp lab train {part}` writes one") from error
-    if found != part:
+    if found not in (part, None):  # authors' own files do not say
         raise ValueError(
-            f"{file} holds {f'the weights of {found}' if found else 'no trained part'}, not those of {part}; "
-            f"`ivcp lab train {part} --model MODEL` makes them"
+            f"{file} holds the weights of {found}, not of {part}; `ivcp lab train {part} --model MODEL` makes those"
         )
     try:
         net = build(tensors)
         net.load_state_dict(dict(tensors))
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{file} does not hold the tensors of {part}: {error}; train it anew") from error
+        raise ValueError(
+            f"{file} does not hold the tensors of {part} ({error}); `ivcp lab train {part} --model MODEL` makes them"
+        ) from error
     return net.requires_grad_(requires_grad=False).to(device)
 
 
@@ -96,16 +127,13 @@ def check_width(file: Path, got: int, states: Tensor) -> None:
 
 
 @torch.no_grad()
-def importance_by(file: Path, part: str, states: Tensor) -> Tensor:
-    """(N,) scores that a trained `Importance` gives ``states`` (N, width); raises as `network` and `check_width`."""
-    net = network(file, part, Importance.of, states.device)
+def scores_by(file: Path, part: str, kind: type[Importance | Scorer], states: Tensor) -> Tensor:
+    """(N,) scores that the trained network of a file gives ``states`` (N, width); raises as `network`, or if it reads
+    states of another width."""
+    net: Importance | Scorer = network(file, part, kind.of, states.device)
     check_width(file, net.width, states)
-    return net(states)
-
-
-def listened(weights: Path | None) -> frozenset[TowerSignal]:
-    """The vision tower's signals that a selector reads: what its network does, or the attention in place of it."""
-    return frozenset({"feature"}) if weights else frozenset({"received", "cls"})
+    scores: Tensor = net(states)
+    return scores
 
 
 def tower_states(signals: Signals, image: Image) -> Tensor:

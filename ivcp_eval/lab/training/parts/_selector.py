@@ -15,11 +15,8 @@ from ivcp_eval.lab.training.gating import straight_through
 from ivcp_eval.lab.training.part import Loss, Part
 
 
-class Tower(AbstractMethod):
-    """Looks at what the vision tower says of each token, at the model's input, and keeps every token."""
-
-    needs: ClassVar[frozenset[Signal]] = frozenset({"vision"})
-    tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"feature"})
+class Input(AbstractMethod):
+    """Looks at the tokens as they enter the model, and keeps all of them."""
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """Before the first layer that may be cut."""
@@ -28,6 +25,13 @@ class Tower(AbstractMethod):
     def select(self, signals: Signals) -> Selection:
         """All of them."""
         return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)
+
+
+class Tower(Input):
+    """And at what the vision tower says of each."""
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({"vision"})
+    tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"feature"})
 
 
 class Selector(Part):

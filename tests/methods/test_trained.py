@@ -25,11 +25,12 @@ def test_the_published_size() -> None:
 
 def test_learnpruner_ranks_by_the_file(tmp_path: Path) -> None:
     signals = random_signals((4, 6), ratio=0.25, seed=2)
-    signals.vision = {"feature": torch.randn(signals.n_visual, 8, generator=torch.Generator().manual_seed(3))}
+    states = torch.randn(signals.n_visual, 8, generator=torch.Generator().manual_seed(3))
+    signals.vision = {"feature": states}
     net = Importance(8)
     file = written(tmp_path / "w.safetensors", net, "learnpruner")
     method = make_method("learnpruner", {"weights": str(file), "diverse": 0.0})
-    assert method.select(signals).keep.tolist() == sorted(net(signals.vision["feature"]).topk(6).indices.tolist())
+    assert method.select(signals).keep.tolist() == sorted(net.forward(states).topk(6).indices.tolist())
     assert method.tower_signals == {"feature"}
     first = parameters_of(method)["weights"]
     written(file, Importance(8), "learnpruner")

@@ -55,7 +55,7 @@ def train(
     examples = examples_for(frozen, data, config["kinds"], config["seed"])
     torch.manual_seed(config["seed"])  # of the network's first weights
     part = part_class(name)(frozen, config["part"], frozen.encoded(examples.training(0)))
-    about = {
+    about: dict[str, Any] = {
         "part": name,
         "model": frozen.weights.checkpoint.name,
         "revision": frozen.weights.revision,

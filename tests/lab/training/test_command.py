@@ -31,7 +31,7 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("stepps: 7", "has stepps, which the training of learnpruner does not know"), ("batch: 0", "batch must be a whole"),
+    [("stepps: 7", "has stepps, which the training of learnpruner"), ("batch: 0", "batch must be a whole number"),
      ("part: {ratio: 0.1}", "has ratio, which")],
 )  # fmt: skip
 def test_what_is_no_setting_is_refused(tmp_path: Path, text: str, words: str) -> None:

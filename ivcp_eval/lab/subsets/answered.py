@@ -1,0 +1,129 @@
+"""A question with its answer, encoded once, and the loss of the answer under any number of subsets of visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ivcp_eval.engine.fork.trunk import Trunk
+from ivcp_eval.engine.geometry import attention_mask, take_position_embeddings, take_sequence
+from ivcp_eval.interface.names import SEQUENCE, read, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ivcp_eval.interface import AbstractAdapter, ModelFacts
+
+#: Tokens that go through the decoder at once; more only costs memory.
+TOKENS_AT_ONCE = 8192
+
+
+def with_answer(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str, Any]:
+    """The inputs of one prompt, as `AbstractAdapter.encode` gives them, followed by the answer's token ids."""
+    longer = dict(inputs)
+    ids = inputs["input_ids"]
+    for name in SEQUENCE:
+        if longer.get(name) is not None:
+            own = {"input_ids": list(answer), "attention_mask": [1] * len(answer)}.get(name, [0] * len(answer))
+            added = torch.tensor([own], dtype=longer[name].dtype, device=ids.device)
+            longer[name] = torch.cat((longer[name], added), dim=1)
+    return longer
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question and its answer, where they enter the first decoder layer that may be cut.
+
+    Attributes:
+        hidden: (1, S, E). kwargs: what the layer gets beside them. layer: its number.
+        visual, text: (N,) and (T,) int64 columns; the last A of all columns are the answer's.
+        question: (Q,) int64, the text between the last picture and the answer.
+        answer: (A,) int64 token ids. renumber: whether survivors are numbered anew (`ModelFacts.renumbers`).
+    """
+
+    model: Any
+    wired: AbstractAdapter
+    hidden: Tensor
+    kwargs: Mapping[str, Any]
+    layer: int
+    visual: Tensor
+    text: Tensor
+    question: Tensor
+    answer: Tensor
+    renumber: bool
+
+    @classmethod
+    def of(
+        cls, model: Any, wired: AbstractAdapter, facts: ModelFacts, inputs: Mapping[str, Any], answer: Sequence[int]
+    ) -> Answered:
+        """Run the vision tower, and the decoder up to the first layer that may be cut, once.
+
+        Raises:
+            ValueError: the prompt has no picture, or the answer is empty.
+        """
+        if not answer:
+            raise ValueError("an empty answer has no loss; give at least its end token")
+        whole = with_answer(inputs, answer)
+        trunk = Trunk(model, wired, facts.family, {facts.first_cut: frozenset()}, False, {}, [])
+        with torch.no_grad():
+            trunk.prefill(whole)
+        if trunk.prompt is None:
+            raise ValueError("the prompt has no visual tokens, so there is nothing to choose")
+        entering, device = trunk.snapshots[facts.first_cut], whole["input_ids"].device
+        mask = trunk.prompt.image_mask[0]
+        visual, text = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+        behind = text[text > visual[-1] + wired.closing_tokens]
+        return cls(
+            model,
+            wired,
+            entering.hidden,
+            entering.kwargs,
+            facts.first_cut,
+            visual.to(device),
+            text.to(device),
+            behind[: -len(answer)].to(device),
+            whole["input_ids"][0, -len(answer) :],
+            facts.renumbers(None),
+        )
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(N, E) the visual tokens, as a method that cuts here sees them."""
+        return self.hidden[0, self.visual]
+
+    def losses(self, subsets: Tensor) -> Tensor:
+        """(n,) float32: mean negative log-likelihood of the answer's tokens, in nats, when only a subset is kept.
+
+        Args:
+            subsets: (n, K) int64 indices into the visual tokens; the order does not matter.
+        """
+        size = max(1, TOKENS_AT_ONCE // (self.text.numel() + subsets.shape[1]))
+        with torch.no_grad():
+            return torch.cat([self._losses(part) for part in subsets.split(size)])
+
+    def whole_loss(self) -> float:
+        """The loss when nothing is dropped."""
+        return float(self.losses(torch.arange(self.visual.numel(), device=self.visual.device)[None]))
+
+    def _losses(self, subsets: Tensor) -> Tensor:
+        decoder = self.wired.text_model(self.model)
+        text = self.text.expand(len(subsets), -1)
+        columns = torch.cat((text, self.visual[subsets]), dim=1).sort(dim=1).values
+        hidden = take_sequence(self.hidden, columns)
+        places = torch.arange(columns.shape[1], device=columns.device).expand_as(columns) if self.renumber else columns
+        embeddings = take_position_embeddings(read(self.kwargs, "position_embeddings"), places)
+        implementation, mask = decoder.config._attn_implementation, None
+        if implementation == "eager":  # the others are causal by themselves
+            mask = attention_mask(columns, columns.shape[1], implementation=implementation, dtype=hidden.dtype)
+        given: dict[str, Any] = {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": None}
+        kwargs = write(self.kwargs, **given, cache=None)
+        for layer in decoder.layers[self.layer :]:
+            hidden = layer(hidden, **kwargs)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        predicting = decoder.norm(hidden[:, -len(self.answer) - 1 : -1])
+        logits = self.model.get_output_embeddings()(predicting).float()
+        right = self.answer.expand(len(subsets), -1)
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), right, reduction="none").mean(dim=1)

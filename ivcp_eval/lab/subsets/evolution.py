@@ -1,6 +1,6 @@
 """Evolutionary search for a subset of visual tokens under which a model answers well and that is diverse.
 
-Paper: https://arxiv.org/abs/2604.17087 (EvoComp: labels for its compressor; q=48, p=12, L=10, crossover .9, mutation .2)
+Paper: https://arxiv.org/abs/2604.17087 (EvoComp, labels of its compressor; q=48, p=12, L=10, crossover .9, mutation .2)
 
 A population of subsets of exactly the budget is scored; the best are parents of the next one. Tokens are grouped by the
 vocabulary entry that their embedding is most like, and a subset is better if it covers more groups.

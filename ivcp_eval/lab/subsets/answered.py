@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +10,17 @@ import torch
 
 from ivcp_eval.engine.fork.trunk import Trunk
 from ivcp_eval.engine.geometry import attention_mask, take_position_embeddings, take_sequence
-from ivcp_eval.interface.names import SEQUENCE, read, write
+from ivcp_eval.interface import Image
+from ivcp_eval.interface.names import read, write
+from ivcp_eval.interface.ops import budget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivcp_eval.interface import AbstractAdapter, ModelFacts
+    from ivcp_eval.interface import AbstractAdapter, ImageSpan, ModelFacts
 
 #: Tokens that go through the decoder at once; more only costs memory.
 TOKENS_AT_ONCE = 8192
-
-
-def with_answer(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str, Any]:
-    """The inputs of one prompt, as `AbstractAdapter.encode` gives them, followed by the answer's token ids."""
-    longer = dict(inputs)
-    ids = inputs["input_ids"]
-    for name in SEQUENCE:
-        if longer.get(name) is not None:
-            own = {"input_ids": list(answer), "attention_mask": [1] * len(answer)}.get(name, [0] * len(answer))
-            added = torch.tensor([own], dtype=longer[name].dtype, device=ids.device)
-            longer[name] = torch.cat((longer[name], added), dim=1)
-    return longer
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,8 @@ class Answered:
         hidden: (1, S, E). kwargs: what the layer gets beside them. layer: its number.
         visual, text: (N,) and (T,) int64 columns; the last A of all columns are the answer's.
         question: (Q,) int64, the text between the last picture and the answer.
-        answer: (A,) int64 token ids. renumber: whether survivors are numbered anew (`ModelFacts.renumbers`).
+        spans: of the pictures. answer: (A,) int64 token ids.
+        renumber: whether survivors are numbered anew (`ModelFacts.renumbers`).
     """
 
     model: Any
@@ -52,27 +43,35 @@ class Answered:
     visual: Tensor
     text: Tensor
     question: Tensor
+    spans: tuple[ImageSpan, ...]
     answer: Tensor
     renumber: bool
 
     @classmethod
     def of(
-        cls, model: Any, wired: AbstractAdapter, facts: ModelFacts, inputs: Mapping[str, Any], answer: Sequence[int]
+        cls,
+        model: Any,
+        wired: AbstractAdapter,
+        facts: ModelFacts,
+        inputs: Mapping[str, Any],
+        answer: Tensor,
+        layout: Mapping[str, Any],
     ) -> Answered:
         """Run the vision tower, and the decoder up to the first layer that may be cut, once.
 
+        Args:
+            inputs: of the model, one row that ends with the answer. answer: (A,) int64, its token ids.
+            layout: options of `ivcp_eval.prune` for the prompt.
+
         Raises:
-            ValueError: the prompt has no picture, or the answer is empty.
+            ValueError: the prompt has no picture.
         """
-        if not answer:
-            raise ValueError("an empty answer has no loss; give at least its end token")
-        whole = with_answer(inputs, answer)
-        trunk = Trunk(model, wired, facts.family, {facts.first_cut: frozenset()}, False, {}, [])
+        trunk = Trunk(model, wired, facts.family, {facts.first_cut: frozenset()}, False, layout, [])
         with torch.no_grad():
-            trunk.prefill(whole)
+            trunk.prefill(inputs)
         if trunk.prompt is None:
             raise ValueError("the prompt has no visual tokens, so there is nothing to choose")
-        entering, device = trunk.snapshots[facts.first_cut], whole["input_ids"].device
+        entering, device = trunk.snapshots[facts.first_cut], answer.device
         mask = trunk.prompt.image_mask[0]
         visual, text = mask.nonzero().flatten(), (~mask).nonzero().flatten()
         behind = text[text > visual[-1] + wired.closing_tokens]
@@ -84,8 +83,9 @@ class Answered:
             facts.first_cut,
             visual.to(device),
             text.to(device),
-            behind[: -len(answer)].to(device),
-            whole["input_ids"][0, -len(answer) :],
+            behind[: -answer.numel()].to(device),
+            tuple(trunk.prompt.spans[0]),
+            answer,
             facts.renumbers(None),
         )
 
@@ -93,6 +93,15 @@ class Answered:
     def embeddings(self) -> Tensor:
         """(N, E) the visual tokens, as a method that cuts here sees them."""
         return self.hidden[0, self.visual]
+
+    def images(self, ratio: float) -> tuple[Image, ...]:
+        """The pictures with their budgets at a retention ratio, as a method that cuts here sees them."""
+        found = []
+        for span in self.spans:
+            tokens = torch.searchsorted(self.visual, span.columns.to(self.visual.device))
+            n = tokens.numel()
+            found.append(Image(tokens, budget(ratio, n), n, span))
+        return tuple(found)
 
     def losses(self, subsets: Tensor) -> Tensor:
         """(n,) float32: mean negative log-likelihood of the answer's tokens, in nats, when only a subset is kept.
@@ -102,11 +111,11 @@ class Answered:
         """
         size = max(1, TOKENS_AT_ONCE // (self.text.numel() + subsets.shape[1]))
         with torch.no_grad():
-            return torch.cat([self._losses(part) for part in subsets.split(size)])
+            return torch.cat([self._losses(part.to(self.visual.device)) for part in subsets.split(size)])
 
     def whole_loss(self) -> float:
         """The loss when nothing is dropped."""
-        return float(self.losses(torch.arange(self.visual.numel(), device=self.visual.device)[None]))
+        return float(self.losses(torch.arange(self.visual.numel())[None]))
 
     def _losses(self, subsets: Tensor) -> Tensor:
         decoder = self.wired.text_model(self.model)

@@ -1,0 +1,109 @@
+"""Keeps the visual tokens that a small transformer picks for the question, taught by the subsets that a search found.
+
+Paper: https://arxiv.org/abs/2604.17087 (a compressor of one encoder layer on visual and textual context; its labels are
+subsets of low loss and high diversity, found by an evolutionary search; losses: GHM and a cosine)
+Reference: none; no code is public, its parts as a review of the paper describes them
+
+Before the language model, visual tokens and the question go through one encoder layer, and each visual token gets the
+logit of being kept; those with the highest stay.
+
+Differs: the weights are not public. `ivcp lab train evocomp` makes such for a model, so this is a variant, trained
+here, and without a file it does not run. Width, heads, what stands for positions (here a token's row and column, and
+none for words) and how the budget is taken from the logits are ours; so are the gaps of the search
+(lab/subsets/evolution.py) and the weights of the two losses (lab/training/parts/evocomp.yaml).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Signals, Unsupported
+from ivcp_eval.interface.ops import top
+from ivcp_eval.methods._at_input import AtInput, embeddings, places
+from ivcp_eval.methods._trained import check_width, network
+
+NAME = "evocomp"
+HEADS = 4
+
+
+class Compressor(nn.Module):
+    """One encoder layer over visual tokens and words, and a logit for each visual token.
+
+    Args:
+        width: E of the embeddings, which are normalised first, without parameters. states: of the layer.
+    """
+
+    def __init__(self, width: int, states: int) -> None:
+        super().__init__()
+        self.enter, self.place = nn.Linear(width, states), nn.Linear(2, states)
+        self.kind = nn.Parameter(torch.zeros(2, states))
+        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        self.layer = nn.TransformerEncoderLayer(states, HEADS, 4 * states, **options)
+        self.leave = nn.Linear(states, 1)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Compressor:
+        """One of the shape that these weights have."""
+        states, width = tensors["enter.weight"].shape
+        return cls(width, states)
+
+    def forward(self, visual: Tensor, where: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) logits, and (N, states) what they are read from.
+
+        Args:
+            visual: (N, E) embeddings of one image. where: (N, 2) places in it. words: (Q, E) of the question.
+        """
+        own = self._entered(visual, 0) + self.place(where)
+        states = self.layer(torch.cat((own, self._entered(words, 1)))[None])[0, : len(visual)]
+        return self.leave(states)[:, 0], states
+
+    def _entered(self, states: Tensor, kind: int) -> Tensor:
+        entered: Tensor = self.enter(nn.functional.layer_norm(states.float(), states.shape[-1:])) + self.kind[kind]
+        return entered
+
+
+@dataclass(frozen=True)
+class Method(AtInput):
+    """EvoComp, with a compressor that was trained here.
+
+    Attributes:
+        weights: file of a compressor (`ivcp lab train evocomp`); there is no way to do without.
+    """
+
+    faithfulness: ClassVar[Faithfulness] = "variant"
+
+    weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Text from the command line is a path."""
+        if self.weights is not None:
+            object.__setattr__(self, "weights", Path(self.weights))
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """One cut at the input.
+
+        Raises:
+            Unsupported: no file was given.
+        """
+        if self.weights is None:
+            raise Unsupported(
+                "method 'evocomp' keeps what a trained network picks and got none; `ivcp lab train evocomp --model M` "
+                "makes one, to be given as weights=FILE"
+            )
+        return super().cuts(model, ratio)
+
+    @torch.no_grad()
+    def choose(self, signals: Signals, image: Image) -> Tensor:
+        """The tokens with the highest logits."""
+        assert self.weights is not None
+        visual = embeddings(signals, image)
+        net = network(self.weights, NAME, Compressor.of, visual.device)
+        check_width(self.weights, net.enter.in_features, visual)
+        logits, _ = net(visual, places(image).float(), signals.hidden[signals.question])
+        return top(logits, image.budget)

@@ -30,9 +30,10 @@ from ivcp_eval.lab.tiny2.training.batches import (
 )
 from ivcp_eval.lab.tiny2.training.decoder import decode
 from ivcp_eval.lab.tiny2.training.export import export, silence
-from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
+from ivcp_eval.lab.tiny2.training.state import State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
+from ivcp_eval.lab.training.state import Curve
 
 CONFIGS = Path(__file__).parent
 #: Share of a coordinate's target that each of its neighbours gets.

@@ -1,0 +1,61 @@
+"""Keeps the visual tokens that a small trained scorer ranks highest, before the language model runs.
+
+Paper: https://arxiv.org/abs/2510.16598 (a scorer, trained through a differentiable top-k beside a frozen model).
+Reference: https://github.com/JulietChoo/VisionSelector @ 800a70f (selector_scorer.py, selector_model.py)
+
+A token's score is the mean, over the image's tokens, of the product of its query and their keys; two linear maps of the
+embeddings, half as wide, make these. The largest scores stay.
+
+Differs: the published weights are of a few models; `ivcp lab train visionselector` makes such for any, with the
+authors' formulas and fewer examples, so this is a variant. Each image has its own budget, rounded, not rounded down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Signals, Unsupported
+from ivcp_eval.interface.ops import ranking
+from ivcp_eval.methods._at_input import AtInput, embeddings
+from ivcp_eval.methods._trained import Scorer, scores_by
+
+
+@dataclass(frozen=True)
+class Method(AtInput):
+    """VisionSelector.
+
+    Attributes:
+        weights: file of a scorer (`ivcp lab train visionselector`); there is no ranking without one.
+    """
+
+    faithfulness: ClassVar[Faithfulness] = "variant"
+
+    weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Text from the command line is a path."""
+        if self.weights is not None:
+            object.__setattr__(self, "weights", Path(self.weights))
+
+    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
+        """One cut at the input.
+
+        Raises:
+            Unsupported: there are no weights.
+        """
+        if self.weights is None:
+            raise Unsupported(
+                "method 'visionselector' ranks by a trained scorer; make one with `ivcp lab train visionselector "
+                "--model MODEL`, and give it: --set weights=FILE"
+            )
+        return super().cuts(model, ratio)
+
+    def choose(self, signals: Signals, image: Image) -> Tensor:
+        """The best scores."""
+        assert self.weights is not None
+        scores = scores_by(self.weights, "visionselector", Scorer, embeddings(signals, image))
+        return ranking(scores)[: image.budget]

@@ -10,14 +10,13 @@ import torch
 
 from ivcp_eval.engine.fork.trunk import Trunk
 from ivcp_eval.engine.geometry import attention_mask, take_position_embeddings, take_sequence
-from ivcp_eval.interface import Image
+from ivcp_eval.engine.signals.source import images_at_cut, question_tokens
 from ivcp_eval.interface.names import read, write
-from ivcp_eval.interface.ops import budget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ivcp_eval.interface import AbstractAdapter, ImageSpan, ModelFacts
+    from ivcp_eval.interface import AbstractAdapter, Image, ImageSpan, ModelFacts
 
 #: Tokens that go through the decoder at once; more only costs memory.
 TOKENS_AT_ONCE = 8192
@@ -29,8 +28,8 @@ class Answered:
 
     Attributes:
         hidden: (1, S, E). kwargs: what the layer gets beside them. layer: its number.
-        visual, text: (N,) and (T,) int64 columns; the last A of all columns are the answer's.
-        question: (Q,) int64, the text between the last picture and the answer.
+        visual, text: (N,) and (T,) int64 columns, on the CPU; the last A of all columns are the answer's.
+        question: (Q,) int64, the text between the last picture and the answer, likewise.
         spans: of the pictures. answer: (A,) int64 token ids.
         renumber: whether survivors are numbered anew (`ModelFacts.renumbers`).
     """
@@ -71,19 +70,19 @@ class Answered:
             trunk.prefill(inputs)
         if trunk.prompt is None:
             raise ValueError("the prompt has no visual tokens, so there is nothing to choose")
-        entering, device = trunk.snapshots[facts.first_cut], answer.device
+        entering = trunk.snapshots[facts.first_cut]
         mask = trunk.prompt.image_mask[0]
         visual, text = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-        behind = text[text > visual[-1] + wired.closing_tokens]
+        behind = question_tokens(torch.arange(mask.numel()), visual, text, wired.closing_tokens)
         return cls(
             model,
             wired,
             entering.hidden,
             entering.kwargs,
             facts.first_cut,
-            visual.to(device),
-            text.to(device),
-            behind[: -answer.numel()].to(device),
+            visual,
+            text,
+            behind[: -answer.numel()],
             tuple(trunk.prompt.spans[0]),
             answer,
             facts.renumbers(None),
@@ -96,22 +95,17 @@ class Answered:
 
     def images(self, ratio: float) -> tuple[Image, ...]:
         """The pictures with their budgets at a retention ratio, as a method that cuts here sees them."""
-        found = []
-        for span in self.spans:
-            tokens = torch.searchsorted(self.visual, span.columns.to(self.visual.device))
-            n = tokens.numel()
-            found.append(Image(tokens, budget(ratio, n), n, span))
-        return tuple(found)
+        return images_at_cut(list(self.spans), self.visual, ratio)
 
     def losses(self, subsets: Tensor) -> Tensor:
         """(n,) float32: mean negative log-likelihood of the answer's tokens, in nats, when only a subset is kept.
 
         Args:
-            subsets: (n, K) int64 indices into the visual tokens; the order does not matter.
+            subsets: (n, K) int64 indices into the visual tokens, on the CPU; the order does not matter.
         """
         size = max(1, TOKENS_AT_ONCE // (self.text.numel() + subsets.shape[1]))
         with torch.no_grad():
-            return torch.cat([self._losses(part.to(self.visual.device)) for part in subsets.split(size)])
+            return torch.cat([self._losses(part) for part in subsets.split(size)])
 
     def whole_loss(self) -> float:
         """The loss when nothing is dropped."""
@@ -122,11 +116,13 @@ class Answered:
         text = self.text.expand(len(subsets), -1)
         columns = torch.cat((text, self.visual[subsets]), dim=1).sort(dim=1).values
         hidden = take_sequence(self.hidden, columns)
-        places = torch.arange(columns.shape[1], device=columns.device).expand_as(columns) if self.renumber else columns
+        places = torch.arange(columns.shape[1]).expand_as(columns) if self.renumber else columns
         embeddings = take_position_embeddings(read(self.kwargs, "position_embeddings"), places)
         implementation, mask = decoder.config._attn_implementation, None
         if implementation == "eager":  # the others are causal by themselves
-            mask = attention_mask(columns, columns.shape[1], implementation=implementation, dtype=hidden.dtype)
+            mask = attention_mask(
+                columns.to(hidden.device), columns.shape[1], implementation=implementation, dtype=hidden.dtype
+            )
         given: dict[str, Any] = {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": None}
         kwargs = write(self.kwargs, **given, cache=None)
         for layer in decoder.layers[self.layer :]:

@@ -44,7 +44,7 @@ class Part(part.Part):
         self.journal: Path | None = None
         self.tell: Callable[[str], None] = lambda text: None
         answered = self.answered(example)
-        self.net = Compressor(answered.embeddings.shape[-1], options["states"]).to(answered.visual.device)
+        self.net = Compressor(answered.embeddings.shape[-1], options["states"]).to(answered.hidden.device)
 
     def prepare(self, examples: Examples, folder: Path, tell: Callable[[str], None]) -> None:
         """Read the labels of an earlier run; a line that was being written when it ended is searched for again."""
@@ -62,13 +62,15 @@ class Part(part.Part):
     def loss(self, example: Encoded, rng: np.random.Generator, done: float) -> Loss:
         """How far the compressor is from the label."""
         answered = self.answered(example)
-        kept = self.label(example, answered)
+        kept, device = self.label(example, answered), answered.hidden.device
         words = answered.hidden[0, answered.question]
         losses, right = [], []
         for image in answered.images(self.options["ratio"]):
-            target = torch.isin(image.tokens, kept).float()
-            logits, states = self.net(answered.embeddings[image.tokens], places(image).float(), words)
-            losses.append(ghm(logits, target, self.options["bins"]) + self.options["separation"] * likeness(states, target))
+            target = torch.isin(image.tokens, kept).float().to(device)
+            logits, states = self.net(answered.embeddings[image.tokens], places(image).float().to(device), words)
+            losses.append(
+                ghm(logits, target, self.options["bins"]) + self.options["separation"] * likeness(states, target)
+            )
             picked = logits.detach().topk(int(target.sum())).indices
             right.append(float(target[picked].mean()))
         return torch.stack(losses).mean(), {"found": float(np.mean(right))}
@@ -97,7 +99,7 @@ class Part(part.Part):
                     stream.write(sealed_line(json.dumps(row).encode()))
             first, last = found.curve[0], found.curve[-1]
             self.tell(f"label {len(self.labels)}: {found.asked} subsets, fitness {first:.3f} -> {last:.3f}")
-        return torch.tensor(self.labels[key], device=answered.visual.device)
+        return torch.tensor(self.labels[key])
 
     def _key(self, example: Encoded) -> str:
         """Of everything that a label depends on."""

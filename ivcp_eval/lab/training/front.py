@@ -1,8 +1,8 @@
-"""Hold what VisPCO's network learned to the front that `ivcp tune` found: ``ivcp lab front --weights FILE --tuned CSV``.
+"""Hold what VisPCO's network learned to what `ivcp tune` found: ``ivcp lab front --weights FILE --tuned CSV``.
 
-For every budget of FLOPs that the candidates of a FastV search stand for, the layer and share that the network plans (mean
-over prompts of the validation split), and what the candidate at that layer scored beside the best one. Give `ivcp tune` one
-rung (``--first N --samples N``), or candidates that left early are compared on fewer samples.
+For every budget of FLOPs that the candidates of a FastV search stand for: the layer and share that the network plans
+(mean over prompts of the validation split), and what the candidate at that layer scored beside the best one. Give
+`ivcp tune` one rung (``--first N --samples N``), or candidates that left early are compared on fewer samples.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def compare(tuned: Sequence[Mapping[str, str]], plan: Any) -> list[dict[str, Any
                 "learned_score": float(chosen["score"]) if chosen else "",
                 "rank": 1 + sum(float(r["score"]) > float(chosen["score"]) for r in own.values()) if chosen else "",
                 "of": len(own),
-                "grid_low": _shifted(own[best], "difference_low"),
+                "learned_low": _shifted(chosen, "difference_low") if chosen else "",
                 "learned_high": _shifted(chosen, "difference_high") if chosen else "",
             }
         )

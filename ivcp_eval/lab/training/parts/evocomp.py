@@ -31,7 +31,7 @@ LABELS = "labels.jsonl"
 
 
 class Part(part.Part):
-    """Options: ``search`` (`Settings`), ``ratio`` of the labels, ``states``, ``bins``, ``separation``; ``seed`` of chance.
+    """Options: ``search`` (`Settings`), ``ratio`` and ``seed`` of the labels, ``states``, ``bins``, ``separation``.
 
     Attributes:
         labels: found so far, by the digest of their example.

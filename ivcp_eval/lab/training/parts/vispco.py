@@ -3,14 +3,14 @@
 Paper: https://arxiv.org/abs/2604.15188 (budget-aware search for a pruning configuration)
 Reference: https://github.com/JHW5981/VisPCO @ 7109fc0 (qwen2_5_vl_fastv.py ``PredictPruningRatio``, losses.py)
 
-From the input's embeddings, modulated by the budget (FiLM), come k and r; layer i keeps 1 + (r - 1) sigmoid(10 (i - k)) of
-the visual tokens. In training every layer but the first gates its tokens by the attention that the prompt's last one
+From the input's embeddings, modulated by the budget (FiLM), come k and r; layer i keeps 1 + (r - 1) sigmoid(10 (i - k))
+of the visual tokens. In training every layer but the first gates its tokens by the attention that the prompt's last one
 paid to them in the layer before, from 0 to 1, against a soft threshold, straight through at temperature 0.1.
 
 Differs: FLOPs are shares of what visual tokens can add to the prompt, not tera-FLOPs, and count a gated MLP and grouped
 heads; the first layer, which nothing can prune, counts whole. The multiplier w stays, and sigma grows by alpha in steps
-of the training, not whenever an epoch brought the budget no nearer. No dropout, and no gradient through the scores. Scores are of the prompt's
-last token, as in pruning, where the reference takes the last of the answer in training.
+of the training, not whenever an epoch brought the budget no nearer. No dropout, and no gradient through the scores,
+which are of the prompt's last token, as in pruning; the reference takes the answer's last one in training.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ LABELS = {
     "control": "what any method has to beat",
 }
 _FIELDS = ("Paper", "Reference", "Differs")
-TOOLS = {"VisPCO": "`ivcp tune`", "Counterfactual prompting": "`ivcp analyse flips`"}  # verbs that do a tool's work
+TOOLS = {"VisPCO": "`ivcp lab train vispco`, `ivcp tune`", "Counterfactual prompting": "`ivcp analyse flips`"}  # verbs that do a tool's work
 WRAPPED = "NAME"  # in place of the method's name, before a wrapper's
 
 

@@ -26,7 +26,10 @@ LABELS = {
     "control": "what any method has to beat",
 }
 _FIELDS = ("Paper", "Reference", "Differs")
-TOOLS = {"VisPCO": "`ivcp lab train vispco`, `ivcp tune`", "Counterfactual prompting": "`ivcp analyse flips`"}  # verbs that do a tool's work
+TOOLS = {  # verbs that do a tool's work
+    "VisPCO": "`ivcp lab train vispco`, `ivcp tune`",
+    "Counterfactual prompting": "`ivcp analyse flips`",
+}
 WRAPPED = "NAME"  # in place of the method's name, before a wrapper's
 
 

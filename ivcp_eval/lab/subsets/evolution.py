@@ -7,12 +7,13 @@ vocabulary entry that their embedding is most like, and a subset is better if it
 
 Differs: no code is public. How groups enter is not said: here the first population goes round the groups, and a
 subset's fitness is its loss plus ``diversity`` times the share of groups that it could cover and does not. What the
-mutation rate counts is not said: here each token of a child is exchanged with that probability times ``exchanged``.
+mutation rate counts is not said: here children, of which a share ``exchanged`` of the tokens gives way to others; so do
+those of a child that was met before, as most children of few parents would be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TRIES = 4  # to change a child into one that was not met before; there may be none
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to search; the first five defaults are the paper's.
 
     Attributes:
         population: q, subsets that are alive at once. parents: p, of them the best, which go on and have children.
-        generations: L. crossover: probability that a child has two parents. mutation: that it is changed then.
+        generations: L. crossover: probability that a child has two parents. mutation: that it is changed in any case.
         exchanged: share of a changed child's tokens that others take the place of.
         diversity: nats of loss that covering all groups is worth.
     """
@@ -113,7 +117,10 @@ def search(
         best = score.argsort(stable=True)[: settings.parents]
         parents, of_parents = alive[best], score[best]
         children = torch.stack(
-            [_child(parents, numbered.numel(), settings, generator) for _ in range(settings.population - len(best))]
+            [
+                _child(parents, known, numbered.numel(), settings, generator)
+                for _ in range(settings.population - len(best))
+            ]
             or [parents[0]]
         )
         alive, score = torch.cat((parents, children)), torch.cat((of_parents, fitness(children)))
@@ -140,8 +147,8 @@ def _first(numbered: Tensor, budget: int, generator: torch.Generator) -> Tensor:
     return order[ranks[order].argsort(stable=True)[:budget]].sort().values
 
 
-def _child(parents: Tensor, n: int, settings: Settings, generator: torch.Generator) -> Tensor:
-    """One new subset of the parents' size."""
+def _child(parents: Tensor, known: Container[bytes], n: int, settings: Settings, generator: torch.Generator) -> Tensor:
+    """One subset of the parents' size; most likely none of those ``known``."""
     budget = parents.shape[1]
     one, other = torch.randperm(len(parents), generator=generator)[:2].tolist()
     taken = torch.zeros(n, dtype=torch.bool)
@@ -153,12 +160,17 @@ def _child(parents: Tensor, n: int, settings: Settings, generator: torch.Generat
         filled = either[torch.randperm(either.numel(), generator=generator)[: budget - int(both.sum())]]
         taken = both
         taken[filled] = True
-    if _happens(settings.mutation, generator):
-        inside, outside = taken.nonzero().flatten(), (~taken).nonzero().flatten()
+    child = taken.nonzero().flatten()
+    changed = _happens(settings.mutation, generator)
+    for _ in range(TRIES):
+        if not changed and child.numpy().tobytes() not in known:
+            break
+        outside = (~taken).nonzero().flatten()
         moved = min(max(1, round(settings.exchanged * budget)), outside.numel())
-        taken[inside[torch.randperm(budget, generator=generator)[:moved]]] = False
+        taken[child[torch.randperm(budget, generator=generator)[:moved]]] = False
         taken[outside[torch.randperm(outside.numel(), generator=generator)[:moved]]] = True
-    return taken.nonzero().flatten()
+        child, changed = taken.nonzero().flatten(), False
+    return child
 
 
 def _happens(probability: float, generator: torch.Generator) -> bool:

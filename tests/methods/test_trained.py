@@ -1,0 +1,88 @@
+"""Weights that methods read from a file: found, told apart, and refused in words where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ivcp_eval.interface import ModelFacts, Unsupported
+from ivcp_eval.interface.registry import make_method, parameters_of
+from ivcp_eval.methods._trained import Importance, Scorer
+from tests.methods.material import random_signals
+
+
+def written(path: Path, net: torch.nn.Module, part: str | None) -> Path:
+    save_file(net.state_dict(), path, metadata=None if part is None else {"part": part})
+    return path
+
+
+def test_the_published_size() -> None:
+    assert sum(p.numel() for p in Importance(1024).parameters()) == 525_313  # 0.53 M behind LLaVA-1.5's tower
+    assert sum(p.numel() for p in Scorer(3584).parameters()) == 12_848_640  # Qwen2.5-VL-7B's, as released
+
+
+def test_visionselector_keeps_the_best_scores(tmp_path: Path) -> None:
+    """Which the authors' scorer writes out as the mean of a whole matrix."""
+    signals = random_signals((4, 6), (3, 3), ratio=0.4, seed=1)
+    net = Scorer(signals.hidden.shape[-1])
+    torch.nn.init.normal_(net.q_proj.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(net.k_proj.weight, generator=torch.Generator().manual_seed(1))
+    for part in ("visionselector", None):  # the authors' files do not say what they are
+        method = make_method("visionselector", {"weights": written(tmp_path / f"{part}.safetensors", net, part)})
+        kept = method.select(signals).keep.tolist()
+        wanted = []
+        for image in signals.images:
+            states = signals.hidden[signals.visual[image.tokens]]
+            scores = (net.q_proj(states) @ net.k_proj(states).T / net.q_proj.out_features**0.5).mean(-1)
+            wanted += sorted(image.tokens[scores.topk(image.budget).indices].tolist())
+        assert kept == wanted
+    with pytest.raises(Unsupported, match="ivcp lab train visionselector"):
+        make_method("visionselector").cuts(ModelFacts("qwen2_5_vl", 4), 0.5)
+
+
+def test_learnpruner_ranks_by_the_file(tmp_path: Path) -> None:
+    signals = random_signals((4, 6), ratio=0.25, seed=2)
+    signals.vision = {"feature": torch.randn(signals.n_visual, 8, generator=torch.Generator().manual_seed(3))}
+    net = Importance(8)
+    file = written(tmp_path / "w.safetensors", net, "learnpruner")
+    method = make_method("learnpruner", {"weights": str(file), "diverse": 0.0})
+    assert method.select(signals).keep.tolist() == sorted(net(signals.vision["feature"]).topk(6).indices.tolist())
+    assert method.tower_signals == {"feature"}
+    first = parameters_of(method)["weights"]
+    written(file, Importance(8), "learnpruner")
+    assert parameters_of(method)["weights"] != first  # other weights are another row
+    with torch.no_grad():
+        assert method.select(signals).keep.numel() == 6  # and are the ones that are read
+
+
+def test_idpruner_takes_visionselectors_scorer(tmp_path: Path) -> None:
+    signals = random_signals((4, 6), ratio=0.25, seed=4)
+    net = Scorer(signals.hidden.shape[-1])
+    torch.nn.init.normal_(net.q_proj.weight)
+    torch.nn.init.normal_(net.k_proj.weight)
+    file = written(tmp_path / "w.safetensors", net, "visionselector")
+    only = make_method("idpruner", {"weights": file, "importance": 1.0}).select(signals).keep
+    assert only.tolist() == make_method("visionselector", {"weights": file}).select(signals).keep.tolist()
+
+
+def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
+    signals = random_signals((4, 6), ratio=0.25, seed=2)
+    signals.vision = {"feature": torch.randn(signals.n_visual, 8)}
+
+    def select(file: Path) -> None:
+        make_method("learnpruner", {"weights": file}).select(signals)
+
+    with pytest.raises(ValueError, match="trained for states of width 6, this model's have 8"):
+        select(written(tmp_path / "narrow.safetensors", Importance(6), "learnpruner"))
+    with pytest.raises(ValueError, match="holds the weights of visionselector, not of learnpruner"):
+        select(written(tmp_path / "other.safetensors", Scorer(8), "visionselector"))
+    with pytest.raises(ValueError, match="does not hold the tensors of learnpruner"):
+        select(written(tmp_path / "foreign.safetensors", Scorer(8), None))
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        select(tmp_path / "text.safetensors")
+    with pytest.raises(FileNotFoundError):
+        select(tmp_path / "none.safetensors")

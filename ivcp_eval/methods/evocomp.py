@@ -43,8 +43,9 @@ class Compressor(nn.Module):
         super().__init__()
         self.enter, self.place = nn.Linear(width, states), nn.Linear(2, states)
         self.kind = nn.Parameter(torch.zeros(2, states))
-        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        self.layer = nn.TransformerEncoderLayer(states, HEADS, 4 * states, **options)
+        self.layer = nn.TransformerEncoderLayer(
+            states, HEADS, 4 * states, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.leave = nn.Linear(states, 1)
 
     @classmethod

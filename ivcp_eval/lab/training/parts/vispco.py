@@ -56,6 +56,8 @@ class Planner(nn.Module):
         width: E of the embeddings, divisible by 8. layers: of the decoder.
     """
 
+    layers: Tensor
+
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         half, quarter, eighth = width // 2, width // 4, width // 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,72 @@ class Scorer(nn.Module):
         return query @ key.mean(dim=0) / query.shape[-1] ** 0.5
 
 
+class Router(nn.Module):
+    """DualComp's: from a picture and a question to the geometric share lambda and the rate rho.
+
+    Its shape is not public; mean states of both, each normalised, and one hidden layer of a 32nd of the width have the
+    published million parameters at a width of 4,096. It begins with lambda = 0.5 and rho = 0.25.
+    """
+
+    def __init__(self, width: int, hidden: int = 0) -> None:
+        super().__init__()
+        hidden = hidden or max(8, width // 32)
+        self.layers = nn.Sequential(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, 2))
+        last = self.layers[2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([0.5, 0.25]).logit())
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Router:
+        """One of the shape that these weights have."""
+        hidden, width = tensors["layers.0.weight"].shape
+        return cls(width // 2, hidden)
+
+    @property
+    def width(self) -> int:
+        """Of the states that it reads."""
+        return int(self.layers[0].in_features) // 2
+
+    def forward(self, picture: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
+        """Lambda and rho, each in 0..1, of states (N, width) and (Q, width)."""
+        means = [nn.functional.layer_norm(s.float().mean(dim=0), s.shape[-1:]) for s in (picture, question)]
+        share, rate = self.layers(torch.cat(means)).sigmoid()
+        return share, rate
+
+
+class FrameRouter(nn.Module):
+    """VideoRouter's relevance of frames: how what the question's states ask for agrees with what a frame's offer.
+
+    Its shape is not public: two linear maps to half the width, of mean states, each normalised, and a threshold.
+    """
+
+    def __init__(self, width: int, hidden: int = 0) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = (nn.Linear(width, hidden or width // 2) for _ in range(2))
+        self.threshold = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> FrameRouter:
+        """One of the shape that these weights have."""
+        hidden, width = tensors["q_proj.weight"].shape
+        return cls(width, hidden)
+
+    @property
+    def width(self) -> int:
+        """Of the states that it reads."""
+        return int(self.q_proj.in_features)
+
+    def forward(self, frames: Tensor, question: Tensor) -> Tensor:
+        """(T,) of the frames' mean states (T, width), for the question's (Q, width); above 0 is relevant."""
+        asked, shown = (
+            nn.functional.layer_norm(s.float(), s.shape[-1:]) for s in (question.float().mean(dim=0), frames)
+        )
+        query, key = self.q_proj(asked), self.k_proj(shown)
+        return key @ query / query.shape[-1] ** 0.5 - self.threshold
+
+
 def network(file: Path, part: str, build: Callable[[Mapping[str, Tensor]], Net], device: torch.device) -> Net:
     """The trained network of a file.
 
@@ -117,23 +183,20 @@ def _loaded(
     return net.requires_grad_(requires_grad=False).to(device)
 
 
-def check_width(file: Path, got: int, states: Tensor) -> None:
-    """Raise ValueError unless a network for states of width ``got`` reads these, (N, width)."""
-    if states.shape[-1] != got:
-        raise ValueError(
-            f"{file} was trained for states of width {got}, this model's have {states.shape[-1]}: it belongs to "
-            "another model; train one for this model (`ivcp lab train`)"
-        )
-
-
 @torch.no_grad()
-def scores_by(file: Path, part: str, kind: type[Importance | Scorer], states: Tensor) -> Tensor:
-    """(N,) scores that the trained network of a file gives ``states`` (N, width); raises as `network`, or if it reads
-    states of another width."""
-    net: Importance | Scorer = network(file, part, kind.of, states.device)
-    check_width(file, net.width, states)
-    scores: Tensor = net(states)
-    return scores
+def answer_of(file: Path, part: str, kind: Any, *states: Tensor) -> Any:
+    """What the trained network of a file, one of those above, makes of ``states`` (..., width).
+
+    Raises:
+        ValueError: as `network`; or the network reads states of another width.
+    """
+    net = network(file, part, kind.of, states[0].device)
+    if states[0].shape[-1] != net.width:
+        raise ValueError(
+            f"{file} was trained for states of width {net.width}, this model's have {states[0].shape[-1]}: it belongs "
+            "to another model; train one for this model (`ivcp lab train`)"
+        )
+    return net(*states)
 
 
 def tower_states(signals: Signals, image: Image) -> Tensor:

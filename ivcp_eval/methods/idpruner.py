@@ -23,7 +23,7 @@ from torch import Tensor
 from ivcp_eval.interface import Faithfulness, Image, Signal, Signals, TowerSignal
 from ivcp_eval.methods._at_input import AtInput, embeddings, importance
 from ivcp_eval.methods._greedy import marginal_relevance
-from ivcp_eval.methods._trained import Scorer, scores_by
+from ivcp_eval.methods._trained import Scorer, answer_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Method(AtInput):
         if self.weights is None:
             score = importance(signals, image).float()
         else:
-            score = scores_by(self.weights, "visionselector", Scorer, states)
+            score = answer_of(self.weights, "visionselector", Scorer, states)
         finite = score.isfinite()
         low = torch.where(finite, score, torch.inf).amin()
         high = torch.where(finite, score, -torch.inf).amax()

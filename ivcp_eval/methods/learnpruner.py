@@ -29,7 +29,7 @@ from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Selection,
 from ivcp_eval.interface.ops import best_of_rest, mean_attention, top_of_each_image
 from ivcp_eval.methods._at_input import AtInput, embeddings, importance
 from ivcp_eval.methods._greedy import farthest_from, farthest_points
-from ivcp_eval.methods._trained import Importance, scores_by, tower_states
+from ivcp_eval.methods._trained import Importance, answer_of, tower_states
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Method(AtInput):
         """The most important tokens, and those farthest from them."""
         if self.weights is None:
             return self.pick(importance(signals, image), signals, image)
-        scores = scores_by(self.weights, "learnpruner", Importance, tower_states(signals, image))
+        scores = answer_of(self.weights, "learnpruner", Importance, tower_states(signals, image))
         return self.pick(scores, signals, image)
 
     def pick(self, score: Tensor, signals: Signals, image: Image) -> Tensor:

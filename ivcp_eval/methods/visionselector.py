@@ -21,7 +21,7 @@ from torch import Tensor
 from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Signals, Unsupported
 from ivcp_eval.interface.ops import ranking
 from ivcp_eval.methods._at_input import AtInput, embeddings
-from ivcp_eval.methods._trained import Scorer, scores_by
+from ivcp_eval.methods._trained import Scorer, answer_of
 
 
 @dataclass(frozen=True)
@@ -57,5 +57,5 @@ class Method(AtInput):
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """The best scores."""
         assert self.weights is not None
-        scores = scores_by(self.weights, "visionselector", Scorer, embeddings(signals, image))
+        scores = answer_of(self.weights, "visionselector", Scorer, embeddings(signals, image))
         return ranking(scores)[: image.budget]

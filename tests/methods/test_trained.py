@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from ivcp_eval.interface import ModelFacts, Unsupported
 from ivcp_eval.interface.registry import make_method, parameters_of
-from ivcp_eval.methods._trained import Importance, Scorer
-from tests.methods.material import random_signals
+from ivcp_eval.methods._trained import FrameRouter, Importance, Router, Scorer
+from tests.methods.material import random_clips, random_signals
 
 
 def written(path: Path, net: torch.nn.Module, part: str | None) -> Path:
@@ -66,6 +66,42 @@ def test_idpruner_takes_visionselectors_scorer(tmp_path: Path) -> None:
     file = written(tmp_path / "w.safetensors", net, "visionselector")
     only = make_method("idpruner", {"weights": file, "importance": 1.0}).select(signals).keep
     assert only.tolist() == make_method("visionselector", {"weights": file}).select(signals).keep.tolist()
+
+
+def test_dualcomp_splits_and_counts_by_its_router(tmp_path: Path) -> None:
+    signals = random_signals((6, 6), ratio=0.25, seed=5)
+    net = Router(signals.hidden.shape[-1])
+    for share, rate in ((0.0, 0.5), (1.0, 0.1)):
+        with torch.no_grad():
+            net.layers[2].bias.copy_(torch.tensor([share, rate]).logit(1e-6))
+        file = written(tmp_path / f"{rate}.safetensors", net, "dualcomp")
+        fixed = make_method("dualcomp", {"geometric": share}).select(signals)
+        split = make_method("dualcomp", {"weights": file}).select(signals)
+        assert torch.equal(split.keep, fixed.keep)
+        counted = make_method("dualcomp", {"weights": file, "counts": "router"}).select(signals)
+        assert counted.keep.numel() == round(36 * rate)
+        assert not counted.exact
+    with pytest.raises(ValueError, match="weights=FILE"):
+        make_method("dualcomp", {"counts": "router"})
+
+
+def test_videorouter_keeps_dense_what_its_router_calls_relevant(tmp_path: Path) -> None:
+    """The router looks for the state that the question has; one frame has it, and keeps four times as much."""
+    signals = random_clips((3, 4, 4), ratio=24 / 48, seed=1)
+    width = signals.hidden.shape[-1]
+    net = FrameRouter(width, width)
+    with torch.no_grad():
+        for layer in (net.q_proj, net.k_proj):
+            layer.weight.copy_(torch.eye(width))
+            layer.bias.zero_()
+        net.threshold.fill_(0.5 * width**0.5)
+    asked = signals.hidden[signals.question].mean(dim=0)
+    signals.hidden = signals.hidden.index_copy(
+        0, signals.visual[signals.images[1].tokens], asked.expand(signals.images[1].tokens.numel(), -1)
+    )
+    file = written(tmp_path / "w.safetensors", net, "videorouter")
+    kept = make_method("videorouter", {"weights": file}).select(signals).keep
+    assert torch.bincount(signals.image[kept], minlength=3).tolist() == [4, 16, 4]
 
 
 def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from ivcp_eval.lab.training.frozen import Example, Frozen
 
 HELD_OUT = 10  # of a file, every so many questions are for validation
+CLIP_SCENES, CLIP_SIDE = 4, 128  # of a clip: scenes, and pixels of a picture, both ways
 FIRST_SCENE = 100_000_000  # behind every scene that an embedded model was itself trained on
 
 
@@ -136,11 +137,28 @@ def _of_tiny2(split: str, number: int, kinds: Sequence[str]) -> Example:
     from ivcp_eval.lab.tiny2.scenes import render, sample_scene, scene_rng
 
     rng = scene_rng(split, FIRST_SCENE + number)
+    if kinds[number % len(kinds)] == "clip":
+        return _clip(rng)
     while True:
         scene = sample_scene(rng)
         if samples := tasks.pick(rng, scene, [kinds[number % len(kinds)]]):
             parts = ({"image": Image.fromarray(render(scene))}, {"text": tasks.prompt_of(samples[0])})
             return Example(parts, samples[0].answer)
+
+
+def _clip(rng: np.random.Generator) -> Example:
+    """Four scenes of one object each, each a different shape and shown twice, and the colour of one of them."""
+    from ivcp_eval.lab.tiny2.scenes import Scene, render, sample_scene
+
+    scenes: list[Scene] = []
+    while len(scenes) < CLIP_SCENES:
+        scene = sample_scene(rng, (CLIP_SIDE, CLIP_SIDE), (1, 1))
+        if scene.objects[0].shape not in [known.objects[0].shape for known in scenes]:
+            scenes.append(scene)
+    asked = scenes[rng.integers(len(scenes))].objects[0]
+    frames = np.repeat(np.stack([render(scene) for scene in scenes]), 2, axis=0)
+    video = {"video": frames, "seconds": [0.5 * step for step in range(len(frames))]}
+    return Example((video, {"text": f"What colour is the {asked.shape}?"}), asked.colour)
 
 
 #: Embedded model -> ``(split, number, kinds)`` gives an example.

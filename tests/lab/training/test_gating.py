@@ -143,6 +143,14 @@ def test_training_scenes_are_no_test_scenes() -> None:
     assert scene_rng("train", 5).integers(1 << 40) != scene_rng("test", 5).integers(1 << 40)
 
 
+def test_a_clip_asks_about_one_of_its_scenes() -> None:
+    video, question = Generated("tiny2", ["clip"]).training(0).parts
+    assert video["video"].shape == (8, 128, 128, 3)
+    assert (video["video"][0] == video["video"][1]).all()
+    assert not (video["video"][1] == video["video"][2]).all()
+    assert question["text"].startswith("What colour is the ")
+
+
 def test_a_file_of_questions(frozen: Frozen, tmp_path: Path) -> None:
     """Every tenth is held out, a pass sees each of the others once, and what has no answer gets the model's."""
     Picture.new("RGB", (112, 112)).save(tmp_path / "black.png")

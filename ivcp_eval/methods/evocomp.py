@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Signals, Unsupported
 from ivcp_eval.interface.ops import top
 from ivcp_eval.methods._at_input import AtInput, embeddings, places
-from ivcp_eval.methods._trained import check_width, network
+from ivcp_eval.methods._trained import answer_of
 
-NAME = "evocomp"
 HEADS = 4
 
 
@@ -54,11 +53,16 @@ class Compressor(nn.Module):
         states, width = tensors["enter.weight"].shape
         return cls(width, states)
 
-    def forward(self, visual: Tensor, where: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def width(self) -> int:
+        """Of the embeddings that it reads."""
+        return self.enter.in_features
+
+    def forward(self, visual: Tensor, words: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) logits, and (N, states) what they are read from.
 
         Args:
-            visual: (N, E) embeddings of one image. where: (N, 2) places in it. words: (Q, E) of the question.
+            visual: (N, E) embeddings of one image. words: (Q, E) of the question. where: (N, 2) places in the image.
         """
         own = self._entered(visual, 0) + self.place(where)
         states = self.layer(torch.cat((own, self._entered(words, 1)))[None])[0, : len(visual)]
@@ -99,12 +103,9 @@ class Method(AtInput):
             )
         return super().cuts(model, ratio)
 
-    @torch.no_grad()
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """The tokens with the highest logits."""
         assert self.weights is not None
-        visual = embeddings(signals, image)
-        net = network(self.weights, NAME, Compressor.of, visual.device)
-        check_width(self.weights, net.enter.in_features, visual)
-        logits, _ = net(visual, places(image).float(), signals.hidden[signals.question])
+        visual, words = embeddings(signals, image), signals.hidden[signals.question]
+        logits, _ = answer_of(self.weights, "evocomp", Compressor, visual, words, places(image).float())
         return top(logits, image.budget)

@@ -67,7 +67,7 @@ class Part(part.Part):
         losses, right = [], []
         for image in answered.images(self.options["ratio"]):
             target = torch.isin(image.tokens, kept).float().to(device)
-            logits, states = self.net(answered.embeddings[image.tokens], places(image).float().to(device), words)
+            logits, states = self.net(answered.embeddings[image.tokens], words, places(image).float().to(device))
             losses.append(
                 ghm(logits, target, self.options["bins"]) + self.options["separation"] * likeness(states, target)
             )

@@ -172,7 +172,8 @@ class Part(part.Part):
         stage = min(int(done * self.options["stages"]), self.options["stages"] - 1)
         sigma, miss = self.options["sigma"] * self.options["alpha"] ** stage, budget - plan.added
         loss = self.options["kl"] * kl - 0.1 * self.options["w"] * miss + sigma * miss**2
-        return loss, {"kl": float(kl), "miss": abs(float(miss)), "layer": float(plan.k), "kept": float(plan.r)}
+        figures = {"kl": kl, "miss": miss.abs(), "layer": plan.k, "kept": plan.r}
+        return loss, {name: float(value.detach()) for name, value in figures.items()}
 
     def planned(self, example: Encoded, budget: float) -> tuple[Tensor, Plan]:
         """The answer's logits (T, vocabulary) under what the network plans for the budget, and the plan."""

@@ -94,7 +94,7 @@ def test_the_method_keeps_what_the_part_would(frozen: Frozen, boxes: list[Encode
         answered = part.answered(example)
         (image,) = answered.images(0.25)
         where, words = evocomp.places(image).float(), answered.hidden[0, answered.question]
-        logits, _ = part.net(answered.embeddings, where, words)
+        logits, _ = part.net(answered.embeddings, words, where)
     kept = answered.visual[logits.topk(image.budget).indices].sort().values
     assert run.kept[0][torch.isin(run.kept[0], answered.visual)].equal(kept)
 

@@ -7,10 +7,11 @@ Reference: none; no code is public, its parts as a review of the paper describes
 Before the language model, visual tokens and the question go through one encoder layer, and each visual token gets the
 logit of being kept; those with the highest stay.
 
-Differs: the weights are not public. `ivcp lab train evocomp` makes such for a model, so this is a variant, trained
-here, and without a file it does not run. Width, heads, what stands for positions (here a token's row and column, and
-none for words) and how the budget is taken from the logits are ours; so are the gaps of the search
-(lab/subsets/evolution.py) and the weights of the two losses (lab/training/parts/evocomp.yaml).
+Differs: the weights are not public. `ivcp lab train evocomp` makes such for a model: ``weights``. Without a file the
+score is the cosine to the question's mean embedding, which is nothing of EvoComp's but what its compressor has to beat.
+Both are variants. Width, heads, what stands for positions (here a token's row and column, and none for words) and how
+the budget is taken from the logits are ours; so are the gaps of the search (lab/subsets/evolution.py) and the weights
+of the two losses (lab/training/parts/evocomp.yaml).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Signals, Unsupported
+from ivcp_eval.interface import Faithfulness, Image, Signals
 from ivcp_eval.interface.ops import top
-from ivcp_eval.methods._at_input import AtInput, embeddings, places
+from ivcp_eval.methods._at_input import AtInput, embeddings, places, relevance
 from ivcp_eval.methods._trained import answer_of
 
 HEADS = 4
@@ -78,7 +79,7 @@ class Method(AtInput):
     """EvoComp, with a compressor that was trained here.
 
     Attributes:
-        weights: file of a compressor (`ivcp lab train evocomp`); there is no way to do without.
+        weights: file of a compressor (`ivcp lab train evocomp`); None: likeness to the question.
     """
 
     faithfulness: ClassVar[Faithfulness] = "variant"
@@ -90,22 +91,10 @@ class Method(AtInput):
         if self.weights is not None:
             object.__setattr__(self, "weights", Path(self.weights))
 
-    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """One cut at the input.
-
-        Raises:
-            Unsupported: no file was given.
-        """
-        if self.weights is None:
-            raise Unsupported(
-                "method 'evocomp' keeps what a trained network picks and got none; `ivcp lab train evocomp --model M` "
-                "makes one, to be given as weights=FILE"
-            )
-        return super().cuts(model, ratio)
-
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """The tokens with the highest logits."""
-        assert self.weights is not None
+        if self.weights is None:
+            return top(relevance(signals, image), image.budget)
         visual, words = embeddings(signals, image), signals.hidden[signals.question]
         logits, _ = answer_of(self.weights, "evocomp", Compressor, visual, words, places(image).float())
         return top(logits, image.budget)

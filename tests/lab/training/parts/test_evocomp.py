@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import yaml
 
 from ivcp_eval.engine import prune
 from ivcp_eval.files import DamagedError
-from ivcp_eval.interface import Unsupported
 from ivcp_eval.lab.training.examples import Generated
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
 from ivcp_eval.lab.training.part import default_config
@@ -104,11 +102,6 @@ def test_the_weights_of_another_part_are_refused(frozen: Frozen, boxes: list[Enc
     write_tensors(file, part.net.state_dict(), {"part": "learnpruner"})
     with pytest.raises(ValueError, match="learnpruner"), prune(frozen.model, "evocomp", 0.25, weights=file):
         frozen.logits(boxes[0])
-
-
-def test_without_weights_it_is_refused(frozen: Frozen) -> None:
-    with pytest.raises(Unsupported, match=re.escape("ivcp lab train evocomp")), prune(frozen.model, "evocomp", 0.5):
-        pass
 
 
 def test_ghm_weighs_every_length_of_gradient_alike() -> None:

@@ -10,7 +10,8 @@ paid to them in the layer before, from 0 to 1, against a soft threshold, straigh
 Differs: FLOPs are shares of what visual tokens can add to the prompt, not tera-FLOPs, and count a gated MLP and grouped
 heads; the first layer, which nothing can prune, counts whole. The multiplier w stays, and sigma grows by alpha in steps
 of the training, not whenever an epoch brought the budget no nearer. No dropout, and no gradient through the scores,
-which are of the prompt's last token, as in pruning; the reference takes the answer's last one in training.
+which are of the prompt's last token, as in pruning; the reference takes the answer's last one in training. The network
+begins where it meets the budgets of one prompt (``warm``), which saves most of the examples.
 """
 
 from __future__ import annotations
@@ -154,13 +155,23 @@ class Plan:
 
 
 class Part(part.Part):
-    """Options: ``budgets``, ``kl``, ``w``, ``sigma``, ``alpha`` and ``stages`` of the loss."""
+    """Options: ``budgets``, ``kl``, ``w``, ``sigma``, ``alpha`` and ``stages`` of the loss; ``warm`` steps before."""
 
     def __init__(self, frozen: Frozen, options: Mapping[str, Any], example: Encoded) -> None:
         super().__init__(frozen, options, example)
         self.shape = frozen.session.shape
         signals = frozen.signals(example, EveryLayer(), 0.5)
         self.net = Planner(signals.hidden.shape[-1], self.shape.layers).to(signals.hidden.device)
+        self._meet_budgets(signals)
+
+    def _meet_budgets(self, signals: Signals) -> None:
+        """Before the training: the budgets alone, on one prompt, which takes no pass through the model."""
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.003)
+        for step in range(self.options["warm"]):
+            budget = self.options["budgets"][step % len(self.options["budgets"])]
+            optimizer.zero_grad()
+            ((budget - self.plan(signals, budget).added) ** 2).backward()  # type: ignore[no-untyped-call] # torch's
+            optimizer.step()
 
     def loss(self, example: Encoded, rng: np.random.Generator, done: float) -> Loss:
         """The teacher's divergence, and how far the FLOPs are from a drawn budget."""

@@ -166,7 +166,7 @@ class Part(part.Part):
 
     def _meet_budgets(self, signals: Signals) -> None:
         """Before the training: the budgets alone, on one prompt, which takes no pass through the model."""
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.003)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
         for step in range(self.options["warm"]):
             budget = self.options["budgets"][step % len(self.options["budgets"])]
             optimizer.zero_grad()

@@ -69,16 +69,15 @@ def test_labels_that_were_changed_are_refused(frozen: Frozen, boxes: list[Encode
 def test_the_compressor_learns_a_label(frozen: Frozen, boxes: list[Encoded], tmp_path: Path) -> None:
     part = started(frozen, boxes[0], tmp_path)
     optimizer = torch.optim.Adam(part.net.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(12):
+    found = []
+    for _ in range(24):
         loss, figures = part.loss(boxes[0], np.random.default_rng(0), 0.0)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.net.parameters())
         optimizer.step()
-        losses.append((loss.item(), figures["found"]))
-    assert losses[-1][0] < losses[0][0]
-    assert losses[-1][1] > losses[0][1]
+        found.append(figures["found"])
+    assert found[-1] > found[0] + 0.2
     assert all(p.grad is None for p in frozen.model.parameters())
 
 
@@ -89,9 +88,10 @@ def test_the_method_keeps_what_the_part_would(frozen: Frozen, boxes: list[Encode
     prompt = {n: v[:, : example.prompt] if v.shape == total else v for n, v in example.inputs.items()}
     with torch.no_grad(), prune(frozen.model, "evocomp", 0.25, weights=file) as run:
         frozen.model(**prompt, use_cache=False)
-        answered = part.answered(example)
-        (image,) = answered.images(0.25)
-        where, words = evocomp.places(image).float(), answered.hidden[0, answered.question]
+    answered = part.answered(example)
+    (image,) = answered.images(0.25)
+    where, words = evocomp.places(image).float(), answered.hidden[0, answered.question]
+    with torch.no_grad():
         logits, _ = part.net(answered.embeddings, words, where)
     kept = answered.visual[logits.topk(image.budget).indices].sort().values
     assert run.kept[0][torch.isin(run.kept[0], answered.visual)].equal(kept)

@@ -41,7 +41,7 @@ class Importance(nn.Module):
     @property
     def width(self) -> int:
         """Of the states that it reads."""
-        return int(self.layers[0].in_features)
+        return int(self.layers[0].weight.shape[1])
 
     def forward(self, states: Tensor) -> Tensor:
         """(N,) scores of ``states`` (N, width)."""
@@ -88,12 +88,11 @@ class Router(nn.Module):
     def __init__(self, width: int, hidden: int = 0) -> None:
         super().__init__()
         hidden = hidden or max(8, width // 32)
-        self.layers = nn.Sequential(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, 2))
-        last = self.layers[2]
-        assert isinstance(last, nn.Linear)
+        last = nn.Linear(hidden, 2)
         nn.init.zeros_(last.weight)
         with torch.no_grad():
             last.bias.copy_(torch.tensor([0.5, 0.25]).logit())
+        self.layers = nn.Sequential(nn.Linear(2 * width, hidden), nn.GELU(), last)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Router:
@@ -104,7 +103,7 @@ class Router(nn.Module):
     @property
     def width(self) -> int:
         """Of the states that it reads."""
-        return int(self.layers[0].in_features) // 2
+        return int(self.layers[0].weight.shape[1]) // 2
 
     def forward(self, picture: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
         """Lambda and rho, each in 0..1, of states (N, width) and (Q, width)."""

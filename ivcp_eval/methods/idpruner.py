@@ -36,7 +36,6 @@ class Method(AtInput):
         together: how many tokens are chosen at a time.
     """
 
-    needs: ClassVar[frozenset[Signal]] = frozenset({"vision"})
     tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"received", "cls"})
     faithfulness: ClassVar[Faithfulness] = "variant"
 
@@ -50,6 +49,11 @@ class Method(AtInput):
             object.__setattr__(self, "weights", Path(self.weights))
         if not 0 <= self.importance <= 1 or self.together < 1:
             raise ValueError(f"importance={self.importance} must lie in 0..1, together={self.together} be 1 or more")
+
+    @property
+    def needs(self) -> frozenset[Signal]:  # type: ignore[override] # follows from a parameter
+        """The vision tower, where its attention stands for the scorer."""
+        return frozenset() if self.weights else frozenset({"vision"})
 
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """Maximal marginal relevance."""

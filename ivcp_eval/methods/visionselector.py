@@ -7,7 +7,9 @@ A token's score is the mean, over the image's tokens, of the product of its quer
 embeddings, half as wide, make these. The largest scores stay.
 
 Differs: the published weights are of a few models; `ivcp lab train visionselector` makes such for any, with the
-authors' formulas and fewer examples, so this is a variant. Each image has its own budget, rounded, not rounded down.
+authors' formulas and fewer examples: ``weights``. Without a file the score is the attention of the vision tower (of the
+class token, else received), which is nothing of VisionSelector's but what its scorer has to beat. Both are variants.
+Each image has its own budget, rounded, not rounded down.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ivcp_eval.interface import Cut, Faithfulness, Image, ModelFacts, Signals, Unsupported
+from ivcp_eval.interface import Faithfulness, Image, Signal, Signals, TowerSignal
 from ivcp_eval.interface.ops import ranking
-from ivcp_eval.methods._at_input import AtInput, embeddings
+from ivcp_eval.methods._at_input import AtInput, embeddings, importance
 from ivcp_eval.methods._trained import Scorer, answer_of
 
 
@@ -29,9 +31,10 @@ class Method(AtInput):
     """VisionSelector.
 
     Attributes:
-        weights: file of a scorer (`ivcp lab train visionselector`); there is no ranking without one.
+        weights: file of a scorer (`ivcp lab train visionselector`); None: the tower's attention.
     """
 
+    tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"received", "cls"})
     faithfulness: ClassVar[Faithfulness] = "variant"
 
     weights: Path | None = None
@@ -41,21 +44,15 @@ class Method(AtInput):
         if self.weights is not None:
             object.__setattr__(self, "weights", Path(self.weights))
 
-    def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """One cut at the input.
-
-        Raises:
-            Unsupported: there are no weights.
-        """
-        if self.weights is None:
-            raise Unsupported(
-                "method 'visionselector' ranks by a trained scorer; make one with `ivcp lab train visionselector "
-                "--model MODEL`, and give it: --set weights=FILE"
-            )
-        return super().cuts(model, ratio)
+    @property
+    def needs(self) -> frozenset[Signal]:  # type: ignore[override] # follows from a parameter
+        """The vision tower, where its attention stands for the scorer."""
+        return frozenset() if self.weights else frozenset({"vision"})
 
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """The best scores."""
-        assert self.weights is not None
-        scores = answer_of(self.weights, "visionselector", Scorer, embeddings(signals, image))
+        if self.weights is None:
+            scores = importance(signals, image)
+        else:
+            scores = answer_of(self.weights, "visionselector", Scorer, embeddings(signals, image))
         return ranking(scores)[: image.budget]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ivcp_eval.interface import ModelFacts, Unsupported
 from ivcp_eval.interface.registry import make_method, parameters_of
 from ivcp_eval.methods._at_input import places
 from ivcp_eval.methods._trained import FrameRouter, Importance, Router, Scorer
@@ -26,32 +25,14 @@ def test_the_published_size() -> None:
     assert sum(p.numel() for p in Scorer(3584).parameters()) == 12_848_640  # Qwen2.5-VL-7B's, as released
 
 
-def test_visionselector_keeps_the_best_scores(tmp_path: Path) -> None:
-    """Which the authors' scorer writes out as the mean of a whole matrix."""
-    signals = random_signals((4, 6), (3, 3), ratio=0.4, seed=1)
-    net = Scorer(signals.hidden.shape[-1])
-    torch.nn.init.normal_(net.q_proj.weight, generator=torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(net.k_proj.weight, generator=torch.Generator().manual_seed(1))
-    for part in ("visionselector", None):  # the authors' files do not say what they are
-        method = make_method("visionselector", {"weights": written(tmp_path / f"{part}.safetensors", net, part)})
-        kept = method.select(signals).keep.tolist()
-        wanted = []
-        for image in signals.images:
-            states = signals.hidden[signals.visual[image.tokens]]
-            scores = (net.q_proj(states) @ net.k_proj(states).T / net.q_proj.out_features**0.5).mean(-1)
-            wanted += sorted(image.tokens[scores.topk(image.budget).indices].tolist())
-        assert kept == wanted
-    with pytest.raises(Unsupported, match="ivcp lab train visionselector"):
-        make_method("visionselector").cuts(ModelFacts("qwen2_5_vl", 4), 0.5)
-
-
 def test_learnpruner_ranks_by_the_file(tmp_path: Path) -> None:
     signals = random_signals((4, 6), ratio=0.25, seed=2)
-    signals.vision = {"feature": torch.randn(signals.n_visual, 8, generator=torch.Generator().manual_seed(3))}
+    states = torch.randn(signals.n_visual, 8, generator=torch.Generator().manual_seed(3))
+    signals.vision = {"feature": states}
     net = Importance(8)
     file = written(tmp_path / "w.safetensors", net, "learnpruner")
     method = make_method("learnpruner", {"weights": str(file), "diverse": 0.0})
-    assert method.select(signals).keep.tolist() == sorted(net(signals.vision["feature"]).topk(6).indices.tolist())
+    assert method.select(signals).keep.tolist() == sorted(net.forward(states).topk(6).indices.tolist())
     assert method.tower_signals == {"feature"}
     first = parameters_of(method)["weights"]
     written(file, Importance(8), "learnpruner")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,24 @@ from ivcp_eval.lab.training.loop import Loop
 from ivcp_eval.lab.training.part import default_config, part_class
 from ivcp_eval.lab.training.state import write_tensors
 from ivcp_eval.methods._trained import PART
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX, POSITIVE, Number
 from ivcp_eval.runs.planning.placement import Placement
+
+
+#: What the loop's own settings may be; a part checks its section itself.
+NUMBERS: Mapping[str, Number] = {
+    **dict.fromkeys(("steps", "batch", "log_every", "validate_every", "validation"), COUNT),
+    **dict.fromkeys(("rate", "clip"), POSITIVE),
+    **dict.fromkeys(("seed", "warmup"), INDEX),
+    **dict.fromkeys(("weight_decay", "save_every"), AMOUNT),
+}
 
 
 def configuration(name: str, given: Path | None) -> dict[str, Any]:
     """The shipped configuration of a part, with what a file says otherwise.
 
     Raises:
-        ValueError: a key that the shipped one has not.
+        ValueError: a key that the shipped one has not, or a number that cannot be meant.
     """
     config: dict[str, Any] = yaml.safe_load(default_config(name).read_text(encoding="utf-8"))
     own: dict[str, Any] = yaml.safe_load(given.read_text(encoding="utf-8")) or {} if given else {}
@@ -40,6 +51,9 @@ def configuration(name: str, given: Path | None) -> dict[str, Any]:
             f"{given} has {', '.join(strange)}, which the training of {name} does not know; it knows "
             f"{', '.join([*config, *(f'part.{key}' for key in config['part'])])}"
         )
+    for key, kind in NUMBERS.items():
+        if key in own and not kind.fits(own[key]):
+            raise ValueError(f"{given}: {key} must be {kind}, got {own[key]!r}")
     return {**config, **own, "part": {**config["part"], **own.get("part", {})}}
 
 
@@ -55,7 +69,7 @@ def train(
     examples = examples_for(frozen, data, config["kinds"], config["seed"])
     torch.manual_seed(config["seed"])  # of the network's first weights
     part = part_class(name)(frozen, config["part"], frozen.encoded(examples.training(0)))
-    about = {
+    about: dict[str, Any] = {
         "part": name,
         "model": frozen.weights.checkpoint.name,
         "revision": frozen.weights.revision,
@@ -96,7 +110,7 @@ def main(arguments: list[str]) -> int:
         "(default: generated training scenes of an embedded model)",
     )
     parser.add_argument("--out", type=Path, help="folder of state, curve, weights and card (default: NAME_MODEL)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, resumably, after this time")
+    parser.add_argument("--minutes", type=POSITIVE, default=float("inf"), help="stop, resumably, after this time")
     for option in ("device", "dtype"):
         parser.add_argument(f"--{option}", default="", help="default: found")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")

@@ -81,7 +81,7 @@ class Loop:
         figures: dict[str, float] = {}
         for at in range(number * batch, (number + 1) * batch):
             loss, more = self.of(at, _TRAINING)
-            (loss / batch).backward()  # type: ignore[no-untyped-call] # torch's
+            (loss / batch).backward()
             for name, value in {"loss": loss.item(), **more}.items():
                 figures[name] = figures.get(name, 0.0) + value / batch
         torch.nn.utils.clip_grad_norm_(self.part.net.parameters(), self.config["clip"])

@@ -66,8 +66,8 @@ class Part(part.Part):
     def kept(self, signals: Signals, image: Image, share: Tensor, rate: Tensor) -> Tensor:
         """(N,) gates of an image's tokens."""
         n = image.tokens.numel()
-        k = min(n, max(1, round(float(rate) * n)))
-        n_path = round(float(share) * k)
+        k = min(n, max(1, round(float(rate.detach()) * n)))
+        n_path = round(float(share.detach()) * k)
         peaks, path = self.ranked(signals, image, k - n_path, n_path)
         hard = torch.zeros(n, device=share.device)
         hard[peaks[: k - n_path]] = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivcp_eval.engine import check_ratio
 from ivcp_eval.files import damage_as_clear_error, sealed_line, unsealed_line
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.lab.subsets.answered import Answered
@@ -25,7 +27,7 @@ from ivcp_eval.lab.training.examples import Examples
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
 from ivcp_eval.lab.training.part import Loss
 from ivcp_eval.methods._at_input import places
-from ivcp_eval.methods.evocomp import Compressor
+from ivcp_eval.methods.evocomp import HEADS, Compressor
 
 LABELS = "labels.jsonl"
 
@@ -39,6 +41,15 @@ class Part(part.Part):
 
     def __init__(self, frozen: Frozen, options: Mapping[str, Any], example: Encoded) -> None:
         super().__init__(frozen, options, example)
+        known = [field.name for field in fields(Settings)]
+        if strange := sorted({*options["search"]} - {*known}):
+            raise ValueError(f"part.search has {', '.join(strange)}; it knows {', '.join(known)}")
+        check_ratio(options["ratio"])
+        if options["states"] < HEADS or options["states"] % HEADS or options["bins"] < 1:
+            raise ValueError(
+                f"part.states={options['states']} must be a multiple of the {HEADS} heads, part.bins={options['bins']} "
+                "1 or more"
+            )
         self.settings = Settings(**options["search"])
         self.labels: dict[str, list[int]] = {}
         self.journal: Path | None = None

@@ -115,3 +115,18 @@ def test_likeness_is_a_cosine_of_means() -> None:
     assert likeness(states, torch.tensor([1.0, 1.0, 0.0])) == 0
     assert likeness(states, torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(3 / 13**0.5)
     assert likeness(states, torch.ones(3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search": {"populaton": 4}}, "populaton; it knows population"),
+        ({"ratio": 1.5}, "outside"),
+        ({"states": 10}, "multiple of the 4 heads"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    frozen: Frozen, boxes: list[Encoded], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Part(frozen, {**OPTIONS, **given}, boxes[0])

@@ -166,11 +166,11 @@ class Part(part.Part):
 
     def _meet_budgets(self, signals: Signals) -> None:
         """Before the training: the budgets alone, on one prompt, which takes no pass through the model."""
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
-        for step in range(self.options["warm"]):
-            budget = self.options["budgets"][step % len(self.options["budgets"])]
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.003)
+        for _ in range(self.options["warm"]):
             optimizer.zero_grad()
-            ((budget - self.plan(signals, budget).added) ** 2).backward()  # type: ignore[no-untyped-call] # torch's
+            missed = [budget - self.plan(signals, budget).added for budget in self.options["budgets"]]
+            torch.stack(missed).square().mean().backward()  # type: ignore[no-untyped-call] # torch's
             optimizer.step()
 
     def loss(self, example: Encoded, rng: np.random.Generator, done: float) -> Loss:

@@ -19,10 +19,11 @@ from ivcp_eval.lab.tiny.scenes import scene_rng
 from ivcp_eval.lab.training.command import configuration, train
 from ivcp_eval.lab.training.examples import FromFile, Generated, examples_for
 from ivcp_eval.lab.training.frozen import Encoded, Example, Frozen
-from ivcp_eval.lab.training.gating import log_gate, straight_through
+from ivcp_eval.lab.training.gating import gated, log_gate, straight_through
 from ivcp_eval.lab.training.part import part_class, part_names
 from ivcp_eval.lab.training.parts._selector import Input
 from ivcp_eval.lab.training.parts.visionselector import soft_top_k
+from tests.engine import tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,28 @@ def test_shut_gates_are_what_pruning_computes(frozen: Frozen, example: Encoded) 
         untouched = frozen.logits(example)
     torch.testing.assert_close(gated, out.logits[0, :-1], atol=2e-3, rtol=0)
     assert not torch.allclose(gated, untouched, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((name, "sdpa") for name in tiny_models.names()), ("qwen2_5_vl", "eager")]
+)
+def test_every_family_is_gated_as_it_is_pruned(family: str, attention: str) -> None:
+    """And a token that is shut out has a gradient."""
+    model, make_inputs = tiny_models.build(family, attn=attention)
+    inputs = make_inputs("t5 i0 t9")
+    softs: list[torch.Tensor] = []
+
+    def gate(signals: Signals) -> torch.Tensor:
+        softs.append(torch.zeros(signals.n_visual, requires_grad=True))
+        return straight_through(torch.arange(0, signals.n_visual, 2), softs[-1])
+
+    with torch.no_grad(), prune(model, Half(), 0.5):
+        pruned = model(**inputs, use_cache=False).logits[:, -5:]
+    with gated(model, Input(), 0.5, gate, visible=inputs["input_ids"].shape[1]):
+        logits = model(**inputs, use_cache=False).logits[:, -5:]
+    torch.testing.assert_close(logits, pruned, atol=1e-3, rtol=1e-3)
+    (gradient,) = torch.autograd.grad(logits[..., 0].sum(), softs[0])
+    assert (gradient[1::2] != 0).all()
 
 
 def test_the_answer_is_hidden_from_the_method(frozen: Frozen, example: Encoded) -> None:

@@ -114,7 +114,9 @@ class Part(part.Part):
 
     def _key(self, example: Encoded) -> str:
         """Of everything that a label depends on."""
+        weights = self.frozen.weights
         of = {"search": vars(self.settings), "ratio": self.options["ratio"], "seed": self.options["seed"]}
+        of |= {"model": weights.checkpoint.name, "revision": weights.revision, "dtype": self.frozen.placement.dtype}
         digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode())
         for name in sorted(example.inputs):
             if isinstance(example.inputs[name], Tensor):

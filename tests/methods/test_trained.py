@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ivcp_eval.interface.registry import make_method, parameters_of
-from ivcp_eval.methods._at_input import places
 from ivcp_eval.methods._trained import FrameRouter, Importance, Router, Scorer
-from ivcp_eval.methods.evocomp import Compressor
 from tests.methods.material import random_clips, random_signals
 
 
@@ -105,19 +103,3 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
         select(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError):
         select(tmp_path / "none.safetensors")
-
-
-def test_evocomp_ranks_by_the_file_and_by_likeness_without_one(tmp_path: Path) -> None:
-    signals = random_signals((4, 6), ratio=0.25, seed=5)
-    states, words = signals.hidden[signals.visual], signals.hidden[signals.question]
-    alike = torch.nn.functional.cosine_similarity(states, words.mean(0)[None]).topk(6).indices
-    assert make_method("evocomp").select(signals).keep.tolist() == sorted(alike.tolist())
-    net = Compressor(signals.hidden.shape[-1], 16)
-    file = written(tmp_path / "w.safetensors", net, "evocomp")
-    with torch.no_grad():
-        logits, _ = net(states, words, places(signals.images[0]).float())
-    kept = make_method("evocomp", {"weights": str(file)}).select(signals).keep.tolist()
-    assert kept == sorted(logits.topk(6).indices.tolist())
-    narrow = make_method("evocomp", {"weights": written(tmp_path / "n.safetensors", Compressor(8, 16), "evocomp")})
-    with pytest.raises(ValueError, match="trained for states of width 8"):
-        narrow.select(signals)

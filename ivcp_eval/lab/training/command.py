@@ -30,7 +30,7 @@ from ivcp_eval.runs.planning.placement import Placement
 
 #: What the loop's own settings may be; a part checks its section itself.
 NUMBERS: Mapping[str, Number] = {
-    **dict.fromkeys(("steps", "batch", "log_every", "validate_every", "validation"), COUNT),
+    **dict.fromkeys(("steps", "batch", "distinct", "log_every", "validate_every", "validation"), COUNT),
     **dict.fromkeys(("rate", "clip"), POSITIVE),
     **dict.fromkeys(("seed", "warmup"), INDEX),
     **dict.fromkeys(("weight_decay", "save_every"), AMOUNT),

@@ -97,7 +97,9 @@ class Loop:
 
     def of(self, number: int, split: int) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures of one example of a split."""
-        example = (self.examples.training if split == _TRAINING else self.examples.validation)(number)
+        distinct = self.config.get("distinct")  # of the training examples, which then come again
+        place = number % distinct if distinct and split == _TRAINING else number
+        example = (self.examples.training if split == _TRAINING else self.examples.validation)(place)
         rng = np.random.default_rng([self.config["seed"], split, number])
         done = self.progress["steps"] / self.config["steps"] if split == _TRAINING else 1.0
         return self.part.loss(self.part.frozen.encoded(example), rng, done)

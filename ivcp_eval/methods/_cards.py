@@ -16,7 +16,7 @@ from ivcp_eval.interface import plugins
 from ivcp_eval.interface.registry import WRAPPERS, module_names
 
 FILE = Path(__file__).with_name("_catalogue.yaml")
-STATES = ("gaps", "weights", "depth", "calibration", "model", "tool")
+STATES = ("gaps", "weights", "depth", "model", "tool")
 
 LABELS = {
     "faithful": "held to the authors' own code",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ivcp_eval.cli import count, say
+from ivcp_eval.cli.results.decide import add_costs
 from ivcp_eval.files import results_file
 from ivcp_eval.interface.variants import parameter
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")  # fmt: skip
     add("--margin", type=float, help="points that may be lost; adds a verdict per row")
     add("--resamples", type=count, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
+    add_costs(parser)
     add("--output", type=Path, help="also write the comparison as CSV")
 
 
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the comparison."""
     from ivcp_eval.reports.compare import compare
     from ivcp_eval.reports.provenance import Selection
+    from ivcp_eval.reports.table import read_results
+    from ivcp_eval.reports.views.costs import cost_files, join
 
     chosen = Selection(args.method, args.ratio, args.budget, dict(parameter(text) for text in args.set), args.limit)
     comparison = compare(
@@ -45,7 +49,11 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         select=chosen.fits,
     )
+    files = cost_files(args.results, args.cost)
+    costs = join(comparison.rows, args.results, read_results(args.results), files) if files else None
     say(comparison.to_terminal())
+    if costs is not None:
+        say(f"\n{costs.to_terminal()}")
     if args.output:
         comparison.write_csv(args.output)
         say(f"\ncomparison: {args.output}")

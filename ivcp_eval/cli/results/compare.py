@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.reports.compare import compare
     from ivcp_eval.reports.provenance import Selection
     from ivcp_eval.reports.table import read_results
-    from ivcp_eval.reports.views.costs import cost_files, join
+    from ivcp_eval.reports.views.costs import join
 
     chosen = Selection(args.method, args.ratio, args.budget, dict(parameter(text) for text in args.set), args.limit)
     comparison = compare(
@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         select=chosen.fits,
     )
-    files = cost_files(args.results, args.cost)
-    costs = join(comparison.rows, args.results, read_results(args.results), files) if files else None
+    costs = join(comparison.rows, args.results, read_results(args.results), args.cost)
     say(comparison.to_terminal())
     if costs is not None:
         say(f"\n{costs.to_terminal()}")

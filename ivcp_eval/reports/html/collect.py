@@ -31,7 +31,7 @@ from ivcp_eval.reports.html.samples import Pair, flips_of, of_samples
 from ivcp_eval.reports.provenance import AGAIN, NotComparable, finished_headline, grouped
 from ivcp_eval.reports.stats.timing import STAGES, Timings, paired_ratio, read_timings, saving_in_words
 from ivcp_eval.reports.table import Row, read_results, runs_file
-from ivcp_eval.reports.views.costs import cost_files, join
+from ivcp_eval.reports.views.costs import join
 from ivcp_eval.reports.views.curves import CONTROL
 from ivcp_eval.reports.views.decision import Policy, decide, kv_bytes
 
@@ -63,7 +63,7 @@ def collect(
     Args:
         results, baseline, force, resamples: as `compare` takes them. policy: without one there is no verdict.
         cards: most samples that are shown one by one. command: that makes the report.
-        bench: CSV files of costs; by default the one beside the results (`costs.cost_files`).
+        bench: CSV files of costs; by default the one beside the results (`costs.join`).
 
     Raises:
         As `compare`, `decide` and `costs.join`; ValueError: more cards than `MOST_CARDS`, or fewer than none.
@@ -73,7 +73,7 @@ def collect(
     rows = read_results(results)
     comparison = _limits_named(compare(results, baseline, force=force, resamples=resamples))
     decision = decide(results, policy, baseline, force=force, resamples=resamples, bench=bench) if policy else None
-    files = cost_files(results, bench)
+    costs = join(comparison.rows, results, rows, bench)
     heads = [row for row in comparison.rows if row.metric == benchmarks.headline(vars(row))]
     beside = _over_random(results, rows, resamples, force)
     pruned = [row for row in heads if row.method != AGAIN]
@@ -93,8 +93,8 @@ def collect(
         positions=measured.positions,
         abilities=measured.abilities,
         costs=_costs(pairs),
-        benched=join(comparison.rows, results, rows, files) if files else None,
-        provenance=_provenance(results, baseline, rows, comparison, command, files),
+        benched=costs,
+        provenance=_provenance(results, baseline, rows, comparison, command, costs.files if costs else ()),
         unread=(*measured.unread, *shown.unread),
     )
 
@@ -309,7 +309,7 @@ def _provenance(
     rows: Sequence[Row],
     comparison: Comparison,
     command: str,
-    bench: Sequence[Path],
+    bench: Sequence[str],
 ) -> Provenance:
     warnings = []
     if comparison.meaningless:
@@ -332,7 +332,7 @@ def _provenance(
         warnings.append(f"{unpaired} of {len(comparison.rows)} comparisons are not paired: no samples on both sides.")
     warnings += [f"Not compared: {line}" for line in comparison.left_out]
     files = [path for csv in (results, baseline) if csv for path in (csv, runs_file(csv)) if path.is_file()]
-    files += bench
+    files += map(Path, bench)
     facts = {name: found for name in _FACTS if (found := _values(rows, name))}
     digests = {path.as_posix(): file_digest(path) for path in files}
     return Provenance(tuple(warnings), facts, digests, command)

@@ -16,7 +16,7 @@ from typing import Any
 from ivcp_eval.files import damage_as_clear_error, read_json
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.comparison import ComparedRow
-from ivcp_eval.reports.csvfile import ResultsError, header_of, read_csv
+from ivcp_eval.reports.csvfile import ResultsError, check_problems, header_of, read_csv
 from ivcp_eval.reports.provenance import AGAIN
 from ivcp_eval.reports.schema import Column
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio, saving_in_words
@@ -28,7 +28,6 @@ __all__ = [
     "Bench",
     "Costs",
     "Priced",
-    "cost_files",
     "decoder_sizes",
     "join",
     "mebibytes",
@@ -76,6 +75,8 @@ BENCH_COLUMNS: tuple[Column, ...] = (
     *_ratio_columns(),
     Column("note", "text", "why there is no measurement"),
 )
+
+_ALWAYS = ("method", "ratio", "visual_tokens", "text_tokens", "new_tokens", "batch", "rounds")  # with a measurement
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,15 @@ class Costs:
     files: tuple[str, ...]
 
     def best(self, model: str, variant: str) -> Priced | None:
-        """The line of most requests per hour; None where none was measured."""
-        own = [one for one in self.lines if (one.model, one.variant) == (model, variant)]
+        """The line of most requests per hour, where all variants of the model that have lines were measured: with the
+        same request on the same device, the first such in the files; None where there is no such place."""
+        places: dict[str, set[str]] = {}
+        for one in self.lines:
+            if one.model == model and one.variant != UNPRUNED:
+                places.setdefault(one.bench.measured_on, set()).add(one.variant)
+        every = set[str]().union(*places.values())
+        common = next((place for place, there in places.items() if there == every), None)
+        own = [one for one in self.lines if (one.model, one.variant, one.bench.measured_on) == (model, variant, common)]
         return max(own, key=lambda one: one.bench.requests_per_s, default=None)
 
     def to_terminal(self, width: int | None = None) -> str:
@@ -211,22 +219,25 @@ def read_bench(path: Path) -> list[Bench]:
     Raises:
         FileNotFoundError: there is no such file. ResultsError: another kind of file, damage, or nothing measured.
     """
-    names = [column.name for column in BENCH_COLUMNS]
     if missing := [name for name in ("method", "decoder", "requests_per_s") if name not in header_of(path)]:
         raise ResultsError(
             f"{path} has no column {', '.join(missing)}: costs are read from what `ivcp bench throughput --out` writes"
         )
-    found = []
-    for _, row in read_csv(path, BENCH_COLUMNS):
+    found, problems = [], []
+    for number, row in read_csv(path, BENCH_COLUMNS):
         if row["requests_per_s"] is None:
             continue
-        values = {name: row[name] for name in names if name in Bench.__dataclass_fields__}
+        if empty := [name for name in _ALWAYS if row[name] in (None, "")]:
+            problems.append(f"line {number}: a measurement without {', '.join(empty)}")
+            continue
+        values = {name: row[name] for name in row if name in Bench.__dataclass_fields__}
         times = {
             stage: TimeRatio(*(_or_nan(row[f"{stage}_{end}"]) for end in ("ratio", "low", "high")), n=row["rounds"])
             for stage in STAGES
         }
         own = {"parameters": row["method_parameters"] or "{}", "decoder": json.loads(row["decoder"]), "times": times}
         found.append(Bench(**{**values, **own}))
+    check_problems(path, problems)
     if not found:
         raise ResultsError(f"{path} has no line with a measurement; its column `note` says why")
     return found
@@ -236,21 +247,20 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def cost_files(results: Path, given: Sequence[Path]) -> tuple[Path, ...]:
-    """The bench files to join: those that were given, else ``<results>.cost.csv`` where that lies beside them."""
-    beside = results.with_suffix(".cost.csv")
-    return tuple(given) or ((beside,) if beside.is_file() else ())
-
-
-def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], files: Sequence[Path]) -> Costs:
+def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], given: Sequence[Path] = ()) -> Costs | None:
     """The bench lines of every variant in ``rows``, and the unpruned model's of the same places.
 
     Args:
-        rows: of a comparison. results, table: its results file and what that holds. files: of `cost_files`.
+        rows: of a comparison. results, table: its results file and what that holds.
+        given: bench files; none: ``<results>.cost.csv`` where that lies beside the results, else there are no costs.
 
     Raises:
-        As `read_bench`; ResultsError: no line belongs to any variant; the message says what differs.
+        As `read_bench`; ResultsError: no line of the given files belongs to any variant; it says what differs.
     """
+    beside = results.with_suffix(".cost.csv")
+    files = given or ([beside] if beside.is_file() else [])
+    if not files:
+        return None
     lines = [line for path in files for line in read_bench(path)]
     variants: dict[tuple[str, str], ComparedRow] = {}
     for row in rows:
@@ -270,7 +280,7 @@ def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], files
             priced += [Priced(model, UNPRUNED, line) for line in here if line.method == BASELINE]
             priced += [one for one in own if _place(one.bench) == place]
         notes += facts.remarks([one.bench for one in own])
-    if not priced:
+    if not priced and given:
         reasons = "\n  ".join(notes) or "the comparison has no pruned variant"
         raise ResultsError(
             f"no line of {', '.join(map(str, files))} belongs to a variant of {results}:\n  {reasons}\n"

@@ -31,7 +31,7 @@ from ivcp_eval.reports.stats.margins import LossTest, clusters_to_decide, loss_t
 from ivcp_eval.reports.stats.timing import STAGES
 from ivcp_eval.reports.table import Row, read_results
 from ivcp_eval.reports.terminal import time_lost
-from ivcp_eval.reports.views.costs import Costs, cost_files, decoder_sizes, join, mebibytes
+from ivcp_eval.reports.views.costs import Costs, decoder_sizes, join, mebibytes
 
 __all__ = ["Decision", "Policy", "Verdict", "decide", "kv_bytes"]
 
@@ -109,7 +109,7 @@ class Verdict:
             where measured.
         kv: measured share of the visual tokens in the KV cache. kv_bytes_saved: of one prompt, by the decoder's sizes.
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
-        requests_per_hour: of one device, where a bench was joined: the most over its numbers of requests at a time.
+        requests_per_hour: of one device, where a bench was joined (`Costs.best`).
     """
 
     model: str
@@ -230,7 +230,7 @@ def decide(
     """Apply a policy to every variant of a results CSV, on the headline metric of each benchmark.
 
     Args:
-        bench: CSV files of costs; by default the one beside the results (`costs.cost_files`).
+        bench: CSV files of costs; by default the one beside the results (`costs.join`).
 
     Raises:
         As `compare` and `costs.join`; ValueError: a critical benchmark that the results do not have.
@@ -249,8 +249,7 @@ def decide(
     for row in comparison.rows:
         groups.setdefault(row.model, {}).setdefault((row.variant, row.baseline_source, row.limit), []).append(row)
     folder = Path(results_csv).parent
-    files = cost_files(Path(results_csv), bench)
-    costs = join(comparison.rows, Path(results_csv), rows, files) if files else None
+    costs = join(comparison.rows, Path(results_csv), rows, bench)
     verdicts = []
     for of in groups.values():
         # Without critical benchmarks all that any variant of the model has: none passes by having fewer.

@@ -60,8 +60,8 @@ def test_a_bench_of_the_results_own_variants_is_joined(tmp_path: Path, capsys: p
 def test_variants_of_results_keep_their_parameters_once(tmp_path: Path) -> None:
     options = throughput.parser().parse_args(["--of", str(_results(tmp_path))])
     assert throughput.arms_of(options) == [throughput.Arm("fastv", 0.5, {"layer": 1}), throughput.Arm("random", 0.5)]
-    rows = [make_row(model="m", method="none", ratio_asked=1, benchmark="b", metric="m", status="failed", run_id="x")]
-    write_results(tmp_path / "none.csv", rows)
+    unpruned = {"model": "m", "method": "none", "ratio_asked": 1, "benchmark": "b", "metric": "m", "run_id": "x"}
+    write_results(tmp_path / "none.csv", [make_row(**unpruned, status="failed", reason="x")])
     with pytest.raises(ValueError, match="no pruned variant"):
         throughput.arms_of(throughput.parser().parse_args(["--of", str(tmp_path / "none.csv")]))
 

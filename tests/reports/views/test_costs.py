@@ -27,7 +27,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def joined(results: Path, tmp_path: Path, *lines: dict[str, Any]) -> Costs:
     path = write_bench(tmp_path / "b.csv", list(lines))
-    return join(compare(results, resamples=20).rows, results, read_results(results), [path])
+    costs = join(compare(results, resamples=20).rows, results, read_results(results), [path])
+    assert costs is not None
+    return costs
 
 
 def test_lines_stand_beside_the_unpruned_model_of_their_place(results: Path, tmp_path: Path) -> None:
@@ -47,9 +49,6 @@ def test_lines_stand_beside_the_unpruned_model_of_their_place(results: Path, tmp
         "No cost of tiny ivc_prune 0.5: its ratio is 0.5, the bench has 0.25.",
         "tiny was evaluated on cpu; its cost is that on H100.",
     )
-    best = costs.best("tiny", "fastv 0.5")
-    assert best is not None
-    assert best.bench.requests_per_hour == 7200
     text = costs.to_terminal(100)
     assert "a core, bfloat16, sdpa; 64 visual and 10 text tokens in, 8 out" in text
     assert "1.20x [1.19, 1.21] slower" in text
@@ -80,6 +79,29 @@ def test_where_nothing_belongs_it_is_said_what_differs(
     assert f"ivcp bench throughput --of {results}" in str(caught.value)
 
 
+def test_variants_rank_where_all_of_them_were_measured(results: Path, tmp_path: Path) -> None:
+    """Small requests are many requests: a line of another request says nothing."""
+    small = {"visual_tokens": 4, "requests_per_s": 1000.0}
+    lines = [bench_line("fastv", 0.5, **small), bench_line("fastv", 0.5, requests_per_s=3.0)]
+    lines += [bench_line("fastv", 0.5, batch=4, requests_per_s=5.0), bench_line("ivc_prune", 0.5, requests_per_s=4.0)]
+    costs = joined(results, tmp_path, *lines)
+    best = [costs.best("tiny", f"{name} 0.5") for name in ("fastv", "ivc_prune")]
+    assert [one and one.bench.requests_per_s for one in best] == [5.0, 4.0]
+    assert joined(results, tmp_path, lines[0], lines[3]).best("tiny", "fastv 0.5") is None
+
+
+def test_a_file_beside_the_results_is_found_and_cannot_stop_a_comparison(tmp_path: Path) -> None:
+    results = write(tmp_path, LOSSES)
+    rows, table = compare(results, resamples=20).rows, read_results(results)
+    assert join(rows, results, table) is None
+    write_bench(tmp_path / "r.cost.csv", [bench_line("fastv", 0.25)])
+    costs = join(rows, results, table)
+    assert costs is not None
+    assert not costs.lines
+    assert len(costs.notes) == 2
+    assert "its ratio is 0.5, the bench has 0.25" in costs.to_terminal(200)
+
+
 def test_sizes_that_the_results_do_not_say_are_taken_and_told(tmp_path: Path) -> None:
     results = write(tmp_path, LOSSES)
     for path in tmp_path.rglob("cell.json"):
@@ -93,6 +115,9 @@ def test_other_files_are_refused_with_what_is_wrong(results: Path, tmp_path: Pat
         read_bench(results)
     path = write_bench(tmp_path / "b.csv", [bench_line("fastv", 0.5, requests_per_s=None, note="out of memory")])
     with pytest.raises(ResultsError, match="no line with a measurement"):
+        read_bench(path)
+    write_bench(path, [bench_line("fastv", 0.5, batch=None)])
+    with pytest.raises(ResultsError, match="line 2: a measurement without batch"):
         read_bench(path)
     path.write_text(path.read_text().replace(",64,", ",many,"))
     with pytest.raises(ResultsError, match=r"column 'visual_tokens': .*many"):

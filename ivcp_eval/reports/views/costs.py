@@ -231,10 +231,7 @@ def read_bench(path: Path) -> list[Bench]:
             problems.append(f"line {number}: a measurement without {', '.join(empty)}")
             continue
         values = {name: row[name] for name in row if name in Bench.__dataclass_fields__}
-        times = {
-            stage: TimeRatio(*(_or_nan(row[f"{stage}_{end}"]) for end in ("ratio", "low", "high")), n=row["rounds"])
-            for stage in STAGES
-        }
+        times = {stage: _time(row, stage) for stage in STAGES}
         own = {"parameters": row["method_parameters"] or "{}", "decoder": json.loads(row["decoder"]), "times": times}
         found.append(Bench(**{**values, **own}))
     check_problems(path, problems)
@@ -243,8 +240,10 @@ def read_bench(path: Path) -> list[Bench]:
     return found
 
 
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+def _time(row: Row, stage: str) -> TimeRatio:
+    ends = (row[f"{stage}_{end}"] for end in ("ratio", "low", "high"))
+    ratio, low, high = (math.nan if end is None else end for end in ends)
+    return TimeRatio(ratio, low, high, row["rounds"])
 
 
 def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], given: Sequence[Path] = ()) -> Costs | None:

@@ -94,11 +94,11 @@ def _file(folder: Path, numbers: object) -> Path:
 def test_a_schedule_drops_most_where_layers_bear_it(tmp_path: Path) -> None:
     numbers = [0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.4, 0.5, 0.6]
     low, high = np.quantile(numbers, [0.1, 0.9])
-    wanted = [min(1.0, max(0.0, (number - low) / (high - low))) for number in numbers]
+    expected = [min(1.0, max(0.0, (number - low) / (high - low))) for number in numbers]
     path = _file(tmp_path, numbers)
-    assert layer_sensitivity(path, 12).tolist() == pytest.approx(wanted, abs=1e-5)
+    assert layer_sensitivity(path, 12).tolist() == pytest.approx(expected, abs=1e-5)
     cuts = make_method("quota", {"sensitivity": path}).cuts(FACTS, 0.4)
-    robust = [1 - sum(wanted[a : a + 3]) / 3 for a in (3, 6, 9)]
+    robust = [1 - sum(expected[a : a + 3]) / 3 for a in (3, 6, 9)]
     left = [1 - 0.6 * sum(robust[: n + 1]) / sum(robust) for n in range(3)]
     assert [cut.layer for cut in cuts] == [3, 6, 9]
     assert [cut.ratio for cut in cuts] == pytest.approx(left, abs=1e-5)

@@ -25,6 +25,7 @@ from ivcp_eval.reports.schema import canonical_json
 from ivcp_eval.reports.stats.timing import STAGES, paired_ratio
 from ivcp_eval.reports.terminal import time_cell
 from ivcp_eval.reports.views.costs import BENCH_COLUMNS
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE
 
 CONCURRENCY = (1, 4, 12, 32)
 SHOWN = {
@@ -203,17 +204,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
     made.add_argument("--attention", default="sdpa", help="default: %(default)s")
-    made.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
-    made.add_argument("--tokens", type=int, help="visual tokens of a request; default: the fewest of the size")
-    made.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY), help="default: 1 4 12 32")
-    made.add_argument("--new-tokens", type=int, default=64, help="length of every answer (default: %(default)s)")
+    made.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
+    made.add_argument("--tokens", type=COUNT, help="visual tokens of a request; default: the fewest of the size")
+    made.add_argument("--concurrency", type=COUNT, nargs="+", default=list(CONCURRENCY), help="default: 1 4 12 32")
+    made.add_argument("--new-tokens", type=COUNT, default=64, help="length of every answer (default: %(default)s)")
     made.add_argument("--methods", nargs="+", metavar="NAME", default=["ivc_prune"], help="default: ivc_prune")
     made.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="parameters of the one method")
-    made.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="default: 0.5 0.25")
+    made.add_argument("--ratios", type=SHARE, nargs="+", default=[0.5, 0.25], help="default: 0.5 0.25")
     made.add_argument("--of", type=Path, metavar="RESULTS", help="the variants of this results CSV in place of these; "
         "`ivcp report RESULTS --cost OUT.csv` then joins what they cost")  # fmt: skip
-    made.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    made.add_argument("--cell-s", type=float, default=120, help="start no round after that many seconds of a cell")
+    made.add_argument("--rounds", type=COUNT, default=5, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--cell-s", type=AMOUNT, default=120, help="start no round after that many seconds of a cell")
     made.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
     return made
 
@@ -222,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench.
 
     Raises:
-        ValueError: a number below 1, or as `arms_of`.
+        ValueError: as `arms_of`.
     """
     options = parser().parse_args(arguments)
     import torch
@@ -234,9 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = find_size(options.size)
     arms = arms_of(options)
     tokens = options.tokens or min(size.visual_tokens)
-    for name, value in (("--concurrency", min(options.concurrency)), ("--new-tokens", options.new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     config = configuration(size) if options.config is None else _configuration(options.config)
     command = shlex.join(["ivcp", "bench", "throughput", *(sys.argv[1:] if arguments is None else arguments)])

@@ -315,9 +315,9 @@ class _Facts:
         said = []
         if self.decoder is None:
             said.append(f"The results do not say the sizes of {self.model}'s decoder; the bench's are taken for them.")
-        elsewhere = sorted({line.device for line in lines} - {self.device})
-        if self.device and elsewhere:
-            said.append(f"{self.model} was evaluated on {self.device}; its cost is that on {', '.join(elsewhere)}.")
+        other_devices = sorted({line.device for line in lines} - {self.device})
+        if self.device and other_devices:
+            said.append(f"{self.model} was evaluated on {self.device}; its cost is that on {', '.join(other_devices)}.")
         return said
 
 
@@ -333,13 +333,13 @@ def _belonging(row: ComparedRow, lines: Sequence[Bench], facts: _Facts) -> tuple
         ("decoder", facts.decoder, lambda line: _same_sizes(facts.decoder, line.decoder)),
     ]
     left = list(lines)
-    for what, wanted, fits in steps:
+    for what, expected, fits in steps:
         before, left = left, [line for line in left if fits(line)]
         if not left:
             there = dict.fromkeys(_said(what, line) for line in before if line.method != BASELINE)
             shown = "; ".join(there) or "the unpruned model only"
             verb = "are" if what.endswith("s") else "is"
-            return [], f"its {what} {verb} {_sizes(wanted) if what == 'decoder' else wanted}, the bench has {shown}"
+            return [], f"its {what} {verb} {_sizes(expected) if what == 'decoder' else expected}, the bench has {shown}"
     return left, ""
 
 

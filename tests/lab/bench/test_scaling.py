@@ -64,7 +64,7 @@ def test_operations_and_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_other_work_is_counted_by_the_element() -> None:
     states, many = torch.ones(8, 16), torch.ones(64, 16)
-    for name, args, out, wanted in (
+    for name, args, out, expected in (
         ("add", (states, states), states, 128),
         ("exp_", (states,), states, 4 * 128),
         ("_softmax", (states, -1), states, 8 * 128),
@@ -74,7 +74,7 @@ def test_other_work_is_counted_by_the_element() -> None:
         ("_cdist_forward", (states, many), torch.ones(8, 64), 3 * 8 * 64 * 16),
         ("index", (many, [torch.arange(8)]), states, 128),
     ):
-        assert work_of(name, args, out) == wanted, name
+        assert work_of(name, args, out) == expected, name
     share = row("some", [1024], [Cost(1.0, 1, 10**9, 10**9)], SMALL)["of prefill"]
     assert share == pytest.approx(2 * row("some", [1024], [Cost(1.0, 1, 10**9)], SMALL)["of prefill"])
 

@@ -78,7 +78,6 @@ def test_the_shape_may_be_a_checkpoints(tmp_path: Path) -> None:
     [
         (["--methods", "fastv", "random", "--set", "layer=3"], "--set is of one method, got fastv, random"),
         (["--methods", "fastw"], "did you mean 'fastv'"),
-        (["--concurrency", "0"], "--concurrency must be at least 1, got 0"),
     ],
 )
 def test_requests_that_mean_nothing_are_refused_at_once(options: list[str], said: str) -> None:

@@ -1,0 +1,236 @@
+"""A device that is only pretended: tensors say that they live on a GPU, their numbers lie in CPU tensors.
+
+On a CPU nobody sees where a GPU would make the host wait: ``.cpu()`` and ``.tolist()`` of a CPU tensor do nothing. Here
+every operation on a tensor "of the device" passes through a dispatch mode, which computes it on the CPU, counts what
+waits on CUDA, and refuses what CUDA refuses: tensors of both devices in one operation.
+
+What it cannot see: waits inside other libraries' kernels and inside CUDA's own allocator, and anything that this list
+(`WAITS`) does not know. `torch.cuda.set_sync_debug_mode` sees these; the same tests use it where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+SHOWN = torch.device("cuda", 0)
+HELD = torch.device("meta")  # what the dispatcher is told: it initialises no driver
+CPU = torch.device("cpu")
+
+aten = torch.ops.aten
+#: Operations whose CUDA kernels read from the device before they return.
+WAITS = frozenset(
+    {
+        *("_local_scalar_dense", "is_nonzero", "equal", "item"),
+        *("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
+        *("bincount", "histc", "multinomial", "_to_sparse", "_coalesce", "isin"),
+        *("linalg_eigh", "_linalg_eigh", "_linalg_svd", "_linalg_solve_ex", "linalg_inv_ex", "linalg_cholesky_ex"),
+    }
+)
+
+
+class Pretended(Tensor):
+    """A tensor of the pretended device; ``held`` has its numbers."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Pretended:
+        options: dict[str, Any] = {"dtype": held.dtype, "device": HELD, "layout": held.layout}
+        if held.layout == torch.strided:
+            options |= {"strides": held.stride(), "storage_offset": held.storage_offset()}
+        made: Pretended = torch.Tensor._make_wrapper_subclass(cls, held.shape, **options)  # type: ignore[attr-defined]
+        made.held = held
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of `pretended`")
+
+
+class _Shown(TorchFunctionMode):
+    """To Python the device is a GPU; and what leaves tensors without an operation is made one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        first = args[0] if args else None
+        if func == Tensor.device.__get__ and isinstance(first, Pretended):  # type: ignore[attr-defined]
+            return SHOWN
+        if func == Tensor.is_cuda.__get__ and isinstance(first, Pretended):  # type: ignore[attr-defined]
+            return True
+        if func == Tensor.is_meta.__get__ and isinstance(first, Pretended):  # type: ignore[attr-defined]
+            return False
+        if func is Tensor.tolist and isinstance(first, Pretended):
+            return first.cpu().tolist()
+        if func is Tensor.numpy and isinstance(first, Pretended):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(first, Pretended):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            # A list of places is sent to the device.
+            index = tuple(
+                torch.tensor(part, dtype=torch.int64).to(HELD) if isinstance(part, list) else part for part in index
+            )
+            args = (first, index, *args[2:])
+        args, given = tree_map(_held_device, args), tree_map(_held_device, given)
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
+            device = given.pop("device", None)
+            device = HELD if device is None and isinstance(first, Pretended) else device
+            values, *rest = args if func is not Tensor.new_tensor else args[1:]
+            if isinstance(values, list | tuple):  # CUDA reads each number
+                values = tree_map(lambda part: part.item() if isinstance(part, Pretended) else part, values)
+            made = (torch.tensor if func is Tensor.new_tensor else func)(values, *rest, **given)
+            return made if device is None or isinstance(made, Pretended) else made.to(_held_device(device))
+        return func(*args, **given)
+
+
+def _held_device(value: Any) -> Any:
+    if isinstance(value, torch.device) and value.type == SHOWN.type:
+        return HELD
+    return HELD if isinstance(value, str) and value.partition(":")[0] == SHOWN.type else value
+
+
+class Waits(TorchDispatchMode):
+    """Computes on the CPU, and counts by name.
+
+    Attributes:
+        reads: operations that wait for a value of the device. sends: copies to the device that wait for all work
+            queued before, which those with ``non_blocking`` do not. where: the innermost lines of the project for each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.sends, self.where = Counter[str](), Counter[str](), Counter[str]()
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.reads.total() + self.sends.total()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        ours: list[Pretended] = []
+        others: list[Tensor] = []
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, Pretended):
+                ours.append(value)
+                return value.held
+            if isinstance(value, Tensor):
+                others.append(value)
+            return value
+
+        real_args, real_given = tree_map(taken, args), tree_map(taken, given)
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        to_ours = bool(ours)
+        if given.get("device") is not None:
+            to_ours = torch.device(given["device"]) == HELD
+            real_given["device"] = CPU
+        if name in ("_to_copy", "copy_"):
+            self._copy(name, args, given, to_ours)
+        else:
+            self._check(func, name, args, ours, others)
+        result = func(*real_args, **real_given)
+        if name == "_to_copy" and to_ours and result is real_args[0]:
+            result = result.clone()
+        if not to_ours:
+            return result
+        if _in_place(func):
+            return args[0]
+        return tree_map(lambda value: _pretend(value, args, real_args), result)
+
+    def _copy(self, name: str, args: Sequence[Any], given: Mapping[str, Any], to_ours: bool) -> None:
+        source = args[1] if name == "copy_" else args[0]
+        target_ours = isinstance(args[0], Pretended) if name == "copy_" else to_ours
+        blocking = not (given.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+        if isinstance(source, Pretended) and not target_ours:
+            self._count(self.reads, "copy to the host")
+        elif not isinstance(source, Pretended) and target_ours and blocking:
+            self._count(self.sends, "copy to the device")
+
+    def _check(
+        self, func: Any, name: str, args: Sequence[Any], ours: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> None:
+        if not ours:
+            return
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
+            self._index(name, args)
+            return
+        if mixed := [other for other in others if other.ndim]:
+            raise RuntimeError(f"{func}: tensors of shapes {[tuple(m.shape) for m in mixed]} are on the host")
+        if name in WAITS or (name == "repeat_interleave" and isinstance(args[0], Pretended) and _no_size(func, args)):
+            self._count(self.reads, name)
+
+    def _index(self, name: str, args: Sequence[Any]) -> None:
+        for index in args[1]:
+            if index is None:
+                continue
+            if not isinstance(index, Pretended):  # CUDA copies it
+                self._count(self.sends, "index on the host")
+            if index.dtype in (torch.bool, torch.uint8):
+                filled = name != "index" and isinstance(args[2], Tensor) and args[2].numel() == 1
+                if not filled:  # else it is a masked fill
+                    self._count(self.reads, "boolean index")
+
+    def _count(self, counter: Counter[str], name: str) -> None:
+        counter[name] += 1
+        frames = [
+            f for f in traceback.extract_stack() if "/ivcp_eval/" in f.filename or "/model_adapters/" in f.filename
+        ]
+        frames = [frame for frame in frames if not frame.filename.endswith(("guards/rankings.py", "signals/vision.py"))]
+        if frames:
+            self.where[f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} {name}"] += 1
+        else:
+            self.where[f"elsewhere {name}"] += 1
+
+
+def _no_size(func: Any, args: Sequence[Any]) -> bool:
+    return "Tensor" in func._overloadname or "self_Tensor" in func._overloadname
+
+
+def _in_place(func: Any) -> bool:
+    first = func._schema.arguments[0] if func._schema.arguments else None
+    return bool(first and first.alias_info and first.alias_info.is_write and func._schema.returns)
+
+
+def _pretend(value: Any, args: Any, real: Any) -> Any:
+    if not isinstance(value, Tensor) or isinstance(value, Pretended):
+        return value
+    return Pretended(value)
+
+
+def on_device(value: Any) -> Any:
+    """A tensor, or any nest of them, on the pretended device."""
+    return tree_map(lambda part: Pretended(part) if isinstance(part, Tensor) else part, value)
+
+
+def model_on_device(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters and buffers are on the pretended device."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = Pretended(parameter.data)  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = Pretended(buffer)
+    return model
+
+
+@contextmanager
+def pretended() -> Iterator[Waits]:
+    """While the block runs there is a pretended device; gives what waits for it."""
+    waits = Waits()
+    with torch.no_grad(), waits, _Shown():
+        yield waits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class SlotMap:
         padded: whether any slot is padding, known on the host.
         shift: (B, 1) int64 or None: how far decode positions move down where the survivors were re-numbered.
         steps: for a method that masks single decode steps, else None.
+        visual: by row, for such a method, its slots of visual tokens and which these are, on CPU, once it asked.
         admitted: whether the caller's mask was seen to admit every slot.
         plain: whether stock code alone continues rightly: one map for all layers, no padding, no shift, no masks.
     """
@@ -52,6 +53,7 @@ class SlotMap:
     padded: bool
     shift: Tensor | None = None
     steps: StepState | None = None
+    visual: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     admitted: bool = False
     plain: bool = False
 

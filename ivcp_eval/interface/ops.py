@@ -231,7 +231,7 @@ def image_partition(image: Image) -> tuple[Tensor, Tensor]:
     if rows * columns != n:
         rows, columns = 1, n
     group, centre = partition(rows, columns, image.budget)
-    return group.to(device), centre.to(device)
+    return to_device(group, device), to_device(centre, device)
 
 
 def sparse_weights(row: Tensor, column: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:

@@ -38,7 +38,7 @@ class Continuation:
         """
         layer.masked = True
         length = layer.keys.shape[-2] + hidden.shape[1]
-        if attended is not None and not bool(attended.all()):
+        if attended is not None:
             columns = layer.slot_map.key_columns(length).to(hidden.device)
             if self.mask is not None:
                 attended = attended & self.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))

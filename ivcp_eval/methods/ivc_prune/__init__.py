@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.interface.ops import coordinate_set, coordinate_shares, filled_up, top
+from ivcp_eval.interface.ops import coordinate_set, coordinate_shares, filled_up, to_device, top
 from ivcp_eval.methods.ivc_prune.similarity import value_similarity
 
 PUBLISHED_LAYER = {
@@ -118,5 +118,5 @@ class Method(AbstractMethod):
             kept[seeds] = True
             fill = value_similarity(signals.value, torch.cat((signals.question, at[seeds])), at)
         else:
-            fill = torch.rand(n, generator=signals.generator).to(at.device)
+            fill = to_device(torch.rand(n, generator=signals.generator), at.device)
         return image.tokens[filled_up(fill, kept, budget)]

@@ -11,23 +11,32 @@ What it cannot see: waits inside other libraries' kernels and inside CUDA's own 
 from __future__ import annotations
 
 import copy
-import traceback
+import functools
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 SHOWN = torch.device("cuda", 0)
 HELD = torch.device("meta")  # what the dispatcher is told: it initialises no driver
 CPU = torch.device("cpu")
 
-aten = torch.ops.aten
+#: Where a wait is said to come from; not the functions that stand around others.
+OURS = (
+    "/ivcp_eval/methods/",
+    "/ivcp_eval/engine/prefill",
+    "/ivcp_eval/engine/hooks",
+    "/ivcp_eval/engine/s",
+    "/ivcp_eval/engine/d",
+)
 #: Operations whose CUDA kernels read from the device before they return.
 WAITS = frozenset(
     {
@@ -83,16 +92,23 @@ class _Shown(TorchFunctionMode):
                 torch.tensor(part, dtype=torch.int64).to(HELD) if isinstance(part, list) else part for part in index
             )
             args = (first, index, *args[2:])
-        args, given = tree_map(_held_device, args), tree_map(_held_device, given)
+        args, given = mapped(_held_device, args), mapped(_held_device, given)
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             device = given.pop("device", None)
             device = HELD if device is None and isinstance(first, Pretended) else device
             values, *rest = args if func is not Tensor.new_tensor else args[1:]
             if isinstance(values, list | tuple):  # CUDA reads each number
-                values = tree_map(lambda part: part.item() if isinstance(part, Pretended) else part, values)
+                values = mapped(lambda part: part.item() if isinstance(part, Pretended) else part, values)
             made = (torch.tensor if func is Tensor.new_tensor else func)(values, *rest, **given)
             return made if device is None or isinstance(made, Pretended) else made.to(_held_device(device))
         return func(*args, **given)
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """``change`` of everything in a nest of tuples, lists and dictionaries."""
+    if type(value) in (tuple, list):
+        return type(value)([mapped(change, part) for part in value])
+    return {key: mapped(change, part) for key, part in value.items()} if isinstance(value, dict) else change(value)
 
 
 def _held_device(value: Any) -> Any:
@@ -131,7 +147,7 @@ class Waits(TorchDispatchMode):
                 others.append(value)
             return value
 
-        real_args, real_given = tree_map(taken, args), tree_map(taken, given)
+        real_args, real_given = mapped(taken, args), mapped(taken, given)
         name = func.name().removeprefix("aten::").partition(".")[0]
         to_ours = bool(ours)
         if given.get("device") is not None:
@@ -148,7 +164,7 @@ class Waits(TorchDispatchMode):
             return result
         if _in_place(func):
             return args[0]
-        return tree_map(lambda value: _pretend(value, args, real_args), result)
+        return mapped(_pretend, result)
 
     def _copy(self, name: str, args: Sequence[Any], given: Mapping[str, Any], to_ours: bool) -> None:
         source = args[1] if name == "copy_" else args[0]
@@ -185,34 +201,31 @@ class Waits(TorchDispatchMode):
 
     def _count(self, counter: Counter[str], name: str) -> None:
         counter[name] += 1
-        frames = [
-            f for f in traceback.extract_stack() if "/ivcp_eval/" in f.filename or "/model_adapters/" in f.filename
-        ]
-        frames = [frame for frame in frames if not frame.filename.endswith(("guards/rankings.py", "signals/vision.py"))]
-        if frames:
-            self.where[f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} {name}"] += 1
-        else:
-            self.where[f"elsewhere {name}"] += 1
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and not any(part in frame.f_code.co_filename for part in OURS):
+            frame = frame.f_back
+        place = "elsewhere" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        self.where[f"{place} {name}"] += 1
 
 
 def _no_size(func: Any, args: Sequence[Any]) -> bool:
     return "Tensor" in func._overloadname or "self_Tensor" in func._overloadname
 
 
+@functools.cache
 def _in_place(func: Any) -> bool:
     first = func._schema.arguments[0] if func._schema.arguments else None
     return bool(first and first.alias_info and first.alias_info.is_write and func._schema.returns)
 
 
-def _pretend(value: Any, args: Any, real: Any) -> Any:
-    if not isinstance(value, Tensor) or isinstance(value, Pretended):
-        return value
-    return Pretended(value)
+def _pretend(value: Any) -> Any:
+    return Pretended(value) if isinstance(value, Tensor) and not isinstance(value, Pretended) else value
 
 
 def on_device(value: Any) -> Any:
     """A tensor, or any nest of them, on the pretended device."""
-    return tree_map(lambda part: Pretended(part) if isinstance(part, Tensor) else part, value)
+    given = dict(value) if isinstance(value, Mapping) else value
+    return mapped(lambda part: Pretended(part) if isinstance(part, Tensor) else part, given)
 
 
 def model_on_device(model: nn.Module) -> nn.Module:

@@ -206,6 +206,15 @@ def test_out_of_memory_halves_the_group_and_loses_nothing(monkeypatch: pytest.Mo
     with limited_memory(monkeypatch, 2) as tried:
         same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
     assert tried == [7, 3, 1, 2, 4, 2, 2]
+    learnt: list[int] = []
+    with limited_memory(monkeypatch, 2):
+        same(fork(model, IVC, inputs, max_new_tokens=4, too_many=learnt.append), wanted)
+    with limited_memory(monkeypatch, 2) as tried:
+        same(fork(model, IVC, inputs, max_new_tokens=4, at_once=min(learnt)), wanted)
+    assert max(tried) == min(learnt) == 2, "what is remembered runs out of memory no more"
+    with limited_memory(monkeypatch, 0) as tried:
+        same(fork(model, IVC, inputs, max_new_tokens=4, at_once=0), wanted)
+    assert not tried
     with limited_memory(monkeypatch, 0):  # not even one fits beside the trunk: they run alone
         same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
 

@@ -74,15 +74,17 @@ def take_position_embeddings(embeddings: Any, slots: Tensor) -> Any:
     return tuple(take_sequence(part, slots) for part in embeddings)
 
 
-def row_position_embeddings(embeddings: Any, row: int, config: Any) -> Any:
+def row_position_embeddings(embeddings: Any, row: int, config: Any, device: torch.device) -> Any:
     """The position embeddings of one row, batch axis kept: (1, n, R) each; a batch axis of 1 serves every row.
+
+    They are made once, on the device of the first layer, for layers that may lie on others: here they come to theirs.
 
     Before transformers 5.17, Qwen2-VL and Qwen2.5-VL left the three axes of M-RoPE apart, (3, B, n, R), for the
     attention to join by ``mrope_section``; they are joined here.
     """
     if isinstance(embeddings, torch.Tensor):
-        return embeddings.narrow(-3, min(row, embeddings.shape[-3] - 1), 1)
-    parts = tuple(part.narrow(-3, min(row, part.shape[-3] - 1), 1) for part in embeddings)
+        return embeddings.narrow(-3, min(row, embeddings.shape[-3] - 1), 1).to(device)
+    parts = tuple(part.narrow(-3, min(row, part.shape[-3] - 1), 1).to(device) for part in embeddings)
     if parts[0].ndim == 3:
         return parts
     sections = list(config.rope_parameters["mrope_section"]) * 2

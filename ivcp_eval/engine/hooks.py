@@ -270,7 +270,7 @@ class Engine(ABC):
         if not isinstance(layer, PrunedLayer):
             return kwargs
         if layer.slot_map.shift is not None:
-            embeddings = self.rotary.embed(hidden, self.rotary.ids - layer.slot_map.shift)
+            embeddings = self.rotary.embed(hidden, self.rotary.ids - layer.slot_map.shift.to(self.rotary.ids.device))
             kwargs = write(kwargs, position_embeddings=embeddings)
         embeddings = read(kwargs, "position_embeddings")
         asked = [listener.attended(index, layer, hidden.shape[1], embeddings) for listener in self.listeners]

@@ -219,6 +219,7 @@ class Cutter:
         """
         if not state.shorter:
             state.position_embeddings = read(kwargs, "position_embeddings")
+        hidden = self._at_layer(cut.layer, hidden)
         columns, merged, targets = self._select(state, cut, hidden)
         state.captured = {}
         state.stage += 1
@@ -281,11 +282,13 @@ class Cutter:
                 state.evicted_to(cut.layer, kept)
 
     def _evict(self, state: Prefill, cut: Cut, rows: Sequence[Signals | None]) -> None:
+        assert state.cache is not None
+        device = state.cache.layers[cut.layer].keys.device
         choices: list[Choice | None] = []
         kept = []
         for row, (signals, alive) in enumerate(zip(rows, state.now.rows.columns, strict=True)):
             if signals is None:
-                kept.append(torch.arange(alive.numel(), device=self.rotary.ids.device)[None])
+                kept.append(torch.arange(alive.numel(), device=device)[None])
                 choices.append(None)
                 continue
             choice = self._choose(state, row, signals)
@@ -299,6 +302,11 @@ class Cutter:
         state.evictions.append((cut, choices))
         if cut.ratio < 1:
             state.evict(cut.layer, kept)
+
+    def _at_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """What enters a layer, on its device: in a model spread over several, nobody else moved it yet."""
+        device = next((weights.device for weights in self.decoder.layers[layer].parameters()), hidden.device)
+        return hidden if device.type == "meta" else hidden.to(device)  # the weights of offloaded layers are nowhere
 
     def _source(self, state: Prefill, cut: Cut, hidden: Tensor) -> SignalSource:
         return SignalSource(

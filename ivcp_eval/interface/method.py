@@ -462,8 +462,8 @@ class Selection:
                     raise ValueError(
                         f"method {method!r} kept {kept} visual tokens of clip {number}, the clip's budget is {budget}"
                     )
-        images = image[keep].sort(dim=-1).values if per_head else keep
-        if per_head and bool((images != images[:1]).any()):
+        sorted_images = image[keep].sort(dim=-1).values
+        if per_head and bool((sorted_images != sorted_images[:1]).any()):
             raise ValueError(f"method {method!r} kept more visual tokens of an image in one head than in another")
 
 

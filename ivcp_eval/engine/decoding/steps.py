@@ -94,7 +94,7 @@ class StepMasks(Listener):
                 continue
             own_query = own_key = own_tokens = other_keys = None
             if before is not None and query is not None:
-                embeddings = row_position_embeddings(before.embeddings, row, before.attention.config)
+                embeddings = row_position_embeddings(before.embeddings, row, before.attention.config, query.device)
                 own_query = self.adapter.rotate(query[row], embeddings)
                 there, own_tokens = _visual(before.cached, state, row)
                 own_key = before.cached.keys[row][:, to_device(there, before.cached.keys.device)]

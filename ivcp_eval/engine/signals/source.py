@@ -132,7 +132,8 @@ class SignalSource:
         visual, text = is_visual.nonzero().flatten(), (~is_visual).nonzero().flatten()
         images = images_at_cut(spans, columns[visual], self.cut.ratio, self.cut.budget)
         question = question_tokens(columns, visual, text, self.adapter.closing_tokens)
-        states = {name: _at(tensor[index], slots) for name, tensor in self.captured.items()}
+        # Those of the layer before may be on another device.
+        states = {name: _at(tensor[index], slots).to(device) for name, tensor in self.captured.items()}
 
         def rope() -> tuple[Tensor, Tensor]:
             ids = self.position_ids if self.position_ids.ndim == 3 else self.position_ids[None]
@@ -167,7 +168,7 @@ class SignalSource:
 
     def _rotator(self, index: int, slots: Tensor) -> Callable[[Tensor], Tensor]:
         def rotated(tensor: Tensor) -> Tensor:
-            own = row_position_embeddings(self.position_embeddings, index, self.text_model.config)
+            own = row_position_embeddings(self.position_embeddings, index, self.text_model.config, tensor.device)
             single = isinstance(own, torch.Tensor)
             return self.adapter.rotate(tensor, _at(own, slots) if single else tuple(_at(part, slots) for part in own))
 

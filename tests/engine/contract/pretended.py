@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SHOWN = torch.device("cuda", 0)
-HELD = torch.device("meta")  # what the dispatcher is told: it initialises no driver
+SHOWN, HELD = "cuda", "meta"  # the dispatcher is told the latter, which initialises no driver
 CPU = torch.device("cpu")
 
 #: Where a wait is said to come from; not the functions that stand around others.
@@ -52,14 +51,16 @@ class Pretended(Tensor):
     """A tensor of the pretended device; ``held`` has its numbers."""
 
     held: Tensor
+    number: int
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> Pretended:
-        options: dict[str, Any] = {"dtype": held.dtype, "device": HELD, "layout": held.layout}
+    def __new__(cls, held: Tensor, number: int = 0) -> Pretended:
+        device = torch.device(HELD, number)
+        options: dict[str, Any] = {"dtype": held.dtype, "device": device, "layout": held.layout}
         if held.layout == torch.strided:
             options |= {"strides": held.stride(), "storage_offset": held.storage_offset()}
         made: Pretended = torch.Tensor._make_wrapper_subclass(cls, held.shape, **options)  # type: ignore[attr-defined]
-        made.held = held
+        made.held, made.number = held, number
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -76,11 +77,13 @@ class _Shown(TorchFunctionMode):
         given = kwargs or {}
         first = args[0] if args else None
         if func == Tensor.device.__get__ and isinstance(first, Pretended):  # type: ignore[attr-defined]
-            return SHOWN
+            return torch.device(SHOWN, first.number)
         if func == Tensor.is_cuda.__get__ and isinstance(first, Pretended):  # type: ignore[attr-defined]
             return True
         if func == Tensor.is_meta.__get__ and isinstance(first, Pretended):  # type: ignore[attr-defined]
             return False
+        if func is torch.device:
+            return func(*args, **given)
         if func is Tensor.tolist and isinstance(first, Pretended):
             return first.cpu().tolist()
         if func is Tensor.numpy and isinstance(first, Pretended):
@@ -89,13 +92,16 @@ class _Shown(TorchFunctionMode):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             # A list of places is sent to the device.
             index = tuple(
-                torch.tensor(part, dtype=torch.int64).to(HELD) if isinstance(part, list) else part for part in index
+                torch.tensor(part, dtype=torch.int64).to(torch.device(HELD, first.number))
+                if isinstance(part, list)
+                else part
+                for part in index
             )
             args = (first, index, *args[2:])
         args, given = mapped(_held_device, args), mapped(_held_device, given)
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             device = given.pop("device", None)
-            device = HELD if device is None and isinstance(first, Pretended) else device
+            device = first.device if device is None and isinstance(first, Pretended) else device
             values, *rest = args if func is not Tensor.new_tensor else args[1:]
             if isinstance(values, list | tuple):  # CUDA reads each number
                 values = mapped(lambda part: part.item() if isinstance(part, Pretended) else part, values)
@@ -112,9 +118,9 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _held_device(value: Any) -> Any:
-    if isinstance(value, torch.device) and value.type == SHOWN.type:
-        return HELD
-    return HELD if isinstance(value, str) and value.partition(":")[0] == SHOWN.type else value
+    if isinstance(value, str) and value.partition(":")[0] == SHOWN:
+        value = torch.device(value)
+    return torch.device(HELD, value.index or 0) if isinstance(value, torch.device) and value.type == SHOWN else value
 
 
 class Waits(TorchDispatchMode):
@@ -149,22 +155,22 @@ class Waits(TorchDispatchMode):
 
         real_args, real_given = mapped(taken, args), mapped(taken, given)
         name = func.name().removeprefix("aten::").partition(".")[0]
-        to_ours = bool(ours)
+        # The device of the result: of the operands with dimensions, unless it is named.
+        place = next((tensor.number for tensor in sorted(ours, key=lambda tensor: not tensor.ndim)), None)
         if given.get("device") is not None:
-            to_ours = torch.device(given["device"]) == HELD
+            named = torch.device(given["device"])
+            place = named.index or 0 if named.type == HELD else None
             real_given["device"] = CPU
         if name in ("_to_copy", "copy_"):
-            self._copy(name, args, given, to_ours)
-        else:
+            self._copy(name, args, given, place is not None)
+        elif ours:
             self._check(func, name, args, ours, others)
         result = func(*real_args, **real_given)
-        if name == "_to_copy" and to_ours and result is real_args[0]:
-            result = result.clone()
-        if not to_ours:
+        if place is None:
             return result
         if _in_place(func):
             return args[0]
-        return mapped(_pretend, result)
+        return mapped(lambda value: Pretended(value, place) if isinstance(value, Tensor) else value, result)
 
     def _copy(self, name: str, args: Sequence[Any], given: Mapping[str, Any], to_ours: bool) -> None:
         source = args[1] if name == "copy_" else args[0]
@@ -176,16 +182,16 @@ class Waits(TorchDispatchMode):
             self._count(self.sends, "copy to the device")
 
     def _check(
-        self, func: Any, name: str, args: Sequence[Any], ours: Sequence[Tensor], others: Sequence[Tensor]
+        self, func: Any, name: str, args: Sequence[Any], ours: Sequence[Pretended], others: Sequence[Tensor]
     ) -> None:
-        if not ours:
-            return
+        if len({tensor.number for tensor in ours if tensor.ndim}) > 1:
+            raise RuntimeError(f"{func}: tensors are on the devices {[tensor.number for tensor in ours]}")
         if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
             self._index(name, args)
             return
         if mixed := [other for other in others if other.ndim]:
             raise RuntimeError(f"{func}: tensors of shapes {[tuple(m.shape) for m in mixed]} are on the host")
-        if name in WAITS or (name == "repeat_interleave" and isinstance(args[0], Pretended) and _no_size(func, args)):
+        if name in WAITS or (name == "repeat_interleave" and "Tensor" in func._overloadname):
             self._count(self.reads, name)
 
     def _index(self, name: str, args: Sequence[Any]) -> None:
@@ -208,36 +214,30 @@ class Waits(TorchDispatchMode):
         self.where[f"{place} {name}"] += 1
 
 
-def _no_size(func: Any, args: Sequence[Any]) -> bool:
-    return "Tensor" in func._overloadname or "self_Tensor" in func._overloadname
-
-
 @functools.cache
 def _in_place(func: Any) -> bool:
     first = func._schema.arguments[0] if func._schema.arguments else None
     return bool(first and first.alias_info and first.alias_info.is_write and func._schema.returns)
 
 
-def _pretend(value: Any) -> Any:
-    return Pretended(value) if isinstance(value, Tensor) and not isinstance(value, Pretended) else value
-
-
 def on_device(value: Any) -> Any:
-    """A tensor, or any nest of them, on the pretended device."""
+    """A tensor, or any nest of them, on the first pretended device."""
     given = dict(value) if isinstance(value, Mapping) else value
     return mapped(lambda part: Pretended(part) if isinstance(part, Tensor) else part, given)
 
 
-def model_on_device(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters and buffers are on the pretended device."""
+def model_on_device(model: nn.Module, place: Callable[[str], int] = lambda _name: 0) -> nn.Module:
+    """A copy of the model whose parameters and buffers are on pretended devices.
+
+    Args:
+        place: number of the device of what a module of this name holds itself.
+    """
     model = copy.deepcopy(model)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = Pretended(parameter.data)  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = Pretended(buffer)
+    for prefix, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = Pretended(tensor.data, place(prefix))
     return model
 
 

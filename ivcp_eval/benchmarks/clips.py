@@ -141,9 +141,11 @@ def opened(part: Mapping[str, Any]) -> dict[str, Any]:
         clip = pictures(list(map(Path, source)), part.get("seconds", ()))
     else:
         return dict(part)
-    noted = part.get("frames_sha256")
-    if noted and noted != clip.digest:
-        raise OtherFrames(f"{source}: its frames are not those that were noted ({noted[:12]}...); add the file again")
+    recorded = part.get("frames_sha256")
+    if recorded and recorded != clip.digest:
+        raise OtherFrames(
+            f"{source}: its frames are not those that were recorded ({recorded[:12]}...); add the file again"
+        )
     return {"video": clip.frames, "seconds": clip.seconds}
 
 
@@ -224,14 +226,14 @@ def _chosen(
                 f"video {path}: {len(places)} frames of {stream.width} x {stream.height} pixels take {size >> 20} MiB, "
                 f"more than {MOST_BYTES >> 20}; show fewer of them (nframe, fps)"
             )
-        wanted, found = {stamps[place] for place in places}, {}
-        last = max(wanted)
+        requested, found = {stamps[place] for place in places}, {}
+        last = max(requested)
         for frame in container.decode(stream):
-            if frame.pts in wanted and frame.pts not in found:
+            if frame.pts in requested and frame.pts not in found:
                 found[frame.pts] = _upright(frame)
             if frame.pts is not None and frame.pts >= last:
                 break
-    if len(found) < len(wanted):
+    if len(found) < len(requested):
         return None
     return [seconds[place] for place in places], [found[stamps[place]] for place in places]
 

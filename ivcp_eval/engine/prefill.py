@@ -328,9 +328,9 @@ class Cutter:
         places = [here[row, here.shape[1] - alive.numel() :] for row, alive in enumerate(state.now.rows.columns)]
         chosen: dict[int, Choice] = {}
         for row, (alive, slots) in enumerate(zip(state.now.rows.columns, places, strict=True)):
-            asked = self._signals(state, source, row, alive, slots)
-            if asked is not None:
-                chosen[row] = self._choose(state, row, asked)
+            signals = self._signals(state, source, row, alive, slots)
+            if signals is not None:
+                chosen[row] = self._choose(state, row, signals)
         kept = self._read(chosen.values())
         columns = list(state.now.rows.columns)
         targets: list[Tensor | None] = [None] * len(columns)

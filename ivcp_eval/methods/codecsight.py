@@ -87,11 +87,11 @@ class Method(CountedClips):
             if str(frame.clip) not in names:
                 raise ValueError(f"{self.motion} has the videos {names}, the prompt has a video {frame.clip}")
             grids: Tensor = file.get_tensor(str(frame.clip)).float()
-        wanted = [(len(clip.frames), *(one.span.grid or (1, one.tokens.numel()))) for one in clip.frames]
-        if {tuple(grids.shape)} != set(wanted):
+        expected = [(len(clip.frames), *(one.span.grid or (1, one.tokens.numel()))) for one in clip.frames]
+        if {tuple(grids.shape)} != set(expected):
             raise ValueError(
                 f"{self.motion} has motion of shape {tuple(grids.shape)} for video {frame.clip}, the prompt shows it "
-                f"in {wanted[0]} steps, rows and columns; make it for these"
+                f"in {expected[0]} steps, rows and columns; make it for these"
             )
         if bool((grids.isnan() | (grids < 0)).any()):
             raise ValueError(

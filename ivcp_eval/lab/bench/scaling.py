@@ -37,6 +37,7 @@ from ivcp_eval.interface import (
 )
 from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method, method_names
+from ivcp_eval.runs.planning.numbers import COUNT, SHARE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,12 +203,14 @@ def row(name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths)
 def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp bench selection``."""
     parser = argparse.ArgumentParser(prog="ivcp bench selection", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image")
-    parser.add_argument("--ratio", type=float, default=0.5, help="retention ratio (default: 0.5)")
-    parser.add_argument("--hidden", type=int, default=512, help="width of states and features (default: 512)")
+    parser.add_argument(
+        "--tokens", type=COUNT, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image"
+    )
+    parser.add_argument("--ratio", type=SHARE, default=0.5, help="retention ratio (default: 0.5)")
+    parser.add_argument("--hidden", type=COUNT, default=512, help="width of states and features (default: 512)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    parser.add_argument("--threads", type=COUNT, default=1, help="CPU threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, help="write a CSV")
     parser.add_argument("--check", action="store_true", help="exit 1 if a method misses its targets")
     return parser

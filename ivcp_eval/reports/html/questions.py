@@ -18,7 +18,7 @@ from ivcp_eval.benchmarks.pictures import decoded
 from ivcp_eval.files import data_root, file_digest, long_cells, remembered
 from ivcp_eval.interface.method import Rectangle
 
-__all__ = ["MOST_JPEG", "Asked", "Questions", "jpeg"]
+__all__ = ["MOST_JPEG", "Question", "Questions", "jpeg"]
 
 MOST_JPEG = 30_000  # bytes
 _SIDE = 480  # pixels of the longer side of a picture
@@ -27,7 +27,7 @@ _REFERENCE = 64
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """One row of a benchmark.
 
     Attributes:
@@ -43,11 +43,11 @@ class Asked:
 class Questions:
     """Of one benchmark, by index; ``missing`` says why there are none."""
 
-    asked: Mapping[str, Asked]
+    by_index: Mapping[str, Question]
     missing: str = ""
 
     @classmethod
-    def read(cls, benchmark: str, sha256: str, wanted: Collection[str]) -> Questions:
+    def read(cls, benchmark: str, sha256: str, indices: Collection[str]) -> Questions:
         """The rows with these indices, of the very file that was asked; pictures of other rows are never held.
 
         Args:
@@ -60,20 +60,20 @@ class Questions:
         if not sha256 or remembered(path, "sha256", file_digest, str) != sha256:
             return cls({}, f"{path.name} on this machine is not the file that was asked")
         try:
-            rows = {row["index"]: row for row in _rows(path, lambda row: row.get("index") in wanted)}
-            elsewhere = {cell for row in rows.values() if 0 < len(cell := row.get("image") or "") <= _REFERENCE}
+            rows = {row["index"]: row for row in _rows(path, lambda row: row.get("index") in indices)}
+            referenced = {cell for row in rows.values() if 0 < len(cell := row.get("image") or "") <= _REFERENCE}
             pictures = {}
-            if elsewhere:
-                for row in _rows(path, lambda row: row.get("index") in elsewhere):
+            if referenced:
+                for row in _rows(path, lambda row: row.get("index") in referenced):
                     pictures[row["index"]] = row.get("image") or ""
         except (csv.Error, UnicodeDecodeError) as error:
             return cls({}, f"{path.name} cannot be read: {error}")
         boxes = known is not None and known.kind == "grounding" and known.reference == "answers"
-        asked = {}
+        by_index = {}
         for index, row in rows.items():
             cell = row.get("image") or ""
-            asked[index] = Asked(_text(row), _box(row) if boxes else None, _first(pictures.get(cell, cell)))
-        return cls(asked)
+            by_index[index] = Question(_text(row), _box(row) if boxes else None, _first(pictures.get(cell, cell)))
+        return cls(by_index)
 
 
 def _rows(path: Path, fits: Callable[[Mapping[str, str]], bool]) -> Iterator[dict[str, str]]:

@@ -385,9 +385,8 @@ class Cutter:
             shown, selection = self._watched(state, signals, self.method.select)
         check_type(selection, Selection, self.run.method, "select")
         selection.check_form(shown, self.run.method)
-        target = (
-            None if selection.merge is None or shown.cut is None or shown.cut.evicts else merge_targets(selection.merge)
-        )
+        evicts = shown.cut is not None and shown.cut.evicts
+        target = None if selection.merge is None or evicts else merge_targets(selection.merge)
         counts = (*rankings.counts, torch.as_tensor(selection.nonfinite))
         return Choice(row, shown, selection, target, counts)
 

@@ -36,7 +36,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor``, whose values the host knows, on ``device``, without waiting for what a GPU has still to do.
 
-    The host's memory is read before the call returns, so it may be changed or freed at once.
+    Pageable host memory is read before the call returns, so it may be changed or freed at once.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")
 

@@ -126,7 +126,9 @@ def test_waits_do_not_grow_with_the_batch(method: str) -> None:
     except Unsupported as reason:
         pytest.skip(str(reason))
     assert (step > 0) == (method in STEPPING)
-    assert (prefill > bound("llava", method)) == any(method in names for names in WAITING.values())
+    waiting = any(method in names for names in WAITING.values())
+    assert waiting or prefill <= bound("llava", method)
+    assert not waiting or prefill > bound("llava", method) or WHERE.device != "cpu", "it no longer waits: strike it out"
 
 
 @pytest.mark.parametrize("method", ["ivc_prune", "pyramiddrop", "snapkv"])

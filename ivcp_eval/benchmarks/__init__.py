@@ -26,6 +26,7 @@ from ivcp_eval.interface.registry import unknown
 
 FOLDER = files.DATASETS
 OWN = "own"
+_BY_ROW = ("rows", "frames")  # values of `Benchmark.sampling` that leave it to the table
 
 #: Types of a data file's fields, by how they are declared here.
 _KINDS: Mapping[str, Any] = {"str": str, "float": int | float, "bool": bool, "int | None": int | None, "Mapping": dict}
@@ -100,8 +101,8 @@ class Benchmark:
             VLMEvalKit advises for all sets; "kept": its evaluator reads the tags.
         reference: "answers": predictions are compared with the data set's; "baseline": with what the unpruned model
             answered, so the score is an agreement, no accuracy.
-        sampling: which frames of video files are shown: "nframe=8", "fps=1" (`clips.Sampling`), or "rows", where each
-            row says it; empty for pictures, and for frames that are pictures of the data.
+        sampling: which frames of its videos are shown: "nframe=8", "fps=1" (`clips.Sampling`), "rows", where each row
+            says it of a file, or "frames", where videos are pictures with times in the table; empty for pictures.
         n_samples: rows of the full set, None if unknown.
         abilities: tags.
         url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
@@ -153,6 +154,11 @@ class Benchmark:
             if lacks or (metric.optional and groups is not None and metric.column not in groups):
                 missing.append(metric.name)
         return tuple(missing)
+
+    @property
+    def frames(self) -> clips.Sampling | None:
+        """Which frames of every video are shown; None where rows say it, or there are no videos."""
+        return None if self.sampling in ("", *_BY_ROW) else clips.Sampling.of(self.sampling)
 
     @property
     def path(self) -> Path | None:
@@ -241,11 +247,10 @@ def _read(path: Path, _changed: int) -> Benchmark:
     for key, words in allowed.items():
         if (got := getattr(benchmark, key)) not in words:
             raise marked.error((key,), f"{key} {got!r}; allowed: {', '.join(word or 'nothing' for word in words)}")
-    if benchmark.sampling not in ("", "rows"):
-        try:
-            clips.Sampling.of(benchmark.sampling)
-        except ValueError as error:
-            raise marked.error(("sampling",), str(error)) from None
+    try:
+        _ = benchmark.frames
+    except ValueError as error:
+        raise marked.error(("sampling",), f"{error}, {' or '.join(_BY_ROW)}") from None
     if len(benchmark.sha256) not in (0, 64):
         raise marked.error(("sha256",), f"sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
     return benchmark

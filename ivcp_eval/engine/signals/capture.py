@@ -11,7 +11,7 @@ from ivcp_eval.interface.names import read
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ELSEWHERE: frozenset[Signal] = frozenset({"vision", "cached_key", "step"})  # not signals of one decoder layer
+ELSEWHERE: frozenset[Signal] = frozenset({"vision", "cached_key", "step", "motion"})  # not signals of one decoder layer
 
 
 def capture(

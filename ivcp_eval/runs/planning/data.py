@@ -60,12 +60,24 @@ def digest(benchmark: Benchmark) -> str:
                 else "Restore it (git checkout), or correct sha256 if the change is meant."
             )
         )
-    if benchmark.sampling in ("", "rows"):  # of a user's own video files the table has the frames' digests
+    files = _videos(benchmark) if benchmark.frames else {}  # else the table has the pictures, or the frames' digests
+    if not files:
         return digest
-    both, folder = hashlib.sha256(digest.encode()), video_folder(benchmark)
-    for video in sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"):
-        both.update(f" {video.relative_to(folder)} {remembered(video, 'sha256', file_digest, str)}".encode())
+    both = hashlib.sha256(digest.encode())
+    for name, video in sorted(files.items()):
+        both.update(f" {name} {remembered(video, 'sha256', file_digest, str)}".encode())
     return both.hexdigest()
+
+
+def _videos(benchmark: Benchmark) -> dict[str, Path]:
+    """The video files that are here, of a set of VLMEvalKit's or named in the table of a user's own, by name."""
+    if benchmark.path is None:
+        folder = video_folder(benchmark)
+        files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
+        return {str(file.relative_to(folder)): file for file in files}
+    with benchmark.path.open(encoding="utf-8", newline="") as stream, long_cells():
+        named = {row.get("video") or "" for row in csv.DictReader(stream, delimiter="\t")}
+    return {name: Path(name) for name in named if name and Path(name).is_file()}
 
 
 def rows(benchmark: Benchmark, limit: int | None) -> int:

@@ -210,10 +210,14 @@ def _model_plan(
     missing: list[str] = []
     for name in spec.benchmarks(model):
         fetch(name)
-        benchmark = data.find(name)
+        declared = data.find(name)
+        asked = spec.options.sampling if declared.sampling else None
+        benchmark = dataclasses.replace(declared, sampling=str(asked)) if asked else declared
         try:
             digest = data.digest(benchmark)
-            video = f"{benchmark.sampling}, {clips.decoder()}" if benchmark.sampling else ""
+            video = "" if benchmark.sampling == "frames" else benchmark.sampling
+            if declared.sampling not in ("", "frames"):
+                video += f", {clips.decoder()}"
             data.rows(benchmark, spec.options.limit)  # a file that cannot be read is said now
             for line in notices(benchmark, data.path_of(benchmark), spec.options.limit):
                 if line not in plan.notices:

@@ -28,7 +28,7 @@ def pictures(frames: int) -> NDArray[Any]:
 
 def encoded(file: Path, frames: int = 9, codec: str = "mpeg4", group: int = 12) -> Path:
     with av.open(str(file), "w") as container:
-        stream = container.add_stream(codec, rate=8, options={"g": str(group), "bf": "0"})
+        stream: Any = container.add_stream(codec, rate=8, options={"g": str(group), "bf": "0"})
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 192, 128, "yuv420p", 4_000_000
         for picture in pictures(frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

@@ -69,6 +69,10 @@ class _StockVideos:
         tsv.read(path, noted_md5(dataset_name))
         return {"root": str(videos), "data_file": str(path)}
 
+    def save_video_frames(self, *_: Any, **__: Any) -> tuple[list[str], list[int], dict[str, float]]:
+        """None, and a rate that only goes with subtitles: LongVideoBench decodes here even for models that take files."""
+        return [], [], {"fps": 1.0}
+
 
 class _StockFile(Unpacking):
     """Stands before a class of VLMEvalKit's and reads its file."""

@@ -166,6 +166,30 @@ class Benchmark:
         return FOLDER / self.file if self.file else None
 
 
+def content_digest(benchmark: Benchmark, path: Path) -> str:
+    """SHA-256 of a benchmark's file, which is at ``path``, and of the video files whose frames are chosen by number or
+    rate: else the table has the pictures, or the digests of the frames. Each file is read whole once."""
+    digest = files.remembered(path, "sha256", files.file_digest, str)
+    videos = _videos(benchmark, path) if benchmark.frames else {}
+    if not videos:
+        return digest
+    both = hashlib.sha256(digest.encode())
+    for name, video in sorted(videos.items()):
+        both.update(f" {name} {files.remembered(video, 'sha256', files.file_digest, str)}".encode())
+    return both.hexdigest()
+
+
+def _videos(benchmark: Benchmark, path: Path) -> dict[str, Path]:
+    """The video files that are here, of a set of VLMEvalKit's or named in the table of a user's own, by name."""
+    if benchmark.path is None:
+        folder = files.data_root() / "videos" / benchmark.vlmeval
+        found = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
+        return {str(file.relative_to(folder)): file for file in found}
+    with path.open(encoding="utf-8", newline="") as stream, files.long_cells():
+        named = {row.get("video") or "" for row in csv.DictReader(stream, delimiter="\t")}
+    return {name: Path(name) for name in named if name and Path(name).is_file()}
+
+
 def own_folder() -> Path:
     """Where a user's own benchmarks lie: below VLMEvalKit's data root."""
     return files.data_root() / "own"

@@ -30,6 +30,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, exp
 from typing import ClassVar
 
@@ -181,16 +182,18 @@ class Method(ClipsAtInput):
         n, m, k = len(unit), dropped.numel(), kept.numel()
         parts = dropped.split(block_rows(n))
 
-        def kernel(part: Tensor) -> tuple[Tensor, Tensor]:
+        def made(part: int) -> tuple[Tensor, Tensor]:
             """(R, K) cosines to the anchors, and exp(-cost / epsilon)."""
-            cosine = unit[part] @ unit[kept].T
-            apart = torch.cdist(place[part], place[kept], compute_mode="donot_use_mm_for_euclid_dist")
+            cosine = unit[parts[part]] @ unit[kept].T
+            apart = torch.cdist(place[parts[part]], place[kept], compute_mode="donot_use_mm_for_euclid_dist")
             return cosine, ((cosine - 1 - SPATIAL * apart) / EPSILON).exp()
+
+        kernel = cache(made) if len(parts) == 1 else made  # several are too large to keep
 
         row, column = torch.ones(m, device=unit.device), torch.ones(k, device=unit.device)
         for _ in range(ROUNDS):
             before, scaled, arrived = row, [], torch.zeros_like(column)
-            for part in parts:
+            for part in range(len(parts)):
                 _, near = kernel(part)
                 scaled.append(1 / m / (near @ column))
                 arrived += scaled[-1] @ near
@@ -198,7 +201,7 @@ class Method(ClipsAtInput):
             if float((row - before).abs().mean()) < STOP:
                 break
         reach, moved, goal, nearest = min(k, max(FEWEST, ENTRIES // m)), [], [], []
-        for part, scale in zip(parts, row.split(block_rows(n)), strict=True):
+        for part, scale in enumerate(row.split(block_rows(n))):
             cosine, near = kernel(part)
             plan = scale[:, None] * near * column
             best = plan.topk(reach, dim=1)

@@ -1,6 +1,6 @@
-"""How the cost of choosing grows with the image: every method on made-up signals of one row, without a model.
+"""How the cost of choosing grows with the image or video: methods on made-up signals of one row, without a model.
 
-``ivcp bench selection --tokens 1024 4096 16384``. How to read the table: docs/bench.md.
+``ivcp bench selection --tokens 1024 4096 16384``, or ``--frames 8 32 128``. How to read the table: docs/bench.md.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.engine.signals.source import attention_rows
+from ivcp_eval.engine.signals.source import attention_rows, images_at_cut
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface import (
     AbstractMethod,
     Cut,
-    Image,
+    Frame,
     ImageSpan,
     ModelFacts,
     Patches,
@@ -35,7 +36,6 @@ from ivcp_eval.interface import (
     Signals,
     TowerFacts,
 )
-from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method, method_names
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ SERVED = DecoderShape(  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
 )
 TOWER = TowerFacts(n_blocks=24, own=22, whole=tuple(range(24)), class_token=True)
 QUESTION = 60
+RATIO = 0.5
+SCENE = 8  # steps of a video that show the same, but for what moves
 
 
 @dataclass(frozen=True)
@@ -83,31 +85,57 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def spans_of(n: int, frames: int) -> list[ImageSpan]:
+    """An image of ``n`` tokens, or the steps of a video with so many together; blocks of its stream move by chance."""
+    if not frames:
+        return [_span(torch.arange(n), None)]
+    drawn = np.random.default_rng(0).exponential(size=(frames, 32, 32)).astype(np.float32)
+    return [
+        _span(columns, Frame(0, i, i / 2, motion))
+        for i, (columns, motion) in enumerate(zip(torch.arange(n).chunk(frames), drawn, strict=True))
+    ]
+
+
+def _span(columns: Tensor, frame: Frame | None) -> ImageSpan:
+    side = math.isqrt(columns.numel())
+    return ImageSpan(columns, grid=(side, side) if side * side == columns.numel() else None, frame=frame)
+
+
+def _scenes(spans: Sequence[ImageSpan], width: int, generator: torch.Generator) -> Tensor:
+    """(n, width) states of a video: what half of the places show stays the same over eight steps, nearly."""
+    size = spans[0].columns.numel()
+    scenes = torch.randn(-(-len(spans) // SCENE), size, width, generator=generator)
+    spread = torch.where(torch.arange(size) < size // 2, 0.1, 0.7)[:, None]
+    noise = spread * torch.randn(len(spans), size, width, generator=generator)
+    return (scenes.repeat_interleave(SCENE, dim=0)[: len(spans)] + noise).flatten(0, 1)
+
+
 def signals_of(
     method: AbstractMethod,
     cut: Cut,
     stage: int,
-    alive: int,
-    n: int,
+    alive: Tensor,
+    spans: Sequence[ImageSpan],
     widths: Widths,
     memory: dict[str, Any],
     device: str,
 ) -> Signals:
-    """Random signals of a row with one image, of whose ``n`` tokens ``alive`` are left before the cut."""
+    """Random signals of a row with one image or video, of whose tokens ``alive`` (increasing) are left."""
     generator = torch.Generator().manual_seed(stage)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    visual = torch.arange(alive, device=device)
-    text = torch.arange(alive, alive + QUESTION, device=device)
-    total = alive + QUESTION
+    visual = torch.arange(alive.numel(), device=device)
+    total = alive.numel() + QUESTION
+    text = torch.arange(alive.numel(), total, device=device)
     hidden = draw(total, widths.hidden)
+    if spans[0].frame is not None:
+        hidden[: alive.numel()] = _scenes(spans, widths.hidden, torch.Generator().manual_seed(0))[alive].to(device)
     key, query = draw(widths.groups, total, widths.head), draw(widths.heads, total, widths.head)
-    side = math.isqrt(alive)
-    span = ImageSpan(visual.cpu(), grid=(side, side) if side * side == alive else None)
+    images = images_at_cut(list(spans), alive, cut.ratio, cut.budget)
     return Signals(
-        images=(Image(visual, min(alive, budget(cut.ratio, n)), n, span),),
+        images=tuple(replace(image, tokens=image.tokens.to(device)) for image in images),
         visual=visual,
         text=text,
         question=text,
@@ -120,7 +148,7 @@ def signals_of(
         value=draw(widths.groups, total, widths.head),
         key=key,
         query=query,
-        vision=_tower(method, draw, alive, widths) if "vision" in method.needs else {},
+        vision=_tower(method, draw, alive.numel(), widths) if "vision" in method.needs else {},
         cut=cut,
         ids=torch.arange(total),
         stage=stage,
@@ -139,17 +167,17 @@ def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping
     }
 
 
-def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu") -> Cost | None:
-    """What a method takes to choose among ``n`` tokens; None if it chooses none."""
-    method = make_method(name)
-    cuts = method.cuts(ModelFacts("qwen2_5_vl", SERVED.layers, position_axes=3), ratio)
+def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu", frames: int = 0) -> Cost | None:
+    """What a method takes to choose among ``n`` tokens, of an image or of the steps of a video; None if it does not."""
+    method, spans = make_method(name), spans_of(n, frames)
+    cuts = _cuts(method, ratio)
     memory: dict[str, Any] = {}
-    seconds, operations, flops, alive = 0.0, 0, 0, n
+    seconds, operations, flops, alive = 0.0, 0, 0, torch.arange(n)
     jobs: list[tuple[int, Cut, Callable[[Signals], Selection | None]]]
     jobs = [(stage, cut, method.observe) for stage, cut in enumerate(cuts) if cut.late]
     jobs += [(stage, cut, partial(_select, method, n=n, ratio=ratio)) for stage, cut in enumerate(cuts)]
     for stage, cut, ask in jobs:
-        signals = signals_of(method, cut, stage, alive, n, widths, memory, device)
+        signals = signals_of(method, cut, stage, alive, spans, widths, memory, device)
         kept = {name: copy(value) for name, value in memory.items()}  # lists of what was observed grow in place
         with _Operations() as counted, FlopCounterMode(display=False) as counter:  # counting takes time of its own
             ask(replace(signals, memory=kept))
@@ -159,8 +187,18 @@ def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu"
         operations, flops = operations + counted.count, flops + counter.get_total_flops()
         if selection is not None:
             selection.check(signals, name)
-            alive = alive if cut.evicts else selection.keep.numel()
+            alive = alive if cut.evicts else alive[selection.keep.sort().values.cpu()]
     return Cost(seconds, operations, flops) if any(cut.ratio < 1 for cut in cuts) else None
+
+
+def _cuts(method: AbstractMethod, ratio: float) -> tuple[Cut, ...]:
+    return method.cuts(ModelFacts("qwen2_5_vl", SERVED.layers, position_axes=3), ratio)
+
+
+def of_videos() -> list[str]:
+    """Methods that see a clip as one, or move budget between its frames; on pictures they are like others."""
+    made = {name: make_method(name) for name in method_names()}
+    return [name for name, one in made.items() if any(cut.budget == "clip" for cut in _cuts(one, RATIO))]
 
 
 def _select(method: AbstractMethod, signals: Signals, *, n: int, ratio: float) -> Selection:
@@ -184,12 +222,15 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def row(name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths) -> dict[str, Any]:
-    """Columns as in docs/bench.md."""
+def row(
+    name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths, frames: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Columns as in docs/bench.md; ``frames``: of the videos that have so many tokens."""
     last = costs[-1]
     served = SERVED.prefill_flops([tokens[-1]] * SERVED.layers)
     columns: dict[str, Any] = {"method": name}
-    columns |= {f"{n} ms": 1e3 * cost.seconds for n, cost in zip(tokens, costs, strict=True)}
+    sizes = [f"{count} frames" for count in frames] or tokens
+    columns |= {f"{size} ms": 1e3 * cost.seconds for size, cost in zip(sizes, costs, strict=True)}
     if len(tokens) > 1:
         growth = math.log(max(last.seconds, 1e-6) / max(costs[-2].seconds, 1e-6))
         columns["slope"] = growth / math.log(tokens[-1] / tokens[-2])
@@ -203,7 +244,10 @@ def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp bench selection``."""
     parser = argparse.ArgumentParser(prog="ivcp bench selection", description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image")
-    parser.add_argument("--ratio", type=float, default=0.5, help="retention ratio (default: 0.5)")
+    parser.add_argument("--frames", type=int, nargs="+", help="of a video in place of an image, each with --per-frame "
+        "tokens; its methods are those of videos by default")  # fmt: skip
+    parser.add_argument("--per-frame", type=int, default=64, help="tokens of a frame, a square (default: 64)")
+    parser.add_argument("--ratio", type=float, default=RATIO, help="retention ratio (default: 0.5)")
     parser.add_argument("--hidden", type=int, default=512, help="width of states and features (default: 512)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -218,19 +262,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tabulate import tabulate
 
     options = parser().parse_args(argv)
-    if min(options.tokens) < 4:
-        raise ValueError(f"--tokens must be at least 4, got {min(options.tokens)}")
-    tokens, widths = sorted(set(options.tokens)), Widths(options.hidden)
+    if min(*options.tokens, options.per_frame) < 4 or min(options.frames or [1]) < 1:
+        raise ValueError("--tokens and --per-frame must be at least 4, and --frames at least 1")
+    frames, widths = sorted(set(options.frames or ())), Widths(options.hidden)
+    tokens = [options.per_frame * count for count in frames] or sorted(set(options.tokens))
+    sizes = list(zip(tokens, frames or [0] * len(tokens), strict=True))
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     try:
-        for name in options.methods or method_names():
-            measure(name, tokens[0], options.ratio, widths, options.device)  # first calls cost more
-            costs = [measure(name, n, options.ratio, widths, options.device) for n in tokens]
+        for name in options.methods or (of_videos() if frames else method_names()):
+            measure(name, tokens[0], options.ratio, widths, options.device, sizes[0][1])  # first calls cost more
+            costs = [measure(name, n, options.ratio, widths, options.device, count) for n, count in sizes]
             chosen = [cost for cost in costs if cost is not None]
             if chosen:
-                rows.append(row(name, tokens, chosen, widths))
+                rows.append(row(name, tokens, chosen, widths, frames))
     finally:
         torch.set_num_threads(threads)
     sys.stdout.write(tabulate(rows, headers="keys", floatfmt=".3g") + "\n")

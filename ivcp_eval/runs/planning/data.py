@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,6 @@ def find(name: str) -> Benchmark:
 def path_of(benchmark: Benchmark) -> Path:
     """Where the file is or belongs: beside its data file, or in VLMEvalKit's data root."""
     return benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
-
-
-def video_folder(benchmark: Benchmark) -> Path:
-    """Where the video files of a set of VLMEvalKit's lie."""
-    return data_root() / "videos" / benchmark.vlmeval
 
 
 def digest(benchmark: Benchmark) -> str:
@@ -60,24 +54,7 @@ def digest(benchmark: Benchmark) -> str:
                 else "Restore it (git checkout), or correct sha256 if the change is meant."
             )
         )
-    files = _videos(benchmark) if benchmark.frames else {}  # else the table has the pictures, or the frames' digests
-    if not files:
-        return digest
-    both = hashlib.sha256(digest.encode())
-    for name, video in sorted(files.items()):
-        both.update(f" {name} {remembered(video, 'sha256', file_digest, str)}".encode())
-    return both.hexdigest()
-
-
-def _videos(benchmark: Benchmark) -> dict[str, Path]:
-    """The video files that are here, of a set of VLMEvalKit's or named in the table of a user's own, by name."""
-    if benchmark.path is None:
-        folder = video_folder(benchmark)
-        files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
-        return {str(file.relative_to(folder)): file for file in files}
-    with benchmark.path.open(encoding="utf-8", newline="") as stream, long_cells():
-        named = {row.get("video") or "" for row in csv.DictReader(stream, delimiter="\t")}
-    return {name: Path(name) for name in named if name and Path(name).is_file()}
+    return benchmarks.content_digest(benchmark, path)
 
 
 def rows(benchmark: Benchmark, limit: int | None) -> int:

@@ -70,7 +70,7 @@ class _StockVideos:
         return {"root": str(videos), "data_file": str(path)}
 
     def save_video_frames(self, *_: Any, **__: Any) -> tuple[list[str], list[int], dict[str, float]]:
-        """None, and a rate that only goes with subtitles: LongVideoBench decodes here even for models that take files."""
+        """None, and a rate that goes with subtitles: LongVideoBench decodes here, for models that take files too."""
         return [], [], {"fps": 1.0}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import clips
 from ivcp_eval.interface import Frame
 from ivcp_eval.interface.records.masks import Masks
+from ivcp_eval.reports.html.collect import collect
 from ivcp_eval.reports.table import Row, read_samples
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.vlmeval_bridge.reading import own as own_data
@@ -136,6 +138,38 @@ def test_own_videos_become_rows(lab: Lab, own: Path) -> None:
     own.write_text(own.read_text().replace('"nframe": 4', '"nframe": 2'))
     assert lab.eval(*command) == 0
     assert rows_of(lab, "mine")["evs"]["run_id"] != before
+
+
+@pytest.mark.parametrize("asked", [(), ("--nframe", "5")])
+@pytest.mark.parametrize("data", ["tiny_clips", "own"])
+def test_the_report_shows_every_frame_and_cut(lab: Lab, own: Path, data: str, asked: tuple[str, ...]) -> None:
+    """The steps side by side in one picture; cells per step are those of the samples."""
+    name = "mine" if data == "own" else data
+    command = ("--data", str(own) if data == "own" else data, "--limit", "2", *asked, "--ratio", "0.5")
+    assert lab.eval(*command, "--method", "holitom") == 0
+    row = rows_of(lab, name)["holitom"]
+    samples = {s["index"]: s for s in read_samples(lab.csv.parent / str(row["predictions"]))}
+    report = collect(lab.csv)
+    assert not report.unread
+    assert {picture.index for picture in report.pictures} == set(samples)
+    for picture in report.pictures:
+        sample = samples[picture.index]
+        masks = Masks.from_text(sample["masks"])
+        rows, columns = masks.images[0].views[0].cells.shape
+        _, shown = picture.shown
+        assert (shown.tokens, [cut.layer for cut in shown.cuts]) == (sample["visual_tokens"], [0, 5])
+        assert shown.cuts[-1].kept == sample["visual_kept"]
+        assert shown.grid is not None
+        assert (shown.grid[0] % rows, shown.grid[1] % columns) == (0, 0)
+        for number, cut in enumerate(shown.cuts):
+            assert len(cut.dropped) == shown.tokens - cut.kept
+            across = shown.grid[1] // columns
+            places = [divmod(cell, shown.grid[1]) for cell in cut.dropped]
+            of_step = [row // rows * across + column // columns for row, column in places]
+            dropped = [rows * columns - masks.kept(step, number) for step in range(len(masks.images))]
+            assert [of_step.count(step) for step in range(len(masks.images))] == dropped
+        with Image.open(io.BytesIO(picture.jpeg)) as image:
+            assert image.width / image.height == pytest.approx(picture.size[0] / picture.size[1], rel=0.02)
 
 
 @pytest.mark.parametrize("source", ["file", "pictures"])

@@ -15,6 +15,7 @@ NAMES = tuple(
     name
     for name in (*benchmarks.names("matrix"), *benchmarks.names("more"))
     if not benchmarks.load(name).file  # files of our own have no counterpart in VLMEvalKit
+    and not benchmarks.load(name).sampling  # videos: test_videos.py
 )
 # A sample has one score, so a second metric that needs another one is compared without pairing.
 UNPAIRED = {"relative score"}

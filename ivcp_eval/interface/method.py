@@ -256,6 +256,7 @@ class Signals:
             behind the block; ``joint_key`` (V, H * D) keys of all heads side by side, and ``joint_cls`` (V,) the class
             token's attention by these, where there is one; ``luma`` (V, F, M) float32 brightness (BT.601) of the M
             pixels of each of the F frames that the token shows, 0 black and 1 white, always by that name alone.
+        columns: (V,) int64 on CPU, increasing: the prompt column of each visual token, which names it at every cut.
         cut: the cut itself. ids: (n,) int64 token ids, where the prompt came as ids.
         stage: 0 for the first cut, 1 for the second, ...
         family: the adapter's name, for presets that reproduce one family's released code.
@@ -278,6 +279,7 @@ class Signals:
     project: Callable[[Literal["query", "key"]], Tensor] | None = None
     normed: Callable[[], Tensor] | None = None
     vision: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Tensor | None = None
     cut: Cut | None = None
     ids: Tensor | None = None
     stage: int = 0

@@ -149,6 +149,7 @@ def signals_of(
         key=key,
         query=query,
         vision=_tower(method, draw, alive.numel(), widths) if "vision" in method.needs else {},
+        columns=alive,
         cut=cut,
         ids=torch.arange(total),
         stage=stage,

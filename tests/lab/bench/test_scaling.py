@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivcp_eval.cli import main
 from ivcp_eval.interface import Signals, registry
-from ivcp_eval.lab.bench.scaling import MOST_OPERATIONS, Cost, Widths, measure, row
+from ivcp_eval.lab.bench.scaling import MOST_OPERATIONS, Cost, Widths, measure, of_videos, row
 
 SMALL = Widths(hidden=32, heads=4, groups=2, head=8)
 COSTLY = dict.fromkeys(
@@ -64,3 +64,17 @@ def test_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "divprune" in capsys.readouterr().out
     with pytest.raises(ValueError, match="did you mean 'fastv'"):
         measure("fastw", 64, 0.5, SMALL)
+
+
+def test_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method that sees a clip as one, on 2 and 8 frames; budgets hold for the clip (`Selection.check`)."""
+    names, out = of_videos(), tmp_path / "made.csv"
+    assert {"evs", "fastvid", "prunevid", "fewer_frames", "codecsight"} <= set(names)
+    options = ["--frames", "8", "2", "--per-frame", "16", "--hidden", "16", "--out", str(out)]
+    assert main(["bench", "selection", *options]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert [one["method"] for one in rows] == names
+    assert list(rows[0])[:4] == ["method", "2 frames ms", "8 frames ms", "slope"]
+    assert all(int(one["operations"]) > 0 for one in rows)
+    assert main(["bench", "selection", "--frames", "0"]) == 2
+    assert "--frames at least 1" in capsys.readouterr().err

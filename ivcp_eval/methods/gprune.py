@@ -56,7 +56,7 @@ class Method(AtInput):
     def scores(self, states: Tensor) -> Tensor:
         """(N,) of states (N, E)."""
         unit = unit_rows(states)
-        graph = partial(self._graph, unit)
+        graph: Callable[[int, int], tuple[Tensor, Tensor]] = partial(self._graph, unit)
         if block_rows(len(unit)) >= len(unit):  # one block, which need not be made in every step
             graph = cache(graph)
         flow = states.float().norm(dim=1).nan_to_num(0, 0, 0)

@@ -293,6 +293,8 @@ class _Identities:
             placement = dict.fromkeys(placement, "")
             limits, sent = Limits(None, None, limits.max_new_tokens), fields_sent(server, limits.max_new_tokens)
         answering = variant.method, self.weights.family
+        # Frames that are pictures are encoded for the method that asks how they move.
+        coded = ["av"] if "motion" in method.needs and self.benchmark.sampling else []
         code = code_of(*answering) if server is None else code_of(*answering, served=True)
         identity = Identity(
             variant=variant,
@@ -306,7 +308,7 @@ class _Identities:
             judge=judge_name(options, self.benchmark),
             limits=dataclasses.asdict(limits),
             placement=placement,
-            versions=cells.versions(),
+            versions=cells.versions(*coded),
             code=code.hash,
             method_source=method_source(variant.method),
             generation=sent,

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,8 @@ def test_what_moves_in_the_stream_stays(lab: Lab, tmp_path: Path, source: str) -
     assert (row["status"], row["n_failed"]) == ("ok", 0)
     (sample,) = read_samples(lab.csv.parent / str(row["predictions"]))
     masks = Masks.from_text(sample["masks"])
+    (path,) = (lab.folder / "runs" / "tiny" / "moving").glob("codecsight-*/run.json")
+    assert json.loads(path.read_text())["identity"]["versions"]["av"] == version("av"), "who encodes, and who decodes"
     rows, columns = masks.images[0].views[0].cells.shape
     kept = [masks.kept(i) for i in range(len(masks.images))]
     assert kept[0] == rows * columns

@@ -27,10 +27,10 @@ alone.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from math import ceil, exp
 from typing import ClassVar
 
@@ -188,16 +188,16 @@ class Method(ClipsAtInput):
             apart = torch.cdist(place[parts[part]], place[kept], compute_mode="donot_use_mm_for_euclid_dist")
             return cosine, ((cosine - 1 - SPATIAL * apart) / EPSILON).exp()
 
-        kernel = cache(made) if len(parts) == 1 else made  # several are too large to keep
+        kernel = functools.cache(made) if len(parts) == 1 else made  # several are too large to keep
 
         row, column = torch.ones(m, device=unit.device), torch.ones(k, device=unit.device)
         for _ in range(ROUNDS):
-            before, scaled, arrived = row, [], torch.zeros_like(column)
+            before, scaled, arrived = row, list[Tensor](), list[Tensor]()
             for part in range(len(parts)):
                 _, near = kernel(part)
                 scaled.append(1 / m / (near @ column))
-                arrived += scaled[-1] @ near
-            row, column = torch.cat(scaled), 1 / k / arrived
+                arrived.append(scaled[-1] @ near)
+            row, column = _joined(scaled), 1 / k / functools.reduce(torch.add, arrived)
             if float((row - before).abs().mean()) < STOP:
                 break
         reach, moved, goal, nearest = min(k, max(FEWEST, ENTRIES // m)), [], [], []
@@ -217,6 +217,10 @@ class Method(ClipsAtInput):
             torch.cat((by_plan + by_mean, mass * by_plan[anchor], by_mean[like])),
             (k, n),
         )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _plan(later: Tensor, current: Tensor, weight: float) -> Tensor:

@@ -55,10 +55,11 @@ lock:
 eval: $(READY)
 	@$(BIN)/ivcp eval --model $(MODEL) --method $(METHOD) --ratio $(RATIO) $(OPTIONS)
 
-# `make eval` leaves the results of a model in one file; the same variables choose its rows. Another file is compared whole.
+# `make eval` leaves the results of a model in one file; the same variables choose its rows: without SET the method's usual
+# parameters, without LIMIT whole benchmarks. Another file is compared whole.
 RESULTS ?= results/eval/$(MODEL).csv
 CHOICE = $(if $(filter file,$(origin RESULTS)),--method $(METHOD) --ratio $(RATIO) --budget $(or $(BUDGET),own) \
-         $(if $(SET),--set $(SET)) $(if $(LIMIT),--limit $(LIMIT)))
+         --set $(SET) --limit $(or $(LIMIT),0) $(if $(DATA),--data $(DATA)))
 compare: $(READY)
 	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(CHOICE) $(ARGS)
 

@@ -269,11 +269,11 @@ def unsealed_line(line: bytes) -> bytes:
     Raises:
         ValueError: it has no checksum, or was changed since.
     """
-    noted = _SEALED.search(line)
-    if not noted:
+    sealed = _SEALED.search(line)
+    if not sealed:
         raise ValueError("without its checksum")
-    body = line[: noted.start()] + b"}"
-    if _checksum(body) != noted[1].decode():
+    body = line[: sealed.start()] + b"}"
+    if _checksum(body) != sealed[1].decode():
         raise ValueError("changed since it was written")
     return body
 

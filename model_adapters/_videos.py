@@ -40,15 +40,17 @@ def per_video(values: Sequence[float], counts: list[int], repeats: int) -> list[
 
     Args:
         values: of every video of the batch, row by row. counts: videos of each row.
-        repeats: how often beams repeat a row; `generate` repeats values in place, or not at all.
+        repeats: how often beams repeat a row. `generate` repeats each value in place, those of a row together (as
+            transformers 5.14 does), or none.
     """
     distinct = counts[::repeats]
-    if len(values) == repeats * sum(distinct):
-        values = values[::repeats]
-    if len(values) != sum(distinct):
+    repeated = len(values) == repeats * sum(distinct)
+    if not repeated and len(values) != sum(distinct):
         return [[None] * n for n in counts]
-    parts = torch.tensor(values, dtype=torch.float64).split(distinct)
-    return [list(parts[row // repeats].tolist()) for row in range(len(counts))]
+    if repeated and all(len(set(values[i : i + repeats])) == 1 for i in range(0, len(values), repeats)):
+        values, repeated = values[::repeats], False
+    parts = torch.tensor(values, dtype=torch.float64).split(counts if repeated else distinct)
+    return [list(parts[row if repeated else row // repeats].tolist()) for row in range(len(counts))]
 
 
 def row_repeats(ids: Tensor | None, mask: Tensor) -> int:

@@ -119,7 +119,8 @@ def _video_tokens(
 
     The newline gets the mean of the frame that it ends.
     """
-    clips, n_frames = inputs["pixel_values_videos"].shape[:2]
+    # Transformers 5.14 calls the frames by the pictures' name.
+    clips, n_frames = inputs["pixel_values_videos" if "pixel_values_videos" in inputs else "pixel_values"].shape[:2]
     cells = _side(model.config) ** 2
     made = {}
     for name, values in patches.items():

@@ -27,6 +27,8 @@ from ivcp_eval.interface.registry import unknown
 FOLDER = files.DATASETS
 OWN = "own"
 _BY_ROW = ("rows", "frames")  # values of `Benchmark.sampling` that leave it to the table
+#: Of files of a user's own pictures.
+OWN_SUFFIXES = (".jsonl", ".tsv")
 
 #: Types of a data file's fields, by how they are declared here.
 _KINDS: Mapping[str, Any] = {"str": str, "float": int | float, "bool": bool, "int | None": int | None, "Mapping": dict}
@@ -149,9 +151,9 @@ class Benchmark:
         """
         missing = []
         for metric in self.metrics:
-            lacks = any(column in rows and str(value) not in rows[column] for column, value in metric.rows.items())
+            incomplete = any(column in rows and str(value) not in rows[column] for column, value in metric.rows.items())
             groups = rows.get(self.category)
-            if lacks or (metric.optional and groups is not None and metric.column not in groups):
+            if incomplete or (metric.optional and groups is not None and metric.column not in groups):
                 missing.append(metric.name)
         return tuple(missing)
 
@@ -193,6 +195,11 @@ def _videos(benchmark: Benchmark, path: Path) -> dict[str, Path]:
 def own_folder() -> Path:
     """Where a user's own benchmarks lie: below VLMEvalKit's data root."""
     return files.data_root() / "own"
+
+
+def is_file_name(word: str) -> bool:
+    """Whether a word is a path to a file of a user's own pictures and no benchmark's name."""
+    return Path(word).suffix.lower() in OWN_SUFFIXES
 
 
 def data_file(name: str) -> Path:

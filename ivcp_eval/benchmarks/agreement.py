@@ -23,11 +23,13 @@ class Agreement:
     """Of the answers to a data set.
 
     Attributes:
-        metrics: name -> percent. samples: index -> 1 for an answer that agrees, else 0. ious: of boxes, by index.
+        metrics: name -> percent. samples: index -> 1 for an answer that agrees, else 0.
+        similarities: of the texts, 1 for equal ones, by index. ious: of boxes, by index.
     """
 
     metrics: dict[str, float]
     samples: dict[str, float]
+    similarities: dict[str, float]
     ious: dict[str, float]
 
 
@@ -43,16 +45,16 @@ def agreement(given: Mapping[str, str], reference: Mapping[str, str], boxes: boo
     """
     pairs = {index: (text.strip(), given.get(index, "").strip()) for index, text in reference.items()}
     exact = {index: float(before == now and index in given) for index, (before, now) in pairs.items()}
-    if boxes:
-        ious = {index: exact[index] or (_iou(*pair) if index in given else 0.0) for index, pair in pairs.items()}
-        samples = {index: float(value >= 0.5) for index, value in ious.items()}
-        columns = dict(zip(BOX_METRICS, (samples, ious, exact), strict=True))
-        return Agreement(_percent(columns), samples, ious)
     similar = {
         index: exact[index] or (SequenceMatcher(None, *pair).ratio() if index in given else 0.0)
         for index, pair in pairs.items()
     }
-    return Agreement(_percent(dict(zip(TEXT_METRICS, (exact, similar), strict=True))), exact, {})
+    if boxes:
+        ious = {index: exact[index] or (_iou(*pair) if index in given else 0.0) for index, pair in pairs.items()}
+        samples = {index: float(value >= 0.5) for index, value in ious.items()}
+        columns = dict(zip(BOX_METRICS, (samples, ious, exact), strict=True))
+        return Agreement(_percent(columns), samples, similar, ious)
+    return Agreement(_percent(dict(zip(TEXT_METRICS, (exact, similar), strict=True))), exact, similar, {})
 
 
 def _percent(columns: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -148,9 +148,11 @@ def opened(part: Mapping[str, Any], moving: bool = False) -> dict[str, Any]:
         clip = pictures(list(map(Path, source)), part.get("seconds", ()))
     else:
         return dict(part)
-    noted = part.get("frames_sha256")
-    if noted and noted != clip.digest:
-        raise OtherFrames(f"{source}: its frames are not those that were noted ({noted[:12]}...); add the file again")
+    recorded = part.get("frames_sha256")
+    if recorded and recorded != clip.digest:
+        raise OtherFrames(
+            f"{source}: its frames are not those that were recorded ({recorded[:12]}...); add the file again"
+        )
     found = {"video": clip.frames, "seconds": clip.seconds}
     if not moving:
         return found
@@ -235,19 +237,19 @@ def _chosen(av: Any, path: Path, stamps: list[int], sampling: Sampling, moving: 
                 f"video {path}: {len(places)} frames of {stream.width} x {stream.height} pixels take {size >> 20} MiB, "
                 f"more than {MOST_BYTES >> 20}; show fewer of them (nframe, fps)"
             )
-        wanted, found = {stamps[place] for place in places}, {}
-        last, motion = max(wanted), Motion() if moving else None
+        requested, found = {stamps[place] for place in places}, {}
+        last, motion = max(requested), Motion() if moving else None
         if motion:
             motion.exported(stream.codec_context)
         for frame in container.decode(stream):
-            new = frame.pts in wanted and frame.pts not in found
+            new = frame.pts in requested and frame.pts not in found
             if new:
                 found[frame.pts] = _upright(frame)
             if motion:
                 motion.see(frame, new)
             if frame.pts is not None and frame.pts >= last:
                 break
-    if len(found) < len(wanted):
+    if len(found) < len(requested):
         return None
     return Clip(
         np.stack([found[stamps[place]] for place in places]),

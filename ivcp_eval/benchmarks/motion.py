@@ -17,7 +17,7 @@ class Motion:
     """Takes the frames of a stream that exports its vectors, in the order in which they are shown.
 
     Attributes:
-        steps: for each frame that was noted (rows, columns) float32, cells of `CELL` pixels: the longest vector since
+        steps: for each frame that is shown (rows, columns) float32, cells of `CELL` pixels: the longest vector since
             the one before, in pixels. Infinite in the first, in one that refers to no other, and where no block does.
         found: whether any frame has vectors.
     """
@@ -32,14 +32,14 @@ class Motion:
         """Have a stream's decoder, before its first frame, export what it can."""
         codec.options = {**codec.options, "flags2": "+export_mvs"}
 
-    def see(self, frame: Any, noted: bool) -> None:
-        """One frame; the next one counts from here if it is ``noted``."""
+    def see(self, frame: Any, shown: bool) -> None:
+        """One frame; the next one counts from here if it is ``shown``."""
         vectors, size = frame.side_data.get("MOTION_VECTORS"), (frame.height, frame.width)
         now = cells_of(size) if self._since is None else self._since
         if vectors is not None:
             now, self.found = np.maximum(now, block_motion(vectors.to_ndarray(), size)), True
-        self._since = None if noted else now
-        if noted:
+        self._since = None if shown else now
+        if shown:
             new = not self.steps or vectors is None
             turned = np.full_like(now, np.inf) if new else now
             self.steps.append(np.ascontiguousarray(np.rot90(turned, frame.rotation // 90)))
@@ -62,10 +62,10 @@ def of_frames(av: Any, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         if frame is not None:
             frame.pts = number
         for packet in encoder.encode(frame):
-            for shown in decoder.decode(packet):
-                motion.see(shown, True)
-    for shown in decoder.decode(None):
-        motion.see(shown, True)
+            for again in decoder.decode(packet):
+                motion.see(again, True)
+    for again in decoder.decode(None):
+        motion.see(again, True)
     return np.stack(motion.steps)
 
 

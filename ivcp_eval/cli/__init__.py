@@ -100,14 +100,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=_QUIET)
 
 
-def count(text: str) -> int:
-    """The type of an option that counts: a whole number of 1 and more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
 def notices(args: argparse.Namespace) -> Callable[[str], None]:
     """What prints a line that is neither a result nor an error: `say`, or nothing under ``--quiet``."""
     return (lambda text: None) if args.quiet else say

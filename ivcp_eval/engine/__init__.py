@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.engine.guards.cuts import check_cuts, check_ratio
 from ivcp_eval.engine.guards.refusals import refuse_labels, refuse_own_pruning, unwrapped
 from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.hooks import Pruner, listeners_for
@@ -17,7 +17,6 @@ from ivcp_eval.interface import (
     AbstractMethod,
     Cut,
     Frame,
-    ModelFacts,
     Signal,
     Unsupported,
     VisionTap,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 REQUIRED: Any = object()
 """No ratio was given."""
 
-__all__ = ["Resolved", "Run", "check_ratio", "prune", "resolve"]
+__all__ = ["Resolved", "Run", "prune", "resolve"]
 
 
 @contextmanager
@@ -142,7 +141,7 @@ def resolve(
     cuts = method.cuts(facts, ratio) if ratio < 1 else ()
     if ratio < 1:
         _check_signals(method, cuts, adapter, model, family, name)
-    _check_cuts(cuts, facts, name)
+    check_cuts(cuts, facts, name)
     return Resolved(adapter, family, method, name, ratio, cuts)
 
 
@@ -154,18 +153,12 @@ def _check_loading(method: AbstractMethod, adapter: AbstractAdapter, model: Any,
         "dtype": str(text_model.dtype).removeprefix("torch."),
         "attention": text_model.config._attn_implementation,
     }
-    for what, wanted in method.loading.items():
-        if loaded[what] != wanted:
+    for what, required in method.loading.items():
+        if loaded[what] != required:
             raise Unsupported(
-                f"method {name!r} with {what}={wanted} needs a model that is loaded so; this one has {loaded[what]}. "
+                f"method {name!r} with {what}={required} needs a model that is loaded so; this one has {loaded[what]}. "
                 "Load it anew, or let `ivcp eval` or a sweep do so"
             )
-
-
-def check_ratio(ratio: float) -> None:
-    """Raise ValueError unless ``ratio`` is a number in (0, 1]."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or math.isnan(ratio) or not 0 < ratio <= 1:
-        raise ValueError(f"retention ratio {ratio!r} is outside (0, 1]: 0.5 keeps half of the visual tokens, 1 all")
 
 
 def _check_signals(
@@ -201,28 +194,4 @@ def _check_blocks(method: AbstractMethod, tap: VisionTap | None, family: str, na
             raise ValueError(
                 f"method {name!r} listens to block {number} of the vision tower, which has blocks "
                 f"0..{tap.facts.n_blocks - 1}"
-            )
-
-
-def _check_cuts(cuts: tuple[Cut, ...], facts: ModelFacts, method: str) -> None:
-    layers = [cut.layer for cut in cuts]
-    if not all(isinstance(layer, int) for layer in layers):
-        raise ValueError(f"method {method!r} cuts at layers {layers}; a layer is a whole number")
-    if layers != sorted(set(layers)):
-        raise ValueError(f"method {method!r} cuts at layers {layers}; they must increase strictly")
-    if len({cut.evicts for cut in cuts if cut.ratio < 1}) > 1:
-        raise ValueError(
-            f"method {method!r} cuts the sequence and evicts from single caches; a method does one or the other"
-        )
-    for cut in cuts:
-        check_ratio(cut.ratio)
-        if cut.late and not cut.evicts:
-            raise ValueError(
-                f'method {method!r} cuts layer {cut.layer} late, which only an eviction (cache="own") can be'
-            )
-        lowest = facts.first_cut if cut.ratio < 1 and not cut.evicts else 0
-        if not lowest <= cut.layer < facts.n_layers:
-            raise ValueError(
-                f"layer {cut.layer} of method {method!r} is outside {lowest}..{facts.n_layers - 1}, "
-                f"the decoder layers of this {facts.family} model that can be cut"
             )

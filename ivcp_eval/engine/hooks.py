@@ -267,8 +267,8 @@ class Engine(ABC):
             embeddings = self.rotary.embed(hidden, self.rotary.ids - layer.slot_map.shift)
             kwargs = write(kwargs, position_embeddings=embeddings)
         embeddings = read(kwargs, "position_embeddings")
-        asked = [listener.attended(index, layer, hidden.shape[1], embeddings) for listener in self.listeners]
-        masks = [mask for mask in asked if mask is not None]
+        given = [listener.attended(index, layer, hidden.shape[1], embeddings) for listener in self.listeners]
+        masks = [mask for mask in given if mask is not None]
         attended = functools.reduce(torch.logical_and, masks) if masks else None
         mask = state.layer_mask(layer, hidden, self.decoder.config._attn_implementation, attended)
         return write(kwargs, attention_mask=mask)

@@ -289,10 +289,10 @@ class Cutter:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which of the row's alive tokens survive, (n,) bool on CPU; the rest as `_select`."""
         keep = torch.ones(alive.numel(), dtype=torch.bool)
-        asked = self._signals(state, source, row, alive, slots)
-        if asked is None:
+        signals = self._signals(state, source, row, alive, slots)
+        if signals is None:
             return keep, hidden, None
-        signals, selection = self._choose(state, row, asked)
+        signals, selection = self._choose(state, row, signals)
         # Before the host waits for what survives anyway.
         target = None if selection.merge is None else merge_targets(selection.merge)
         visual, kept = signals.visual.cpu(), selection.keep.cpu()

@@ -93,7 +93,7 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
     return Weights(checkpoint, family, folder, revision, _is_trained(folder), unquantised(name)[1])
 
 
-def elsewhere(name: str, path: str | os.PathLike[str] | None = None) -> Weights:
+def served(name: str, path: str | os.PathLike[str] | None = None) -> Weights:
     """A model of which nothing need be on this machine, since a server has it; ``path`` may hold its processor.
 
     Raises:

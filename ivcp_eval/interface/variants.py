@@ -163,14 +163,14 @@ class Variant:
         return repr((self.model, self.method, self.share, sorted(self.parameters.items()), self.seed, *served))
 
     @property
-    def asked(self) -> float:
+    def requested(self) -> float:
         """The share that the user asked for: of visual tokens, or of what the budget counts."""
         return self.ratio if self.budget is None else self.budget.target
 
     @property
     def share(self) -> str:
         """``r0.5``, or ``flops0.5`` for a held budget."""
-        return f"{'r' if self.budget is None else self.budget.kind}{_short(self.asked)}"
+        return f"{'r' if self.budget is None else self.budget.kind}{_short(self.requested)}"
 
     @property
     def name(self) -> str:

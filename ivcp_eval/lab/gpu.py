@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ivcp_eval.files import CHECKOUT, write_json
+from ivcp_eval.runs.planning.numbers import POSITIVE
 
 IVCP = (sys.executable, "-m", "ivcp_eval")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -219,12 +220,12 @@ def _same_run(folder: Path, settings: dict[str, str]) -> None:
 def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp lab gpu``."""
     made = argparse.ArgumentParser(prog="ivcp lab gpu", description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--minutes", type=float, default=9, help="begin no cell, and stop all, after (default: 9)")
+    made.add_argument("--minutes", type=POSITIVE, default=9, help="begin no cell, and stop all, after (default: 9)")
     made.add_argument("--stages", nargs="+", metavar="STAGE", help="contract, bench, fork, throughput, train")
     made.add_argument("--out", type=Path, required=True, help="folder of the measurements; the same one goes on")
     made.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     made.add_argument("--profile", choices=sorted(PROFILES), default="full", help="dry: small shapes, for any machine")
-    made.add_argument("--train-minutes", type=float, default=8, help="of one call of the training (default: 8)")
+    made.add_argument("--train-minutes", type=POSITIVE, default=8, help="of one call of the training (default: 8)")
     return made
 
 

@@ -21,17 +21,17 @@ class _Probe(AbstractMethod):
     """Keeps the first tokens of each image and remembers what it was shown."""
 
     layer: int = 1
-    wanted: frozenset[Signal] = frozenset()
+    signals: frozenset[Signal] = frozenset()
     seen: list[Signals] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     needs: ClassVar[frozenset[Signal]] = frozenset()
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        return (Cut(self.layer, ratio, needs=self.wanted),)
+        return (Cut(self.layer, ratio, needs=self.signals),)
 
     def select(self, signals: Signals) -> Selection:
         self.seen.append(signals)
-        if {"query", "key"} <= self.wanted:
+        if {"query", "key"} <= self.signals:
             self.rows.append(signals.attention(signals.question[-1:]))
         return Selection(torch.cat([image.tokens[: image.budget] for image in signals.images]).sort().values)
 
@@ -103,7 +103,7 @@ def _signal_problem(
     wired, model = session.adapter, session.model
     if wired.unsupported(model, signal):
         return ""
-    probe = _Probe(layer=layer, wanted=frozenset({signal}))
+    probe = _Probe(layer=layer, signals=frozenset({signal}))
     with prune(model, probe, ratio=0.5):
         logits()
     states, tokens = getattr(probe.seen[0], signal), probe.seen[0].hidden.shape[0]
@@ -125,7 +125,7 @@ def _signal_problem(
 def _attention_problem(session: Session, layer: int, logits: Callable[[], Tensor]) -> str:
     if any(session.adapter.unsupported(session.model, signal) for signal in ("query", "key")):
         return ""
-    probe = _Probe(layer=layer, wanted=frozenset({"query", "key"}))
+    probe = _Probe(layer=layer, signals=frozenset({"query", "key"}))
     with prune(session.model, probe, ratio=0.5):
         logits()
     sums = probe.rows[0].sum(-1)

@@ -241,7 +241,7 @@ def _check_on(name: str, family: str, report: CheckReport) -> None:
 
     case = import_module("tests.engine.contract.cases").Case(family, name)
     try:
-        problem = _first_look(case)
+        problem = _check_basics(case)
     except Unsupported as reason:
         report.unsupported.append(f"{family}: {reason}")
         return
@@ -262,7 +262,7 @@ def _check_on(name: str, family: str, report: CheckReport) -> None:
             report.failures.append(f"{family}, {check} ({promise}): {_words(error)}")
 
 
-def _first_look(case: Any) -> str:
+def _check_basics(case: Any) -> str:
     """One prompt twice: what is wrong with the choice itself, in words; empty if nothing is."""
     inputs = case.inputs("t5 i0 t9")
     keeps = []

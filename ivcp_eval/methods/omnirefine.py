@@ -235,8 +235,8 @@ def middles(part: Tensor, rows: int, columns: int) -> Tensor:
     ]
     middle = torch.zeros(len(size), 2, device=part.device).index_add_(0, flat, place) / size[:, None]
     off_centre = (place - middle[flat]).square().sum(dim=1)
-    elsewhere = frame != ((ends[0] + ends[1]) // 2)[flat]
-    first = place_in_group(-off_centre - elsewhere * float(rows + columns) ** 2, flat) == 0
+    other_frames = frame != ((ends[0] + ends[1]) // 2)[flat]
+    first = place_in_group(-off_centre - other_frames * float(rows + columns) ** 2, flat) == 0
     kept = torch.empty_like(size)
     kept[flat[first]] = first.nonzero().flatten()
     return kept

@@ -45,5 +45,5 @@ def _staggered(image: Image) -> Tensor:
     group, centre = image_partition(image)
     place = place_in_group(torch.zeros_like(group), group)
     turn = 0 if image.span.frame is None else image.span.frame.index
-    wanted = (place[centre] + turn) % torch.bincount(group)
-    return (place == wanted[group]).nonzero().flatten()
+    target = (place[centre] + turn) % torch.bincount(group)
+    return (place == target[group]).nonzero().flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ __all__ = [
     "NotComparable",
     "Reference",
     "Selection",
+    "Telling",
     "baseline_of",
     "candidates",
     "described",
@@ -109,30 +110,34 @@ class Reference:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which pruned rows a user asks for; None, or no parameters, is any.
+    """Which pruned rows a user asks for; None is any.
 
     Attributes:
-        method, ratio: of the row. budget: kind that it holds; "own" for none. parameters: of the method, those named.
-        limit: of the run.
+        method, ratio: of the row. budget: kind that it holds; "own" for none. parameters: of the method; those that are
+            not among them are its usual ones. limit: of the run; 0 for none. benchmarks: their names.
     """
 
     method: str | None = None
     ratio: float | None = None
     budget: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] | None = None
     limit: int | None = None
+    benchmarks: Collection[str] | None = None
 
     def fits(self, row: Row) -> bool:
         """Whether a row is among them."""
         given = json.loads(row["method_parameters"] or "{}")
         kind = row["budget"].partition("(")[0] or OWN
         # Through JSON, as the file has them.
-        parameters = json.loads(json.dumps(dict(self.parameters)))
+        parameters = json.loads(json.dumps(dict(self.parameters or {})))
+        unusual = set(row["set_parameters"].split()) if self.parameters is not None else set()
         return bool(
             self.method in (None, row["method"])
             and self.ratio in (None, row["ratio_asked"])
             and self.budget in (None, kind)
-            and self.limit in (None, row["limit"])
+            and self.limit in (None, row["limit"] or 0)
+            and (self.benchmarks is None or row["benchmark"] in self.benchmarks)
+            and unusual <= parameters.keys()
             and all(name in given and given[name] == value for name, value in parameters.items())
         )
 
@@ -169,35 +174,48 @@ def merged(group: Group) -> Row:
     return {**group[0], **means, "seed": None}
 
 
-def telling_parameters(rows: Iterable[Row]) -> dict[str, list[str]]:
-    """For each method the names of the parameters that tell its variants in these rows apart, or from the usual one."""
-    values: dict[str, dict[str, set[str]]] = {}
-    sets: dict[str, set[str]] = {}
-    unusual: dict[str, set[str]] = {}
+Telling = Mapping[tuple[str, str, str], Collection[str]]
+"""Parameters to be stated beside those that a row's variant set, by what else names it (`_named`)."""
+
+
+def telling_parameters(rows: Iterable[Row]) -> Telling:
+    """The parameters that tell variants apart of which the same parameters were set to the same values.
+
+    There are none but where defaults changed in between, and in files that do not say what was set.
+    """
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        of_method = values.setdefault(row["method"], {})
-        sets.setdefault(row["method"], set()).add(row["method_parameters"] or "{}")
-        for name, value in json.loads(row["method_parameters"] or "{}").items():
-            of_method.setdefault(name, set()).add(json.dumps(value))
-        unusual.setdefault(row["method"], set()).update(row["set_parameters"].split())
+        parameters = json.loads(row["method_parameters"] or "{}")
+        others = groups.setdefault(_named(row), [])
+        others += [] if parameters in others else [parameters]
+    missing = object()
     return {
-        method: [
+        named: [
             name
-            for name, seen in of_method.items()
-            if len(seen) > 1 or name in unusual[method] or any(name not in json.loads(text) for text in sets[method])
+            for name in dict.fromkeys(name for one in several for name in one)
+            if any(one.get(name, missing) != several[0].get(name, missing) for one in several)
         ]
-        for method, of_method in values.items()
+        for named, several in groups.items()
     }
 
 
-def settings(row: Row, telling: Mapping[str, Sequence[str]]) -> str:
-    """``layer=3, ivc=0.0``: the parameters in ``telling`` (`telling_parameters`) of the row's method.
+def _named(row: Row) -> tuple[str, str, str]:
+    """Model, method, and what was set."""
+    return row["model"], row["method"], _stated(row, row["set_parameters"].split())
 
-    An empty text says that a parameter was not set.
+
+def settings(row: Row, telling: Telling) -> str:
+    """``layer=3, ivc=0.0``: the parameters that the row's variant set, and those that tell it from others.
+
+    The usual variant has an empty text, whatever other variants there are. An empty value says that a parameter was
+    not set.
     """
+    return _stated(row, {*row["set_parameters"].split(), *telling.get(_named(row), ())})
+
+
+def _stated(row: Row, names: Collection[str]) -> str:
     parameters = json.loads(row["method_parameters"] or "{}")
-    names = [name for name in telling.get(row["method"], ()) if parameters.get(name, "") != ""]
-    return ", ".join(f"{name}={_plain(parameters[name])}" for name in names)
+    return ", ".join(f"{n}={_plain(value)}" for n, value in parameters.items() if n in names and value != "")
 
 
 def _plain(value: Any) -> str:
@@ -343,8 +361,8 @@ def _lacking(row: Row, baselines: Sequence[Group]) -> str:
 def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
     """The one baseline of a group, or why there is none. Raises NotComparable if there are several that fit equally."""
     row = group[0]
-    wanted = {**row, "model": unquantised(row["model"])[0]} if against == FULL else row
-    same = [g for g in baselines if all(g[0][name] == wanted[name] for name in ("model", "benchmark", "metric"))]
+    unpruned = {**row, "model": unquantised(row["model"])[0]} if against == FULL else row
+    same = [g for g in baselines if all(g[0][name] == unpruned[name] for name in ("model", "benchmark", "metric"))]
     reference = _reference(against)
     if against in ("none", FULL):
         same = [g for g in same if g[0]["method"] == BASELINE]
@@ -359,7 +377,7 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
         what = "baseline row"
         if reference:
             what = f"row of {described(against) if reference.ratio else f'{reference.method} at the same cost'}"
-        return f"no {what}{_lacking(wanted, baselines)}"
+        return f"no {what}{_lacking(unpruned, baselines)}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
     # Of a server and the model here, that which answers where the row's own answers come from.

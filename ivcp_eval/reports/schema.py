@@ -336,7 +336,22 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _ANSWERED["prediction"],
     Column("answer", "text", "the true answer"),
     Column("score", "number", "score of this sample in [0, 1]; empty if it cannot be scored alone", low=0, high=1),
-    Column("iou", "number", "grounding: overlap of the box with the true one", low=0, high=1, late=True),
+    Column(
+        "iou",
+        "number",
+        "grounding: overlap of the box with the true one, or, where agreement is measured, with the unpruned model's",
+        low=0,
+        high=1,
+        late=True,
+    ),
+    Column(
+        "similarity",
+        "number",
+        "where agreement is measured: likeness of the answer's text to the unpruned model's, 1 if equal",
+        low=0,
+        high=1,
+        late=True,
+    ),
     Column(
         "box", "text", "grounding: the box that is scored, as fractions of the picture, or why there is none", late=True
     ),

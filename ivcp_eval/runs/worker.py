@@ -264,22 +264,22 @@ def _time_any(plan: RunPlan, stop: Stop, hooks: Hooks, report: Report, only: str
 
 def _time(plan: RunPlan, model: str, benchmark: Benchmark, cells: Sequence[Cell], hooks: Hooks, report: Report) -> int:
     """Time a benchmark's cells: those of the model in memory side by side, and those of servers; how many samples."""
-    n, wanted, placement = 0, plan.options.timing, plan.models[model].placement
+    n, samples, placement = 0, plan.options.timing, plan.models[model].placement
     here = tuple(cell for cell in cells if cell.identity.variant.server is None)
     whole = Unit(model, benchmark, 0, 0, here, placement)
     dataset = _dataset(plan, whole, report)
     if here:
         session = _session(plan, whole, hooks, report)
-        n = time_cells(session, dataset, _capable(session, here), wanted)
-    engines, asked = [], []
+        n = time_cells(session, dataset, _capable(session, here), samples)
+    engines, served = [], []
     for cell in cells:
         if cell not in here:
             engine = _served(plan, Unit(model, benchmark, 0, 0, (cell,), placement), report)
             with suppress(ValueError):
                 engine.check(benchmark.kind == "grounding")
                 engines.append(engine)
-                asked.append(cell)
-    return max(n, time_served(engines, dataset, asked, wanted))
+                served.append(cell)
+    return max(n, time_served(engines, dataset, served, samples))
 
 
 def _capable(session: Session, cells: Sequence[Cell]) -> list[Cell]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["knows", "noted_md5", "register", "run_vlmeval"]
+__all__ = ["expected_md5", "knows", "register", "run_vlmeval"]
 
 
 def knows(name: str) -> bool:
@@ -26,14 +26,14 @@ def knows(name: str) -> bool:
     )
 
 
-def noted_md5(name: str) -> str:
+def expected_md5(name: str) -> str:
     """The checksum that VLMEvalKit notes for the file of one of its data sets; "" if it notes none."""
     from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 
     import_vlmeval()
-    from ivcp_eval.vlmeval_bridge.reading.stock import noted_md5 as noted
+    from ivcp_eval.vlmeval_bridge.reading.stock import expected_md5 as expected
 
-    return noted(name)
+    return expected(name)
 
 
 def register(make: Callable[[str], Any] | None = None, models: Sequence[str] = ()) -> list[str]:

@@ -91,12 +91,12 @@ def lossless_files() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def wrong_checksum(path: Path, got: str, noted: str) -> str:
+def wrong_checksum(path: Path, got: str, expected: str) -> str:
     """What is said of a file of VLMEvalKit's name that is not VLMEvalKit's file, which would download over it."""
     return (
-        f"{path} has MD5 {got}, VLMEvalKit notes {noted}: it was changed, cut short, or is another version. It is left "
-        "untouched and not used. Move it away and fetch the noted file (`ivcp data prepare NAME`), or give your own "
-        "version a name of its own"
+        f"{path} has MD5 {got}, VLMEvalKit notes {expected}: it was changed, cut short, or is another version. It is "
+        "left untouched and not used. Move it away and fetch the noted file (`ivcp data prepare NAME`), or give your "
+        "own version a name of its own"
     )
 
 

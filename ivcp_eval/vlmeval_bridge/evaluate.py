@@ -74,7 +74,7 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRow:
     """The prompt of one row.
 
     Attributes:
@@ -89,7 +89,7 @@ class Asked:
     failure: Mapping[str, str] = field(default_factory=dict)
 
 
-def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | None = None) -> Iterator[Asked]:
+def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | None = None) -> Iterator[PromptRow]:
     """The prompts of the rows ``start`` to ``stop``, as VLMEvalKit's loop will build them."""
     kind = None if getattr(dataset, "force_use_dataset_prompt", False) else prompting.kind(dataset.dataset_name)
     for i in range(*slice(start, stop).indices(len(dataset.data))):
@@ -108,9 +108,9 @@ def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | Non
         except (DiskFullError, NoLocksError):
             raise
         except FAILURES as error:
-            yield Asked(str(line["index"]), failure=failure(error))
+            yield PromptRow(str(line["index"]), failure=failure(error))
         else:
-            yield Asked(str(line["index"]), message, key, pictures)
+            yield PromptRow(str(line["index"]), message, key, pictures)
 
 
 def infer(dataset: Any, model: BridgedVLM, folder: Path, broken: Collection[str]) -> Path:
@@ -152,7 +152,8 @@ class Scored:
         metrics: name -> (score, scale). samples: index -> score in 0..1; without an entry: not scored alone.
         judge_failures: answers that the judge could not rate, which are left out of the score; None if none was asked.
         remark: what else should be known, in words.
-        ious: grounding: index -> overlap of the box with the true one.
+        ious: grounding: index -> overlap of the box with the true one, or, of agreement, with the unpruned model's.
+        similarities: of agreement: index -> likeness of the text to the unpruned model's.
         thinking: answers of which only what follows ``</think>`` was scored.
     """
 
@@ -161,6 +162,7 @@ class Scored:
     judge_failures: int | None = None
     remark: str = ""
     ious: Mapping[str, float] = field(default_factory=dict)
+    similarities: Mapping[str, float] = field(default_factory=dict)
     thinking: int = 0
 
 
@@ -211,7 +213,7 @@ def score(benchmark: Benchmark, dataset: Any, predictions: Path, judge: Judge | 
         None if unrated is None else len(unrated),
         _remark(benchmark, predictions, unrated or (), thinking),
         _ious(benchmark, predictions),
-        thinking,
+        thinking=thinking,
     )
 
 
@@ -225,7 +227,7 @@ def agreed(benchmark: Benchmark, given: Mapping[str, str], reference: Mapping[st
     result = agreement(given, reference, benchmark.kind == "grounding")
     return Scored(
         {name: (value, 100.0) for name, value in result.metrics.items()}, result.samples, remark=NOTE, ious=result.ious,
-        thinking=thought if benchmark.thinking == "split" else 0,
+        similarities=result.similarities, thinking=thought if benchmark.thinking == "split" else 0,
     )  # fmt: skip
 
 

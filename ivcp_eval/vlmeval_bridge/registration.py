@@ -70,7 +70,7 @@ def _check_files(arguments: Sequence[str]) -> None:
         in_data = word == "--data" or (in_data and not word.startswith("--"))
         path = data_root() / f"{word}.tsv"
         if in_data and path.is_file():
-            tsv.read(path, stock.noted_md5(word))
+            tsv.read(path, stock.expected_md5(word))
 
 
 def run(arguments: Sequence[str], make: Callable[[str], Any]) -> int:

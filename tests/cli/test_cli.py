@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import re
 import subprocess
@@ -14,6 +15,8 @@ from ivcp_eval import vlmeval_bridge
 from ivcp_eval.cli import main, verbs
 from ivcp_eval.files import DamagedError
 from ivcp_eval.lab.bench import pruning as bench
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("separator", [[], ["--"]])
@@ -82,3 +85,41 @@ def test_an_output_that_takes_nothing_is_said() -> None:
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()
     assert "is full" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("eval --every -1", "--every: must be a finite number of at least 0, got '-1'"),
+        ("eval --every nan", "--every: must be a finite number of at least 0, got 'nan'"),
+        ("sweep run smoke --every inf", "--every: must be a finite number of at least 0, got 'inf'"),
+        ("eval --ratio 0", "--ratio: must be a finite number above 0 and at most 1, got '0'"),
+        ("show a.jpg What? --ratio 1.1", "--ratio: must be a finite number above 0 and at most 1, got '1.1'"),
+        ("eval --seed -1", "--seed: must be a whole number of at least 0, got '-1'"),
+        ("eval --limit 0", "--limit: must be a whole number above 0, got '0'"),
+        ("eval --timing many", "--timing: must be a whole number of at least 0, got 'many'"),
+        ("eval --timeout 0", "--timeout: must be a finite number above 0, got '0'"),
+        ("show a.jpg What? --max-new-tokens 0", "--max-new-tokens: must be a whole number above 0, got '0'"),
+        ("published --kept 120", "--kept: must be a finite number above 0 and at most 100, got '120'"),
+        ("calibrate hawk --questions 0", "--questions: must be a whole number above 0, got '0'"),
+        ("bench --size tiny --tokens 0", "--tokens: must be a whole number above 0, got '0'"),
+        ("bench stats --variants 1.5", "--variants: must be a whole number above 0, got '1.5'"),
+    ],
+)
+def test_numbers_are_refused_in_one_way(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_number_of_a_command_line_is_checked() -> None:
+    """`int` and `float` alone take -1, nan and inf."""
+    found = []
+    for path in sorted((ROOT / "ivcp_eval").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and any(
+                isinstance(word, ast.Constant) and str(word.value).startswith("--") for word in call.args
+            ):
+                kinds = [ast.unparse(word.value) for word in call.keywords if word.arg == "type"]
+                found += [f"{path.name}:{call.lineno}" for kind in kinds if kind in ("int", "float")]
+    assert not found

@@ -51,15 +51,26 @@ def test_list_begins_with_what_runs_here(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LMUData", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "POPE.tsv").touch()
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    names = [line.split()[0] for line in out.splitlines() if line]
-    assert names[2] == "tiny", "the shipped model is the first"
-    assert {"qwen25", "internvl25_1b", "fastv", "random", "tiny_mcq", "POPE"} <= set(names)
+    names = out.replace(",", " ").split()
+    assert {"qwen25", "internvl25_1b", "fastv", "random", "tiny_mcq", "POPE", "NAME+ivc"} <= set(names)
+    assert names.index("tiny") < names.index("qwen25"), "the shipped model is the first"
     further = {"qwen25_3b", "MME"}
     assert (set(names) & further == further) == ("--all" in arguments)
     assert out.count("... and ") == (3 if arguments == ["list"] else 0)
+    assert len(out.splitlines()) <= 60 or "--all" in arguments
+
+
+@pytest.mark.parametrize(("what", "name", "note"), [("models", "tiny", "laboratory"), ("methods", "fastv", "Keeps")])
+def test_list_says_more_of_one_kind(what: str, name: str, note: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", f"--{what}"]) == 0
+    out = capsys.readouterr().out
+    assert any(line.startswith(f"{name} ") and note in line for line in out.splitlines())
+    assert f"`ivcp list --{what} --all`" in out
+    assert "tiny_mcq" not in out
 
 
 @pytest.mark.parametrize("width", [60, 80])

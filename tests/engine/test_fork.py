@@ -1,4 +1,4 @@
-"""A fork gives every variant the tokens and the facts of its own single run, in any company and at any memory."""
+"""A fork gives every variant the tokens and the facts of its own single run, beside any others and at any memory."""
 
 from __future__ import annotations
 

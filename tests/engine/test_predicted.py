@@ -106,7 +106,7 @@ def test_a_held_variant_costs_what_was_asked(method: str, kind: str) -> None:
     variant = solve_budget(Variant("tiny", method, 0.7, {}, 3, CostTarget.of(kind, 0.7, (150, 30))), TINY)
     assert variant.budget is not None
     assert variant.budget.problem == ""
-    assert (variant.asked, variant.seed) == (0.7, 3)
+    assert (variant.requested, variant.seed) == (0.7, 3)
     prompt = Prompt(TINY.shape, 150, 30)
     assert getattr(cost(make_method(method), TINY.facts, variant.ratio, prompt), kind) == pytest.approx(0.7, abs=1e-9)
     assert f"ratio {variant.ratio:.4f}" in described(variant)
@@ -133,7 +133,7 @@ def test_a_budget_that_nothing_holds_says_why(method: str, parameters: dict[str,
     variant = solve_budget(Variant("tiny", method, 0.5, parameters, 0, CostTarget.of(kind, 0.5)), TINY)
     assert variant.budget is not None
     assert re.match(said, variant.budget.problem)
-    assert (variant.asked, variant.ratio) == (0.5, 0.5)
+    assert (variant.requested, variant.ratio) == (0.5, 0.5)
     assert "cannot run" in described(variant)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ivcp_eval import cli
+from ivcp_eval.benchmarks.agreement import BOX_METRICS, TEXT_METRICS, agreement
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.provenance import Selection
@@ -231,6 +232,26 @@ class TestUnpaired:
         assert [(row.right_to_wrong, row.wrong_to_right) for row in found.values()] == [(0, 0), (18, 3), (18, 3)]
         assert [row.graded for row in found.values()] == [False, False, True]
 
+    @pytest.mark.parametrize("boxes", [False, True])
+    def test_every_metric_of_agreement_is_paired(self, folder, boxes):
+        """Half of the answers say the same in other words, or move the box by half its width."""
+        before = {str(i): f"[0, {i / N}, 0.5, 1]" for i in range(N)}
+        now = {index: text if int(index) % 2 else f"[0.25, {text[4:-8]}, 0.75, 1]" for index, text in before.items()}
+        rows = []
+        for method, given in (("none", before), ("ivc_prune", now)):
+            found = agreement(given, before, boxes)
+            own = {"score": found.samples, "similarity": found.similarities, "iou": found.ious}
+            lines = [
+                {**row, **{name: values.get(str(row["index"])) for name, values in own.items()}}
+                for row in samples([0.0] * N)
+            ]
+            write_samples(folder / "runs" / f"{method}.csv", lines)
+            for metric, score in found.metrics.items():
+                rows.append(make(method, metric=metric, score=score, predictions=f"runs/{method}.csv"))
+        found = {row.metric: row for row in compare(write(folder, *rows)).rows}
+        assert found.keys() == {*(BOX_METRICS if boxes else TEXT_METRICS)}
+        assert all(row.paired and row.right_to_wrong == N // 2 for row in found.values())
+
     def test_a_metric_that_samples_do_not_determine(self, folder):
         rows = [
             make(metric="mean_iou", score=0.71, score_scale=1, predictions="runs/none.csv"),
@@ -390,6 +411,7 @@ class TestSelection:
                 run_id=f"{layer}-{ratio}",
                 ratio_asked=ratio,
                 method_parameters={"layer": layer},
+                set_parameters="layer" if layer != 2 else "",
                 score=70.0,
             )
             for layer in (2, 3)
@@ -397,7 +419,21 @@ class TestSelection:
         ]
         rows += [make("fastv", run_id="held", ratio_asked=0.5, budget="flops(1024+64)", score=75.0)]
         rows += [make("fastv", run_id="small", limit=4, score=50.0)]
+        rows += [make(benchmark="MME", run_id="MME"), make("pool", benchmark="MME", run_id="M", ratio_asked=0.25)]
         return write(folder, *rows)
+
+    def test_a_variant_states_what_was_set_whatever_stands_beside_it(self, several):
+        alone = compare(several, select=Selection(parameters={}).fits)
+        names = {row.variant for row in compare(several).rows}
+        assert {row.variant for row in alone.rows} <= names
+        assert {"ivc_prune 0.5", "ivc_prune(layer=3) 0.5"} <= names
+
+    def test_files_that_do_not_say_what_was_set_tell_variants_apart(self, folder):
+        rows = [make("ivc_prune", run_id=f"{n}", method_parameters={"layer": n, "ivc": 0.1}) for n in (2, 3)]
+        assert [row.variant for row in compare(write(folder, make(), *rows)).rows] == [
+            "ivc_prune(layer=2) 0.5",
+            "ivc_prune(layer=3) 0.5",
+        ]
 
     @pytest.mark.parametrize(
         ("chosen", "variants"),
@@ -405,8 +441,11 @@ class TestSelection:
             ({"method": "fastv"}, ["fastv 0.5 of flops(1024+64)", "fastv 0.5"]),
             ({"method": "fastv", "budget": "flops"}, ["fastv 0.5 of flops(1024+64)"]),
             ({"budget": "own", "ratio": 0.5, "parameters": {"layer": 3}}, ["ivc_prune(layer=3) 0.5"]),
-            ({"parameters": {"layer": 2}}, ["ivc_prune(layer=2) 0.5", "ivc_prune(layer=2) 0.25"]),
+            ({"parameters": {"layer": 2}}, ["ivc_prune 0.5", "ivc_prune 0.25"]),
+            ({"method": "ivc_prune", "parameters": {}}, ["ivc_prune 0.5", "ivc_prune 0.25"]),
             ({"limit": 4}, ["fastv 0.5"]),
+            ({"method": "fastv", "limit": 0}, ["fastv 0.5 of flops(1024+64)"]),
+            ({"benchmarks": ["MME"]}, ["pool 0.25"]),
         ],
     )
     def test_rows_of_a_request(self, several, chosen, variants):
@@ -424,7 +463,7 @@ class TestSelection:
             compare(write(folder, make(), make("fastv", limit=4)))
 
     def test_what_there_is_instead(self, several):
-        with pytest.raises(ValueError, match=r"(?s)nothing to compare.*there are:.*ivc_prune 0\.5 layer=2.*fastv 0\.5"):
+        with pytest.raises(ValueError, match=r"(?s)nothing to compare.*there are:.*ivc_prune 0\.5 layer=3.*fastv 0\.5"):
             compare(several, select=Selection(method="iwp").fits)
 
     def test_different_generation_settings_are_refused_where_both_are_noted(self, folder):
@@ -438,26 +477,37 @@ class TestSelection:
         assert cli.main(["compare", str(several), *options]) == 0
         assert "ivc_prune(layer=3) 0.25" in capsys.readouterr().out
 
-    def test_make_compare_asks_for_what_make_eval_made(self):
+    def test_the_verb_takes_what_eval_took(self, several, tmp_path, capsys):
+        assert cli.main(["compare", str(several), "--method", "ivc_prune", "--set", "--limit", "0"]) == 0
+        assert "layer=" not in capsys.readouterr().out
+        assert cli.main(["compare", str(several), "--data", "embedded", "MME"]) == 0
+        out = capsys.readouterr().out
+        assert "pool 0.25" in out
+        assert "fastv" not in out
+        mine = tmp_path / "mine.py"
+        mine.write_text("")
+        assert cli.main(["compare", str(several), "--method", f"{mine}"]) == 2
+        assert "no row is the one asked for" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("given", "asked"),
+        [
+            ([], "--method ivc_prune --ratio 0.5 --budget own --set --limit 0"),
+            (
+                ["METHOD=fastv", "SET=layer=2", "BUDGET=flops", "RATIO=0.6", "LIMIT=4", "DATA=POPE MME"],
+                "--method fastv --ratio 0.6 --budget flops --set layer=2 --limit 4 --data POPE MME",
+            ),
+        ],
+    )
+    def test_make_compare_asks_for_what_make_eval_made(self, given, asked):
         said = subprocess.run(
-            [
-                "make",
-                "-n",
-                "compare",
-                "READY=",
-                "MODEL=qwen25",
-                "METHOD=fastv",
-                "SET=layer=2",
-                "BUDGET=flops",
-                "RATIO=0.6",
-            ],
+            ["make", "-n", "compare", "READY=", "MODEL=qwen25", *given],
             cwd=BASELINES.parents[1],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        words = "compare results/eval/qwen25.csv --method fastv --ratio 0.6 --budget flops --set layer=2"
-        assert words in " ".join(said.split())
+        assert said.split("ivcp ")[1].split() == ["compare", "results/eval/qwen25.csv", *asked.split()]
 
 
 class TestTable:

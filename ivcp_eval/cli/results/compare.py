@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ivcp_eval.cli import count, say
+from ivcp_eval import benchmarks
+from ivcp_eval.cli import say
 from ivcp_eval.files import results_file
+from ivcp_eval.interface.registry import name_of
 from ivcp_eval.interface.variants import parameter
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE, Number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,17 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("results", type=results_file, help="results CSV")
     add("baseline", type=results_file, nargs="?", help="baseline CSV; default: rows of RESULTS itself")
     add("--method", help="only rows of this method")
-    add("--ratio", type=float, help="only rows that asked for this share")
+    add("--ratio", type=SHARE, help="only rows that asked for this share")
     add("--budget", metavar="KIND", help="only rows that hold this budget: own, final, layer_mean or flops")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="only rows with these parameters of the method")
-    add("--limit", type=int, help="only rows of runs with this --limit")
+    add("--set", nargs="*", metavar="KEY=VALUE", help="only rows with these parameters of the method, the others as "
+        "usual; without any: as usual")  # fmt: skip
+    add("--data", nargs="+", metavar="NAME", help="only rows of these benchmarks, groups, or files of your own")
+    add("--limit", type=INDEX, metavar="N", help="only rows of runs with this --limit; 0: of runs without")
     add("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
     add("--against", default="none", metavar="WHAT", help="which rows of BASELINE count: none (unpruned), full "
         "(unpruned, for models with quantised weights), same_method, the name of a method, e.g. random, at the same "
         "ratio or budget, or METHOD:RATIO, one variant for all rows, which are then ranked "
         "(default: %(default)s)")  # fmt: skip
-    add("--margin", type=float, help="points that may be lost; adds a verdict per row")
-    add("--resamples", type=count, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
+    add("--margin", type=Number(float, high=100), help="points that may be lost; adds a verdict per row")
+    add("--resamples", type=COUNT, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
     add("--output", type=Path, help="also write the comparison as CSV")
 
 
@@ -35,7 +40,15 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.reports.compare import compare
     from ivcp_eval.reports.provenance import Selection
 
-    chosen = Selection(args.method, args.ratio, args.budget, dict(parameter(text) for text in args.set), args.limit)
+    names = [Path(word).stem if benchmarks.is_file_name(word) else word for word in args.data or ()]
+    chosen = Selection(
+        method=name_of(args.method) if args.method else None,
+        ratio=args.ratio,
+        budget=args.budget,
+        parameters=None if args.set is None else dict(parameter(text) for text in args.set),
+        limit=args.limit,
+        benchmarks=benchmarks.expand(names) if names else None,
+    )
     comparison = compare(
         args.results,
         args.baseline,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ivcp_eval.cli import count, say
+from ivcp_eval.cli import say
+from ivcp_eval.runs.planning.numbers import COUNT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("results", type=Path, help="results CSV of a sweep, per-sample files beside it")
-    parser.add_argument("--resamples", type=count, default=10_000, help="bootstrap resamples (default: %(default)s)")
+    parser.add_argument("--resamples", type=COUNT, default=10_000, help="bootstrap resamples (default: %(default)s)")
     parser.add_argument("--plot", nargs="+", default=[], metavar="METHOD", help="plot these only, the CSV has all")
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.cli import say
+from ivcp_eval.interface.registry import name_of
+from ivcp_eval.runs.planning.numbers import COUNT, SHARE, Number
 
 if TYPE_CHECKING:
     from ivcp_eval.reports.views.decision import Policy
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("baseline", type=Path, nargs="?", help="baseline CSV; default: rows of RESULTS itself")
     add_rule(parser, required=True)
     add("--method", help="only variants of this method")
-    add("--ratio", type=float, help="only variants that asked for this share")
+    add("--ratio", type=SHARE, help="only variants that asked for this share")
     add("--force", action="store_true", help="decide although judge, prompts, pixels or versions differ")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON")
@@ -37,12 +39,12 @@ def add_rule(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Options that state a rule."""
     add = parser.add_argument
     rule = parser.add_mutually_exclusive_group(required=required)
-    rule.add_argument("--margin", type=float, help="loss, in percent of the scale, that is too much")
+    rule.add_argument("--margin", type=Number(float, high=100), help="loss, in percent of the scale, that is too much")
     rule.add_argument("--policy", type=Path, metavar="FILE", help="YAML with margin, alpha, critical and minimum_n; "
         "its hash stands in the output")  # fmt: skip
     add("--critical", nargs="+", metavar="NAME", help="benchmarks that decide (default: all)")
-    add("--alpha", type=float, help="chance of a false GO for any variant of a model (default: 0.05)")
-    add("--minimum-n", type=int, metavar="N", help="samples of a benchmark below which nothing is decided")
+    add("--alpha", type=Number(float, high=0.5), help="chance of a false GO for any variant of a model (default: 0.05)")
+    add("--minimum-n", type=COUNT, metavar="N", help="samples of a benchmark below which nothing is decided")
 
 
 def policy_of(args: argparse.Namespace) -> Policy | None:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     policy = policy_of(args)
     assert policy is not None  # one of its options is required
-    chosen = Selection(args.method, args.ratio)
+    chosen = Selection(name_of(args.method) if args.method else None, args.ratio)
     decision = decide(args.results, policy, args.baseline, force=args.force, select=chosen.fits)
     if args.json:
         say(json.dumps(decision.to_json(), indent=2))

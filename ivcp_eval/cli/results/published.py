@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.cli import say
+from ivcp_eval.runs.planning.numbers import AMOUNT, Number
 
 if TYPE_CHECKING:
     from ivcp_eval.benchmarks.published import Published
@@ -22,8 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="as printed, or a short name of `ivcp list`")
     add("--method", help="as printed, or a name of `ivcp list`")
     add("--benchmark", metavar="NAME", help="VLMEvalKit's name, or AVERAGE: the sources' own averages")
-    add("--kept", type=float, metavar="PERCENT", help="share of visual tokens that stay, within --within")
-    add("--within", type=float, default=1.5, metavar="POINTS", help="of --kept, and beside results (default: 1.5)")
+    add(
+        "--kept",
+        type=Number(float, high=100),
+        metavar="PERCENT",
+        help="share of visual tokens that stay, within --within",
+    )
+    add("--within", type=AMOUNT, default=1.5, metavar="POINTS", help="of --kept, and beside results (default: 1.5)")
     add("--beside", type=Path, metavar="RESULTS", help="results CSV: what was published beside each of its rows")
     add("--all", action="store_true", help=f"more than {MOST_ROWS} rows")
 

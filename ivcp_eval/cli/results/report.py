@@ -10,9 +10,10 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ivcp_eval.cli import count, say
+from ivcp_eval.cli import say
 from ivcp_eval.cli.results.decide import add_rule, policy_of
 from ivcp_eval.files import results_file
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help="HTML file (default: RESULTS with the suffix .html)")
     add("--figures", type=Path, metavar="DIR", help="also write every plot there, as SVG and PNG")
     add_rule(parser, required=False)
-    add("--cards", type=int, default=200, metavar="N", help="most samples that are shown one by one, up to 200, of "
+    add("--cards", type=INDEX, default=200, metavar="N", help="most samples that are shown one by one, up to 200, of "
         "which a third with pictures (default: %(default)s)")  # fmt: skip
     add("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
-    add("--resamples", type=count, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
+    add("--resamples", type=COUNT, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ivcp_eval.cli import add_common, notices, say
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
 FLAGS = (
@@ -36,8 +37,8 @@ def _add_coordinates(verbs: Any) -> None:
     add("--data", default="tiny_grounding", metavar="NAME", help="a grounding benchmark (default: %(default)s)")
     add("--methods", nargs="+", default=["ivc_prune", "random", "fastv"], metavar="NAME", help="methods to show beside "
         "the selections made by hand, at ratio 0.5 (default: %(default)s)")  # fmt: skip
-    add("--layer", type=int, help="where tokens are dropped by hand (default: where the first of --methods cuts)")
-    add("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    add("--layer", type=INDEX, help="where tokens are dropped by hand (default: where the first of --methods cuts)")
+    add("--seed", type=INDEX, default=0, help="of what is drawn (default: %(default)s)")
 
 
 def _add_flips(verbs: Any) -> None:
@@ -51,11 +52,11 @@ def _add_flips(verbs: Any) -> None:
     add("--data", nargs="+", default=["tiny_short"], metavar="NAME", help="benchmarks, without RESULTS (default: "
         "%(default)s)")  # fmt: skip
     add("--method", nargs="+", default=["ivc_prune"], metavar="NAME", help="pruning methods (default: %(default)s)")
-    add("--ratio", type=float, nargs="+", default=[0.5], help="shares of the visual tokens (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
+    add("--ratio", type=SHARE, nargs="+", default=[0.5], help="shares of the visual tokens (default: %(default)s)")
+    add("--seed", type=INDEX, default=0, help="of methods that draw (default: %(default)s)")
     add("--paraphrases", type=Path, metavar="FILE", help="CSV or TSV with index and question, the question in other "
         "words; default: fixed templates that wrap the question")  # fmt: skip
-    add("--pixels", type=int, metavar="N", help="by which width and height grow (default: one patch of the model)")
+    add("--pixels", type=COUNT, metavar="N", help="by which width and height grow (default: one patch of the model)")
     add("--count", choices=("verdict", "answer"), default="verdict", help="what a flip is: right to wrong or back, or "
         "any other text (default: %(default)s)")  # fmt: skip
 

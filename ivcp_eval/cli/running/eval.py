@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.benchmarks import is_file_name
 from ivcp_eval.cli import notices, say
 from ivcp_eval.files import DATASETS
 from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX, SHARE
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
 if TYPE_CHECKING:
@@ -29,16 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help="short name, see `ivcp list` (default: %(default)s)")
     add("--method", help="pruning method, or the path of a file with a class Method, e.g. "
         "./mine.py (default: ivc_prune)")  # fmt: skip
-    add("--ratio", type=float, default=0.5, help="share of the visual tokens kept, in (0, 1] (default: %(default)s)")
+    add("--ratio", type=SHARE, default=0.5, help="share of the visual tokens kept, in (0, 1] (default: %(default)s)")
     add("--budget", default="own", metavar="KIND", help="what --ratio is a share of: own (the method's own retention "
         "ratio, as papers print it), or, so that methods cost the same, of the unpruned model's final (visual tokens "
         "after the last cut), layer_mean (processed, mean over layers) or flops (of the prefill)")  # fmt: skip
-    add("--budget-prompt", type=int, nargs=2, metavar=("VISUAL", "TEXT"), help="tokens of the prompt for which FLOPs "
+    add("--budget-prompt", type=INDEX, nargs=2, metavar=("VISUAL", "TEXT"), help="tokens of the prompt for which FLOPs "
         "are held equal (default: 1024 64)")  # fmt: skip
     add("--data", nargs="+", default=[], metavar="NAME", help="benchmarks, groups, or files of your own "
         "pictures, videos (.jsonl, .tsv); default: the shipped sets for a shipped model, else the twenty")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
-    add("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
+    add("--seed", type=INDEX, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
     add("--weights", choices=("int8", "int4"), help="store the weights so, under any method; --model NAME@int8 is the "
         "same (default: as they are)")  # fmt: skip
@@ -50,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--served-options", nargs="+", default=[], metavar="KEY=VALUE", help="further fields of requests to the servers"
     )
-    add("--concurrency", type=int, help="requests that a server is sent at once (default: 8)")
+    add("--concurrency", type=COUNT, help="requests that a server is sent at once (default: 8)")
     add_flags(parser)
     add("--estimate", action="store_true", help="only say what the judge would cost at most; nothing is sent, "
         "fetched or run")  # fmt: skip
     add("--output", type=Path, help="results CSV, rows are merged into it (default: results/eval/<model>.csv)")
     add("--runs", type=Path, help="where per-sample records live (default: results/runs)")
-    add("--every", type=float, default=30.0, metavar="SECONDS", help="between two reports where the output is no "
+    add("--every", type=AMOUNT, default=30.0, metavar="SECONDS", help="between two reports where the output is no "
         "terminal; 0: none (default: %(default)g)")  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--served-model, --served-options and --concurrency say how a server is asked; add --base-url")
     if args.weights:
         args.model = f"{args.model}@{args.weights}"
-    if any(Path(word).suffix for word in args.data):
+    if any(map(is_file_name, args.data)):
         from ivcp_eval.vlmeval_bridge.reading.own import is_prepared, names_of
 
         if not (args.estimate or all(map(is_prepared, args.data))):
@@ -157,10 +159,8 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     plan = make(spec, runs, fetch=tell)
     if not plan.models:
         raise ValueError("\n".join(_without_model(plan.problems)))
-    for _, _, cell in plan.cells():
-        budget = cell.identity.variant.budget
-        if budget is not None and budget.problem:
-            raise ValueError(budget.problem)
+    if plan.misfits:
+        raise ValueError("\n".join(plan.misfits))
     for line in plan.budgets():
         tell(line)
     for line in [*plan.notices, *uncounted_lines(cell for _, _, cell in plan.cells() if cell.finished() is None)]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ivcp_eval.cli import notices, say
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT
 from ivcp_eval.runs.planning.options import add_flags
 
 
@@ -16,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge", default="gpt-4o", help="judge model, or exact_matching (default: %(default)s)")
     add("--judge-url", default="", help="its OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, else OpenAI's)")
     add_flags(parser, ("judge_options",))
-    add("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
+    add("--concurrency", type=COUNT, default=8, help="requests at once (default: %(default)s)")
     add("--data", nargs="+", default=[], metavar="NAME", help="only these benchmarks; default: all that are judged")
     add("--output", type=Path, help="new results CSV (default: RESULTS.rejudged-JUDGE.csv)")
     add("--cache", type=Path, help="folder of the verdicts (default: results/cache/judge)")
     add("--estimate", action="store_true", help="only say how many calls and tokens it takes and what they cost")
-    add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens, for --estimate")
+    add("--price", nargs=2, type=AMOUNT, metavar=("IN", "OUT"), help="dollars per million tokens, for --estimate")
 
 
 def run(args: argparse.Namespace) -> int:

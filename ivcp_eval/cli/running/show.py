@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from ivcp_eval.cli import notices, say
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 from ivcp_eval.runs.planning.options import Options, add_flags, given_flags
 
 _OF_VIDEOS = ("nframe", "fps")
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", nargs="+", default=["ivc_prune"], metavar="METHOD", help="see `ivcp list` (default: ivc_prune)"
     )
-    parser.add_argument("--ratio", type=float, default=0.5, help="share of visual tokens kept (default: %(default)s)")
+    parser.add_argument("--ratio", type=SHARE, default=0.5, help="share of visual tokens kept (default: %(default)s)")
     add_flags(parser, _OF_VIDEOS)
     parser.add_argument("--out", type=Path, default=Path("kept.png"), help=".png or .svg file (default: %(default)s)")
     parser.add_argument(
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("grounding", "yes_no", "short_answer"),
         help="put the question into the family's wording of that kind (default: as it stands)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--seed", type=INDEX, default=0, help="of methods that draw (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=128, metavar="N", help="at most (default: %(default)s)")
     for option in ("device", "dtype", "attention"):
         parser.add_argument(f"--{option}", default="", help="default: found")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")
@@ -49,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.benchmarks import clips
     from ivcp_eval.benchmarks.boxes import FORMATS, parse_answer
     from ivcp_eval.benchmarks.pictures import decoded
-    from ivcp_eval.engine import check_ratio
     from ivcp_eval.interface import models
     from ivcp_eval.interface.records.masks import Masks
     from ivcp_eval.interface.records.sheets import sheet_of, sheet_of_masks
@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.answering.session import Session
     from ivcp_eval.runs.planning.placement import Limits, Placement
 
-    check_ratio(args.ratio)
     sampling = Options(**given_flags(args, _OF_VIDEOS)).sampling
     clip = clips.decode(Path(args.image), sampling) if sampling else None
     picture = None if clip else decoded(args.image)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.files import DamagedError
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.store.finished import eval_state
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_flags(verb, FLAGS, default="the file's")
         add_common(verb)
         if name in ("run", "work", "status"):
-            verb.add_argument("--every", type=_seconds, default=30.0, metavar="SECONDS",
+            verb.add_argument("--every", type=AMOUNT, default=30.0, metavar="SECONDS",
                 help="between two reports where the output is no terminal; 0: none (default: %(default)g)")  # fmt: skip
             verb.add_argument("--html", type=_page, metavar="FILE", help="also keep a page that shows every cell and "
                 "reads itself anew in a browser; all workers write it, at most every ten seconds")  # fmt: skip
@@ -72,30 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_run(verb: argparse.ArgumentParser) -> None:
     add = verb.add_argument
     add("--executor", choices=("local", "slurm"), default="local")
-    add("--workers", type=_count, default=0, help="local processes (default: one per GPU, or one)")
+    add("--workers", type=INDEX, default=0, help="local processes (default: one per GPU, or one)")
     add("--retry-failed", action="store_true", help="try again what failed")
     add("--partition", default="", help="Slurm partition")
-    add("--gpus-per-task", type=_count, default=1, help="GPUs of a Slurm task (default: %(default)s)")
-    add("--cpus-per-task", type=_positive, default=4, help="CPUs of a Slurm task (default: %(default)s)")
-    add("--array-limit", type=_positive, default=8, help="most Slurm tasks (default: %(default)s)")
-    add("--minutes", type=_positive, default=24 * 60, help="time limit of a Slurm task, which is requeued while work "
+    add("--gpus-per-task", type=INDEX, default=1, help="GPUs of a Slurm task (default: %(default)s)")
+    add("--cpus-per-task", type=COUNT, default=4, help="CPUs of a Slurm task (default: %(default)s)")
+    add("--array-limit", type=COUNT, default=8, help="most Slurm tasks (default: %(default)s)")
+    add("--minutes", type=COUNT, default=24 * 60, help="time limit of a Slurm task, which is requeued while work "
         "is left (default: %(default)s)")  # fmt: skip
     add("--wait", action="store_true", help="stay and show the progress of the Slurm tasks, then print the results")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="further sbatch options, e.g. account=abc")
-
-
-def _count(text: str) -> int:
-    n = int(text)
-    if n < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return n
-
-
-def _positive(text: str) -> int:
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return n
 
 
 def _page(text: str) -> Path:
@@ -104,13 +91,6 @@ def _page(text: str) -> Path:
         what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
         raise argparse.ArgumentTypeError(f"{text} {what}; name a file, e.g. status.html")
     return path
-
-
-def _seconds(text: str) -> float:
-    n = float(text)
-    if not 0 <= n < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return n
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing of this sweep can run here:\n" + "\n".join(plan.problems))
     for problem in plan.problems:
         say(f"NOT PART OF THIS RUN: {problem}")
-    for line in plan.notices:
+    for line in [*plan.notices, *plan.misfits]:
         notices(args)(line)
     if args.verb == "run":
         write_manifest(plan)
@@ -157,7 +137,7 @@ def _plan(plan: RunPlan) -> int:
     tallies = list(Watch(plan).tallies.values())
     n_cells, here = len(plan.spec.cells), sum(line.cells for line in tallies)
     say(status.table(tallies))
-    for text in [*status.uncounted(plan), *plan.budgets()]:
+    for text in [*status.uncounted(plan), *plan.budgets(), *plan.misfits]:
         say(text)
     for problem in plan.problems:
         say(f"\nnot here: {problem}")
@@ -202,15 +182,15 @@ def _status(plan: RunPlan, html: Path | None) -> int:
 
 
 def _follow(plan: RunPlan, args: argparse.Namespace) -> None:
-    from ivcp_eval.runs.progress.display import LOOK_S
+    from ivcp_eval.runs.progress.display import REFRESH_S
     from ivcp_eval.runs.store.state import is_worked_on
     from ivcp_eval.runs.worker import Stop
 
     with Stop().signals() as stop, _progress(plan, args) as progress:
         idle = 0.0
         while not (progress.complete or stop.requested or idle > IDLE_S):
-            time.sleep(LOOK_S)
-            idle = 0.0 if is_worked_on(plan) else idle + LOOK_S
+            time.sleep(REFRESH_S)
+            idle = 0.0 if is_worked_on(plan) else idle + REFRESH_S
     if idle > IDLE_S:
         say(f"nobody has worked on it for {IDLE_S:.0f} s; `ivcp sweep run` goes on with what is left")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ivcp_eval.cli import notices, say
 from ivcp_eval.cli.running.analyse import add_study, bar, finish, folder, request
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.analysis.study import Study
@@ -28,15 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(visual tokens processed, mean over layers)")  # fmt: skip
     add("--methods", nargs="+", default=["ivc_prune", "fastv", "pyramiddrop", "random"], metavar="NAME",
         help="that compete (default: %(default)s)")  # fmt: skip
-    add("--layers", type=int, nargs="+", help="where methods with one cut are tried (default: their own, and up to "
+    add("--layers", type=INDEX, nargs="+", help="where methods with one cut are tried (default: their own, and up to "
         "eight, evenly spread)")  # fmt: skip
-    add("--first", type=int, default=16, help="samples of the first rung (default: %(default)s)")
-    add("--samples", type=int, default=128, help="samples of the last rung (default: %(default)s)")
-    add("--eta", type=int, default=3, help="one candidate of so many goes on, to so many times more samples (default: "
-        "%(default)s)")  # fmt: skip
-    add("--validation-share", type=float, default=0.5, help="share of the rows that are validation, by the hash of "
+    add("--first", type=COUNT, default=16, help="samples of the first rung (default: %(default)s)")
+    add("--samples", type=COUNT, default=128, help="samples of the last rung (default: %(default)s)")
+    add("--eta", type=COUNT, default=3, help="one candidate of so many goes on, to so many times more samples "
+        "(default: %(default)s)")  # fmt: skip
+    add("--validation-share", type=SHARE, default=0.5, help="share of the rows that are validation, by the hash of "
         "their picture or index; for the embedded benchmarks scenes are generated (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the order of samples, and of methods that draw (default: %(default)s)")
+    add(
+        "--seed", type=INDEX, default=0, help="of the order of samples, and of methods that draw (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

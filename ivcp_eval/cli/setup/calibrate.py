@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from ivcp_eval.cli import notices, say
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="TSV or JSONL with image or image_path, question and, if known, answer; each file is one set, and "
         "all sets weigh the same (default: generated scenes of the embedded model's validation split)",
     )
-    parser.add_argument("--questions", type=int, default=60, help="most of each set (default: %(default)s)")
+    parser.add_argument("--questions", type=COUNT, default=60, help="most of each set (default: %(default)s)")
     parser.add_argument(
-        "--layers", type=int, nargs="+", help="where a head is silenced, 0-based (default: every layer)"
+        "--layers", type=INDEX, nargs="+", help="where a head is silenced, 0-based (default: every layer)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=32, help="of an answer (default: %(default)s)")
     for option in ("device", "dtype", "attention"):
         parser.add_argument(f"--{option}", default="", help="default: found")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")
@@ -43,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.answering.session import Session
     from ivcp_eval.runs.planning.placement import Limits, Placement
 
-    if min(args.questions, args.max_new_tokens) < 1:
-        raise ValueError("--questions and --max-new-tokens must be at least 1")
     tell = notices(args)
     weights = models.locate(args.model, args.path)
     sets = [questions.from_file(file, args.questions) for file in args.data or ()] or questions.generated(

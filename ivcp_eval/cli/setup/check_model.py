@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from ivcp_eval.cli import notices, say
+from ivcp_eval.runs.planning.numbers import SHARE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``ivcp check-model``."""
     parser.add_argument("model", help="short name, see `ivcp list --models`")
     parser.add_argument("--path", help="local folder with the checkpoint")
-    parser.add_argument("--ratio", type=float, default=0.5, help="of the answer shown (default: %(default)s)")
+    parser.add_argument("--ratio", type=SHARE, default=0.5, help="of the answer shown (default: %(default)s)")
     for option in ("device", "dtype", "attention"):
         parser.add_argument(f"--{option}", default="", help="default: found")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow a checkpoint's own code to run")

@@ -1,10 +1,9 @@
-"""Show the models, methods and benchmarks to begin with; with --all every one."""
+"""Show the models, methods and benchmarks that run here by name; with --models and the like, or --all, in detail."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from ivcp_eval.cli import notices, say
 
@@ -12,43 +11,65 @@ from ivcp_eval.cli import notices, say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     for what in ("models", "methods", "benchmarks"):
-        parser.add_argument(f"--{what}", action="store_true", help=f"only the {what}")
+        parser.add_argument(f"--{what}", action="store_true", help=f"the {what} alone, each with a note")
     parser.add_argument(
-        "--all", action="store_true", help="every checkpoint of a family, methods that do not run here and why, and "
-        "benchmarks whose data is not here"
+        "--all", action="store_true", help="also every checkpoint of a family, methods that do not run here and why, "
+        "and benchmarks whose data is not here, each with a note"
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    every = not (args.models or args.methods or args.benchmarks)
-    tell = notices(args)
-    if args.models or every:
-        _show(_models(), "model", "note", "models: further checkpoints of these families", args.all, tell)
-    if args.methods or every:
-        _show(_methods(), "method or system", "note", "methods: published, and not run here", args.all, tell)
-    if args.benchmarks or every:
-        _show(_benchmarks(), "benchmark", "title", "benchmarks: the data is not here yet", args.all, tell)
+    from ivcp_eval.reports.terminal import fold
+
+    tables = {
+        "models": (_models, "note", "checkpoints of these families"),
+        "methods": (_methods, "note", "published methods, which do not run here"),
+        "benchmarks": (_benchmarks, "title", "benchmarks, whose data is not here yet"),
+    }
+    chosen = [what for what in tables if getattr(args, what)]
+    for what in chosen or tables:
+        entries, prose, rest = tables[what]
+        rows = entries()
+        shown = [row for row, first in rows if first or args.all]
+        if chosen or args.all:
+            heads = list(rows[0][0])
+            say(fold({head: [row[head] for row in shown] for head in heads}, heads[:1], prose) + "\n")
+        else:
+            say(f"{_names(what, shown)}\n")
+        if len(shown) < len(rows):
+            notices(args)(f"... and {len(rows) - len(shown)} more {rest} (`ivcp list --{what} --all`)\n")
+    if not (chosen or args.all):
+        notices(args)("`ivcp list --models`, --methods and --benchmarks say more of each.")
     return 0
 
 
-#: One row of a table, and whether it is among those to begin with.
+#: One row of a table, whose first column is its name, and whether it runs here as it is.
 _Entry = tuple[Mapping[str, str], bool]
 
 
-def _show(
-    entries: Iterable[_Entry], name: str, prose: str, rest: str, whole: bool, tell: Callable[[str], None]
-) -> None:
-    from ivcp_eval.reports.terminal import fold
+def _names(what: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """The names alone, a paragraph for each group."""
+    from ivcp_eval.reports.terminal import wrapped
 
-    entries = list(entries)
-    shown = [row for row, first in entries if first or whole]
-    say(fold({head: [row[head] for row in shown] for head in entries[0][0]}, [name], prose) + "\n")
-    if len(shown) < len(entries):
-        tell(f"... and {len(entries) - len(shown)} more {rest} (`ivcp list --all`)\n")
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(_group(what, row), []).append(next(iter(row.values())).split(" (")[0])
+    paragraphs = [f"{group}: {', '.join(names)}" for group, names in groups.items()]
+    return "\n".join([f"{what}:", *(wrapped(text, indent="  ", hanging="  ") for text in paragraphs)])
 
 
-def _models() -> list[_Entry]:
+def _group(what: str, row: Mapping[str, str]) -> str:
+    if what == "methods":
+        from ivcp_eval.methods._cards import LABELS
+
+        return f"{row['use']} ({LABELS[row['use']]})" if row["use"] in LABELS else row["use"]
+    if what == "models":
+        return "shipped" if row["checkpoint"] == "shipped" else row["family"]
+    return row["kind"] or "other"
+
+
+def _models() -> Sequence[_Entry]:
     """The shipped ones, and the first checkpoint of each family."""
     from ivcp_eval.interface import models
 
@@ -75,12 +96,12 @@ def _methods() -> Sequence[_Entry]:
     return [(row, row["use"] == "tool" or row["use"] not in cards.STATES) for row in cards.rows()]
 
 
-def _benchmarks() -> list[_Entry]:
+def _benchmarks() -> Sequence[_Entry]:
     """Those whose data is here."""
     from ivcp_eval import benchmarks
     from ivcp_eval.runs.planning.data import path_of
 
-    entries: list[tuple[dict[str, Any], bool]] = []
+    entries: list[_Entry] = []
     for benchmark in map(benchmarks.load, benchmarks.names()):
         row = {
             "benchmark": benchmark.name,

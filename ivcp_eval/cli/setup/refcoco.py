@@ -9,6 +9,7 @@ from pathlib import Path
 from ivcp_eval.benchmarks.boxes import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS
 from ivcp_eval.benchmarks.refcoco.images import available_cores
 from ivcp_eval.benchmarks.refcoco.records import ConversionError, FrameRule
+from ivcp_eval.runs.planning.numbers import COUNT
 
 _log = logging.getLogger(__name__)
 _DESCRIPTION = """\
@@ -37,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     frame = parser.add_argument_group("ground truth in the frame of Qwen2.5-VL's resized image")
     frame.add_argument("--qwen25", action="store_true", help="state answers in that frame; adds _for_qwen25vl to names")
     frame.add_argument(
-        "--patch_size", "--patch-size", type=int, default=28, help="patch times merge size (%(default)s)"
+        "--patch_size", "--patch-size", type=COUNT, default=28, help="patch times merge size (%(default)s)"
     )
-    frame.add_argument("--min_pixels", "--min-pixels", type=int, default=QWEN_MIN_PIXELS, help="default %(default)s")
-    frame.add_argument("--max_pixels", "--max-pixels", type=int, default=QWEN_MAX_PIXELS, help="default %(default)s")
+    frame.add_argument("--min_pixels", "--min-pixels", type=COUNT, default=QWEN_MIN_PIXELS, help="default %(default)s")
+    frame.add_argument("--max_pixels", "--max-pixels", type=COUNT, default=QWEN_MAX_PIXELS, help="default %(default)s")
     parser.add_argument(
         "--skip-bad", "--skip_bad", action="store_true", help="leave unusable entries out and list them in the report"
     )
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-partial", "--allow_partial", action="store_true", help="accept files that are not a whole known split"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace TSVs made from other inputs or options")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: all %(default)s)")
+    parser.add_argument("--workers", type=COUNT, default=available_cores(), help="processes (default: all %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError: options that do not fit together, or name nothing.
     """
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
-    if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {args.workers}")
     rule = FrameRule(args.qwen25, args.patch_size, args.min_pixels, args.max_pixels)
     if args.annotations_files and args.images_folder is None:
         raise ValueError("--annotations_files needs --images_folder")

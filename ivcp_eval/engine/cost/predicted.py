@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.guards.cuts import check_cuts
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
 from ivcp_eval.interface.registry import adapter, family_of, make_method
 from ivcp_eval.interface.variants import KINDS, PROMPT, BudgetKind, CostTarget, Variant
@@ -195,6 +196,20 @@ def solve_budget(variant: Variant, decoder: Decoder) -> Variant:
     return replace(variant, ratio=round(ratio, 12), budget=replace(budget, problem=""))
 
 
+def misfit(variant: Variant, facts: ModelFacts) -> str:
+    """Why a model of these facts cannot run the variant: no ratio holds its budget, or it lacks a layer; or nothing."""
+    if variant.server is not None:
+        return ""
+    if variant.budget is not None and variant.budget.problem:
+        return variant.budget.problem
+    try:
+        cuts = make_method(variant.method, variant.parameters).cuts(facts, variant.ratio)
+        check_cuts(tuple(cuts), facts, variant.method)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def ratio_for(
     model: Any,
     method: str,
@@ -224,11 +239,9 @@ def ratio_for(
 
 
 def described(variant: Variant) -> str:
-    """One line about a variant with a budget: the ratio that holds it, or why none does."""
+    """One line about a variant with a budget: the ratio that holds it."""
     budget = variant.budget
     assert budget is not None
-    if budget.problem:
-        return f"{variant.name} cannot run: {budget.problem}"
     return (
         f"{variant.name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
     )

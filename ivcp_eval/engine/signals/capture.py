@@ -11,7 +11,8 @@ from ivcp_eval.interface.names import read
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ELSEWHERE: frozenset[Signal] = frozenset({"vision", "cached_key", "step", "motion"})  # not signals of one decoder layer
+#: Not signals of one decoder layer.
+NOT_OF_A_LAYER: frozenset[Signal] = frozenset({"vision", "cached_key", "step", "motion"})
 
 
 def capture(
@@ -31,7 +32,7 @@ def capture(
             store("raw_value", lambda: split(value(args[0])))
 
         handles.append(layer.input_layernorm.register_forward_pre_hook(project))
-    for signal in needs - ELSEWHERE - {"raw_value"}:
+    for signal in needs - NOT_OF_A_LAYER - {"raw_value"}:
         module, heads = adapter.projection(layer, signal)
 
         def keep(_m: Any, _a: Any, output: Tensor, name: str = signal, split: Any = heads) -> None:

@@ -204,25 +204,25 @@ def of_method(heard: Mapping[str, Tensor], method: AbstractMethod, facts: TowerF
     return found | {name: heard[name] for name in method.tower_signals & {"luma"} if name in heard}
 
 
-def patch_signals(states: PatchStates, wanted: frozenset[TowerSignal]) -> dict[str, Tensor]:
-    """Those of ``wanted`` that queries and keys can tell, float32, of every patch: as in `Signals.vision`.
+def patch_signals(states: PatchStates, names: frozenset[TowerSignal]) -> dict[str, Tensor]:
+    """Those of ``names`` that queries and keys can tell, float32, of every patch: as in `Signals.vision`.
 
     Signals of the class token, "cls" and "joint_cls", only where there is one.
     """
     query, key = states.query.float() * states.scaling, states.key.float()
     signals: dict[str, Tensor] = {}
-    if "query" in wanted:
+    if "query" in names:
         signals["query"] = (states.query.float() * states.scaling**0.5).transpose(0, 1)
-    if "key" in wanted:
+    if "key" in names:
         signals["key"] = key.mean(dim=0)
-    if "joint_key" in wanted:
+    if "joint_key" in names:
         signals["joint_key"] = key.transpose(0, 1).flatten(1)
     segments = list(zip(query.split(states.segments, dim=1), key.split(states.segments, dim=1), strict=True))
-    if "received" in wanted:
+    if "received" in names:
         signals["received"] = torch.cat([received(q, k) for q, k in segments])
-    if states.class_token and "cls" in wanted:
+    if states.class_token and "cls" in names:
         signals["cls"] = torch.cat([(q[:, :1] @ k.transpose(1, 2)).softmax(dim=-1).mean(dim=0)[0] for q, k in segments])
-    if states.class_token and "joint_cls" in wanted:
+    if states.class_token and "joint_cls" in names:
         # One head as wide as all: the logits are the sum over heads, scaled by that width.
         narrower = query.shape[0] ** -0.5
         joint = [((q[:, :1] @ k.transpose(1, 2)).sum(dim=0)[0] * narrower).softmax(dim=-1) for q, k in segments]

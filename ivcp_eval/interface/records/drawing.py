@@ -9,11 +9,11 @@ import base64
 import html
 import io
 import re
-import textwrap
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ DARK = 0.22  # of its brightness is left to a dropped cell
 MERGED, BOX, EDGE, PADDING = "#35c9ff", "#ff9d00", "#e0218a", "#8c8c8c"
 _SMALLEST, _NARROWEST = 4, 140  # pixels of a cell, and of the room for the text above and below a panel
 _WIDTH, _MARGIN, _LINE, _FONT, _MOST_LINES = 1200, 12, 17, 13, 8
-_CHARACTER = 7.2  # pixels that one takes at most on average, in any common sans-serif font of that size
+_WIDER = 1.15  # than Pillow's font, of that size, are those that show an SVG
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Pixels = tuple[int, int, int, int]
@@ -338,10 +338,43 @@ def _blank_size(drawing: Drawing) -> tuple[int, int]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    text = " ".join(_NOT_IN_XML.sub("\ufffd", text).split())
-    wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
-    characters = max(10, int((width - _MARGIN) / _CHARACTER / (2 if wide else 1)))
-    return textwrap.wrap(text, characters, max_lines=_MOST_LINES, placeholder=" ...")
+    """Lines that fit into ``width`` pixels, 8 at most; a word that is longer than a line is broken."""
+    room, lines = width - _MARGIN, [""]
+    for word in _NOT_IN_XML.sub("\ufffd", text).split():
+        for piece in _pieces(word, room):
+            joined = f"{lines[-1]} {piece}" if lines[-1] else piece
+            if _length(joined) <= room:
+                lines[-1] = joined
+            else:
+                lines.append(piece)
+    if len(lines) > _MOST_LINES:
+        last = next(_pieces(f"{lines[_MOST_LINES - 1]} ", room - _length(" ..."))).rstrip()
+        lines[_MOST_LINES - 1 :] = [f"{last} ..."]
+    return lines if lines[0] else []
+
+
+def _pieces(word: str, room: float) -> Iterator[str]:
+    start, length = 0, 0.0
+    for end, character in enumerate(word):
+        length += _character(character)
+        if length > room and end > start:
+            yield word[start:end]
+            start, length = end, _character(character)
+    yield word[start:]
+
+
+def _length(text: str) -> float:
+    return sum(map(_character, text))
+
+
+@cache
+def _character(character: str) -> float:
+    """Pixels that it takes at most in common sans-serif fonts, of which Pillow's own is a narrow one."""
+    from PIL import ImageFont
+
+    if unicodedata.east_asian_width(character) in "WF":
+        return _FONT
+    return _WIDER * float(ImageFont.load_default(_FONT).getlength(character))
 
 
 def _escaped(text: str) -> str:

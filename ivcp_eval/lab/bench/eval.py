@@ -25,6 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ivcp_eval.runs.planning.numbers import COUNT, SHARE
+
 BENCHMARKS = ("tiny_mcq", "tiny_yes_no", "tiny_short", "tiny_grounding")
 FASTER, DEARER, SCORING_MS = 3.0, 1.35, 0.4
 OTHER_SHARE = 0.01
@@ -333,10 +335,10 @@ def _targets(rows: list[dict[str, Any]], times: Mapping[Arm, Spent]) -> list[dic
 def parser() -> argparse.ArgumentParser:
     """Arguments of the bench."""
     parser = argparse.ArgumentParser(prog="ivcp bench eval", description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, help="first samples of each benchmark only; default: all")
+    parser.add_argument("--samples", type=COUNT, help="first samples of each benchmark only; default: all")
     parser.add_argument("--data", nargs="+", default=BENCHMARKS, choices=BENCHMARKS, help="default: all four")
-    parser.add_argument("--ratio", type=float, default=0.5, help="of ivc_prune (default: %(default)s)")
-    parser.add_argument("--cores", type=int, default=2, help="threads or processes (default: %(default)s)")
+    parser.add_argument("--ratio", type=SHARE, default=0.5, help="of ivc_prune (default: %(default)s)")
+    parser.add_argument("--cores", type=COUNT, default=2, help="threads or processes (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write OUT.csv and OUT.json, and what it was measured on")
     parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
     return parser

@@ -18,6 +18,7 @@ from typing import Any
 
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.planning.numbers import COUNT
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 TARGET, CEILING = 3.0, 1.05  # of seven variants; where nothing can be shared
@@ -236,9 +237,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="mid", help="mid, or a size of `ivcp bench`: tiny, small, qwen25_7b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rows", type=int, default=1, help="prompts in one pass (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
+    parser.add_argument("--rows", type=COUNT, default=1, help="prompts in one pass (default: %(default)s)")
+    parser.add_argument("--rounds", type=COUNT, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
     parser.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
     parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
@@ -252,8 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from ivcp_eval.lab.bench.report import environment
 
-    if options.rows < 1:
-        raise ValueError(f"--rows must be at least 1, got {options.rows}")
     if options.threads:
         torch.set_num_threads(options.threads)
     command = shlex.join(["ivcp", "bench", "fork", *(sys.argv[1:] if arguments is None else arguments)])

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT
+
 if TYPE_CHECKING:
     from ivcp_eval.engine.cost.clock import HookTime, Phases
     from ivcp_eval.lab.bench.models import Size
@@ -267,16 +269,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="small", help="tiny, small or qwen25_7b (default: small)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
-    parser.add_argument("--tokens", type=int, nargs="+", help="visual tokens per image; default: those of the size")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: those of the size")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds; default: those of the size")
-    parser.add_argument("--new-tokens", type=int, help="tokens to decode; default: those of the size")
+    parser.add_argument("--tokens", type=COUNT, nargs="+", help="visual tokens per image; default: those of the size")
+    parser.add_argument("--batch", type=COUNT, nargs="+", help="batch sizes; default: those of the size")
+    parser.add_argument("--rounds", type=COUNT, help="interleaved rounds; default: those of the size")
+    parser.add_argument("--new-tokens", type=COUNT, help="tokens to decode; default: those of the size")
     parser.add_argument("--methods", nargs="*", metavar="NAME", help="whose selection is timed; default: every method")
     parser.add_argument("--only-methods", action="store_true", help="time nothing but selection")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch finds it")
+    parser.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
-    parser.add_argument("--cell-s", type=float, default=120, help="start no round after that many seconds of a cell")
-    parser.add_argument("--limit-s", type=float, default=3600, help="start no cell after that many seconds")
+    parser.add_argument("--cell-s", type=AMOUNT, default=120, help="start no round after that many seconds of a cell")
+    parser.add_argument("--limit-s", type=AMOUNT, default=3600, help="start no cell after that many seconds")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
     parser.add_argument("--note", help="recorded in OUT.json (the commit, say, where there is no git checkout)")
     parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
@@ -294,8 +296,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = find_size(options.size)
     for name, option in _OPTIONS.items():
         value = getattr(options, option)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
         if value is not None:
             chosen = replace(chosen, **{name: value})
     threads = torch.get_num_threads()

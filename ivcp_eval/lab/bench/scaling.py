@@ -37,6 +37,7 @@ from ivcp_eval.interface import (
     TowerFacts,
 )
 from ivcp_eval.interface.registry import make_method, method_names
+from ivcp_eval.runs.planning.numbers import COUNT, SHARE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -246,15 +247,17 @@ def row(
 def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp bench selection``."""
     parser = argparse.ArgumentParser(prog="ivcp bench selection", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image")
-    parser.add_argument("--frames", type=int, nargs="+", help="of a video in place of an image, each with --per-frame "
-        "tokens; its methods are those of videos by default")  # fmt: skip
-    parser.add_argument("--per-frame", type=int, default=64, help="tokens of a frame, a square (default: 64)")
-    parser.add_argument("--ratio", type=float, default=RATIO, help="retention ratio (default: 0.5)")
-    parser.add_argument("--hidden", type=int, default=512, help="width of states and features (default: 512)")
+    parser.add_argument(
+        "--tokens", type=COUNT, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image"
+    )
+    parser.add_argument("--frames", type=COUNT, nargs="+", help="of a video in place of an image, with --per-frame "
+        "tokens each; its methods are those of videos by default")  # fmt: skip
+    parser.add_argument("--per-frame", type=COUNT, default=64, help="tokens of a frame, a square (default: 64)")
+    parser.add_argument("--ratio", type=SHARE, default=RATIO, help="retention ratio (default: 0.5)")
+    parser.add_argument("--hidden", type=COUNT, default=512, help="width of states and features (default: 512)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    parser.add_argument("--threads", type=COUNT, default=1, help="CPU threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, help="write a CSV")
     parser.add_argument("--check", action="store_true", help="exit 1 if a method misses its targets")
     return parser
@@ -265,8 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tabulate import tabulate
 
     options = parser().parse_args(argv)
-    if min(*options.tokens, options.per_frame) < 4 or min(options.frames or [1]) < 1:
-        raise ValueError("--tokens and --per-frame must be at least 4, and --frames at least 1")
+    if (least := min(*options.tokens, options.per_frame)) < 4:
+        raise ValueError(f"--tokens and --per-frame must be at least 4, got {least}")
     frames, widths = sorted(set(options.frames or ())), Widths(options.hidden)
     tokens = [options.per_frame * count for count in frames] or sorted(set(options.tokens))
     sizes = list(zip(tokens, frames or [0] * len(tokens), strict=True))

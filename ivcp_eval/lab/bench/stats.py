@@ -17,6 +17,7 @@ import numpy as np
 
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.runs.planning.numbers import COUNT
 
 #: Files that are written; further variants are links to them, which are read like files of their own.
 FILES = 4
@@ -25,9 +26,9 @@ FILES = 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what each kind of scores takes."""
     parser = argparse.ArgumentParser(prog="ivcp bench stats", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--variants", type=int, default=100, help="(default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=50_000, help="of each variant (default: %(default)s)")
-    parser.add_argument("--resamples", type=int, default=10_000, help="(default: %(default)s)")
+    parser.add_argument("--variants", type=COUNT, default=100, help="(default: %(default)s)")
+    parser.add_argument("--samples", type=COUNT, default=50_000, help="of each variant (default: %(default)s)")
+    parser.add_argument("--resamples", type=COUNT, default=10_000, help="(default: %(default)s)")
     args = parser.parse_args(arguments)
     what = f"{args.variants} variants, {args.samples} samples, {args.resamples} resamples"
     sys.stdout.write(f"{what}; processor time\n")

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE
+
 CONCURRENCY = (1, 4, 12, 32)
 COLUMNS = (
     "attention",
@@ -142,13 +144,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
     made.add_argument("--attention", default="sdpa", help="default: %(default)s")
-    made.add_argument("--tokens", type=int, help="visual tokens of a request; default: the fewest of the size")
-    made.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY), help="default: 1 4 12 32")
-    made.add_argument("--new-tokens", type=int, default=64, help="length of every answer (default: %(default)s)")
+    made.add_argument("--tokens", type=COUNT, help="visual tokens of a request; default: the fewest of the size")
+    made.add_argument("--concurrency", type=COUNT, nargs="+", default=list(CONCURRENCY), help="default: 1 4 12 32")
+    made.add_argument("--new-tokens", type=COUNT, default=64, help="length of every answer (default: %(default)s)")
     made.add_argument("--method", default="ivc_prune", help="default: %(default)s")
-    made.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="default: 0.5 0.25")
-    made.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
-    made.add_argument("--cell-s", type=float, default=120, help="start no round after that many seconds of a cell")
+    made.add_argument("--ratios", type=SHARE, nargs="+", default=[0.5, 0.25], help="default: 0.5 0.25")
+    made.add_argument("--rounds", type=COUNT, default=5, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--cell-s", type=AMOUNT, default=120, help="start no round after that many seconds of a cell")
     made.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
     return made
 
@@ -170,9 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = find_size(options.size)
     make_method(options.method)  # a misspelt name shall not wait for the model
     tokens = options.tokens or min(size.visual_tokens)
-    for name, value in (("--concurrency", min(options.concurrency)), ("--new-tokens", options.new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     command = shlex.join(["ivcp", "bench", "throughput", *(sys.argv[1:] if arguments is None else arguments)])
     report = Report(options.out, environment(options.device, command), sys.stdout, COLUMNS, SHOWN)

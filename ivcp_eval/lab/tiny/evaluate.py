@@ -23,6 +23,7 @@ from ivcp_eval.files import DATASETS
 from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.build_benchmarks import BENCHMARKS
 from ivcp_eval.lab.tiny.training.validation import overlap, parse_box
+from ivcp_eval.runs.planning.numbers import COUNT
 
 SHIPPED_MODEL = Path(__file__).with_name("model")
 #: Enough for the longest answer, a box of four three-digit numbers with its end token.
@@ -119,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
     parser.add_argument("--data", type=Path, default=DATASETS, help="folder of the TSV files")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--limit", type=int, help="rows per benchmark")
+    parser.add_argument("--batch-size", type=COUNT, default=32)
+    parser.add_argument("--limit", type=COUNT, help="rows per benchmark")
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
     model, processor = load(arguments.model)

@@ -49,7 +49,7 @@ def build_prompt(sample: Sample) -> str:
     if sample.task == "grounding":
         return GROUNDING_PROMPT.format(question=sample.question)
     if sample.task == "mcq":
-        options = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, sample.options, strict=True))
+        options = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, sample.options, strict=False))
         return f"Question: {sample.question}\nOptions:\n{options}{MCQ_SUFFIX}"
     if sample.task == "short":
         return sample.question + SHORT_SUFFIX

@@ -22,11 +22,10 @@ class Figure:
     passed: bool | None
 
 
-def table(grounding: Verdicts, short: Verdicts, two_pictures: Verdicts, layers: Verdicts) -> list[Figure]:
-    """All figures but A12, which ``ivcp eval`` measures on the file of ``ivcp lab easy-vqa``.
-
-    Clips (A11) are missed: none are in the training, and the engine refuses videos.
-    """
+def table(
+    grounding: Verdicts, short: Verdicts, two_pictures: Verdicts, order: Verdicts, layers: Verdicts
+) -> list[Figure]:
+    """All figures but A12, which ``ivcp eval`` measures on the file of ``ivcp lab easy-vqa``."""
     return [
         *_unpruned(grounding, short),
         _retained(grounding),
@@ -43,8 +42,15 @@ def table(grounding: Verdicts, short: Verdicts, two_pictures: Verdicts, layers: 
             f"{two_pictures.percent('none'):.1f} %",
             two_pictures.percent("none") >= 80,
         ),
-        Figure("A11", "order question on clips", "not trained", False),
+        _order(order),
     ]
+
+
+def _order(order: Verdicts) -> Figure:
+    whole, still = order.percent("none"), order.percent("one picture")
+    error = 196 * (still / 100 * (1 - still / 100) / len(order.clusters)) ** 0.5
+    measured = f"{whole:.1f} %; a single picture {still:.1f} +- {error:.1f} %, chance 33.3 %"
+    return Figure("A11", "order question on clips", measured, whole >= 80 and still - error <= 100 / 3)
 
 
 def _unpruned(grounding: Verdicts, short: Verdicts) -> list[Figure]:

@@ -17,6 +17,7 @@ import numpy as np
 from ivcp_eval.files import atomic_write
 from ivcp_eval.lab.tiny.build_benchmarks import encode_png
 from ivcp_eval.lab.tiny2.evaluate import questions
+from ivcp_eval.runs.planning.numbers import COUNT
 
 COLUMNS = ("index", "image", "question", "answer", "width", "height", "category", "image_id")
 TASKS = ("grounding", "short")
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ivcp lab build-benchmarks tiny2", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the TSV files")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--questions", type=int, default=300, help="per file (default: %(default)s)")
+    parser.add_argument("--questions", type=COUNT, default=300, help="per file (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:

@@ -1,9 +1,9 @@
 """Write the embedded video benchmark ``datasets/tiny_clips.tsv``: ``ivcp lab build-benchmarks clips [--check]``.
 
-Eight pictures, half a second apart, of the second embedded model's objects, and a choice about what happens. Clips come
-in groups that share one question and its options, and are made such that whoever sees a single picture of a clip, and
-knows at what time it is shown, can do no better than chance: for every such picture the group has equally many clips of
-each answer. So whatever a model scores above chance, it has from several pictures. A test counts this in the file.
+Eight pictures of the second embedded model's objects, half a second of each, and a choice about what happens. Clips
+come in groups that share one question and its options, and are made such that whoever sees a single picture of a clip,
+and knows at what time it is shown, can do no better than chance: for every such picture the group has equally many clips
+of each answer. So whatever a model scores above chance, it has from several pictures. A test counts this in the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product, zip_longest
 from pathlib import Path
@@ -27,12 +27,15 @@ from ivcp_eval.lab.tiny.build_benchmarks import encode_png
 from ivcp_eval.lab.tiny.scenes import COLOURS, Box
 from ivcp_eval.lab.tiny.tasks import LETTERS
 from ivcp_eval.lab.tiny2.scenes import SHAPES, SPLITS, Placed, Scene, render
+from ivcp_eval.lab.tiny2.tasks import Sample
 
 NAME = "tiny_clips.tsv"
 SIDE = 112  # pixels of a picture, both ways
 THING = 28  # of an object
 STEPS = 8
 SECONDS_A_STEP = 0.5
+#: Frames of each picture. An encoder that makes one token of two frames never joins two pictures then.
+FRAMES_A_STEP = 2
 COLUMNS = ("index", "image", "seconds", "question", *LETTERS, "answer", "category", "image_id")
 
 Frame = tuple[Placed, ...]
@@ -207,6 +210,21 @@ def groups(split: str = "test") -> Iterator[tuple[str, int, Group, NDArray[np.in
             yield category, variant, replace(group, clips=drawn), background
 
 
+def draw(rng: np.random.Generator, categories: Sequence[str]) -> tuple[Group, Clip, NDArray[np.uint8]]:
+    """A clip of one of ``categories``: its group, the clip, and its pictures (steps, height, width, 3)."""
+    make, variants = TASKS[categories[rng.integers(len(categories))]]
+    group = make(rng, int(rng.integers(variants)))
+    clip, background = group.clips[rng.integers(len(group.clips))], rng.integers(200, 246, 3)
+    return group, clip, np.stack([picture(frame, background) for frame in clip.frames])
+
+
+def choice(rng: np.random.Generator, group: Group, clip: Clip) -> Sample:
+    """The question of ``group`` about ``clip``, its options in a drawn order."""
+    order = rng.permutation(len(group.options)).tolist()
+    options = tuple(group.options[i] for i in order)
+    return Sample("mcq", "clip", group.question, LETTERS[order.index(clip.answer)], options)
+
+
 def picture(frame: Frame, background: NDArray[np.int64]) -> NDArray[np.uint8]:
     """One picture (112, 112, 3)."""
     red, green, blue = background.tolist()
@@ -219,7 +237,7 @@ def content(split: str = "test") -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=COLUMNS, delimiter="\t", lineterminator="\n")
     writer.writeheader()
-    seconds = json.dumps([SECONDS_A_STEP * step for step in range(STEPS)])
+    seconds = json.dumps([SECONDS_A_STEP / FRAMES_A_STEP * frame for frame in range(FRAMES_A_STEP * STEPS)])
     rows: dict[str, list[dict[str, str]]] = {category: [] for category in TASKS}
     for category, variant, group, background in groups(split):
         drawn: dict[Frame, str] = {}
@@ -229,7 +247,7 @@ def content(split: str = "test") -> bytes:
                     drawn[frame] = base64.b64encode(encode_png(picture(frame, background))).decode()
             rows[category].append(
                 {
-                    "image": str([drawn[frame] for frame in clip.frames]),
+                    "image": str([drawn[frame] for frame in clip.frames for _ in range(FRAMES_A_STEP)]),
                     "seconds": seconds,
                     "question": group.question,
                     **dict(zip(LETTERS, group.options, strict=False)),

@@ -1,7 +1,7 @@
 """The acceptance of a trained model: ``ivcp lab accept tiny2 --model DIR [--split validation]``.
 
 Settings are chosen on the validation split; the test split is run once. Everything goes through the stock model's
-``generate`` inside ``ivcp_eval.prune``. Clips (the other part of A11) and A12 are not measured here.
+``generate`` inside ``ivcp_eval.prune``. A12 is not measured here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,16 +26,19 @@ from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, ImageSpan, Mo
 from ivcp_eval.interface import Image as TokenImage
 from ivcp_eval.interface.ops import coordinate_set
 from ivcp_eval.lab.tiny.evaluate import is_right, load
-from ivcp_eval.lab.tiny2 import tasks
+from ivcp_eval.lab.tiny2 import clips, tasks
 from ivcp_eval.lab.tiny2.acceptance import table
 from ivcp_eval.lab.tiny2.processor import MERGE_SIZE
 from ivcp_eval.lab.tiny2.scenes import LEAST_COVER, Scene, cell_cover, render, sample_scene, scene_rng
 from ivcp_eval.reports.stats.verdicts import Verdicts
 from ivcp_eval.runs.analysis.coordinates import kept_tokens
+from ivcp_eval.runs.planning.numbers import COUNT
 
 #: Enough for the longest answer, a box of four three-digit numbers with its end token.
 MAX_NEW_TOKENS = 20
 BATCH = 32
+#: Task -> its first scene in a split.
+FIRST = {"grounding": 0, "short": 1_000_000, "two": 2_000_000, "order": 3_000_000}
 TWO_PICTURES_SIZE = (192, 192)
 #: Of the selections by hand, those that the table needs.
 CONTROLLED = (
@@ -46,12 +49,16 @@ CONTROLLED = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its pictures; ``target``: (t,) raster indices of the asked object's tokens, empty if unknown."""
+    """A question with its pictures, or with those of a ``clip``.
+
+    ``target``: (t,) raster indices of the asked object's tokens, empty if unknown.
+    """
 
     images: tuple[Image.Image, ...]
     sample: tasks.Sample
     cluster: str
-    target: np.ndarray[Any, Any]
+    target: np.ndarray[Any, Any] = field(default_factory=lambda: np.array([], dtype=int))
+    clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,8 @@ class Chosen(AbstractMethod):
 
 
 def questions(split: str, count: int, task: str) -> Iterator[Question]:
-    """``count`` questions of ``task`` (``grounding``, ``short`` or ``two``), at most two per picture."""
-    asked, index = 0, {"grounding": 0, "short": 1_000_000, "two": 2_000_000}[task]
+    """``count`` questions of ``task`` (a key of `FIRST`), at most two per picture."""
+    asked, index = 0, FIRST[task]
     while asked < count:
         rng = scene_rng(split, index)
         for question in _of_scene(rng, task, f"{split}_{index}")[: count - asked]:
@@ -101,7 +108,10 @@ def _of_scene(rng: np.random.Generator, task: str, cluster: str) -> list[Questio
         scenes = [sample_scene(rng, TWO_PICTURES_SIZE, (1, 3)) for _ in range(2)]
         number = int(rng.integers(2))
         samples = [_in_picture(s, number + 1) for s in tasks.pick(rng, scenes[number], ["box"])]
-        return [Question(_drawn(*scenes), s, cluster, np.array([], dtype=int)) for s in samples]
+        return [Question(_drawn(*scenes), s, cluster) for s in samples]
+    if task == "order":
+        group, clip, pictures = clips.draw(rng, ["order"])
+        return [Question(tuple(map(Image.fromarray, pictures)), clips.choice(rng, group, clip), cluster, clip=True)]
     scene = sample_scene(rng)
     kinds = ("box", "box") if task == "grounding" else rng.permutation(("colour", "shape", "count"))[:2]
     samples = tasks.pick(rng, scene, list(kinds))
@@ -154,7 +164,7 @@ class Asker:
                     {
                         "role": "user",
                         "content": [
-                            *({"type": "image"} for _ in question.images),
+                            *([{"type": "video"}] if question.clip else [{"type": "image"}] * len(question.images)),
                             {"type": "text", "text": tasks.prompt_of(question.sample)},
                         ],
                     }
@@ -165,13 +175,20 @@ class Asker:
             for question in batch
         ]
         images = [list(question.images) for question in batch]
-        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        seen: dict[str, Any] = {"images": images}
+        if batch[0].clip:
+            frames = [np.repeat(np.stack(pictures), clips.FRAMES_A_STEP, axis=0) for pictures in images]
+            about = {"fps": clips.FRAMES_A_STEP / clips.SECONDS_A_STEP, "total_num_frames": len(frames[0])}
+            videos = [torch.from_numpy(each).permute(0, 3, 1, 2) for each in frames]
+            seen = {"videos": videos, "video_metadata": [about] * len(videos), "do_sample_frames": False}
+        inputs = self.processor(text=texts, **seen, padding=True, return_tensors="pt")
         with torch.inference_mode(), prune(self.model, method, ratio, **options) as run:
             output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         said = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers = []
         for question, text, ids, kept in zip(batch, said, inputs["input_ids"], run.kept, strict=True):
-            visual = torch.nonzero(ids == self.model.config.image_token_id).flatten()
+            tokens = torch.tensor([self.model.config.image_token_id, self.model.config.video_token_id])
+            visual = torch.nonzero(torch.isin(ids, tokens)).flatten()
             survivors = torch.nonzero(torch.isin(visual, kept.cpu())).flatten().numpy()
             answers.append(Answer(is_right(question.sample, text), survivors))
         return answers
@@ -223,9 +240,9 @@ def batches(split: str, count: int, task: str) -> Iterator[list[Question]]:
         yield batch
 
 
-def measure(asker: Asker, split: str, count: int, swept: int) -> tuple[Verdicts, Verdicts, Verdicts, Verdicts]:
-    """Verdicts of grounding, short answers, two pictures, and of the first ``swept`` groundings over the cut layer."""
-    grounding, short, two, layers = Verdicts(), Verdicts(), Verdicts(), Verdicts()
+def measure(asker: Asker, split: str, count: int, swept: int) -> tuple[Verdicts, ...]:
+    """Verdicts of grounding, short answers, two pictures, clips, and of the first ``swept`` groundings over layers."""
+    grounding, short, two, order, layers = (Verdicts() for _ in range(5))
     for number, batch in enumerate(batches(split, count, "grounding")):
         _note(grounding, batch, grounding_conditions(asker, batch, number * BATCH))
     for batch in batches(split, swept, "grounding"):
@@ -236,7 +253,11 @@ def measure(asker: Asker, split: str, count: int, swept: int) -> tuple[Verdicts,
         _note(short, batch, {"none": asker.ask(batch, "none", 1.0), "all but IVC": asker.keep(batch, rest)})
     for batch in batches(split, count, "two"):
         _note(two, batch, {"none": asker.ask(batch, "none", 1.0)})
-    return grounding, short, two, layers
+    for batch in batches(split, count, "order"):
+        # A clip that shows one of its pictures all the time: whoever needs no other does as well on it.
+        still = [replace(q, images=(q.images[number % clips.STEPS],) * clips.STEPS) for number, q in enumerate(batch)]
+        _note(order, batch, {"none": asker.ask(batch, "none", 1.0), "one picture": asker.ask(still, "none", 1.0)})
+    return grounding, short, two, order, layers
 
 
 def _note(verdicts: Verdicts, batch: Sequence[Question], found: dict[str, list[Answer]]) -> None:
@@ -253,14 +274,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ivcp lab accept tiny2", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name("model"), help="folder of the model")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--questions", type=int, default=1000, help="per task (default: %(default)s)")
-    parser.add_argument("--swept", type=int, default=300, help="questions for the cut layers (default: %(default)s)")
+    parser.add_argument("--questions", type=COUNT, default=1000, help="per task (default: %(default)s)")
+    parser.add_argument("--swept", type=COUNT, default=300, help="questions for the cut layers (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     if not (args.model / "config.json").is_file():
         parser.error(f"{args.model} holds no model; name the folder that the training wrote (OUT/model)")
-    grounding, short, two, layers = measure(Asker(args.model), args.split, args.questions, args.swept)
-    figures = table(grounding, short, two, layers)
+    verdicts = measure(Asker(args.model), args.split, args.questions, args.swept)
+    grounding, figures = verdicts[0], table(*verdicts)
     for figure in figures:
         verdict = {True: "pass", False: "MISS", None: "-"}[figure.passed]
         sys.stdout.write(f"{figure.number:4} {verdict:5} {figure.what}: {figure.measured}\n")

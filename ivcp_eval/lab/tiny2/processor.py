@@ -20,6 +20,8 @@ MERGE_SIZE = 2
 PATCH_SIZE = CELL // MERGE_SIZE
 #: Side in visual tokens of the tower's attention windows.
 WINDOW_CELLS = 8
+#: Steps in time positions of a second of a clip.
+TOKENS_PER_SECOND = 4
 #: Pixel limits of the image processor; pictures lie inside with sides divisible by 16 and are never resized.
 MIN_PIXELS = 4 * CELL * CELL
 MAX_PIXELS = 1024 * CELL * CELL
@@ -159,7 +161,7 @@ def build_config(
             "window_size": WINDOW_CELLS * CELL,
             "out_hidden_size": hidden_size,
             "fullatt_block_indexes": list(fullatt_block_indexes),
-            "tokens_per_second": 4,
+            "tokens_per_second": TOKENS_PER_SECOND,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

@@ -18,8 +18,8 @@ def value_similarity(value: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         (N,) float32.
     """
     states = value.float()
-    asked, total = states[:, keys].transpose(1, 2), states.new_zeros(keys.numel())
+    keyed, total = states[:, keys].transpose(1, 2), states.new_zeros(keys.numel())
     for part in queries.split(64):  # so that long questions on long prompts stay small
-        logits = states[:, part] @ asked / states.shape[-1] ** 0.5
+        logits = states[:, part] @ keyed / states.shape[-1] ** 0.5
         total += logits.softmax(dim=-1).mean(dim=0).sum(dim=0)
     return total / queries.numel()

@@ -76,7 +76,7 @@ def _score_against_cost(
     x = alt.X("cost:Q", title=f"{COSTS[cost]} (share)", scale=alt.Scale(zero=False, nice=True), axis=axis)
     score = alt.Y("score:Q", title=y, scale=alt.Scale(domain=domain))
     layers: list[alt.Chart] = []
-    if not math.isnan(floor):
+    if floor > 0:  # none was measured, or no score moved, which the page says in words
         band = alt.Chart(_inline([{"low": baseline - floor, "high": baseline + floor}]))
         layers.append(
             band.mark_rect(color=_FLOOR, opacity=0.35, description="noise floor: second run of the baseline").encode(
@@ -180,13 +180,13 @@ def save(report: Report, folder: Path) -> list[Path]:
     for name, chart in charts(report).items():
         sized = chart.properties(width=420)
         for kind, scale in (("svg", 1), ("png", 2)):
-            path = folder / f"{name}{_told(report, name)}.{kind}"
+            path = folder / f"{name}{_variant_suffix(report, name)}.{kind}"
             sized.save(path, format=kind, scale_factor=scale)
             written.append(path)
     return written
 
 
-def _told(report: Report, name: str) -> str:
+def _variant_suffix(report: Report, name: str) -> str:
     """What a file shows, in letters that any file system takes."""
     kind, number = name.split("-")[:2]
     said = {"panel": [p.benchmark for p in report.panels], "pareto": [p.model for p in report.paretos]}.get(kind)

@@ -115,8 +115,8 @@ _Key = tuple[str, str, str, str | None, float, str, int | None]
 
 
 def _key(row: ComparedRow) -> _Key:
-    asked = -1.0 if math.isnan(row.ratio_asked) else row.ratio_asked
-    return row.model, row.benchmark, row.method, row.method_parameters, asked, row.budget, row.limit
+    ratio = -1.0 if math.isnan(row.ratio_asked) else row.ratio_asked
+    return row.model, row.benchmark, row.method, row.method_parameters, ratio, row.budget, row.limit
 
 
 def _over_random(results: Path, rows: Sequence[Row], resamples: int, force: bool) -> dict[_Key, ComparedRow]:

@@ -25,7 +25,7 @@ from ivcp_eval.interface.records.sheets import sheet_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MOST_JPEG", "Asked", "Questions", "jpeg"]
+__all__ = ["MOST_JPEG", "Question", "Questions", "jpeg"]
 
 MOST_JPEG = 30_000  # bytes
 _SIDE = 480  # pixels of the longer side of a picture
@@ -34,7 +34,7 @@ _REFERENCE = 64
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """One row of a benchmark.
 
     Attributes:
@@ -63,11 +63,11 @@ class Asked:
 class Questions:
     """Of one benchmark, by index; ``missing`` says why there are none."""
 
-    asked: Mapping[str, Asked]
+    by_index: Mapping[str, Question]
     missing: str = ""
 
     @classmethod
-    def read(cls, benchmark: str, sha256: str, wanted: Collection[str], video: str = "") -> Questions:
+    def read(cls, benchmark: str, sha256: str, indices: Collection[str], video: str = "") -> Questions:
         """The rows with these indices, of the very file that was asked; pictures of other rows are never held.
 
         Args:
@@ -85,22 +85,22 @@ class Questions:
         if not sha256 or here != sha256:
             return cls({}, f"{path.name} on this machine is not the file that was asked")
         try:
-            rows = {row["index"]: row for row in _rows(path, lambda row: row.get("index") in wanted)}
-            elsewhere = {cell for row in rows.values() if 0 < len(cell := row.get("image") or "") <= _REFERENCE}
+            rows = {row["index"]: row for row in _rows(path, lambda row: row.get("index") in indices)}
+            referenced = {cell for row in rows.values() if 0 < len(cell := row.get("image") or "") <= _REFERENCE}
             pictures = {}
-            if elsewhere:
-                for row in _rows(path, lambda row: row.get("index") in elsewhere):
+            if referenced:
+                for row in _rows(path, lambda row: row.get("index") in referenced):
                     pictures[row["index"]] = row.get("image") or ""
         except (csv.Error, UnicodeDecodeError) as error:
             return cls({}, f"{path.name} cannot be read: {error}")
         boxes = known is not None and known.kind == "grounding" and known.reference == "answers"
-        asked = {}
+        by_index = {}
         for index, row in rows.items():
             cell = row.get("image") or ""
             box, picture = _box(row) if boxes else None, pictures.get(cell, cell)
             shown = _video(row, picture, sampling, known is not None and known.path is not None)
-            asked[index] = Asked(_text(row), box, _first(picture), shown)
-        return cls(asked)
+            by_index[index] = Question(_text(row), box, _first(picture), shown)
+        return cls(by_index)
 
 
 def _rows(path: Path, fits: Callable[[Mapping[str, str]], bool]) -> Iterator[dict[str, str]]:
@@ -138,8 +138,8 @@ def _video(
         places = range(len(seconds)) if sampling is None else sampling.places([at - seconds[0] for at in seconds])
         return {"pictures": [pictures[i] for i in places], "seconds": [seconds[i] for i in places]}
     if row.get("video") and with_paths:
-        asked = {"nframe": int(row.get("nframe") or 0), "fps": float(row.get("fps") or 0)}
-        return {"video": row["video"], **(vars(sampling) if sampling else asked)}
+        by_row = {"nframe": int(row.get("nframe") or 0), "fps": float(row.get("fps") or 0)}
+        return {"video": row["video"], **(vars(sampling) if sampling else by_row)}
     return None
 
 

@@ -130,7 +130,8 @@ def _filled(report: Report) -> Callable[..., str]:
         kinds=_KINDS,
         costs=[charts.costs_measured(one.marks) for one in report.paretos],
         cost_names=COSTS,
-        floor_is_zero=not any(row.difference for row in report.again),
+        unmoved=[one.benchmark for one in report.panels if one.floor == 0],
+        floor_words=_floor_words(report),
         has_random=any(mark.random for panel in report.panels for mark in panel.marks),
         footer=terminal.footer(report.comparison),
         csv=csv,
@@ -138,6 +139,15 @@ def _filled(report: Report) -> Callable[..., str]:
         position_charts=[(m, AXES[axis]) for m, axis in dict.fromkeys((p.model, p.axis) for p in report.positions)],
         specs={name: chart.to_dict() for name, chart in charts.charts(report).items()},
     )
+
+
+def _floor_words(report: Report) -> str:
+    """What the plots show of it."""
+    if not report.again:
+        return "No noise floor was measured."
+    if all(one.floor == 0 for one in report.panels):
+        return "The noise floor is 0: no score moved when the baseline answered again, so no plot has a grey stripe."
+    return "Grey stripe: the noise floor."
 
 
 def _vega() -> str:

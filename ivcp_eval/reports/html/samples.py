@@ -20,7 +20,7 @@ from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.interface.records.sheets import sheet_of_masks
 from ivcp_eval.reports.comparison import ComparedRow
 from ivcp_eval.reports.html.model import AXES, Ability, Cut, Flip, FlipCount, FlipKind, Picture, Position, Shown
-from ivcp_eval.reports.html.questions import Asked, Questions, jpeg
+from ivcp_eval.reports.html.questions import Question, Questions, jpeg
 from ivcp_eval.reports.stats import Paired, paired_bootstraps
 from ivcp_eval.reports.table import Row, read_sample_columns
 
@@ -55,14 +55,19 @@ class Pair:
         """What was asked."""
         return self.compared.model, self.compared.benchmark, self.compared.limit
 
+    @property
+    def variant(self) -> str:
+        """Its name; where it has several seeds, with the one whose samples these are."""
+        name, n = self.compared.variant, self.compared.n_seeds
+        return name if n == 1 else f"{name} (seed {self.row['seed']}, one of {n})"
+
 
 @dataclass
 class Measured:
     """Over all samples.
 
     Attributes:
-        flipped: number of a pair -> kind -> indices. drawn: what was asked -> indices whose kept cells are known, of
-            variants with one seed.
+        flipped: number of a pair -> kind -> indices. drawn: what was asked -> indices whose kept cells are known.
     """
 
     flipped: dict[int, dict[FlipKind, list[str]]] = field(default_factory=dict)
@@ -116,10 +121,9 @@ def of_samples(pairs: Sequence[Pair]) -> Measured:
         for ability, test in _by_category(pair, both):
             found.append(ability)
             tests.append(test)
-        places = grids.setdefault((pair.compared.model, pair.compared.variant), _Places())
+        places = grids.setdefault((pair.compared.model, pair.variant), _Places())
         masked = [(sample, unpruned["index"]) for unpruned, sample in both if sample["masks"]]
-        if pair.compared.n_seeds == 1:
-            measured.drawn.setdefault(pair.place, {}).update((index, None) for _, index in masked)
+        measured.drawn.setdefault(pair.place, {}).update((index, None) for _, index in masked)
         for sample, _ in masked[:_MOST_MASKS]:
             masks = _masks(sample)
             damaged += masks is None
@@ -165,7 +169,7 @@ def _by_category(pair: Pair, both: Sequence[tuple[Sample, Sample]]) -> Iterator[
                 compared.model,
                 compared.benchmark,
                 category,
-                compared.variant,
+                pair.variant,
                 len(members),
                 first,
                 second,
@@ -225,14 +229,13 @@ def _masks(sample: Sample) -> Masks | None:
 def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: int) -> Flips:
     """Up to ``cards`` samples, of which up to ``pictures`` with their picture: variants, benchmarks and kinds in turn.
 
-    Cards are of variants with one seed; samples that flip under most variants go first.
+    Samples that flip under most variants go first.
     """
-    single = [n for n in measured.flipped if pairs[n].compared.n_seeds == 1]
-    often = Counter((pairs[n].place, i) for n in single for kind in KINDS for i in measured.flipped[n][kind])
+    often = Counter((pairs[n].place, i) for n, of in measured.flipped.items() for kind in KINDS for i in of[kind])
     queues = [
         [(n, kind, i) for i in sorted(measured.flipped[n][kind], key=lambda i: -often[pairs[n].place, i])]
         for kind in KINDS
-        for n in single
+        for n in measured.flipped
     ]
     flipped = ((pairs[n].place, i) for n, _, i in _in_turn(queues) if i in measured.drawn.get(pairs[n].place, ()))
     others = _in_turn([[(place, i) for i in drawn] for place, drawn in measured.drawn.items()])
@@ -242,17 +245,17 @@ def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: in
             break
         chosen[key] = None
     picked = list(islice(_in_turn(queues), cards - len(chosen)))
-    details = _Details(pairs, single, {*chosen, *((pairs[n].place, index) for n, _, index in picked)})
+    details = _Details(pairs, [*measured.flipped], {*chosen, *((pairs[n].place, index) for n, _, index in picked)})
     names = {key: f"picture-{number}" for number, key in enumerate(chosen)}
     flips = [
         details.flip(number, kind, index, names.get((pairs[number].place, index), "")) for number, kind, index in picked
     ]
     shown = tuple(details.picture(name, *key) for key, name in names.items())
     counts = []
-    for number in single:
-        row, of_kind = pairs[number].compared, measured.flipped[number]
+    for number, of_kind in measured.flipped.items():
+        row = pairs[number].compared
         lost, gained, changed = (len(of_kind[kind]) for kind in KINDS)
-        counts.append(FlipCount(row.model, row.benchmark, row.variant, lost, gained, changed))
+        counts.append(FlipCount(row.model, row.benchmark, pairs[number].variant, lost, gained, changed))
     return Flips(tuple(counts), tuple(flips), shown, tuple(details.unread))
 
 
@@ -274,17 +277,17 @@ class _Details:
         baselines = _Baselines()
         for number in numbers:
             pair = pairs[number]
-            wanted = {index for place, index in chosen if place == pair.place}
-            if not wanted or pair.file is None or pair.baseline_file is None:
+            indices = {index for place, index in chosen if place == pair.place}
+            if not indices or pair.file is None or pair.baseline_file is None:
                 continue
-            self.samples[number] = {i: s for i, s in _read(pair.file).items() if i in wanted}
+            self.samples[number] = {i: s for i, s in _read(pair.file).items() if i in indices}
             before = baselines.of(pair.baseline_file)
-            self.before |= {(pair.place, index): before[index] for index in wanted if index in before}
+            self.before |= {(pair.place, index): before[index] for index in indices if index in before}
             name = pair.compared.benchmark
             if name not in self.questions:
-                asked = {index for (_, benchmark, _), index in chosen if benchmark == name}
+                indices = {index for (_, benchmark, _), index in chosen if benchmark == name}
                 self.questions[name] = Questions.read(
-                    name, pair.baseline["benchmark_sha256"] or "", asked, pair.row["video"] or ""
+                    name, pair.baseline["benchmark_sha256"] or "", indices, pair.row["video"] or ""
                 )
                 if self.questions[name].missing:
                     self.unread.append(f"questions and pictures of {name}: {self.questions[name].missing}")
@@ -298,10 +301,10 @@ class _Details:
             kind=kind,
             model=row.model,
             benchmark=row.benchmark,
-            variant=row.variant,
+            variant=self.pairs[number].variant,
             index=index,
             category=after["category"],
-            question=_shortened(self._asked(row.benchmark, index).text),
+            question=_shortened(self._question(row.benchmark, index).text),
             gold="" if row.metric in agreement.METRICS else _shortened(after["answer"]),
             before=first,
             after=second,
@@ -314,7 +317,7 @@ class _Details:
     def picture(self, name: str, place: Place, index: str) -> Picture:
         """One card with a picture."""
         model, benchmark, _ = place
-        asked, before = self._asked(benchmark, index), self.before[place, index]
+        question, before = self._question(benchmark, index), self.before[place, index]
         own = [n for n in self.numbers if self.pairs[n].place == place and index in self.samples.get(n, {})]
         # Those that answer differently first, where not all find room.
         own.sort(key=lambda n: self.samples[n][index]["score"] == before["score"])
@@ -322,9 +325,9 @@ class _Details:
         agreed = self.pairs[own[0]].compared.metric in agreement.METRICS
         missing, content, size = self.questions[benchmark].missing or "the file names no picture", b"", (0, 0)
         steps = max((_steps(self.samples[n][index]) for n in own), default=0)
-        if (asked.video and steps) or asked.picture:
+        if (question.video and steps) or question.picture:
             try:
-                content, size = jpeg(asked.sheet(steps) if asked.video and steps else asked.picture)
+                content, size = jpeg(question.sheet(steps) if question.video and steps else question.picture)
                 missing = ""
             except (OSError, ValueError) as error:
                 missing = str(error)
@@ -333,20 +336,20 @@ class _Details:
             model=model,
             benchmark=benchmark,
             index=index,
-            question=_shortened(asked.text),
+            question=_shortened(question.text),
             gold="" if agreed else _shortened(before["answer"]),
-            box=asked.box,
+            box=question.box,
             jpeg=content,
             missing=missing,
             size=size,
             shown=(
                 _shown(_UNPRUNED, before),
-                *(_shown(self.pairs[n].compared.variant, self.samples[n][index]) for n in own),
+                *(_shown(self.pairs[n].variant, self.samples[n][index]) for n in own),
             ),
         )
 
-    def _asked(self, benchmark: str, index: str) -> Asked:
-        return self.questions[benchmark].asked.get(index, Asked("", None, ""))
+    def _question(self, benchmark: str, index: str) -> Question:
+        return self.questions[benchmark].by_index.get(index, Question("", None, ""))
 
 
 def _steps(sample: Sample) -> int:

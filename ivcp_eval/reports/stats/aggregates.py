@@ -20,7 +20,7 @@ from ivcp_eval.reports.stats import Array
 
 __all__ = ["COLUMNS", "Rule", "rule_for"]
 
-COLUMNS = ("index", "category", "prediction", "answer", "score", "iou")
+COLUMNS = ("index", "category", "prediction", "answer", "score", "iou", "similarity")
 
 # MME's two halves (yorn.py, MME_rating); each category counts 200 at most, hence 2000 + 800 = 2800.
 _MME_PERCEPTION = (
@@ -91,10 +91,14 @@ def rule_for(benchmark: str, metric: str, scale: float) -> Rule:
     """
     name = re.sub(r"[^a-z0-9+]", "", metric.lower())
     mean = partial(_shares, scale)
-    if name == "meaniou":
+    if name in ("meaniou", "agreementmeaniou"):
         return Rule(mean, scores=lambda columns: columns["iou"].astype(float))
+    if metric == "agreement_text_similarity":
+        return Rule(mean, scores=lambda columns: columns["similarity"].astype(float))
+    if metric == "agreement_exact":
+        return Rule(mean, scores=lambda columns: _reached(columns["similarity"], 1))
     if (threshold := re.fullmatch(r"Acc@(0\.\d+)", metric)) and metric != "Acc@0.5":  # that one is `score`
-        return Rule(mean, scores=lambda columns: _hits(columns, float(threshold[1])))
+        return Rule(mean, scores=lambda columns: _reached(columns["iou"], float(threshold[1])))
     if benchmark == "MME":
         kinds = {"perception": _MME_PERCEPTION, "reasoning": _MME_REASONING}
         kinds |= dict.fromkeys(("total", "overall", "sum"), (*_MME_PERCEPTION, *_MME_REASONING))
@@ -119,9 +123,10 @@ def rule_for(benchmark: str, metric: str, scale: float) -> Rule:
     return Rule(mean)
 
 
-def _hits(columns: Columns, threshold: float) -> Array:
-    overlaps = columns["iou"].astype(float)
-    return np.where(np.isnan(overlaps), np.nan, overlaps >= threshold - TOLERANCE)
+def _reached(values: NDArray, threshold: float) -> Array:
+    """1 where a value is ``threshold`` or more, else 0; NaN where there is none."""
+    values = values.astype(float)
+    return np.where(np.isnan(values), np.nan, values >= threshold - TOLERANCE)
 
 
 def _all_right(groups: NDArray, scores: Array) -> Array:

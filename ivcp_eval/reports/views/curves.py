@@ -76,6 +76,7 @@ def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:
         verdict = BETTER if over.difference > 0 else "worse than random"
     return {
         **{name: getattr(row, name) for name in COLUMNS if hasattr(row, name)},
+        "settings": row.settings,
         "score": row.score_pruned,
         "baseline": row.score_baseline,
         "random": over and over.score_baseline,
@@ -90,11 +91,13 @@ def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """Legend entry: the method, and its preset where that is the released one, or that its coordinates are off."""
-    parameters = str(row["method_parameters"])
-    if '"preset":"official"' in parameters:
-        return f"{row['method']} official"
-    return f"{row['method']} without IVC" if '"ivc":0.0' in parameters else str(row["method"])
+    """Legend entry: the method, with what tells its variants apart."""
+    return f"{row['method']}({row['settings']})" if row["settings"] else str(row["method"])
+
+
+def _panel(row: Mapping[str, Any]) -> tuple[str, str, int, str]:
+    """Rows of one panel were measured on the same questions, at the same kind of cost."""
+    return row["model"], row["benchmark"], row["limit"] or 0, row["budget"]
 
 
 def curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float, float, float]]:
@@ -111,7 +114,9 @@ def curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, f
 
 
 def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per benchmark and budget: score against what is held, 95 % intervals of the difference to the baseline.
+    """One panel per model, benchmark, limit and budget: score against what is held.
+
+    Bars are 95 % intervals of the difference to the baseline.
 
     Raises:
         ValueError: a row lacks the measured share of what it holds.
@@ -121,12 +126,14 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = sorted({(row["benchmark"], row["budget"]) for row in rows})
+    panels = sorted({_panel(row) for row in rows})
+    several = len({model for model, *_ in panels}) > 1
     labels = sorted({label(row) for row in rows})
     colours = dict(zip(labels, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), squeeze=False, layout="constrained")
-    for axis, (name, budget) in zip(axes[0], panels, strict=True):
-        here = [row for row in rows if (row["benchmark"], row["budget"]) == (name, budget)]
+    for axis, panel in zip(axes[0], panels, strict=True):
+        model, name, limit, budget = panel
+        here = [row for row in rows if _panel(row) == panel]
         column, words = AXES[budget.partition("(")[0]]
         if any(math.isnan(row[column]) for row in here):
             raise ValueError(f"{name}: rows that hold {budget} have no {column}; run the sweep again to measure it")
@@ -146,7 +153,8 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 [x + offset for x, *_ in curve(weak, column)], [y for _, y, *_ in curve(weak, column)],
                 linestyle="none", marker="o", markersize=5, markerfacecolor="white", color=colours.get(entry), zorder=3,
             )  # fmt: skip
-        axis.set(title=f"{name} ({here[0]['metric']})", xlabel=words)
+        first = f", first {limit}" if limit else ""
+        axis.set(title=f"{f'{model} ' * several}{name} ({here[0]['metric']}{first})", xlabel=words)
     axes[0][0].legend(fontsize=7)
     figure.suptitle(
         "bars: 95 % interval of the paired difference to the unpruned model\nhollow: not better than random", fontsize=9

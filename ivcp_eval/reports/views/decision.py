@@ -228,10 +228,10 @@ def decide(
         if name not in there:
             raise unknown("critical benchmark", name, there)
 
-    def wanted(row: Row) -> bool:
+    def selected(row: Row) -> bool:
         return row["metric"] == headline(row) and row["method"] not in (BASELINE, AGAIN) and select(row)
 
-    comparison = compare(results_csv, baseline_csv, force=force, resamples=resamples, select=wanted)
+    comparison = compare(results_csv, baseline_csv, force=force, resamples=resamples, select=selected)
     groups: dict[str, dict[tuple[str, str, int | None], list[ComparedRow]]] = {}
     for row in comparison.rows:
         groups.setdefault(row.model, {}).setdefault((row.variant, row.baseline_source, row.limit), []).append(row)

@@ -63,20 +63,30 @@ def tables(results: Path, resamples: int = 10_000) -> dict[str, list[dict[str, s
 
 
 def _table(results: Path, method: str, methods: Mapping[str, dict[str, Any]], resamples: int) -> list[dict[str, str]]:
-    def wanted(row: Row) -> bool:
+    def selected(row: Row) -> bool:
         return finished_headline(row) and (row["method"] == method or row["method"] not in methods)
 
     usual = methods[method]
-    compared = compare(results, against=Reference(method, usual), resamples=resamples, select=wanted).rows
-    columns = sorted({(row.benchmark, row.ratio_asked) for row in compared}, reverse=True)
-    titles = {column: f"{column[0]} {column[1]:g}" for column in columns}
+    compared = compare(results, against=Reference(method, usual), resamples=resamples, select=selected).rows
+    several = len({row.model for row in compared}) > 1
+    titles = {
+        place: " ".join(
+            filter(None, (place[0] * several, place[1], f"{ratio:g}", budget, f"first {limit}" * bool(limit)))
+        )
+        for place in sorted({_place(row) for row in compared}, reverse=True)
+        for ratio, budget, limit in [place[2:]]
+    }
     first = f"{method}, defaults"
     cells: dict[str, dict[str, str]] = {first: dict.fromkeys(titles.values(), "")}
     for row in compared:
-        title = titles[row.benchmark, row.ratio_asked]
+        title = titles[_place(row)]
         cells[first][title] = f"{row.score_baseline:.1f}"
         cells.setdefault(_label(row, method, usual), dict.fromkeys(titles.values(), ""))[title] = _cell(row)
     return [{"changed": label, **by_column} for label, by_column in cells.items()]
+
+
+def _place(row: ComparedRow) -> tuple[str, str, float, str, int]:
+    return row.model, row.benchmark, row.ratio_asked, row.budget, row.limit or 0
 
 
 def _cell(row: ComparedRow) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ivcp_eval.engine.run import Run
     from ivcp_eval.interface.variants import Variant
     from ivcp_eval.runs.answering.session import Parts, Session
-    from ivcp_eval.vlmeval_bridge.evaluate import Asked, Scored
+    from ivcp_eval.vlmeval_bridge.evaluate import PromptRow, Scored
 
 FOLDER = files.RESULTS / "analyses"
 #: In a request, for the unpruned model alone.
@@ -145,17 +145,17 @@ class Study:
         """The prompts of the data set, or of ``rows``, a table like its own; rows that cannot be read are told of."""
         from ivcp_eval.vlmeval_bridge.reading import videos
 
-        prompts = self._asked if rows is None else self._read(rows)
+        prompts = self._prompts if rows is None else self._read(rows)
         for row in prompts:
             if row.message is None:
                 self.tell(f"{self.benchmark.name}, row {row.index} is left out: {row.failure['error']}")
         return [Question(row.index, row.key, videos.parts(row.message)) for row in prompts if row.message is not None]
 
     @cached_property
-    def _asked(self) -> list[Asked]:
+    def _prompts(self) -> list[PromptRow]:
         return self._read(self.dataset.data)
 
-    def _read(self, rows: Any) -> list[Asked]:
+    def _read(self, rows: Any) -> list[PromptRow]:
         from ivcp_eval.vlmeval_bridge.evaluate import messages
         from ivcp_eval.vlmeval_bridge.model import Prompting
 
@@ -243,7 +243,7 @@ class Study:
         """
         data = self.dataset.data
         rows = data[data["index"].astype(str).isin(answers.keys())].drop(columns="image", errors="ignore")
-        every = samples(self.benchmark, rows.to_dict("records"), Prompts.of(self._asked), self.scored(answers))
+        every = samples(self.benchmark, rows.to_dict("records"), Prompts.of(self._prompts), self.scored(answers))
         scored = {sample.index: sample for sample in every if sample.score is not None}
         if not scored:
             raise ValueError(f"{self.benchmark.name} gives no sample a score of its own, so nothing can be paired")
@@ -284,7 +284,7 @@ def label(variant: Variant) -> str:
     """As a table names it: the method, what was asked for, and parameters of the user's."""
     shown = {name: value for name, value in variant.parameters.items() if name not in variant.implied}
     kind = f" of {variant.budget.label}" if variant.budget else ""
-    return " ".join([f"{variant.method} {variant.asked:g}{kind}", *(f"{k}={text_of(v)}" for k, v in shown.items())])
+    return " ".join([f"{variant.method} {variant.requested:g}{kind}", *(f"{k}={text_of(v)}" for k, v in shown.items())])
 
 
 def compared(result: PairedResult | None, reference: str) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def _able(study: Study) -> tuple[list[Candidate], list[str]]:
         except ValueError as error:
             reasons.append(f"{label(variant)}: {error}")
         else:
-            able.append(Candidate(cell, variant.asked, {}, {}))
+            able.append(Candidate(cell, variant.requested, {}, {}))
     return able, reasons
 
 

@@ -19,7 +19,7 @@ from ivcp_eval.runs.planning.cells import Cell
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter
     from ivcp_eval.interface.records import Answer
-    from ivcp_eval.vlmeval_bridge.evaluate import Asked
+    from ivcp_eval.vlmeval_bridge.evaluate import PromptRow
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Prompts:
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Iterable[Asked]) -> Prompts:
+    def of(cls, rows: Iterable[PromptRow]) -> Prompts:
         """From the prompts themselves."""
         prompts = cls()
         for row in rows:
@@ -66,7 +66,7 @@ class Prompts:
         return prompts
 
     @classmethod
-    def asked(cls, cell: Cell, start: int, stop: int) -> set[str]:
+    def keys_of(cls, cell: Cell, start: int, stop: int) -> set[str]:
         """Keys of the prompts of these rows, where they are noted."""
         return set(cls._read(_note(cell, start, stop)).keys.values())
 

@@ -114,7 +114,7 @@ def answered_samples(
     if not cells:
         return
     exact, grounding = plan.options.exact, unit.benchmark.kind == "grounding"
-    samples, broken = asked(unit, session.adapter, dataset, cells[0])
+    samples, broken = prompts_of(unit, session.adapter, dataset, cells[0])
     yield from [("", [])] * broken
     lacking = {
         key: open_
@@ -141,7 +141,7 @@ def answered_samples(
         yield key, answers
 
 
-def asked(unit: Unit, adapter: AbstractAdapter, dataset: Any, cell: Cell) -> tuple[list[Sample], int]:
+def prompts_of(unit: Unit, adapter: AbstractAdapter, dataset: Any, cell: Cell) -> tuple[list[Sample], int]:
     """Every prompt of the unit once, and how many rows have none; their keys are noted for who scores."""
     from ivcp_eval.vlmeval_bridge.evaluate import messages
     from ivcp_eval.vlmeval_bridge.model import Prompting

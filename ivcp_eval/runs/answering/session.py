@@ -40,14 +40,14 @@ class _Generated:
     """New tokens and what they were made from.
 
     Attributes:
-        asked: the conversation that was encoded.
+        conversation: what was encoded.
         whole: the conversation before its pictures were made smaller; None if they were not. share: of their tokens.
     """
 
     new: torch.Tensor
     run: Run
     inputs: Mapping[str, Any]
-    asked: list[Mapping[str, Any]]
+    conversation: list[Mapping[str, Any]]
     whole: list[Mapping[str, Any]] | None
     share: float
 
@@ -119,7 +119,7 @@ class Session:
                 video cannot.
         """
         generated = self._generate(parts, variant)
-        new, run, inputs, conversation = generated.new, generated.run, generated.inputs, generated.asked
+        new, run, inputs, conversation = generated.new, generated.run, generated.inputs, generated.conversation
         if generated.whole is None:
             return self._answer(new, run, inputs, conversation, grounding)
         whole = self._visual_tokens(self._encoded(generated.whole)[0])

@@ -18,7 +18,7 @@ def find(name: str) -> Benchmark:
     """The declared benchmark of this name, or VLMEvalKit's own data set."""
     if name in benchmarks.names():
         return benchmarks.load(name)
-    return dataclasses.replace(benchmarks.undeclared(name), md5=vlmeval_bridge.noted_md5(name))
+    return dataclasses.replace(benchmarks.undeclared(name), md5=vlmeval_bridge.expected_md5(name))
 
 
 def path_of(benchmark: Benchmark) -> Path:

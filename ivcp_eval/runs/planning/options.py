@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ivcp_eval.benchmarks.clips import Sampling
 from ivcp_eval.interface.variants import ATTENTIONS, DTYPES, parameter
+from ivcp_eval.runs.planning.numbers import INDEX, Number
 from ivcp_eval.vlmeval_bridge.judge.config import check_options
 
 __all__ = ["TIMED_SAMPLES", "Options", "add_flags", "check", "given_flags"]
@@ -19,7 +19,9 @@ TIMED_SAMPLES = 16
 
 
 def _option(default: Any, kind: type, help: str, **more: Any) -> Any:  # noqa: A002 (argparse's word)
-    """A field; ``more`` holds ``choices``, ``metavar``, or ``low``, the smallest number allowed (default: above 0)."""
+    """A field; ``more`` holds ``choices``, ``metavar``, or ``number``, which numbers are allowed (default: above 0)."""
+    if kind in (int, float):
+        more.setdefault("number", Number(kind))
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **more})
 
 
@@ -55,7 +57,8 @@ class Options:
     )
     timing: int = _option(
         TIMED_SAMPLES, int, "samples of each benchmark that are timed under every variant once it is answered; 0: "
-        "none, and no dates either, so that equal runs are equal bytes (default: %(default)s)", metavar="N", low=0,
+        "none, and no dates either, so that equal runs are equal bytes (default: %(default)s)",
+        metavar="N", number=INDEX,
     )  # fmt: skip
     timeout: float | None = _option(
         None, float, "seconds that one answer may take; a late one is an error of its sample, "
@@ -85,8 +88,6 @@ class Options:
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 _WORDS: dict[type, str] = {
     str: "text",
-    int: "a whole number",
-    float: "a finite number",
     bool: "true or false",
     dict: "KEY: VALUE",
 }
@@ -105,14 +106,9 @@ def check(name: str, value: Any) -> Any:
     choices = meta.get("choices")
     if choices and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    words = _WORDS[kind]
-    if kind in (int, float):
-        low = meta.get("low")
-        words += " above 0" if low is None else f" of at least {low}"
-        fits = fits and math.isfinite(value) and (value > 0 if low is None else value >= low)
-    if not fits:
-        raise ValueError(f"{name} must be {words}, got {value!r}")
+    number = meta.get("number")
+    if not (number.fits(value) if number else isinstance(value, kind)):
+        raise ValueError(f"{name} must be {number or _WORDS[kind]}, got {value!r}")
     if kind is dict:
         check_options(value)
     return value
@@ -135,7 +131,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(_F
             parser.add_argument(flag, nargs="+", action=_Pairs, metavar=meta["metavar"], help=text)
         else:
             shown = meta.get("metavar") or ("{" + ",".join(meta["choices"]) + "}" if "choices" in meta else None)
-            parser.add_argument(flag, type=_parsed(name, meta["kind"]), metavar=shown, help=text)
+            parser.add_argument(flag, type=meta.get("number") or _checked(name), metavar=shown, help=text)
         if name == "timing":
             parser.add_argument("--no-timing", dest="timing", action="store_const", const=0, help="as --timing 0")
 
@@ -150,13 +146,12 @@ class _Pairs(argparse.Action):
             raise argparse.ArgumentError(self, str(error)) from None
 
 
-def _parsed(name: str, kind: type) -> Callable[[str], Any]:
+def _checked(name: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
-            return check(name, kind(text) if kind in (int, float) else text)
+            return check(name, text)
         except ValueError as error:
-            reason = str(error) if str(error).startswith(name) else f"{text!r} is not {_WORDS[kind]}"
-            raise argparse.ArgumentTypeError(reason) from None
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
 

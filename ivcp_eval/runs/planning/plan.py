@@ -27,7 +27,7 @@ from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.planning.spec import Spec
 from ivcp_eval.runs.store import manifest
 from ivcp_eval.vlmeval_bridge.environment import check_folder
-from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, asked_judge
+from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, JudgeConfig, judge_for
 
 if TYPE_CHECKING:
     from ivcp_eval.interface.models import Weights
@@ -94,6 +94,7 @@ class RunPlan:
         runs: where cells live.
         models: by short name. problems: why models or benchmarks cannot run here; the others can.
         notices: what to know before running: partial data, metrics that a limit leaves without a score.
+        misfits: variants that their model cannot run, each with the reason; their cells become rows that say so.
     """
 
     spec: Spec
@@ -101,6 +102,7 @@ class RunPlan:
     models: dict[str, ModelPlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> Path:
@@ -146,8 +148,9 @@ class RunPlan:
                     yield model, benchmark, cell
 
     def budgets(self) -> list[str]:
-        """One line per variant that holds a budget: the ratio that was found for it, or why it cannot run."""
-        held = [cell.identity.variant for _, _, cell in self.cells() if cell.identity.variant.budget]
+        """One line per variant that holds a budget: the ratio that was found for it."""
+        variants = [cell.identity.variant for _, _, cell in self.cells()]
+        held = [variant for variant in variants if variant.budget and not variant.budget.problem]
         if not held:
             return []
         from ivcp_eval.engine.cost.predicted import described
@@ -194,25 +197,26 @@ def _model_plan(
     """One model, and why benchmarks of it cannot run here; DataMissing if none can."""
     spec = plan.spec
     if all(variant.server for variant in spec.variants(model)):
-        weights, placement = models.elsewhere(model, folder), Placement("", "", "")
+        weights, placement = models.served(model, folder), Placement("", "", "")
     else:
         weights = models.locate(model, folder, offline=True if plan_only else None)
         placement = _placement(spec.options, weights, device, plan_only)
     limits = _limits(spec.options, weights)
     own = weights.checkpoint.methods
     tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
-    if any(variant.budget for variant in tuned.values()):
-        from ivcp_eval.engine.cost.predicted import Decoder, solve_budget  # and with it transformers
+    if any(v.budget or (not v.server and v.parameters.keys() - set(v.implied)) for v in tuned.values()):
+        from ivcp_eval.engine.cost.predicted import Decoder, misfit, solve_budget  # and with it transformers
 
         decoder = Decoder.of(weights)
         tuned = {key: solve_budget(variant, decoder) for key, variant in tuned.items()}
+        plan.misfits += [f"{v.name} cannot run: {why}" for v in tuned.values() if (why := misfit(v, decoder.facts))]
     groups: dict[str, tuple[Benchmark, tuple[Cell, ...]]] = {}
     missing: list[str] = []
     for name in spec.benchmarks(model):
         fetch(name)
         declared = data.find(name)
-        asked = spec.options.sampling if declared.sampling else None
-        benchmark = dataclasses.replace(declared, sampling=str(asked)) if asked else declared
+        sampling = spec.options.sampling if declared.sampling else None
+        benchmark = dataclasses.replace(declared, sampling=str(sampling)) if sampling else declared
         try:
             digest = data.digest(benchmark)
             video = "" if benchmark.sampling == "frames" else benchmark.sampling
@@ -325,7 +329,7 @@ def fields_sent(server: Server, max_new_tokens: int) -> dict[str, Any]:
 
 def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
     """The judge that is asked about the benchmark's answers; None if nobody is."""
-    judge = asked_judge(options.judge, benchmark.judge)
+    judge = judge_for(options.judge, benchmark.judge)
     if judge in ("none", EXACT_MATCHING):
         return None
     return JudgeConfig(judge, options.judge_url, extra=options.judge_options or {})
@@ -334,7 +338,7 @@ def judge_config(options: Options, benchmark: Benchmark) -> JudgeConfig | None:
 def judge_name(options: Options, benchmark: Benchmark) -> str:
     """As a cell's identity has it."""
     config = judge_config(options, benchmark)
-    return config.identity if config else asked_judge(options.judge, benchmark.judge)
+    return config.identity if config else judge_for(options.judge, benchmark.judge)
 
 
 def write_manifest(plan: RunPlan) -> Path:

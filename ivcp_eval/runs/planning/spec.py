@@ -115,10 +115,10 @@ def _checked(marked: Marked, name: str) -> Spec:
     for key in ("models", "benchmarks", "methods"):
         if not raw.get(key):
             raise marked.error((key,), f"{key} is missing or empty")
-    models_asked, servers = _models(marked, raw["models"])
+    models, servers = _models(marked, raw["models"])
     benchmarks_of_all = _benchmarks(marked, ("benchmarks",), raw["benchmarks"])
     cells: dict[tuple[str, str], tuple[Variant, str]] = {}
-    for model, benchmark in itertools.product(models_asked, benchmarks_of_all):
+    for model, benchmark in itertools.product(models, benchmarks_of_all):
         baseline = Variant(model, server=servers.get(model))
         cells[_key(baseline, benchmark)] = baseline, benchmark
     entries = marked.listed(("methods",), raw["methods"], dict, "a method with its ratios")
@@ -126,7 +126,7 @@ def _checked(marked: Marked, name: str) -> Spec:
     _budget(marked, (), {}, shared, 1.0)
     for i, entry in enumerate(entries):
         before = len(cells)
-        for variant, benchmark in _entry(marked, ("methods", i), entry, list(models_asked), benchmarks_of_all, shared):
+        for variant, benchmark in _entry(marked, ("methods", i), entry, list(models), benchmarks_of_all, shared):
             cells[_key(variant, benchmark)] = variant, benchmark
         if len(cells) == before and entry["method"] != BASELINE:
             raise marked.error(
@@ -148,7 +148,7 @@ def _checked(marked: Marked, name: str) -> Spec:
     if options.sampling:
         _of_videos(marked, "nframe" if options.nframe else "fps", benchmarks_of_all)
     raw = {**raw, "methods": [{**entry, "method": absolute(entry["method"])} for entry in entries]}
-    return Spec(_name(marked, raw, name), models_asked, tuple(left), options, raw, _kind(marked, raw))
+    return Spec(_name(marked, raw, name), models, tuple(left), options, raw, _kind(marked, raw))
 
 
 def _name(marked: Marked, raw: Mapping[str, Any], name: str) -> str:
@@ -313,10 +313,10 @@ def _controls(
     chosen, known = raw.get("controls"), control_names()
     controls = {name: make_method(name) for name in known}
     usual = [name for name, control in controls.items() if not control.repeats_baseline]
-    wanted = usual if chosen is None else chosen
+    entries = usual if chosen is None else chosen
     of_videos = {name: _shows_videos(name) for name in {benchmark for _, benchmark in listed}}
     for i, entry in enumerate(
-        marked.listed(("controls",), wanted, str | dict, "a control or its {method, parameters}")
+        marked.listed(("controls",), entries, str | dict, "a control or its {method, parameters}")
     ):
         place: Place = ("controls", i)
         entry = marked.keys(place, {"method": entry} if isinstance(entry, str) else entry, _CONTROL)
@@ -390,7 +390,7 @@ def _without(marked: Marked, cells: list[tuple[Variant, str]], raw: Any) -> list
         rule = marked.keys(("exclude", i), rule, _EXCLUDE)
 
         def hit(variant: Variant, name: str, rule: Mapping[str, Any] = rule) -> bool:
-            has = {"model": variant.model, "method": variant.method, "benchmark": name, "ratio": variant.asked}
+            has = {"model": variant.model, "method": variant.method, "benchmark": name, "ratio": variant.requested}
             has["budget"] = variant.budget.kind if variant.budget else OWN
             return all(has[key] == value for key, value in rule.items())
 

@@ -13,7 +13,7 @@ from ivcp_eval.files import DamagedError, read_json
 from ivcp_eval.runs.planning.cells import Cell, code_listing
 
 #: What a user asks for; a cell that differs in one of these is another question, not an older answer to this one.
-_ASKED = ("variant", "benchmark", "limit", "judge", "limits", "placement")
+_REQUESTED = ("variant", "benchmark", "limit", "judge", "limits", "placement")
 _MOST = 3  # names that are spelled out in one line
 
 
@@ -31,7 +31,7 @@ def uncounted(cell: Cell) -> list[tuple[Path, str]]:
         if folder == cell.folder or not _answered(folder):
             continue
         other = _identity(folder)
-        if other is not None and all(other.get(name) == mine[name] for name in _ASKED):
+        if other is not None and all(other.get(name) == mine[name] for name in _REQUESTED):
             lines.append((folder, "; ".join(_changes(cell, other, mine))))
     return lines
 
@@ -70,7 +70,7 @@ def _changes(cell: Cell, other: Mapping[str, Any], mine: Mapping[str, Any]) -> I
             yield "they were made by a version that did not note its files"
             return
         yield _code_changes(before, cell.code)
-    for name in sorted((mine.keys() | other.keys()) - {*_ASKED, "code"}):
+    for name in sorted((mine.keys() | other.keys()) - {*_REQUESTED, "code"}):
         if name == "versions":
             yield from _version_changes(other[name], mine[name])
         elif other.get(name) != mine.get(name):

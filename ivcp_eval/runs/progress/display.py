@@ -20,7 +20,7 @@ from ivcp_eval.runs.progress.words import benchmark_line, failed, kept, summary
 if TYPE_CHECKING:
     from ivcp_eval.runs.worker import Hooks
 
-LOOK_S = 1.0
+REFRESH_S = 1.0
 EVERY_S = 30.0
 MOST_BARS = 6  # of benchmarks that are worked on at the same time
 
@@ -72,7 +72,7 @@ class Progress:
             self._thread.join()
         if self._watch is not None:
             with suppress(OSError):  # as in `_follow`: to look on must cost nothing of what was done
-                self._watch.look()
+                self._watch.refresh()
             self._refresh_page(self._watch, every=0)
         if self._screen is not None:
             self._screen.close()
@@ -103,9 +103,9 @@ class Progress:
         return self._watch is not None and self._watch.total.complete
 
     def _follow(self, watch: Watch) -> None:
-        while not self._end.wait(LOOK_S):
+        while not self._end.wait(REFRESH_S):
             try:
-                watch.look()
+                watch.refresh()
                 if self._screen is not None:
                     self._screen.show()
             except OSError:

@@ -11,7 +11,7 @@ from ivcp_eval.runs.planning import data
 from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.planning.uncounted import uncounted_lines
 from ivcp_eval.runs.progress.tally import Tally
-from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, asked_judge
+from ivcp_eval.vlmeval_bridge.judge import EXACT_MATCHING, judge_for
 
 BYTES_PER_ANSWER = 700  # of journal and CSV together
 ANSWER_TOKENS = 32  # decoded per sample, for the estimate
@@ -90,7 +90,7 @@ def cost(plan: RunPlan) -> Cost:
         here = [variant.ratio for variant in variants if variant.server is None]
         hours += n * _seconds(size, here) / 3600 if here else 0.0
         disk += n * len(variants) * BYTES_PER_ANSWER
-        judge = asked_judge(plan.options.judge, benchmark.judge)
+        judge = judge_for(plan.options.judge, benchmark.judge)
         if judge in ("none", EXACT_MATCHING):
             continue
         if benchmark.judge == "optional":

@@ -118,11 +118,11 @@ class Watch:
             if followed.done:  # whole before, by this run or another
                 self._take_mark(followed, tally)
         self._recount = set(self.tallies)
-        self.look()
+        self.refresh()
         self._fresh = 0  # what was there before is no speed
         self._speeds = deque([(self.clock(), 0)])
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Read what is new, after the first time only in units that a live worker holds or has just finished."""
         done = _names(self.plan.state / "done", ".json")
         leased = _names(self.plan.state / "leases", ".lease")
@@ -217,23 +217,23 @@ class Watch:
             self._add(followed, answered - followed.answered)
         followed.seen, followed.answered = True, answered
         if finished:
-            noted = self._take_mark(followed, tally)
-            self._add(followed, min(noted.answered, followed.size) - followed.fresh)
+            recorded = self._take_mark(followed, tally)
+            self._add(followed, min(recorded.answered, followed.size) - followed.fresh)
             followed.done, followed.marked, followed.answered = True, True, followed.size
             followed.tails = []
 
     def _take_mark(self, followed: _Followed, tally: Tally) -> Mark:
         """Count a unit that is done, by what its worker noted."""
-        noted = Mark()
+        recorded = Mark()
         with suppress(FileNotFoundError, DamagedError):  # `reopen` says so
-            noted = Mark.read(mark(self.plan, followed.unit))
+            recorded = Mark.read(mark(self.plan, followed.unit))
         tally.units_done += 1
-        tally.agree += noted.agree
-        tally.compared += noted.compared
-        tally.seconds += noted.seconds
-        tally.timed += noted.answered
-        followed.failed = noted.failed
-        return noted
+        tally.agree += recorded.agree
+        tally.compared += recorded.compared
+        tally.seconds += recorded.seconds
+        tally.timed += recorded.answered
+        followed.failed = recorded.failed
+        return recorded
 
     def _add(self, followed: _Followed, n: int) -> None:
         followed.fresh += max(0, n)

@@ -38,8 +38,8 @@ def recompute(cell: Cell) -> CellRecord:
     with suppress(DamagedError):  # it is made here
         before = cell.read_record() or {}
     if scores.samples:
-        noted = before.get("samples_sha256"), before.get("predictions_sha256")
-        if noted != (record.samples_sha256, _digest(cell.predictions)):
+        recorded = before.get("samples_sha256"), before.get("predictions_sha256")
+        if recorded != (record.samples_sha256, _digest(cell.predictions)):
             write_samples(cell.predictions, sample_rows(answers, scores, notes["decoder"], times))
         record = replace(record, predictions_sha256=_digest(cell.predictions))
     if record.to_json() != before:

@@ -179,6 +179,7 @@ def _sample_row(sample: Sample, answer: Answer, shape: DecoderShape | None, time
         "answer": sample.answer,
         "score": sample.score,
         "iou": sample.iou,
+        "similarity": sample.similarity,
         "box": answer.box or "",
         "layer_mean_ratio": cost.layer_mean,
         "kv_ratio": cost.cached,

@@ -133,12 +133,12 @@ def estimate_eval(
     Raises:
         DataMissing: a benchmark that is to be judged is not here; it is not fetched for this.
     """
-    from ivcp_eval.vlmeval_bridge.judge.config import asked_judge
+    from ivcp_eval.vlmeval_bridge.judge.config import judge_for
 
     total = Estimate(0, 0, 0, 0, 0.0)
     for name in names:
         benchmark = benchmarks.load(name)
-        model = asked_judge(judge_name, benchmark.judge)
+        model = judge_for(judge_name, benchmark.judge)
         if model in ("none", EXACT_MATCHING):
             continue
         dataset = _dataset(benchmark, limit)
@@ -198,13 +198,13 @@ def _loaded(cell: _Cell) -> Any:
 
     dataset = _dataset(cell.benchmark)
     path = cell.benchmark.path or data_root() / f"{cell.benchmark.vlmeval}.tsv"
-    noted = cell.rows[0]["benchmark_sha256"]
+    recorded = cell.rows[0]["benchmark_sha256"]
     answered = {row["index"] for row in cell.samples}
     known = dataset.data["index"].astype(str).isin(answered)
-    if (noted and file_digest(path) != noted) or int(known.sum()) != len(answered):
+    if (recorded and file_digest(path) != recorded) or int(known.sum()) != len(answered):
         raise ValueError(
             f"{path} is not the file to which the stored answers of {cell.benchmark.name} belong "
-            f"(its SHA-256 was {noted[:12] or 'not noted'}...); put that version back"
+            f"(its SHA-256 was {recorded[:12] or 'not noted'}...); put that version back"
         )
     dataset.data = dataset.data[known]
     return dataset

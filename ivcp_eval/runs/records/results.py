@@ -110,10 +110,10 @@ def collect(state: Path, runs: Path, csv: Path) -> Collected:
     Raises:
         FileNotFoundError: the run was never started.
     """
-    noted = manifest.read(state)
+    recorded = manifest.read(state)
     collected = Collected([], {})
     missing = unscored = 0
-    for entry in noted["cells"]:
+    for entry in recorded["cells"]:
         folder = runs / entry["folder"]
         collected.planned.setdefault(entry["model"], []).append(folder.parent.name)  # its benchmark (`Cell.folder`)
         if not (folder / "scores.json").is_file():
@@ -121,7 +121,7 @@ def collect(state: Path, runs: Path, csv: Path) -> Collected:
             unscored += (folder / "run.json").is_file()
         else:
             try:
-                collected.rows.extend(_rows(folder, runs, noted["models"][entry["model"]], csv))
+                collected.rows.extend(_rows(folder, runs, recorded["models"][entry["model"]], csv))
             except (DamagedError, FileNotFoundError) as error:
                 collected.damaged.append(str(error))
                 missing += 1
@@ -154,8 +154,8 @@ def _rows(folder: Path, runs: Path, model: dict[str, Any], csv: Path) -> list[Ro
     return cell_rows(weights, benchmark, cell, csv)
 
 
-def _identity(noted: dict[str, Any]) -> Identity:
-    return Identity(**{**noted, "variant": Variant.from_json(noted["variant"])})
+def _identity(recorded: dict[str, Any]) -> Identity:
+    return Identity(**{**recorded, "variant": Variant.from_json(recorded["variant"])})
 
 
 def _benchmark(name: str) -> benchmarks.Benchmark:

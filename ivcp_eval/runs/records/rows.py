@@ -45,7 +45,7 @@ def cell_rows(weights: Weights, benchmark: Benchmark, cell: Cell, csv: Path) -> 
         "method_source": identity.method_source,
         "preset": identity.method_parameters.get("preset", ""),
         "seed": variant.seed,
-        "ratio_asked": variant.asked,
+        "ratio_asked": variant.requested,
         "budget": variant.budget.label if variant.budget else "",
         "ratio_method": None if variant.budget and variant.budget.problem else variant.ratio,
         "benchmark": benchmark.name,

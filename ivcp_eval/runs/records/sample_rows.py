@@ -46,6 +46,7 @@ def samples(benchmark: Benchmark, lines: list[dict[str, Any]], prompts: Prompts,
                 answer=str(line.get("answer", "")),
                 score=scored.samples.get(index),
                 iou=scored.ious.get(index),
+                similarity=scored.similarities.get(index),
             )
         )
     return tuple(rows)

@@ -26,7 +26,7 @@ class Sample:
     Attributes:
         index: the benchmark's own. key: of its answer in the journal; `unread` where there is no prompt.
         cluster, category, answer: as in the per-sample CSV.
-        score: in 0..1, None if it is not scored alone. iou: grounding: overlap of the box with the true one.
+        score: in 0..1, None if it is not scored alone. iou, similarity: as in the per-sample CSV.
     """
 
     index: str
@@ -36,6 +36,7 @@ class Sample:
     answer: str = ""
     score: float | None = None
     iou: float | None = None
+    similarity: float | None = None
 
 
 def unread(index: str) -> str:

@@ -63,7 +63,7 @@ class _Dataset:
     """VLMEvalKit's data set of the benchmark at hand: read once, handed out anew to every cell."""
 
     def __init__(self) -> None:
-        self._asked: tuple[str, int | None] | None = None
+        self._loaded: tuple[str, int | None] | None = None
         self._dataset: Any = None
         self._rows: Any = None
 
@@ -71,13 +71,13 @@ class _Dataset:
         """The data set with all of its rows, whatever an evaluator did to them before."""
         from ivcp_eval.vlmeval_bridge import register
 
-        if self._asked != (benchmark.name, limit):
+        if self._loaded != (benchmark.name, limit):
             self._dataset = self._rows = None  # two need not fit into memory
             register()
             from ivcp_eval.vlmeval_bridge.evaluate import build
 
             self._dataset = build(benchmark, limit)
-            self._asked, self._rows = (benchmark.name, limit), self._dataset.data
+            self._loaded, self._rows = (benchmark.name, limit), self._dataset.data
         self._dataset.data = self._rows.copy()
         return self._dataset
 

@@ -41,11 +41,11 @@ def note(state: Path, finished: Finished, inputs: Iterable[Path]) -> None:
 def known(state: Path) -> Finished | None:
     """The finished evaluation, if nothing that it was made from has changed since."""
     try:
-        noted = read_json(_path(state), "it is only a note")
-        same = noted["versions"] == versions() and all(
-            _stamp(Path(path)) == stamp for path, stamp in noted["files"].items()
+        recorded = read_json(_path(state), "it is only a note")
+        same = recorded["versions"] == versions() and all(
+            _stamp(Path(path)) == stamp for path, stamp in recorded["files"].items()
         )
-        finished = Finished(Path(noted["csv"]), frozenset(noted["runs"]))
+        finished = Finished(Path(recorded["csv"]), frozenset(recorded["runs"]))
     except (OSError, *DAMAGE):  # not there, damaged, or an input is gone
         return None
     return finished if same and finished.csv.is_file() else None

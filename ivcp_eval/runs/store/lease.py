@@ -81,15 +81,17 @@ def holders(folder: Path, expires_s: float = EXPIRES_S) -> list[Holder]:
     for path in sorted(folder.glob("*.lease")):
         with suppress(FileNotFoundError):  # given back this moment
             if held(path, expires_s):
-                noted, now = _read(path), _now(folder)
-                since = noted.get("since")
+                recorded, now = _read(path), _now(folder)
+                since = recorded.get("since")
                 held_s = max(0.0, now - since) if isinstance(since, int | float) else None
-                found.append(Holder(path.stem, _who(noted), held_s, max(0.0, now - path.stat().st_mtime)))
+                found.append(Holder(path.stem, _who(recorded), held_s, max(0.0, now - path.stat().st_mtime)))
     return found
 
 
-def _who(noted: Mapping[str, Any]) -> str:
-    return f"process {noted['pid']} on {noted['host']}" if {"pid", "host"} <= noted.keys() else "somebody unnamed"
+def _who(recorded: Mapping[str, Any]) -> str:
+    return (
+        f"process {recorded['pid']} on {recorded['host']}" if {"pid", "host"} <= recorded.keys() else "somebody unnamed"
+    )
 
 
 def _create(path: Path, token: str) -> bool:
@@ -114,12 +116,12 @@ def _take_over(path: Path, token: str) -> bool:
 
 
 def _abandoned(path: Path, expires_s: float) -> bool:
-    noted = _read(path)
+    recorded = _read(path)
     try:
         age = _now(path.parent) - path.stat().st_mtime
     except FileNotFoundError:
         return False
-    if noted.get("host") == socket.gethostname() and not _alive(noted.get("pid")):
+    if recorded.get("host") == socket.gethostname() and not _alive(recorded.get("pid")):
         return True
     return abs(age) > expires_s
 

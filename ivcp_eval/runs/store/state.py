@@ -97,7 +97,7 @@ def answers(cell: Cell, unit: Unit | None = None, say: Callable[[str], None] = l
 
 def lost(cell: Cell, unit: Unit, known: Mapping[str, Answer]) -> int:
     """How many prompts of a unit that was answered have neither answer nor failure in ``known``, the cell's answers."""
-    return len(Prompts.asked(cell, unit.start, unit.stop) - known.keys())
+    return len(Prompts.keys_of(cell, unit.start, unit.stop) - known.keys())
 
 
 def _overlaps(path: Path, unit: Unit) -> bool:
@@ -151,4 +151,4 @@ def reopen(plan: RunPlan, failures: bool = False, say: Callable[[str], None] = l
 
 
 def _failed(cell: Cell, unit: Unit, known: Mapping[str, Answer]) -> bool:
-    return any(cell.needs_answer(known.get(key)) for key in Prompts.asked(cell, unit.start, unit.stop))
+    return any(cell.needs_answer(known.get(key)) for key in Prompts.keys_of(cell, unit.start, unit.stop))

@@ -15,7 +15,7 @@ from ivcp_eval.vlmeval_bridge.judge.client import (
     JudgeUnreachable,
     JudgeUnusable,
 )
-from ivcp_eval.vlmeval_bridge.judge.config import DEFAULT, EXACT_MATCHING, JudgeConfig, asked_judge, cache_folder
+from ivcp_eval.vlmeval_bridge.judge.config import DEFAULT, EXACT_MATCHING, JudgeConfig, cache_folder, judge_for
 from ivcp_eval.vlmeval_bridge.judge.estimate import Estimate, estimate
 from ivcp_eval.vlmeval_bridge.judge.questions import Question
 
@@ -32,7 +32,7 @@ __all__ = [
     "JudgeUnusable",
     "Question",
     "VerdictCache",
-    "asked_judge",
     "cache_folder",
     "estimate",
+    "judge_for",
 ]

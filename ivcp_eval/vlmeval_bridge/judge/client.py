@@ -21,8 +21,8 @@ from ivcp_eval.vlmeval_bridge.judge.connection import (
     NotACompletion,
     connected,
     key_of,
+    redacted,
     refusal,
-    told,
     unreadable,
 )
 from ivcp_eval.vlmeval_bridge.judge.masking import masked, masked_logs
@@ -279,7 +279,7 @@ class Judge:
         return self._key(), url.password or url.username or ""
 
     def _said(self, what: str, error: Exception) -> str:
-        text = told(error, self._secrets)
+        text = redacted(error, self._secrets)
         return f"judge {self.identity} {what} ({text}). Verdicts so far are kept; run again to retry."
 
 

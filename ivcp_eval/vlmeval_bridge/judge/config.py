@@ -101,7 +101,7 @@ def _without_user(url: str) -> str:
     return url.rpartition("@")[2]
 
 
-def asked_judge(named: str, need: str) -> str:
+def judge_for(named: str, need: str) -> str:
     """The judge model for one benchmark; `EXACT_MATCHING` or "none" where no judge is asked.
 
     Args:

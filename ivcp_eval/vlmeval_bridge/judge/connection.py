@@ -66,7 +66,7 @@ def connected(url: str, key: str, timeout_s: float, retries: int, streams: bool 
     )
 
 
-def told(error: Exception, secrets: Collection[str]) -> str:
+def redacted(error: Exception, secrets: Collection[str]) -> str:
     """An error with what the server said, without secrets; at most 300 characters."""
     text = f"{type(error).__name__}: {error}"
     response = getattr(error, "response", None)

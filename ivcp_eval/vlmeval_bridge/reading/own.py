@@ -37,7 +37,6 @@ from ivcp_eval.files import atomic_write, commit_file, data_root, disk_full_as_c
 from ivcp_eval.vlmeval_bridge.reading import tsv, videos
 
 KINDS = ("mcq", "yes_no", "grounding", "short_answer")
-SUFFIXES = (".jsonl", ".tsv")
 #: A line holds paths and words, no pictures.
 MOST_BYTES_A_LINE = 1 << 20
 MOST_BYTES_A_PICTURE = 64 << 20
@@ -106,19 +105,14 @@ class _Line:
     category: str = ""
 
 
-def is_file_name(word: str) -> bool:
-    """Whether a word is a path to a file of this kind and no benchmark's name."""
-    return Path(word).suffix.lower() in SUFFIXES
-
-
 def is_prepared(word: str) -> bool:
     """Whether a word names a benchmark, or a file of which one of its name was made before."""
-    return not is_file_name(word) or (benchmarks.own_folder() / f"{Path(word).stem}.tsv").is_file()
+    return not benchmarks.is_file_name(word) or (benchmarks.own_folder() / f"{Path(word).stem}.tsv").is_file()
 
 
 def names_of(words: Sequence[str], say: Callable[[str], None]) -> list[str]:
     """Benchmark names as they are, and files as the benchmarks that `add` makes of them. Raises as `add`."""
-    return [add(Path(word), say=say) if is_file_name(word) else word for word in words]
+    return [add(Path(word), say=say) if benchmarks.is_file_name(word) else word for word in words]
 
 
 def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] = lambda text: None) -> str:
@@ -136,8 +130,8 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not here, or is no file; a .jsonl or .tsv file of pictures is expected")
-    if not is_file_name(path.name):
-        raise BadData(f"{path}: the name of a file of pictures ends in {' or '.join(SUFFIXES)}")
+    if not benchmarks.is_file_name(path.name):
+        raise BadData(f"{path}: the name of a file of pictures ends in {' or '.join(benchmarks.OWN_SUFFIXES)}")
     name = name or path.stem
     source = str(path.resolve())
     _check_name(name, source)
@@ -172,22 +166,22 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
 
 
 def _check_name(name: str, source: str) -> None:
-    elsewhere = f"give it another name: `ivcp data add {source} --name NAME`"
+    advice = f"give it another name: `ivcp data add {source} --name NAME`"
     if not _NAME.fullmatch(name):
-        raise BadData(f"{name!r} is no name of a benchmark: up to 80 letters, digits, - and _; {elsewhere}")
+        raise BadData(f"{name!r} is no name of a benchmark: up to 80 letters, digits, - and _; {advice}")
     if any(word in name for word in _SPECIAL) or any(word in name.lower() for word in _SPECIAL_FOLDED):
         words = ", ".join((*_SPECIAL, *_SPECIAL_FOLDED))
-        raise BadData(f"{name!r}: VLMEvalKit scores names with these words in ways of their own ({words}); {elsewhere}")
+        raise BadData(f"{name!r}: VLMEvalKit scores names with these words in ways of their own ({words}); {advice}")
     known = benchmarks.data_file(name)
     if known.parent == benchmarks.own_folder():
         earlier = benchmarks.load(name).source
         if earlier != source:
-            raise BadData(f"a benchmark {name!r} was made of {earlier} before; {elsewhere}, or remove {known}")
+            raise BadData(f"a benchmark {name!r} was made of {earlier} before; {advice}, or remove {known}")
         return
     taken = {word.lower() for word in (*benchmarks.names(), *benchmarks.groups(), benchmarks.OWN)}
     if name.lower() in taken or vlmeval_bridge.knows(name):
         raise BadData(f"{name!r} is a benchmark or group already, or a file in {data_root()}, which runs by name; "
-                      f"{elsewhere}")  # fmt: skip
+                      f"{advice}")  # fmt: skip
 
 
 def _word(path: Path) -> str:

@@ -39,7 +39,7 @@ def build(name: str, sampling: Sampling | None = None) -> Any:
         return None if cls is None else type(cls.__name__, (_OwnFile, cls), {})(dataset=name)
     if issubclass(cls, VideoBaseDataset) and sampling is not None:
         made = type(cls.__name__, (_StockVideos, cls), {})(dataset=name, nframe=sampling.nframe, fps=sampling.fps or -1)
-        made.data = _table(path, noted_md5(name)).assign(index=made.data["index"].to_numpy())
+        made.data = _table(path, expected_md5(name)).assign(index=made.data["index"].to_numpy())
         return made
     if not issubclass(cls, ImageBaseDataset) or issubclass(cls, Unpacking):
         return vlmeval.dataset.build_dataset(name)  # videos and texts, or a class of ours, which reads as this does
@@ -48,11 +48,13 @@ def build(name: str, sampling: Sampling | None = None) -> Any:
     return type(cls.__name__, (_StockFile, cls), {})(dataset=name)
 
 
-def noted_md5(name: str) -> str:
+def expected_md5(name: str) -> str:
     """The checksum that VLMEvalKit notes for a data set; "" if none."""
     cls = next((c for c in vlmeval.dataset.DATASET_CLASSES if name in c.supported_datasets()), None)
     by_name, of_video = getattr(cls, "DATASET_MD5", {}), ("MP4_MD5", "MD5")
-    return str(by_name.get(name) or next((getattr(cls, noted) for noted in of_video if hasattr(cls, noted)), ""))
+    return str(
+        by_name.get(name) or next((getattr(cls, expected) for expected in of_video if hasattr(cls, expected)), "")
+    )
 
 
 class _StockVideos:
@@ -66,7 +68,7 @@ class _StockVideos:
         path, videos = data_root() / f"{dataset_name}.tsv", data_root() / "videos" / dataset_name
         if not path.is_file() or not videos.is_dir():
             raise DataMissing(f"{path} and the folder {videos} with the videos are expected")
-        tsv.read(path, noted_md5(dataset_name))
+        tsv.read(path, expected_md5(dataset_name))
         return {"root": str(videos), "data_file": str(path)}
 
     def save_video_frames(self, *_: Any, **__: Any) -> tuple[list[str], list[int], dict[str, float]]:

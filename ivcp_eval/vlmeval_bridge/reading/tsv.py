@@ -93,8 +93,8 @@ def _as_bad_table(path: Path) -> Iterator[None]:
 class WrongChecksum(BadTable):
     """A file of VLMEvalKit's name that is not VLMEvalKit's file. It is left as it is: VLMEvalKit would replace it."""
 
-    def __init__(self, path: Path, got: str, noted: str) -> None:
-        super().__init__(wrong_checksum(path, got, noted))
+    def __init__(self, path: Path, got: str, expected: str) -> None:
+        super().__init__(wrong_checksum(path, got, expected))
 
 
 class _Watched(io.RawIOBase):

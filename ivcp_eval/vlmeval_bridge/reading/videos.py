@@ -51,9 +51,9 @@ def of_file(message: Message, sampling: clips.Sampling) -> Message:
 
     What it says of roles is left out: its own adapters of the families here put all of it into the user's turn.
     """
-    asked = {name: value for name, value in vars(sampling).items() if value}
+    fields = {name: value for name, value in vars(sampling).items() if value}
     return [
-        {"type": part["type"], "value": part["value"], **(asked if part["type"] == "video" else {})}
+        {"type": part["type"], "value": part["value"], **(fields if part["type"] == "video" else {})}
         for part in message
         if part["value"]
     ]

@@ -59,8 +59,14 @@ def test_command_line(corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureF
         (["--annotations_files", "{json}", "--images_folder", "{none}"], "does not exist"),
         (["--annotations_files", "{none}", "--images_folder", "{images}"], "there is no file"),
         (["--stock_tsv", "{none}"], "there is no file"),
-        (["--annotations_files", "{json}", "--images_folder", "{images}", "--workers", "0"], "at least 1"),
-        (["--annotations_files", "{json}", "--images_folder", "{images}", "--min_pixels", "0"], "must be positive"),
+        (
+            ["--annotations_files", "{json}", "--images_folder", "{images}", "--workers", "0"],
+            "--workers: must be a whole number above 0",
+        ),
+        (
+            ["--annotations_files", "{json}", "--images_folder", "{images}", "--min_pixels", "0"],
+            "must be a whole number above 0",
+        ),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:

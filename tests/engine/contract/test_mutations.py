@@ -178,12 +178,12 @@ def survivors_are_out_of_order(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("budget_is_exact_per_image", "toy_all_layers"), ("budget_is_exact_per_image", "ivc_prune"))
 def the_budget_is_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, signals, "budget", lambda original, ratio, n: max(1, original(ratio, n) - 1))
+    wrap(patch, ops, "budget", lambda original, ratio, n: max(1, original(ratio, n) - 1))
 
 
 @caught_by(("budget_is_exact_per_image", "toy_all_layers"), ("budget_is_exact_per_image", "ivc_prune"))
 def the_budget_is_rounded_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(signals, "budget", lambda ratio, n: max(1, int(ratio * n)))
+    patch.setattr(ops, "budget", lambda ratio, n: max(1, int(ratio * n)))
 
 
 @caught_by(("budget_is_exact_per_image", "toy_all_layers"))

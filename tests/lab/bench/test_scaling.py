@@ -76,5 +76,5 @@ def test_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [one["method"] for one in rows] == names
     assert list(rows[0])[:4] == ["method", "2 frames ms", "8 frames ms", "slope"]
     assert all(int(one["operations"]) > 0 for one in rows)
-    assert main(["bench", "selection", "--frames", "0"]) == 2
-    assert "--frames at least 1" in capsys.readouterr().err
+    assert main(["bench", "selection", "--frames", "2", "--per-frame", "2"]) == 2
+    assert "--per-frame must be at least 4, got 2" in capsys.readouterr().err

@@ -41,13 +41,13 @@ def test_the_generator_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert "differs from what the generator writes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", range(clips.STEPS))
-def test_a_single_picture_is_at_chance(table: pd.DataFrame, step: int) -> None:
+@pytest.mark.parametrize("frame", range(clips.STEPS * clips.FRAMES_A_STEP))
+def test_a_single_picture_is_at_chance(table: pd.DataFrame, frame: int) -> None:
     """Whoever knows the whole file, but sees one picture and its time, answers no better than a guess."""
     for category, rows in table.groupby("category"):
         seen: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for question, pictures, answer in zip(rows["question"], rows["image"], rows["answer"], strict=True):
-            seen[question, pictures[step]][answer] += 1
+            seen[question, pictures[frame]][answer] += 1
         assert all(len(set(counts.values())) == 1 for counts in seen.values()), category
         assert {len(counts) for counts in seen.values()} == {OPTIONS[str(category)]}
 
@@ -63,8 +63,8 @@ def test_all_pictures_together_tell(table: pd.DataFrame) -> None:
 
 def test_rows_fit_the_declaration(table: pd.DataFrame) -> None:
     """Equal times and sizes, every category among the first rows, as many options as answers."""
-    assert {tuple(json.loads(cell)) for cell in table["seconds"]} == {tuple(i / 2 for i in range(8))}
-    assert set(table["image"].map(len)) == {8}
+    assert {tuple(json.loads(cell)) for cell in table["seconds"]} == {tuple(i / 4 for i in range(16))}
+    assert set(table["image"].map(len)) == {16}
     assert set(table["category"][:6]) == set(OPTIONS)
     for category, rows in table.groupby("category"):
         assert [bool(cell) for cell in rows.iloc[0][["A", "B", "C", "D"]]].count(True) == OPTIONS[str(category)]

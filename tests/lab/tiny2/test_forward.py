@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from ivcp_eval.lab.tiny.training.fast import merge, tower_features
-from ivcp_eval.lab.tiny2 import tasks
+from ivcp_eval.lab.tiny2 import clips, tasks
 from ivcp_eval.lab.tiny2.processor import build_config, build_processor
 from ivcp_eval.lab.tiny2.training import batches
+from ivcp_eval.lab.tiny2.training import clips as training_clips
 from ivcp_eval.lab.tiny2.training.decoder import decode
 
 SMALL: dict[str, Any] = {
@@ -110,3 +111,35 @@ def test_questions_about_a_window_count_from_the_corner_of_the_whole_picture() -
                 assert sample.answer == tasks.format_box(sample.box)
     assert len(places) > 10
     assert max(x for x, _ in places) == max(y for _, y in places) == 160
+
+
+@pytest.mark.parametrize("category", sorted(clips.TASKS))
+def test_questions_about_a_clip_equal_single_prompts_on_real_video_tokens(model: Any, category: str) -> None:
+    """Places in time and every slot's logits against the stock model on a video."""
+    groups = [{"tokens": 200, "kinds": ["list"]}, {"tokens": 190, "kinds": ["choice", "say"]}]
+    batch = training_clips.make_clip_batch("train", 7, 2, {"clips": [category], "groups": groups})
+    processor, labelled = build_processor(), batch.labels[1] != batches.IGNORED
+    with torch.no_grad():
+        features = tower_features(model.model.visual, batch.images.flatten(0, 1), torch.float32)
+        tokens = merge(model.model.visual, features).unflatten(0, batch.images.shape[:2]).flatten(1, 2)
+        embeddings = model.get_input_embeddings()(batch.ids).index_copy(1, batch.layout.visual, tokens)
+        ours = model.lm_head(decode(model.model.language_model, embeddings, batch.layout)[1][labelled])
+    frames = batch.images[1].permute(0, 3, 1, 2).repeat_interleave(clips.FRAMES_A_STEP, dim=0)
+    assert frames.unique(dim=0).shape[0] > 1
+    rows = []
+    for sample in filter(None, batch.samples[1]):
+        content = [{"type": "video"}, {"type": "text", "text": tasks.prompt_of(sample)}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = processor(
+            text=[text + sample.answer],
+            videos=[frames],
+            video_metadata=[{"fps": clips.FRAMES_A_STEP / clips.SECONDS_A_STEP, "total_num_frames": len(frames)}],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        assert inputs["video_grid_thw"].tolist() == [[8, 14, 14]]
+        with torch.no_grad():
+            rows.append(model(**inputs).logits[0, -len(batches.encode(sample.answer)) - 1 :])
+    torch.testing.assert_close(ours, torch.cat(rows), atol=5e-5, rtol=1e-4)

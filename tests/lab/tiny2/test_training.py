@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from ivcp_eval.lab.tiny.training.average import averaged
 from ivcp_eval.lab.tiny.training.fast import merge, tower_features
-from ivcp_eval.lab.tiny2 import tasks
+from ivcp_eval.lab.tiny2 import clips, tasks
 from ivcp_eval.lab.tiny2.processor import build_processor, build_tokenizer, coordinate_ids
 from ivcp_eval.lab.tiny2.training import batches, train
+from ivcp_eval.lab.tiny2.training import clips as training_clips
 from ivcp_eval.lab.tiny2.training.state import STATE, TOWER
 from ivcp_eval.lab.tiny2.training.validation import means, score
 
@@ -86,6 +87,55 @@ def test_training_lowers_the_loss(kind: str, tmp_path: Path) -> None:
     train.freeze(run, phase)
     losses = [run.step(batch, phase)["loss"].item() for _ in range(10)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+PARTS: dict[str, Any] = {
+    "kind": "text",
+    "images": 24,
+    "batch": 4,
+    "tower_rate": 0.1,
+    "objects": [1, 1],
+    "rate": [1.0, 1.0],
+    "parts": [
+        {"name": "one", "sizes": [[96, 96], [64, 128]], "groups": [{"tokens": 30, "kinds": ["box"]}]},
+        {"name": "clip", "clips": ["order", "covered"], "groups": [{"tokens": 90, "kinds": ["choice", "choice"]}]},
+        {"name": "two", "sizes": [[64, 64]], "pictures": 2, "groups": [{"tokens": 30, "kinds": ["box"]}]},
+    ],
+}
+
+
+def test_parts_of_a_phase_take_turns_and_are_validated_by_name(tmp_path: Path) -> None:
+    made = train.Batches(PARTS, 8)
+    shapes = [tuple(made[number].images.shape[1:]) for number in range(6)]
+    clip, two = (8, 112, 112, 3), (2, 64, 64, 3)
+    assert shapes == [(1, 96, 96, 3), clip, two, (1, 128, 64, 3), clip, two]
+    _run(tmp_path, {**CONFIG, "phases": [PARTS], "validate_every": 6})
+    with (tmp_path / "text_accuracy.csv").open() as handle:
+        (row,) = csv.DictReader(handle)
+    assert {"one_grounding_plain", "clip_mcq_clip", "two_grounding_plain"} <= set(row)
+
+
+def test_a_part_cannot_set_what_the_phase_counts_by() -> None:
+    parts = [{"name": "one", "batch": 2, "rate": [1, 1]}]
+    with pytest.raises(ValueError, match="phase 0: one of its parts sets batch, rate; set that for the whole phase"):
+        train.check_phases({"phases": [{**PARTS, "parts": parts}]}, 4)
+
+
+@pytest.mark.parametrize("category", sorted(clips.TASKS))
+def test_choices_about_training_clips_name_the_right_option_in_every_order(category: str) -> None:
+    """The letter follows the option, so no letter is right more often than chance, and the list says what is seen."""
+    phase = {"clips": [category], "groups": [{"tokens": 200, "kinds": ["list", "choice"]}]}
+    samples = training_clips.make_clip_batch("train", 0, 60, phase).samples
+    letters = {row[1].answer for row in samples if row[1]}
+    assert len(letters) == len(samples[0][1].options)  # type: ignore[union-attr]
+    if category == "order":
+        for shown, asked in samples:
+            assert shown is not None
+            assert asked is not None
+            names = [line.split("{")[0] for line in shown.answer.split("\n")]
+            before = next(name for name in names if f"right after the {name}?" in asked.question)
+            right = asked.options["ABC".index(asked.answer)]
+            assert names[(names.index(before) + 1) % len(names)] == right
 
 
 def test_repeating_the_question_is_no_right_box() -> None:

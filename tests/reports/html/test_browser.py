@@ -103,6 +103,32 @@ def test_slider_filter_plots_and_sorting(page: Path, report: Report, tmp_path: P
     assert seen["focus"]
 
 
+_KEYS = """(() => {
+  const all = [...document.querySelectorAll("a[href], button, select, input, summary, [tabindex]")];
+  const shown = all.filter((one) => one.checkVisibility());
+  const reached = shown.filter((one) => { one.focus(); return document.activeElement === one; });
+  const changing = [...document.querySelectorAll("[data-filter], [data-shows], .picture input, th button")];
+  return {
+    first: shown[0].className,
+    missed: shown.filter((one) => !one.disabled && !reached.includes(one)).map((one) => one.outerHTML.slice(0, 99)),
+    forced: all.filter((one) => one.tabIndex > 0).length,
+    changing: changing.length,
+    native: changing.every((one) => ["SELECT", "INPUT", "BUTTON"].includes(one.tagName)),
+    mouse: [...document.querySelectorAll("[onclick], [role=button]")].filter((one) => one.tagName !== "BUTTON").length,
+  };
+})()"""
+
+
+def test_everything_is_reached_with_the_keyboard(page: Path, report: Report, tmp_path: Path) -> None:
+    """Browsers operate these elements with Enter, Space and arrows themselves, once they have the focus."""
+    seen = asked(page, tmp_path, _KEYS)
+    assert seen["first"] == "skip", "what skips to the report comes first"
+    assert seen["missed"] == []
+    assert seen["forced"] == seen["mouse"] == 0
+    assert seen["native"]
+    assert seen["changing"] > len(report.pictures)
+
+
 def test_hostile_texts_run_nothing(hostile: Report, tmp_path: Path) -> None:
     """With its policy and without: the text itself is inert."""
     page = tmp_path / "hostile.html"
@@ -119,6 +145,20 @@ def test_hostile_texts_run_nothing(hostile: Report, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_part_of_the_page_is_wider_than_the_window(page: Path, tmp_path: Path, width: int) -> None:
     assert asked(page, tmp_path, f"[innerWidth, {_OVER}]", width=width) == [width, []]
+
+
+_SENTENCES = """[...document.querySelectorAll(".whys li")].filter((one) => !one.closest(".wide")
+  && one.getBoundingClientRect().right <= innerWidth && one.scrollWidth <= one.clientWidth)
+  .map((one) => one.textContent)"""
+
+
+def test_verdicts_are_read_on_a_telephone_without_scrolling_sideways(
+    page: Path, report: Report, tmp_path: Path
+) -> None:
+    seen = asked(page, tmp_path, _SENTENCES, width=390)
+    assert report.decision is not None
+    said = [one.why for one in report.decision.verdicts] + [one.words for one in report.costs if one.words]
+    assert all(line.endswith(f": {why}") for line, why in zip(seen, said, strict=True))
 
 
 @pytest.mark.skipif(not AXE.is_file(), reason="no axe-core here (.ci/run fetches it where npm is)")

@@ -32,7 +32,7 @@ def test_rows_and_verdicts_are_those_of_compare_and_decide(results: Path, report
 def test_flips_are_those_of_the_comparison(report: Report) -> None:
     counted = {(one.benchmark, one.variant): one for one in report.flip_counts}
     rows = [row for row in report.comparison.rows if row.method in ("fastv", "visionzip")]
-    assert len(rows) == len(counted) == 4
+    assert (len(rows), len(counted)) == (4, 8)
     for row in rows:
         one = counted[row.benchmark, row.variant]
         assert (one.lost, one.gained) == (row.right_to_wrong, row.wrong_to_right)
@@ -56,10 +56,12 @@ def test_pictures_show_what_the_samples_hold(results: Path, report: Report) -> N
     for picture in report.pictures:
         assert 0 < len(picture.jpeg) <= MOST_JPEG
         assert not picture.missing
-        assert {one.variant for one in picture.shown} == {"unpruned", "fastv 0.5", "visionzip 0.25"}
+        seeds = {f"random {ratio} (seed 1, one of 2)" for ratio in (0.5, 0.25)}
+        assert {one.variant for one in picture.shown} == {"unpruned", "fastv 0.5", "visionzip 0.25", *seeds}
         for one in picture.shown[1:]:
-            method, ratio = one.variant.split()
-            file = results.parent / f"{picture.benchmark}-{method}-{ratio}-0" / "predictions.csv"
+            method, ratio, *_ = one.variant.split()
+            seed = 1 if method == "random" else 0
+            file = results.parent / f"{picture.benchmark}-{method}-{ratio}-{seed}" / "predictions.csv"
             sample = next(row for row in read_samples(file) if row["index"] == picture.index)
             assert one.tokens == sample["visual_tokens"] == VISUAL
             assert one.cuts[-1].kept == sample["visual_kept"]
@@ -144,7 +146,7 @@ def test_positions_are_shares_of_cells(report: Report) -> None:
     assert np.mean(of_axis) == pytest.approx(10 / 20, abs=0.06)
 
 
-@pytest.mark.parametrize("cards", [0, 7, 200])
+@pytest.mark.parametrize("cards", [0, 15, 200])
 def test_no_more_cards_than_asked_for(results: Path, cards: int) -> None:
     report = collect(results, resamples=20, cards=cards)
     assert report.cards <= cards
@@ -166,11 +168,11 @@ def test_questions_are_those_of_the_very_file(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "mine.tsv"
     path.write_text(f"index\timage\tquestion\tA\tB\n1\t{picture}\twhich?\tred\tblue\n2\t1\tagain?\t\t\n")
     assert "not the file that was asked" in Questions.read("mine", "0" * 64, {"1"}).missing
-    found = Questions.read("mine", file_digest(path), {"2"}).asked
+    found = Questions.read("mine", file_digest(path), {"2"}).by_index
     assert set(found) == {"2"}
     assert found["2"].text == "again?"
     assert found["2"].picture == picture, "a cell may name the row that has the picture"
-    (both,) = Questions.read("mine", file_digest(path), {"1"}).asked.values()
+    (both,) = Questions.read("mine", file_digest(path), {"1"}).by_index.values()
     assert both.text == "which?\nA. red\nB. blue"
 
 

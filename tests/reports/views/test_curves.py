@@ -116,6 +116,27 @@ def test_files_are_written_beside_the_results(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_models_limits_and_parameters_are_not_drawn_as_one_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot
+
+    rows = read_results(_sweep(tmp_path, {("none", 0): np.ones(N), ("fastv", 0): np.ones(N)}))
+    other = [{**row, "model": "tiny2", "run_id": f"{row['run_id']}-2"} for row in rows]
+    few = [{**row, "limit": 4, "run_id": f"{row['run_id']}-4"} for row in rows]
+    layer = {**rows[1], "run_id": "3", "method_parameters": '{"layer":3}', "set_parameters": "layer"}
+    write_results(tmp_path / "sweep.csv", [*rows, *other, *few, layer])
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    write(tmp_path / "sweep.csv", resamples=200)
+    axes = pyplot.gcf().axes
+    assert [axis.get_title() for axis in axes] == [
+        "tiny tiny_mcq (accuracy)",
+        "tiny tiny_mcq (accuracy, first 4)",
+        "tiny2 tiny_mcq (accuracy)",
+    ]
+    assert axes[0].get_legend_handles_labels()[1] == ["unpruned", "fastv", "fastv(layer=3)"]
+
+
 def test_some_methods_are_plotted_and_all_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plotted: list[str] = []
     monkeypatch.setattr(curves, "write_plot", lambda rows, path: plotted.extend(row["method"] for row in rows))

@@ -110,8 +110,10 @@ def test_no_rule_no_verdict(results: Path, tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stop:
         main(["decide", str(results)])
     assert stop.value.code == 2
-    for margin in ("0", "-1", "nan", "100"):
-        assert main(["decide", str(results), f"--margin={margin}"]) == 2
+    for margin in ("0", "-1", "nan", "101"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["decide", str(results), f"--margin={margin}"])
+    assert main(["decide", str(results), "--margin", "100"]) == 2
     policy = tmp_path / "policy.yaml"
     for text, said in (("alpha: 0.1\n", "margin is missing"), ("margin: 1\nmargn: 2\n", "line 2: unknown key 'margn'")):
         policy.write_text(text)

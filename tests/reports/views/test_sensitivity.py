@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 from ivcp_eval.reports.views.sensitivity import tables, varied, write
 
 N = 120
@@ -73,6 +73,17 @@ def test_one_row_per_change(tmp_path: Path) -> None:
     assert rows["heads=max"].startswith(f"{-100 / N:+.1f} (")
     assert not rows["heads=max"].endswith("*")
     assert rows["random"].startswith(f"{-score / 2:+.1f} ("), "seeds are averaged"
+
+
+def test_models_and_limits_have_columns_of_their_own(tmp_path: Path) -> None:
+    rows = read_results(write_sweep(tmp_path, entries()))
+    other = [{**row, "model": "tiny2", "run_id": f"{row['run_id']}-2"} for row in rows]
+    few = [{**row, "limit": 4, "run_id": f"{row['run_id']}-4"} for row in rows]
+    write_results(tmp_path / "sweep.csv", [*rows, *other, *few])
+    ((first, *_),) = tables(tmp_path / "sweep.csv", resamples=100).values()
+    names = ["tiny2 tiny_mcq 0.5", "tiny tiny_mcq 0.5 first 4", "tiny tiny_mcq 0.5"]
+    assert [*first] == ["changed", *names]
+    assert all(first.values())
 
 
 def test_a_file_without_defaults_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ivcp_eval.benchmarks import agreement
 from ivcp_eval.interface import plugins, registry
 from ivcp_eval.interface.records import Answer
 from ivcp_eval.reports.compare import compare
@@ -70,8 +71,9 @@ def test_pictures_without_answers_are_scored_by_agreement(lab: Lab, photos: Call
     assert similarity == pytest.approx(20 * sum(SequenceMatcher(None, *pair).ratio() for pair in texts))
     assert [s["answer"] for s in after] == [s["prediction"] for s in before], "the baseline's stand for the true ones"
     assert base["reason"] == pruned["reason"] == "agreement with the unpruned model's answers, not accuracy"
-    (paired,) = [r for r in compare(lab.csv).rows if r.metric == "agreement"]
-    assert (paired.paired, paired.n_samples) == (True, 5)
+    compared = {r.metric: r for r in compare(lab.csv).rows if r.benchmark == "words"}
+    assert compared.keys() == {*agreement.TEXT_METRICS}
+    assert {(r.paired, r.n_samples) for r in compared.values()} == {(True, 5)}
     (table,) = write_tables(lab.csv)
     assert "words: agreement with the unpruned model's answers, not accuracy." in table.to_markdown()
     assert row(lab, "choice", "none", "accuracy")["benchmark_sha256"]

@@ -42,7 +42,7 @@ def identity(lab: Lab, benchmark: str) -> dict[str, object]:
 
 
 def test_the_shipped_clips_run_and_continue(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight pictures are four grid steps of two; an interrupted run goes on behind its last answer."""
+    """Eight pictures of two frames are eight grid steps; an interrupted run goes on behind its last answer."""
     answered, real = 0, Session.answer_batch
 
     def counted(session: Session, *args: object, **kwargs: object) -> object:
@@ -60,11 +60,11 @@ def test_the_shipped_clips_run_and_continue(lab: Lab, monkeypatch: pytest.Monkey
     row = rows_of(lab, "tiny_clips")["evs"]
     assert (row["status"], row["n_samples"], row["n_failed"], row["video"]) == ("ok", 6, 0, "")
     samples = read_samples(lab.csv.parent / str(row["predictions"]))
-    assert [(s["visual_tokens"], s["visual_kept"]) for s in samples] == [(64, 32)] * 6
+    assert [(s["visual_tokens"], s["visual_kept"]) for s in samples] == [(128, 64)] * 6
     for sample in samples:
         masks = Masks.from_text(sample["masks"])
-        assert [image.frame for image in masks.images] == [Frame(0, i, float(i)) for i in range(4)]
-        assert sum(masks.kept(i) for i in range(4)) == 32
+        assert [image.frame for image in masks.images] == [Frame(0, i, i / 2) for i in range(8)]
+        assert sum(masks.kept(i) for i in range(8)) == 64
 
 
 def test_the_frames_of_a_run_may_be_chosen(lab: Lab, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +82,7 @@ def test_the_frames_of_a_run_may_be_chosen(lab: Lab, own: Path, capsys: pytest.C
         samples = read_samples(lab.csv.parent / str(row["predictions"]))
         seen.append([image.frame for image in Masks.from_text(samples[0]["masks"]).images])
     assert seen == [
-        [Frame(0, 0, 0.5), Frame(0, 1, 2.0)],
+        [Frame(0, 0, 0.75), Frame(0, 1, 2.25)],
         [Frame(0, 0, 0.0)],
         [Frame(0, 0, 0.0), Frame(0, 1, 1.0)],
     ]

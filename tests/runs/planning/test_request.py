@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from ivcp_eval import benchmarks, vlmeval_bridge
+from ivcp_eval.cli import main
 from ivcp_eval.interface import models
+from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.plan import RunPlan, make
 from ivcp_eval.runs.planning.spec import SpecError, check
 
 
 def plan(model: str, *data: str, **options: Any) -> RunPlan:
+    plan_only = options.pop("plan_only", False)
     raw = {"models": [model], "benchmarks": list(data), "methods": [{"method": "none"}], **options}
-    return make(check(raw, "test"), plan_only=options.pop("plan_only", False))
+    return make(check(raw, "test"), plan_only=plan_only)
 
 
 def planned(*data: str) -> list[str]:
@@ -111,3 +114,20 @@ def test_what_no_model_can_run_with_is_refused_before_it_is_loaded(options: dict
 def test_options_say_what_is_allowed(options: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         plan("tiny", "tiny_mcq", **options)
+
+
+def test_a_layer_that_the_decoder_has_not_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Session, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    runs = str(tmp_path / "runs")
+    given = ["--method", "fastv", "--set", "layer=99", "--data", "tiny_mcq", "--runs", runs, "--device", "cpu"]
+    assert main(["eval", *given]) == 2
+    assert "tiny__fastv__r0.5__layer=99 cannot run: layer 99 of method" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("journal.jsonl"))
+
+
+def test_a_sweep_says_beforehand_which_variants_cannot_run() -> None:
+    layers = {"method": "fastv", "ratios": [0.5], "parameters": {"layer": [2, 99]}}
+    (misfit,) = plan("tiny", "tiny_mcq", methods=[layers], plan_only=True).misfits
+    assert "layer 99 of method 'fastv' is outside" in misfit

@@ -60,7 +60,7 @@ def test_states_of_cells_and_one_source_of_all_counts(plan: RunPlan) -> None:
     other = next(unit for unit in plan.units() if unit.benchmark.name == "tiny_yes_no")
 
     def states() -> list[tuple[str, int, str]]:
-        watch.look()
+        watch.refresh()
         return [(cell.state, cell.answered, cell.reason) for cell in watch.cells() if cell.benchmark == "tiny_mcq"]
 
     watch = Watch(plan)
@@ -127,7 +127,7 @@ def test_a_page_is_written_now_and_then_and_by_one(plan: RunPlan, tmp_path: Path
 def test_workers_keep_the_page_up_to_date(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(display, "LOOK_S", 0.05)
+    monkeypatch.setattr(display, "REFRESH_S", 0.05)
     monkeypatch.setattr(page, "EVERY_S", 0.1)
     pages, render = [], page.render
     monkeypatch.setattr(page, "render", lambda watch: pages.append(render(watch)) or pages[-1])
@@ -148,7 +148,7 @@ def test_workers_keep_the_page_up_to_date(
 def test_a_page_that_cannot_be_written_costs_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(display, "LOOK_S", 0.05)
+    monkeypatch.setattr(display, "REFRESH_S", 0.05)
 
     def full(*_: Any, **__: Any) -> bool:
         raise OSError(28, "No space left on device")
@@ -173,7 +173,7 @@ class Terminal(io.StringIO):
 
 
 def test_the_grid_is_redrawn_in_place_and_silent_in_files(plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display, "LOOK_S", 0.01)
+    monkeypatch.setattr(display, "REFRESH_S", 0.01)
     monkeypatch.setenv("COLUMNS", "50")
     monkeypatch.setenv("LINES", "6")
     out = Terminal()
@@ -227,6 +227,6 @@ def test_cells_of_one_loading_are_scored_before_those_of_another(bench: Bench) -
         for cell in unit.cells:
             cell.folder.mkdir(parents=True, exist_ok=True)
             score(cell)
-    watch.look()
+    watch.refresh()
     assert Counter(cell.state for cell in watch.cells()) == {"scored": 10, "waiting": 2}
     assert (watch.total.scored, watch.total.answered) == (10, 10)

@@ -84,7 +84,7 @@ def test_a_watch_counts_what_was_appended_by_anybody(plan: RunPlan) -> None:
         clock.now += 4
         answer(first, "b")
         answer(first, "c", cells=2)  # the other three are being written
-        seen.look()
+        seen.refresh()
         assert (mcq.answered, mcq.working) == (2, 1)
         assert seen.rate == pytest.approx(1 / 4)
         assert seen.eta_s == pytest.approx(8 * 4)
@@ -94,24 +94,24 @@ def test_a_watch_counts_what_was_appended_by_anybody(plan: RunPlan) -> None:
         clock.now += 4
         with tails[0].open("a") as stream:
             stream.write('{"key": "half')
-        seen.look()
+        seen.refresh()
         assert mcq.answered == 2
 
     finish(plan, first, answered=2)
     clock.now += 2
-    seen.look()
+    seen.refresh()
     assert (mcq.answered, mcq.working) == (3, 0)
     assert seen.rate == pytest.approx(2 / 10), "both new samples, and not the one of before"
 
     answer(second, "d")
     answer(second, "e", error="OutOfMemoryError: no")
     with claim(lease(plan, second.name)):
-        seen.look()
+        seen.refresh()
         assert (mcq.answered, mcq.failed) == (4, 1), "a failed sample is not answered ..."
     finish(plan, second, answered=2, failed=1)
     for cell in first.cells:
         score(cell, "incomplete" if cell.identity.variant.method == "fastv" else "ok")
-    seen.look()
+    seen.refresh()
     assert (mcq.answered, mcq.failed, mcq.scored, mcq.broken) == (5, 1, 5, 1), "... until its unit is done"
     assert mcq.complete
     assert "5/10 cells scored, 1 of them not whole, 0 at work" in summary(seen)
@@ -119,7 +119,7 @@ def test_a_watch_counts_what_was_appended_by_anybody(plan: RunPlan) -> None:
 
     mark(plan, second).unlink()  # --retry-failed
     first.cells[3].record.unlink()
-    seen.look()
+    seen.refresh()
     assert (mcq.answered, mcq.failed, mcq.scored) == (4, 1, 4)
 
 
@@ -128,7 +128,7 @@ def test_speed_is_that_of_the_last_while(plan: RunPlan, monkeypatch: pytest.Monk
     clock = Clock()
     seen = Watch(plan, clock)
     clock.now += 1000  # loading a model
-    seen.look()
+    seen.refresh()
     keys = iter("abcdefghijklmnop")
     units = [unit for unit in plan.units() if unit.stop - unit.start == 3]
     for unit, seconds in zip(units, (10, 100), strict=True):
@@ -136,7 +136,7 @@ def test_speed_is_that_of_the_last_while(plan: RunPlan, monkeypatch: pytest.Monk
             for _ in range(3):
                 clock.now += seconds
                 answer(unit, next(keys))
-                seen.look()
+                seen.refresh()
     assert seen.rate == pytest.approx(1 / 100), "not of the fast ones before, nor of the load"
     assert f"{seen.rate:.2f} samples/s" in summary(seen)
 
@@ -147,7 +147,7 @@ def test_a_new_worker_s_unit_that_is_over_between_two_looks_counts(plan: RunPlan
     unit = plan.units()[0]
     clock.now += 5
     finish(plan, unit, answered=3)
-    seen.look()
+    seen.refresh()
     assert seen.total.answered == 3
     assert seen.rate == pytest.approx(3 / 5)
 
@@ -160,7 +160,7 @@ def test_the_words(plan: RunPlan) -> None:
         clock.now += 10
         answer(unit, "a")
         answer(unit, "b", error="no")
-        seen.look()
+        seen.refresh()
         tally = seen.tallies[unit.model, unit.benchmark.name]
         assert (
             benchmark_line(tally) == f"tiny on {unit.benchmark.name}: 1/5 samples, 1 failed, 56% of visual tokens kept"
@@ -174,7 +174,7 @@ def test_the_words(plan: RunPlan) -> None:
 def test_silence_and_plain_lines_in_this_process(
     plan: RunPlan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "LOOK_S", 0.01)
+    monkeypatch.setattr(progress, "REFRESH_S", 0.01)
     with Progress(plan, quiet=True) as silent:
         silent.hooks.say("never")
         time.sleep(0.05)

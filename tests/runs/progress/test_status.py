@@ -91,7 +91,7 @@ def test_following_ends_when_nobody_works(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sweep, "IDLE_S", 0.05)
-    monkeypatch.setattr(display, "LOOK_S", 0.02)
+    monkeypatch.setattr(display, "REFRESH_S", 0.02)
     plan = make(load(bench.spec), bench.folder / "runs")
     left = lease(plan, plan.units()[0].name)
     left.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Faults of memory, pictures, disks and company, thrown at whole sweeps: nothing is lost, nothing is averaged over."""
+"""Faults of memory, pictures, disks and other processes in sweeps: nothing is lost, nothing is averaged over."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     assert groups == [small, large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]]
     raws = {key: {record.prediction for record in records} for key, records in got.items()}
     assert raws == {key: {"alone" if key in ("05", "07") else "together"} for key, _ in samples}
-    assert all(record.together for records in got.values() for record in records), "two variants are company, too"
+    assert all(record.together for records in got.values() for record in records), "two variants are a batch, too"
     groups.clear()
     rest = dict(answer_samples(session, samples, {"09"}, cells, grounding=False, exact=False, batch=8))
     assert groups == [large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]], (
-        "who goes on after an interruption asks in the same company"
+        "who goes on after an interruption asks in the same batches"
     )
     assert rest == {key: records for key, records in got.items() if key in large}
     groups.clear()
@@ -196,7 +196,7 @@ def test_a_picture_that_could_not_be_read_for_a_while(
     def away(dataset: Any, prompting: Any, start: int = 0, stop: int | None = None) -> Any:
         for asked in messages(dataset, prompting, start, stop):
             gone = stop is not None and asked.index == "1"
-            yield evaluate.Asked("1", failure={"error": "OSError: stale file handle"}) if gone else asked
+            yield evaluate.Question("1", failure={"error": "OSError: stale file handle"}) if gone else asked
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "messages", away)
@@ -240,7 +240,7 @@ def test_a_real_limit_of_file_sizes_stops_writing_anywhere(bench: Bench) -> None
     assert disturbed.results() == bench.results()
 
 
-# -- company ----------------------------------------------------------------------------------------------------------
+# -- other processes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

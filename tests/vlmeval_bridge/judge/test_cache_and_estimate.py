@@ -1,4 +1,4 @@
-"""Verdicts survive kills, full disks and company; costs are known before anything is sent."""
+"""Verdicts survive kills, full disks and other processes; costs are known before anything is sent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ivcp_eval.vlmeval_bridge.judge import (
     EXACT_MATCHING,
     Question,
     VerdictCache,
-    asked_judge,
     cache_folder,
     estimate,
+    judge_for,
 )
 
 
@@ -111,11 +111,11 @@ def test_the_cache_is_shared_by_all_runs():
 
 
 def test_who_judges():
-    assert asked_judge("", "none") == asked_judge("gpt-4o", "none") == "none"
-    assert asked_judge("", "required") == DEFAULT
-    assert asked_judge("", "optional") == EXACT_MATCHING
-    assert asked_judge("mine", "optional") == asked_judge("mine", "required") == "mine"
-    assert asked_judge(EXACT_MATCHING, "required") == EXACT_MATCHING
+    assert judge_for("", "none") == judge_for("gpt-4o", "none") == "none"
+    assert judge_for("", "required") == DEFAULT
+    assert judge_for("", "optional") == EXACT_MATCHING
+    assert judge_for("mine", "optional") == judge_for("mine", "required") == "mine"
+    assert judge_for(EXACT_MATCHING, "required") == EXACT_MATCHING
 
 
 def test_costs_are_counted_before_sending():

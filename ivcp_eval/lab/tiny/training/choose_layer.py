@@ -23,6 +23,7 @@ from ivcp_eval.lab.tiny import tasks
 from ivcp_eval.lab.tiny.build_benchmarks import build
 from ivcp_eval.lab.tiny.evaluate import Question, is_right, read_benchmark
 from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.numbers import COUNT
 from ivcp_eval.runs.planning.placement import Limits, Placement
 
 RATIOS = (0.5, 0.25)
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure every layer and write the table."""
     parser = argparse.ArgumentParser(prog="ivcp lab choose-layer", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV to write")
-    parser.add_argument("--per-task", type=int, default=120, help="questions of each task (default: %(default)s)")
+    parser.add_argument("--per-task", type=COUNT, default=120, help="questions of each task (default: %(default)s)")
     args = parser.parse_args(arguments)
     weights = models.locate("tiny")
     session = Session(weights, Placement("cpu").resolve(), Limits.published(weights))

@@ -27,6 +27,7 @@ from ivcp_eval.lab.tiny.training.average import averaged
 from ivcp_eval.lab.tiny.training.batches import make_batch
 from ivcp_eval.lab.tiny.training.fast import EAGER, compiled_kernels
 from ivcp_eval.lab.tiny.training.losses import DenseHeads, all_losses, vision_only_losses
+from ivcp_eval.runs.planning.numbers import COUNT, POSITIVE
 
 CURVE_COLUMNS = (
     *("images", "steps", "seconds", "phase", "grounding_plain", "grounding_relation"),
@@ -270,8 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for state, logs and the exported model")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML configuration")
-    parser.add_argument("--processes", type=int, default=2, help="CPU processes, one thread each")
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="stop (resumably) after this time")
+    parser.add_argument("--processes", type=COUNT, default=2, help="CPU processes, one thread each")
+    parser.add_argument("--max-seconds", type=POSITIVE, default=float("inf"), help="stop (resumably) after this time")
     arguments = parser.parse_args(argv)
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.out.mkdir(parents=True, exist_ok=True)

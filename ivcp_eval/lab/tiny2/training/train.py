@@ -28,11 +28,13 @@ from ivcp_eval.lab.tiny2.training.batches import (
     make_text_batch,
     make_tower_batch,
 )
+from ivcp_eval.lab.tiny2.training.clips import make_clip_batch
 from ivcp_eval.lab.tiny2.training.decoder import decode
 from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
+from ivcp_eval.runs.planning.numbers import POSITIVE
 
 CONFIGS = Path(__file__).parent
 #: Share of a coordinate's target that each of its neighbours gets.
@@ -167,10 +169,23 @@ class Batches(Dataset[Any]):
         return -(-self.phase["images"] // self.phase["batch"])
 
     def __getitem__(self, number: int) -> TowerBatch | TextBatch:
-        make: Callable[..., Any] = make_tower_batch if self.phase["kind"] == "tower" else make_text_batch
-        size = self.phase["sizes"][number % len(self.phase["sizes"])]
+        parts = parts_of(self.phase)
+        part, own = parts[number % len(parts)], number // len(parts)
         first = self.first_image + number * self.phase["batch"]
-        return make("train", first, self.phase["batch"], tuple(size), self.phase)
+        return make_batch("train", first, self.phase["batch"], own, part)
+
+
+def parts_of(phase: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kinds of batches of ``phase``, which take turns: what each of its ``parts`` adds, or the phase alone."""
+    return [{**phase, **part} for part in phase.get("parts", [{}])]
+
+
+def make_batch(split: str, first: int, count: int, number: int, part: dict[str, Any]) -> TowerBatch | TextBatch:
+    """The batch ``number`` of its part, of the scenes from ``first`` on."""
+    if part.get("clips"):
+        return make_clip_batch(split, first, count, part)
+    make: Callable[..., Any] = make_tower_batch if part["kind"] == "tower" else make_text_batch
+    return make(split, first, count, tuple(part["sizes"][number % len(part["sizes"])]), part)
 
 
 def stream(config: dict[str, Any], phase: dict[str, Any], progress: dict[str, Any]) -> Iterator[TowerBatch | TextBatch]:
@@ -237,6 +252,11 @@ def check_phases(config: dict[str, Any], depth: int) -> None:
     for number, phase in enumerate(config["phases"]):
         if phase["kind"] not in ("tower", "text"):
             raise ValueError(f"phase {number} is of kind {phase['kind']!r}; use tower or text")
+        for part in phase.get("parts", []):
+            if wrong := sorted(part.keys() & {"kind", "images", "batch", "layers", "rate", "tower_rate"}):
+                raise ValueError(
+                    f"phase {number}: one of its parts sets {', '.join(wrong)}; set that for the whole phase"
+                )
         if phase["kind"] == "text":
             active = set(active_layers(depth, phase.get("layers")))
             if lost := sorted(known - active):
@@ -279,25 +299,25 @@ def report(run: Run, curve: Curve, smooth: dict[str, Tensor], began: float) -> N
 
 @torch.no_grad()
 def validate(run: Run, phase: dict[str, Any]) -> None:
-    """Accuracies of the averaged weights on 128 validation scenes of the phase's kind, appended to a CSV."""
+    """Accuracies of the averaged weights on 128 validation scenes of each part of the phase, appended to a CSV."""
     row: dict[str, Any] = dict(run.state.progress)
-    sizes = phase["sizes"][:2]
     hits: dict[str, list[float]] = {}
     with (
         averaged(run.state.model, run.state.average),
         torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16),
     ):
-        for number, size in enumerate(sizes):
-            make: Callable[..., Any] = make_tower_batch if phase["kind"] == "tower" else make_text_batch
-            count = 128 // len(sizes)
-            batch = make("validation", number * count, count, tuple(size), phase).to(run.device)
+        for part, number in ((part, number) for part in parts_of(phase) for number in range(2)):
+            batch = make_batch("validation", number * 64, 64, number, part).to(run.device)
             if isinstance(batch, TowerBatch):
                 visual = run.state.model.model.visual
                 tokens = merge(visual, tower_features(visual, batch.images, run.dtype, run.kernels), run.kernels)
                 for name, value in run.state.heads.accuracies(tokens, batch.targets).items():
                     hits.setdefault(name, []).append(value)
             else:
-                score(hits, batch, predictions(run.answer_logits(batch, phase), batch.labels))
+                found: dict[str, list[float]] = {}
+                score(found, batch, predictions(run.answer_logits(batch, phase), batch.labels))
+                for name, verdicts in found.items():
+                    hits.setdefault(f"{part['name']}_{name}" if "name" in part else name, []).extend(verdicts)
     row |= means(hits)
     Curve(run.folder / f"{phase['kind']}_accuracy.csv", run.state.progress["steps"]).add(row)
     say(f"validation: { ({k: round(v, 3) for k, v in row.items()}) }")
@@ -318,7 +338,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML configuration, or the name of a shipped one: cpu.yaml, gpu.yaml (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, help=FOLDER_HELP)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, resumably, after this time")
+    parser.add_argument("--minutes", type=POSITIVE, default=float("inf"), help="stop, resumably, after this time")
 
 
 def run(args: argparse.Namespace) -> int:

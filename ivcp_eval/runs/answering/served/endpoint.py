@@ -23,8 +23,8 @@ from ivcp_eval.vlmeval_bridge.judge.connection import (
     NotACompletion,
     connected,
     key_of,
+    redacted,
     refusal,
-    told,
     unreadable,
 )
 from ivcp_eval.vlmeval_bridge.judge.masking import masked_logs
@@ -129,7 +129,7 @@ class Endpoint:
             except (openai.APIStatusError, openai.APIConnectionError) as error:
                 raise await self._whose(client, error) from None
             except unreadable() as error:
-                trouble = told(error, self._secrets)
+                trouble = redacted(error, self._secrets)
         if trouble:
             raise NoAnswer(f"{self.server.host} does not answer with chat completions ({trouble})")
         raise NoText(f"{self.server.host} gave an answer without text {TRIES} times")
@@ -193,8 +193,8 @@ class Endpoint:
         except Exception as error:  # whatever it is, every sample would meet it
             raise ServerLost(
                 f"{self.server.host} does not answer a question about a small grey picture, sent with "
-                f"{json.dumps(self.fields)}: {told(error, self._secrets)}. A field that it does not take is left out "
-                "or renamed by `options` of `served`, e.g. {max_tokens: null, max_completion_tokens: 64}"
+                f"{json.dumps(self.fields)}: {redacted(error, self._secrets)}. A field that it does not take is left "
+                "out or renamed by `options` of `served`, e.g. {max_tokens: null, max_completion_tokens: 64}"
             ) from None
         said = ", ".join(filter(None, (listed.get(self.model, ""), server, fingerprint)))
         self.title = storable(f"{self.model} at {self.server.host}" + (f" ({said})" if said else ""))
@@ -219,8 +219,8 @@ class Endpoint:
             except (httpx2.HTTPError, openai.APITimeoutError, ReplyTooLong) as error:
                 if attempt == TRIES - 1:
                     raise ServerLost(
-                        f"{self.server.host} cannot be reached ({told(error, self._secrets)}); start it, or correct "
-                        "base_url"
+                        f"{self.server.host} cannot be reached ({redacted(error, self._secrets)}); start it, or "
+                        "correct base_url"
                     ) from None
                 await asyncio.sleep(_PAUSE_S)
         try:
@@ -233,7 +233,7 @@ class Endpoint:
         """The error to raise: of the sample where the server is there and takes requests, else of the server."""
         import openai
 
-        text = told(error, self._secrets)
+        text = redacted(error, self._secrets)
         if isinstance(error, openai.RateLimitError):
             return ServerLost(f"{self.server.host} has no capacity for us ({text}); lower concurrency, or wait")
         if isinstance(error, openai.APIStatusError) and error.status_code < 500:

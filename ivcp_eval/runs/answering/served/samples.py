@@ -18,7 +18,7 @@ from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Server
 from ivcp_eval.runs.answering.boxes import scored_box
-from ivcp_eval.runs.answering.samples import Answered, Records, Sample, asked
+from ivcp_eval.runs.answering.samples import Answered, Records, Sample, prompts_of
 from ivcp_eval.runs.answering.served.endpoint import Endpoint, ServerLost
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import ModelPlan, Unit
@@ -104,7 +104,7 @@ def served_samples(
         ServerLost: the others cannot be asked.
     """
     for cell, before in zip(cells, known, strict=True):
-        samples, broken = asked(unit, served.adapter, dataset, cell)
+        samples, broken = prompts_of(unit, served.adapter, dataset, cell)
         yield from [("", [])] * broken
         lacking = [sample for sample in samples if cell.needs_answer(before.get(sample[0]))]
         yield from ((key, [answer]) for key, answer in served.answers(lacking, unit.benchmark.kind == "grounding"))

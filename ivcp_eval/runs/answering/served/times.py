@@ -15,7 +15,7 @@ from ivcp_eval.runs.planning.cells import Cell
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-_Asked = tuple[str, Any]
+_Sample = tuple[str, Any]
 _ROUNDS = 4  # of as many requests as are under way at once, or their beginning and end would be most of the time
 
 
@@ -35,36 +35,36 @@ def time_served(engines: Sequence[Served], dataset: Any, cells: Sequence[Cell], 
     if not cells:
         return 0
     most = max(n, _ROUNDS * max(engine.server.concurrency for engine in engines))
-    asked = list(chosen(engines[0].adapter, dataset, most))
+    prompts = list(chosen(engines[0].adapter, dataset, most))
     timed: list[dict[str, Times]] = [{} for _ in cells]
     seconds = [0.0] * len(cells)
     order = list(range(len(cells)))
     for i in order:
-        _stream(engines[i], asked[:1])  # what is loaded or compiled for the first request is no part of the others
-    for half in (asked[::2], asked[1::2]):
+        _stream(engines[i], prompts[:1])  # what is loaded or compiled for the first request is no part of the others
+    for half in (prompts[::2], prompts[1::2]):
         for i in order:
             start = time.perf_counter()
             timed[i] |= _stream(engines[i], half)
             seconds[i] += time.perf_counter() - start
         order.reverse()
-    whole = [index for index, _ in asked if all(index in own for own in timed)]
+    whole = [index for index, _ in prompts if all(index in own for own in timed)]
     rates = [{"requests_per_s": round(len(own) / took, 4)} for own, took in zip(timed, seconds, strict=True)]
     samples = [[(index, own[index]) for index in whole] for own in timed]
     write_times(cells, samples, {"device": " + ".join(engine.server.host for engine in engines), "asked": n}, rates)
     return len(whole)
 
 
-def _stream(engine: Served, asked: Sequence[_Asked]) -> dict[str, Times]:
+def _stream(engine: Served, prompts: Sequence[_Sample]) -> dict[str, Times]:
     """Index -> times, of the samples whose answer came."""
 
-    async def ask(client: AsyncOpenAI, sample: _Asked) -> tuple[str, Times | None]:
+    async def ask(client: AsyncOpenAI, sample: _Sample) -> tuple[str, Times | None]:
         index, parts = sample
         try:
             return index, await engine.endpoint.time(client, _unseen(parts))
         except FAILURES:  # answering it said why
             return index, None
 
-    made = concurrently(engine.endpoint, asked, ask, streams=True)
+    made = concurrently(engine.endpoint, prompts, ask, streams=True)
     return {index: times for index, times in made if times is not None}
 
 

@@ -2,8 +2,8 @@
 
 Eight pictures of the second embedded model's objects, half a second of each, and a choice about what happens. Clips
 come in groups that share one question and its options, and are made such that whoever sees a single picture of a clip,
-and knows at what time it is shown, can do no better than chance: for every such picture the group has equally many clips
-of each answer. So whatever a model scores above chance, it has from several pictures. A test counts this in the file.
+and knows at what time it is shown, can do no better than chance: for every such picture the group has as many clips of
+each answer. So whatever a model scores above chance, it has from several pictures. A test counts this in the file.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ivcp_eval.engine.run import Run
+from ivcp_eval.interface.ops import to_device
 
 SUPPORTED = (
     "Only DynamicCache with plain layers can be pruned (not static, quantised, offloaded, sliding-window or "
@@ -42,6 +43,8 @@ class SlotMap:
         padded: whether any slot is padding, known on the host.
         shift: (B, 1) int64 or None: how far decode positions move down where the survivors were re-numbered.
         steps: for a method that masks single decode steps, else None.
+        visual: by row, for such a method, its slots of visual tokens and which these are, on CPU, once it asked.
+        admitted: whether the caller's mask was seen to admit every slot.
         plain: whether stock code alone continues rightly: one map for all layers, no padding, no shift, no masks.
     """
 
@@ -50,6 +53,8 @@ class SlotMap:
     padded: bool
     shift: Tensor | None = None
     steps: StepState | None = None
+    visual: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    admitted: bool = False
     plain: bool = False
 
     def key_columns(self, length: int) -> Tensor:
@@ -166,7 +171,7 @@ def gather_slots(layer: DynamicLayer, slots: Tensor) -> None:
 
     -1 (padding) copies slot 0, which masks hide.
     """
-    index = slots.clamp_min(0).to(layer.keys.device)[..., None]
+    index = to_device(slots.clamp_min(0), layer.keys.device)[..., None]
     index = index if slots.ndim == 3 else index[:, None]
     for name in ("keys", "values"):
         states = getattr(layer, name)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ivcp_eval.interface.ops import to_device
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -59,7 +61,7 @@ def take_sequence(states: Tensor, slots: Tensor) -> Tensor:
 
     A batch axis of size 1 (position embeddings shared by all rows) is expanded. The sequence axis is -2.
     """
-    index = slots.clamp_min(0).to(states.device)
+    index = to_device(slots.clamp_min(0), states.device)
     states = states.expand(*states.shape[:-3], index.shape[0], *states.shape[-2:])
     index = index[..., None].expand(*states.shape[:-3], *index.shape, states.shape[-1])
     return states.gather(-2, index)
@@ -72,15 +74,17 @@ def take_position_embeddings(embeddings: Any, slots: Tensor) -> Any:
     return tuple(take_sequence(part, slots) for part in embeddings)
 
 
-def row_position_embeddings(embeddings: Any, row: int, config: Any) -> Any:
+def row_position_embeddings(embeddings: Any, row: int, config: Any, device: torch.device) -> Any:
     """The position embeddings of one row, batch axis kept: (1, n, R) each; a batch axis of 1 serves every row.
+
+    They are made once, on the device of the first layer, for layers that may lie on others: here they come to theirs.
 
     Before transformers 5.17, Qwen2-VL and Qwen2.5-VL left the three axes of M-RoPE apart, (3, B, n, R), for the
     attention to join by ``mrope_section``; they are joined here.
     """
     if isinstance(embeddings, torch.Tensor):
-        return embeddings[..., [min(row, embeddings.shape[-3] - 1)], :, :]
-    parts = tuple(part[..., [min(row, part.shape[-3] - 1)], :, :] for part in embeddings)
+        return embeddings.narrow(-3, min(row, embeddings.shape[-3] - 1), 1).to(device)
+    parts = tuple(part.narrow(-3, min(row, part.shape[-3] - 1), 1).to(device) for part in embeddings)
     if parts[0].ndim == 3:
         return parts
     sections = list(config.rope_parameters["mrope_section"]) * 2

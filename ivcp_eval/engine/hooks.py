@@ -37,11 +37,16 @@ from ivcp_eval.engine.signals.keys import KeyEditor
 from ivcp_eval.engine.signals.vision import MethodHook, VisionListener
 from ivcp_eval.interface import Cut
 from ivcp_eval.interface.names import check_names, output_cache, read, write
+from ivcp_eval.interface.ops import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ivcp_eval.engine.parts import Forward
+
+
+#: Floating inputs of more numbers are pixels or states, which the host need not know.
+LARGEST_READ = 4096
 
 
 def listeners_for(model: Any, resolved: Resolved) -> list[Listener]:
@@ -203,11 +208,12 @@ class Engine(ABC):
             self._running = Continuation(cache, mask)
 
     def _begin_prefill(self, batch: int, length: int, mask: Tensor | None) -> None:
-        valid = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
-        if valid.shape != (batch, length):
-            raise ValueError(f"got an attention_mask of shape {tuple(valid.shape)}, expected {(batch, length)}")
+        given = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
+        if given.shape != (batch, length):
+            raise ValueError(f"got an attention_mask of shape {tuple(given.shape)}, expected {(batch, length)}")
+        (valid, visual), self._inputs = _on_host([given, self._visual_mask(batch, length)], self._inputs)
         alive = Rows(tuple(row.nonzero().flatten() for row in valid))
-        visual = self._visual_mask(batch, length).cpu() & valid
+        visual = visual & valid
         spans = self.adapter.image_spans(self.model, visual, self._inputs) if bool(visual.any()) else []
         spans = self.parts.completed(spans)
         self.continuity.prompt_begins(length)
@@ -218,7 +224,7 @@ class Engine(ABC):
             )
         if (self.cuts or self._needs_cache) and spans:
             videos = self.adapter.video_mask(self.model, self._inputs)
-            prompt = Prompt(visual, alive, spans, self._inputs, None if videos is None else videos.cpu() & visual)
+            prompt = Prompt(visual, alive, spans, self._inputs, None if videos is None else videos & visual)
             state = Prefill(prompt, len(self.decoder.layers), self.run)
             self._running = state
             for listener in self.listeners:
@@ -264,13 +270,14 @@ class Engine(ABC):
         if not isinstance(layer, PrunedLayer):
             return kwargs
         if layer.slot_map.shift is not None:
-            embeddings = self.rotary.embed(hidden, self.rotary.ids - layer.slot_map.shift)
+            embeddings = self.rotary.embed(hidden, self.rotary.ids - layer.slot_map.shift.to(self.rotary.ids.device))
             kwargs = write(kwargs, position_embeddings=embeddings)
         embeddings = read(kwargs, "position_embeddings")
         given = [listener.attended(index, layer, hidden.shape[1], embeddings) for listener in self.listeners]
         masks = [mask for mask in given if mask is not None]
         attended = functools.reduce(torch.logical_and, masks) if masks else None
-        mask = state.layer_mask(layer, hidden, self.decoder.config._attn_implementation, attended)
+        stock, implementation = read(kwargs, "attention_mask"), self.decoder.config._attn_implementation
+        mask = state.layer_mask(layer, hidden, implementation, stock, attended)
         return write(kwargs, attention_mask=mask)
 
     def _evict(self, cut: Cut, _layer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -299,12 +306,24 @@ class Engine(ABC):
                 "the cache of this forward did not reach the decoder layers by a name that pruning knows, so "
                 "it could not be pruned and decoding would be wrong; install a tested release of transformers"
             )
-        self.cutter.evict_late(state)
+        self.cutter.end_evictions(state)
         self.continuity.prompt_ended(pruned=cache is not None and state.changed)
         if state.changed:
             state.finish()
         for listener in self.listeners:
             listener.after(state)
+
+
+def _on_host(tensors: list[Tensor], inputs: Mapping[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Copies on the host of ``tensors`` and of those inputs that describe the prompt; pixels and states stay."""
+    small = [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and not (value.is_floating_point() and value.numel() > LARGEST_READ)
+    ]
+    copied = to_host([*tensors, *(inputs[name] for name in small)])
+    n = len(tensors)
+    return copied[:n], {**inputs, **dict(zip(small, copied[n:], strict=True))}
 
 
 @final

@@ -7,7 +7,7 @@ gathers what it keeps.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ivcp_eval.engine.signals.source import SignalSource
 from ivcp_eval.engine.signals.vision import of_method
 from ivcp_eval.interface import Cut, ImageSpan, Selection, Signals, check_type
 from ivcp_eval.interface.names import read
-from ivcp_eval.interface.ops import merge_targets, merged_states
+from ivcp_eval.interface.ops import merge_targets, merged_states, to_device, to_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,28 @@ class LayerSlots:
     shift: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a method was shown of one row and what it answered, not looked at yet: its numbers may be on a GPU.
+
+    Attributes:
+        target: (V,) `merge_targets` of the selection; None where nothing is merged.
+        counts: how many scores were not finite, for each ranking, () int64.
+    """
+
+    row: int
+    signals: Signals
+    selection: Selection
+    target: Tensor | None
+    counts: tuple[Tensor, ...]
+
+    @property
+    def unread(self) -> list[Tensor]:
+        """What the host must know: the indices, the images' tokens, the targets if there are any, the counts."""
+        images = [image.tokens for image in self.signals.images]
+        return [self.selection.keep, *images, *([] if self.target is None else [self.target]), *self.counts]
+
+
 class Prefill:
     """State of one pruned prefill."""
 
@@ -75,6 +97,7 @@ class Prefill:
         self.shorter = False  # whether anything was removed from the sequence so far
         self.evicted = False  # whether anything was removed from a single layer's cache
         self.late: list[tuple[Cut, list[Signals | None]]] = []  # evictions that wait for the last layer; per row
+        self.evictions: list[tuple[Cut, list[Choice | None]]] = []  # carried out, not checked yet; per row
         self.cache: Cache | None = None
         self.mask: Tensor | None = None
         self.position_embeddings: Any = None
@@ -104,30 +127,33 @@ class Prefill:
             before = earlier[layer]
             if id(before) not in moved:
                 now = self.now if before.shift is self.now.shift else replace(self.now, shift=before.shift)
-                moved[id(before)] = now, self.now.rows.slots_in(before.matrix).to(device)
+                moved[id(before)] = now, to_device(self.now.rows.slots_in(before.matrix), device)
             self.layers[layer], slots = moved[id(before)]
             if self.cache is not None:
                 gather_slots(self.cache.layers[layer], slots)
 
     def evict(self, layer: int, kept: Sequence[Tensor]) -> None:
-        """Drop from the cache of one layer, which has run, all but ``kept``.
+        """Drop from the cache of one layer, which has run, all but ``kept``; what the layer then holds is told later.
 
         Args:
-            kept: per row, increasing indices into its alive tokens: (G, n') of each key head, or (1, n') of all.
+            kept: per row, increasing indices into its alive tokens, where the cache is: (G, n') of each key head, or
+                (1, n') of all.
         """
         assert self.cache is not None
-        here = self.now.rows.slots_in(self.now.matrix)
+        device = self.cache.layers[layer].keys.device
+        here = to_device(self.now.rows.slots_in(self.now.matrix), device)
         heads, longest = (max(sizes) for sizes in zip(*(indices.shape for indices in kept), strict=True))
-        slots = torch.full((len(kept), heads, longest), -1, dtype=torch.int64)
-        columns = []
+        slots = torch.full((len(kept), heads, longest), -1, dtype=torch.int64, device=device)
         for row, (indices, alive) in enumerate(zip(kept, self.now.rows.columns, strict=True)):
-            at = here[row, here.shape[1] - alive.numel() :]
-            slots[row, :, longest - indices.shape[1] :] = at[indices]
-            columns.append(alive[indices[0]])
+            slots[row, :, longest - indices.shape[1] :] = here[row, here.shape[1] - alive.numel() :][indices]
         gather_slots(self.cache.layers[layer], slots if heads > 1 else slots[:, 0])
-        rows = Rows(tuple(columns))
-        self.layers[layer] = LayerSlots(rows, rows.matrix(), self.now.shift)
         self.evicted = True
+
+    def evicted_to(self, layer: int, kept: Sequence[Tensor]) -> None:
+        """Take note of what `evict` left in a layer; ``kept`` is a copy on the host."""
+        pairs = zip(kept, self.now.rows.columns, strict=True)
+        rows = Rows(tuple(alive[indices[0]] for indices, alive in pairs))
+        self.layers[layer] = LayerSlots(rows, rows.matrix(), self.now.shift)
 
     def merge_cached(self, layer: int, row: int, visual: Tensor, selection: Selection) -> None:
         """Give survivors of an eviction the weighted sums of cached keys and values that the selection asks for.
@@ -138,7 +164,7 @@ class Prefill:
         assert self.cache is not None
         assert selection.merge is not None
         cached, alive = self.cache.layers[layer], self.now.rows.columns[row].numel()
-        at = self.now.rows.slots_in(self.now.matrix)[row, -alive:].to(cached.keys.device)[visual]
+        at = to_device(self.now.rows.slots_in(self.now.matrix)[row, -alive:], cached.keys.device)[visual]
         per_head = selection.keep.ndim == 2
         for name in ("keys", "values"):
             states = getattr(cached, name).clone()
@@ -173,7 +199,7 @@ class Prefill:
     def _slot_map(self, slots: LayerSlots, device: torch.device) -> SlotMap:
         alive = torch.stack([is_member(*pair) for pair in zip(slots.matrix, slots.rows.columns, strict=True)])
         columns = torch.where(alive, slots.matrix, -1)
-        return SlotMap(columns.to(device), self.prompt.image_mask.shape[1], not bool(alive.all()), slots.shift)
+        return SlotMap(to_device(columns, device), self.prompt.image_mask.shape[1], not bool(alive.all()), slots.shift)
 
 
 class Cutter:
@@ -193,6 +219,7 @@ class Cutter:
         """
         if not state.shorter:
             state.position_embeddings = read(kwargs, "position_embeddings")
+        hidden = self._at_layer(cut.layer, hidden)
         columns, merged, targets = self._select(state, cut, hidden)
         state.captured = {}
         state.stage += 1
@@ -244,23 +271,46 @@ class Cutter:
                 self._watched(state, shown, self.method.observe)
         state.late.append((cut, [shown and _without_states(shown) for shown in rows]))
 
-    def evict_late(self, state: Prefill) -> None:
-        """Once the last layer has run, carry out the evictions that waited for it."""
+    def end_evictions(self, state: Prefill) -> None:
+        """Once the last layer has run, carry out the evictions that waited for it, and check all of them."""
         for cut, rows in state.late:
             self._evict(state, cut, rows)
+        read = iter(self._read([choice for _, row in state.evictions for choice in row if choice is not None]))
+        for cut, choices in state.evictions:
+            kept = []
+            for row, (choice, alive) in enumerate(zip(choices, state.now.rows.columns, strict=True)):
+                is_visual = state.prompt.image_mask[row, alive]
+                visual, text = is_visual.nonzero().flatten(), (~is_visual).nonzero().flatten()
+                kept.append(text[None] if choice is None else _with_text(visual, text, next(read)[0]))
+            if cut.ratio < 1:
+                state.evicted_to(cut.layer, kept)
 
     def _evict(self, state: Prefill, cut: Cut, rows: Sequence[Signals | None]) -> None:
+        assert state.cache is not None
+        device = state.cache.layers[cut.layer].keys.device
+        choices: list[Choice | None] = []
         kept = []
         for row, (signals, alive) in enumerate(zip(rows, state.now.rows.columns, strict=True)):
             if signals is None:
-                kept.append(torch.arange(alive.numel())[None])
+                kept.append(torch.arange(alive.numel(), device=device)[None])
+                choices.append(None)
                 continue
-            shown, selection = self._choose(state, row, signals)
-            if selection.merge is not None:
-                state.merge_cached(cut.layer, row, shown.visual, selection)
-            kept.append(_with_text(shown, selection))
+            choice = self._choose(state, row, signals)
+            shown, keep = choice.signals, choice.selection.keep
+            if choice.selection.merge is not None:
+                choice.selection.check_values(shown, self.run.method, keep.cpu())
+                state.merge_cached(cut.layer, row, shown.visual, choice.selection)
+            # Not checked yet, so that the host need not wait in every layer; none may lead outside of the tensor.
+            kept.append(_with_text(shown.visual, shown.text, keep.clamp(0, shown.n_visual - 1)))
+            choices.append(replace(choice, signals=_without_states(shown)))
+        state.evictions.append((cut, choices))
         if cut.ratio < 1:
             state.evict(cut.layer, kept)
+
+    def _at_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """What enters a layer, on its device: in a model spread over several, nobody else moved it yet."""
+        device = next((weights.device for weights in self.decoder.layers[layer].parameters()), hidden.device)
+        return hidden if device.type == "meta" else hidden.to(device)  # the weights of offloaded layers are nowhere
 
     def _source(self, state: Prefill, cut: Cut, hidden: Tensor) -> SignalSource:
         return SignalSource(
@@ -279,37 +329,44 @@ class Cutter:
         """Per row the columns that survive; the hidden states, merged where asked; per row `CutRecord.merged`."""
         source = self._source(state, cut, hidden)
         here = state.now.rows.slots_in(state.now.matrix)
-        columns: list[Tensor] = []
-        targets: list[Tensor | None] = []
-        for row, alive in enumerate(state.now.rows.columns):
-            slots = here[row, here.shape[1] - alive.numel() :]
-            keep, hidden, target = self._select_row(state, source, row, alive, slots, hidden)
-            columns.append(alive[keep])
-            targets.append(target)
+        places = [here[row, here.shape[1] - alive.numel() :] for row, alive in enumerate(state.now.rows.columns)]
+        chosen: dict[int, Choice] = {}
+        for row, (alive, slots) in enumerate(zip(state.now.rows.columns, places, strict=True)):
+            signals = self._signals(state, source, row, alive, slots)
+            if signals is not None:
+                chosen[row] = self._choose(state, row, signals)
+        kept = self._read(chosen.values())
+        columns = list(state.now.rows.columns)
+        targets: list[Tensor | None] = [None] * len(columns)
+        for (row, choice), (keep, target) in zip(chosen.items(), kept, strict=True):
+            alive, image_mask = columns[row], state.prompt.image_mask[row]
+            stays = ~image_mask[alive]
+            visual = image_mask[alive].nonzero().flatten()
+            stays[visual[keep]] = True
+            columns[row] = alive[stays]
+            if choice.selection.merge is None or target is None:
+                continue
+            at = to_device(places[row], hidden.device)[choice.signals.visual]
+            merged = merged_states(choice.selection.merge, hidden[row, at])
+            hidden = hidden.clone()
+            hidden[row, at[choice.selection.keep]] = merged.to(hidden.dtype)
+            among = torch.searchsorted(image_mask.nonzero().flatten(), alive[visual])
+            targets[row] = _of_prompt(target, among, keep, int(image_mask.sum()))
         return columns, hidden, targets
 
-    def _select_row(
-        self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Which of the row's alive tokens survive, (n,) bool on CPU; the rest as `_select`."""
-        keep = torch.ones(alive.numel(), dtype=torch.bool)
-        signals = self._signals(state, source, row, alive, slots)
-        if signals is None:
-            return keep, hidden, None
-        signals, selection = self._choose(state, row, signals)
-        # Before the host waits for what survives anyway.
-        target = None if selection.merge is None else merge_targets(selection.merge)
-        visual, kept = signals.visual.cpu(), selection.keep.cpu()
-        keep[visual] = False
-        keep[visual[kept]] = True
-        if selection.merge is None or target is None:
-            return keep, hidden, None
-        at = slots.to(hidden.device)[signals.visual]
-        merged = merged_states(selection.merge, hidden[row, at])
-        hidden = hidden.clone()
-        hidden[row, at[selection.keep]] = merged.to(hidden.dtype)
-        among = torch.searchsorted(state.prompt.image_mask[row].nonzero().flatten(), alive[visual])
-        return keep, hidden, _of_prompt(target.cpu(), among, kept, int(state.prompt.image_mask[row].sum()))
+    def _read(self, choices: Iterable[Choice]) -> list[tuple[Tensor, Tensor | None]]:
+        """Of every choice `Selection.keep` and where merged tokens went, on the host, checked; one wait for all."""
+        choices = list(choices)
+        found = iter(to_host([part for choice in choices for part in choice.unread]))
+        read = []
+        for choice in choices:
+            keep, *more = (next(found) for _ in choice.unread)
+            images = [more.pop(0) for _ in choice.signals.images]
+            choice.selection.check_values(choice.signals, self.run.method, keep, images)
+            target = None if choice.target is None else more.pop(0)
+            self.run.count_nonfinite(choice.row, max(map(int, more), default=0))
+            read.append((keep, target))
+        return read
 
     def _signals(self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor) -> Signals | None:
         """What the method is shown of a row; None for a row without visual tokens."""
@@ -321,19 +378,21 @@ class Cutter:
         among = torch.searchsorted(image_mask.nonzero().flatten(), alive[is_visual])
         heard = {} if self.tower is None else of_method(state.vision[row], self.method, self.tower)
         device = source.hidden.device
-        vision = {name: signal[among.to(signal.device)].to(device) for name, signal in heard.items()}
+        vision = {name: signal[to_device(among, signal.device)].to(device) for name, signal in heard.items()}
         seed, ids = self._row_seed(state, row, alive), self._ids(state, row, alive)
         spans, memory = state.prompt.spans[row], state.memory[row]
         return source.row(row, alive, slots, is_visual, spans, vision, memory, seed, ids)
 
-    def _choose(self, state: Prefill, row: int, signals: Signals) -> tuple[Signals, Selection]:
-        """What the method was shown and what it answered, checked."""
+    def _choose(self, state: Prefill, row: int, signals: Signals) -> Choice:
+        """What the method was shown and what it answered; its indices are checked when they are read."""
         with Rankings() as rankings:
             shown, selection = self._watched(state, signals, self.method.select)
         check_type(selection, Selection, self.run.method, "select")
-        selection.check(shown, self.run.method)
-        self.run.count_nonfinite(row, max(selection.nonfinite, rankings.nonfinite()))
-        return shown, selection
+        selection.check_form(shown, self.run.method)
+        evicts = shown.cut is not None and shown.cut.evicts
+        target = None if selection.merge is None or evicts else merge_targets(selection.merge)
+        counts = (*rankings.counts, torch.as_tensor(selection.nonfinite))
+        return Choice(row, shown, selection, target, counts)
 
     def _watched(self, state: Prefill, signals: Signals, ask: Callable[[Signals], Any]) -> tuple[Signals, Any]:
         """What the method was shown and what it answered, which must leave the model's tensors alone."""
@@ -348,7 +407,7 @@ class Cutter:
 
     def _ids(self, state: Prefill, row: int, alive: Tensor) -> Tensor | None:
         ids = read(state.prompt.inputs, "input_ids")
-        return None if ids is None else ids[row].cpu()[alive]
+        return None if ids is None else ids[row][alive]
 
     def _row_seed(self, state: Prefill, row: int, alive: Tensor) -> int:
         """A seed from the row's own tokens, so that a row draws the same in any batch."""
@@ -359,7 +418,7 @@ class Cutter:
     def _renumber(self, state: Prefill, hidden: Tensor) -> LayerSlots:
         """Number the survivors 0..n-1; appended tokens move down by as much as the last survivor did."""
         ids = self.rotary.ids
-        new = ((state.now.matrix >= 0).cumsum(1) - 1).clamp_min(0).to(ids.device)
+        new = to_device(((state.now.matrix >= 0).cumsum(1) - 1).clamp_min(0), ids.device)
         last = ids[..., -1] if ids.ndim == 2 else ids[..., -1].amax(0)
         numbers = new if ids.ndim == 2 else new.expand(ids.shape[0], -1, -1)
         state.position_embeddings = self.rotary.embed(hidden, numbers)
@@ -369,7 +428,7 @@ class Cutter:
         implementation = self.decoder.config._attn_implementation
         if not state.now.rows.padded and implementation != "eager":
             return None  # sdpa and flash attention are causal by themselves where the keys are the queries
-        columns = state.now.matrix.to(hidden.device)
+        columns = to_device(state.now.matrix, hidden.device)
         return attention_mask(columns, hidden.shape[1], implementation=implementation, dtype=hidden.dtype)
 
 
@@ -394,11 +453,14 @@ def _without_states(signals: Signals) -> Signals:
     )
 
 
-def _with_text(signals: Signals, selection: Selection) -> Tensor:
-    """The selection and all text as increasing indices into a row's alive tokens: (1, n'), or (G, n') per key head."""
-    kept = signals.visual.cpu()[torch.atleast_2d(selection.keep).cpu()]
-    text = signals.text.cpu().expand(len(kept), -1)
-    return torch.cat((text, kept), dim=1).sort(dim=1).values
+def _with_text(visual: Tensor, text: Tensor, keep: Tensor) -> Tensor:
+    """The kept and all text as increasing indices into a row's alive tokens: (1, n'), or (G, n') per key head.
+
+    Args:
+        visual, text: where they stand among the alive tokens. keep: `Selection.keep`.
+    """
+    kept = visual[torch.atleast_2d(keep)]
+    return torch.cat((text.expand(len(kept), -1), kept), dim=1).sort(dim=1).values
 
 
 def _of_prompt(target: Tensor, among: Tensor, kept: Tensor, n_prompt: int) -> Tensor:

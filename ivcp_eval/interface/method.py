@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -297,7 +297,7 @@ class Signals:
         """(V,) int64: the image, counted in the prompt, of each visual token; views inside one are `Image.view`."""
         found = self.visual.new_zeros(self.n_visual)
         for number, image in enumerate(self.images):
-            found[image.tokens.to(found.device)] = number
+            found.index_fill_(0, image.tokens.to(found.device), number)
         return found
 
     @property
@@ -393,14 +393,14 @@ class Selection:
             continues as ``merge[i] @ hidden[visual]`` (float32, then cast). At an eviction its cached key and value
             become the like sums of the layer's cached keys and values; (G, K, V) for each key head its own.
         exact: False if the method's own rule overrides the budget (a released rule without one).
-        nonfinite: how many scores of visual tokens were NaN or infinite, where the method counts; the engine counts
-            what is ranked in any way (`Run.nonfinite_scores`).
+        nonfinite: how many scores of visual tokens were NaN or infinite, where the method counts, () int64 or a number;
+            the engine counts what is ranked in any way (`Run.nonfinite_scores`).
     """
 
     keep: Tensor
     merge: Tensor | None = None
     exact: bool = True
-    nonfinite: int = 0
+    nonfinite: int | Tensor = 0
 
     def check(self, signals: Signals, method: str) -> None:
         """Raise ValueError if indices are not strictly increasing, leave 0..V-1, or miss the budget.
@@ -408,6 +408,11 @@ class Selection:
         Raises:
             TypeError: ``keep`` or ``merge`` are no tensors, or ``keep`` holds no whole numbers.
         """
+        self.check_form(signals, method)
+        self.check_values(signals, method, self.keep.cpu())
+
+    def check_form(self, signals: Signals, method: str) -> None:
+        """What `check` finds without a look at the indices, for which a GPU would make the host wait."""
         import torch
 
         keep = self.keep
@@ -420,14 +425,35 @@ class Selection:
         if self.merge is not None:
             check_type(self.merge, torch.Tensor, method, "Selection.merge", "a tensor of weights (K, V), or None")
         per_head = keep.ndim == 2 and signals.cut is not None and signals.cut.evicts
-        if not (keep.ndim == 1 or per_head) or not bool((keep[..., 1:] > keep[..., :-1]).all()):
+        if not (keep.ndim == 1 or per_head):
+            raise ValueError(f"method {method!r} returned indices that are not a strictly increasing vector: {keep}")
+        if self.exact and keep.shape[-1] != signals.budget:
+            # What is wrong with the indices themselves says more.
+            self.check_values(signals, method, keep.cpu())
+            raise ValueError(f"method {method!r} kept {keep.shape[-1]} visual tokens, its budget is {signals.budget}")
+        if self.merge is not None and tuple(self.merge.shape) != (*keep.shape, signals.n_visual):
+            raise ValueError(
+                f"method {method!r} returned merge weights {tuple(self.merge.shape)}, "
+                f"expected {(*keep.shape, signals.n_visual)}"
+            )
+
+    def check_values(self, signals: Signals, method: str, keep: Tensor, images: Sequence[Tensor] | None = None) -> None:
+        """What `check` finds in the indices; ``keep`` is a copy of them on the host, ``images`` of `Image.tokens`."""
+        import torch
+
+        if not bool((keep[..., 1:] > keep[..., :-1]).all()):
             raise ValueError(f"method {method!r} returned indices that are not a strictly increasing vector: {keep}")
         if keep.numel() and (int(keep.min()) < 0 or int(keep.max()) >= signals.n_visual):
             raise ValueError(f"method {method!r} returned indices outside 0..{signals.n_visual - 1}: {keep}")
-        if self.exact and keep.shape[-1] != signals.budget:
-            raise ValueError(f"method {method!r} kept {keep.shape[-1]} visual tokens, its budget is {signals.budget}")
+        per_head = keep.ndim == 2
+        if not per_head and not (self.exact and signals.cut is not None and signals.cut.budget == "clip"):
+            return
+        # Those of `Signals.image`, which is where the states are.
+        image = torch.full((signals.n_visual,), 0)
+        for number, tokens in enumerate(images or [part.tokens.cpu() for part in signals.images]):
+            image[tokens] = number
         if self.exact and signals.cut is not None and signals.cut.budget == "clip" and not signals.cut.evicts:
-            counts = torch.bincount(signals.image[keep], minlength=len(signals.images)).tolist()
+            counts = torch.bincount(image[keep], minlength=len(signals.images)).tolist()
             start = 0
             for number, clip in enumerate(signals.clips):
                 kept, budget = sum(counts[start : start + len(clip)]), sum(image.budget for image in clip)
@@ -436,14 +462,9 @@ class Selection:
                     raise ValueError(
                         f"method {method!r} kept {kept} visual tokens of clip {number}, the clip's budget is {budget}"
                     )
-        images = signals.image[keep].sort(dim=-1).values if per_head else keep
-        if per_head and bool((images != images[:1]).any()):
+        sorted_images = image[keep].sort(dim=-1).values
+        if per_head and bool((sorted_images != sorted_images[:1]).any()):
             raise ValueError(f"method {method!r} kept more visual tokens of an image in one head than in another")
-        if self.merge is not None and tuple(self.merge.shape) != (*keep.shape, signals.n_visual):
-            raise ValueError(
-                f"method {method!r} returned merge weights {tuple(self.merge.shape)}, "
-                f"expected {(*keep.shape, signals.n_visual)}"
-            )
 
 
 def check_type(value: object, expected: type, method: str, where: str, words: str = "") -> None:
@@ -557,7 +578,7 @@ class AbstractScorer(AbstractMethod):
                 f"`score` returned shape {tuple(score.shape)}, expected ({signals.n_visual},): one number per visual "
                 "token, as in signals.hidden[signals.visual]"
             )
-        nonfinite = int((~torch.isfinite(score)).sum())
+        nonfinite = (~torch.isfinite(score)).sum()
         return Selection(top_of_each_image(score, signals.images), nonfinite=nonfinite)
 
 

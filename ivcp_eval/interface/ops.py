@@ -20,6 +20,27 @@ class Part(Protocol):
     def tokens(self) -> Tensor: ...
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` on the CPU, the bytes of each device in one transfer: the host waits for a GPU once, not for each."""
+    found = list(tensors)
+    for device in {tensor.device for tensor in tensors} - {torch.device("cpu")}:
+        here = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        parts = [tensors[place].detach().contiguous().reshape(-1).view(torch.uint8) for place in here]
+        packed = torch.cat(parts).cpu().split([part.numel() for part in parts])
+        for place, part in zip(here, packed, strict=True):
+            # A copy each: not every part begins where its dtype may.
+            found[place] = part.clone().view(tensors[place].dtype).reshape(tensors[place].shape)
+    return found
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor``, whose values the host knows, on ``device``, without waiting for what a GPU has still to do.
+
+    Pageable host memory is read before the call returns, so it may be changed or freed at once.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 LOWEST = torch.finfo(torch.float32).min
 """A score below every other, and above minus infinity, which marks what is not to be chosen (again)."""
 
@@ -103,12 +124,22 @@ def best_of_rest(score: Tensor, kept: Tensor, k: int) -> Tensor:
     return ranking(finite.masked_fill(kept, -torch.inf))[: max(0, k)]
 
 
+def filled_up(score: Tensor, kept: Tensor, k: int) -> Tensor:
+    """(k,) int64, increasing: the ``kept`` tokens, (N,) bool and k at most, and the best by ``score`` of the others.
+
+    As `best_of_rest`, but the host need not know how many are kept.
+    """
+    order = ranking(torch.nan_to_num(score.float(), nan=LOWEST, neginf=LOWEST))
+    first = torch.sort(kept[order].to(torch.uint8), descending=True, stable=True).indices
+    return order[first[: max(0, k)]].sort().values
+
+
 def place_in_group(score: Tensor, group: Tensor) -> Tensor:
     """(N,) how many members of a token's own ``group`` (N,) have a better ``score`` (N,); ties as in `ranking`."""
     order = ranking(score)
-    order = order[torch.sort(group[order], stable=True).indices]
-    sizes = torch.bincount(group)
-    first = (sizes.cumsum(0) - sizes)[group[order]]
+    sorted_group, by_group = torch.sort(group[order], stable=True)
+    order = order[by_group]
+    first = torch.searchsorted(sorted_group, sorted_group)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device) - first
     return place
@@ -123,16 +154,19 @@ def coordinate_set(cos: Tensor, sin: Tensor, image: Image, ivc: float, share: fl
     Args:
         cos, sin: (N,) mean of the tokens' rotary cosines and sines over the spectrum.
     """
-    kept = torch.zeros(cos.numel(), dtype=torch.bool, device=cos.device)
-    for number, n_view in enumerate(image.span.views or (image.n_prompt,)):
-        inside = (image.view == number).nonzero().flatten() if image.view is not None else slice(None)
+    each = coordinate_shares(image, ivc, share)
+    view = torch.zeros(cos.numel(), dtype=torch.int64, device=cos.device) if image.view is None else image.view
+    most = to_device(torch.tensor(each), cos.device)[view]
+    return (place_in_group(cos, view) < most) | (place_in_group(sin, view) < most)
+
+
+def coordinate_shares(image: Image, ivc: float, share: float) -> list[int]:
+    """Of every view of the image, how many tokens `coordinate_set` takes by each of its two scores."""
+    found = []
+    for n_view in image.span.views or (image.n_prompt,):
         part = image.budget * n_view / image.n_prompt
-        each = min(round(ivc * n_view), round(share * part), int(part / 2))
-        for score in (cos, sin):
-            chosen = torch.zeros_like(kept[inside])
-            chosen[top(score[inside], each)] = True
-            kept[inside] |= chosen
-    return kept
+        found.append(min(round(ivc * n_view), round(share * part), int(part / 2)))
+    return found
 
 
 def first_best(score: Tensor) -> Tensor:
@@ -155,7 +189,7 @@ def mean_attention(signals: Signals, rows: Tensor, *, entering: bool = False, ch
 
 def last_token(signals: Signals) -> Tensor:
     """(1,) int64: the row's last token, whose attention many methods rank by."""
-    return torch.tensor([signals.hidden.shape[0] - 1], device=signals.visual.device)
+    return torch.full((1,), signals.hidden.shape[0] - 1, device=signals.visual.device)
 
 
 def evenly(n: int, k: int) -> Tensor:
@@ -197,7 +231,7 @@ def image_partition(image: Image) -> tuple[Tensor, Tensor]:
     if rows * columns != n:
         rows, columns = 1, n
     group, centre = partition(rows, columns, image.budget)
-    return group.to(device), centre.to(device)
+    return to_device(group, device), to_device(centre, device)
 
 
 def sparse_weights(row: Tensor, column: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -218,7 +252,7 @@ def itself(tokens: Tensor, n: int) -> Tensor:
 def group_means(group: Tensor, n_groups: int) -> Tensor:
     """(n_groups, N) sparse float32 weights that average the members of each group; ``group``: (N,)."""
     members = torch.arange(group.numel(), device=group.device)
-    sizes = torch.bincount(group, minlength=n_groups).float()
+    sizes = torch.zeros(n_groups, device=group.device).index_add_(0, group, torch.ones_like(group).float())
     return sparse_weights(group, members, 1 / sizes[group], (n_groups, group.numel()))
 
 

@@ -112,7 +112,7 @@ def cells(profile: Profile, device: str, minutes: float) -> Iterator[Cell]:
             chosen = " and ".join(f"({part})" for part in parts if part)
             files = ["tests/engine/contract/test_contract.py"]
             if dtype == "float32":
-                files += ["tests/engine/oracle", "tests/methods/test_oracles.py"]
+                files += ["tests/engine/oracle", "tests/methods/test_oracles.py", "tests/engine/contract/test_waits.py"]
             options = (*where, "--dtype", dtype, "--attention", attention, "--junitxml", "OUT.xml")
             command = (*PYTEST, *files, *options, *(("-k", chosen) if chosen else ()))
             yield Cell("contract", f"contract_{dtype}_{attention}", command, 540, ("pytest", "tests"))

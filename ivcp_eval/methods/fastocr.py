@@ -59,7 +59,7 @@ class Method(Uncut):
     def _fixate(self, step: Step) -> None:
         attention = step.logits().softmax(dim=1).mean(dim=0)
         earlier = step.memory["score"]
-        score = step.memory["score"] = attention if earlier is None else earlier + attention
+        score = step.memory["score"] = attention if earlier is None else earlier.to(attention.device) + attention
         fixation = torch.zeros(score.numel(), dtype=torch.bool)
         fixation[top(score, budget(step.ratio, score.numel())).cpu()] = True
         step.memory["fixation"] = fixation

@@ -35,8 +35,8 @@ class Method(Evictor):
     def weigh(self, signals: Signals) -> Tensor:
         """Attention received, added up over the prompt."""
         device = signals.visual.device
-        # Tokens before the first visual one see none.
-        rows = torch.arange(int(signals.visual[0]), signals.hidden.shape[0], device=device)
+        # Tokens before the first visual one see none; to ask which that is would make the host wait in every layer.
+        rows = torch.arange(signals.hidden.shape[0], device=device)
         return sum(
             (signals.attention(part)[:, :, signals.visual].sum(dim=1) for part in rows.split(ROWS)),
             start=torch.zeros((), device=device),

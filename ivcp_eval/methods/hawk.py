@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractScorer, Cut, Faithfulness, ModelFacts, Signals
+from ivcp_eval.interface.ops import to_device
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Method(AbstractScorer):
         key = signals.project("key")[:, signals.visual].float()  # (G, V, D)
         product = torch.einsum("ghd,gvd->ghv", query.unflatten(0, (key.shape[0], -1)), key).flatten(0, 1)
         score = torch.zeros(signals.n_visual, device=product.device)
-        weights = head_weights(self.weights, product.shape[0]).to(product.device)
+        weights = to_device(head_weights(self.weights, product.shape[0]), product.device)
         for image in signals.images:
             score[image.tokens] = weights @ torch.nn.functional.normalize(product[:, image.tokens], dim=1)
         return score

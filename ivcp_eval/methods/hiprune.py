@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import Faithfulness, Image, Signal, Signals, TowerFacts, TowerSignal
-from ivcp_eval.interface.ops import best_of_rest, ranking
+from ivcp_eval.interface.ops import filled_up, ranking, to_device
 from ivcp_eval.methods._at_input import AtInput
 
 
@@ -60,8 +60,7 @@ class Method(AtInput):
         n, budget = deep.numel(), image.budget
         width = image.span.grid[1] if image.span.grid else math.isqrt(n)
         anchors = ranking(middle)[: min(round(budget * self.alpha / 5), budget // 5)]
-        around = anchors[:, None] + torch.tensor([0, -1, 1, -width, width], device=anchors.device)
+        around = anchors[:, None] + to_device(torch.tensor([0, -1, 1, -width, width]), anchors.device)
         kept = torch.zeros(n, dtype=torch.bool, device=deep.device)
         kept[around.clamp(0, n - 1).flatten()] = True
-        kept[best_of_rest(deep, kept, budget - int(kept.sum()))] = True
-        return kept.nonzero().flatten()
+        return filled_up(deep, kept, budget)

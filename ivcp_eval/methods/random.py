@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractScorer, Cut, Faithfulness, ModelFacts, Signals
+from ivcp_eval.interface.ops import to_device
 
 
 @dataclass(frozen=True)
@@ -33,4 +34,4 @@ class Method(AbstractScorer):
 
     def score(self, signals: Signals) -> Tensor:
         """Uniform noise from the row's own generator."""
-        return torch.rand(signals.n_visual, generator=signals.generator).to(signals.visual.device)
+        return to_device(torch.rand(signals.n_visual, generator=signals.generator), signals.visual.device)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
 from ivcp_eval.interface.failures import FAILURES
+from ivcp_eval.runs.answering.batching import Fits
 from ivcp_eval.runs.answering.samples import Agreement, Answered, DeviceLost, Losses, answered_samples
 from ivcp_eval.runs.answering.served.endpoint import ServerLost
 from ivcp_eval.runs.answering.served.samples import Served, served_samples
@@ -182,6 +183,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
         cell.note(None if isinstance(engine, Served) else asdict(engine.shape))
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
+    fits = Fits(plan.state / "fits" / f"{unit.model}.{unit.benchmark.name}.json")
     start = time.monotonic()
     with ExitStack() as stack:
         journals = [stack.enter_context(Journal(shard(cell, unit)).open()) for cell in cells]
@@ -198,7 +200,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
 
         made: Iterator[Answered]
         if not isinstance(engine, Served):
-            made = answered_samples(plan, unit, engine, dataset, cells, known, losses, agreement)
+            made = answered_samples(plan, unit, engine, dataset, cells, known, losses, agreement, fits)
         else:
             made = served_samples(unit, engine, dataset, cells, known)
         stack.callback(made.close)  # type: ignore[attr-defined]  # requests that are under way are dropped

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from transformers.integrations import sdpa_attention
 
 from ivcp_eval.engine import fork as module
 from ivcp_eval.engine import prune
@@ -206,6 +208,15 @@ def test_out_of_memory_halves_the_group_and_loses_nothing(monkeypatch: pytest.Mo
     with limited_memory(monkeypatch, 2) as tried:
         same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
     assert tried == [7, 3, 1, 2, 4, 2, 2]
+    learnt: list[int] = []
+    with limited_memory(monkeypatch, 2):
+        same(fork(model, IVC, inputs, max_new_tokens=4, too_many=learnt.append), wanted)
+    with limited_memory(monkeypatch, 2) as tried:
+        same(fork(model, IVC, inputs, max_new_tokens=4, at_once=min(learnt)), wanted)
+    assert max(tried) == min(learnt) == 2, "what is remembered runs out of memory no more"
+    with limited_memory(monkeypatch, 0) as tried:
+        same(fork(model, IVC, inputs, max_new_tokens=4, at_once=0), wanted)
+    assert not tried
     with limited_memory(monkeypatch, 0):  # not even one fits beside the trunk: they run alone
         same(fork(model, IVC, inputs, max_new_tokens=4), wanted)
 
@@ -281,3 +292,25 @@ def _bench_model() -> tuple[Any, Any]:
     shape = size("tiny")
     model = build_model(configuration(shape), "cpu", torch.float32, "sdpa")
     return model, make_inputs(model.config, 64, 1, 12, torch.float32, "cpu")
+
+
+@pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="this transformers repeats masked keys per head")
+def test_ragged_rows_decode_on_the_cached_heads() -> None:
+    """Padding needs a mask; the cached keys are not copied for every query head on its account."""
+    model: Any = tiny_models.build("qwen2_5_vl")[0]
+    text = model.config.get_text_config()
+    calls: list[tuple[int, bool]] = []
+
+    class Attention(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = kwargs or {}
+            if func is torch.nn.functional.scaled_dot_product_attention and args[0].shape[0] == len(IVC):
+                key = args[1]
+                calls.append((key.shape[1], given.get("attn_mask") is not None))
+            return func(*args, **given)
+
+    with Attention():
+        fork(model, IVC, tiny_models.make_inputs("qwen2_5_vl", "t5 i0 t9"), max_new_tokens=3)
+    assert text.num_key_value_heads < text.num_attention_heads
+    assert (text.num_key_value_heads, True) in calls, "no masked step was seen"
+    assert {heads for heads, _ in calls} == {text.num_key_value_heads}

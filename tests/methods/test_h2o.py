@@ -32,7 +32,7 @@ def test_in_a_model_every_head_keeps_its_heavy_hitters(family: str) -> None:
 
 def test_a_few_rows_at_a_time_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     signals = random_signals((5, 8), (3, 4), ratio=0.3)
-    whole = signals.attention(torch.arange(3, signals.hidden.shape[0]))[:, :, signals.visual].sum(dim=1)
+    whole = signals.attention(torch.arange(signals.hidden.shape[0]))[:, :, signals.visual].sum(dim=1)
     for rows in (1, 7, 1000):
         monkeypatch.setattr(h2o, "ROWS", rows)
         method = make_method("h2o")

@@ -22,15 +22,23 @@ class Continuation:
         self.built: dict[tuple[int, int], Tensor | None] = {}
 
     def layer_mask(
-        self, layer: PrunedLayer, hidden: Tensor, implementation: str, attended: Tensor | None = None
+        self,
+        layer: PrunedLayer,
+        hidden: Tensor,
+        implementation: str,
+        stock: Tensor | None,
+        attended: Tensor | None = None,
     ) -> Tensor | None:
         """The mask of one layer for the queries ``hidden`` (B, q, E); None where the kernel needs none.
 
         Layers that share a slot map share the mask, unless this one attends to some slots only (``attended`` (B, m)).
+
+        Args:
+            stock: the mask that stock code made for the layer.
         """
         layer.masked = True
         length = layer.keys.shape[-2] + hidden.shape[1]
-        if attended is not None and not bool(attended.all()):
+        if attended is not None:
             columns = layer.slot_map.key_columns(length).to(hidden.device)
             if self.mask is not None:
                 attended = attended & self.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
@@ -38,10 +46,12 @@ class Continuation:
             return attention_mask(columns, q, implementation=implementation, dtype=dtype, allowed=attended)
         key = (id(layer.slot_map), length)
         if key not in self.built:
-            self.built[key] = self._build(layer.slot_map, length, hidden, implementation)
+            self.built[key] = self._build(layer.slot_map, length, hidden, implementation, stock is None)
         return self.built[key]
 
-    def _build(self, slot_map: SlotMap, length: int, hidden: Tensor, implementation: str) -> Tensor | None:
+    def _build(
+        self, slot_map: SlotMap, length: int, hidden: Tensor, implementation: str, unmasked: bool
+    ) -> Tensor | None:
         q = hidden.shape[1]
         maskless = not slot_map.padded and (q == 1 or "flash" in implementation)
         if maskless and self.mask is None:
@@ -50,9 +60,13 @@ class Continuation:
         allowed = None
         if self.mask is not None:
             allowed = self.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
-            # As stock code does: any mask costs sdpa its flash kernel and a copy of the cache per query head.
-            if maskless and bool(allowed.all()):
-                return None
+            # As stock code does: any mask costs sdpa its flash kernel. That code has looked at all but the first
+            # columns of the prompt, and made the host wait for it; a step asks of these only once.
+            if maskless and unmasked:
+                if q > 1 or not slot_map.admitted:
+                    slot_map.admitted = bool(allowed.all())
+                if slot_map.admitted:
+                    return None
         return attention_mask(columns, q, implementation=implementation, dtype=hidden.dtype, allowed=allowed)
 
 

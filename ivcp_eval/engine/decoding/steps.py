@@ -16,6 +16,7 @@ from ivcp_eval.engine.parts import Listener
 from ivcp_eval.engine.signals.capture import capture
 from ivcp_eval.interface import AbstractAdapter, AbstractMethod, Signal, Step
 from ivcp_eval.interface.method import check_type
+from ivcp_eval.interface.ops import to_device
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.parts import Forward
@@ -80,20 +81,23 @@ class StepMasks(Listener):
         if self._before is not None:
             self._before.make_query = make
 
-    def _slots(self, index: int, layer: PrunedLayer, state: StepState, new: int, before: Before | None) -> Tensor:
+    def _slots(
+        self, index: int, layer: PrunedLayer, state: StepState, new: int, before: Before | None
+    ) -> Tensor | None:
         cached = layer.keys.shape[-2]
         allowed = torch.ones(layer.keys.shape[0], cached + new, dtype=torch.bool, device=layer.keys.device)
         query = before.make_query() if before is not None else None
+        masked = False
         for row in range(allowed.shape[0]):
             slots, tokens = _visual(layer, state, row)
             if not slots.numel():
                 continue
             own_query = own_key = own_tokens = other_keys = None
             if before is not None and query is not None:
-                embeddings = row_position_embeddings(before.embeddings, row, before.attention.config)
+                embeddings = row_position_embeddings(before.embeddings, row, before.attention.config, query.device)
                 own_query = self.adapter.rotate(query[row], embeddings)
                 there, own_tokens = _visual(before.cached, state, row)
-                own_key = before.cached.keys[row][:, there.to(before.cached.keys.device)]
+                own_key = before.cached.keys[row][:, to_device(there, before.cached.keys.device)]
                 other_keys = partial(_other_keys, before.cached, row, there)
             step = Step(
                 layer=index,
@@ -118,9 +122,10 @@ class StepMasks(Listener):
                     f"method {self.name!r}: `attended` returned {attended.dtype} {tuple(attended.shape)}, expected "
                     f"bool {tuple(tokens.shape)}, one for each cached visual token, or None"
                 )
-            allowed[row, slots.to(allowed.device)] = attended.to(allowed.device)
+            allowed[row, to_device(slots, allowed.device)] = to_device(attended, allowed.device)
+            masked = True
             state.run.count_attended(row, index, int(attended.sum()))
-        return allowed
+        return allowed if masked else None
 
 
 def _not_yet() -> Tensor:
@@ -129,14 +134,17 @@ def _not_yet() -> Tensor:
 
 def _visual(layer: PrunedLayer, state: StepState, row: int) -> tuple[Tensor, Tensor]:
     """(C,) slots of the visual tokens in a layer's cache, and which of the prompt's visual tokens they are; on CPU."""
-    columns = layer.slot_map.columns[row].cpu()
-    visual = state.visual[row]
-    slots = ((columns >= 0) & visual[columns.clamp_min(0)]).nonzero().flatten()
-    return slots, torch.searchsorted(visual.nonzero().flatten(), columns[slots])
+    known = layer.slot_map.visual
+    if row not in known:
+        columns = layer.slot_map.columns[row].cpu()
+        visual = state.visual[row]
+        slots = ((columns >= 0) & visual[columns.clamp_min(0)]).nonzero().flatten()
+        known[row] = slots, torch.searchsorted(visual.nonzero().flatten(), columns[slots])
+    return known[row]
 
 
 def _other_keys(layer: PrunedLayer, row: int, visual: Tensor) -> Tensor:
     """(G, R, D) what a layer's cache holds of a row but the ``visual`` slots (C,) and padding."""
     other = layer.slot_map.key_columns(layer.keys.shape[-2])[row] >= 0
-    other[visual.to(other.device)] = False
+    other[to_device(visual, other.device)] = False
     return layer.keys[row][:, other.to(layer.keys.device)]

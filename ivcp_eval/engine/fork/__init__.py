@@ -6,7 +6,7 @@ docs/design/fork.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ def fork(
     layout: Mapping[str, Any] | None = None,
     exact: bool = False,
     at_once: int | None = None,
+    too_many: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Answer one batch of prompts greedily under every variant.
@@ -90,7 +91,8 @@ def fork(
         family: adapter name; found from the model if not given. layout: further options of `prune` (``tiles``, ...).
         exact: run one variant after the other instead. Bits are then those of single runs in half precision too, where
             a batch rounds differently from a single row.
-        at_once: most variants to decode together; default: as many as fit the free memory.
+        at_once: most variants to decode together; default: as many as fit the free memory. 0: nothing is shared.
+        too_many: called when memory ran out, with the ``at_once`` that is worth a try next time.
         **options: of ``generate``; logits processors see each row's own tokens. Beams, sampling and stop rules that
             look at the whole batch are refused.
 
@@ -109,8 +111,8 @@ def fork(
     # Variants that remove nothing are the trunk: one row answers for all of them.
     plain = [i for i, plan in enumerate(plans) if not plan.resolved.cuts and not plan.alone]
     distinct = {i: plan for i, plan in enumerate(plans) if i not in plain[1:]}
-    shared = {} if exact else {i: plan for i, plan in distinct.items() if not plan.alone}
-    answers = _together(model, shared, inputs, layout, at_once, options) if len(shared) > 1 else {}
+    shared = {} if exact or at_once == 0 else {i: plan for i, plan in distinct.items() if not plan.alone}
+    answers = _together(model, shared, inputs, layout, at_once, too_many, options) if len(shared) > 1 else {}
     for i in (i for i in distinct if i not in answers):
         answers[i] = _single(model, plans[i], inputs, layout, options)
     for i in plain[1:]:
@@ -166,6 +168,7 @@ def _together(
     inputs: Mapping[str, Any],
     layout: Mapping[str, Any],
     at_once: int | None,
+    too_many: Callable[[int], None] | None,
     options: Mapping[str, Any],
 ) -> dict[int, Answer]:
     """Answers of all variants but those that did not fit into memory beside the trunk."""
@@ -173,6 +176,8 @@ def _together(
     try:
         trunk = _trunk(model, plans, inputs, layout)
     except torch.OutOfMemoryError:
+        if too_many is not None:
+            too_many(0)
         return answers
     groups = _groups(list(plans), trunk, at_once, options)
     while groups:
@@ -181,6 +186,8 @@ def _together(
             answers |= _pass(trunk, {i: plans[i] for i in group}, inputs, options)
         except torch.OutOfMemoryError:
             half = len(group) // 2
+            if too_many is not None:
+                too_many(len(group) - half if half else 0)
             groups = [part for part in (group[:half], group[half:]) if half] + groups
         _release(model)
     return answers

@@ -13,6 +13,7 @@ from ivcp_eval.engine.cache import PrunedLayer, SlotMap
 from ivcp_eval.engine.fork.trunk import End
 from ivcp_eval.engine.geometry import is_member
 from ivcp_eval.engine.prefill import LayerSlots
+from ivcp_eval.interface.ops import to_device
 
 
 def join(ends: Sequence[End], prompt_length: int) -> tuple[Tensor, list[PrunedLayer]]:
@@ -76,5 +77,5 @@ def _slot_map(slots: Sequence[LayerSlots], prompt_length: int, device: torch.dev
     joined = _interleaved(columns)
     shift = None
     if any(part.shift is not None for part in slots):
-        shift = _interleaved([part.to(device) for part in shifts])
-    return SlotMap(joined.to(device), prompt_length, bool((joined < 0).any()), shift)
+        shift = _interleaved([to_device(part, device) for part in shifts])
+    return SlotMap(to_device(joined, device), prompt_length, bool((joined < 0).any()), shift)

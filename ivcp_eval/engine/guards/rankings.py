@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ivcp_eval.interface.ops import to_host
+
 #: Functions that rank -> the option that says which end wins, its place among the arguments, its default.
 _RANKING: Mapping[str, tuple[str, int, bool]] = {
     "topk": ("largest", 3, True),
@@ -29,7 +31,7 @@ class Rankings(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: list[Tensor] = []
+        self.counts: list[Tensor] = []  # () int64 for each ranking
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -47,9 +49,9 @@ class Rankings(TorchFunctionMode):
             # Features (V, F) are cleaned token by token; of scores (..., V) the last axis is ranked.
             if scores.ndim > 1:
                 broken = broken.flatten(1).any(1) if name == "nan_to_num" else broken.flatten(0, -2).any(0)
-            self._counts.append(broken.sum())
+            self.counts.append(broken.sum())
         return func(*args, **given)
 
     def nonfinite(self) -> int:
         """The most such places in one ranking."""
-        return int(torch.stack([count.cpu() for count in self._counts]).amax()) if self._counts else 0
+        return max(map(int, to_host(self.counts)), default=0)

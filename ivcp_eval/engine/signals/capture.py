@@ -67,7 +67,7 @@ class Rotary:
         """Position embeddings of other ids, in the dtype of ``hidden``."""
         self._own = True
         try:
-            return self._module(hidden, position_ids)
+            return self._module(hidden, position_ids.to(hidden.device))
         finally:
             self._own = False
 

@@ -73,7 +73,7 @@ class KeyEditor(Listener):
         positions = take_position_embeddings(embeddings, last)
         self._queries[index] = []
         for row, counted in enumerate((last >= 0).sum(1).tolist()):
-            own = row_position_embeddings(positions, row, layer.self_attn.config)
+            own = row_position_embeddings(positions, row, layer.self_attn.config, states.device)
             self._queries[index].append(self.adapter.rotate(states[row], own)[:, last.shape[1] - counted :])
 
     def edit(self, index: int, layer: Any, visual: list[Tensor]) -> None:

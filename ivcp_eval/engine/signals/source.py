@@ -11,7 +11,7 @@ import torch
 
 from ivcp_eval.engine.geometry import is_member, row_position_embeddings
 from ivcp_eval.interface import BudgetOf, Cut, Image, ImageSpan, Signals
-from ivcp_eval.interface.ops import budgets
+from ivcp_eval.interface.ops import budgets, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +53,8 @@ def _clip(span: ImageSpan, place: int) -> tuple[str, int]:
 
 
 def _image_to(image: Image, device: torch.device) -> Image:
-    view = None if image.view is None else image.view.to(device)
-    return replace(image, tokens=image.tokens.to(device), view=view)
+    view = None if image.view is None else to_device(image.view, device)
+    return replace(image, tokens=to_device(image.tokens, device), view=view)
 
 
 def question_tokens(columns: Tensor, visual: Tensor, text: Tensor, closing_tokens: int) -> Tensor:
@@ -128,24 +128,25 @@ class SignalSource:
     ) -> Signals:
         """The signals of batch row ``index``, whose alive prompt ``columns`` (n,) stand at ``slots`` (n,)."""
         device = self.hidden.device
-        slots = slots.to(device)
+        slots = to_device(slots, device)
         visual, text = is_visual.nonzero().flatten(), (~is_visual).nonzero().flatten()
         images = images_at_cut(spans, columns[visual], self.cut.ratio, self.cut.budget)
         question = question_tokens(columns, visual, text, self.adapter.closing_tokens)
-        states = {name: _at(tensor[index], slots) for name, tensor in self.captured.items()}
+        # Those of the layer before may be on another device.
+        states = {name: _at(tensor[index], slots).to(device) for name, tensor in self.captured.items()}
 
         def rope() -> tuple[Tensor, Tensor]:
             ids = self.position_ids if self.position_ids.ndim == 3 else self.position_ids[None]
             # (1, S) ids are shared by all rows (language models alone build them without a batch).
-            ids = ids[:, min(index, ids.shape[1] - 1), columns.to(ids.device)]
+            ids = ids[:, min(index, ids.shape[1] - 1), to_device(columns, ids.device)]
             return rotary_spectrum(self.text_model.rotary_emb.inv_freq.to(device), ids.to(device))
 
         rotated = self._rotator(index, slots)
         return Signals(
             images=tuple(_image_to(image, device) for image in images),
-            visual=visual.to(device),
-            text=text.to(device),
-            question=question.to(device),
+            visual=to_device(visual, device),
+            text=to_device(text, device),
+            question=to_device(question, device),
             hidden=_at(self.hidden[index], slots),
             rope=rope,
             attention=self._attention(index, slots, states, rotated),
@@ -167,7 +168,7 @@ class SignalSource:
 
     def _rotator(self, index: int, slots: Tensor) -> Callable[[Tensor], Tensor]:
         def rotated(tensor: Tensor) -> Tensor:
-            own = row_position_embeddings(self.position_embeddings, index, self.text_model.config)
+            own = row_position_embeddings(self.position_embeddings, index, self.text_model.config, tensor.device)
             single = isinstance(own, torch.Tensor)
             return self.adapter.rotate(tensor, _at(own, slots) if single else tuple(_at(part, slots) for part in own))
 

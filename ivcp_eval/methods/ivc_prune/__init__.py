@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Faithfulness, Image, ModelFacts, Selection, Signal, Signals
-from ivcp_eval.interface.ops import best_of_rest, coordinate_set, top
+from ivcp_eval.interface.ops import coordinate_set, coordinate_shares, filled_up, to_device, top
 from ivcp_eval.methods.ivc_prune.similarity import value_similarity
 
 PUBLISHED_LAYER = {
@@ -109,12 +109,14 @@ class Method(AbstractMethod):
         n, budget = at.numel(), image.budget
         kept = coordinate_set(cos[at], sin[at], image, self.ivc, self.ivc_share)
         if self.foreground:
-            n_seeds = min(max(1, round(self.seeds * image.n_prompt)), budget - int(kept.sum())) if self.seeds else 0
+            n_seeds = max(1, round(self.seeds * image.n_prompt)) if self.seeds else 0
+            # Both scores may choose the same tokens; how many only the device knows, and most budgets have room anyway.
+            if n_seeds > budget - 2 * sum(coordinate_shares(image, self.ivc, self.ivc_share)):
+                n_seeds = min(n_seeds, budget - int(kept.sum()))
             assert signals.value is not None
             seeds = top(value_similarity(signals.value, signals.question, at), n_seeds)
             kept[seeds] = True
             fill = value_similarity(signals.value, torch.cat((signals.question, at[seeds])), at)
         else:
-            fill = torch.rand(n, generator=signals.generator).to(at.device)
-        kept[best_of_rest(fill, kept, budget - int(kept.sum()))] = True
-        return image.tokens[kept]
+            fill = to_device(torch.rand(n, generator=signals.generator), at.device)
+        return image.tokens[filled_up(fill, kept, budget)]

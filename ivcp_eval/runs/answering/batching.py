@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivcp_eval.files import DAMAGE, read_json, write_json
 from ivcp_eval.interface.failures import FAILURES
 
 if TYPE_CHECKING:
@@ -15,6 +19,57 @@ if TYPE_CHECKING:
 MOST_CPU, MOST_GPU = 4, 32
 #: Part of the memory beside the weights that rows may take; the rest is for fragments and what was not foreseen.
 SHARE = 0.5
+
+
+@dataclass
+class Fits:
+    """What was too many at a time, by the size of one: of that size and any larger one, no more than this is tried.
+
+    Sizes are powers of two, so that samples of about equal length share what was learnt.
+
+    Attributes:
+        path: a file that remembers it for whoever goes on; None forgets with the process. A damaged one costs one
+            more try each.
+    """
+
+    path: Path | None = None
+    worked: dict[int, int] = field(default_factory=dict)  # bits of the size -> most that did fit
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Bits of the size -> most at a time."""
+        try:
+            found = {} if self.path is None else read_json(self.path, "every batch size is tried anew")
+            whole = all(size.isdecimal() and isinstance(most, int) for size, most in found.items())
+        except (FileNotFoundError, *DAMAGE):
+            return {}
+        return dict(found) if whole else {}
+
+    def most(self, size: int) -> int | None:
+        """Most at a time of a ``size``; None where nothing was too many."""
+        return min((most for bits, most in self.limits.items() if int(bits) <= size.bit_length()), default=None)
+
+    def fitted(self, size: int, n: int) -> None:
+        """So many of this size did not run out of memory."""
+        self.worked[size.bit_length()] = max(n, self.worked.get(size.bit_length(), 0))
+
+    def too_many(self, size: int, most: int) -> None:
+        """More than ``most`` of this size ran out of memory; what fitted before still does."""
+        most = max(most, self.worked.get(size.bit_length(), 0))
+        if self.path is not None:
+            vars(self).pop("limits", None)  # another process may have learnt something
+        bits = f"{size.bit_length()}"
+        self.limits[bits] = min(self.limits.get(bits, most), most)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.limits)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of the host."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def batch_size(session: Session, longest_first: Iterable[Parts], variants: int) -> int:

@@ -13,7 +13,7 @@ from ivcp_eval.benchmarks import clips
 from ivcp_eval.files import DAMAGE, read_json, write_json
 from ivcp_eval.interface.failures import FAILURES, device_lost, failure
 from ivcp_eval.interface.records import Answer
-from ivcp_eval.runs.answering.batching import batch_size
+from ivcp_eval.runs.answering.batching import Fits, batch_size, out_of_memory
 from ivcp_eval.runs.answering.prompts import Prompts
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
@@ -101,6 +101,7 @@ def answered_samples(
     known: list[Records],
     losses: Losses,
     agreement: Agreement,
+    fits: Fits | None = None,
 ) -> Iterator[Answered]:
     """(key, one answer per cell) of every sample that some cell lacks; ("", []) where a picture cannot be read.
 
@@ -135,7 +136,7 @@ def answered_samples(
             together.append((key, parts))
     first = next((sample for sample in together if sample[0] in lacking), None)
     batch = _batch(plan, session, together, exact, len(cells))
-    for key, answers in answer_samples(session, together, lacking, cells, grounding, exact, batch):
+    for key, answers in answer_samples(session, together, lacking, cells, grounding, exact, batch, fits):
         if first and key == first[0]:
             agreement.compare(session, first, answers, cells, grounding)
         yield key, answers
@@ -170,8 +171,14 @@ def answer_samples(
     grounding: bool,
     exact: bool,
     batch: int,
+    fits: Fits | None = None,
 ) -> Iterator[Answered]:
-    """(key, one answer per cell); ``batch`` samples of about equal length together, if one of them is lacking."""
+    """(key, one answer per cell); ``batch`` samples of about equal length together, if one of them is lacking.
+
+    Args:
+        fits: what is known not to fit together, and learns more.
+    """
+    fits = fits or Fits()
     if batch == 1 or exact:
         alone = [sample for sample in samples if sample[0] in lacking]
         yield from ((sample[0], answer_sample(session, sample, cells, grounding, exact)) for sample in alone)
@@ -180,26 +187,45 @@ def answer_samples(
     for start in range(0, len(samples), batch):
         group = samples[start : start + batch]
         if any(key in lacking for key, _ in group):
-            yield from _answer_group(session, group, cells, grounding)
+            yield from _answer_group(session, group, cells, grounding, fits)
 
 
-def _answer_group(session: Session, group: list[Sample], cells: list[Cell], grounding: bool) -> Iterator[Answered]:
-    """All samples together; a group that fails for any reason (memory, time, a corrupt picture) is halved."""
+def _answer_group(
+    session: Session, group: list[Sample], cells: list[Cell], grounding: bool, fits: Fits
+) -> Iterator[Answered]:
+    """All samples together; a group that fails for any reason (memory, time, a corrupt picture) is halved.
+
+    So is one that would not fit by what is known: into the same halves, whose rows are then rounded alike.
+    """
     if len(group) == 1:
         yield group[0][0], answer_sample(session, group[0], cells, grounding, exact=False)
         return
     together: list[list[Answer]] = []
+    half, size, ran_out = len(group) // 2, _tokens(group[-1]), False
     try:
-        together = session.answer_batch([parts for _, parts in group], [c.identity.variant for c in cells], grounding)
+        if len(group) <= (fits.most(size) or len(group)):
+            variants = [cell.identity.variant for cell in cells]
+            together = session.answer_batch([parts for _, parts in group], variants, grounding)
     except FAILURES as error:  # whose failure it is shows in the halves
         _check_device(session, error, group, cells)
+        ran_out = out_of_memory(error)
     if together:
+        fits.fitted(size, len(group))
         for (key, _), answers in zip(group, together, strict=True):
             yield key, [_as_kept(session, answer, together=True) for answer in answers]
         return
-    half = len(group) // 2
-    yield from _answer_group(session, group[:half], cells, grounding)
-    yield from _answer_group(session, group[half:], cells, grounding)
+    for part in (group[:half], group[half:]):
+        for key, made in _answer_group(session, part, cells, grounding, fits):
+            ran_out = ran_out and not any(answer and answer.error for answer in made)
+            yield key, made
+    if ran_out:  # and it was not one sample that fits nowhere
+        fits.too_many(size, len(group) - half)
+
+
+def _tokens(sample: Sample) -> int:
+    """About how long its prompt is: a visual token shows 28 x 28 pixels at most, a token of text is some letters."""
+    pixels, characters = _size(sample)
+    return pixels // 28**2 + characters // 4
 
 
 def _size(sample: Sample) -> tuple[int, int]:

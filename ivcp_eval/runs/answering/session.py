@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ivcp_eval.interface.records import Answer
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.interface.registry import adapter, make_method
 from ivcp_eval.interface.variants import Variant
+from ivcp_eval.runs.answering.batching import Fits
 from ivcp_eval.runs.answering.boxes import scored_box
 from ivcp_eval.runs.answering.generation import finite_logits, neutral
 from ivcp_eval.runs.answering.quantising import quantise
@@ -90,6 +92,7 @@ class Session:
         self.device_name = torch.cuda.get_device_name(self._device) if cuda else self._device.type
         self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
+        self._fits = Fits()  # variants of prompts of a size
 
     @contained(_METHOD)
     def check(self, variant: Variant) -> None:
@@ -241,7 +244,17 @@ class Session:
         with self._time(len(variants) * len(decoded)) as check, torch.inference_mode():
             inputs, tensors = self._encoded(*decoded)
             check()
-            branches = fork(self.model, variants, tensors, layout=layout, exact=exact, **self._options)
+            size = int(tensors["input_ids"].numel())
+            branches = fork(
+                self.model,
+                variants,
+                tensors,
+                layout=layout,
+                exact=exact,
+                at_once=self._fits.most(size),
+                too_many=partial(self._fits.too_many, size),
+                **self._options,
+            )
         results = []
         for sample in range(len(decoded)):
             rows = [branch.run.row(sample) for branch in branches]

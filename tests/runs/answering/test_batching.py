@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.runs.answering.batching import MOST_CPU, SHARE, batch_size, row_bytes
+from ivcp_eval.runs.answering.batching import MOST_CPU, SHARE, Fits, batch_size, out_of_memory, row_bytes
+from ivcp_eval.runs.answering.samples import answer_samples
 from ivcp_eval.runs.answering.session import Session
+from tests.answers import answer as answered
 from tests.runs.conftest import Bench
 
 SHAPE = DecoderShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944)
@@ -57,6 +60,76 @@ def test_the_longest_sample_that_can_be_read_decides() -> None:
     assert asked == [1, 2]
     found.prompt_tokens = lambda parts: (_ for _ in ()).throw(OSError("none of them"))
     assert batch_size(found, iter([1]), 1) == 1  # type: ignore[list-item]
+
+
+class Memory:
+    """A session that holds so many characters at a time."""
+
+    def __init__(self, characters: int) -> None:
+        self.characters = characters
+        self.tried: list[tuple[int, int]] = []  # samples, and characters of the longest
+        self.placement, self.model = SimpleNamespace(dtype="float32"), torch.nn.Module()
+
+    def answer_batch(self, conversations: Any, variants: Any, grounding: bool) -> Any:
+        longest = max(len(parts[0]["text"]) for parts in conversations)
+        self.tried.append((len(conversations), longest))
+        if len(conversations) * longest > self.characters:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [[answered("together") for _ in variants] for _ in conversations]
+
+    def answer_all(self, parts: Any, variants: Any, grounding: bool, exact: bool) -> Any:
+        self.tried.append((1, len(parts[0]["text"])))
+        if len(parts[0]["text"]) > self.characters:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [answered("alone") for _ in variants]
+
+
+def _answered(memory: Memory, lengths: list[int], fits: Fits) -> list[str]:
+    samples: Any = [(f"{number:02d}", [{"text": "x" * length}]) for number, length in enumerate(lengths)]
+    cells: Any = [SimpleNamespace(identity=SimpleNamespace(variant=name)) for name in "ab"]
+    keys = {key for key, _ in samples}
+    made = dict(answer_samples(memory, samples, keys, cells, False, False, batch=8, fits=fits))  # type: ignore[arg-type]
+    assert set(made) == keys
+    return [key for key, answers in made.items() if any(answer is None or answer.error for answer in answers)]
+
+
+def test_what_did_not_fit_is_not_tried_again(tmp_path: Path) -> None:
+    memory, file = Memory(4 * 4000), tmp_path / "fits.json"
+    assert not _answered(memory, [400] * 8 + [4000] * 24, Fits(file))
+    assert memory.tried == [(8, 400), (8, 4000), *[(4, 4000)] * 6], "one failure, and short prompts go as before"
+    memory.tried.clear()
+    assert not _answered(memory, [400] * 8 + [3900] * 8 + [7000] * 8, Fits(file))
+    assert memory.tried[:3] == [(8, 400), (4, 3900), (4, 3900)], "the next process begins with what fitted"
+    assert (8, 7000) not in memory.tried, "what is longer fits no better"
+    assert memory.tried[3:] == [(4, 7000), (2, 7000), (2, 7000), (2, 7000), (2, 7000)]
+
+
+def test_a_sample_that_fits_nowhere_teaches_nothing() -> None:
+    memory = Memory(8 * 4090)
+    fits = Fits()
+    assert _answered(memory, [4000] * 7 + [40000], fits) == ["07"]
+    assert not fits.limits
+
+
+def test_what_fitted_once_still_does(tmp_path: Path) -> None:
+    fits = Fits()
+    fits.fitted(1000, 4)
+    fits.too_many(1000, 2)
+    assert (fits.most(1000), fits.most(5000), fits.most(100)) == (4, 4, None)
+    file = tmp_path / "fits.json"
+    first, second = Fits(file), Fits(file)
+    assert first.most(9) is second.most(9) is None
+    first.too_many(9, 4)
+    second.too_many(100, 2)
+    assert (Fits(file).most(9), Fits(file).most(100)) == (4, 2), "processes do not forget what others learnt"
+    file.write_text("[1")
+    assert Fits(file).most(9) is None
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory")])
+def test_memory_runs_out_in_several_ways(error: Exception) -> None:
+    assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_batches_are_the_default_and_change_no_answer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,15 +98,14 @@ def test_batches_are_of_equal_length_and_halved_until_the_culprit_is_alone(tmp_p
     got = dict(answer_samples(session, samples, keys, cells, grounding=False, exact=False, batch=8))
     assert sorted(got) == [key for key, _ in samples]
     small, large = [f"{i:02d}" for i in range(0, 16, 2)], [f"{i:02d}" for i in range(1, 16, 2)]
-    assert groups == [small, large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]]
+    halves = [large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:6], large[6:]]
+    assert groups == [small, *halves], "four of this length ran out of memory, so four are not tried again"
     raws = {key: {record.prediction for record in records} for key, records in got.items()}
     assert raws == {key: {"alone" if key in ("05", "07") else "together"} for key, _ in samples}
     assert all(record.together for records in got.values() for record in records), "two variants are a batch, too"
     groups.clear()
     rest = dict(answer_samples(session, samples, {"09"}, cells, grounding=False, exact=False, batch=8))
-    assert groups == [large, large[:4], large[:2], large[2:4], ["05"], ["07"], large[4:]], (
-        "who goes on after an interruption asks in the same batches"
-    )
+    assert groups == halves, "who goes on after an interruption asks in the same batches"
     assert rest == {key: records for key, records in got.items() if key in large}
     groups.clear()
     exact = dict(answer_samples(session, samples, keys, cells, grounding=False, exact=True, batch=8))

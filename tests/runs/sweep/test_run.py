@@ -7,6 +7,7 @@ import json
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,29 @@ def test_two_processes_share_the_work(bench: Bench) -> None:
     assert both.results() == bench.results()
     marks = [json.loads(path.read_text()) for path in both.folder.glob("sweeps/small/done/*.json")]
     assert sum(mark["answered"] for mark in marks) == 10
+
+
+@pytest.mark.slow
+def test_more_processes_than_units_and_one_that_dies(bench: Bench) -> None:
+    """Six processes for four units; the first to hold one is killed while it answers, and the others finish it."""
+    first = bench.start("run", "--quiet")
+    first.join(300)
+    assert first.exitcode == 0
+    many = bench.elsewhere(bench.folder.parent / "many")
+    processes = [many.start("run", "--quiet") for _ in range(6)]
+    held: list[int] = []
+    while not held and any(process.is_alive() for process in processes):
+        for lease in many.folder.rglob("*.lease"):
+            with suppress(OSError, ValueError):  # it is being written, or gone again
+                held.append(int(json.loads(lease.read_text())["pid"]))
+        time.sleep(0.01)
+    (victim,) = [process for process in processes if process.pid == held[0]]
+    victim.kill()
+    for process in processes:
+        process.join(300)
+    assert victim.exitcode == -signal.SIGKILL
+    assert [process.exitcode for process in processes if process is not victim] == [0] * 5
+    assert many.results() == bench.results()
+    assert not list(many.folder.rglob("*.lease"))
+    marks = list(many.folder.glob("sweeps/small/done/*.json"))
+    assert len(marks) == 4

@@ -244,20 +244,24 @@ class Cutter:
         state.shorter = True
         return hidden
 
+    def shown(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> list[Signals | None]:
+        """What a method is shown of each row at a cut; None of a row without visual tokens. Arguments as for `cut`."""
+        if not state.shorter:
+            state.position_embeddings = read(kwargs, "position_embeddings")
+        source = self._source(state, cut, hidden)
+        here = state.now.rows.slots_in(state.now.matrix)
+        return [
+            self._signals(state, source, row, alive, here[row, here.shape[1] - alive.numel() :])
+            for row, alive in enumerate(state.now.rows.columns)
+        ]
+
     def evict(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
         """Drop tokens from the cache of the layer of an eviction, which has run.
 
         Args:
             hidden: (B, S, E) its output. kwargs: what it got.
         """
-        if not state.shorter:
-            state.position_embeddings = read(kwargs, "position_embeddings")
-        source = self._source(state, cut, hidden)
-        here = state.now.rows.slots_in(state.now.matrix)
-        rows = [
-            self._signals(state, source, row, alive, here[row, here.shape[1] - alive.numel() :])
-            for row, alive in enumerate(state.now.rows.columns)
-        ]
+        rows = self.shown(state, cut, hidden, kwargs)
         state.stage += 1
         if not cut.late:
             self._evict(state, cut, rows)

@@ -13,10 +13,11 @@ from typing import Any
 
 from ivcp_eval.files import PACKAGE
 from ivcp_eval.interface import plugins
-from ivcp_eval.interface.registry import WRAPPERS, module_names
+from ivcp_eval.interface.registry import WRAPPERS, module_names, unwrapped_name
 
 FILE = Path(__file__).with_name("_catalogue.yaml")
-STATES = ("gaps", "weights", "depth", "calibration", "model", "tool")
+STARTED_FROM = Path(__file__).with_name("_started_from.yaml")
+STATES = ("gaps", "weights", "depth", "model", "tool")
 
 LABELS = {
     "faithful": "held to the authors' own code",
@@ -25,6 +26,10 @@ LABELS = {
     "control": "what any method has to beat",
 }
 _FIELDS = ("Paper", "Reference", "Differs")
+TOOLS = {  # verbs that do a tool's work
+    "VisPCO": "`ivcp lab train vispco`, `ivcp tune`",
+    "Counterfactual prompting": "`ivcp analyse flips`",
+}
 WRAPPED = "NAME"  # in place of the method's name, before a wrapper's
 
 
@@ -108,6 +113,43 @@ def method_summary() -> str:
         names = [f"`{card.name}`" for card in method_cards() if card.faithfulness == label]
         lines += [f"| {label}: {meaning} | {', '.join(names)} |"] if names else []
     return "\n".join(lines)
+
+
+def started_from_table() -> str:
+    """The table of docs/systems.md, in Markdown: each system that this work started from, how far it is, what is left.
+
+    What runs, as what, and how it differs are read from the catalogue and the methods' docstrings.
+
+    Raises:
+        ValueError: a system that the catalogue has not, or has more than once.
+    """
+    import yaml
+
+    loaded: dict[str, str | None] = yaml.safe_load(STARTED_FROM.read_text(encoding="utf-8"))
+    known = {card.name: card for card in method_cards()}
+    lines = [
+        "| system | here | form | how far from the published one | what would close the rest |",
+        "| --- " * 5 + "|",
+    ]
+    for system, rest in loaded.items():
+        entries = [entry for entry in systems() if entry["system"] == system]
+        if len(entries) != 1:
+            raise ValueError(f"{STARTED_FROM.name}: {len(entries)} entries of {FILE.name} are called {system!r}")
+        (entry,) = entries
+        if "method" in entry:
+            base, plus = unwrapped_name(entry["method"])
+            card = known[WRAPPED + plus if plus else base]
+            here, form, far = f"`{card.name}`", card.faithfulness, card.differs or entry.get("note", "")
+        else:
+            here, form, far = TOOLS.get(system, "no"), entry["state"], _sentence(entry["why"])
+        paper = f"[{system}](https://arxiv.org/abs/{entry['paper']})" if entry["paper"] else system
+        cells = (paper, here, form, far, rest or _sentence(entry["needs"]))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _escaped(card: MethodCard) -> MethodCard:

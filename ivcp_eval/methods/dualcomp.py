@@ -10,9 +10,10 @@ Geometric half: edge = |F - mean of F over 3 x 3|^2; structure = edge (1 + beta 
 the image. In each of equal regions the largest edge is an anchor; from one anchor to the next leads a path that steps
 to the neighbour of most structure among those nearer (rows or columns, whichever are more) to the next anchor.
 
-Differs: the trained router, whose weights are not public, sets lambda and the number of tokens; here lambda is fixed
-and the number the budget, so this is a variant. Threshold, sizes, regions and beta are not public: each is a field. The
-threshold of likeness is the one that leaves a given number of clusters, since a fixed cosine would mean something
+Differs: the weights of the router, which sets lambda and the number of tokens, are not public. `ivcp lab train
+dualcomp` makes such for a model: ``weights``; without a file lambda is fixed, and the number is the budget unless
+``counts`` asks for the router's. Both are variants. Threshold, sizes, regions and beta are not public: each is a field.
+The threshold of likeness is the one that leaves a given number of clusters, since a fixed cosine would mean something
 else in every model. As many regions are taken as make the paths as long as the geometric budget; of a longer path the
 tokens of most structure stay, a shorter one is filled up with the most structure elsewhere. Relevance is the cosine to
 the question's mean embedding. The halves are not scaled by 1 - lambda and lambda (``scaled``), which the language model
@@ -23,7 +24,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,16 +41,19 @@ from ivcp_eval.interface.ops import (
     unit_rows,
 )
 from ivcp_eval.methods._at_input import AtInput, embeddings, grid_of, importance, relevance
+from ivcp_eval.methods._trained import Router, answer_of
 
 NEIGHBOURS = [(down, across) for down in (-1, 0, 1) for across in (-1, 0, 1) if (down, across) != (0, 0)]
 
 
 @dataclass(frozen=True)
 class Method(AtInput):
-    """DualComp with a fixed split.
+    """DualComp, with a router that was trained here or with a fixed split.
 
     Attributes:
-        geometric: lambda, the share of the budget for paths; half, since the router's mean is not known.
+        weights: file of a router (`ivcp lab train dualcomp`).
+        counts: "ratio" (the user's budget, exactly) or "router", which says of each picture how much of it stays.
+        geometric: lambda, the share of the budget for paths, without a router; half, since its mean is not known.
         clusters: how many are formed for each that survives: of two, attention leaves one.
         large: from how many tokens on a cluster is a mean.
         relevant: beta, the weight of relevance beside edges.
@@ -60,6 +65,8 @@ class Method(AtInput):
     tower_signals: ClassVar[frozenset[TowerSignal]] = frozenset({"received", "cls"})
     faithfulness: ClassVar[Faithfulness] = "variant"
 
+    weights: Path | None = None
+    counts: Literal["ratio", "router"] = "ratio"
     geometric: float = 0.5
     clusters: float = 2.0
     large: int = 4
@@ -68,7 +75,11 @@ class Method(AtInput):
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can mean."""
+        """Refuse values that no run can mean; text from the command line is a path."""
+        if self.weights is not None:
+            object.__setattr__(self, "weights", Path(self.weights))
+        if self.counts not in ("ratio", "router") or (self.counts == "router" and self.weights is None):
+            raise ValueError(f"counts={self.counts!r} must be 'ratio', or 'router' where weights=FILE is given")
         if not 0 <= self.geometric <= 1 or not self.clusters >= 1 or not 0 <= self.relevant < math.inf:
             raise ValueError(
                 f"geometric={self.geometric} must lie in 0..1, clusters={self.clusters} be 1 or more, "
@@ -77,21 +88,31 @@ class Method(AtInput):
         if self.large < 1 or (self.regions is not None and self.regions < 1):
             raise ValueError(f"large={self.large} and regions={self.regions} must be 1 or more")
 
+    @property
+    def exact(self) -> bool:
+        """Unless the router decides how many stay."""
+        return self.counts == "ratio"
+
     def choose(self, signals: Signals, image: Image) -> tuple[Tensor, Tensor]:
         """Clusters, then paths among the tokens that stand for none."""
         states, grid, n = embeddings(signals, image), grid_of(image), image.tokens.numel()
         attention = importance(signals, image).float().nan_to_num(0, 0, 0)
-        n_path = round(self.geometric * image.budget)
-        peaks, row, column, value = self.semantic(unit_rows(states), attention, grid, image.budget - n_path)
+        geometric, k = self.geometric, image.budget
+        if self.weights is not None:
+            question = signals.hidden[signals.question]
+            share, rate = answer_of(self.weights, "dualcomp", Router, states, question)
+            geometric, k = float(share), k if self.exact else max(1, round(float(rate) * n))
+        n_path = round(geometric * k)
+        peaks, row, column, value = self.semantic(unit_rows(states), attention, grid, k - n_path)
         taken = torch.zeros(n, dtype=torch.bool, device=peaks.device)
         taken[peaks] = True
         on_path = self.paths(states, relevance(signals, image), taken, grid, n_path)
-        rows = torch.arange(peaks.numel(), image.budget, device=peaks.device)
-        share = torch.ones_like(on_path).float()
+        rows = torch.arange(peaks.numel(), k, device=peaks.device)
+        part = torch.ones_like(on_path).float()
         if self.scaled:
-            value, share = value * (1 - self.geometric), share * self.geometric
-        weights = torch.cat((row, rows)), torch.cat((column, on_path)), torch.cat((value, share))
-        return torch.cat((peaks, on_path)), sparse_weights(*weights, (image.budget, n))
+            value, part = value * (1 - geometric), part * geometric
+        weights = torch.cat((row, rows)), torch.cat((column, on_path)), torch.cat((value, part))
+        return torch.cat((peaks, on_path)), sparse_weights(*weights, (k, n))
 
     def semantic(
         self, unit: Tensor, attention: Tensor, grid: tuple[int, int], k: int

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # numpy, which other tables can do without
     from ivcp_eval.reports.comparison import ComparedRow, Comparison
     from ivcp_eval.reports.stats.timing import TimeRatio
 
-__all__ = ["LOUD", "fold", "footer", "render", "render_markdown", "time_cell", "times_note", "wrapped"]
+__all__ = ["LOUD", "fold", "footer", "render", "render_markdown", "time_cell", "time_lost", "times_note", "wrapped"]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
 #: Lines of a table into a pipe or file are as long as this at most.
@@ -350,8 +350,20 @@ def _speed(rows: Sequence[ComparedRow]) -> list[str]:
         for stage, time in row.times.items()
         if time.low > 1
     ]
-    lines = [times_note(time for row in timed for time in row.times.values())]
+    lines = [times_note(time for row in timed for time in row.times.values()), *time_lost(rows)]
     return lines + [f"Slower than the baseline: {line}" for line in dict.fromkeys(slower)]
+
+
+def time_lost(rows: Sequence[ComparedRow]) -> list[str]:
+    """Which variants save tokens but no time, where the paired times say so."""
+    from ivcp_eval.reports.stats.timing import NO_TIME, saving_in_words
+
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        words = saving_in_words(row.ratio_layer_mean, row.times)
+        if NO_TIME in words:
+            found.setdefault(f"{row.model} {row.variant}: {words}", []).append(row.benchmark)
+    return [f"{words} ({', '.join(dict.fromkeys(where))})" for words, where in found.items()]
 
 
 def _mean_retained(rows: Sequence[ComparedRow]) -> list[str]:

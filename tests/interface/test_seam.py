@@ -332,7 +332,7 @@ class QuantisedCase(Case):
 _QUANTISED: dict[str, nn.Module] = {}
 
 
-@pytest.mark.parametrize("method", ["ivc_prune", "fastv", "iwp", "toy_stages_mixed"])
+@pytest.mark.parametrize("method", ["ivc_prune", "fastv", "iwp", "quota", "toy_stages_mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_quantised_model_underneath(family: str, method: str) -> None:
     case = QuantisedCase(family, method)

@@ -16,7 +16,8 @@ from ivcp_eval.lab.scaffold import PLACEHOLDERS
 from ivcp_eval.methods import _cards as cards
 from ivcp_eval.methods._cards import LABELS, MethodCard, method_cards, method_summary, method_table
 
-# The systems that were named when the catalogue was planned, and their papers (POINTS-Long has no arXiv number).
+# The systems that were named when the catalogue was planned, and their papers (POINTS-Long has no arXiv number). The
+# first 27 are those that this work started from.
 NAMED = {
     "IVC-Prune": "2602.03060",
     "IWP": "2604.00757",
@@ -66,6 +67,26 @@ def test_every_named_system_has_one_entry() -> None:
         assert [entry["paper"] for entry in entries] == [paper], system
     papers = [entry["paper"] for entry in cards.systems() if "state" in entry and entry["paper"]]
     assert len(papers) == len(set(papers))
+
+
+def test_each_of_the_27_has_a_whole_row_that_says_what_runs() -> None:
+    rows = [line.strip("| ").split(" | ") for line in cards.started_from_table().splitlines()[2:]]
+    assert all(len(row) == 5 and all(row) for row in rows)
+    table = {re.sub(r"\[(.*)\]\(.*\)", r"\1", row[0]).split(" (")[0]: row for row in rows}
+    assert list(table) == list(NAMED)[:27]
+    forms = {card.name: card.faithfulness for card in method_cards()}
+    for system, (_, here, form, _, _) in table.items():
+        runs = here.strip("`") in forms
+        assert form == forms[here.strip("`")] if runs else form in cards.STATES, system
+        assert runs or here == "no" or form == "tool", system
+
+
+def test_a_system_that_the_catalogue_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "systems.yaml"
+    file.write_text("Nowhere: nothing")
+    monkeypatch.setattr(cards, "STARTED_FROM", file)
+    with pytest.raises(ValueError, match=r"0 entries .* 'Nowhere'"):
+        cards.started_from_table()
 
 
 def test_promised_methods_exist_and_all_methods_are_listed() -> None:

@@ -1,4 +1,4 @@
-"""Renew the generated parts of README.md, docs/methods.md and results/README.md, or check them."""
+"""Renew the generated parts of README.md, docs/methods.md, docs/systems.md and results/README.md, or check them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files, or compare."""
-    from ivcp_eval.methods._cards import method_summary, method_table
+    from ivcp_eval.methods._cards import method_summary, method_table, started_from_table
     from ivcp_eval.reports.table import render_readme
 
     if CHECKOUT is None:
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     for path, render in (
         (CHECKOUT / "README.md", lambda text: between_markers(text, method_summary())),
         (CHECKOUT / "docs/methods.md", lambda text: between_markers(text, method_table())),
+        (CHECKOUT / "docs/systems.md", lambda text: between_markers(text, started_from_table())),
         (CHECKOUT / "results/README.md", render_readme),
     ):
         text = path.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ivcp_eval import benchmarks
 from ivcp_eval.cli import say
+from ivcp_eval.cli.results.decide import add_costs
 from ivcp_eval.files import results_file
 from ivcp_eval.interface.registry import name_of
 from ivcp_eval.interface.variants import parameter
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")  # fmt: skip
     add("--margin", type=Number(float, high=100), help="points that may be lost; adds a verdict per row")
     add("--resamples", type=COUNT, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
+    add_costs(parser)
     add("--output", type=Path, help="also write the comparison as CSV")
 
 
@@ -39,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the comparison."""
     from ivcp_eval.reports.compare import compare
     from ivcp_eval.reports.provenance import Selection
+    from ivcp_eval.reports.table import read_results
+    from ivcp_eval.reports.views.costs import join
 
     names = [Path(word).stem if benchmarks.is_file_name(word) else word for word in args.data or ()]
     chosen = Selection(
@@ -58,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         select=chosen.fits,
     )
+    costs = join(comparison.rows, args.results, read_results(args.results), args.cost)
     say(comparison.to_terminal())
+    if costs is not None:
+        say(f"\n{costs.to_terminal()}")
     if args.output:
         comparison.write_csv(args.output)
         say(f"\ncomparison: {args.output}")

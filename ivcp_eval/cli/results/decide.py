@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rule(parser, required=True)
     add("--method", help="only variants of this method")
     add("--ratio", type=SHARE, help="only variants that asked for this share")
+    add_costs(parser)
     add("--force", action="store_true", help="decide although judge, prompts, pixels or versions differ")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print JSON")
@@ -45,6 +46,13 @@ def add_rule(parser: argparse.ArgumentParser, *, required: bool) -> None:
     add("--critical", nargs="+", metavar="NAME", help="benchmarks that decide (default: all)")
     add("--alpha", type=Number(float, high=0.5), help="chance of a false GO for any variant of a model (default: 0.05)")
     add("--minimum-n", type=COUNT, metavar="N", help="samples of a benchmark below which nothing is decided")
+
+
+def add_costs(parser: argparse.ArgumentParser) -> None:
+    """The option that names bench files."""
+    add = parser.add_argument
+    add("--cost", type=Path, nargs="+", default=[], metavar="BENCH", help="CSV files of `ivcp bench throughput --out`: "
+        "what the variants cost (default: RESULTS with the suffix .cost.csv, if it is there)")  # fmt: skip
 
 
 def policy_of(args: argparse.Namespace) -> Policy | None:
@@ -75,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     policy = policy_of(args)
     assert policy is not None  # one of its options is required
     chosen = Selection(name_of(args.method) if args.method else None, args.ratio)
-    decision = decide(args.results, policy, args.baseline, force=args.force, select=chosen.fits)
+    decision = decide(args.results, policy, args.baseline, force=args.force, select=chosen.fits, bench=args.cost)
     if args.json:
         say(json.dumps(decision.to_json(), indent=2))
     elif args.csv:

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 
 from ivcp_eval.cli import say
-from ivcp_eval.cli.results.decide import add_rule, policy_of
+from ivcp_eval.cli.results.decide import add_costs, add_rule, policy_of
 from ivcp_eval.files import results_file
 from ivcp_eval.runs.planning.numbers import COUNT, INDEX
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rule(parser, required=False)
     add("--cards", type=INDEX, default=200, metavar="N", help="most samples that are shown one by one, up to 200, of "
         "which a third with pictures (default: %(default)s)")  # fmt: skip
+    add_costs(parser)
     add("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
     add("--resamples", type=COUNT, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
 
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         cards=args.cards,
         command=_command(args),
+        bench=args.cost,
     )
     render.write(report, out)
     say(f"report: {out}")
@@ -60,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
 def _command(args: argparse.Namespace) -> str:
     """That makes the same report again."""
     words = ["ivcp", "report", args.results.as_posix(), *([args.baseline.as_posix()] if args.baseline else [])]
-    for name in ("margin", "policy", "critical", "alpha", "minimum_n", "cards", "resamples"):
+    for name in ("margin", "policy", "critical", "alpha", "minimum_n", "cards", "cost", "resamples"):
         value = getattr(args, name)
-        if value is not None:
+        if value not in (None, []):
             listed = value if isinstance(value, list) else [value]
             words += ["--" + name.replace("_", "-"), *map(str, listed)]
     return shlex.join([*words, *(["--force"] if args.force else [])])

@@ -1,4 +1,4 @@
-"""How the cost of choosing grows with the image: every method on made-up signals of one row, without a model.
+"""How the cost of choosing grows with the image or clip: every method on made-up signals of one row, without a model.
 
 ``ivcp bench selection --tokens 1024 4096 16384``. How to read the table: docs/bench.md.
 """
@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.engine.signals.source import attention_rows
+from ivcp_eval.engine.signals.source import attention_rows, images_at_cut
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface import (
     AbstractMethod,
     Cut,
-    Image,
+    Frame,
     ImageSpan,
     ModelFacts,
     Patches,
@@ -35,20 +36,30 @@ from ivcp_eval.interface import (
     Signals,
     TowerFacts,
 )
-from ivcp_eval.interface.ops import budget
+from ivcp_eval.interface.ops import evenly
 from ivcp_eval.interface.registry import make_method, method_names
+from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.numbers import COUNT, SHARE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_OPERATIONS = 500  # each at most a kernel launch on a GPU, of about 5 microseconds
+MOST_OPERATIONS = 500  # each at most a kernel launch on a GPU, of about 5 microseconds; of a clip: for each frame
 MOST_OF_PREFILL = 0.05  # of the prefill's FLOPs at 7B shape
 SERVED = DecoderShape(  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
     layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944
 )
 TOWER = TowerFacts(n_blocks=24, own=22, whole=tuple(range(24)), class_token=True)
 QUESTION = 60
+FRAME = 256  # tokens of a frame, for methods that choose among the frames of a clip
+#: Operations for each element of the largest tensor that a call reads or writes; all other calls count 1.
+PER_ELEMENT = {
+    **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "pow", "reciprocal", "div"), 4),
+    **dict.fromkeys(("softmax", "log_softmax", "logsumexp"), 8),  # largest, difference, exponential, sum, quotient
+    **dict.fromkeys(("linalg_vector_norm", "norm", "var", "std", "cumsum", "cumprod", "mv", "addmv", "dot", "vdot"), 2),
+}
+PICKING = ("index", "index_select", "gather")  # read only what they write
+SORTING = ("sort", "topk", "argsort", "kthvalue", "median", "quantile", "unique")  # 1 for each level of a sorted row
 
 
 @dataclass(frozen=True)
@@ -63,11 +74,17 @@ class Widths:
 
 @dataclass(frozen=True)
 class Cost:
-    """One choice, all cuts of it: seconds, operations that torch dispatched, FLOPs of matrix products."""
+    """One choice, all cuts of it: seconds, operations that torch dispatched, FLOPs of matrix products, and all others.
+
+    ``work`` counts by `PER_ELEMENT`; what a method computes on the host outside of torch is in the seconds alone.
+    ``frames``: of the clip that was chosen from; 1 for an image.
+    """
 
     seconds: float
     operations: int
     flops: int
+    work: int = 0
+    frames: int = 1
 
 
 class _Operations(TorchDispatchMode):
@@ -77,11 +94,32 @@ class _Operations(TorchDispatchMode):
         *("aten::lift_fresh", "aten::detach", "aten::_local_scalar_dense", "aten::empty", "aten::split_with_sizes"),
         *("aten::_unsafe_view", "aten::is_coalesced"),
     )
-    count = 0
+    count = work = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view and not func.name().startswith(self.free)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and not func.name().startswith(self.free):
+            self.count += 1
+            if func.overloadpacket not in flop_registry:
+                self.work += work_of(func.overloadpacket.__name__, args, out)
+        return out
+
+
+def work_of(name: str, args: Any, out: Any) -> int:
+    """Operations of one call that is no matrix product, by `PER_ELEMENT`.
+
+    Args:
+        name: of the operator. args, out: what it read and wrote.
+    """
+    name = name.strip("_")
+    touched = out if name in PICKING else (args, out)
+    tensors = [leaf for leaf in tree_leaves(touched) if isinstance(leaf, torch.Tensor)]
+    elements = max((tensor.numel() for tensor in tensors), default=0)
+    if name.startswith("cdist"):  # difference, square and sum over the width of every pair
+        return 3 * out.numel() * int(args[0].shape[-1])
+    if name in SORTING:
+        return elements * max(1, math.ceil(math.log2(max(args[0].shape, default=1) or 1)))
+    return elements * PER_ELEMENT.get(name, 1)
 
 
 def signals_of(
@@ -94,7 +132,7 @@ def signals_of(
     memory: dict[str, Any],
     device: str,
 ) -> Signals:
-    """Random signals of a row with one image, of whose ``n`` tokens ``alive`` are left before the cut."""
+    """Random signals of a row with one image or clip, of whose ``n`` tokens ``alive`` are left before the cut."""
     generator = torch.Generator().manual_seed(stage)
 
     def draw(*shape: int) -> Tensor:
@@ -105,10 +143,10 @@ def signals_of(
     total = alive + QUESTION
     hidden = draw(total, widths.hidden)
     key, query = draw(widths.groups, total, widths.head), draw(widths.heads, total, widths.head)
-    side = math.isqrt(alive)
-    span = ImageSpan(visual.cpu(), grid=(side, side) if side * side == alive else None)
+    columns = evenly(n, alive)
+    images = images_at_cut(spans_of(n, of_clips(method, cut)), columns, cut.ratio, cut.budget)
     return Signals(
-        images=(Image(visual, min(alive, budget(cut.ratio, n)), n, span),),
+        images=tuple(replace(image, tokens=image.tokens.to(device)) for image in images),
         visual=visual,
         text=text,
         question=text,
@@ -130,6 +168,25 @@ def signals_of(
     )
 
 
+def of_clips(method: AbstractMethod, cut: Cut) -> bool:
+    """Whether a cut is made to choose among the frames of a clip."""
+    return method.for_videos or cut.budget == "clip"
+
+
+def spans_of(n: int, clip: bool) -> list[ImageSpan]:
+    """The image of ``n`` tokens, or a clip in frames of `FRAME` tokens: square grids where they can be."""
+    parts = torch.arange(n).tensor_split(max(1, n // FRAME) if clip else 1)
+    sides = [math.isqrt(part.numel()) for part in parts]
+    return [
+        ImageSpan(
+            part,
+            grid=(side, side) if side * side == part.numel() else (1, part.numel()),
+            frame=Frame(0, index, float(index)) if clip else None,
+        )
+        for index, (part, side) in enumerate(zip(parts, sides, strict=True))
+    ]
+
+
 def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping[str, Tensor]:
     wide: dict[str, tuple[int, ...]] = {"key": (widths.head,), "query": (widths.heads, widths.head)}
     wide |= {"feature": (widths.hidden,), "joint_key": (widths.hidden,), "luma": (2, 28 * 28)}
@@ -141,11 +198,11 @@ def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping
 
 
 def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu") -> Cost | None:
-    """What a method takes to choose among ``n`` tokens; None if it chooses none."""
+    """What a method takes to choose among ``n`` tokens; None if it chooses none (`no_row`)."""
     method = make_method(name)
     cuts = method.cuts(ModelFacts("qwen2_5_vl", SERVED.layers, position_axes=3), ratio)
     memory: dict[str, Any] = {}
-    seconds, operations, flops, alive = 0.0, 0, 0, n
+    seconds, operations, flops, work, alive = 0.0, 0, 0, 0, n
     jobs: list[tuple[int, Cut, Callable[[Signals], Selection | None]]]
     jobs = [(stage, cut, method.observe) for stage, cut in enumerate(cuts) if cut.late]
     jobs += [(stage, cut, partial(_select, method, n=n, ratio=ratio)) for stage, cut in enumerate(cuts)]
@@ -157,11 +214,30 @@ def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu"
         begin = _now(device)
         selection = ask(signals)
         seconds += _now(device) - begin
-        operations, flops = operations + counted.count, flops + counter.get_total_flops()
+        operations, work = operations + counted.count, work + counted.work
+        flops += counter.get_total_flops()
         if selection is not None:
             selection.check(signals, name)
             alive = alive if cut.evicts else selection.keep.numel()
-    return Cost(seconds, operations, flops) if any(cut.ratio < 1 for cut in cuts) else None
+    frames = len(spans_of(n, any(map(partial(of_clips, method), cuts))))
+    return Cost(seconds, operations, flops, work, frames) if any(cut.ratio < 1 for cut in cuts) else None
+
+
+def no_row(method: AbstractMethod, name: str) -> str:
+    """Why a method that has no cut at all chooses nothing, in words."""
+    if name == BASELINE:
+        return "the unpruned model"
+    if method.repeats_baseline:
+        return "answers as the unpruned model does"
+    if method.is_served:
+        return "what a server chooses is not known here"
+    if method.pixel_share(0.5) is not None:
+        return "makes pictures smaller before the model sees them"
+    if "cached_key" in method.needs:
+        return "edits cached keys and chooses no tokens; `ivcp bench` times it"
+    if "step" in method.needs:
+        return "masks tokens while decoding; nothing is chosen in the prefill"
+    return "makes no cut"
 
 
 def _select(method: AbstractMethod, signals: Signals, *, n: int, ratio: float) -> Selection:
@@ -194,9 +270,9 @@ def row(name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths)
     if len(tokens) > 1:
         growth = math.log(max(last.seconds, 1e-6) / max(costs[-2].seconds, 1e-6))
         columns["slope"] = growth / math.log(tokens[-1] / tokens[-2])
-    columns["operations"] = last.operations
-    columns["of prefill"] = last.flops * SERVED.hidden / widths.hidden / served
-    columns["met"] = last.operations <= MOST_OPERATIONS and columns["of prefill"] <= MOST_OF_PREFILL
+    columns |= {"frames": last.frames, "operations": last.operations}
+    columns["of prefill"] = (last.flops + last.work) * SERVED.hidden / widths.hidden / served
+    columns["met"] = last.operations <= MOST_OPERATIONS * last.frames and columns["of prefill"] <= MOST_OF_PREFILL
     return columns
 
 
@@ -227,17 +303,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
+    reasons: list[str] = []
     try:
         for name in options.methods or method_names():
-            measure(name, tokens[0], options.ratio, widths, options.device)  # first calls cost more
+            warm = measure(name, min(tokens[0], FRAME), options.ratio, widths, options.device)  # first calls cost more
+            if warm is None:
+                reasons.append(f"no row of {name}: {no_row(make_method(name), name)}")
+                continue
             costs = [measure(name, n, options.ratio, widths, options.device) for n in tokens]
-            chosen = [cost for cost in costs if cost is not None]
-            if chosen:
-                rows.append(row(name, tokens, chosen, widths))
+            rows.append(row(name, tokens, [cost for cost in costs if cost is not None], widths))
     finally:
         torch.set_num_threads(threads)
-    sys.stdout.write(tabulate(rows, headers="keys", floatfmt=".3g") + "\n")
-    if options.out:
+    sys.stdout.write("\n".join([tabulate(rows, headers="keys", floatfmt=".3g"), *reasons, ""]))
+    if options.out and rows:
         with atomic_write(options.out) as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()

@@ -33,11 +33,15 @@ class Question:
     """A picture (PIL, or its path), what is asked about it, and the right answer: a text, a box, or unknown (None).
 
     A box is (x1, y1, x2, y2) as fractions of the picture.
+
+    Attributes:
+        written: the answer as its file has it.
     """
 
     image: Any
     text: str
     answer: str | Box | None
+    written: str = ""
 
     def is_right(self, answer: str, box: str) -> bool:
         """Whether a model's answer, and the box (`Session.answer`) that was found in it, agree with the right one.
@@ -101,7 +105,9 @@ def from_file(path: Path, limit: int | None = None) -> QuestionSet:
             raise ValueError(f"{where}: there is no `question`; a row has image or image_path, question, answer")
         image = _image(row, images, path.parent, where)
         images[str(row.get("index", number))] = image
-        questions.append(Question(image, str(row["question"]), _answer(row.get("answer"), image)))
+        answer = row.get("answer")
+        written = "" if answer is None else str(answer).strip()
+        questions.append(Question(image, str(row["question"]), _answer(answer, image), written))
     if not questions:
         raise ValueError(f"{path} holds no questions")
     return QuestionSet(path.name, tuple(questions), file_digest(path))

@@ -29,8 +29,9 @@ from ivcp_eval.reports.html.model import (
 )
 from ivcp_eval.reports.html.samples import Pair, flips_of, of_samples
 from ivcp_eval.reports.provenance import AGAIN, NotComparable, finished_headline, grouped
-from ivcp_eval.reports.stats.timing import STAGES, Timings, paired_ratio, read_timings
+from ivcp_eval.reports.stats.timing import STAGES, Timings, paired_ratio, read_timings, saving_in_words
 from ivcp_eval.reports.table import Row, read_results, runs_file
+from ivcp_eval.reports.views.costs import join
 from ivcp_eval.reports.views.curves import CONTROL
 from ivcp_eval.reports.views.decision import Policy, decide, kv_bytes
 
@@ -39,8 +40,6 @@ __all__ = ["MOST_CARDS", "MOST_PICTURES", "collect"]
 MOST_CARDS = 200
 MOST_PICTURES = 48
 _ALPHA = 0.05
-#: A share of visual tokens up to which a variant counts as saving some.
-_SAVES = 0.95
 _FACTS = (
     *("checkpoint", "revision", "family", "dtype", "device", "attention", "judge", "generation", "limit"),
     *("min_pixels", "max_pixels", "max_new_tokens", "ivcp_commit", "torch_version", "transformers_version"),
@@ -57,21 +56,24 @@ def collect(
     resamples: int = 10_000,
     cards: int = MOST_CARDS,
     command: str = "",
+    bench: Sequence[Path] = (),
 ) -> Report:
     """Everything that a report shows.
 
     Args:
         results, baseline, force, resamples: as `compare` takes them. policy: without one there is no verdict.
         cards: most samples that are shown one by one. command: that makes the report.
+        bench: CSV files of costs; by default the one beside the results (`costs.join`).
 
     Raises:
-        As `compare` and `decide`; ValueError: more cards than `MOST_CARDS`, or fewer than none.
+        As `compare`, `decide` and `costs.join`; ValueError: more cards than `MOST_CARDS`, or fewer than none.
     """
     if not 0 <= cards <= MOST_CARDS:
         raise ValueError(f"cards must be from 0 to {MOST_CARDS}, got {cards}")
     rows = read_results(results)
     comparison = _limits_named(compare(results, baseline, force=force, resamples=resamples))
-    decision = decide(results, policy, baseline, force=force, resamples=resamples) if policy else None
+    decision = decide(results, policy, baseline, force=force, resamples=resamples, bench=bench) if policy else None
+    costs = join(comparison.rows, results, rows, bench)
     heads = [row for row in comparison.rows if row.metric == benchmarks.headline(vars(row))]
     beside = _over_random(results, rows, resamples, force)
     pruned = [row for row in heads if row.method != AGAIN]
@@ -91,7 +93,8 @@ def collect(
         positions=measured.positions,
         abilities=measured.abilities,
         costs=_costs(pairs),
-        provenance=_provenance(results, baseline, rows, comparison, command),
+        benched=costs,
+        provenance=_provenance(results, baseline, rows, comparison, command, costs.files if costs else ()),
         unread=(*measured.unread, *shown.unread),
     )
 
@@ -253,7 +256,7 @@ def _cost(model: str, variant: str, pairs: Sequence[Pair]) -> Cost:
     left = [whole * pair.compared.ratio_kv_cache for whole, pair in zip(unpruned, pairs, strict=True)]
     stages = _stages(pairs, flops)
     devices = ", ".join(dict.fromkeys(pair.row["device"] for pair in pairs if pair.row["device"]))
-    words = _words(layers, stages)
+    words = saving_in_words(layers, {name: stage.ratio for name, stage in stages.items()})
     return Cost(model, variant, devices, layers, flops, kv, _mean(left), _mean(unpruned), stages, words)
 
 
@@ -297,26 +300,16 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(median, low, high, len(values))
 
 
-def _words(layers: float, stages: Mapping[str, Stage]) -> str:
-    """Tokens saved and time saved are two things."""
-    if not layers <= _SAVES:
-        return ""
-    saved = f"{100 * (1 - layers):.0f} % of the tokens saved"
-    prefill = stages.get("prefill")
-    if prefill is None or math.isnan(prefill.ratio.ratio):
-        return f"{saved}; no time was measured"
-    if math.isnan(prefill.ratio.high):
-        return f"{saved}; one timed sample does not say whether time is"
-    if prefill.ratio.high < 1:
-        return f"{saved}, {100 * (1 - prefill.ratio.ratio):.0f} % of the time of the prefill saved"
-    return f"{saved} but no time saved" + (": the prefill is slower" if prefill.ratio.low > 1 else " in the prefill")
-
-
 # -- provenance -------------------------------------------------------------------------------------------------------
 
 
 def _provenance(
-    results: Path, baseline: Path | None, rows: Sequence[Row], comparison: Comparison, command: str
+    results: Path,
+    baseline: Path | None,
+    rows: Sequence[Row],
+    comparison: Comparison,
+    command: str,
+    bench: Sequence[str],
 ) -> Provenance:
     warnings = []
     if comparison.meaningless:
@@ -339,6 +332,7 @@ def _provenance(
         warnings.append(f"{unpaired} of {len(comparison.rows)} comparisons are not paired: no samples on both sides.")
     warnings += [f"Not compared: {line}" for line in comparison.left_out]
     files = [path for csv in (results, baseline) if csv for path in (csv, runs_file(csv)) if path.is_file()]
+    files += map(Path, bench)
     facts = {name: found for name in _FACTS if (found := _values(rows, name))}
     digests = {path.as_posix(): file_digest(path) for path in files}
     return Provenance(tuple(warnings), facts, digests, command)

@@ -13,6 +13,7 @@ from typing import Literal
 from ivcp_eval.interface.method import Rectangle
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.stats.timing import TimeRatio
+from ivcp_eval.reports.views.costs import Costs
 from ivcp_eval.reports.views.decision import Decision
 
 __all__ = [
@@ -306,6 +307,7 @@ class Report:
 
     Attributes:
         decision: None where no rule was stated. again: rows of the baseline answered a second time.
+        benched: costs that a bench measured; None where none was joined.
         flip_counts: of all answers; flips, pictures: those that have a card. unread: what could not be shown, and why.
     """
 
@@ -321,6 +323,7 @@ class Report:
     positions: tuple[Position, ...]
     abilities: tuple[Ability, ...]
     costs: tuple[Cost, ...]
+    benched: Costs | None
     provenance: Provenance
     unread: tuple[str, ...] = field(default=())
 

@@ -15,7 +15,11 @@ import numpy as np
 
 from ivcp_eval.files import damage_as_clear_error, read_json
 
-__all__ = ["STAGES", "TimeRatio", "Timings", "paired_ratio", "read_timings", "time_ratios"]
+__all__ = ["STAGES", "TimeRatio", "Timings", "paired_ratio", "read_timings", "saving_in_words", "time_ratios"]
+
+NO_TIME = "no time saved"
+#: A share of visual tokens up to which a variant counts as saving some.
+_SAVES = 0.95
 
 #: Stage as tables name it -> field of a timed sample, in milliseconds.
 STAGES = {
@@ -120,3 +124,30 @@ def paired_ratio(baseline: Mapping[str, float], variant: Mapping[str, float], le
     half = special.stdtrit(logs.size - 1, (1 + level) / 2) * logs.std(ddof=1) / math.sqrt(logs.size)
     mean = logs.mean()
     return TimeRatio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), logs.size)
+
+
+def saving_in_words(kept: float, times: Mapping[str, TimeRatio]) -> str:
+    """Tokens saved and time saved are two things; empty where no tokens are saved.
+
+    Args:
+        kept: share of the visual tokens, mean over layers. times: by stage.
+    """
+    if not kept <= _SAVES:
+        return ""
+    saved = f"{100 * (1 - kept):.0f} % of the tokens saved"
+    stage, name = next(((s, n) for s, n in _FIRST.items() if not math.isnan(times.get(s, TimeRatio()).ratio)), ("", ""))
+    if not stage:
+        return f"{saved}; no time was measured"
+    first, whole = times[stage], times.get("end_to_end", TimeRatio())
+    if math.isnan(first.high):
+        return f"{saved}; one timed sample does not say whether time is"
+    if first.high >= 1:
+        return f"{saved} but {NO_TIME}" + (f": {name} is slower" if first.low > 1 else f" in {name}")
+    words = f"{saved}, {100 * (1 - first.ratio):.0f} % of the time of {name} saved"
+    if math.isnan(whole.high) or whole.high < 1:
+        return words
+    return f"{words}, but {NO_TIME} end to end" + (", which is slower" if whole.low > 1 else "")
+
+
+#: Stage that pruning makes faster first -> in words; a server shows the first token only.
+_FIRST = {"prefill": "the prefill", "first_token": "the first token"}

@@ -12,14 +12,14 @@ import csv
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, Literal
 
 from ivcp_eval.benchmarks import agreement, headline
-from ivcp_eval.files import as_shown, damage_as_clear_error, read_json
+from ivcp_eval.files import as_shown
 from ivcp_eval.interface.marked import Marked
 from ivcp_eval.interface.registry import unknown
 from ivcp_eval.interface.variants import BASELINE
@@ -30,6 +30,8 @@ from ivcp_eval.reports.provenance import AGAIN
 from ivcp_eval.reports.stats.margins import LossTest, clusters_to_decide, loss_test
 from ivcp_eval.reports.stats.timing import STAGES
 from ivcp_eval.reports.table import Row, read_results
+from ivcp_eval.reports.terminal import time_lost
+from ivcp_eval.reports.views.costs import Costs, decoder_sizes, join, mebibytes
 
 __all__ = ["Decision", "Policy", "Verdict", "decide", "kv_bytes"]
 
@@ -107,6 +109,7 @@ class Verdict:
             where measured.
         kv: measured share of the visual tokens in the KV cache. kv_bytes_saved: of one prompt, by the decoder's sizes.
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
+        requests_per_hour: of one device, where a bench was joined (`Costs.best`).
     """
 
     model: str
@@ -127,6 +130,7 @@ class Verdict:
     kv_bytes_saved: float
     flops: float
     layers: float
+    requests_per_hour: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Decision:
     Attributes:
         policy: the rule. verdicts: in the order of the results. cheapest: model -> the passing variant that costs
             least, and by which measure. left_out: rows that could not be compared. results: path of the file.
+        costs: of a bench; None where there is none.
     """
 
     policy: Policy
@@ -144,6 +149,7 @@ class Decision:
     left_out: tuple[str, ...]
     results: str
     notes: tuple[str, ...] = field(default=())
+    costs: Costs | None = None
 
     @property
     def exit_code(self) -> int:
@@ -165,6 +171,7 @@ class Decision:
             "cheapest": {model: {"variant": name, "by": by} for model, (name, by) in self.cheapest.items()},
             "left_out": list(self.left_out),
             "notes": list(self.notes),
+            "costs": None if self.costs is None else self.costs.to_json(),
             "exit_code": self.exit_code,
         }
 
@@ -192,7 +199,8 @@ class Decision:
             "decode": [_share(one.decode) for one in some],
             "end to end": [_share(one.end_to_end) for one in some],
             "KV": [_share(one.kv) for one in some],
-            "KV saved": [_bytes(one.kv_bytes_saved) for one in some],
+            "KV saved": [mebibytes(one.kv_bytes_saved) for one in some],
+            "requests/h": ["" if math.isnan(one.requests_per_hour) else f"{one.requests_per_hour:.0f}" for one in some],
             "why": [one.why for one in some],
         }
         columns = {name: cells for name, cells in columns.items() if any(cells)}
@@ -205,7 +213,8 @@ class Decision:
         lines.append(
             "Times are over the baseline's for the same samples, where timed; KV: share of visual tokens in the cache."
         )
-        return "\n".join([*lines, *self.notes, *(f"Not compared: {line}" for line in self.left_out)])
+        costs = [] if self.costs is None else ["", self.costs.to_terminal(width)]
+        return "\n".join([*lines, *self.notes, *(f"Not compared: {line}" for line in self.left_out), *costs])
 
 
 def decide(
@@ -216,11 +225,15 @@ def decide(
     force: bool = False,
     select: Callable[[Row], bool] = lambda row: True,
     resamples: int = 10_000,
+    bench: Sequence[Path] = (),
 ) -> Decision:
     """Apply a policy to every variant of a results CSV, on the headline metric of each benchmark.
 
+    Args:
+        bench: CSV files of costs; by default the one beside the results (`costs.join`).
+
     Raises:
-        As `compare`; ValueError: a critical benchmark that the results do not have.
+        As `compare` and `costs.join`; ValueError: a critical benchmark that the results do not have.
     """
     rows = read_results(results_csv)
     there = sorted({row["benchmark"] for row in rows})
@@ -236,6 +249,7 @@ def decide(
     for row in comparison.rows:
         groups.setdefault(row.model, {}).setdefault((row.variant, row.baseline_source, row.limit), []).append(row)
     folder = Path(results_csv).parent
+    costs = join(comparison.rows, Path(results_csv), rows, bench)
     verdicts = []
     for of in groups.values():
         # Without critical benchmarks all that any variant of the model has: none passes by having fewer.
@@ -246,7 +260,10 @@ def decide(
         for one, p in zip(own, go, strict=True):
             worst = min(no_go[: len(one.p_worse)], default=math.nan)
             no_go = no_go[len(one.p_worse) :]
-            verdicts.append(one.verdict(float(p), float(worst), len(own), folder, rows))
+            verdict = one.verdict(float(p), float(worst), len(own), folder, rows)
+            if best := costs and costs.best(verdict.model, verdict.variant):
+                verdict = replace(verdict, requests_per_hour=best.bench.requests_per_hour)
+            verdicts.append(verdict)
     return Decision(
         policy,
         tuple(verdicts),
@@ -254,6 +271,7 @@ def decide(
         comparison.left_out,
         str(results_csv),
         _notes(comparison),
+        costs,
     )
 
 
@@ -261,6 +279,7 @@ def _notes(comparison: Comparison) -> tuple[str, ...]:
     notes = [f"FORCED although settings differ: {line}" for line in comparison.forced]
     agreed = dict.fromkeys(row.metric for row in comparison.rows if row.metric in agreement.METRICS)
     notes += [f"{', '.join(agreed)}: {agreement.NOTE}."] if agreed else []
+    notes += time_lost(comparison.rows)
     return (*notes, *(["RANDOM WEIGHTS: nothing is decided."] if comparison.meaningless else []))
 
 
@@ -348,14 +367,16 @@ def _tested(row: ComparedRow, policy: Policy) -> LossTest | None:
 
 def _cheapest(verdicts: Sequence[Verdict]) -> dict[str, tuple[str, str]]:
     """Per model the passing variant of least cost, by the first measure that all that pass have."""
-    measures = {"end_to_end": "measured time end to end", "prefill": "measured time of the prefill"}
+    measures = {"requests_per_hour": "requests per hour of one device, measured by the bench"}
+    measures |= {"end_to_end": "measured time end to end", "prefill": "measured time of the prefill"}
     measures |= {"flops": "measured FLOPs of the prefill", "layers": "measured tokens, mean over layers"}
     cheapest = {}
     for model in dict.fromkeys(one.model for one in verdicts):
         passing = [one for one in verdicts if one.model == model and one.word == "GO"]
         for name, words in measures.items():
             if passing and not any(math.isnan(getattr(one, name)) for one in passing):
-                cheapest[model] = min(passing, key=attrgetter(name)).variant, words
+                best = max if name == "requests_per_hour" else min
+                cheapest[model] = best(passing, key=attrgetter(name)).variant, words
                 break
         else:
             if passing:
@@ -368,16 +389,11 @@ def kv_bytes(row: Row, predictions: Path | None) -> float:
     samples; NaN where they do not."""
     if predictions is None or row["visual_tokens_prompt_mean"] is None or row["dtype"] not in _ITEMSIZE:
         return math.nan
-    path = predictions.with_name("cell.json")
-    if not path.is_file():
-        return math.nan
-    advice = "the next run writes it again; the answers are kept"
-    decoder = read_json(path, advice).get("decoder")
+    decoder = decoder_sizes(predictions)
     if not decoder:
         return math.nan
-    with damage_as_clear_error(path, advice):
-        width = decoder["kv_heads"] * (decoder["head_dim"] + (decoder.get("value_dim") or decoder["head_dim"]))
-        token = decoder["layers"] * width * _ITEMSIZE[row["dtype"]]
+    width = decoder["kv_heads"] * (decoder["head_dim"] + (decoder.get("value_dim") or decoder["head_dim"]))
+    token = decoder["layers"] * width * _ITEMSIZE[row["dtype"]]
     return float(row["visual_tokens_prompt_mean"] * token)
 
 
@@ -401,7 +417,3 @@ def _geometric(values: Sequence[float]) -> float:
 
 def _share(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}x"
-
-
-def _bytes(value: float) -> str:
-    return "" if math.isnan(value) else f"{value / 2**20:.1f} MiB"

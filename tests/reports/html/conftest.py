@@ -21,6 +21,7 @@ from ivcp_eval.reports.html.collect import collect
 from ivcp_eval.reports.html.model import Report
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 from ivcp_eval.reports.views.decision import Policy
+from tests.reports.bench_lines import bench_line, write_bench
 
 N = 30
 ROWS, COLUMNS = 4, 5
@@ -91,6 +92,9 @@ def write(folder: Path, word: Callable[[str], str] = str) -> Path:
     skipped = {"method": "fastv", "ratio_asked": 0.1, "status": "skipped", "score": None, "run_id": "skipped"}
     rows.append({**rows[-1], **skipped, "seed": 0, "reason": word("no such layer")})
     write_results(folder / "r.csv", rows)
+    own = {"method_parameters": {"note": word("plain")}, "device": word("H100"), "batch": 4}
+    pruned = bench_line("fastv", 0.5, end_to_end=0.8, prefill=0.7, **own)
+    write_bench(folder / "r.cost.csv", [bench_line("none", 1.0, **own), pruned])
     return folder / "r.csv"
 
 

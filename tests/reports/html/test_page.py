@@ -84,6 +84,21 @@ def test_ten_blocks_in_order(parsed: Parsed, report: Report) -> None:
     assert "ivcp report r.csv" in text
 
 
+def test_costs_of_a_bench_stand_below_those_of_the_results(parsed: Parsed, report: Report) -> None:
+    """The file beside the results holds one pruned variant and the unpruned model, four requests at a time."""
+    assert report.benched is not None
+    assert [one.variant for one in report.benched.lines] == ["unpruned", "fastv 0.5"]
+    shown = "".join(parsed.text).partition("Measured by a bench")[2].partition("10. Provenance")[0]
+    words = "50 % of the tokens saved, 30 % of the time of the prefill saved"
+    assert f"fastv 0.5, 4 at a time: {words}" in shown
+    assert "0.80x [0.79, 0.81]" in shown
+    assert "H100, bfloat16, sdpa; 64 visual and 10 text tokens in, 8 out" in shown
+    assert "No cost of tiny visionzip 0.25: its method is visionzip, the bench has fastv" in shown
+    assert {7200, 9000} <= {float(one["data-value"]) for one in parsed.all("td") if one.get("data-value")}
+    without = "".join(Parsed(render.page(replace(report, benched=None))).text)
+    assert "Measured by a bench" not in without
+
+
 def test_nothing_comes_from_outside(parsed: Parsed, page: str) -> None:
     for _, attributes in parsed.tags:
         for name in ("src", "href", "srcset", "action", "data"):

@@ -49,8 +49,9 @@ def test_methods_run_on_quantised_weights(kind: str) -> None:
         assert 0 < error < {"int8": 1 / 127, "int4": 1 / 7}[kind]
     conversation = [{"image": Image.new("RGB", (224, 224), "red")}, {"text": "What color is the picture?"}]
     variants = [Variant("tiny"), Variant("tiny", "fastv", 0.5), Variant("tiny", "divprune", 0.25)]
+    variants.append(Variant("tiny", "quota", 0.5))
     together = session.answer_all(conversation, variants)
-    assert [answer.visual_kept for answer in together] == [64, 32, 16]
+    assert [answer.visual_kept for answer in together] == [64, 32, 16, 32]
     assert together == [session.answer(conversation, variant) for variant in variants]
 
 

@@ -272,13 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for state, logs and the exported model")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML configuration")
     parser.add_argument("--processes", type=COUNT, default=2, help="CPU processes, one thread each")
-    parser.add_argument("--max-seconds", type=POSITIVE, default=float("inf"), help="stop (resumably) after this time")
+    parser.add_argument("--minutes", type=POSITIVE, default=float("inf"), help="stop, resumably, after this time")
     arguments = parser.parse_args(argv)
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "STOP").unlink(missing_ok=True)
     meeting = arguments.out / f"meeting.{os.getpid()}"
-    rest = (arguments.processes, config, str(arguments.out), arguments.max_seconds, str(meeting.absolute()))
+    rest = (arguments.processes, config, str(arguments.out), 60 * arguments.minutes, str(meeting.absolute()))
     if arguments.processes == 1:
         _worker(0, *rest)
     else:

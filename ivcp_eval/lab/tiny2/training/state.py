@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ivcp_eval.lab.tiny.training.average import averaged
+from ivcp_eval.lab.training.state import write_tensors
 
 STATE = "state.safetensors"
 TOWER = "tower.safetensors"
@@ -65,7 +64,7 @@ class State:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{k}": v for k, v in state.items()}
         metadata = {"progress": json.dumps(self.progress)}
-        _write(self.folder / STATE, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+        write_tensors(self.folder / STATE, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
 
     def _check_shapes(self, path: Path, tensors: dict[str, Tensor]) -> None:
         own = {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
@@ -132,7 +131,7 @@ class State:
         """Write the averaged vision tower beside the state, for other runs to start from."""
         with averaged(self.model, self.average):
             tower = {k: v for k, v in self.model.state_dict().items() if k.startswith(_VISUAL)}
-            _write(self.folder / TOWER, {k: v.detach().cpu().contiguous() for k, v in tower.items()}, {})
+            write_tensors(self.folder / TOWER, {k: v.detach().cpu().contiguous() for k, v in tower.items()}, {})
 
     def load_tower(self, path: Path) -> None:
         """Take the vision tower of ``path``, also into the average.
@@ -176,33 +175,3 @@ def build_optimizers(model: nn.Module, heads: nn.Module, config: dict[str, Any])
             weight_decay=0.0,
         ),
     ]
-
-
-class Curve:
-    """A CSV that a resumed run continues as if it had never stopped: later rows than the state's are dropped."""
-
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as handle:
-                self.rows = [row for row in csv.DictReader(handle) if int(row["steps"]) <= steps]
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append ``row`` (it must hold ``steps``); columns are those that any row has."""
-        self.rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
-        columns = list(dict.fromkeys(name for r in self.rows for name in r))
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, fieldnames=columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        temporary.replace(self.path)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)

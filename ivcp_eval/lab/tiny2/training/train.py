@@ -31,9 +31,10 @@ from ivcp_eval.lab.tiny2.training.batches import (
 from ivcp_eval.lab.tiny2.training.clips import make_clip_batch
 from ivcp_eval.lab.tiny2.training.decoder import decode
 from ivcp_eval.lab.tiny2.training.export import export, silence
-from ivcp_eval.lab.tiny2.training.state import Curve, State, build_optimizers
+from ivcp_eval.lab.tiny2.training.state import State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
+from ivcp_eval.lab.training.state import Curve
 from ivcp_eval.runs.planning.numbers import POSITIVE
 
 CONFIGS = Path(__file__).parent

@@ -1,0 +1,133 @@
+"""Gates on the visual tokens of a frozen model, through which a loss reaches what chose them.
+
+Pruning has no gradient: a token is there or not. In training every token stays, with a gate g in 0..1: from the cut on
+its weight in every attention is multiplied by g before the weights are made to add up to 1. At 1 and 0 that is what
+pruning computes, and a token that is shut out still says what the loss would lose or gain if it came back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ivcp_eval.engine import resolve
+from ivcp_eval.engine.geometry import attention_mask
+from ivcp_eval.engine.hooks import Engine, listeners_for
+from ivcp_eval.engine.parts import Parts
+from ivcp_eval.engine.prefill import Prefill
+from ivcp_eval.interface import AbstractMethod, Cut, Signals
+from ivcp_eval.interface.names import read, write
+
+SHUT = 1e-6  # weight of a token whose gate is 0: next to nothing, but with a gradient
+Gate = Callable[[Signals], Tensor]
+Where = Literal["attention", "states"]
+
+
+def straight_through(chosen: Tensor, soft: Tensor) -> Tensor:
+    """(V,) gates that are 1 at the indices ``chosen`` and 0 elsewhere, with the gradient of ``soft`` (V,)."""
+    hard = torch.zeros_like(soft).index_fill(0, chosen, 1.0)
+    return hard + soft - soft.detach()
+
+
+def log_gate(gate: Tensor) -> Tensor:
+    """What is added to the logits of an attention for weights times ``gate``; its gradient is that of the product.
+
+    d log g = dg / g, so a gate of 0 has to stand for `SHUT` in both.
+    """
+    open_by = gate.detach().clamp_min(SHUT)
+    return open_by.log() + (gate - gate.detach()) / open_by
+
+
+class Gating(Engine):
+    """Hooks that leave the sequence whole and weigh its visual tokens by what ``gate`` says at every cut.
+
+    Of several cuts the gates are multiplied. ``where`` a gate applies: to the weights of "attention", or to the
+    "states" that enter the layer of the cut, as VisionSelector is trained. One row a forward, without a cache.
+
+    Args:
+        visible: how many columns of the row are the prompt. The method is not shown the answer behind it.
+    """
+
+    def __init__(self, parts: Parts, gate: Gate, where: Where, visible: int) -> None:
+        super().__init__(parts, listeners_for(parts.model, parts.resolved))
+        self.gate, self.where, self.visible = gate, where, visible
+        self._bias: Tensor | None = None
+
+    def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The states of every token, gated where that is how."""
+        (signals,) = self.cutter.shown(state, cut, hidden, kwargs)
+        state.captured = {}
+        state.stage += 1
+        if signals is None:
+            return hidden
+        asked = {name: getattr(signals, name) for name in ("text", "question")}
+        asked = {name: tokens[tokens < self.visible] for name, tokens in asked.items()}
+        gate = self.gate(replace(signals, **asked)).float()
+        if self.where == "states":
+            factor = torch.ones(hidden.shape[1], device=hidden.device).index_copy(0, signals.visual, gate)
+            return hidden * factor[:, None].to(hidden.dtype)
+        added = torch.zeros(hidden.shape[1], device=hidden.device).index_copy(0, signals.visual, log_gate(gate))
+        self._bias = added if self._bias is None else self._bias + added
+        return hidden
+
+    def after_forward(self, output: Any) -> None:
+        """The output is the model's own."""
+        self._bias = None
+
+    def _before_layer(self, index: int, _layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        changed = super()._before_layer(index, _layer, args, kwargs)
+        if self._bias is None:
+            return changed
+        args, kwargs = (args, kwargs) if changed is None else changed
+        return args, write(kwargs, attention_mask=self._mask(args[0], read(kwargs, "attention_mask")))
+
+    def _mask(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        assert self._bias is not None
+        if mask is None:
+            columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            mask = attention_mask(columns, hidden.shape[1], implementation="eager", dtype=hidden.dtype)
+        elif mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        return mask + self._bias.to(hidden.dtype)
+
+
+@contextmanager
+def gated(
+    model: Any,
+    method: AbstractMethod,
+    ratio: float,
+    gate: Gate,
+    *,
+    visible: int,
+    where: Where = "attention",
+    layout: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Iterator[None]:
+    """Gate the visual tokens of every forward inside the block, at the cuts of ``method`` and by its signals.
+
+    Args:
+        gate: gives (V,) gates of the signals of a cut. layout: options of `ivcp_eval.prune` for the prompt.
+        visible: as of `Gating`.
+
+    Raises:
+        Unsupported: the model gives not what the method reads. ValueError: as `ivcp_eval.prune`, or an attention that
+            takes no weights.
+    """
+    resolved = resolve(model, method, ratio, None, {})
+    implementation = resolved.adapter.text_model(model).config._attn_implementation
+    if where == "attention" and implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attention {implementation!r} takes no weights of tokens; load the model with sdpa or eager")
+    options = {key: value for key, value in (layout or {}).items() if value is not None}
+    frames = options.pop("frames", None)
+    parts = Parts(model=model, resolved=resolved, span_options=options, frames=frames, seed=seed)
+    engine = Gating(parts, gate, where, visible)
+    try:
+        engine.attach()
+        yield
+    finally:
+        engine.detach()

@@ -2,7 +2,7 @@
 
 Pruning has no gradient: a token is there or not. In training every token stays, with a gate g in 0..1: from the cut on
 its weight in every attention is multiplied by g before the weights are made to add up to 1. At 1 and 0 that is what
-pruning computes, and a token that is shut out still says what the loss would lose or gain if it came back.
+pruning computes, and a token that is shut out still says whether the loss would fall or rise if it came back.
 """
 
 from __future__ import annotations
@@ -32,6 +32,23 @@ def straight_through(chosen: Tensor, soft: Tensor) -> Tensor:
     """(V,) gates that are 1 at the indices ``chosen`` and 0 elsewhere, with the gradient of ``soft`` (V,)."""
     hard = torch.zeros_like(soft).index_fill(0, chosen, 1.0)
     return hard + soft - soft.detach()
+
+
+def bounded(gates: Tensor) -> Tensor:
+    """``gates`` (V,) of which those that are shut get no larger gradient than the largest of those that are open.
+
+    Where a token's weight would be far above all others' (a sink), its gradient at 0 is up to 1 / `SHUT`: that of a
+    weight which stops growing at once, and no measure of what opening the gate would change. Its sign is kept.
+    """
+    opened = gates.detach() > SHUT
+
+    def limit(gradient: Tensor) -> Tensor:
+        largest = gradient[opened].abs().max()
+        return torch.where(opened, gradient, gradient.clamp(-largest, largest))
+
+    if gates.requires_grad:
+        gates.register_hook(limit)  # type: ignore[no-untyped-call] # torch's
+    return gates
 
 
 def log_gate(gate: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ivcp_eval.lab.tiny.scenes import scene_rng
 from ivcp_eval.lab.training.command import configuration, train
 from ivcp_eval.lab.training.examples import FromFile, Generated, examples_for
 from ivcp_eval.lab.training.frozen import Encoded, Example, Frozen
-from ivcp_eval.lab.training.gating import gated, log_gate, straight_through
+from ivcp_eval.lab.training.gating import bounded, gated, log_gate, straight_through
 from ivcp_eval.lab.training.part import part_class, part_names
 from ivcp_eval.lab.training.parts._selector import Input
 from ivcp_eval.lab.training.parts.visionselector import soft_top_k
@@ -110,6 +110,14 @@ def test_straight_through() -> None:
     (gates * torch.arange(5)).sum().backward()
     assert soft.grad is not None
     assert soft.grad.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_is_shut_pulls_no_harder_than_what_is_open() -> None:
+    soft = torch.zeros(4, requires_grad=True)
+    gates = bounded(straight_through(torch.tensor([1, 3]), soft))
+    (gates * torch.tensor([1e6, -2.0, -0.5, 1.0])).sum().backward()
+    assert soft.grad is not None
+    assert soft.grad.tolist() == [2, -2, -0.5, 1]
 
 
 def test_soft_top_k_adds_up_and_so_does_its_gradient() -> None:

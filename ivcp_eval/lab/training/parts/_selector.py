@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivcp_eval.interface import AbstractMethod, Cut, Image, ModelFacts, Selection, Signal, Signals, TowerSignal
 from ivcp_eval.lab.training.frozen import Encoded
-from ivcp_eval.lab.training.gating import straight_through
+from ivcp_eval.lab.training.gating import bounded, straight_through
 from ivcp_eval.lab.training.part import Loss, Part
 
 
@@ -66,5 +66,5 @@ class Selector(Part):
         for image in signals.images:
             scores = self.scores(signals, image)
             kept = self.keep(scores.detach(), signals, image)
-            gates = gates.index_copy(0, image.tokens, straight_through(kept, scores.softmax(0)))
+            gates = gates.index_copy(0, image.tokens, bounded(straight_through(kept, scores.softmax(0))))
         return gates

@@ -212,7 +212,7 @@ def groups(split: str = "test") -> Iterator[tuple[str, int, Group, NDArray[np.in
 
 def draw(rng: np.random.Generator, categories: Sequence[str]) -> tuple[Group, Clip, NDArray[np.uint8]]:
     """A clip of one of ``categories``: its group, the clip, and its pictures (steps, height, width, 3)."""
-    make, variants = TASKS[categories[rng.integers(len(categories))]]
+    make, variants = TASKS[categories[int(rng.integers(len(categories)))]]
     group = make(rng, int(rng.integers(variants)))
     clip, background = group.clips[rng.integers(len(group.clips))], rng.integers(200, 246, 3)
     return group, clip, np.stack([picture(frame, background) for frame in clip.frames])

@@ -177,7 +177,8 @@ class Asker:
         images = [list(question.images) for question in batch]
         seen: dict[str, Any] = {"images": images}
         if batch[0].clip:
-            frames = [np.repeat(np.stack(pictures), clips.FRAMES_A_STEP, axis=0) for pictures in images]
+            steps = [np.stack([np.asarray(image) for image in pictures]) for pictures in images]
+            frames = [np.repeat(pictures, clips.FRAMES_A_STEP, axis=0) for pictures in steps]
             about = {"fps": clips.FRAMES_A_STEP / clips.SECONDS_A_STEP, "total_num_frames": len(frames[0])}
             videos = [torch.from_numpy(each).permute(0, 3, 1, 2) for each in frames]
             seen = {"videos": videos, "video_metadata": [about] * len(videos), "do_sample_frames": False}

@@ -32,7 +32,8 @@ def make_clip_batch(split: str, first: int, count: int, phase: dict[str, Any]) -
     same without options).
     """
     groups = tuple((len(group["kinds"]), group["tokens"]) for group in phase["groups"])
-    images, rows, samples = [], [], []
+    images, rows = [], []
+    samples: list[list[Sample | None]] = []
     for index in range(first, first + count):
         rng = scene_rng(split, index)
         group, clip, pictures = draw(rng, phase["clips"])

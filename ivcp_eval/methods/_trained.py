@@ -41,7 +41,7 @@ class Importance(nn.Module):
     @property
     def width(self) -> int:
         """Of the states that it reads."""
-        return int(self.layers[0].weight.shape[1])
+        return int(self.state_dict()["layers.0.weight"].shape[1])
 
     def forward(self, states: Tensor) -> Tensor:
         """(N,) scores of ``states`` (N, width)."""
@@ -103,7 +103,7 @@ class Router(nn.Module):
     @property
     def width(self) -> int:
         """Of the states that it reads."""
-        return int(self.layers[0].weight.shape[1]) // 2
+        return int(self.state_dict()["layers.0.weight"].shape[1]) // 2
 
     def forward(self, picture: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
         """Lambda and rho, each in 0..1, of states (N, width) and (Q, width)."""
@@ -136,10 +136,10 @@ class FrameRouter(nn.Module):
 
     def forward(self, frames: Tensor, question: Tensor) -> Tensor:
         """(T,) of the frames' mean states (T, width), for the question's (Q, width); above 0 is relevant."""
-        asked, shown = (
+        words, means = (
             nn.functional.layer_norm(s.float(), s.shape[-1:]) for s in (question.float().mean(dim=0), frames)
         )
-        query, key = self.q_proj(asked), self.k_proj(shown)
+        query, key = self.q_proj(words), self.k_proj(means)
         return key @ query / query.shape[-1] ** 0.5 - self.threshold
 
 

@@ -91,7 +91,7 @@ test: $(READY)
 VERSION ?= newest
 OTHER   := .venv-transformers-$(VERSION)
 CHECKS  := ratio_one or prefill_equals or decode_equals or manual_decoding or second_turn or cache_lengths or batch_equals or beams or prompt_lookup
-METHODS := -none- or -ivc_prune- or -fastv- or -visionzip- or -toy_stages_mixed-
+METHODS := -none- or -ivc_prune- or -fastv- or -visionzip- or -toy_stages_mixed- or -toy_clips-
 test-transformers: $(READY)
 	[ -x $(OTHER)/bin/pip ] || $(BIN)/python -m venv $(OTHER)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$(echo $(OTHER)/lib/python*/site-packages)/base.pth"

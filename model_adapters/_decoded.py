@@ -52,9 +52,18 @@ def frames_in(processor: Any, parts: Parts) -> list[Frame | None]:
         if "image" in part:
             found.append(None)
         if "video" in part:
-            found += [Frame(clip, index, at) for index, at in enumerate(_seconds(part)[:: frames_per_step(processor)])]
+            joined = frames_per_step(processor)
+            found += [
+                Frame(clip, index, at, _motion(part, slice(index * joined, (index + 1) * joined)))
+                for index, at in enumerate(_seconds(part)[::joined])
+            ]
             clip += 1
     return found
+
+
+def _motion(part: Mapping[str, Any], frames: slice) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    """The farthest that each cell moved in one of the frames."""
+    return part["motion"][frames].max(axis=0) if "motion" in part else None
 
 
 def _pixels(frames: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -24,7 +24,12 @@ def sources(*parts: str) -> list[Path]:
 
 
 # They import what is named at run time: modules of the package that are loaded late, verbs, methods and families.
-FINDERS = ("ivcp_eval/__init__.py", "ivcp_eval/cli/__init__.py", "ivcp_eval/interface/registry.py")
+FINDERS = (
+    "ivcp_eval/__init__.py",
+    "ivcp_eval/cli/__init__.py",
+    "ivcp_eval/interface/registry.py",
+    "ivcp_eval/lab/training/part.py",
+)
 UNKNOWN = "a name that is not written there"
 
 
@@ -148,8 +153,8 @@ def test_imports_run_one_way() -> None:
     assert not backwards
 
 
-# One file a method, one a family: they may be as many as there are.
-PLUGIN_FOLDERS = ("ivcp_eval/methods", "model_adapters")
+# One file a method, a family, a trained part: they may be as many as there are.
+PLUGIN_FOLDERS = ("ivcp_eval/methods", "model_adapters", "ivcp_eval/lab/training/parts")
 
 
 def test_every_room_is_ranked_and_small() -> None:

@@ -26,6 +26,7 @@ from ivcp_eval.interface.registry import unknown
 
 FOLDER = files.DATASETS
 OWN = "own"
+_BY_ROW = ("rows", "frames")  # values of `Benchmark.sampling` that leave it to the table
 #: Of files of a user's own pictures.
 OWN_SUFFIXES = (".jsonl", ".tsv")
 
@@ -102,8 +103,8 @@ class Benchmark:
             VLMEvalKit advises for all sets; "kept": its evaluator reads the tags.
         reference: "answers": predictions are compared with the data set's; "baseline": with what the unpruned model
             answered, so the score is an agreement, no accuracy.
-        sampling: which frames of video files are shown: "nframe=8", "fps=1" (`clips.Sampling`), or "rows", where each
-            row says it; empty for pictures, and for frames that are pictures of the data.
+        sampling: which frames of its videos are shown: "nframe=8", "fps=1" (`clips.Sampling`), "rows", where each row
+            says it of a file, or "frames", where videos are pictures with times in the table; empty for pictures.
         n_samples: rows of the full set, None if unknown.
         abilities: tags.
         url, md5: where VLMEvalKit fetches its file, and the checksum it notes; empty for files that it cannot fetch.
@@ -157,9 +158,38 @@ class Benchmark:
         return tuple(missing)
 
     @property
+    def frames(self) -> clips.Sampling | None:
+        """Which frames of every video are shown; None where rows say it, or there are no videos."""
+        return None if self.sampling in ("", *_BY_ROW) else clips.Sampling.of(self.sampling)
+
+    @property
     def path(self) -> Path | None:
         """The embedded TSV, or None for sets that VLMEvalKit keeps in its data root."""
         return FOLDER / self.file if self.file else None
+
+
+def content_digest(benchmark: Benchmark, path: Path) -> str:
+    """SHA-256 of a benchmark's file, which is at ``path``, and of the video files whose frames are chosen by number or
+    rate: else the table has the pictures, or the digests of the frames. Each file is read whole once."""
+    digest = files.remembered(path, "sha256", files.file_digest, str)
+    videos = _videos(benchmark, path) if benchmark.frames else {}
+    if not videos:
+        return digest
+    both = hashlib.sha256(digest.encode())
+    for name, video in sorted(videos.items()):
+        both.update(f" {name} {files.remembered(video, 'sha256', files.file_digest, str)}".encode())
+    return both.hexdigest()
+
+
+def _videos(benchmark: Benchmark, path: Path) -> dict[str, Path]:
+    """The video files that are here, of a set of VLMEvalKit's or named in the table of a user's own, by name."""
+    if benchmark.path is None:
+        folder = files.data_root() / "videos" / benchmark.vlmeval
+        found = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
+        return {str(file.relative_to(folder)): file for file in found}
+    with path.open(encoding="utf-8", newline="") as stream, files.long_cells():
+        named = {row.get("video") or "" for row in csv.DictReader(stream, delimiter="\t")}
+    return {name: Path(name) for name in named if name and Path(name).is_file()}
 
 
 def own_folder() -> Path:
@@ -248,11 +278,10 @@ def _read(path: Path, _changed: int) -> Benchmark:
     for key, words in allowed.items():
         if (got := getattr(benchmark, key)) not in words:
             raise marked.error((key,), f"{key} {got!r}; allowed: {', '.join(word or 'nothing' for word in words)}")
-    if benchmark.sampling not in ("", "rows"):
-        try:
-            clips.Sampling.of(benchmark.sampling)
-        except ValueError as error:
-            raise marked.error(("sampling",), str(error)) from None
+    try:
+        _ = benchmark.frames
+    except ValueError as error:
+        raise marked.error(("sampling",), f"{error}, {' or '.join(_BY_ROW)}") from None
     if len(benchmark.sha256) not in (0, 64):
         raise marked.error(("sha256",), f"sha256 must be 64 hexadecimal digits in quotes, got {benchmark.sha256!r}")
     return benchmark

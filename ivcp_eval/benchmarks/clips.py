@@ -78,6 +78,10 @@ class Sampling:
                 "or frames a second above 0"
             )
 
+    def __str__(self) -> str:
+        """As `of` reads it."""
+        return f"nframe={self.nframe}" if self.nframe else f"fps={self.fps}"
+
     @classmethod
     def of(cls, words: str) -> Sampling:
         """Of ``nframe=8`` or ``fps=1``. Raises ValueError."""
@@ -103,10 +107,12 @@ class Clip:
 
     Attributes:
         frames: (T, H, W, 3) uint8. seconds: when each is shown, from the first frame of the video.
+        motion: (T, rows, columns) float32, how far its blocks moved (`motion.Motion`), if that was asked for.
     """
 
     frames: NDArray[np.uint8]
     seconds: list[float]
+    motion: NDArray[np.float32] | None = None
 
     @property
     def digest(self) -> str:
@@ -124,19 +130,20 @@ def decoder() -> str:
     return f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}"
 
 
-def opened(part: Mapping[str, Any]) -> dict[str, Any]:
+def opened(part: Mapping[str, Any], moving: bool = False) -> dict[str, Any]:
     """A video of a prompt with its frames.
 
     Args:
         part: ``video`` is the path of a file, with ``nframe`` or ``fps``, or a list of paths of pictures, with
             ``seconds``; anything else is decoded already. ``frames_sha256``: what `Clip.digest` must be.
+        moving: whether to find how far blocks moved too, as the part's ``motion``.
 
     Raises:
         VideoRefused: see its subclasses. OSError: a file is not here, or a picture cannot be decoded.
     """
     source = part["video"]
     if isinstance(source, str | Path):
-        clip = decode(Path(source), Sampling(part.get("nframe", 0), part.get("fps", 0.0)))
+        clip = decode(Path(source), Sampling(part.get("nframe", 0), part.get("fps", 0.0)), moving)
     elif isinstance(source, list) and source and all(isinstance(name, str | Path) for name in source):
         clip = pictures(list(map(Path, source)), part.get("seconds", ()))
     else:
@@ -146,7 +153,12 @@ def opened(part: Mapping[str, Any]) -> dict[str, Any]:
         raise OtherFrames(
             f"{source}: its frames are not those that were recorded ({recorded[:12]}...); add the file again"
         )
-    return {"video": clip.frames, "seconds": clip.seconds}
+    found = {"video": clip.frames, "seconds": clip.seconds}
+    if not moving:
+        return found
+    from ivcp_eval.benchmarks.motion import of_frames
+
+    return {**found, "motion": of_frames(_av(), clip.frames) if clip.motion is None else clip.motion}
 
 
 def pictures(paths: Sequence[Path], seconds: Sequence[float]) -> Clip:
@@ -174,26 +186,23 @@ def check_times(n: int, seconds: Sequence[float]) -> None:
         raise VideoRefused(f"the times of frames must increase from 0 or later, got {list(seconds[:8])}")
 
 
-def decode(path: Path, sampling: Sampling) -> Clip:
-    """The frames of a file that are to be shown, upright.
+def decode(path: Path, sampling: Sampling, moving: bool = False) -> Clip:
+    """The frames of a file that are to be shown, upright; ``moving``: with their motion, if its codec tells.
 
     Raises:
         FileNotFoundError: no such file. VideoRefused: see its subclasses.
     """
-    import numpy as np
-
     av = _av()
     if not path.is_file():
         raise FileNotFoundError(f"video {path} is not here, or is no file")
     with _damage(av, path):
         stamps = _packet_stamps(av, path) or _frame_stamps(av, path)
-        frames = _chosen(av, path, stamps, sampling)
-        if frames is None:  # packets that give no frame, such as those before the first key frame
-            frames = _chosen(av, path, _frame_stamps(av, path), sampling)
-    if frames is None:
+        clip = _chosen(av, path, stamps, sampling, moving)
+        if clip is None:  # packets that give no frame, such as those before the first key frame
+            clip = _chosen(av, path, _frame_stamps(av, path), sampling, moving)
+    if clip is None:
         raise DamagedVideo(f"video {path}: frames that are there cannot be decoded a second time; convert it anew")
-    seconds, pixels = frames
-    return Clip(np.stack(pixels), seconds)
+    return clip
 
 
 def pixels(part: Mapping[str, Any]) -> int:
@@ -211,10 +220,12 @@ def pixels(part: Mapping[str, Any]) -> int:
         return int(stream.width * stream.height * min(frames, stream.frames or frames))
 
 
-def _chosen(
-    av: Any, path: Path, stamps: list[int], sampling: Sampling
-) -> tuple[list[float], list[NDArray[np.uint8]]] | None:
-    """(seconds, frames); None where one that was chosen cannot be decoded."""
+def _chosen(av: Any, path: Path, stamps: list[int], sampling: Sampling, moving: bool) -> Clip | None:
+    """The frames at the places of ``stamps`` that are taken; None where one of them cannot be decoded."""
+    import numpy as np
+
+    from ivcp_eval.benchmarks.motion import Motion
+
     if not stamps:
         raise NoFrames(f"video {path} has no frames")
     with _stream(av, path) as (container, stream):
@@ -227,15 +238,24 @@ def _chosen(
                 f"more than {MOST_BYTES >> 20}; show fewer of them (nframe, fps)"
             )
         requested, found = {stamps[place] for place in places}, {}
-        last = max(requested)
+        last, motion = max(requested), Motion() if moving else None
+        if motion:
+            motion.exported(stream.codec_context)
         for frame in container.decode(stream):
-            if frame.pts in requested and frame.pts not in found:
+            new = frame.pts in requested and frame.pts not in found
+            if new:
                 found[frame.pts] = _upright(frame)
+            if motion:
+                motion.see(frame, new)
             if frame.pts is not None and frame.pts >= last:
                 break
     if len(found) < len(requested):
         return None
-    return [seconds[place] for place in places], [found[stamps[place]] for place in places]
+    return Clip(
+        np.stack([found[stamps[place]] for place in places]),
+        [seconds[place] for place in places],
+        np.stack(motion.steps) if motion and motion.found else None,
+    )
 
 
 def _upright(frame: Any) -> NDArray[np.uint8]:

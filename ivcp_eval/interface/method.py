@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "step"]
+Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "step", "motion"]
 """What must be captured for a method: projections of the decoder layer before the cut, or of the vision tower.
 
 ``raw_value`` is the value projection of the hidden states entering that layer, without its input norm; ``cached_key``
 are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`; ``step`` is every layer of every forward
-after the prefill, for `AbstractMethod.attended`.
+after the prefill, for `AbstractMethod.attended`; ``motion`` is that of the encoded stream (`Frame.motion`).
 """
 
 CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
@@ -172,11 +172,14 @@ class Frame:
     Attributes:
         clip: the video, counted from 0 in its row. index: the step, counted from 0 in the video.
         seconds: when the step's first frame is shown, from the video's start; None where the inputs do not say.
+        motion: (rows, columns) float32 numpy array over the whole frame: how many pixels each cell moved since the step
+            before, as the encoded stream says, infinite where it is new. None where nobody says it.
     """
 
     clip: int
     index: int
     seconds: float | None = None
+    motion: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,7 @@ class Signals:
             behind the block; ``joint_key`` (V, H * D) keys of all heads side by side, and ``joint_cls`` (V,) the class
             token's attention by these, where there is one; ``luma`` (V, F, M) float32 brightness (BT.601) of the M
             pixels of each of the F frames that the token shows, 0 black and 1 white, always by that name alone.
+        columns: (V,) int64 on CPU, increasing: the prompt column of each visual token, which names it at every cut.
         cut: the cut itself. ids: (n,) int64 token ids, where the prompt came as ids.
         stage: 0 for the first cut, 1 for the second, ...
         family: the adapter's name, for presets that reproduce one family's released code.
@@ -275,6 +279,7 @@ class Signals:
     project: Callable[[Literal["query", "key"]], Tensor] | None = None
     normed: Callable[[], Tensor] | None = None
     vision: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Tensor | None = None
     cut: Cut | None = None
     ids: Tensor | None = None
     stage: int = 0
@@ -489,7 +494,7 @@ class AbstractMethod(ABC):
     sweep_seeds: ClassVar[tuple[int, ...]] = (0,)  # of a sweep, if its file names none
     repeats_baseline: ClassVar[bool] = False  # prunes nothing; answers in passes of its own, once per benchmark
     is_served: ClassVar[bool] = False  # a server does what it does (`variants.Server`); nothing of it is known here
-    for_videos: ClassVar[bool] = False  # a control that has nothing to do with pictures; no usual one of their sweeps
+    for_videos: ClassVar[bool] = False  # a control that on pictures repeats another one, so sweeps leave it out there
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
 

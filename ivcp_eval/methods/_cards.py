@@ -136,6 +136,8 @@ def started_from_table() -> str:
         if len(entries) != 1:
             raise ValueError(f"{STARTED_FROM.name}: {len(entries)} entries of {FILE.name} are called {system!r}")
         (entry,) = entries
+        if not rest and "needs" not in entry:
+            raise ValueError(f"{STARTED_FROM.name}: {system!r} runs by now; say what would close the rest")
         if "method" in entry:
             base, plus = unwrapped_name(entry["method"])
             card = known[WRAPPED + plus if plus else base]

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,11 +72,16 @@ class Clip:
     def spread(self, counts: Sequence[int]) -> Tensor:
         """(K,) increasing: of each frame as many tokens as ``counts`` (T,) says, spread evenly over its grid."""
         chosen = [self.tokens[:0]]
+        spread: dict[Any, Tensor] = {}  # frames are mostly of one grid, and few numbers differ
         for frame, first, count in zip(self.frames, self.first.tolist(), counts, strict=True):
-            if count == frame.tokens.numel():
+            size = frame.tokens.numel()
+            if count == size:
                 chosen.append(torch.arange(first, first + count, device=self.tokens.device))
             elif count:
-                chosen.append(first + image_partition(replace(frame, budget=count))[1])
+                alike = frame.span.grid, size, count
+                if alike not in spread:
+                    spread[alike] = image_partition(replace(frame, budget=count))[1]
+                chosen.append(first + spread[alike])
         return torch.cat(chosen)
 
 

@@ -136,10 +136,10 @@ class FrameRouter(nn.Module):
 
     def forward(self, frames: Tensor, question: Tensor) -> Tensor:
         """(T,) of the frames' mean states (T, width), for the question's (Q, width); above 0 is relevant."""
-        words, means = (
+        words, pictures = (
             nn.functional.layer_norm(s.float(), s.shape[-1:]) for s in (question.float().mean(dim=0), frames)
         )
-        query, key = self.q_proj(words), self.k_proj(means)
+        query, key = self.q_proj(words), self.k_proj(pictures)
         return key @ query / query.shape[-1] ** 0.5 - self.threshold
 
 

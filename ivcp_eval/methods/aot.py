@@ -27,8 +27,9 @@ alone.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, exp
 from typing import ClassVar
@@ -57,6 +58,35 @@ ENTRIES, FEWEST = 2**17, 32  # of the plan; of one dropped token
 SEGMENTS, SHORTEST = 8, 4  # of a video; frames
 SPAN = 1.5  # frames, of the weight of time
 CLIPPED = 1 - 1e-6  # cosines
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Frames of a video behind the first stage.
+
+    Attributes:
+        kept: of each frame which tokens of the segment stay inside it. inside: the weights of what these become.
+        stay: how many of each later frame stay as they are. merged: states of what is kept, where there are later ones.
+    """
+
+    kept: list[Tensor]
+    inside: list[Tensor]
+    stay: list[int]
+    merged: list[Tensor]
+
+    def survivors(self, part: Clip, handed: tuple[list[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """(K,) which tokens of the segment stay, in output order, and (K, N) what they become."""
+        if handed is None:
+            return torch.cat(self.kept), torch.cat(self.inside)
+        apart, ends = handed
+        rows = [self.kept[0], *(tokens[own] for tokens, own in zip(self.kept[1:], apart, strict=True))]
+        free = torch.ones_like(part.tokens, dtype=torch.bool)
+        free[torch.cat(rows)] = False
+        # Dense only for the tokens that end the segment.
+        last = torch.sparse.mm(torch.cat(self.inside).T, ends.T).T.to_sparse()
+        stayed = (weights.index_select(0, own) for weights, own in zip(self.inside[1:], apart, strict=True))
+        places = torch.cat((*rows, free.nonzero().flatten()[-len(self.kept[0]) :]))
+        return places, torch.cat((self.inside[0], *stayed, last))
 
 
 @dataclass(frozen=True)
@@ -97,16 +127,19 @@ class Method(ClipsAtInput):
         length = max(SHORTEST, -(-count // SEGMENTS))
         parts = [Clip(clip.frames[first : first + length]) for first in range(0, count, length)]
         sizes = [len(part.tokens) for part in parts]
+        budgets = apportion(clip.budget, sizes, sizes)
+        stages = [self._first_stage(signals, part, budget) for part, budget in zip(parts, budgets, strict=True)]
+        ends = self._handed_on(stages)
         kept, weights, start = [], [], 0
-        for part, size, budget in zip(parts, sizes, apportion(clip.budget, sizes, sizes), strict=True):
-            tokens, own = self._segment(signals, part, budget)
+        for part, stage, end, size in zip(parts, stages, ends, sizes, strict=True):
+            tokens, own = stage.survivors(part, end)
             kept.append(tokens + start)
             weights.append(_beside(own, start, len(clip.tokens)))
             start += size
         return in_output_order(signals, torch.cat(kept), torch.cat(weights))
 
-    def _segment(self, signals: Signals, part: Clip, budget: int) -> tuple[Tensor, Tensor]:
-        """(K,) which tokens of a segment stay, in output order, and (K, N) what they become."""
+    def _first_stage(self, signals: Signals, part: Clip, budget: int) -> _Segment:
+        """What stays inside each frame of a segment."""
         sizes = part.sizes.tolist()
         anchors, stay = (budget, []) if len(sizes) == 1 else self._counts(sizes, budget)
         kept, inside = [], []
@@ -115,17 +148,23 @@ class Method(ClipsAtInput):
             tokens, weights = self.inside(signals, replace(frame, budget=own))
             kept.append(tokens + first)
             inside.append(_beside(weights, first, len(part.tokens)))
-        if not stay:
-            return torch.cat(kept), torch.cat(inside)
-        states = embeddings(signals, part)
-        apart, ends = self.across([merged_states(weights, states) for weights in inside], stay)
-        rows = [kept[0], *(tokens[own] for tokens, own in zip(kept[1:], apart, strict=True))]
-        free = torch.ones_like(part.tokens, dtype=torch.bool)
-        free[torch.cat(rows)] = False
-        # Dense only for the tokens that end the segment.
-        last = torch.sparse.mm(torch.cat(inside).T, ends.T).T.to_sparse()
-        survivors = [inside[0], *(w.index_select(0, own) for w, own in zip(inside[1:], apart, strict=True)), last]
-        return torch.cat((*rows, free.nonzero().flatten()[-anchors:])), torch.cat(survivors)
+        states = embeddings(signals, part) if stay else None
+        merged = [] if states is None else [merged_states(weights, states) for weights in inside]
+        return _Segment(kept, inside, stay, merged)
+
+    def _handed_on(self, segments: Sequence[_Segment]) -> list[tuple[list[Tensor], Tensor] | None]:
+        """`across` of every segment with later frames; those of equal numbers together."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, segment in enumerate(segments):
+            if segment.stay:
+                alike.setdefault((*map(len, segment.merged), *segment.stay), []).append(number)
+        found: list[tuple[list[Tensor], Tensor] | None] = [None] * len(segments)
+        for numbers in alike.values():
+            frames = zip(*(segments[number].merged for number in numbers), strict=True)
+            apart, ends = self.across([torch.stack(states) for states in frames], segments[numbers[0]].stay)
+            for place, number in enumerate(numbers):
+                found[number] = [own[place] for own in apart], ends[place]
+        return found
 
     def _counts(self, sizes: list[int], budget: int) -> tuple[int, list[int]]:
         """How many tokens of a segment's first frame stay, and of each later one; the first's stand there twice.
@@ -143,27 +182,29 @@ class Method(ClipsAtInput):
         """How many of a later frame's tokens stay as they are: those below a quantile."""
         return ceil(self.apart * (count - 1) - 1e-9)
 
-    def across(self, states: list[Tensor], stay: list[int]) -> tuple[list[Tensor], Tensor]:
-        """Hand a segment's later frames on to its first.
+    def across(self, states: Sequence[Tensor], stay: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Hand the later frames of S segments on to their first.
 
         Args:
-            states: of each frame what stayed inside it, (M_t, E). stay: how many of each later frame stay as they are.
+            states: of each frame what stayed inside it, (S, M_t, E). stay: how many of each later one stay as they are.
 
         Returns:
-            Of each later frame which stay, increasing; and (M_0, M_0 + M_1 + ...) the weights in all of ``states`` of
-            what the first frame's tokens become.
+            Of each later frame which stay (S, k), increasing; and (S, M_0, M_0 + M_1 + ...) the weights in all of
+            ``states`` of what the first frame's tokens become.
         """
-        current, parts = states[0].float(), [torch.eye(len(states[0]), device=states[0].device)]
-        apart = []
-        for step, (later, count) in enumerate(zip(states[1:], stay, strict=True), 1):
+        current = states[0].float()
+        count, size, _ = current.shape
+        parts = [torch.eye(size, device=current.device).expand(count, -1, -1)]
+        apart, number = [], torch.arange(count, device=current.device)[:, None]
+        for step, (later, own) in enumerate(zip(states[1:], stay, strict=True), 1):
             plan = _plan(later, current, 1 - exp(-(step**2) / (2 * SPAN**2)))
-            apart.append(top(-plan.amax(dim=1), count))
-            plan[apart[-1]] = 0
-            given = self.handed * plan.T
-            total = 1 + given.sum(dim=1, keepdim=True)
+            apart.append(torch.stack([top(score, own) for score in -plan.amax(dim=2)]))
+            plan[number, apart[-1]] = 0
+            given = self.handed * plan.transpose(1, 2)
+            total = 1 + given.sum(dim=2, keepdim=True)
             current = (current + given @ later.float()) / total
             parts = [part / total for part in (*parts, given)]
-        return apart, torch.cat(parts, dim=1)
+        return apart, torch.cat(parts, dim=2)
 
     def inside(self, signals: Signals, image: Image) -> tuple[Tensor, Tensor]:
         """Of one frame with its budget: anchors, and the weights of what is moved into them."""
@@ -181,24 +222,26 @@ class Method(ClipsAtInput):
         n, m, k = len(unit), dropped.numel(), kept.numel()
         parts = dropped.split(block_rows(n))
 
-        def kernel(part: Tensor) -> tuple[Tensor, Tensor]:
+        def made(part: int) -> tuple[Tensor, Tensor]:
             """(R, K) cosines to the anchors, and exp(-cost / epsilon)."""
-            cosine = unit[part] @ unit[kept].T
-            apart = torch.cdist(place[part], place[kept], compute_mode="donot_use_mm_for_euclid_dist")
+            cosine = unit[parts[part]] @ unit[kept].T
+            apart = torch.cdist(place[parts[part]], place[kept], compute_mode="donot_use_mm_for_euclid_dist")
             return cosine, ((cosine - 1 - SPATIAL * apart) / EPSILON).exp()
+
+        kernel = functools.cache(made) if len(parts) == 1 else made  # several are too large to keep
 
         row, column = torch.ones(m, device=unit.device), torch.ones(k, device=unit.device)
         for _ in range(ROUNDS):
-            before, scaled, arrived = row, [], torch.zeros_like(column)
-            for part in parts:
+            before, scaled, arrived = row, list[Tensor](), list[Tensor]()
+            for part in range(len(parts)):
                 _, near = kernel(part)
                 scaled.append(1 / m / (near @ column))
-                arrived += scaled[-1] @ near
-            row, column = torch.cat(scaled), 1 / k / arrived
+                arrived.append(scaled[-1] @ near)
+            row, column = _joined(scaled), 1 / k / functools.reduce(torch.add, arrived)
             if float((row - before).abs().mean()) < STOP:
                 break
         reach, moved, goal, nearest = min(k, max(FEWEST, ENTRIES // m)), [], [], []
-        for part, scale in zip(parts, row.split(block_rows(n)), strict=True):
+        for part, scale in enumerate(row.split(block_rows(n))):
             cosine, near = kernel(part)
             plan = scale[:, None] * near * column
             best = plan.topk(reach, dim=1)
@@ -216,19 +259,29 @@ class Method(ClipsAtInput):
         )
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def _plan(later: Tensor, current: Tensor, weight: float) -> Tensor:
-    """(N, M) how ``later`` (N, E) is handed to ``current`` (M, E), rows adding up to 1. Time weighs the cost."""
-    cost = 1 - (unit_rows(later) @ unit_rows(current).T).clamp(-CLIPPED, CLIPPED)
-    near = (-(cost - cost.min()) * weight / EPSILON).exp()
-    n, m = near.shape
-    row, column = near.new_ones(n), near.new_ones(m)
-    for _ in range(ROUNDS):
-        before, row = row, 1 / n / (near @ column)
-        column = 1 / m / (row @ near)
-        if float((row - before).abs().mean()) < STOP:
+    """(S, N, M) how ``later`` (S, N, E) is handed to ``current`` (S, M, E), rows adding up to 1.
+
+    Time weighs the cost.
+    """
+    first, second = (unit_rows(states.flatten(0, 1)).view(states.shape) for states in (later, current))
+    cost = 1 - (first @ second.transpose(1, 2)).clamp(-CLIPPED, CLIPPED)
+    near = (-(cost - cost.amin(dim=(1, 2), keepdim=True)) * weight / EPSILON).exp()
+    count, n, m = near.shape
+    row, column = near.new_ones(count, n, 1), near.new_ones(count, m, 1)
+    moving = near.new_ones(count, 1, 1, dtype=torch.bool)
+    for _ in range(ROUNDS):  # each segment's own, which end where it has settled
+        before, row = row, torch.where(moving, 1 / n / (near @ column), row)
+        column = torch.where(moving, 1 / m / (near.transpose(1, 2) @ row), column)
+        moving = moving & ((row - before).abs().mean(dim=1, keepdim=True) >= STOP)
+        if not bool(moving.any()):
             break
-    plan = row[:, None] * near * column
-    return plan / plan.sum(dim=1, keepdim=True)
+    plan = row * near * column.transpose(1, 2)
+    return plan / plan.sum(dim=2, keepdim=True)
 
 
 def _beside(weights: Tensor, start: int, n: int) -> Tensor:

@@ -11,7 +11,7 @@ Differs: the weights are not public. `ivcp lab train evocomp` makes such for a m
 score is the cosine to the question's mean embedding, which is nothing of EvoComp's but what its compressor has to beat.
 Both are variants. Width, heads, what stands for positions (here a token's row and column, and none for words) and how
 the budget is taken from the logits are ours; so are the gaps of the search (lab/subsets/evolution.py) and the weights
-of the two losses (lab/training/configs/evocomp.yaml).
+of the two losses (lab/training/parts/evocomp.yaml).
 """
 
 from __future__ import annotations

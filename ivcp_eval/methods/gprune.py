@@ -12,7 +12,9 @@ Differs: each image has its own budget, by the ratio; the released half of the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -54,25 +56,35 @@ class Method(AtInput):
     def scores(self, states: Tensor) -> Tensor:
         """(N,) of states (N, E)."""
         unit = unit_rows(states)
+        graph: Callable[[int, int], tuple[Tensor, Tensor]] = partial(self._graph, unit)
+        if block_rows(len(unit)) >= len(unit):  # one block, which need not be made in every step
+            graph = cache(graph)
         flow = states.float().norm(dim=1).nan_to_num(0, 0, 0)
-        total, degree = self._spread(unit, torch.stack((torch.ones_like(flow), torch.ones_like(flow))), counted=True)
+        total, degree = _spread(graph, torch.ones_like(flow).repeat(2, 1), counted=True)
+        total = total.clamp_min(1e-12)
         for _ in range(self.steps):
-            flow = self._spread(unit, (flow / total.clamp_min(1e-12))[None])[0]
+            flow = _spread(graph, (flow / total)[None])[0]
         return flow / degree.clamp_min(1)
 
-    def _spread(self, unit: Tensor, flows: Tensor, counted: bool = False) -> Tensor:
-        """(F, N) what arrives of ``flows`` (F, N) before rows are divided by their sums: the graph is symmetric then.
-
-        Each pair of tokens is looked at once. ``counted``: the last flow sees every neighbour as 1.
-        """
-        arrived, n, size = torch.zeros_like(flows), len(unit), block_rows(len(unit))
+    def _graph(self, unit: Tensor, first: int, behind: int) -> tuple[Tensor, Tensor]:
+        """(R, M) weights of the rows ``first`` to ``behind`` and all behind ``first``, and which are neighbours."""
         shift = torch.full((), -1 / self.temperature, device=unit.device)  # 1 is the largest cosine
-        for first, behind in ((first, min(n, first + size)) for first in range(0, n, size)):
-            graph = torch.addmm(shift, unit[first:behind], unit[first:].T, alpha=1 / self.temperature)
-            near = graph >= (self.threshold - 1) / self.temperature
-            graph = graph.exp_().mul_(near)
-            for f, one in enumerate(flows):
-                weights = near.float() if counted and f == len(flows) - 1 else graph
-                arrived[f, first:].addmv_(weights.T, one[first:behind])
+        graph = torch.addmm(shift, unit[first:behind], unit[first:].T, alpha=1 / self.temperature)
+        near = graph >= (self.threshold - 1) / self.temperature
+        return graph.exp_().mul_(near), near
+
+
+def _spread(graph: Callable[[int, int], tuple[Tensor, Tensor]], flows: Tensor, counted: bool = False) -> Tensor:
+    """(F, N) what arrives of ``flows`` (F, N) before rows are divided by their sums: the graph is symmetric then.
+
+    Each pair of tokens is looked at once. ``counted``: the last flow sees every neighbour as 1.
+    """
+    arrived, n, size = torch.zeros_like(flows), flows.shape[1], block_rows(flows.shape[1])
+    for first, behind in ((first, min(n, first + size)) for first in range(0, n, size)):
+        weighted, near = graph(first, behind)
+        for f, one in enumerate(flows):
+            weights = near.float() if counted and f == len(flows) - 1 else weighted
+            arrived[f, first:].addmv_(weights.T, one[first:behind])
+            if behind < n:
                 arrived[f, first:behind].addmv_(weights[:, behind - first :], one[behind:])
-        return arrived
+    return arrived

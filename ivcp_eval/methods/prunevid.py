@@ -83,10 +83,10 @@ class Method(CountedClips):
         """Merging at the input; the question's choice inside."""
         if signals.stage:
             return self._inside(signals)
-        part = signals.memory["part"] = torch.zeros_like(signals.visual)  # 0 for newlines behind videos
-        selection = super().select(signals)
-        signals.memory["part"] = part[selection.keep]
-        return selection
+        # 0 for newlines behind videos, and for what a wrapper (`NAME+ivc`) keeps beside the clusters
+        signals.memory["part"] = torch.zeros_like(signals.visual)
+        signals.memory["columns"] = signals.columns
+        return super().select(signals)
 
     def choose(self, signals: Signals, clip: Clip) -> tuple[Tensor, Tensor]:
         """Clusters of still and moving tokens; notes for the second stage which part each is of."""
@@ -117,9 +117,10 @@ class Method(CountedClips):
         return *survivors(parts, chosen, len(states)), counts
 
     def _inside(self, signals: Signals) -> Selection:
-        score, part, clips = question_attention(signals), signals.memory["part"], clips_of(signals)
-        if len(part) != signals.n_visual:  # `NAME+ivc` kept others beside those noted: then all are one part
-            part = torch.zeros_like(signals.visual)
+        assert signals.columns is not None
+        score, clips = question_attention(signals), clips_of(signals)
+        known = torch.searchsorted(signals.memory["columns"], signals.columns)
+        part = signals.memory["part"][known.to(score.device)]
         chosen = [self.of_parts(score[clip.tokens], part[clip.tokens], clip.budget) for clip in clips]
         return self.selection(chosen, clips)
 

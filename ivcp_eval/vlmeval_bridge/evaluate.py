@@ -46,7 +46,7 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
     here = path.is_file()
     try:
         with contained("VLMEvalKit"):
-            dataset = stock.build(benchmark.vlmeval)
+            dataset = stock.build(benchmark.vlmeval, benchmark.frames)
     except (ValueError, DataMissing):
         raise
     except Exception as error:  # a failed download is a bare Exception there
@@ -65,7 +65,7 @@ def build(benchmark: Benchmark, limit: int | None) -> Any:
             f"{benchmark.source}"
         )
     if isinstance(dataset, CLASSES):
-        dataset.adds_videos = True  # see `messages`
+        dataset.adds_videos, dataset.frames = True, benchmark.frames  # see `messages`
     if limit is not None:
         cut = dataset.data.iloc[:limit]
         alone = without_pair(benchmark.vlmeval, {str(column): list(cut[column]) for column in cut})
@@ -103,7 +103,7 @@ def messages(dataset: Any, prompting: Prompting, start: int = 0, stop: int | Non
                 if isinstance(dataset, VideoBaseDataset):
                     message = videos.of_file(message, clips.Sampling(dataset.nframe, max(0, dataset.fps)))
                 elif isinstance(dataset, CLASSES):
-                    message = videos.shown(line, message)
+                    message = videos.shown(line, message, dataset.frames)
             key, pictures = message_key(message), image_key(message)
         except (DiskFullError, NoLocksError):
             raise

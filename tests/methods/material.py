@@ -62,6 +62,7 @@ def random_signals(
         project=lambda signal: layer[signal],
         normed=lambda: hidden / hidden.norm(dim=-1, keepdim=True),
         vision=tower,
+        columns=visual,
         cut=Cut(0, ratio),
         ids=torch.arange(n),
         stage=stage,

@@ -87,6 +87,9 @@ def test_a_system_that_the_catalogue_has_not_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(cards, "STARTED_FROM", file)
     with pytest.raises(ValueError, match=r"0 entries .* 'Nowhere'"):
         cards.started_from_table()
+    file.write_text("FastV:")
+    with pytest.raises(ValueError, match="'FastV' runs by now"):
+        cards.started_from_table()
 
 
 def test_promised_methods_exist_and_all_methods_are_listed() -> None:

@@ -21,6 +21,7 @@ from tests.methods.material import random_clips, random_signals
 from tests.methods.test_families import a_family_of
 
 CHOOSING = [n for n in method_names() if any(c.ratio < 1 for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]
+CHOOSING.remove("framefusion")  # its last step alone holds the budget: test_framefusion.py
 NAMES = [*CHOOSING, *(n + PLUS_IVC for n in CHOOSING if isinstance(make_method(n), AbstractScorer))]
 CLIPS = [n for n in CHOOSING if any(c.budget == "clip" for c in make_method(n).cuts(ModelFacts("llava", 8), 0.5))]
 

@@ -56,7 +56,9 @@ def after(signals: Signals, selection: Selection, cut: Cut) -> Signals:
     hidden = signals.hidden.clone()
     if selection.merge is not None:
         hidden[signals.visual[keep]] = selection.merge.to_dense() @ signals.hidden[signals.visual]
-    images = images_at_cut([image.span for image in signals.images], signals.visual[keep], cut.ratio, cut.budget)
+    assert signals.columns is not None
+    columns = signals.columns[keep]
+    images = images_at_cut([image.span for image in signals.images], columns, cut.ratio, cut.budget)
     text = torch.cat((torch.arange(start), torch.arange(len(alive) - len(signals.text) + start, len(alive))))
     old = signals.attention
     assert signals.query is not None
@@ -65,6 +67,7 @@ def after(signals: Signals, selection: Selection, cut: Cut) -> Signals:
         signals,
         images=images,
         visual=visual,
+        columns=columns,
         text=text,
         question=text[start:],
         hidden=hidden[alive],

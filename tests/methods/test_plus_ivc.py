@@ -173,7 +173,10 @@ def _selects(name: str) -> bool:
     on_cache = evicts or bool(method.needs & {"cached_key", "step"})
     in_tower = "group" in method.tower_signals
     return (
-        method.pixel_share(0.5) is None and not on_cache and not in_tower and name not in ("none", "again", "deployed")
+        method.pixel_share(0.5) is None
+        and not on_cache
+        and not in_tower
+        and name not in ("none", "again", "deployed", "framefusion")
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from ivcp_eval.interface import ModelFacts
 from ivcp_eval.interface.ops import apportion
 from ivcp_eval.interface.registry import make_method
-from ivcp_eval.methods.prunevid import mean_cosines, question_attention, refined, windows_of
+from ivcp_eval.methods.prunevid import Method, mean_cosines, question_attention, refined, windows_of
 from tests.methods.material import best, random_clips
 from tests.methods.test_merged_clips import every_stage, scene
 
@@ -92,7 +92,7 @@ def test_every_part_gives_its_share_in_both_stages(renumber: bool | None) -> Non
     assert int((frames == 4).sum()) == counts[0]
     # The second stage takes of each part its best.
     score = question_attention(now).tolist()
-    part = (now.memory["part"][:24] - 1).tolist()
+    part = (now.memory["part"][first.keep[:24]] - 1).tolist()
     assert [part.count(i) for i in range(5)] == counts
     assert [part[i] == 0 for i in range(24)] == (frames == 4).tolist()
     wanted: list[int] = []
@@ -101,6 +101,26 @@ def test_every_part_gives_its_share_in_both_stages(renumber: bool | None) -> Non
         wanted += [members[i] for i in best([score[token] for token in members], count)]
     assert kept == [12, 1]
     assert second.keep[:12].tolist() == sorted(wanted)
+
+
+def test_a_part_is_known_beside_tokens_that_a_wrapper_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stage of `prunevid+ivc` asks each cluster's part for its share; coordinates beside them are one."""
+    asked: list[list[int]] = []
+    of_parts = Method.of_parts
+
+    def watched(self: Method, score: torch.Tensor, part: torch.Tensor, budget: int) -> torch.Tensor:
+        asked.append(part.tolist())
+        return of_parts(self, score, part, budget)
+
+    monkeypatch.setattr(Method, "of_parts", watched)
+    signals = scene(random_clips((4, 4, 5), ratio=0.5, seed=1), noise=0.3)
+    (_, first, _), (now, _, _) = every_stage("prunevid+ivc", signals, 0.15)
+    assert asked
+    assert len(first.keep) == now.n_visual == len(asked[0])
+    noted = now.memory["part"][first.keep].tolist()
+    assert all(part == noted for part in asked)
+    assert 0 in noted, "some coordinates are no clusters"
+    assert len(set(noted)) > 2
 
 
 def test_the_released_counts_do_not_ask_for_the_ratio() -> None:

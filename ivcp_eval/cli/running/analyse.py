@@ -12,8 +12,8 @@ from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
 FLAGS = (
-    *("limit", "device", "dtype", "attention", "min_pixels", "max_pixels", "max_new_tokens", "timeout"),
-    "trust_remote_code",
+    *("limit", "device", "dtype", "attention", "min_pixels", "max_pixels", "max_new_tokens", "nframe", "fps"),
+    *("timeout", "trust_remote_code"),
 )
 READING = (
     "Differences are in points, with 95 % intervals over pictures; p_holm: permutation test over pictures (of flips, "

@@ -1,4 +1,4 @@
-"""Draw which parts of a picture a method keeps, with the answers.
+"""Draw which parts of a picture, or of the frames of a video, a method keeps, with the answers.
 
 Dropped cells are darkened, those whose tokens were merged into others are outlined in blue, boxes that the model
 answers are orange. There is one panel for the unpruned model and one for each cut of each method.
@@ -11,11 +11,14 @@ from pathlib import Path
 
 from ivcp_eval.cli import notices, say
 from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
+from ivcp_eval.runs.planning.options import Options, add_flags, given_flags
+
+_OF_VIDEOS = ("nframe", "fps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``ivcp show``."""
-    parser.add_argument("image", metavar="IMAGE", help="a picture file")
+    parser.add_argument("image", metavar="IMAGE", help="a picture file, or a video file with --nframe or --fps")
     parser.add_argument("question", metavar="QUESTION", help="what the model is asked")
     parser.add_argument("--model", default="tiny", help="short name, see `ivcp list --models` (default: %(default)s)")
     parser.add_argument("--model-path", help="local folder with the checkpoint")
@@ -23,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", default=["ivc_prune"], metavar="METHOD", help="see `ivcp list` (default: ivc_prune)"
     )
     parser.add_argument("--ratio", type=SHARE, default=0.5, help="share of visual tokens kept (default: %(default)s)")
+    add_flags(parser, _OF_VIDEOS)
     parser.add_argument("--out", type=Path, default=Path("kept.png"), help=".png or .svg file (default: %(default)s)")
     parser.add_argument(
         "--kind",
@@ -41,16 +45,22 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.interface.records.drawing import Drawing, Row, checked_path
 
     checked_path(args.out)  # before a model is loaded
+    from PIL import Image
+
+    from ivcp_eval.benchmarks import clips
     from ivcp_eval.benchmarks.boxes import FORMATS, parse_answer
     from ivcp_eval.benchmarks.pictures import decoded
     from ivcp_eval.interface import models
     from ivcp_eval.interface.records.masks import Masks
+    from ivcp_eval.interface.records.sheets import sheet_of, sheet_of_masks
     from ivcp_eval.interface.registry import default_parameters
     from ivcp_eval.interface.variants import Variant
     from ivcp_eval.runs.answering.session import Session
     from ivcp_eval.runs.planning.placement import Limits, Placement
 
-    picture = decoded(args.image)
+    sampling = Options(**given_flags(args, _OF_VIDEOS)).sampling
+    clip = clips.decode(Path(args.image), sampling) if sampling else None
+    picture = None if clip else decoded(args.image)
     weights = models.locate(args.model, args.model_path)
     published = Limits.published(weights)
     limits = Limits(published.min_pixels, published.max_pixels, min(published.max_new_tokens, args.max_new_tokens))
@@ -64,16 +74,21 @@ def run(args: argparse.Namespace) -> int:
     for variant in variants:
         session.check(variant)
     wording = session.adapter.prompt(args.kind, args.question, {}) if args.kind else None
-    parts = [{"image": picture}, {"text": wording or args.question}]
-    rows = []
+    shown = {"video": args.image, **vars(sampling)} if sampling else {"image": picture}
+    rows, steps = [], 0
     for variant in variants:
-        answer = session.answer(parts, variant, grounding=True)
+        answer = session.answer([shown, {"text": wording or args.question}], variant, grounding=clip is None)
         masks = Masks.from_text(answer.masks) if answer.masks else None
+        if masks and clip:
+            steps, masks = len(masks.images), sheet_of_masks(masks)
         kept = f"{answer.visual_kept} of {answer.visual_tokens} tokens"
         say(f"{variant.name} ({kept}): {answer.prediction!r}")
         box = parse_answer(answer.box or "", FORMATS["unit"])
         title = f"{variant.method} {variant.ratio:g}" if variant.method != "none" else "unpruned"
         rows.append(Row(f"{title}: {kept}", f"{args.question} -> {answer.prediction}", masks, box))
+    if clip:
+        frames = [Image.fromarray(frame) for frame in clip.frames]
+        picture = sheet_of(frames, clip.seconds, steps or len(frames))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Drawing(picture, rows).save(args.out)
     notices(args)(f"drawn in {args.out}")

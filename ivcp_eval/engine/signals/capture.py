@@ -11,7 +11,8 @@ from ivcp_eval.interface.names import read
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-NOT_OF_A_LAYER: frozenset[Signal] = frozenset({"vision", "cached_key", "step"})  # not signals of one decoder layer
+#: Not signals of one decoder layer.
+NOT_OF_A_LAYER: frozenset[Signal] = frozenset({"vision", "cached_key", "step", "motion"})
 
 
 def capture(

@@ -158,6 +158,7 @@ class SignalSource:
             query=states.get("query"),
             raw_value=states.get("raw_value"),
             vision=vision,
+            columns=columns[visual],
             cut=self.cut,
             ids=ids,
             stage=self.stage,

@@ -1,6 +1,6 @@
-"""How the cost of choosing grows with the image or clip: every method on made-up signals of one row, without a model.
+"""How the cost of choosing grows with the image or video: every method on made-up signals of one row, without a model.
 
-``ivcp bench selection --tokens 1024 4096 16384``. How to read the table: docs/bench.md.
+``ivcp bench selection --tokens 1024 4096 16384``, or ``--frames 8 32 128``. How to read the table: docs/bench.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,7 +37,6 @@ from ivcp_eval.interface import (
     Signals,
     TowerFacts,
 )
-from ivcp_eval.interface.ops import evenly
 from ivcp_eval.interface.registry import make_method, method_names
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.numbers import COUNT, SHARE
@@ -44,14 +44,17 @@ from ivcp_eval.runs.planning.numbers import COUNT, SHARE
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_OPERATIONS = 500  # each at most a kernel launch on a GPU, of about 5 microseconds; of a clip: for each frame
+MOST_OPERATIONS = 500  # each at most a kernel launch on a GPU, of about 5 microseconds
+MOST_OF_A_FRAME = 300  # of a video: 1.5 ms, where the prefill of its 64 tokens takes as long on a fast GPU
 MOST_OF_PREFILL = 0.05  # of the prefill's FLOPs at 7B shape
 SERVED = DecoderShape(  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
     layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944
 )
 TOWER = TowerFacts(n_blocks=24, own=22, whole=tuple(range(24)), class_token=True)
 QUESTION = 60
-FRAME = 256  # tokens of a frame, for methods that choose among the frames of a clip
+FRAME = 256  # tokens of a frame where a method chooses among the frames of a clip and no number of frames is given
+RATIO = 0.5
+SCENE = 8  # steps of a video that show the same, but for what moves
 #: Operations for each element of the largest tensor that a call reads or writes; all other calls count 1.
 PER_ELEMENT = {
     **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "pow", "reciprocal", "div"), 4),
@@ -122,29 +125,55 @@ def work_of(name: str, args: Any, out: Any) -> int:
     return elements * PER_ELEMENT.get(name, 1)
 
 
+def spans_of(n: int, frames: int) -> list[ImageSpan]:
+    """An image of ``n`` tokens, or the steps of a video with so many together; blocks of its stream move by chance."""
+    if not frames:
+        return [_span(torch.arange(n), None)]
+    drawn = np.random.default_rng(0).exponential(size=(frames, 32, 32)).astype(np.float32)
+    return [
+        _span(columns, Frame(0, i, i / 2, motion))
+        for i, (columns, motion) in enumerate(zip(torch.arange(n).chunk(frames), drawn, strict=True))
+    ]
+
+
+def _span(columns: Tensor, frame: Frame | None) -> ImageSpan:
+    side = math.isqrt(columns.numel())
+    return ImageSpan(columns, grid=(side, side) if side * side == columns.numel() else None, frame=frame)
+
+
+def _scenes(spans: Sequence[ImageSpan], width: int, generator: torch.Generator) -> Tensor:
+    """(n, width) states of a video: what half of the places show stays the same over eight steps, nearly."""
+    size = spans[0].columns.numel()
+    scenes = torch.randn(-(-len(spans) // SCENE), size, width, generator=generator)
+    spread = torch.where(torch.arange(size) < size // 2, 0.1, 0.7)[:, None]
+    noise = spread * torch.randn(len(spans), size, width, generator=generator)
+    return (scenes.repeat_interleave(SCENE, dim=0)[: len(spans)] + noise).flatten(0, 1)
+
+
 def signals_of(
     method: AbstractMethod,
     cut: Cut,
     stage: int,
-    alive: int,
-    n: int,
+    alive: Tensor,
+    spans: Sequence[ImageSpan],
     widths: Widths,
     memory: dict[str, Any],
     device: str,
 ) -> Signals:
-    """Random signals of a row with one image or clip, of whose ``n`` tokens ``alive`` are left before the cut."""
+    """Random signals of a row with one image or video, of whose tokens ``alive`` (increasing) are left."""
     generator = torch.Generator().manual_seed(stage)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    visual = torch.arange(alive, device=device)
-    text = torch.arange(alive, alive + QUESTION, device=device)
-    total = alive + QUESTION
+    visual = torch.arange(alive.numel(), device=device)
+    total = alive.numel() + QUESTION
+    text = torch.arange(alive.numel(), total, device=device)
     hidden = draw(total, widths.hidden)
+    if spans[0].frame is not None:
+        hidden[: alive.numel()] = _scenes(spans, widths.hidden, torch.Generator().manual_seed(0))[alive].to(device)
     key, query = draw(widths.groups, total, widths.head), draw(widths.heads, total, widths.head)
-    columns = evenly(n, alive)
-    images = images_at_cut(spans_of(n, of_clips(method, cut)), columns, cut.ratio, cut.budget)
+    images = images_at_cut(list(spans), alive, cut.ratio, cut.budget)
     return Signals(
         images=tuple(replace(image, tokens=image.tokens.to(device)) for image in images),
         visual=visual,
@@ -159,32 +188,14 @@ def signals_of(
         value=draw(widths.groups, total, widths.head),
         key=key,
         query=query,
-        vision=_tower(method, draw, alive, widths) if "vision" in method.needs else {},
+        vision=_tower(method, draw, alive.numel(), widths) if "vision" in method.needs else {},
+        columns=alive,
         cut=cut,
         ids=torch.arange(total),
         stage=stage,
         generator=torch.Generator().manual_seed(0),
         memory=memory,
     )
-
-
-def of_clips(method: AbstractMethod, cut: Cut) -> bool:
-    """Whether a cut is made to choose among the frames of a clip."""
-    return method.for_videos or cut.budget == "clip"
-
-
-def spans_of(n: int, clip: bool) -> list[ImageSpan]:
-    """The image of ``n`` tokens, or a clip in frames of `FRAME` tokens: square grids where they can be."""
-    parts = torch.arange(n).tensor_split(max(1, n // FRAME) if clip else 1)
-    sides = [math.isqrt(part.numel()) for part in parts]
-    return [
-        ImageSpan(
-            part,
-            grid=(side, side) if side * side == part.numel() else (1, part.numel()),
-            frame=Frame(0, index, float(index)) if clip else None,
-        )
-        for index, (part, side) in enumerate(zip(parts, sides, strict=True))
-    ]
 
 
 def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping[str, Tensor]:
@@ -197,17 +208,23 @@ def _tower(method: AbstractMethod, draw: Any, n: int, widths: Widths) -> Mapping
     }
 
 
-def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu") -> Cost | None:
-    """What a method takes to choose among ``n`` tokens; None if it chooses none (`no_row`)."""
+def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu", frames: int = 0) -> Cost | None:
+    """What a method takes to choose among ``n`` tokens, of an image or of a video; None if it chooses none (`no_row`).
+
+    Args:
+        frames: of the video; without, those of `FRAME` tokens where the method chooses among frames, else an image.
+    """
     method = make_method(name)
-    cuts = method.cuts(ModelFacts("qwen2_5_vl", SERVED.layers, position_axes=3), ratio)
-    memory: dict[str, Any] = {}
-    seconds, operations, flops, work, alive = 0.0, 0, 0, 0, n
+    cuts = _cuts(method, ratio)
+    if not frames and of_clips(method, cuts):
+        frames = max(1, n // FRAME)
+    spans, memory = spans_of(n, frames), dict[str, Any]()
+    seconds, operations, flops, work, alive = 0.0, 0, 0, 0, torch.arange(n)
     jobs: list[tuple[int, Cut, Callable[[Signals], Selection | None]]]
     jobs = [(stage, cut, method.observe) for stage, cut in enumerate(cuts) if cut.late]
     jobs += [(stage, cut, partial(_select, method, n=n, ratio=ratio)) for stage, cut in enumerate(cuts)]
     for stage, cut, ask in jobs:
-        signals = signals_of(method, cut, stage, alive, n, widths, memory, device)
+        signals = signals_of(method, cut, stage, alive, spans, widths, memory, device)
         kept = {name: copy(value) for name, value in memory.items()}  # lists of what was observed grow in place
         with _Operations() as counted, FlopCounterMode(display=False) as counter:  # counting takes time of its own
             ask(replace(signals, memory=kept))
@@ -218,9 +235,23 @@ def measure(name: str, n: int, ratio: float, widths: Widths, device: str = "cpu"
         flops += counter.get_total_flops()
         if selection is not None:
             selection.check(signals, name)
-            alive = alive if cut.evicts else selection.keep.numel()
-    frames = len(spans_of(n, any(map(partial(of_clips, method), cuts))))
-    return Cost(seconds, operations, flops, work, frames) if any(cut.ratio < 1 for cut in cuts) else None
+            alive = alive if cut.evicts else alive[selection.keep.sort().values.cpu()]
+    return Cost(seconds, operations, flops, work, len(spans)) if any(cut.ratio < 1 for cut in cuts) else None
+
+
+def _cuts(method: AbstractMethod, ratio: float) -> tuple[Cut, ...]:
+    return method.cuts(ModelFacts("qwen2_5_vl", SERVED.layers, position_axes=3), ratio)
+
+
+def of_clips(method: AbstractMethod, cuts: Sequence[Cut]) -> bool:
+    """Whether a method is made to choose among the frames of a clip; on pictures it is like others."""
+    return method.for_videos or any(cut.budget == "clip" for cut in cuts)
+
+
+def of_videos() -> list[str]:
+    """The registered methods of clips."""
+    made = {name: make_method(name) for name in method_names()}
+    return [name for name, one in made.items() if of_clips(one, _cuts(one, RATIO))]
 
 
 def no_row(method: AbstractMethod, name: str) -> str:
@@ -261,18 +292,22 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def row(name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths) -> dict[str, Any]:
-    """Columns as in docs/bench.md."""
+def row(
+    name: str, tokens: Sequence[int], costs: Sequence[Cost], widths: Widths, frames: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Columns as in docs/bench.md; ``frames``: of the videos that have so many tokens."""
     last = costs[-1]
     served = SERVED.prefill_flops([tokens[-1]] * SERVED.layers)
     columns: dict[str, Any] = {"method": name}
-    columns |= {f"{n} ms": 1e3 * cost.seconds for n, cost in zip(tokens, costs, strict=True)}
+    sizes = [f"{count} frames" for count in frames] or tokens
+    columns |= {f"{size} ms": 1e3 * cost.seconds for size, cost in zip(sizes, costs, strict=True)}
     if len(tokens) > 1:
         growth = math.log(max(last.seconds, 1e-6) / max(costs[-2].seconds, 1e-6))
         columns["slope"] = growth / math.log(tokens[-1] / tokens[-2])
     columns |= {"frames": last.frames, "operations": last.operations}
     columns["of prefill"] = (last.flops + last.work) * SERVED.hidden / widths.hidden / served
-    columns["met"] = last.operations <= MOST_OPERATIONS * last.frames and columns["of prefill"] <= MOST_OF_PREFILL
+    most = max(MOST_OPERATIONS, MOST_OF_A_FRAME * (last.frames if last.frames > 1 else 0))
+    columns["met"] = last.operations <= most and columns["of prefill"] <= MOST_OF_PREFILL
     return columns
 
 
@@ -282,7 +317,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens", type=COUNT, nargs="+", default=[1024, 4096, 16384], help="visual tokens of the image"
     )
-    parser.add_argument("--ratio", type=SHARE, default=0.5, help="retention ratio (default: 0.5)")
+    parser.add_argument("--frames", type=COUNT, nargs="+", help="of a video in place of an image, with --per-frame "
+        "tokens each; its methods are those of videos by default")  # fmt: skip
+    parser.add_argument("--per-frame", type=COUNT, default=64, help="tokens of a frame, a square (default: 64)")
+    parser.add_argument("--ratio", type=SHARE, default=RATIO, help="retention ratio (default: 0.5)")
     parser.add_argument("--hidden", type=COUNT, default=512, help="width of states and features (default: 512)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -297,21 +335,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tabulate import tabulate
 
     options = parser().parse_args(argv)
-    if min(options.tokens) < 4:
-        raise ValueError(f"--tokens must be at least 4, got {min(options.tokens)}")
-    tokens, widths = sorted(set(options.tokens)), Widths(options.hidden)
+    if (least := min(*options.tokens, options.per_frame)) < 4:
+        raise ValueError(f"--tokens and --per-frame must be at least 4, got {least}")
+    frames, widths = sorted(set(options.frames or ())), Widths(options.hidden)
+    tokens = [options.per_frame * count for count in frames] or sorted(set(options.tokens))
+    sizes = list(zip(tokens, frames or [0] * len(tokens), strict=True))
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     reasons: list[str] = []
     try:
-        for name in options.methods or method_names():
-            warm = measure(name, min(tokens[0], FRAME), options.ratio, widths, options.device)  # first calls cost more
-            if warm is None:
+        for name in options.methods or (of_videos() if frames else method_names()):
+            n, count = sizes[0]
+            warm = measure(name, n if frames else min(n, FRAME), options.ratio, widths, options.device, count)
+            if warm is None:  # also because first calls cost more
                 reasons.append(f"no row of {name}: {no_row(make_method(name), name)}")
                 continue
-            costs = [measure(name, n, options.ratio, widths, options.device) for n in tokens]
-            rows.append(row(name, tokens, [cost for cost in costs if cost is not None], widths))
+            costs = [measure(name, n, options.ratio, widths, options.device, count) for n, count in sizes]
+            rows.append(row(name, tokens, [cost for cost in costs if cost is not None], widths, frames))
     finally:
         torch.set_num_threads(threads)
     sys.stdout.write("\n".join([tabulate(rows, headers="keys", floatfmt=".3g"), *reasons, ""]))

@@ -125,9 +125,9 @@ def search(
         )
         alive, score = torch.cat((parents, children)), torch.cat((of_parents, fitness(children)))
         curve.append(float(score.min()))
-    best = int(score.argmin())
-    share = float(covered(alive[best][None], numbered)) / possible
-    return Found(alive[best], known[alive[best].numpy().tobytes()], share, tuple(curve), len(known))
+    winner = alive[int(score.argmin())]
+    share = float(covered(winner[None], numbered)) / possible
+    return Found(winner, known[winner.numpy().tobytes()], share, tuple(curve), len(known))
 
 
 def covered(subsets: Tensor, numbered: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ivcp_eval.lab.training.frozen import Frozen
 from ivcp_eval.lab.training.part import default_config
 from ivcp_eval.lab.training.parts.vispco import EveryLayer, Part, Planner
 from ivcp_eval.methods._trained import network
+from ivcp_eval.runs.planning.numbers import COUNT
 from ivcp_eval.runs.planning.placement import Placement
 
 
@@ -117,7 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="short name (default: %(default)s)")
     parser.add_argument("--weights", type=Path, required=True, help="what `ivcp lab train vispco` wrote")
     parser.add_argument("--tuned", type=Path, required=True, help="CSV of `ivcp tune --methods fastv --budget flops=B`")
-    parser.add_argument("--prompts", type=int, default=8, help="validation prompts to plan for (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", type=COUNT, default=8, help="validation prompts to plan for (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="CSV to write")
     args = parser.parse_args(arguments)
     config = yaml.safe_load(default_config("vispco").read_text(encoding="utf-8"))

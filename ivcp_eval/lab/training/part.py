@@ -14,6 +14,7 @@ from ivcp_eval.interface.registry import module_names, unknown
 from ivcp_eval.lab.training.examples import Examples
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
 
+PARTS = "ivcp_eval.lab.training.parts"
 Loss = tuple[Tensor, dict[str, float]]
 """What is made small, and further figures for the curve."""
 
@@ -23,7 +24,7 @@ class Part(ABC):
 
     Args:
         frozen: the model, which stays as it is.
-        options: section ``part`` of the configuration; configs/NAME.yaml holds every default.
+        options: section ``part`` of the configuration; the file beside the part's holds every default.
         example: any, to learn from how wide the states are that a network reads.
 
     Attributes:
@@ -46,7 +47,7 @@ class Part(ABC):
 
 def part_names() -> tuple[str, ...]:
     """Every part, by its file."""
-    return module_names("ivcp_eval.lab.training.parts")
+    return module_names(PARTS)
 
 
 def part_class(name: str) -> type[Part]:
@@ -55,10 +56,10 @@ def part_class(name: str) -> type[Part]:
 
     if name not in part_names():
         raise unknown("trained part", name, part_names())
-    cls: type[Part] = import_module(f"ivcp_eval.lab.training.parts.{name}").Part
+    cls: type[Part] = import_module(f"{PARTS}.{name}").Part
     return cls
 
 
 def default_config(name: str) -> Path:
     """The shipped configuration of a part."""
-    return Path(__file__).parent / "configs" / f"{name}.yaml"
+    return Path(__file__).parent / "parts" / f"{name}.yaml"

@@ -169,7 +169,8 @@ class Shown:
     """What one variant made of a picture.
 
     Attributes:
-        tokens: of the picture. grid: (rows, columns) of the cells; None where it is not known how tokens lie.
+        tokens: of the picture, or of a video whose steps stand side by side in it. grid: (rows, columns) of the cells;
+            None where it is not known how tokens lie.
         covers: part of the picture that the grid spans.
     """
 

@@ -17,6 +17,7 @@ from ivcp_eval.benchmarks import agreement
 from ivcp_eval.benchmarks.boxes import FORMATS, parse_answer
 from ivcp_eval.interface.method import WHOLE, Rectangle
 from ivcp_eval.interface.records.masks import Masks
+from ivcp_eval.interface.records.sheets import sheet_of_masks
 from ivcp_eval.reports.comparison import ComparedRow
 from ivcp_eval.reports.html.model import AXES, Ability, Cut, Flip, FlipCount, FlipKind, Picture, Position, Shown
 from ivcp_eval.reports.html.questions import Question, Questions, jpeg
@@ -285,7 +286,9 @@ class _Details:
             name = pair.compared.benchmark
             if name not in self.questions:
                 indices = {index for (_, benchmark, _), index in chosen if benchmark == name}
-                self.questions[name] = Questions.read(name, pair.baseline["benchmark_sha256"] or "", indices)
+                self.questions[name] = Questions.read(
+                    name, pair.baseline["benchmark_sha256"] or "", indices, pair.row["video"] or ""
+                )
                 if self.questions[name].missing:
                     self.unread.append(f"questions and pictures of {name}: {self.questions[name].missing}")
 
@@ -321,11 +324,12 @@ class _Details:
         own = sorted(own[: _MOST_VARIANTS - 1])
         agreed = self.pairs[own[0]].compared.metric in agreement.METRICS
         missing, content, size = self.questions[benchmark].missing or "the file names no picture", b"", (0, 0)
-        if question.picture:
+        steps = max((_steps(self.samples[n][index]) for n in own), default=0)
+        if (question.video and steps) or question.picture:
             try:
-                content, size = jpeg(question.picture)
+                content, size = jpeg(question.sheet(steps) if question.video and steps else question.picture)
                 missing = ""
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 missing = str(error)
         return Picture(
             name=name,
@@ -348,6 +352,12 @@ class _Details:
         return self.questions[benchmark].by_index.get(index, Question("", None, ""))
 
 
+def _steps(sample: Sample) -> int:
+    """Of the first video that a sample shows; 0 if that is not known."""
+    masks = _masks(sample) if sample["masks"] else None
+    return sum(1 for image in masks.images if image.frame and image.frame.clip == 0) if masks else 0
+
+
 def _shown(variant: str, sample: Sample) -> Shown:
     box: Rectangle | None = parse_answer(sample["box"], FORMATS["unit"])
     shown = Shown(
@@ -360,6 +370,7 @@ def _shown(variant: str, sample: Sample) -> Shown:
     masks = _masks(sample) if sample["masks"] else None
     if masks is None or not masks.images:
         return shown
+    masks = sheet_of_masks(masks)
     shown = replace(shown, tokens=masks.images[0].n_tokens)
     cuts = [Cut(cut.layer, masks.kept(0, number), (), ()) for number, cut in enumerate(masks.cuts)]
     if not masks.images[0].views:

@@ -121,7 +121,7 @@ def _are_failures(value: Any) -> bool:
 
 def _folder(cell: Cell) -> Path:
     identity = cell.identity
-    content = json.dumps([identity.data, identity.prompt, identity.versions["vlmeval"]])
+    content = json.dumps([identity.data, identity.prompt, identity.versions["vlmeval"], identity.video])
     return (
         cell.folder.parent / "prompts" / f"{identity.variant.model}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     )

@@ -145,7 +145,7 @@ class Session:
 
     def _generate(self, parts: Parts, variant: Variant) -> _Generated:
         with self._time(1) as check:
-            conversation, whole = _decoded(parts), None
+            conversation, whole = _decoded(parts, [variant]), None
             share = make_method(variant.method, variant.parameters).pixel_share(variant.ratio)
             if share is not None:
                 if any("video" in part for part in conversation):
@@ -205,7 +205,7 @@ class Session:
     def _together(
         self, conversations: Sequence[Parts], variants: Sequence[Variant], grounding: bool, exact: bool
     ) -> list[list[Answer]]:
-        decoded = [_decoded(parts) for parts in conversations]
+        decoded = [_decoded(parts, variants) for parts in conversations]
         layouts = [dict(self.adapter.layout(self.processor, [conversation])) for conversation in decoded]
         frames = [layout.pop("frames", None) for layout in layouts]
         if any(layout != layouts[0] for layout in layouts):
@@ -226,7 +226,7 @@ class Session:
         self, parts: Parts, variants: Sequence[Variant | Ready], grounding: bool = False
     ) -> list[tuple[Answer, Run]]:
         """`answer_all` that also says which tokens survived; variants that change the picture are refused."""
-        conversation = _decoded(parts)
+        conversation = _decoded(parts, variants)
         (pairs,) = self._forked(
             [conversation], self.adapter.layout(self.processor, [conversation]), variants, grounding, False
         )
@@ -345,13 +345,16 @@ def _on_its_own(variant: Variant) -> bool:
     return method.repeats_baseline or method.pixel_share(variant.ratio) is not None
 
 
-def _decoded(parts: Parts) -> list[Mapping[str, Any]]:
-    return [_shown(part) for part in parts]
+def _decoded(parts: Parts, variants: Sequence[Variant | Ready] = ()) -> list[Mapping[str, Any]]:
+    """What is shown, and of videos how they move where one of the variants asks for it."""
+    methods = (v.method if isinstance(v, Ready) else make_method(v.method, v.parameters) for v in variants)
+    moving = any("video" in part for part in parts) and any("motion" in method.needs for method in methods)
+    return [_shown(part, moving) for part in parts]
 
 
-def _shown(part: Mapping[str, Any]) -> Mapping[str, Any]:
+def _shown(part: Mapping[str, Any], moving: bool) -> Mapping[str, Any]:
     if "video" in part:
-        return clips.opened(part)
+        return clips.opened(part, moving)
     return {"image": decoded(part["image"])} if "image" in part else part
 
 

@@ -39,9 +39,9 @@ _DISTRIBUTIONS = {
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Installed versions of what takes part in a prediction; "missing" if it is not installed."""
-    return {name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()}
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of what takes part in a prediction, ``more`` included; "missing" if it is not installed."""
+    return {name: _version(package) for name, package in {**_DISTRIBUTIONS, **{m: m for m in more}}.items()}
 
 
 def _version(distribution: str) -> str:

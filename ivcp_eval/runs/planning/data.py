@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,6 @@ def find(name: str) -> Benchmark:
 def path_of(benchmark: Benchmark) -> Path:
     """Where the file is or belongs: beside its data file, or in VLMEvalKit's data root."""
     return benchmark.path or data_root() / f"{benchmark.vlmeval}.tsv"
-
-
-def video_folder(benchmark: Benchmark) -> Path:
-    """Where the video files of a set of VLMEvalKit's lie."""
-    return data_root() / "videos" / benchmark.vlmeval
 
 
 def digest(benchmark: Benchmark) -> str:
@@ -60,12 +54,7 @@ def digest(benchmark: Benchmark) -> str:
                 else "Restore it (git checkout), or correct sha256 if the change is meant."
             )
         )
-    if benchmark.sampling in ("", "rows"):  # of a user's own video files the table has the frames' digests
-        return digest
-    both, folder = hashlib.sha256(digest.encode()), video_folder(benchmark)
-    for video in sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"):
-        both.update(f" {video.relative_to(folder)} {remembered(video, 'sha256', file_digest, str)}".encode())
-    return both.hexdigest()
+    return benchmarks.content_digest(benchmark, path)
 
 
 def rows(benchmark: Benchmark, limit: int | None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ivcp_eval.benchmarks.clips import Sampling
 from ivcp_eval.interface.variants import ATTENTIONS, DTYPES, parameter
 from ivcp_eval.runs.planning.numbers import INDEX, Number
 from ivcp_eval.vlmeval_bridge.judge.config import check_options
@@ -46,6 +47,8 @@ class Options:
     min_pixels: int | None = _option(None, int, "default: the family's published limit", metavar="N")
     max_pixels: int | None = _option(None, int, "default: the family's published limit", metavar="N")
     max_new_tokens: int | None = _option(None, int, "default: the family's published limit", metavar="N")
+    nframe: int | None = _option(None, int, "frames of every video (default: what its benchmark says)", metavar="N")
+    fps: float | None = _option(None, float, "frames of every second of video, in place of --nframe", metavar="N")
     batch: int | None = _option(
         None, int, "samples of about equal length answered together (default: as many as fit, at most 4 on a CPU)"
     )
@@ -71,6 +74,15 @@ class Options:
                 check(field.name, getattr(self, field.name))
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.nframe and self.fps:
+            raise ValueError(
+                f"fps {self.fps} and nframe {self.nframe} both say which frames are shown; give one of them"
+            )
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """Which frames of videos were asked for; None: what their benchmarks say."""
+        return Sampling(self.nframe or 0, self.fps or 0.0) if self.nframe or self.fps else None
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}

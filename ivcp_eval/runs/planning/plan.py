@@ -214,10 +214,14 @@ def _model_plan(
     missing: list[str] = []
     for name in spec.benchmarks(model):
         fetch(name)
-        benchmark = data.find(name)
+        declared = data.find(name)
+        sampling = spec.options.sampling if declared.sampling else None
+        benchmark = dataclasses.replace(declared, sampling=str(sampling)) if sampling else declared
         try:
             digest = data.digest(benchmark)
-            video = f"{benchmark.sampling}, {clips.decoder()}" if benchmark.sampling else ""
+            video = "" if benchmark.sampling == "frames" else benchmark.sampling
+            if declared.sampling not in ("", "frames"):
+                video += f", {clips.decoder()}"
             data.rows(benchmark, spec.options.limit)  # a file that cannot be read is said now
             for line in notices(benchmark, data.path_of(benchmark), spec.options.limit):
                 if line not in plan.notices:
@@ -293,6 +297,8 @@ class _Identities:
             placement = dict.fromkeys(placement, "")
             limits, sent = Limits(None, None, limits.max_new_tokens), fields_sent(server, limits.max_new_tokens)
         answering = variant.method, self.weights.family
+        # Frames that are pictures are encoded for the method that asks how they move.
+        coded = ["av"] if "motion" in method.needs and self.benchmark.sampling else []
         code = code_of(*answering) if server is None else code_of(*answering, served=True)
         identity = Identity(
             variant=variant,
@@ -306,7 +312,7 @@ class _Identities:
             judge=judge_name(options, self.benchmark),
             limits=dataclasses.asdict(limits),
             placement=placement,
-            versions=cells.versions(),
+            versions=cells.versions(*coded),
             code=code.hash,
             method_source=method_source(variant.method),
             generation=sent,

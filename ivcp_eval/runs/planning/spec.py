@@ -14,12 +14,12 @@
       - {method: ivc_prune, benchmark: MME}
     judge: gpt-4o                           # and every other option of `options.py`
 
-The unpruned baseline of every model and benchmark is always part. So are the controls (random, uniform, ...) at every
-ratio or budget at which a model's other methods meet a benchmark, unless the file lists them itself or chooses some by
-``controls: [random]`` or none by ``controls: []``. ``controls: [again]`` answers the baseline a second time, each
-sample alone: what differs then is the noise floor of every comparison. A control's own parameters are written as a
-method's, ``controls: [again, {method: again, parameters: {attention: eager, dtype: [bfloat16, float16]}}]``: the
-baseline a second time with another kernel, and in other data types.
+The unpruned baseline of every model and benchmark is always part. So are the controls (random, uniform, ...; of videos
+also fewer_frames and the like) at every ratio or budget at which a model's other methods meet a benchmark, unless the
+file lists them itself or chooses some by ``controls: [random]`` or none by ``controls: []``. ``controls: [again]``
+answers the baseline a second time, each sample alone: what differs then is the noise floor of every comparison. A
+control's own parameters are written as a method's, ``controls: [again, {method: again, parameters: {attention: eager,
+dtype: [bfloat16, float16]}}]``: the baseline a second time with another kernel, and in other data types.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivcp_eval import benchmarks, files, vlmeval_bridge
-from ivcp_eval.interface import models
+from ivcp_eval.interface import AbstractMethod, models
 from ivcp_eval.interface.marked import Marked, Place, SpecError
 from ivcp_eval.interface.registry import absolute, make_method, method_names, name_of, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Server, Variant
@@ -145,6 +145,8 @@ def _checked(marked: Marked, name: str) -> Spec:
         cells[_key(variant, benchmark)] = variant, benchmark
     left = _without(marked, list(cells.values()), raw.get("exclude") or [])
     options = _options(marked, raw)
+    if options.sampling:
+        _of_videos(marked, "nframe" if options.nframe else "fps", benchmarks_of_all)
     raw = {**raw, "methods": [{**entry, "method": absolute(entry["method"])} for entry in entries]}
     return Spec(_name(marked, raw, name), models, tuple(left), options, raw, _kind(marked, raw))
 
@@ -175,8 +177,23 @@ def _options(marked: Marked, raw: Mapping[str, Any]) -> Options:
             raise marked.error((key,), str(error)) from None
     try:
         return Options(**given)
-    except ValueError as error:  # two that do not go together
-        raise marked.error(("min_pixels",), str(error)) from None
+    except ValueError as error:  # two that do not go together; it begins with one of them
+        raise marked.error((str(error).split()[0],), str(error)) from None
+
+
+def _of_videos(marked: Marked, key: str, names: list[str]) -> None:
+    """Raise SpecError unless all benchmarks show videos, of which frames can be chosen."""
+    others = [name for name in names if not _shows_videos(name)]
+    if others:
+        raise marked.error(
+            (key,), f"{key} says which frames of videos are shown, and {', '.join(others)} shows none; leave {key} "
+            "away, or these benchmarks to a run of their own"
+        )  # fmt: skip
+
+
+def _shows_videos(benchmark: str) -> bool:
+    """Whether it is declared to."""
+    return benchmark in benchmarks.names() and bool(benchmarks.load(benchmark).sampling)
 
 
 def _key(variant: Variant, benchmark: str) -> tuple[str, str]:
@@ -295,8 +312,9 @@ def _controls(
     """What every other method is to be compared with, wherever one is measured."""
     chosen, known = raw.get("controls"), control_names()
     controls = {name: make_method(name) for name in known}
-    usual = [name for name, control in controls.items() if not (control.repeats_baseline or control.for_videos)]
+    usual = [name for name, control in controls.items() if not control.repeats_baseline]
     entries = usual if chosen is None else chosen
+    of_videos = {name: _shows_videos(name) for name in {benchmark for _, benchmark in listed}}
     for i, entry in enumerate(
         marked.listed(("controls",), entries, str | dict, "a control or its {method, parameters}")
     ):
@@ -309,12 +327,22 @@ def _controls(
             continue
         for parameters in _grid(marked, place, entry, len(listed)):
             made = make_method(method, parameters)
-            for variant, name in listed:
+            fitting = [cell for cell in listed if _fits(made, of_videos[cell[1]])]
+            if listed and not fitting and chosen is not None:
+                what = "pictures" if made.for_videos else "videos"
+                raise marked.error(place, f"control {method!r} fits no benchmark of this sweep: all show {what}")
+            for variant, name in fitting:
                 if made.repeats_baseline:
                     yield Variant(variant.model, method, parameters=parameters), name
                     continue
                 for seed in made.sweep_seeds:
                     yield replace(variant, method=method, parameters=parameters, seed=seed), name
+
+
+def _fits(control: AbstractMethod, of_videos: bool) -> bool:
+    """Whether a control says something of a benchmark: those of videos repeat others on pictures, and a video cannot be
+    shrunk as a picture is (`fewer_frames` is its counterpart)."""
+    return control.pixel_share(0.5) is None if of_videos else not control.for_videos
 
 
 def _budget(

@@ -584,6 +584,7 @@ def _check_table(path: Path, part: Path, lines: Sequence[_Line]) -> None:
 def _data_file(source: str, lines: Sequence[_Line], kind: str, digest: str) -> str:
     """The data file, every value as JSON, which is YAML that nothing is read into."""
     answered, of_files = bool(lines[0].answers), bool(lines[0].video)
+    sampling = "rows" if of_files else "frames" if any(line.seconds for line in lines) else ""
     what = "videos" if of_files else "pictures"
     metrics, samples = _METRICS[kind]
     if not answered:
@@ -592,7 +593,7 @@ def _data_file(source: str, lines: Sequence[_Line], kind: str, digest: str) -> s
     values: dict[str, Any] = {
         "title": f"own {what}{'' if answered else '; agreement with the unpruned model'}",
         "kind": kind,
-        **({"sampling": "rows"} if of_files else {}),
+        **({"sampling": sampling} if sampling else {}),
         "sha256": digest,
         "n_samples": len(lines),
         "reference": "answers" if answered else "baseline",

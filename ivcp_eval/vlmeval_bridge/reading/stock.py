@@ -23,8 +23,11 @@ from ivcp_eval.vlmeval_bridge.reading import tsv
 from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
 
 
-def build(name: str) -> Any:
+def build(name: str, sampling: Sampling | None = None) -> Any:
     """The data set object of a VLMEvalKit name or of a TSV in its data root; None if there is neither.
+
+    Args:
+        sampling: which frames of its video files are shown, where it is declared.
 
     Raises:
         DataMissing: not here, and no download possible. tsv.WrongChecksum, tsv.BadTable: a file that is not used.
@@ -34,7 +37,7 @@ def build(name: str) -> Any:
     if cls is None:
         cls = _custom(path) if path.is_file() else None
         return None if cls is None else type(cls.__name__, (_OwnFile, cls), {})(dataset=name)
-    if issubclass(cls, VideoBaseDataset) and (sampling := _sampling(name)) is not None:
+    if issubclass(cls, VideoBaseDataset) and sampling is not None:
         made = type(cls.__name__, (_StockVideos, cls), {})(dataset=name, nframe=sampling.nframe, fps=sampling.fps or -1)
         made.data = _table(path, expected_md5(name)).assign(index=made.data["index"].to_numpy())
         return made
@@ -68,12 +71,9 @@ class _StockVideos:
         tsv.read(path, expected_md5(dataset_name))
         return {"root": str(videos), "data_file": str(path)}
 
-
-def _sampling(name: str) -> Sampling | None:
-    """How a declared benchmark samples its video files."""
-    declared = (benchmarks.load(known) for known in benchmarks.names())
-    words = next((benchmark.sampling for benchmark in declared if benchmark.vlmeval == name), "")
-    return Sampling.of(words) if words else None
+    def save_video_frames(self, *_: Any, **__: Any) -> tuple[list[str], list[int], dict[str, float]]:
+        """None, and a rate that goes with subtitles: LongVideoBench decodes here, for models that take files too."""
+        return [], [], {"fps": 1.0}
 
 
 class _StockFile(Unpacking):

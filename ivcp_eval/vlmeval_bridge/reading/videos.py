@@ -17,8 +17,11 @@ from ivcp_eval.files import file_digest, remembered
 Message = list[dict[str, Any]]
 
 
-def shown(line: Mapping[str, Any], message: Message) -> Message:
+def shown(line: Mapping[str, Any], message: Message, sampling: clips.Sampling | None = None) -> Message:
     """The message of a row with its pictures as the frames of a video, or with its video file; others as they are.
+
+    Args:
+        sampling: which frames are shown, in place of what the row says.
 
     Raises:
         ValueError: what the row says of its video cannot be read.
@@ -28,8 +31,13 @@ def shown(line: Mapping[str, Any], message: Message) -> Message:
         frames = [part["value"] for part in message if part["type"] == "image"]
         at = times(seconds)
         clips.check_times(len(frames), at)
+        if sampling:
+            places = sampling.places([moment - at[0] for moment in at])
+            frames, at = [frames[place] for place in places], [at[place] for place in places]
         return [{"type": "video", "value": frames, "seconds": at}, *texts]
     if path := _cell(line, "video"):
+        if sampling:
+            return of_file([{"type": "video", "value": path}, *texts], sampling)
         part: dict[str, Any] = {"type": "video", "value": path}
         for name, kind in (("nframe", int), ("fps", float), ("frames_sha256", str)):
             if cell := _cell(line, name):

@@ -18,6 +18,7 @@ from ivcp_eval.interface import WHOLE, View
 from ivcp_eval.interface.records.drawing import DARK, Drawing, Row
 from ivcp_eval.interface.records.masks import CutMask, ImageCells, Masks
 from tests.engine import tiny_models
+from tests.videos import video
 
 SVG = "{http://www.w3.org/2000/svg}"
 WHITE = Image.new("RGB", (336, 336), "white")
@@ -177,6 +178,30 @@ def test_no_text_is_more_than_text() -> None:
     assert '<script>alert("1")</script>' in "".join(node.text or "" for node in tree.iter(f"{SVG}text"))
     assert panels(svg)[0]["box"] == 1
     assert Drawing(WHITE, [Row(HOSTILE, "文字\n" * 400)]).raster().height < 900, "long answers are cut short"
+
+
+def test_a_video_is_drawn_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of six frames three steps, as one picture of two by two."""
+    video(tmp_path / "a.mp4", [i / 10 for i in range(6)], size=(112, 112))
+    out = tmp_path / "kept.svg"
+    command = [
+        "show",
+        str(tmp_path / "a.mp4"),
+        "What?",
+        "--nframe",
+        "6",
+        "--methods",
+        "evs",
+        "codecsight",
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--ratio", "0.5", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    found = re.findall(r"\((\d+) of (\d+) tokens\)", capsys.readouterr().out)
+    plain, *pruned = panels(out.read_text(encoding="utf-8"))
+    assert plain["dropped"] == 0
+    assert [int(n) - int(kept) for kept, n in found[1:]] == [panel["dropped"] for panel in pruned]
+    assert all(panel["dropped"] for panel in pruned)
 
 
 def test_bad_requests_are_refused_before_a_model_is_loaded(

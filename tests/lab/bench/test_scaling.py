@@ -11,7 +11,18 @@ from torch import Tensor
 
 from ivcp_eval.cli import main
 from ivcp_eval.interface import Signals, registry
-from ivcp_eval.lab.bench.scaling import MOST_OPERATIONS, Cost, Widths, measure, no_row, row, spans_of, work_of
+from ivcp_eval.lab.bench.scaling import (
+    MOST_OF_A_FRAME,
+    MOST_OPERATIONS,
+    Cost,
+    Widths,
+    measure,
+    no_row,
+    of_videos,
+    row,
+    spans_of,
+    work_of,
+)
 
 SMALL = Widths(hidden=32, heads=4, groups=2, head=8)
 COSTLY = dict.fromkeys(
@@ -37,7 +48,9 @@ def test_every_method_stays_below_the_targets(name: str) -> None:
     assert name not in WITHOUT
     assert row(name, [1024], [cost], SMALL)["met"] == (name not in COSTLY)
     if name not in COSTLY:
-        assert 0 < cost.operations <= MOST_OPERATIONS * cost.frames, "one step per token is one launch per token"
+        assert 0 < cost.operations <= max(MOST_OPERATIONS, MOST_OF_A_FRAME * cost.frames), (
+            "one step per token is one launch per token"
+        )
     assert cost.frames == (4 if is_of_videos(name) else 1)
 
 
@@ -80,11 +93,10 @@ def test_other_work_is_counted_by_the_element() -> None:
 
 
 def test_clips_are_frames_of_a_video() -> None:
-    spans = spans_of(1024, clip=True)
+    spans = spans_of(1024, 4)
     assert [(span.columns.tolist()[0], span.grid) for span in spans] == [(n, (16, 16)) for n in (0, 256, 512, 768)]
     assert [span.frame.index for span in spans if span.frame] == [0, 1, 2, 3]
-    assert [(span.grid, span.frame) for span in spans_of(1024, clip=False)] == [((32, 32), None)]
-    assert spans_of(60, clip=True)[0].grid == (1, 60)
+    assert [(span.grid, span.frame) for span in spans_of(1024, 0)] == [((32, 32), None)]
 
 
 def test_slope_is_that_of_the_last_two_sizes() -> None:
@@ -108,3 +120,17 @@ def test_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "no row of none: the unpruned model" in shown
     with pytest.raises(ValueError, match="did you mean 'fastv'"):
         measure("fastw", 64, 0.5, SMALL)
+
+
+def test_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method that sees a clip as one, on 2 and 8 frames; budgets hold for the clip (`Selection.check`)."""
+    names, out = of_videos(), tmp_path / "made.csv"
+    assert {"evs", "fastvid", "prunevid", "fewer_frames", "codecsight"} <= set(names)
+    options = ["--frames", "8", "2", "--per-frame", "16", "--hidden", "16", "--out", str(out)]
+    assert main(["bench", "selection", *options]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert [one["method"] for one in rows] == names
+    assert list(rows[0])[:4] == ["method", "2 frames ms", "8 frames ms", "slope"]
+    assert all(int(one["operations"]) > 0 for one in rows)
+    assert main(["bench", "selection", "--frames", "2", "--per-frame", "2"]) == 2
+    assert "--per-frame must be at least 4, got 2" in capsys.readouterr().err

@@ -16,7 +16,9 @@ def outputs(case: Case) -> dict[str, Tensor]:
     features, kinds, frames, places = [], [], [], []
     for first, length in case["segments"].tolist():
         inside = states[first : first + length]
-        apart, ends = method.across(inside, [method._stay(len(later)) for later in inside[1:]])
+        stay = [method._stay(len(later)) for later in inside[1:]]
+        apart, ends = method.across([later[None] for later in inside], stay)
+        apart, ends = [own[0] for own in apart], ends[0]
         rows = [(0, first, torch.arange(len(inside[0])), inside[0])]
         rows += [(1, first + j, own, inside[j][own]) for j, own in enumerate(apart, 1)]
         rows += [(2, first, rows[0][2], ends @ torch.cat(inside))] if length > 1 else []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import clips
 from ivcp_eval.interface import Frame
 from ivcp_eval.interface.records.masks import Masks
+from ivcp_eval.reports.html.collect import collect
 from ivcp_eval.reports.table import Row, read_samples
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.vlmeval_bridge.reading import own as own_data
+from tests.benchmarks.test_motion import encoded
+from tests.benchmarks.test_motion import pictures as moving_square
 from tests.runs.conftest import Lab
 from tests.videos import sound, video
 
@@ -60,6 +65,33 @@ def test_the_shipped_clips_run_and_continue(lab: Lab, monkeypatch: pytest.Monkey
         masks = Masks.from_text(sample["masks"])
         assert [image.frame for image in masks.images] == [Frame(0, i, i / 2) for i in range(8)]
         assert sum(masks.kept(i) for i in range(8)) == 64
+
+
+def test_the_frames_of_a_run_may_be_chosen(lab: Lab, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of pictures in a table and of files; a cell of its own for each choice, and for each file that they are of."""
+    one = (*EVS, "--limit", "1")
+    seen = []
+    for data, asked, said in (
+        ("tiny_clips", ("--nframe", "4"), "nframe=4"),
+        ("tiny_clips", ("--fps", "0.25"), "fps=0.25"),
+        (str(own), ("--fps", "2"), f"fps=2.0, {clips.decoder()}"),
+    ):
+        assert lab.eval("--data", data, *asked, *one) == 0
+        row = rows_of(lab, Path(data).stem)["evs"]
+        assert (row["video"], row["n_failed"]) == (said, 0)
+        samples = read_samples(lab.csv.parent / str(row["predictions"]))
+        seen.append([image.frame for image in Masks.from_text(samples[0]["masks"]).images])
+    assert seen == [
+        [Frame(0, 0, 0.75), Frame(0, 1, 2.25)],
+        [Frame(0, 0, 0.0)],
+        [Frame(0, 0, 0.0), Frame(0, 1, 1.0)],
+    ]
+    video(own.parent / "b.mkv", [0.0, 0.5], size=(112, 84), codec="ffv1")
+    before = row["run_id"]
+    assert lab.eval("--data", "mine", "--fps", "2", *one) == 0
+    assert rows_of(lab, "mine")["evs"]["run_id"] != before, "the frames of the file are asked for, so it counts"
+    assert lab.eval("--data", "tiny_short", "--nframe", "4", *one) == 2
+    assert "tiny_short shows none" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -107,6 +139,64 @@ def test_own_videos_become_rows(lab: Lab, own: Path) -> None:
     own.write_text(own.read_text().replace('"nframe": 4', '"nframe": 2'))
     assert lab.eval(*command) == 0
     assert rows_of(lab, "mine")["evs"]["run_id"] != before
+
+
+@pytest.mark.parametrize("asked", [(), ("--nframe", "5")])
+@pytest.mark.parametrize("data", ["tiny_clips", "own"])
+def test_the_report_shows_every_frame_and_cut(lab: Lab, own: Path, data: str, asked: tuple[str, ...]) -> None:
+    """The steps side by side in one picture; cells per step are those of the samples."""
+    name = "mine" if data == "own" else data
+    command = ("--data", str(own) if data == "own" else data, "--limit", "2", *asked, "--ratio", "0.5")
+    assert lab.eval(*command, "--method", "holitom") == 0
+    row = rows_of(lab, name)["holitom"]
+    samples = {s["index"]: s for s in read_samples(lab.csv.parent / str(row["predictions"]))}
+    report = collect(lab.csv)
+    assert not report.unread
+    assert {picture.index for picture in report.pictures} == set(samples)
+    for picture in report.pictures:
+        sample = samples[picture.index]
+        masks = Masks.from_text(sample["masks"])
+        rows, columns = masks.images[0].views[0].cells.shape
+        _, shown = picture.shown
+        assert (shown.tokens, [cut.layer for cut in shown.cuts]) == (sample["visual_tokens"], [0, 5])
+        assert shown.cuts[-1].kept == sample["visual_kept"]
+        assert shown.grid is not None
+        assert (shown.grid[0] % rows, shown.grid[1] % columns) == (0, 0)
+        for number, cut in enumerate(shown.cuts):
+            assert len(cut.dropped) == shown.tokens - cut.kept
+            across = shown.grid[1] // columns
+            places = [divmod(cell, shown.grid[1]) for cell in cut.dropped]
+            of_step = [row // rows * across + column // columns for row, column in places]
+            dropped = [rows * columns - masks.kept(step, number) for step in range(len(masks.images))]
+            assert [of_step.count(step) for step in range(len(masks.images))] == dropped
+        with Image.open(io.BytesIO(picture.jpeg)) as image:
+            assert image.width / image.height == pytest.approx(picture.size[0] / picture.size[1], rel=0.02)
+
+
+@pytest.mark.parametrize("source", ["file", "pictures"])
+def test_what_moves_in_the_stream_stays(lab: Lab, tmp_path: Path, source: str) -> None:
+    """CodecSight reads the motion of each clip itself: behind the first step, cells of the square that moves."""
+    if source == "file":
+        encoded(tmp_path / "a.mp4", group=600)
+        shown: dict[str, object] = {"video": "a.mp4", "nframe": 9}
+    else:
+        names = [f"{i}.png" for i in range(9)]
+        for name, picture in zip(names, moving_square(9), strict=True):
+            Image.fromarray(picture).save(tmp_path / name)
+        shown = {"video": names, "seconds": list(range(9))}
+    (tmp_path / "moving.jsonl").write_text(json.dumps({**shown, "question": "Is it?", "answer": "yes"}))
+    command = ("--data", str(tmp_path / "moving.jsonl"), "--method", "codecsight", "--set", "counts=released")
+    assert lab.eval(*command, "--ratio", "0.9") == 0
+    row = rows_of(lab, "moving")["codecsight"]
+    assert (row["status"], row["n_failed"]) == ("ok", 0)
+    (sample,) = read_samples(lab.csv.parent / str(row["predictions"]))
+    masks = Masks.from_text(sample["masks"])
+    (path,) = (lab.folder / "runs" / "tiny" / "moving").glob("codecsight-*/run.json")
+    assert json.loads(path.read_text())["identity"]["versions"]["av"] == version("av"), "who encodes, and who decodes"
+    rows, columns = masks.images[0].views[0].cells.shape
+    kept = [masks.kept(i) for i in range(len(masks.images))]
+    assert kept[0] == rows * columns
+    assert all(0 < n <= rows * columns / 3 for n in kept[1:]), kept
 
 
 def test_files_that_cannot_be_decoded_are_named_and_nothing_is_written(

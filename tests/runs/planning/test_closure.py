@@ -32,7 +32,7 @@ def test_the_core_is_what_answers_and_verdicts_are_made_with() -> None:
     left_out = {path.removeprefix("ivcp_eval/").removesuffix(".py") for path in there - here}
     assert {path for path in left_out if not path.startswith(("engine/cost/", "benchmarks/refcoco/"))} == {
         *("interface/failures", "interface/marked", "interface/models", "interface/plugins", "interface/registry"),
-        *("interface/records/drawing", "vlmeval_bridge/reading/own"),
+        *("interface/records/drawing", "interface/records/sheets", "vlmeval_bridge/reading/own"),
         *("interface/variants", "benchmarks/__init__", "benchmarks/published", "vlmeval_bridge/cpu_torchvision"),
         *("runs/answering/cpu", "runs/answering/live", "runs/answering/timing"),
         *(f"runs/answering/served/{name}" for name in ("__init__", "endpoint", "samples", "times")),

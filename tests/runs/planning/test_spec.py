@@ -36,6 +36,7 @@ exclude:
 controls: []
 limit: 10
 """
+CLIPS = GOOD.replace("POPE, MMStar", "tiny_clips").replace("POPE", "tiny_clips")
 
 
 def write(folder: Path, text: str) -> Path:
@@ -79,6 +80,30 @@ def test_expansion(tmp_path: Path) -> None:
     assert not [c for c in cells if c[0] == "llava15" and c[2] == 0.25]
     assert [v.parameters["layer"] for v in spec.variants("llava15")[1:]] == [14, 16]
     assert spec.benchmarks("llava15") == ["POPE", "MMStar"]
+
+
+def test_controls_of_videos_stand_beside_methods_on_videos_only(tmp_path: Path) -> None:
+    def controls(line: str = "") -> dict[str, set[str]]:
+        text = GOOD.replace("POPE, MMStar", "tiny_clips, POPE").replace("controls: []\n", line)
+        cells = load(write(tmp_path, text)).cells
+        usual = {"none", "ivc_prune", "random"}
+        return {name: {v.method for v, b in cells if b == name} - usual for name in ("tiny_clips", "POPE")}
+
+    of_videos = {"fewer_frames", "uniform_time", "pool_time"}
+    assert controls() == {"tiny_clips": {"uniform", "pool"} | of_videos, "POPE": {"uniform", "pool", "downsample"}}
+    assert controls("controls: [fewer_frames]\n") == {"tiny_clips": {"fewer_frames"}, "POPE": set()}
+    for control, shown, text in (("fewer_frames", "pictures", GOOD), ("downsample", "videos", CLIPS)):
+        with pytest.raises(SpecError, match=f"'{control}' fits no benchmark of this sweep: all show {shown}"):
+            load(write(tmp_path, text.replace("controls: []", f"controls: [{control}]")))
+
+
+def test_frames_are_chosen_of_videos_only(tmp_path: Path) -> None:
+    assert str(load(write(tmp_path, CLIPS + "nframe: 4\n")).options.sampling) == "nframe=4"
+    assert str(load(write(tmp_path, CLIPS + "fps: 0.5\n")).options.sampling) == "fps=0.5"
+    with pytest.raises(SpecError, match=r"line 16: nframe says which .* and POPE, MMStar shows none"):
+        load(write(tmp_path, GOOD + "nframe: 4\n"))
+    with pytest.raises(SpecError, match=r"line 17: fps 1.0 and nframe 4 both"):
+        load(write(tmp_path, CLIPS + "nframe: 4\nfps: 1.0\n"))
 
 
 def test_controls_stand_beside_every_method_unless_the_file_says_otherwise(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ class Part(part.Part):
         for _ in range(self.options["warm"]):
             optimizer.zero_grad()
             missed = [budget - self.plan(signals, budget).added for budget in self.options["budgets"]]
-            torch.stack(missed).square().mean().backward()  # type: ignore[no-untyped-call] # torch's
+            torch.stack(missed).square().mean().backward()
             optimizer.step()
 
     def loss(self, example: Encoded, rng: np.random.Generator, done: float) -> Loss:

@@ -73,7 +73,7 @@ def test_the_compressor_learns_a_label(frozen: Frozen, boxes: list[Encoded], tmp
     for _ in range(24):
         loss, figures = part.loss(boxes[0], np.random.default_rng(0), 0.0)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.net.parameters())
         optimizer.step()
         found.append(figures["found"])

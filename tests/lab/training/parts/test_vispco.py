@@ -11,7 +11,7 @@ import yaml
 
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
 from ivcp_eval.lab.training.part import default_config
-from ivcp_eval.lab.training.parts.vispco import EveryLayer, Part, added_flops, keeps, shares
+from ivcp_eval.lab.training.parts.vispco import EveryLayer, Part, Planner, added_flops, keeps, shares
 
 OPTIONS: dict[str, Any] = yaml.safe_load(default_config("vispco").read_text())["part"]
 
@@ -51,7 +51,7 @@ def test_gradients_reach_every_weight_and_both_numbers(frozen: Frozen, boxes: li
     logits, plan = part.planned(boxes[0], 0.4)
     assert all(float(g) != 0 for g in torch.autograd.grad(logits.logsumexp(-1).sum(), (plan.k, plan.r)))
     loss, figures = part.loss(boxes[0], np.random.default_rng(0), 0.0)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.net.parameters())
     assert all(p.grad is None for p in frozen.model.parameters())
     assert set(figures) == {"kl", "miss", "layer", "kept"}
@@ -73,8 +73,11 @@ def test_a_share_of_one_is_the_untouched_model(frozen: Frozen, boxes: list[Encod
     torch.manual_seed(0)
     part = Part(frozen, OPTIONS, boxes[0])
     with torch.no_grad():
-        part.net.leave[-1].weight.zero_()
-        part.net.leave[-1].bias.copy_(torch.tensor([20.0, 20.0]))  # k behind the last layer, r = 1
+        assert isinstance(part.net, Planner)
+        last = part.net.leave[-1]
+        assert isinstance(last, torch.nn.Linear)
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([20.0, 20.0]))  # k behind the last layer, r = 1
         logits, plan = part.planned(boxes[0], 0.9)
         whole = frozen.logits(boxes[0])
     assert float(plan.added) == pytest.approx(1, abs=1e-3)

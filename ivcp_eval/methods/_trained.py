@@ -41,7 +41,7 @@ class Importance(nn.Module):
     @property
     def width(self) -> int:
         """Of the states that it reads."""
-        return int(self.layers[0].weight.shape[1])
+        return int(self.state_dict()["layers.0.weight"].shape[1])
 
     def forward(self, states: Tensor) -> Tensor:
         """(N,) scores of ``states`` (N, width)."""
@@ -103,7 +103,7 @@ class Router(nn.Module):
     @property
     def width(self) -> int:
         """Of the states that it reads."""
-        return int(self.layers[0].weight.shape[1]) // 2
+        return int(self.state_dict()["layers.0.weight"].shape[1]) // 2
 
     def forward(self, picture: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
         """Lambda and rho, each in 0..1, of states (N, width) and (Q, width)."""

@@ -54,7 +54,7 @@ def test_dualcomp_splits_and_counts_by_its_router(tmp_path: Path) -> None:
     net = Router(signals.hidden.shape[-1])
     for share, rate in ((0.0, 0.5), (1.0, 0.1)):
         with torch.no_grad():
-            net.layers[2].bias.copy_(torch.tensor([share, rate]).logit(1e-6))
+            net.state_dict()["layers.2.bias"].copy_(torch.tensor([share, rate]).logit(1e-6))
         file = written(tmp_path / f"{rate}.safetensors", net, "dualcomp")
         fixed = make_method("dualcomp", {"geometric": share}).select(signals)
         split = make_method("dualcomp", {"weights": file}).select(signals)

@@ -47,7 +47,7 @@ def bounded(gates: Tensor) -> Tensor:
         return torch.where(opened, gradient, gradient.clamp(-largest, largest))
 
     if gates.requires_grad:
-        gates.register_hook(limit)  # type: ignore[no-untyped-call] # torch's
+        gates.register_hook(limit)
     return gates
 
 
@@ -82,9 +82,8 @@ class Gating(Engine):
         state.stage += 1
         if signals is None:
             return hidden
-        asked = {name: getattr(signals, name) for name in ("text", "question")}
-        asked = {name: tokens[tokens < self.visible] for name, tokens in asked.items()}
-        gate = self.gate(replace(signals, **asked)).float()
+        text, question = (tokens[tokens < self.visible] for tokens in (signals.text, signals.question))
+        gate = self.gate(replace(signals, text=text, question=question)).float()
         if self.where == "states":
             factor = torch.ones(hidden.shape[1], device=hidden.device).index_copy(0, signals.visual, gate)
             return hidden * factor[:, None].to(hidden.dtype)

@@ -94,7 +94,8 @@ class RunPlan:
         runs: where cells live.
         models: by short name. problems: why models or benchmarks cannot run here; the others can.
         notices: what to know before running: partial data, metrics that a limit leaves without a score.
-        misfits: variants that their model cannot run, each with the reason; their cells become rows that say so.
+        misfits: variants that their model cannot run, each with the reason, as far as was looked; their cells become
+            rows that say so.
     """
 
     spec: Spec
@@ -204,7 +205,9 @@ def _model_plan(
     limits = _limits(spec.options, weights)
     own = weights.checkpoint.methods
     tuned = {v.key: v.tuned(own.get(v.method, {}), default_parameters(v.method)) for v in spec.variants(model)}
-    if any(v.budget or (not v.server and v.parameters.keys() - set(v.implied)) for v in tuned.values()):
+    # Layers are checked before a run alone: a plan without budgets imports nothing heavy.
+    chosen = not plan_only and any(not v.server and v.parameters.keys() - set(v.implied) for v in tuned.values())
+    if chosen or any(variant.budget for variant in tuned.values()):
         from ivcp_eval.engine.cost.predicted import Decoder, misfit, solve_budget  # and with it transformers
 
         decoder = Decoder.of(weights)

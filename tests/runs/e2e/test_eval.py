@@ -304,8 +304,6 @@ def test_no_data_is_fetched_or_prepared_for_a_model_that_is_not_here(
         (("--model", "tinny"), "did you mean 'tiny'?"),
         (("--data", "tiny_groundin"), "did you mean 'tiny_grounding'?"),
         (("--set", "leyer=3"), "did you mean 'layer'?"),
-        (("--ratio", "0"), "outside (0, 1]"),
-        (("--ratio", "1.5"), "outside (0, 1]"),
         (("--set", "layer=99", "--data", "tiny_mcq"), "layer 99"),
         (("--model-path", "nowhere"), "no config.json"),
     ],
@@ -315,6 +313,14 @@ def test_bad_requests_say_what_to_do(
 ) -> None:
     assert lab.eval("--limit", "1", *arguments) == 2
     assert words in capsys.readouterr().err
+    assert not lab.csv.exists()
+
+
+@pytest.mark.parametrize("ratio", ["0", "1.5", "nan"])
+def test_no_ratio_outside_its_range(lab: Lab, capsys: pytest.CaptureFixture[str], ratio: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        lab.eval("--ratio", ratio)
+    assert f"must be a finite number above 0 and at most 1, got '{ratio}'" in capsys.readouterr().err
     assert not lab.csv.exists()
 
 

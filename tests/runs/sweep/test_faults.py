@@ -195,7 +195,7 @@ def test_a_picture_that_could_not_be_read_for_a_while(
     def away(dataset: Any, prompting: Any, start: int = 0, stop: int | None = None) -> Any:
         for asked in messages(dataset, prompting, start, stop):
             gone = stop is not None and asked.index == "1"
-            yield evaluate.Question("1", failure={"error": "OSError: stale file handle"}) if gone else asked
+            yield evaluate.PromptRow("1", failure={"error": "OSError: stale file handle"}) if gone else asked
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "messages", away)

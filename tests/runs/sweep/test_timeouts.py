@@ -194,7 +194,7 @@ def test_bad_limits_are_refused(
         with pytest.raises(SystemExit) as caught:
             refused("--timeout", value)
         assert caught.value.code == 2
-        assert "timeout must be a finite number above 0" in capsys.readouterr().err
+        assert "--timeout: must be a finite number above 0" in capsys.readouterr().err
     bench.spec.write_text(bench.spec.read_text() + f"timeout: {'.' * (value in ('nan', 'inf')) + value}\n")
     assert bench.call("plan") == 2
     assert "timeout must be a finite number above 0" in capsys.readouterr().err

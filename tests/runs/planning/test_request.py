@@ -129,5 +129,5 @@ def test_a_layer_that_the_decoder_has_not_is_refused_before_weights_are_read(
 
 def test_a_sweep_says_beforehand_which_variants_cannot_run() -> None:
     layers = {"method": "fastv", "ratios": [0.5], "parameters": {"layer": [2, 99]}}
-    (misfit,) = plan("tiny", "tiny_mcq", methods=[layers], plan_only=True).misfits
+    (misfit,) = plan("tiny", "tiny_mcq", methods=[layers]).misfits
     assert "layer 99 of method 'fastv' is outside" in misfit

@@ -72,17 +72,14 @@ class Method(CountedClips):
             )
 
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
-        """One before each of the layers that merge, and one before the next.
+        """One before each of the layers that merge, fewer in a shallow model, and one before the next.
 
         Raises:
-            Unsupported: the model has fewer layers.
+            Unsupported: there is no layer to prune at.
         """
-        last = model.first_cut + self.steps
-        if last >= model.n_layers:
-            raise Unsupported(
-                f"framefusion merges before {self.steps} layers and prunes before the next one, layer {last}, but the "
-                f"model has {model.n_layers}; set steps={max(1, model.n_layers - model.first_cut - 1)}"
-            )
+        last = min(model.first_cut + self.steps, model.n_layers - 1)
+        if last <= model.first_cut:
+            raise Unsupported(f"framefusion cuts at two layers or more, but the model has {model.n_layers}")
         layers = range(model.first_cut, last + 1)
         renumber = model.renumbers(self.renumber)
         return tuple(Cut(n, ratio, cache="from_cut", renumber=renumber, budget="clip") for n in layers)

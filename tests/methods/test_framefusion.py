@@ -129,9 +129,10 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(Unsupported, match="the model has 3; set steps=2"):
-        make_method("framefusion").cuts(ModelFacts("llava", 3), 0.5)
-    assert len(make_method("framefusion", {"steps": 2}).cuts(ModelFacts("llava", 3), 0.5)) == 3
+    with pytest.raises(Unsupported, match="cuts at two layers or more, but the model has 1"):
+        make_method("framefusion").cuts(ModelFacts("llava", 1), 0.5)
+    for depth, cuts in ((2, 2), (3, 3), (4, 4), (28, 4)):
+        assert len(make_method("framefusion").cuts(ModelFacts("llava", depth), 0.5)) == cuts
     for parameters in ({"steps": 0}, {"similarity_lower_bound": 2.0}, {"ratio_lower_bound": -0.1}):
         with pytest.raises(ValueError, match="similarity_lower_bound"):
             make_method("framefusion", parameters)

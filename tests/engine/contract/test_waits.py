@@ -103,8 +103,8 @@ WAITING = {
         *("tome", "tome_post", "vscan"),
     ),
     "clips are split into frames and stretches on the host": (
-        *("aot", "codecsight", "dycoke", "evs", "fastvid", "fewer_frames", "forestprune", "holitom", "omnirefine"),
-        *("prunevid", "vidcom2", "videorouter"),
+        *("aot", "codecsight", "dycoke", "evs", "fastvid", "fewer_frames", "forestprune", "framefusion", "holitom"),
+        *("omnirefine", "prunevid", "vidcom2", "videorouter"),
     ),
     "keys of every layer are edited row by row": ("rotatek", "think"),
 }

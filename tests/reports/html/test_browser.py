@@ -157,7 +157,9 @@ def test_verdicts_are_read_on_a_telephone_without_scrolling_sideways(
 ) -> None:
     seen = asked(page, tmp_path, _SENTENCES, width=390)
     assert report.decision is not None
-    said = [one.why for one in report.decision.verdicts] + [one.words for one in report.costs if one.words]
+    assert report.benched is not None
+    said = [one.why for one in report.decision.verdicts]
+    said += [one.words for one in (*report.costs, *report.benched.lines) if one.words]
     assert all(line.endswith(f": {why}") for line, why in zip(seen, said, strict=True))
 
 

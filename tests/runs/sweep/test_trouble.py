@@ -293,7 +293,7 @@ def test_an_evaluator_or_a_reader_that_ends_programs_fails_alone(
 
     bench.spec.write_text(bench.spec.read_text().replace("limit: 5", "limit: 2"))
     monkeypatch.setattr(evaluate, "build", leaving)
-    monkeypatch.setattr(stock, "build", lambda name: leave() if name == "tiny_yes_no" else read(name))
+    monkeypatch.setattr(stock, "build", lambda name, *rest: leave() if name == "tiny_yes_no" else read(name, *rest))
     assert bench.call("run", "--quiet") == 1
     assert "tiny_yes_no could not be loaded, so nothing of it is answered" in capsys.readouterr().out
     assert {row[1:] for row in unwhole(bench)} == {("tiny_mcq", "failed")}

@@ -235,7 +235,9 @@ def of_file(benchmark: benchmarks.Benchmark, path: Path) -> Any:
     Raises: as `read_tsv`.
     """
     cls = next(cls for cls in CLASSES if getattr(cls, "KIND", "") == benchmark.kind)
-    return type(cls.__name__, (cls,), {"FILE": path, "adds_videos": True, "frames": benchmark.frames})(dataset=benchmark.vlmeval)
+    return type(cls.__name__, (cls,), {"FILE": path, "adds_videos": True, "frames": benchmark.frames})(
+        dataset=benchmark.vlmeval
+    )
 
 
 def message_key(message: list[dict[str, Any]]) -> str:

@@ -123,6 +123,17 @@ def attention_mask(
     itself = torch.zeros_like(mask)
     itself[:, :, -query_length:] = torch.eye(query_length, dtype=torch.bool, device=mask.device)
     mask = (mask | (itself & (queries < 0)[:, :, None]))[:, None]
-    if implementation == "sdpa":
-        return mask
+    return mask if implementation == "sdpa" else as_float(mask, dtype)
+
+
+def as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a bool mask adds to attention's logits: 0, or the dtype's minimum where it forbids."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def biased(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of sdpa or eager attention with ``bias`` (n,) added for every key; ``mask`` None is causal."""
+    if mask is None:
+        columns = torch.arange(bias.numel(), device=bias.device)[None]
+        mask = attention_mask(columns, bias.numel(), implementation="eager", dtype=dtype)
+    return (as_float(mask, dtype) if mask.dtype == torch.bool else mask) + bias.to(dtype)

@@ -20,7 +20,7 @@ from ivcp_eval.engine.cache import PrunedLayer, check_cache
 from ivcp_eval.engine.decoding.continuation import Continuation, Continuity
 from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.decoding.steps import StepMasks
-from ivcp_eval.engine.geometry import Rows
+from ivcp_eval.engine.geometry import Rows, biased
 from ivcp_eval.engine.guards.refusals import (
     refuse_chunks,
     refuse_compiled,
@@ -258,10 +258,12 @@ class Engine(ABC):
                 )
         if index in self.cuts:
             args = (self.at_cut(state, self.cuts[index], args[0], kwargs), *args[1:])
-        if not state.shorter:
-            return None
-        embeddings = state.position_embeddings
-        return args, write(kwargs, attention_mask=state.mask, position_embeddings=embeddings, position_ids=None)
+        if state.shorter:
+            embeddings = state.position_embeddings
+            kwargs = write(kwargs, attention_mask=state.mask, position_embeddings=embeddings, position_ids=None)
+        if state.bias is not None:
+            kwargs = write(kwargs, attention_mask=biased(read(kwargs, "attention_mask"), state.bias, args[0].dtype))
+        return args, kwargs
 
     def _continue_layer(
         self, state: Continuation, index: int, hidden: Tensor, kwargs: dict[str, Any]

@@ -100,6 +100,7 @@ class Prefill:
         self.evictions: list[tuple[Cut, list[Choice | None]]] = []  # carried out, not checked yet; per row
         self.cache: Cache | None = None
         self.mask: Tensor | None = None
+        self.bias: Tensor | None = None  # (n,) of a whole sequence: added to attention's logits from now on
         self.position_embeddings: Any = None
 
     @property

@@ -9,14 +9,16 @@ import pytest
 import ivcp_eval.engine.fork
 from ivcp_eval.engine.hooks import Engine
 from ivcp_eval.engine.parts import Listener
+from ivcp_eval.lab.training.gating import Gating
 
 LEAVES = [*Engine.__subclasses__(), *Listener.__subclasses__()]
+assert Gating in LEAVES
 
 
 def test_every_engine_and_listener_is_known() -> None:
     assert ivcp_eval.engine.fork
     assert {leaf.__name__ for leaf in LEAVES} == {
-        *("Pruner", "Trunk", "Branch", "Joined"),
+        *("Pruner", "Trunk", "Branch", "Joined", "Gating"),
         *("VisionListener", "KeyEditor", "StepMasks"),
     }
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from ivcp_eval.engine import resolve
-from ivcp_eval.engine.geometry import attention_mask
 from ivcp_eval.engine.hooks import Engine, listeners_for
 from ivcp_eval.engine.parts import Parts
 from ivcp_eval.engine.prefill import Prefill
 from ivcp_eval.interface import AbstractMethod, Cut, Signals
-from ivcp_eval.interface.names import read, write
 
 SHUT = 1e-6  # weight of a token whose gate is 0: next to nothing, but with a gradient
 Gate = Callable[[Signals], Tensor]
@@ -60,6 +58,7 @@ def log_gate(gate: Tensor) -> Tensor:
     return open_by.log() + (gate - gate.detach()) / open_by
 
 
+@final
 class Gating(Engine):
     """Hooks that leave the sequence whole and weigh its visual tokens by what ``gate`` says at every cut.
 
@@ -73,7 +72,6 @@ class Gating(Engine):
     def __init__(self, parts: Parts, gate: Gate, where: Where, visible: int) -> None:
         super().__init__(parts, listeners_for(parts.model, parts.resolved))
         self.gate, self.where, self.visible = gate, where, visible
-        self._bias: Tensor | None = None
 
     def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The states of every token, gated where that is how."""
@@ -88,28 +86,11 @@ class Gating(Engine):
             factor = torch.ones(hidden.shape[1], device=hidden.device).index_copy(0, signals.visual, gate)
             return hidden * factor[:, None].to(hidden.dtype)
         added = torch.zeros(hidden.shape[1], device=hidden.device).index_copy(0, signals.visual, log_gate(gate))
-        self._bias = added if self._bias is None else self._bias + added
+        state.bias = added if state.bias is None else state.bias + added
         return hidden
 
     def after_forward(self, output: Any) -> None:
         """The output is the model's own."""
-        self._bias = None
-
-    def _before_layer(self, index: int, _layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        changed = super()._before_layer(index, _layer, args, kwargs)
-        if self._bias is None:
-            return changed
-        args, kwargs = (args, kwargs) if changed is None else changed
-        return args, write(kwargs, attention_mask=self._mask(args[0], read(kwargs, "attention_mask")))
-
-    def _mask(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        assert self._bias is not None
-        if mask is None:
-            columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            mask = attention_mask(columns, hidden.shape[1], implementation="eager", dtype=hidden.dtype)
-        elif mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        return mask + self._bias.to(hidden.dtype)
 
 
 @contextmanager

@@ -85,6 +85,26 @@ def test_every_family_is_gated_as_it_is_pruned(family: str, attention: str) -> N
     assert (gradient[1::2] != 0).all()
 
 
+def test_gated_states_are_those_that_enter_the_layer_of_the_cut(frozen: Frozen, example: Encoded) -> None:
+    """Multiplied before the first layer that may be cut, as by hand; and the loss reaches the gates."""
+    share, first = torch.full((), 0.3, requires_grad=True), frozen.session.adapter.text_model(frozen.model).layers[0]
+    visual = example.inputs["input_ids"][0] == frozen.model.config.image_token_id
+
+    def by_hand(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args[0] * torch.where(visual, 0.3, 1.0)[:, None], *args[1:]), kwargs
+
+    handle = first.register_forward_pre_hook(by_hand, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            expected = frozen.logits(example)
+    finally:
+        handle.remove()
+    gated = frozen.logits(example, Input(), 0.5, lambda signals: share.expand(signals.n_visual), "states")
+    torch.testing.assert_close(gated, expected, atol=1e-4, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(gated[:, 0].sum(), share)
+    assert gradient != 0
+
+
 def test_the_answer_is_hidden_from_the_method(frozen: Frozen, example: Encoded) -> None:
     signals = frozen.signals(example, Input(), 0.5)
     assert int(max(signals.text.max(), signals.question.max())) == example.prompt - 1

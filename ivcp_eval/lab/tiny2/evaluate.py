@@ -186,10 +186,9 @@ class Asker:
         with torch.inference_mode(), prune(self.model, method, ratio, **options) as run:
             output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         said = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = []
+        answers, shown = [], torch.tensor([self.model.config.image_token_id, self.model.config.video_token_id])
         for question, text, ids, kept in zip(batch, said, inputs["input_ids"], run.kept, strict=True):
-            tokens = torch.tensor([self.model.config.image_token_id, self.model.config.video_token_id])
-            visual = torch.nonzero(torch.isin(ids, tokens)).flatten()
+            visual = torch.nonzero(torch.isin(ids, shown)).flatten()
             survivors = torch.nonzero(torch.isin(visual, kept.cpu())).flatten().numpy()
             answers.append(Answer(is_right(question.sample, text), survivors))
         return answers

@@ -28,8 +28,12 @@ Where = Literal["attention", "states"]
 
 def straight_through(chosen: Tensor, soft: Tensor) -> Tensor:
     """(V,) gates that are 1 at the indices ``chosen`` and 0 elsewhere, with the gradient of ``soft`` (V,)."""
-    hard = torch.zeros_like(soft).index_fill(0, chosen, 1.0)
-    return hard + (soft - soft.detach())  # exactly 1 and 0
+    return with_gradient_of(soft, torch.zeros_like(soft).index_fill(0, chosen, 1.0))
+
+
+def with_gradient_of(soft: Tensor, hard: Tensor) -> Tensor:
+    """Exactly the values of ``hard``, with the gradient of ``soft``."""
+    return hard + (soft - soft.detach())
 
 
 def bounded(gates: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ivcp_eval.lab.tiny.processor import SYSTEM_PROMPT
@@ -69,6 +70,20 @@ class TextBatch:
     layout: Layout
     samples: list[list[Sample | None]]
 
+    @classmethod
+    def of(
+        cls,
+        images: Sequence[NDArray[np.uint8]],
+        prefix: list[int],
+        rows: Sequence[tuple[list[int], list[int], list[float]]],
+        layout: Layout,
+        samples: list[list[Sample | None]],
+    ) -> TextBatch:
+        """From the pictures of each row, the token ids before every question, and what `pack` made of the questions."""
+        ids, labels, weights = zip(*rows, strict=True)
+        packed = torch.tensor([prefix + row for row in ids]), torch.tensor(labels), torch.tensor(weights)
+        return cls(torch.from_numpy(np.stack(images)), *packed, layout, samples)
+
     def to(self, device: torch.device) -> TextBatch:
         """The batch on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "ids", "labels", "weights", "layout")}
@@ -95,14 +110,8 @@ def make_text_batch(split: str, first: int, count: int, size: tuple[int, int], p
         images.append(np.stack([render(scene) for scene in scenes]))
         rows.append(pack(asked, groups))
         samples.append([s for own, (n, _) in zip(asked, groups, strict=True) for s in [*own, *[None] * (n - len(own))]])
-    prefix = prefix_ids(size, pictures)
-    return TextBatch(
-        images=torch.from_numpy(np.stack(images)),
-        ids=torch.tensor([prefix + row[0] for row in rows]),
-        labels=torch.tensor([row[1] for row in rows]),
-        weights=torch.tensor([row[2] for row in rows]),
-        layout=layout_for(size, pictures, groups, origin, frame),
-        samples=samples,
+    return TextBatch.of(
+        images, prefix_ids(size, pictures), rows, layout_for(size, pictures, groups, origin, frame), samples
     )
 
 

@@ -41,15 +41,7 @@ def make_clip_batch(split: str, first: int, count: int, phase: dict[str, Any]) -
         asked = [[_ask(rng, kind, group, clip) for kind in part["kinds"]] for part in phase["groups"]]
         rows.append(pack(asked, groups))
         samples.append([sample for own in asked for sample in own])
-    prefix = prefix_ids()
-    return TextBatch(
-        images=torch.from_numpy(np.stack(images)),
-        ids=torch.tensor([prefix + row[0] for row in rows]),
-        labels=torch.tensor([row[1] for row in rows]),
-        weights=torch.tensor([row[2] for row in rows]),
-        layout=layout_for(groups),
-        samples=samples,
-    )
+    return TextBatch.of(images, prefix_ids(), rows, layout_for(groups), samples)
 
 
 def _ask(rng: np.random.Generator, kind: str, group: Group, clip: Clip) -> Sample:

@@ -64,7 +64,7 @@ class State:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{k}": v for k, v in state.items()}
         metadata = {"progress": json.dumps(self.progress)}
-        write_tensors(self.folder / STATE, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+        write_tensors(self.folder / STATE, tensors, metadata)
 
     def _check_shapes(self, path: Path, tensors: dict[str, Tensor]) -> None:
         own = {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
@@ -131,7 +131,7 @@ class State:
         """Write the averaged vision tower beside the state, for other runs to start from."""
         with averaged(self.model, self.average):
             tower = {k: v for k, v in self.model.state_dict().items() if k.startswith(_VISUAL)}
-            write_tensors(self.folder / TOWER, {k: v.detach().cpu().contiguous() for k, v in tower.items()}, {})
+            write_tensors(self.folder / TOWER, tower, {})
 
     def load_tower(self, path: Path) -> None:
         """Take the vision tower of ``path``, also into the average.

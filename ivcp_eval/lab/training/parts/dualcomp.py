@@ -19,7 +19,7 @@ from ivcp_eval.interface import AbstractMethod, Image, Signals, TowerSignal
 from ivcp_eval.interface.ops import unit_rows
 from ivcp_eval.lab.training import part
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
-from ivcp_eval.lab.training.gating import bounded
+from ivcp_eval.lab.training.gating import bounded, with_gradient_of
 from ivcp_eval.lab.training.part import Loss
 from ivcp_eval.lab.training.parts._selector import Tower
 from ivcp_eval.methods._at_input import embeddings, grid_of, importance, relevance
@@ -77,7 +77,7 @@ class Part(part.Part):
         for ranked, length in ((peaks, n * rate * (1 - share)), (path, n * rate * share)):
             places = torch.arange(ranked.numel(), device=share.device) + 0.5
             soft = soft.index_add(0, ranked, ((length - places) / (self.options["soft"] * n)).sigmoid())
-        return bounded(hard + soft - soft.detach())
+        return bounded(with_gradient_of(soft, hard))
 
     def ranked(self, signals: Signals, image: Image, n_peaks: int, n_path: int) -> tuple[Tensor, Tensor]:
         """The tokens of the semantic and of the geometric stream, best first, beyond what each keeps."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ivcp_eval.interface import Signals
 from ivcp_eval.lab.training import part
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
-from ivcp_eval.lab.training.gating import bounded
+from ivcp_eval.lab.training.gating import bounded, with_gradient_of
 from ivcp_eval.lab.training.part import Loss
 from ivcp_eval.methods._clips import clips_of
 from ivcp_eval.methods._trained import FrameRouter
@@ -47,7 +47,7 @@ class Part(part.Part):
                 shares.append(share.mean())
                 dense.append(hard.mean())
                 sparse = [-(-size // int(self.method.stride)) for size in clip.sizes.tolist()]
-                among = (hard + share - share.detach())[clip.frame]
+                among = with_gradient_of(share, hard)[clip.frame]
                 gates = gates.index_copy(0, clip.tokens, among.index_fill(0, clip.spread(sparse), 1.0))
             return bounded(gates)
 

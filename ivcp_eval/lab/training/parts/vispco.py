@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from ivcp_eval.engine.cost.flops import DecoderShape
-from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts, Selection, Signal, Signals
+from ivcp_eval.interface import Cut, ModelFacts, Signal, Signals
 from ivcp_eval.interface.ops import unit_range
 from ivcp_eval.lab.training import part
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
 from ivcp_eval.lab.training.gating import straight_through
 from ivcp_eval.lab.training.part import Loss
+from ivcp_eval.lab.training.parts._selector import Input
 
 STEEPNESS = 10.0  # of the step over layers
 SPREAD, TEMPERATURE = 5.0, 0.1  # of the soft threshold; of the straight-through estimate
@@ -128,8 +129,7 @@ def keeps(score: Tensor, share: Tensor) -> Tensor:
     return straight_through((logs >= threshold).nonzero().flatten(), soft)
 
 
-@dataclass(frozen=True)
-class EveryLayer(AbstractMethod):
+class EveryLayer(Input):
     """Looks at the input of every layer that may be cut, and keeps every token."""
 
     needs: ClassVar[frozenset[Signal]] = frozenset({"query", "key"})
@@ -137,10 +137,6 @@ class EveryLayer(AbstractMethod):
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """Observations."""
         return tuple(Cut(layer, 1.0) for layer in range(model.first_cut, model.n_layers))
-
-    def select(self, signals: Signals) -> Selection:
-        """All of them."""
-        return Selection(torch.arange(signals.n_visual, device=signals.visual.device), exact=False)
 
 
 @dataclass

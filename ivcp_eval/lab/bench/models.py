@@ -170,7 +170,9 @@ def make_inputs(
     vision = config.vision_config
     merge = vision.spatial_merge_size
     rows, columns = grid_of(visual_tokens)
-    text = torch.randint(8, 1000, (batch, text_tokens), generator=generator)
+    special = (value for name, value in vars(config).items() if name.endswith("_token_id") and value)
+    highest = min(1000, config.get_text_config().vocab_size, *(token for token in special if token > 8))
+    text = torch.randint(8, highest, (batch, text_tokens), generator=generator)
     before, after = text.tensor_split([text_tokens // 3], dim=1)
     before[:, -1], after[:, 0] = config.vision_start_token_id, config.vision_end_token_id
     ids = torch.cat((before, torch.full((batch, visual_tokens), config.image_token_id), after), dim=1)

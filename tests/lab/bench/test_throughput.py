@@ -83,3 +83,12 @@ def test_the_shape_may_be_a_checkpoints(tmp_path: Path) -> None:
 def test_requests_that_mean_nothing_are_refused_at_once(options: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         throughput.main(["--size", "tiny", *options])
+
+
+def test_a_shipped_checkpoints_shape_is_measured(tmp_path: Path) -> None:
+    """Its vocabulary is smaller than other sizes', and its own ids of pictures stand in the middle of it."""
+    load = ["--concurrency", "1", "--tokens", "64", "--new-tokens", "2", "--rounds", "1", "--ratios", "0.5"]
+    for model in ("tiny", "tiny2"):
+        folder, out = PACKAGE / "lab" / model / "model", tmp_path / model
+        assert main(["bench", "throughput", "--config", str(folder), *load, "--out", str(out)]) == 0
+        assert [line.method for line in read_bench(out.with_suffix(".csv"))] == ["none", "ivc_prune"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Importance(nn.Module):
 
     def __init__(self, width: int, hidden: int = 0) -> None:
         super().__init__()
+        self.width = width
         hidden = hidden or width // 2
         self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
@@ -38,39 +39,37 @@ class Importance(nn.Module):
         hidden, width = tensors["layers.0.weight"].shape
         return cls(width, hidden)
 
-    @property
-    def width(self) -> int:
-        """Of the states that it reads."""
-        return int(self.state_dict()["layers.0.weight"].shape[1])
-
     def forward(self, states: Tensor) -> Tensor:
         """(N,) scores of ``states`` (N, width)."""
         return self.layers(nn.functional.layer_norm(states.float(), states.shape[-1:]))[:, 0]
 
 
-class Scorer(nn.Module):
+class QueryKey(nn.Module):
+    """Two linear maps of states: what is asked for, and what is offered."""
+
+    def __init__(self, width: int, hidden: int = 0) -> None:
+        super().__init__()
+        self.width = width
+        self.q_proj, self.k_proj = (nn.Linear(width, hidden or width // 2) for _ in range(2))
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """One of the shape that these weights have."""
+        hidden, width = tensors["q_proj.weight"].shape
+        return cls(width, hidden)
+
+
+class Scorer(QueryKey):
     """VisionSelector's: the mean over an image of what each token's query makes of all tokens' keys.
 
     Reference: https://github.com/JulietChoo/VisionSelector @ 800a70f (selector_scorer.py, ``TransformerScorer``).
     """
 
     def __init__(self, width: int, hidden: int = 0) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj = (nn.Linear(width, hidden or width // 2) for _ in range(2))
+        super().__init__(width, hidden)
         for layer in (self.q_proj, self.k_proj):
             nn.init.normal_(layer.weight, std=1e-4)
             nn.init.zeros_(layer.bias)
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Scorer:
-        """One of the shape that these weights have."""
-        hidden, width = tensors["q_proj.weight"].shape
-        return cls(width, hidden)
-
-    @property
-    def width(self) -> int:
-        """Of the states that it reads."""
-        return int(self.q_proj.in_features)
 
     def forward(self, states: Tensor) -> Tensor:
         """(N,) scores of ``states`` (N, width)."""
@@ -87,6 +86,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, hidden: int = 0) -> None:
         super().__init__()
+        self.width = width
         hidden = hidden or max(8, width // 32)
         last = nn.Linear(hidden, 2)
         nn.init.zeros_(last.weight)
@@ -100,11 +100,6 @@ class Router(nn.Module):
         hidden, width = tensors["layers.0.weight"].shape
         return cls(width // 2, hidden)
 
-    @property
-    def width(self) -> int:
-        """Of the states that it reads."""
-        return int(self.state_dict()["layers.0.weight"].shape[1]) // 2
-
     def forward(self, picture: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
         """Lambda and rho, each in 0..1, of states (N, width) and (Q, width)."""
         means = [nn.functional.layer_norm(s.float().mean(dim=0), s.shape[-1:]) for s in (picture, question)]
@@ -112,27 +107,15 @@ class Router(nn.Module):
         return share, rate
 
 
-class FrameRouter(nn.Module):
+class FrameRouter(QueryKey):
     """VideoRouter's relevance of frames: how what the question's states ask for agrees with what a frame's offer.
 
     Its shape is not public: two linear maps to half the width, of mean states, each normalised, and a threshold.
     """
 
     def __init__(self, width: int, hidden: int = 0) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj = (nn.Linear(width, hidden or width // 2) for _ in range(2))
+        super().__init__(width, hidden)
         self.threshold = nn.Parameter(torch.zeros(()))
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> FrameRouter:
-        """One of the shape that these weights have."""
-        hidden, width = tensors["q_proj.weight"].shape
-        return cls(width, hidden)
-
-    @property
-    def width(self) -> int:
-        """Of the states that it reads."""
-        return int(self.q_proj.in_features)
 
     def forward(self, frames: Tensor, question: Tensor) -> Tensor:
         """(T,) of the frames' mean states (T, width), for the question's (Q, width); above 0 is relevant."""

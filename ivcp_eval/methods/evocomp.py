@@ -41,6 +41,7 @@ class Compressor(nn.Module):
 
     def __init__(self, width: int, states: int) -> None:
         super().__init__()
+        self.width = width
         self.enter, self.place = nn.Linear(width, states), nn.Linear(2, states)
         self.kind = nn.Parameter(torch.zeros(2, states))
         self.layer = nn.TransformerEncoderLayer(
@@ -53,11 +54,6 @@ class Compressor(nn.Module):
         """One of the shape that these weights have."""
         states, width = tensors["enter.weight"].shape
         return cls(width, states)
-
-    @property
-    def width(self) -> int:
-        """Of the embeddings that it reads."""
-        return self.enter.in_features
 
     def forward(self, visual: Tensor, words: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) logits, and (N, states) what they are read from.
@@ -85,11 +81,6 @@ class Method(AtInput):
     faithfulness: ClassVar[Faithfulness] = "variant"
 
     weights: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Text from the command line is a path."""
-        if self.weights is not None:
-            object.__setattr__(self, "weights", Path(self.weights))
 
     def choose(self, signals: Signals, image: Image) -> Tensor:
         """The tokens with the highest logits."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -497,6 +498,12 @@ class AbstractMethod(ABC):
     for_videos: ClassVar[bool] = False  # a control that on pictures repeats another one, so sweeps leave it out there
     query_window: ClassVar[int] = 0  # W of `CachedKeys`, for a method that needs "cached_key"
     released: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of parameters that `faithfulness` holds for
+
+    def __post_init__(self) -> None:
+        """Make paths of the parameters that are declared so: the command line and sweep files have text."""
+        for one in fields(self):  # type: ignore[arg-type] # methods are dataclasses
+            if "Path" in str(one.type) and isinstance(value := getattr(self, one.name), str):
+                object.__setattr__(self, one.name, Path(value))
 
     @property
     def label(self) -> Faithfulness:

@@ -64,7 +64,8 @@ class Method(AtInput):
             return frozenset({"vision"}) if self.clip else frozenset()
 
     def __post_init__(self) -> None:
-        """Refuse a weight that leaves no diversity, and a text tower without words; text is a path."""
+        """Refuse a weight that leaves no diversity, and a text tower without words."""
+        super().__post_init__()
         if not 0 <= self.theta < 1:
             raise ValueError(f"theta={self.theta} is outside [0, 1)")
         if (self.clip is None) != (self.tokenizer is None):
@@ -74,10 +75,8 @@ class Method(AtInput):
             )
         for name in ("clip", "tokenizer"):
             folder = getattr(self, name)
-            if folder is not None:
-                object.__setattr__(self, name, Path(folder))
-                if not Path(folder).is_dir():
-                    raise ValueError(f"{name}={folder} is no folder")
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"{name}={folder} is no folder")
 
     def tower_blocks(self, tower: TowerFacts) -> Mapping[str, int]:
         """The block whose output is read; asked for with ``clip`` only."""

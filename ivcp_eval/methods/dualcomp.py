@@ -75,9 +75,8 @@ class Method(AtInput):
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can mean; text from the command line is a path."""
-        if self.weights is not None:
-            object.__setattr__(self, "weights", Path(self.weights))
+        """Refuse values that no run can mean."""
+        super().__post_init__()
         if self.counts not in ("ratio", "router") or (self.counts == "router" and self.weights is None):
             raise ValueError(f"counts={self.counts!r} must be 'ratio', or 'router' where weights=FILE is given")
         if not 0 <= self.geometric <= 1 or not self.clusters >= 1 or not 0 <= self.relevant < math.inf:

@@ -40,11 +40,6 @@ class Method(AbstractScorer):
 
     weights: Path | None = None
 
-    def __post_init__(self) -> None:
-        """Text from the command line is a path."""
-        if self.weights is not None:
-            object.__setattr__(self, "weights", Path(self.weights))
-
     def cuts(self, model: ModelFacts, ratio: float) -> tuple[Cut, ...]:
         """One cut for every layer's cache."""
         return (Cut(model.first_cut, ratio),)

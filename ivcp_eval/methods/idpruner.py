@@ -44,9 +44,8 @@ class Method(AtInput):
     together: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can mean; text from the command line is a path."""
-        if self.weights is not None:
-            object.__setattr__(self, "weights", Path(self.weights))
+        """Refuse values that no run can mean."""
+        super().__post_init__()
         if not 0 <= self.importance <= 1 or self.together < 1:
             raise ValueError(f"importance={self.importance} must lie in 0..1, together={self.together} be 1 or more")
 

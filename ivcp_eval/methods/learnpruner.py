@@ -55,9 +55,8 @@ class Method(AtInput):
     depth: float = 12 / 32
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can mean; text from the command line is a path."""
-        if self.weights is not None:
-            object.__setattr__(self, "weights", Path(self.weights))
+        """Refuse values that no run can mean."""
+        super().__post_init__()
         if not self.first >= 1 or not 0 <= self.diverse <= 1 or not 0 <= self.depth < 1:
             raise ValueError(
                 f"first={self.first} must be 1 or more, diverse={self.diverse} in 0..1, depth={self.depth} in [0, 1)"

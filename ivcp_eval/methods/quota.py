@@ -54,10 +54,9 @@ class Method(AbstractScorer):
     risk: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can mean; text from the command line is a path."""
+        """Refuse values that no run can mean."""
+        super().__post_init__()
         object.__setattr__(self, "depths", tuple(self.depths))
-        if self.sensitivity is not None:
-            object.__setattr__(self, "sensitivity", Path(self.sensitivity))
         inside = all(0 <= depth < 1 for depth in self.depths)
         if not self.depths or not inside or list(self.depths) != sorted(set(self.depths)):
             raise ValueError(f"depths {self.depths} must be increasing shares of the decoder's depth in [0, 1)")

@@ -60,9 +60,8 @@ class Method(ClipsAtInput):
     stride: float = 4.0
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can mean; text from the command line is a path."""
-        if self.weights is not None:
-            object.__setattr__(self, "weights", Path(self.weights))
+        """Refuse values that no run can mean."""
+        super().__post_init__()
         if self.policy not in ("fragment", "global"):
             raise ValueError(f"policy={self.policy!r} must be 'fragment' or 'global'")
         if self.layer < 1:

@@ -39,11 +39,6 @@ class Method(AtInput):
 
     weights: Path | None = None
 
-    def __post_init__(self) -> None:
-        """Text from the command line is a path."""
-        if self.weights is not None:
-            object.__setattr__(self, "weights", Path(self.weights))
-
     @property
     def needs(self) -> frozenset[Signal]:  # type: ignore[override] # follows from a parameter
         """The vision tower, where its attention stands for the scorer."""

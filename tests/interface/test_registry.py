@@ -266,3 +266,11 @@ def test_method_docstring_has_the_form(name: str) -> None:
     documented = "".join(inspect.getdoc(base) or "" for base in cls.__mro__ if dataclasses.is_dataclass(base))
     for parameter in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert re.search(rf"\b{parameter.name}\b", documented), f"parameter {parameter.name} is not documented"
+
+
+@pytest.mark.parametrize("name", registry.method_names())
+def test_text_given_for_a_path_becomes_one(name: str, tmp_path: Path) -> None:
+    """In one place for all methods: the command line and sweep files have text."""
+    paths = [field.name for field in dataclasses.fields(registry.method_class(name)) if "Path" in str(field.type)]
+    made = registry.make_method(name, dict.fromkeys(paths, str(tmp_path)))
+    assert [getattr(made, path) for path in paths] == [tmp_path] * len(paths)

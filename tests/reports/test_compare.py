@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -503,6 +504,7 @@ class TestSelection:
         said = subprocess.run(
             ["make", "-n", "compare", "READY=", "MODEL=qwen25", *given],
             cwd=BASELINES.parents[1],
+            env={"PATH": os.environ["PATH"]},  # a make around the tests must not hand down its flags
             capture_output=True,
             text=True,
             check=True,

@@ -7,7 +7,6 @@ resumed sees the same pictures in the same order as one that was not.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
-from ivcp_eval.lab.training.state import Curve
+from ivcp_eval.lab.training.state import Curve, say
 from ivcp_eval.runs.planning.numbers import POSITIVE
 
 CONFIGS = Path(__file__).parent
@@ -322,12 +321,6 @@ def validate(run: Run, phase: dict[str, Any]) -> None:
     row |= means(hits)
     Curve(run.folder / f"{phase['kind']}_accuracy.csv", run.state.progress["steps"]).add(row)
     say(f"validation: { ({k: round(v, 3) for k, v in row.items()}) }")
-
-
-def say(text: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

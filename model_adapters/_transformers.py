@@ -97,13 +97,15 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return self.load_model(source, dtype=dtype, device=device, attention=attention, **common), processor
 
     def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
-        """The `model_class`, in eval mode, on ``device`` ("auto": spread over all GPUs).
+        """``AutoModelForImageTextToText``, in eval mode, on ``device`` ("auto": spread over all GPUs).
 
         Raises:
             ValueError: tensors that are missing, left over or of another shape.
         """
+        from transformers import AutoModelForImageTextToText
+
         placement = {"device_map": "auto"} if device == "auto" else {}
-        model, report = self.model_class().from_pretrained(
+        model, report = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attention,
@@ -114,12 +116,6 @@ class AbstractTransformersAdapter(AbstractAdapter):
         )
         whole(source, report)
         return (model if placement else model.to(device)).eval()
-
-    def model_class(self) -> Any:
-        """``AutoModelForImageTextToText``: what transformers takes a checkpoint for."""
-        from transformers import AutoModelForImageTextToText
-
-        return AutoModelForImageTextToText
 
     def load_processor(self, source: str, **options: Any) -> Any:
         """``AutoProcessor``."""

@@ -21,17 +21,25 @@ class Adapter(Qwen25Adapter):
     model_types = ("uhd_v4",)
     position_step = 2
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
-        Checkpoint("uhd_v4", note="made by `ivcp lab train uhd_v4`, which leaves the folder to give with --model-path"),
+        Checkpoint("uhd_v4", note="nothing published; `ivcp lab train uhd_v4` makes a folder for --model-path"),
     )
 
     def config(self, source: str) -> Any:
-        """From a folder; transformers does not know this architecture."""
-        from model_adapters.uhd_v4.modeling import UhdV4Config
+        """As the stock one, which has to be told of this architecture."""
+        _register()
+        return super().config(source)
 
-        return UhdV4Config.from_pretrained(source)
+    def load(self, source: str, **options: Any) -> tuple[Any, Any]:
+        """Likewise."""
+        _register()
+        return super().load(source, **options)
 
-    def model_class(self) -> Any:
-        """`modeling.UhdV4ForConditionalGeneration`."""
-        from model_adapters.uhd_v4.modeling import UhdV4ForConditionalGeneration
 
-        return UhdV4ForConditionalGeneration
+def _register() -> None:
+    """Tell transformers' Auto classes of a model type that is not its own; again does no harm."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from model_adapters.uhd_v4.modeling import UhdV4Config, UhdV4ForConditionalGeneration
+
+    AutoConfig.register(UhdV4Config.model_type, UhdV4Config, exist_ok=True)
+    AutoModelForImageTextToText.register(UhdV4Config, UhdV4ForConditionalGeneration, exist_ok=True)

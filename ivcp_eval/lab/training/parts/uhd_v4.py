@@ -74,21 +74,22 @@ class Part(part.Part):
         return [{"params": list(self.net[name].parameters()), "share": share} for name, share in self.rates.items()]
 
     def encoded(self, example: Example) -> Pair:  # type: ignore[override]
-        """For both models; the whole one gets pictures of the size to which the other's processor brings them.
+        """For both models, with pictures already of the size to which the small one's processor brings them.
 
         Raises:
             ValueError: a video.
         """
         if any("video" in piece for piece in example.parts):
             raise ValueError(f"{NAME} is trained on pictures; this example holds a video")
-        student = self.student.encoded(example)
-        patch = self.student.model.config.vision_config.patch_size
-        sizes = iter([(w * patch, h * patch) for _, h, w in student.inputs["image_grid_thw"].tolist()])
-        pieces = tuple(
-            {"image": decoded(piece["image"]).resize(next(sizes))} if "image" in piece else piece
-            for piece in example.parts
-        )
-        return Pair(self.frozen.encoded(replace(example, parts=pieces)), student)
+        adapter, processor = self.student.session.adapter, self.student.session.processor
+        pieces: list[Mapping[str, Any]] = []
+        for piece in example.parts:
+            if "image" in piece:
+                image = decoded(piece["image"])
+                piece = {"image": image.resize(adapter.shrunk_size(processor, image.size, 1.0) or image.size)}
+            pieces.append(piece)
+        example = replace(example, parts=tuple(pieces))
+        return Pair(self.frozen.encoded(example), self.student.encoded(example))
 
     def loss(self, example: Pair, rng: np.random.Generator, done: float) -> Loss:  # type: ignore[override]
         """Features alone in the beginning, then those, the answer and the whole model's distribution of it."""

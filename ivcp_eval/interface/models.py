@@ -87,7 +87,8 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
     """
     family, checkpoint = find(name)
     if path is None and not checkpoint.local and not checkpoint.hub:
-        raise MissingWeights(f"model {name!r} is at no known place: {checkpoint.note}. Point {_LOCAL.format(name)} at it.")
+        where = _LOCAL.format(name)
+        raise MissingWeights(f"model {name!r} is at no known place: {checkpoint.note}. Point {where} at it.")
     if path is None and not checkpoint.local:
         return Weights(checkpoint, family, *_from_hub(checkpoint, offline), quantised=unquantised(name)[1])
     folder = PACKAGE / checkpoint.local if path is None else Path(path).expanduser()

@@ -14,6 +14,7 @@ What follows from the tower being Qwen2.5-VL's, which LLaVA-UHD v4 does not say:
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -158,7 +159,7 @@ class CompressedBlock(Qwen2_5_VLVisionBlock):  # type: ignore[misc]
 
 
 class UhdV4VisionModel(Qwen2_5_VisionTransformerPretrainedModel):  # type: ignore[misc]
-    """The stock tower with one block more than it seems, and a merger of 2 x 2 compressed patches."""
+    """The stock tower with a compressor behind a block, and its merger, of 2 x 2 patches, on compressed ones."""
 
     config_class = UhdV4VisionConfig
     _no_split_modules: ClassVar[list[str]] = ["Qwen2_5_VLVisionBlock", "CompressingBlock", "CompressedBlock"]
@@ -179,11 +180,12 @@ class UhdV4VisionModel(Qwen2_5_VisionTransformerPretrainedModel):  # type: ignor
         Raises:
             ValueError: a picture whose sides are not whole visual tokens.
         """
-        odd = [grid for grid in grid_thw.tolist() if grid[1] % self.spatial_merge_size or grid[2] % self.spatial_merge_size]
+        side = self.spatial_merge_size
+        odd = [(h, w) for _, h, w in grid_thw.tolist() if h % side or w % side]
         if odd:
             raise ValueError(
-                f"pictures of {' and '.join(f'{h} x {w}' for _, h, w in odd)} patches cannot be compressed: both sides "
-                f"must be multiples of {self.spatial_merge_size}. The model's own processor resizes pictures so"
+                f"pictures of {' and '.join(f'{h} x {w}' for h, w in odd)} patches cannot be compressed: both sides "
+                f"must be multiples of {side}. The model's own processor resizes pictures so"
             )
         return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
 
@@ -218,7 +220,7 @@ def stretched(positions: Tensor, visual: Tensor) -> Tensor:
     """
     result, shift = positions.clone(), 0
     starts = [0, *((visual[1:] != visual[:-1]).nonzero().flatten() + 1).tolist(), visual.numel()]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         run = positions[:, start:end]
         result[:, start:end] += shift
         if start < end and visual[start]:

@@ -25,7 +25,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_what_is_trained_by_its_user_is_told_to_be() -> None:
-    with pytest.raises(models.MissingWeights, match="'uhd_v4' is at no known place: .*`ivcp lab train uhd_v4`"):
+    with pytest.raises(models.MissingWeights, match=r"'uhd_v4' is at no known place: .*`ivcp lab train uhd_v4`"):
         models.locate("uhd_v4")
 
 

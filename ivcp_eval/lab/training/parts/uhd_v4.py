@@ -3,10 +3,10 @@
 Paper: https://arxiv.org/abs/2605.08985; code: https://github.com/THUMAI-Lab/LLaVA-UHD-v4 @ 98345a7
 (train/multimodal_common/base_models/vit_insert_merger.py). The family is `model_adapters.uhd_v4`.
 
-The authors train on answers, at a size that has no place here. This one learns from the whole model: at first that each
-of its visual tokens be the mean of the four that it stands for, then also the answer and the distribution of each of its
-tokens. Ours are, each a field of the configuration: these losses, what is trained and how fast, and where the compressor
-stands (the published share of the depth).
+The authors train on answers, at a size that has no place here. This one learns from the whole model: at first only
+that each of its visual tokens be the mean of the four that it stands for, then also the answer, and the whole model's
+distribution of it. Ours are, each a field of the configuration: these losses, what is trained and how fast, and where
+the compressor stands (the published share of the depth).
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Part(part.Part):
     """Options: see the configuration file."""
 
     origin: ClassVar[str] = (
-        "A model of its own, trained here: a variant of LLaVA-UHD v4, whose weights are published for another tower and "
-        "decoder. The folder `model` beside this card is the whole checkpoint: `ivcp eval --model uhd_v4 --model-path "
-        "model`; the weights below are the trained part of it. What is not in them is as it was."
+        "A model of its own, trained here: a variant of LLaVA-UHD v4, whose weights are published for another tower "
+        "and decoder. The folder `model` is the whole checkpoint, in the precision of the one that it is made of: "
+        "`ivcp eval --model uhd_v4 --model-path model`. The weights below are the trained part of it; all else is as "
+        "it was."
     )
 
     def __init__(self, frozen: Frozen, options: Mapping[str, Any], example: Encoded) -> None:

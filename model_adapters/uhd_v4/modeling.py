@@ -121,7 +121,7 @@ def cells_of(patches: Tensor) -> Tensor:
     return grid.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-class CompressingBlock(Qwen2_5_VLVisionBlock):  # type: ignore[misc]
+class CompressingBlock(Qwen2_5_VLVisionBlock):
     """A stock block, and the compressor behind it."""
 
     def __init__(self, config: Any) -> None:
@@ -135,7 +135,7 @@ class CompressingBlock(Qwen2_5_VLVisionBlock):  # type: ignore[misc]
         return result
 
 
-class CompressedBlock(Qwen2_5_VLVisionBlock):  # type: ignore[misc]
+class CompressedBlock(Qwen2_5_VLVisionBlock):
     """A stock block on compressed patches: segments a fourth as long, each patch with the RoPE of its cell's first.
 
     Only differences of positions count, and those between first patches are those between the cells' centres.
@@ -158,7 +158,7 @@ class CompressedBlock(Qwen2_5_VLVisionBlock):  # type: ignore[misc]
         return result
 
 
-class UhdV4VisionModel(Qwen2_5_VisionTransformerPretrainedModel):  # type: ignore[misc]
+class UhdV4VisionModel(Qwen2_5_VisionTransformerPretrainedModel):
     """The stock tower with a compressor behind a block, and its merger, of 2 x 2 patches, on compressed ones."""
 
     config_class = UhdV4VisionConfig
@@ -190,7 +190,7 @@ class UhdV4VisionModel(Qwen2_5_VisionTransformerPretrainedModel):  # type: ignor
         return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
 
 
-class UhdV4Model(Qwen2_5_VLModel):  # type: ignore[misc]
+class UhdV4Model(Qwen2_5_VLModel):
     """The stock model with that tower, and positions in steps of two inside pictures."""
 
     config_class = UhdV4Config
@@ -230,7 +230,7 @@ def stretched(positions: Tensor, visual: Tensor) -> Tensor:
     return result
 
 
-class UhdV4ForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+class UhdV4ForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     """The stock model with a language head around `UhdV4Model`."""
 
     config_class = UhdV4Config

@@ -3,9 +3,8 @@
 Paper: https://arxiv.org/abs/2605.08985; code: https://github.com/THUMAI-Lab/LLaVA-UHD-v4 @ 98345a7
 (train/multimodal_common/base_models/vit_insert_merger.py). The family is `model_adapters.uhd_v4`.
 
-The authors train on answers, at a size that has no place here. This one learns from the whole model: at first only
-that each of its visual tokens be the mean of the four that it stands for, then also the answer, and the whole model's
-distribution of it. Ours are, each a field of the configuration: these losses, what is trained and how fast, and where
+The authors train on answers, at a size that has no place here. This one learns from the whole model too: its
+distribution of the answer, and visual tokens near the mean of the four that each of ours stands for. Ours are, each a field of the configuration: these losses, what is trained and how fast, and where
 the compressor stands (the published share of the depth).
 """
 
@@ -72,9 +71,10 @@ class Part(part.Part):
 
     def groups(self) -> list[dict[str, Any]]:
         """Parts of the network, each with its share of the rate."""
-        return [{"params": list(self.net[name].parameters()), "share": share} for name, share in self.rates.items()]
+        parts = dict(self.net.named_children())
+        return [{"params": list(parts[name].parameters()), "share": share} for name, share in self.rates.items()]
 
-    def encoded(self, example: Example) -> Pair:  # type: ignore[override]
+    def encoded(self, example: Example) -> Pair:
         """For both models, with pictures already of the size to which the small one's processor brings them.
 
         Raises:
@@ -92,33 +92,26 @@ class Part(part.Part):
         example = replace(example, parts=tuple(pieces))
         return Pair(self.frozen.encoded(example), self.student.encoded(example))
 
-    def loss(self, example: Pair, rng: np.random.Generator, done: float) -> Loss:  # type: ignore[override]
-        """Features alone in the beginning, then those, the answer and the whole model's distribution of it."""
-        del rng
-        half = self.frozen.placement.dtype != "float32"
+    def loss(self, example: Pair, rng: np.random.Generator, done: float) -> Loss:
+        """Of the visual tokens, of the answer, and of the whole model's distribution of it."""
+        del rng, done
+        dtype = getattr(torch, self.frozen.placement.dtype)
         device = example.student.labels.device.type
-        with torch.autocast(device, getattr(torch, self.frozen.placement.dtype), enabled=half):
-            return self._loss(example, features_alone=done < self.options["features_alone"])
-
-    def _loss(self, example: Pair, features_alone: bool) -> Loss:
-        with torch.no_grad(), tower_output(self.frozen) as whole:
-            known = None if features_alone else self.frozen.logits(example.teacher)
-            if features_alone:
-                encode(self.frozen, example.teacher)
-        with tower_output(self.student) as small:
-            logits = None if features_alone else self.student.logits(example.student)
-            if features_alone:
-                encode(self.student, example.student)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad(), tower_output(self.frozen) as whole:
+                known = self.frozen.logits(example.teacher)
+            with tower_output(self.student) as small:
+                logits = self.student.logits(example.student)
         target = pooled(whole[0].float(), example.teacher.inputs["image_grid_thw"], self.frozen)
-        features = (small[0].float() - target).square().mean() / target.var()
-        if logits is None or known is None:
-            return features, {"features": features.item()}
-        answer = nn.functional.cross_entropy(logits, example.student.labels)
-        teacher = nn.functional.kl_div(logits.log_softmax(-1), known.log_softmax(-1), log_target=True, reduction="none")
-        distance = teacher.sum(-1).mean()
-        weights = self.options["losses"]
-        total = weights["features"] * features + weights["answer"] * answer + weights["teacher"] * distance
-        return total, {"features": features.item(), "answer": answer.item(), "teacher": distance.item()}
+        losses = {
+            "features": (small[0].float() - target).square().mean() / target.var(),
+            "answer": nn.functional.cross_entropy(logits, example.student.labels),
+            "teacher": nn.functional.kl_div(
+                logits.log_softmax(-1), known.log_softmax(-1), log_target=True, reduction="batchmean"
+            ),
+        }
+        total = torch.stack([self.options["losses"][name] * loss for name, loss in losses.items()]).sum()
+        return total, {name: loss.item() for name, loss in losses.items()}
 
     def finish(self, folder: Path) -> None:
         """The whole checkpoint, in the precision in which the model lies that it was made of."""
@@ -138,11 +131,6 @@ def tower_output(frozen: Frozen) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def encode(frozen: Frozen, example: Encoded) -> None:
-    """Let the tower see an example's pictures."""
-    frozen.model.model.visual(example.inputs["pixel_values"], grid_thw=example.inputs["image_grid_thw"])
 
 
 def pooled(features: Tensor, grids: Tensor, frozen: Frozen) -> Tensor:

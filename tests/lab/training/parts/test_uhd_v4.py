@@ -72,18 +72,16 @@ def test_untrained_tokens_are_near_the_means_and_training_brings_them_nearer(par
     pair = part.encoded(Generated("tiny", ["box"]).validation(0))
     rng = np.random.default_rng(0)
     first, figures = part.loss(pair, rng, 0.0)
-    assert set(figures) == {"features"}
-    assert first.item() < 0.5  # of the variance of the means; tokens that know nothing have 1 at least
+    assert set(figures) == {"features", "answer", "teacher"}
+    assert figures["features"] < 0.5  # of the variance of the means; tokens that know nothing have 1 at least
     before = {name: value.clone() for name, value in part.net.state_dict().items()}
-    optimizer = torch.optim.SGD(part.groups(), lr=0.01)
+    optimizer = torch.optim.SGD(part.groups(), lr=0.001)
     for _ in range(3):
         loss, _ = part.loss(pair, rng, 0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert part.loss(pair, rng, 0.0)[0].item() < first.item()
-    _, figures = part.loss(pair, rng, 1.0)
-    assert set(figures) == {"features", "answer", "teacher"}
     part.net.load_state_dict(before)
 
 

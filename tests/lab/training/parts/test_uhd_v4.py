@@ -85,6 +85,21 @@ def test_untrained_tokens_are_near_the_means_and_training_brings_them_nearer(par
     part.net.load_state_dict(before)
 
 
+def test_in_half_precision_the_trained_weights_are_whole() -> None:
+    """Small steps are lost in bfloat16; every trained weight gets a gradient, but those that a scale of 0 hides."""
+    half = Frozen(models.locate("tiny"), Placement("cpu", "bfloat16", "sdpa"))
+    example = Generated("tiny", ["box"]).training(0)
+    part = Part(half, configuration("uhd_v4", None)["part"], half.encoded(example))
+    part.loss(part.encoded(example), np.random.default_rng(0), 0.0)[0].backward()
+    assert {parameter.dtype for parameter in part.net.parameters()} == {torch.float32}
+    still = {name for name, parameter in part.net.named_parameters() if not parameter.grad.any()}  # type: ignore[union-attr]
+    hidden = {name for name, _ in part.net.named_parameters() if name.startswith("compressor.") and "scale" not in name}
+    assert still == hidden
+    others = [parameter for name, parameter in part.student.model.named_parameters() if parameter.grad is None]
+    assert others
+    assert all(parameter.dtype == torch.bfloat16 for parameter in others)
+
+
 def test_means_of_visual_tokens(frozen: Frozen) -> None:
     """Of a picture of 2 x 4 visual tokens and one of 2 x 2."""
     features = torch.arange(12.0)[:, None]

@@ -51,7 +51,10 @@ class Part(ABC):
 
     @abstractmethod
     def loss(self, example: Any, rng: np.random.Generator, done: float) -> Loss:
-        """Of one example, as `encoded` gives it; ``rng`` is the only source of chance, ``done`` the share of the training that is over."""
+        """Of one example, as `encoded` gives it.
+
+        ``rng`` is the only source of chance, ``done`` the share of the training that is over.
+        """
 
     def prepare(self, examples: Examples, folder: Path, tell: Callable[[str], None]) -> None:  # noqa: B027
         """What has to come before the first step (labels, searches), in ``folder`` so that it resumes; else nothing."""

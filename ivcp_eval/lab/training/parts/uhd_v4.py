@@ -4,8 +4,9 @@ Paper: https://arxiv.org/abs/2605.08985; code: https://github.com/THUMAI-Lab/LLa
 (train/multimodal_common/base_models/vit_insert_merger.py). The family is `model_adapters.uhd_v4`.
 
 The authors train on answers, at a size that has no place here. This one learns from the whole model too: its
-distribution of the answer, and visual tokens near the mean of the four that each of ours stands for. Ours are, each a field of the configuration: these losses, what is trained and how fast, and where
-the compressor stands (the published share of the depth).
+distribution of the answer, and visual tokens near the mean of the four that each of ours stands for. Ours are, each a
+field of the configuration: these losses, what is trained and how fast, and where the compressor stands (the published
+share of the depth).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
 from ivcp_eval.interface.variants import BASELINE
@@ -385,12 +386,12 @@ def _unpaired(row: ComparedRow, baseline: Row, pruned: Row, why: str) -> Compare
 def _finished(row: ComparedRow, margin: float | None, notes: Sequence[str]) -> ComparedRow:
     smallest = stats.minimal_detectable_effect(row.standard_error, alpha=_ALPHA)
     row = replace(row, minimal_detectable_effect=smallest, notes=(*row.notes, *notes))
-    return row if margin is None else replace(row, verdict=_verdict(row, margin * row.score_scale / 100))
+    return row if margin is None else replace(row, verdict=_verdict(row, margin))
 
 
-def _verdict(row: ComparedRow, margin: float) -> stats.Verdict:
-    if row.paired and row.difference_low == row.difference_high and row.n_clusters:
-        # No score differed: the bootstrap cannot know what it has not seen, the rule of three can.
-        unseen = 3 / row.n_clusters * row.score_scale
-        return "not worse" if unseen < margin else "undecided"
-    return stats.non_inferiority(stats.Interval(row.difference_low, row.difference_high), margin)
+def _verdict(row: ComparedRow, margin: float) -> Literal["not worse", "worse", "undecided"]:
+    """By the tests of `decide`, each one-sided at half of the interval's error, uncorrected."""
+    test = row.loss_test(margin)
+    if test is None:
+        return "undecided"
+    return "not worse" if test.p_not_worse <= _ALPHA / 2 else "worse" if test.p_worse <= _ALPHA / 2 else "undecided"

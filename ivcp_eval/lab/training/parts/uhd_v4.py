@@ -1,7 +1,7 @@
 """A model with LLaVA-UHD v4's compressor in its tower, distilled from the one that it is made of.
 
 Paper: https://arxiv.org/abs/2605.08985; code: https://github.com/THUMAI-Lab/LLaVA-UHD-v4 @ 98345a7
-(train/multimodal_common/base_models/vit_insert_merger.py). The family is `model_adapters.uhd_v4`.
+(train/multimodal_common/base_models/vit_insert_merger.py). The family is `model_adapters.qwen2_5_vl_uhd`.
 
 The authors train on answers, at a size that has no place here. This one learns from the whole model too: its
 distribution of the answer, and visual tokens near the mean of the four that each of ours stands for. Ours are, each a
@@ -153,7 +153,7 @@ def begin(frozen: Frozen, folder: Path, after: int, scale: float) -> None:
     Raises:
         ValueError: a model of another family, or ``after`` leaves no block.
     """
-    from model_adapters.uhd_v4.modeling import Compressor, UhdV4Config
+    from model_adapters.qwen2_5_vl_uhd.modeling import Compressor, UhdV4Config
 
     if frozen.model.config.model_type != "qwen2_5_vl":
         raise ValueError(

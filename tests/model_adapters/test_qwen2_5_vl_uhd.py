@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_adapters.uhd_v4.modeling import Compressor, UhdV4Config, UhdV4VisionConfig, cells_of
+from model_adapters.qwen2_5_vl_uhd.modeling import Compressor, UhdV4Config, UhdV4VisionConfig, cells_of
 from tests.engine import tiny_models
 
 ROWS, COLUMNS, WIDTH = 8, 12, 32  # patches of a picture; 8 x 8 of them are a window
@@ -59,17 +59,17 @@ def test_cells_are_two_by_two_neighbours() -> None:
 
 
 def test_an_untrained_compressor_averages() -> None:
-    compressor, cells = Compressor(tower("uhd_v4").config), drawn(6, 4, WIDTH)
-    compressor.start(tower("uhd_v4").blocks[0])
+    compressor, cells = Compressor(tower("qwen2_5_vl_uhd").config), drawn(6, 4, WIDTH)
+    compressor.start(tower("qwen2_5_vl_uhd").blocks[0])
     result = compressor(cells, drawn(6, 4, 16, seed=1), drawn(6, 4, 16, seed=2))
     assert torch.equal(result, cells.mean(1))
 
 
 def test_its_weights_are_a_blocks() -> None:
     """With scales of 1 it is the mean of what the stock block makes of 2 x 2 patches that see nothing else."""
-    block, cells = tower("uhd_v4").blocks[0], drawn(6, 4, WIDTH)
+    block, cells = tower("qwen2_5_vl_uhd").blocks[0], drawn(6, 4, WIDTH)
     angles = drawn(24, 8, seed=1).repeat(1, 2)
-    compressor = Compressor(tower("uhd_v4").config)
+    compressor = Compressor(tower("qwen2_5_vl_uhd").config)
     compressor.start(block, scale=1.0)
     embeddings = angles.cos(), angles.sin()
     ends = torch.arange(0, 25, 4)
@@ -80,7 +80,7 @@ def test_its_weights_are_a_blocks() -> None:
 
 def test_an_untrained_tower_is_the_stock_one_with_a_mean_in_it() -> None:
     """Stock blocks before; then the mean of 2 x 2; then stock blocks on a picture half as wide, patches twice apart."""
-    ours, pixels = tower("uhd_v4"), drawn(ROWS, COLUMNS, 3 * 2 * 14**2)
+    ours, pixels = tower("qwen2_5_vl_uhd"), drawn(ROWS, COLUMNS, 3 * 2 * 14**2)
     scales = ours.blocks[0].compressor.attention_scale, ours.blocks[0].compressor.mlp_scale
     kept = [scale.clone() for scale in scales]  # the tiny model's are drawn
     try:
@@ -113,7 +113,7 @@ def test_an_untrained_tower_is_the_stock_one_with_a_mean_in_it() -> None:
 
 def test_sides_that_are_not_whole_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pictures of 8 x 6 patches cannot .* multiples of 4\. The model's own proc"):
-        tower("uhd_v4")(drawn(48, 3 * 2 * 14**2), grid_thw=torch.tensor([[1, 8, 6]]))
+        tower("qwen2_5_vl_uhd")(drawn(48, 3 * 2 * 14**2), grid_thw=torch.tensor([[1, 8, 6]]))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_tower_that_cannot_be_is_refused(change: dict[str, int], words: str) -
 
 def test_a_picture_has_the_positions_of_the_stock_model() -> None:
     """Two tokens of text, 2 x 3 visual tokens, one of text, 1 x 1, one: each token at the first of the four before."""
-    model: Any = tiny_models.build("uhd_v4")[0]
+    model: Any = tiny_models.build("qwen2_5_vl_uhd")[0]
     image = model.config.image_token_id
     ids = torch.tensor([[9, 9, *[image] * 6, 9, image, 9]])
     grids = torch.tensor([[1, 8, 12], [1, 4, 4]])
@@ -142,5 +142,5 @@ def test_a_picture_has_the_positions_of_the_stock_model() -> None:
 
 
 def test_a_configuration_is_written_and_read() -> None:
-    config = tiny_models.build("uhd_v4")[0].config
+    config = tiny_models.build("qwen2_5_vl_uhd")[0].config
     assert UhdV4Config(**config.to_dict()).to_dict() == config.to_dict()  # type: ignore[union-attr,operator,arg-type]

@@ -39,7 +39,7 @@ def _register() -> None:
     """Tell transformers' Auto classes of a model type that is not its own; again does no harm."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from model_adapters.uhd_v4.modeling import UhdV4Config, UhdV4ForConditionalGeneration
+    from model_adapters.qwen2_5_vl_uhd.modeling import UhdV4Config, UhdV4ForConditionalGeneration
 
     AutoConfig.register(UhdV4Config.model_type, UhdV4Config, exist_ok=True)
     AutoModelForImageTextToText.register(UhdV4Config, UhdV4ForConditionalGeneration, exist_ok=True)

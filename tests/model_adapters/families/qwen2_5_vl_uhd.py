@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from model_adapters.uhd_v4.modeling import UhdV4Config, UhdV4ForConditionalGeneration
+from model_adapters.qwen2_5_vl_uhd.modeling import UhdV4Config, UhdV4ForConditionalGeneration
 from tests.engine.tiny_models import Rows
 from tests.model_adapters.families import _qwen, qwen2_5_vl
 from tests.model_adapters.families._qwen import END, N_TOKENS, PACES, START, STEPS, VIDEO

@@ -587,6 +587,19 @@ class TestTable:
         assert "Mean retained, qwen25 ivc_prune 0.5: 80.0 % over 2 benchmarks." in text
 
 
+class TestReference:
+    def test_a_variant_that_is_not_there_is_answered_with_those_that_are(self, folder):
+        rows = [make("fastv", benchmark=name, ratio_asked=ratio) for name in "abcd" for ratio in (0.5, 0.25)]
+        path = write(folder, *(make(benchmark=name) for name in "abcd"), *rows)
+        with pytest.raises(ValueError, match="nothing to compare") as caught:
+            compare(path, against="fastv:0.3")
+        said = str(caught.value)
+        assert "the baseline file has fastv:0.5, fastv:0.25" in said
+        assert len(said.splitlines()) == 2, "one line, not one a row"
+        text = compare(path, against="fastv:0.5").to_terminal(999)
+        assert "* differs from fastv 0.5 at 5 %" in text
+
+
 class TestVerdict:
     @pytest.mark.parametrize(("margin", "verdict"), [(50, "not worse"), (0.01, "worse"), (20, "undecided")])
     def test_margin(self, folder, scores, margin, verdict):

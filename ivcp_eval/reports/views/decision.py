@@ -295,9 +295,9 @@ def _notes(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _none_of(method: str | None, ratio: float | None, rows: Sequence[ComparedRow]) -> str:
-    asked = " ".join(str(part) for part in (method, ratio) if part is not None)
+    request = " ".join(str(part) for part in (method, ratio) if part is not None)
     there = ", ".join(dict.fromkeys(row.variant for row in rows))
-    return f"no variant is {asked}; the results have {there}" if rows else "the results have no variant to decide on"
+    return f"no variant is {request}; the results have {there}" if rows else "the results have no variant to decide on"
 
 
 @dataclass(frozen=True)

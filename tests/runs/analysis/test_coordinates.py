@@ -88,7 +88,21 @@ def test_questions_of_ones_own(lab: Lab, analyse: Analyse, tmp_path: Path, monke
     assert [row["n"] for row in rows] == ["1"] * len(rows)
     flips = analyse("analyse", "flips", "--data", own, "--method", "fastv")
     assert {row["benchmark"] for row in flips} == {"mine"}
-    assert analyse("tune", "--data", own, "--budget", "final=0.5", "--methods", "fastv", "--validation-share", "0.99")
+    assert analyse(
+        "tune",
+        "--data",
+        own,
+        "--budget",
+        "final=0.5",
+        "--methods",
+        "fastv",
+        "--validation-share",
+        "0.99",
+        "--first",
+        "1",
+        "--samples",
+        "1",
+    )
 
 
 def test_a_benchmark_without_boxes_is_refused(analyse: Analyse, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,10 +82,10 @@ def test_questions_of_ones_own(lab: Lab, analyse: Analyse, tmp_path: Path, monke
     monkeypatch.setenv("LMUData", str(tmp_path / "data"))
     Image.new("RGB", (168, 168), "red").save(tmp_path / "red.png")
     line = {"image": "red.png", "question": "red square", "answer": [10, 10, 90, 90]}
-    (tmp_path / "mine.jsonl").write_text(f"{json.dumps(line)}\n", encoding="utf-8")
+    (tmp_path / "mine.jsonl").write_text(f"{json.dumps(line)}\n" * 4, encoding="utf-8")
     own = str(tmp_path / "mine.jsonl")
     rows = analyse("analyse", "coordinates", "--data", own, "--methods", "ivc_prune")
-    assert [row["n"] for row in rows] == ["1"] * len(rows)
+    assert {row["n"] for row in rows} == {"4"}
     flips = analyse("analyse", "flips", "--data", own, "--method", "fastv")
     assert {row["benchmark"] for row in flips} == {"mine"}
     assert analyse(
@@ -99,9 +99,9 @@ def test_questions_of_ones_own(lab: Lab, analyse: Analyse, tmp_path: Path, monke
         "--validation-share",
         "0.99",
         "--first",
-        "1",
+        "2",
         "--samples",
-        "1",
+        "2",
     )
 
 

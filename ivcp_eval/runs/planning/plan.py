@@ -189,7 +189,22 @@ def make(
             plan.problems.append(f"{model}: {error}")
             continue
         plan.problems += [f"{model}: {text}" for text in missing]
+        plan.notices += [f"{model}: {text}" for text in _asked_twice(spec.variants(model))]
     return plan
+
+
+def _asked_twice(variants: Iterable[Variant]) -> list[str]:
+    """A line for every server that answers for several variants in the same way."""
+    of: dict[str, list[Variant]] = {}
+    for variant in variants:
+        if variant.server is not None:
+            of.setdefault(variant.server.asked, []).append(variant)
+    return [
+        f"{' and '.join(f'{v.method} {v.ratio:g}' for v in same)} are asked of one server in the same way "
+        f"({server.base_url}), so they differ by chance alone; give each its own base_url, model or options"
+        for same in of.values()
+        if len(same) > 1 and (server := same[0].server) is not None
+    ]
 
 
 def _model_plan(

@@ -33,6 +33,7 @@ from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE, Number
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.cost.clock import Phases
+    from ivcp_eval.engine.cost.traffic import Traffic
 
 CONCURRENCY = (1, 4, 12, 32)
 SHOWN = {
@@ -46,7 +47,10 @@ SHOWN = {
     "of a batch ms": ("ttft_ms", "{:.1f}"),
     "time of it": ("first_token", "{}"),
     "vision ms": ("vision_ms", "{:.1f}"),
+    "prefill ms": ("prefill_ms", "{:.1f}"),
+    "memory alone ms": ("prefill_memory_ms", "{:.2f}"),
     "decode ms/token": ("decode_ms_per_token", "{:.2f}"),
+    "memory alone": ("decode_memory_ms", "{:.2f}"),
     "KV MiB": ("kv_mib", "{:.1f}"),
     "peak GiB": ("peak_bytes", "GiB"),
     "note": ("note", "{}"),
@@ -159,7 +163,9 @@ def answer(model: Any, load: Workload, arm: Arm) -> Answered:
     return Answered(traces, load.clients, measured)
 
 
-def measure(model: Any, load: Workload, arms: Sequence[Arm], rounds: int, end: float) -> list[dict[str, Any]]:
+def measure(
+    model: Any, load: Workload, arms: Sequence[Arm], rounds: int, end: float, traffic: Traffic
+) -> list[dict[str, Any]]:
     """Rows of one concurrency: unpruned and every variant, round by round. Columns: `BENCH_COLUMNS`."""
     from ivcp_eval.engine.cost.rounds import Spread, interleave
 
@@ -184,6 +190,8 @@ def measure(model: Any, load: Workload, arms: Sequence[Arm], rounds: int, end: f
             "peak_bytes": max(one.peak_bytes or 0 for one in answers[0].phases) or None,
         }
         row["kv_mib"] = row["kv_bytes"] / 2**20
+        row["prefill_memory_ms"] = traffic.prefill_ms(row["kv_bytes"])
+        row["decode_memory_ms"] = traffic.decode_ms(row["kv_bytes"])
         rows.append(row | _times(found["unpruned"], answers))
     return rows
 
@@ -302,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     import torch
 
+    from ivcp_eval.engine.cost.traffic import Traffic, copy_bandwidth
+    from ivcp_eval.interface.registry import adapter
     from ivcp_eval.lab.bench.models import build_model, configuration, make_inputs
     from ivcp_eval.lab.bench.models import size as find_size
     from ivcp_eval.lab.bench.report import Report, environment
@@ -318,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = environment(options.device, command)
         report = Report(options.out, before, sys.stdout, [column.name for column in BENCH_COLUMNS], SHOWN)
         model = build_model(config, options.device, dtype, options.attention)
+        traffic = Traffic.of(model, adapter("qwen2_5_vl"), copy_bandwidth(options.device))
         common = {
             "decoder": canonical_json(_decoder(config)),
             "quantised": "",
@@ -330,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "visual_tokens": tokens,
             "text_tokens": size.text_tokens,
             "new_tokens": options.new_tokens,
+            "bandwidth_gb_s": traffic.bandwidth / 1e9,
         }
         for clients in sorted(options.concurrency):
             end = time.monotonic() + options.cell_s
@@ -337,7 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 inputs = make_inputs(model.config, tokens, clients, size.text_tokens, dtype, options.device)
                 wanted = lengths(clients * options.each, options.new_tokens, options.spread)
-                found = measure(model, Workload(inputs, wanted, options.most or clients), arms, options.rounds, end)
+                load = Workload(inputs, wanted, options.most or clients)
+                found = measure(model, load, arms, options.rounds, end, traffic)
                 report.add([{**row, **one} for one in found])
             except torch.OutOfMemoryError as error:
                 report.add([{**row, "note": f"out of memory: {str(error).splitlines()[0]}"}])

@@ -85,6 +85,17 @@ BENCH_COLUMNS: tuple[Column, ...] = (
     ),
     Column("ttft_p95_ms", "number", "likewise: 95th percentile", low=0, late=True),
     *_ratio_columns(_LOADED, late=True),
+    Column(
+        "bandwidth_gb_s", "number", "10^9 bytes per second that the device reads and writes in a copy", low=0, late=True
+    ),
+    Column(
+        "prefill_memory_ms",
+        "number",
+        "prefill: what reading weights and writing the cache takes at least",
+        low=0,
+        late=True,
+    ),
+    Column("decode_memory_ms", "number", "one decoding step: what reading weights and cache takes", low=0, late=True),
 )
 
 _ALWAYS = ("method", "ratio", "visual_tokens", "text_tokens", "new_tokens", "batch", "rounds")  # with a measurement
@@ -95,8 +106,10 @@ class Bench:
     """One measured line of ``batch`` clients. Times and bytes are of a whole batch of requests; None: not measured.
 
     Attributes:
-        parameters: canonical JSON. decoder: sizes, as `DecoderShape` has them. ttft_p50_ms, ttft_p95_ms: of single
-            requests, waiting included. times: stage -> over the unpruned model's, paired by round.
+        parameters: canonical JSON. decoder: sizes, as `DecoderShape` has them.
+        ttft_p50_ms, ttft_p95_ms: of single requests, waiting included.
+        prefill_memory_ms, decode_memory_ms: what memory traffic alone takes.
+        times: stage -> over the unpruned model's, paired by round.
     """
 
     method: str
@@ -118,7 +131,9 @@ class Bench:
     ttft_p50_ms: float | None
     ttft_p95_ms: float | None
     prefill_ms: float | None
+    prefill_memory_ms: float | None
     decode_ms_per_token: float | None
+    decode_memory_ms: float | None
     kv_bytes: int | None
     peak_bytes: int | None
     times: Mapping[str, TimeRatio]
@@ -211,7 +226,10 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-_MILLISECONDS = ("ttft_ms", "ttft_p50_ms", "ttft_p95_ms", "prefill_ms", "decode_ms_per_token")
+_MILLISECONDS = (
+    *("ttft_ms", "ttft_p50_ms", "ttft_p95_ms", "prefill_ms", "prefill_memory_ms"),
+    *("decode_ms_per_token", "decode_memory_ms"),
+)
 _SHOWN: dict[str, Any] = {
     "model": lambda one: one.model,
     "variant": lambda one: one.variant,
@@ -222,7 +240,9 @@ _SHOWN: dict[str, Any] = {
     "p95": lambda one: _ms(one.bench.ttft_p95_ms),
     "of a batch ms": lambda one: _ms(one.bench.ttft_ms),
     "prefill ms": lambda one: _ms(one.bench.prefill_ms),
+    "memory alone ms": lambda one: _ms(one.bench.prefill_memory_ms),
     "decode ms/token": lambda one: _ms(one.bench.decode_ms_per_token),
+    "memory alone": lambda one: _ms(one.bench.decode_memory_ms),
     "KV": lambda one: mebibytes(one.bench.kv_bytes),
     "peak": lambda one: mebibytes(one.bench.peak_bytes),
     "in words": lambda one: one.words,

@@ -40,22 +40,8 @@ def _results(folder: Path, decoder: dict[str, Any] | None = None) -> Path:
 def test_a_bench_of_the_results_own_variants_is_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"layers": 3, "kv_heads": 2, "head_dim": 16}
     results = _results(tmp_path, sizes)
-    load = [
-        "--size",
-        "tiny",
-        "--concurrency",
-        "1",
-        "2",
-        "--new-tokens",
-        "2",
-        "--rounds",
-        "2",
-        "--each",
-        "2",
-        "--threads",
-        "1",
-    ]
-    assert main(["bench", "throughput", *load, "--of", str(results), "--out", f"{tmp_path}/made"]) == 0
+    load = ["--size", "tiny", "--concurrency", "1", "2", "--new-tokens", "2", "--rounds", "2", "--threads", "1"]
+    assert main(["bench", "throughput", *load, "--each", "2", "--of", str(results), "--out", f"{tmp_path}/made"]) == 0
     assert "fastv(layer=1) 0.5" in capsys.readouterr().out
     lines = read_bench(tmp_path / "made.csv")
     assert [(one.method, one.parameters, one.batch) for one in lines] == [
@@ -67,6 +53,8 @@ def test_a_bench_of_the_results_own_variants_is_joined(tmp_path: Path, capsys: p
     assert lines[0].times["end_to_end"].ratio == lines[0].times["ttft_p95"].ratio == 1
     assert all(0 < (one.ttft_ms or 0) <= (one.ttft_p50_ms or 0) <= (one.ttft_p95_ms or 0) for one in lines)
     assert (lines[1].kv_bytes or 0) < (lines[0].kv_bytes or 0)
+    assert 0 < (lines[1].decode_memory_ms or 0) < (lines[0].decode_memory_ms or 0), "a smaller cache is read"
+    assert (lines[0].prefill_memory_ms or 0) < (lines[0].decode_memory_ms or 0), "which reads the head, too"
     assert main(["compare", str(results), "--cost", str(tmp_path / "made.csv"), "--resamples", "20"]) == 0
     shown = capsys.readouterr().out
     assert "fastv 0.5" in shown.partition("Cost, measured by")[2]

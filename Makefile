@@ -107,7 +107,7 @@ test-quantised: $(READY)
 	[ -x $(TORCHAO)/bin/pip ] || $(BIN)/python -m venv $(TORCHAO)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$(echo $(TORCHAO)/lib/python*/site-packages)/base.pth"
 	$(TORCHAO)/bin/pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
-	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py
+	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py tests/lab/bench/test_quantised.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -36,6 +36,14 @@ def image_runs(mask: Tensor) -> list[Tensor]:
     return list(torch.tensor_split(columns, breaks.tolist()))
 
 
+def placement(device: str, quantization_config: Any = None) -> dict[str, Any]:
+    """Options of ``from_pretrained`` where a model is placed while it is loaded; none where it is moved afterwards."""
+    quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if device == "auto":
+        return {"device_map": "auto", **quantised}
+    return {"device_map": {"": device}, **quantised} if quantised else {}
+
+
 class AbstractTransformersAdapter(AbstractAdapter):
     """A family whose decoder layers have ``self_attn.{q,k,v}_proj`` and Llama-like (cos, sin) position embeddings."""
 
@@ -90,32 +98,40 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return self.load_parts(source, self.pixel_options(min_pixels, max_pixels), **common)
 
     def load_parts(
-        self, source: str, pixels: Mapping[str, Any], *, dtype: torch.dtype, device: str, attention: str, **common: Any
+        self,
+        source: str,
+        pixels: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        attention: str,
+        quantization_config: Any = None,
+        **common: Any,
     ) -> tuple[Any, Any]:
         """`load_model` and `load_processor`; ``common`` are ``revision`` and ``trust_remote_code``."""
         processor = self.load_processor(source, **common, **pixels)
-        return self.load_model(source, dtype=dtype, device=device, attention=attention, **common), processor
+        placed = placement(device, quantization_config)
+        model = self.load_model(source, dtype=dtype, attention=attention, **placed, **common)
+        return (model if placed else model.to(device)).eval(), processor
 
-    def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
-        """``AutoModelForImageTextToText``, in eval mode, on ``device`` ("auto": spread over all GPUs).
+    def load_model(self, source: str, *, dtype: torch.dtype, attention: str, **options: Any) -> Any:
+        """``AutoModelForImageTextToText``; ``options`` of ``from_pretrained``: `placement` and where the files are.
 
         Raises:
             ValueError: tensors that are missing, left over or of another shape.
         """
         from transformers import AutoModelForImageTextToText
 
-        placement = {"device_map": "auto"} if device == "auto" else {}
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their names
-            **placement,
             **options,
         )
         whole(source, report)
-        return (model if placement else model.to(device)).eval()
+        return model
 
     def load_processor(self, source: str, **options: Any) -> Any:
         """``AutoProcessor``."""

@@ -90,14 +90,13 @@ class Adapter(AbstractTransformersAdapter):
         tiles = processor.image_processor
         return shrunk_to_tiles(count, size, share, (tiles.size["width"], tiles.size["height"]), tiles.max_patches)
 
-    def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
+    def load_model(self, source: str, *, dtype: torch.dtype, attention: str, **options: Any) -> Any:
         """An original checkpoint is converted as it is read; an ``-hf`` one is transformers' own."""
         folder = _folder(source, options.get("revision"))
         if not original.is_original(folder):
-            return super().load_model(str(folder), dtype=dtype, device=device, attention=attention, **options)
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        model = original.load_model(folder, dtype, attention, **placement)
-        return (model if placement else model.to(device)).eval()
+            return super().load_model(str(folder), dtype=dtype, attention=attention, **options)
+        placed = {name: value for name, value in options.items() if name not in ("revision", "trust_remote_code")}
+        return original.load_model(folder, dtype, attention, **placed)
 
     def load_processor(self, source: str, **options: Any) -> Any:
         """As `load_model`; images are cut into at most `MAX_TILES` tiles."""

@@ -125,7 +125,7 @@ class Server:
         return urlsplit(self.base_url).netloc
 
     @property
-    def asked(self) -> str:
+    def target(self) -> str:
         """Equal for servers that must give the same answers, whatever the variants that they stand for are called."""
         return json.dumps([self.base_url, self.model, self.options], sort_keys=True)
 

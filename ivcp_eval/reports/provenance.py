@@ -286,7 +286,7 @@ def remarks(baseline: Row, pruned: Row) -> list[str]:
         served = json.loads(pruned["served"] or baseline["served"])["base_url"]
         unknown = ", ".join(_UNKNOWN_OF_SERVERS)
         lines.append(f"one side is answered by a server ({served}), whose {unknown} may be others than those here")
-    elif baseline["served"] and pruned["method"] != AGAIN and _server(baseline).asked == _server(pruned).asked:
+    elif baseline["served"] and pruned["method"] != AGAIN and _server(baseline).target == _server(pruned).target:
         url = _server(pruned).base_url
         lines.append(f"nothing but chance: one server answers both, asked in the same way ({url})")
     return lines

@@ -66,9 +66,10 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor
-        state = getattr(tensor, "quant_state", None)  # bitsandbytes' 4 bits keep their scales beside the weight
-        if state is not None:
-            yield from (value for value in (state.absmax, getattr(state.state2, "absmax", None)) if value is not None)
+        state = getattr(tensor, "quant_state", None)
+        scales = getattr(tensor, "SCB", None) if state is None else state.absmax  # bitsandbytes' lie beside the weight
+        if scales is not None:
+            yield scales
         return
     for name in flatten()[0]:
         yield from _parts(getattr(tensor, name))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ivcp_eval.interface.models import QUANTISED
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.lab.bench.load import Trace, closed_loop, lengths, steady
 from ivcp_eval.reports.provenance import AGAIN
@@ -29,6 +30,7 @@ from ivcp_eval.reports.schema import canonical_json
 from ivcp_eval.reports.stats.timing import paired_ratio
 from ivcp_eval.reports.terminal import time_cell
 from ivcp_eval.reports.views.costs import BENCH_COLUMNS
+from ivcp_eval.runs.answering.quantising import quantiser
 from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE, Number
 
 if TYPE_CHECKING:
@@ -281,6 +283,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
     made.add_argument("--attention", default="sdpa", help="default: %(default)s")
+    made.add_argument("--weights", choices=tuple(QUANTISED), default="", help="store the weights so; bnb8 and bnb4 on "
+        "a GPU (default: as they are)")  # fmt: skip
     made.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
     made.add_argument("--tokens", type=COUNT, help="visual tokens of a request; default: the fewest of the size")
     made.add_argument("--concurrency", type=COUNT, nargs="+", default=list(CONCURRENCY), help="clients that each have "
@@ -305,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench.
 
     Raises:
-        ValueError: as `arms_of`.
+        ValueError: as `arms_of` and `quantiser`.
     """
     options = parser().parse_args(arguments)
     import torch
@@ -318,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     size = find_size(options.size)
     arms = arms_of(options)
+    stored = f"{options.weights} {quantiser(options.weights, options.device)}" if options.weights else ""
     tokens = options.tokens or min(size.visual_tokens)
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     config = configuration(size) if options.config is None else _configuration(options.config)
@@ -327,11 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         before = environment(options.device, command)
         report = Report(options.out, before, sys.stdout, [column.name for column in BENCH_COLUMNS], SHOWN)
-        model = build_model(config, options.device, dtype, options.attention)
+        model = build_model(config, options.device, dtype, options.attention, options.weights)
         traffic = Traffic.of(model, adapter("qwen2_5_vl"), copy_bandwidth(options.device))
         common = {
             "decoder": canonical_json(_decoder(config)),
-            "quantised": "",
+            "quantised": stored,
             "device": "cpu" if options.device == "cpu" else torch.cuda.get_device_name(),
             "host": f"{before['processor']}, {before['threads']} thread(s)",
             "dtype": str(dtype).removeprefix("torch."),

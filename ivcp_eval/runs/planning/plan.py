@@ -198,7 +198,7 @@ def _asked_twice(variants: Iterable[Variant]) -> list[str]:
     of: dict[str, list[Variant]] = {}
     for variant in variants:
         if variant.server is not None:
-            of.setdefault(variant.server.asked, []).append(variant)
+            of.setdefault(variant.server.target, []).append(variant)
     return [
         f"{' and '.join(f'{v.method} {v.ratio:g}' for v in same)} are asked of one server in the same way "
         f"({server.base_url}), so they differ by chance alone; give each its own base_url, model or options"
@@ -310,7 +310,10 @@ class _Identities:
         placement["device"] = self.placement.device.partition(":")[0]
         limits, sent, server = self.limits, adapter(self.weights.family).stated(), variant.server
         if self.weights.quantised:
-            placement |= {"weights": self.weights.quantised, "quantiser": quantiser()}
+            placement |= {
+                "weights": self.weights.quantised,
+                "quantiser": quantiser(self.weights.quantised, self.placement.device),
+            }
         if server is not None:
             placement = dict.fromkeys(placement, "")
             limits, sent = Limits(None, None, limits.max_new_tokens), fields_sent(server, limits.max_new_tokens)

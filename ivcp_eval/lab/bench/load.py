@@ -7,9 +7,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Answered = Sequence[tuple[float, float]]
-"""Of every request of a batch, when the first and the last token of its answer came: seconds on the server's clock."""
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -29,7 +26,7 @@ def closed_loop(
     clients: int,
     each: int,
     most: int,
-    answer: Callable[[Sequence[int]], Answered],
+    answer: Callable[[Sequence[int]], Sequence[tuple[float, float]]],
     clock: Callable[[], float],
 ) -> list[Trace]:
     """Answer ``each`` requests of every client.
@@ -40,7 +37,8 @@ def closed_loop(
 
     Args:
         most: requests in a batch.
-        answer: answers a batch of request numbers; request ``k`` is one of client ``k % clients``.
+        answer: answers a batch of request numbers, and says of each when its first and its last token came; request
+            ``k`` is one of client ``k % clients``.
         clock: seconds, the same clock as that of ``answer``.
 
     Returns:

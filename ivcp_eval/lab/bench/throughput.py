@@ -346,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "visual_tokens": tokens,
             "text_tokens": size.text_tokens,
             "new_tokens": options.new_tokens,
+            "spread": options.spread,
             "bandwidth_gb_s": traffic.bandwidth / 1e9,
         }
         for clients in sorted(options.concurrency):

@@ -78,6 +78,7 @@ BENCH_COLUMNS: tuple[Column, ...] = (
     Column("peak_bytes", "integer", "most memory of the accelerator, weights included", low=0),
     *_ratio_columns(STAGES),
     Column("note", "text", "why there is no measurement"),
+    Column("spread", "number", "how far answers are shorter or longer, as a share", low=0, high=1, late=True),
     Column("requests", "integer", "answered in a round", low=1, late=True),
     Column("most_in_batch", "integer", "requests that are answered as one batch, at most", low=1, late=True),
     Column(
@@ -124,7 +125,9 @@ class Bench:
     visual_tokens: int
     text_tokens: int
     new_tokens: int
+    spread: float | None
     batch: int
+    most_in_batch: int | None
     rounds: int
     requests_per_s: float
     ttft_ms: float | None
@@ -147,9 +150,12 @@ class Bench:
     def measured_on(self) -> str:
         """Device and request, in words."""
         device = self.host if self.device == "cpu" and self.host else self.device
+        spread = f" (+/- {100 * self.spread:.0f} %)" if self.spread else ""
+        most = self.most_in_batch or self.batch
+        batches = f", at most {most} in a batch" if most < self.batch else ""
         return (
             f"{device}, {self.dtype}, {self.attention}; {self.visual_tokens} visual and {self.text_tokens} text tokens "
-            f"in, {self.new_tokens} out"
+            f"in, {self.new_tokens} out{spread}{batches}"
         )
 
 

@@ -36,12 +36,11 @@ def image_runs(mask: Tensor) -> list[Tensor]:
     return list(torch.tensor_split(columns, breaks.tolist()))
 
 
-def placement(device: str, quantization_config: Any = None) -> dict[str, Any]:
-    """Options of ``from_pretrained`` where a model is placed while it is loaded; none where it is moved afterwards."""
-    quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
+def placement(device: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How ``from_pretrained`` places a model; empty where it is moved afterwards, which quantised weights cannot be."""
     if device == "auto":
-        return {"device_map": "auto", **quantised}
-    return {"device_map": {"": device}, **quantised} if quantised else {}
+        return {"device_map": "auto"}
+    return {"device_map": {"": device}} if "quantization_config" in options else {}
 
 
 class AbstractTransformersAdapter(AbstractAdapter):
@@ -110,28 +109,31 @@ class AbstractTransformersAdapter(AbstractAdapter):
     ) -> tuple[Any, Any]:
         """`load_model` and `load_processor`; ``common`` are ``revision`` and ``trust_remote_code``."""
         processor = self.load_processor(source, **common, **pixels)
-        placed = placement(device, quantization_config)
-        model = self.load_model(source, dtype=dtype, attention=attention, **placed, **common)
-        return (model if placed else model.to(device)).eval(), processor
+        quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
+        return self.load_model(
+            source, dtype=dtype, device=device, attention=attention, **quantised, **common
+        ), processor
 
-    def load_model(self, source: str, *, dtype: torch.dtype, attention: str, **options: Any) -> Any:
-        """``AutoModelForImageTextToText``; ``options`` of ``from_pretrained``: `placement` and where the files are.
+    def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
+        """``AutoModelForImageTextToText``, in eval mode, on ``device`` ("auto": spread over all GPUs).
 
         Raises:
             ValueError: tensors that are missing, left over or of another shape.
         """
         from transformers import AutoModelForImageTextToText
 
+        placed = placement(device, options)
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their names
+            **placed,
             **options,
         )
         whole(source, report)
-        return model
+        return (model if placed else model.to(device)).eval()
 
     def load_processor(self, source: str, **options: Any) -> Any:
         """``AutoProcessor``."""

@@ -24,7 +24,7 @@ from model_adapters import _internvl_checkpoint as original
 from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
 from model_adapters._shrink import shrunk_to_tiles
-from model_adapters._transformers import AbstractTransformersAdapter, image_runs
+from model_adapters._transformers import AbstractTransformersAdapter, image_runs, placement
 from model_adapters._vision import IMAGENET, vit_tap
 
 if TYPE_CHECKING:
@@ -90,13 +90,15 @@ class Adapter(AbstractTransformersAdapter):
         tiles = processor.image_processor
         return shrunk_to_tiles(count, size, share, (tiles.size["width"], tiles.size["height"]), tiles.max_patches)
 
-    def load_model(self, source: str, *, dtype: torch.dtype, attention: str, **options: Any) -> Any:
+    def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
         """An original checkpoint is converted as it is read; an ``-hf`` one is transformers' own."""
         folder = _folder(source, options.get("revision"))
         if not original.is_original(folder):
-            return super().load_model(str(folder), dtype=dtype, attention=attention, **options)
-        placed = {name: value for name, value in options.items() if name not in ("revision", "trust_remote_code")}
-        return original.load_model(folder, dtype, attention, **placed)
+            return super().load_model(str(folder), dtype=dtype, device=device, attention=attention, **options)
+        placed = placement(device, options)
+        quantised = {name: value for name, value in options.items() if name == "quantization_config"}
+        model = original.load_model(folder, dtype, attention, **placed, **quantised)
+        return (model if placed else model.to(device)).eval()
 
     def load_processor(self, source: str, **options: Any) -> Any:
         """As `load_model`; images are cut into at most `MAX_TILES` tiles."""

@@ -167,7 +167,7 @@ def table(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]] | N
 
 
 _NAMES = ("variant", "benchmark", "arm")
-_TITLE = {"attention": "attention", "visual_tokens": "visual tokens", "batch": "rows"}
+_TITLE = {"attention": "attention", "visual_tokens": "visual tokens", "batch": "at a time"}
 _SHOWN = {
     "variant": ("variant", "{}"),
     "vision ms": ("vision_ms", "{:.1f}"),

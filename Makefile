@@ -59,7 +59,8 @@ eval: $(READY)
 # parameters, without LIMIT whole benchmarks. Another file is compared whole.
 RESULTS ?= results/eval/$(MODEL).csv
 CHOICE = $(if $(filter file,$(origin RESULTS)),--method $(METHOD) --ratio $(RATIO) --budget $(or $(BUDGET),own) \
-         --set $(SET) --limit $(or $(LIMIT),0) $(if $(DATA),--data $(DATA)))
+         --set $(SET) --limit $(or $(LIMIT),0) $(if $(DATA),--data $(DATA)) $(if $(SEED),--seed $(SEED)) \
+         $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(DEVICE),--device $(DEVICE)))
 compare: $(READY)
 	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(CHOICE) $(ARGS)
 
@@ -100,13 +101,14 @@ test-transformers: $(READY)
 	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/engine/oracle tests/engine/contract --ignore tests/engine/contract/test_mutations.py \
 	  $(if $(ARGS),$(ARGS),-k "not test_contract or (($(CHECKS)) and ($(METHODS)))")
 
-# Weights in 8 and 4 bits need torchao, which every import of transformers would load, and which has much to say then.
+# Weights in 8 and 4 bits need torchao, which every import of transformers would load, and which has much to say then; and
+# bitsandbytes, whose tests run on a CPU, slowly.
 TORCHAO := .venv-torchao
 test-quantised: $(READY)
 	[ -x $(TORCHAO)/bin/pip ] || $(BIN)/python -m venv $(TORCHAO)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$(echo $(TORCHAO)/lib/python*/site-packages)/base.pth"
-	$(TORCHAO)/bin/pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
-	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py
+	$(TORCHAO)/bin/pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0 bitsandbytes==0.50.2
+	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py tests/lab/bench/test_quantised.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -36,6 +36,8 @@ from ivcp_eval.reports.views.costs import Costs, decoder_sizes, join, mebibytes
 __all__ = ["Decision", "Policy", "Verdict", "decide", "kv_bytes"]
 
 Word = Literal["GO", "NO-GO", "UNDECIDED"]
+#: Timed samples of a benchmark below which its times choose no cheapest variant.
+LEAST_TIMED = 8
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -114,6 +116,7 @@ class Verdict:
         kv: measured share of the visual tokens in the KV cache. kv_bytes_saved: of one prompt, by the decoder's sizes.
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
         requests_per_hour: of one device, where a bench was joined (`Costs.best`).
+        timed_samples: behind the times, of the benchmark that has fewest.
     """
 
     model: str
@@ -136,6 +139,7 @@ class Verdict:
     flops: float
     layers: float
     requests_per_hour: float = math.nan
+    timed_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -295,9 +299,9 @@ def _notes(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _none_of(method: str | None, ratio: float | None, rows: Sequence[ComparedRow]) -> str:
-    asked = " ".join(str(part) for part in (method, ratio) if part is not None)
+    request = " ".join(str(part) for part in (method, ratio) if part is not None)
     there = ", ".join(dict.fromkeys(row.variant for row in rows))
-    return f"no variant is {asked}; the results have {there}" if rows else "the results have no variant to decide on"
+    return f"no variant is {request}; the results have {there}" if rows else "the results have no variant to decide on"
 
 
 @dataclass(frozen=True)
@@ -404,6 +408,7 @@ class _Candidate:
             kv_bytes_saved=_mean(saved),
             flops=_mean([r.ratio_flops for r in self.rows]),
             layers=_mean([r.ratio_layer_mean for r in self.rows]),
+            timed_samples=min(max(time.n for time in r.times.values()) for r in self.rows),
         )
 
     def _more(self, corrected: Corrected, failing: bool) -> dict[str, float]:
@@ -436,7 +441,10 @@ def _cheapest(verdicts: Sequence[Verdict]) -> dict[str, tuple[str, str]]:
     cheapest = {}
     for model in dict.fromkeys(one.model for one in verdicts):
         passing = [one for one in verdicts if one.model == model and one.word == "GO"]
+        timed = min((one.timed_samples for one in passing), default=0) >= LEAST_TIMED
         for name, words in measures.items():
+            if name in STAGES and not timed:
+                continue
             if passing and not any(math.isnan(getattr(one, name)) for one in passing):
                 best = max if name == "requests_per_hour" else min
                 cheapest[model] = best(passing, key=attrgetter(name)).variant, words

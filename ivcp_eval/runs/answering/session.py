@@ -27,7 +27,7 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.batching import Fits
 from ivcp_eval.runs.answering.boxes import scored_box
 from ivcp_eval.runs.answering.generation import finite_logits, neutral
-from ivcp_eval.runs.answering.quantising import quantise
+from ivcp_eval.runs.answering.quantising import loading, quantise
 from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from model_adapters._checkpoint import refuse_broken
@@ -82,10 +82,10 @@ class Session:
                 min_pixels=limits.min_pixels,
                 max_pixels=limits.max_pixels,
                 trust_remote_code=trust_remote_code,
+                **loading(weights.quantised, getattr(torch, placement.dtype)),
             )
         refuse_broken(self.model, str(weights.source))
-        if weights.quantised:
-            quantise(self.model, weights.quantised)
+        quantise(self.model, weights.quantised)
         self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device
         cuda = self._device.type == "cuda"

@@ -79,6 +79,21 @@ def test_where_nothing_belongs_it_is_said_what_differs(
     assert f"ivcp bench throughput --of {results}" in str(caught.value)
 
 
+def test_lines_of_other_loads_stand_apart(results: Path, tmp_path: Path) -> None:
+    """With half as many in a batch, or answers of other lengths, it is another place."""
+    loads: list[dict[str, Any]] = [
+        {},
+        {"batch": 8, "most_in_batch": 4},
+        {"batch": 8, "most_in_batch": 8, "spread": 0.5},
+    ]
+    lines = [bench_line(name, ratio, **load) for load in loads for name, ratio in (("none", 1), ("fastv", 0.5))]
+    costs = joined(results, tmp_path, *lines)
+    assert [one.bench.measured_on.partition("in, ")[2] for one in costs.lines[::2]] == [
+        *("8 out", "8 out, at most 4 in a batch", "8 out (+/- 50 %)"),
+    ]
+    assert [one.variant for one in costs.lines] == 3 * ["unpruned", "fastv 0.5"]
+
+
 def test_variants_rank_where_all_of_them_were_measured(results: Path, tmp_path: Path) -> None:
     """Small requests are many requests: a line of another request says nothing."""
     small = {"visual_tokens": 4, "requests_per_s": 1000.0}

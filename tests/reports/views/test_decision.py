@@ -151,6 +151,17 @@ def test_more_samples_are_counted_in_samples_not_in_clusters(tmp_path: Path) -> 
     assert twice.more_samples == pytest.approx(2 * once.more_samples, rel=0.1)
 
 
+def test_few_timed_samples_choose_no_cheapest(tmp_path: Path) -> None:
+    path = write(tmp_path, {("fastv", "a"): 2, ("ivc_prune", "a"): 2}, ratio_flops=0.6)
+    assert decide(path, Policy(5)).cheapest == {"tiny": ("fastv 0.5", "measured time end to end")}
+    for file in tmp_path.glob("*/a/timing.json"):
+        known = json.loads(file.read_text())
+        file.write_text(json.dumps({**known, "samples": known["samples"][:7]}))
+    few = decide(path, Policy(5))
+    assert few.verdicts[0].timed_samples == 7
+    assert few.cheapest == {"tiny": ("fastv 0.5", "measured FLOPs of the prefill")}
+
+
 def test_only_critical_benchmarks_decide(results: Path) -> None:
     word = {one.variant: one.word for one in decide(results, Policy(5, critical=("b",))).verdicts}
     assert word["random 0.5"] == "GO"

@@ -168,9 +168,9 @@ def begin(frozen: Frozen, folder: Path, after: int, scale: float) -> None:
         "compress_after": after or max(1, round(vision["depth"] * DEPTH)),
     }
     config = UhdV4Config(**stock | {"model_type": NAME, "architectures": ["UhdV4ForConditionalGeneration"]})
-    compressor = Compressor(config.vision_config)
     number = config.vision_config.compress_after - 1
-    compressor.start(frozen.model.model.visual.blocks[number].cpu(), scale)
+    compressor = Compressor(config.vision_config)
+    compressor.to(frozen.model.device).start(frozen.model.model.visual.blocks[number], scale)
     state = frozen.model.state_dict() | {
         f"model.visual.blocks.{number}.compressor.{name}": value for name, value in compressor.state_dict().items()
     }

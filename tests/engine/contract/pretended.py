@@ -175,6 +175,8 @@ class Waits(TorchDispatchMode):
     def _copy(self, name: str, args: Sequence[Any], given: Mapping[str, Any], to_ours: bool) -> None:
         source = args[1] if name == "copy_" else args[0]
         target_ours = isinstance(args[0], Pretended) if name == "copy_" else to_ours
+        if not source.numel():  # returns before it copies
+            return
         blocking = not (given.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
         if isinstance(source, Pretended) and not target_ours:
             self._count(self.reads, "copy to the host")

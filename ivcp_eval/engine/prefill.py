@@ -395,9 +395,7 @@ class Cutter:
             targets[row] = _of_prompt(target, among, keep, int(image_mask.sum()))
         return columns, hidden, targets
 
-    def _checked(
-        self, choices: Sequence[Choice], found: Sequence[list[Tensor]]
-    ) -> list[tuple[Tensor, Tensor | None]]:
+    def _checked(self, choices: Sequence[Choice], found: Sequence[list[Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """Of every choice `Selection.keep` and where merged tokens went, on the host, checked."""
         checked = []
         for choice, (keep, *more) in zip(choices, found, strict=True):

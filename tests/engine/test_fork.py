@@ -294,9 +294,11 @@ def _bench_model() -> tuple[Any, Any]:
     return model, make_inputs(model.config, 64, 1, 12, torch.float32, "cpu")
 
 
-@pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="this transformers repeats masked keys per head")
 def test_ragged_rows_decode_on_the_cached_heads() -> None:
-    """Padding needs a mask; the cached keys are not copied for every query head on its account."""
+    """Padding needs a mask; the cached keys are not copied for every query head on its account.
+
+    Releases before 5.23 copy masked keys, those of every model and batch with padding: docs/gpu.md says so.
+    """
     model: Any = tiny_models.build("qwen2_5_vl")[0]
     text = model.config.get_text_config()
     calls: list[tuple[int, bool]] = []
@@ -312,5 +314,7 @@ def test_ragged_rows_decode_on_the_cached_heads() -> None:
     with Attention():
         fork(model, IVC, tiny_models.make_inputs("qwen2_5_vl", "t5 i0 t9"), max_new_tokens=3)
     assert text.num_key_value_heads < text.num_attention_heads
-    assert (text.num_key_value_heads, True) in calls, "no masked step was seen"
-    assert {heads for heads, _ in calls} == {text.num_key_value_heads}
+    packs = hasattr(sdpa_attention, "pack_gqa")
+    expected = text.num_key_value_heads if packs else text.num_attention_heads
+    assert {heads for heads, masked in calls if masked} == {expected}, "no masked step, or copies"
+    assert {heads for heads, masked in calls if not masked} <= {text.num_key_value_heads}

@@ -71,7 +71,6 @@ class Continuation:
                     return None
         return attention_mask(columns, q, implementation=implementation, dtype=hidden.dtype, allowed=allowed)
 
-
     def _look(self, q: int) -> None:
         """See of every slot map without padding whether the caller's mask admits all of its slots.
 

@@ -53,7 +53,7 @@ class Profile:
         size: of the random model. tokens, batches: prompts of the bench. rounds: of every measurement.
         concurrency, new_tokens: requests of the throughput at a time, and the length of their answers.
         families: of the contract; none: all. contract, oracle: extra ``-k`` expressions. dtypes: in which both run.
-        forks: prompts that share a pass. train: configuration of the training.
+        forks: prompts that share a pass. halves: precisions of forks. train: configuration of the training.
     """
 
     size: str
@@ -67,6 +67,7 @@ class Profile:
     oracle: str
     dtypes: tuple[str, ...]
     forks: tuple[int, ...]
+    halves: tuple[str, ...]
     train: str
 
 
@@ -83,6 +84,7 @@ PROFILES = {
         oracle="",
         dtypes=("float32", "bfloat16", "float16"),
         forks=(1, 8, 32),
+        halves=("bfloat16", "float16"),
         train="gpu.yaml",
     ),
     # The same commands on shapes of seconds: proves on any machine that every stage runs.
@@ -90,7 +92,7 @@ PROFILES = {
         size="tiny",
         tokens=(64,),
         batches=(1,),
-        concurrency=(1, 2),
+        concurrency=(2,),
         new_tokens=2,
         rounds=1,
         families=("llava",),
@@ -98,6 +100,7 @@ PROFILES = {
         oracle="llava and a_s0",
         dtypes=("bfloat16",),
         forks=(2,),
+        halves=("float16",),
         train="dry.yaml",
     ),
 }
@@ -186,7 +189,7 @@ def _bench(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
 
 
 def _fork(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
-    for dtype, rows in itertools.product(("bfloat16", "float16"), profile.forks):
+    for dtype, rows in itertools.product(profile.halves, profile.forks):
         options = ("fork", "--rows", f"{rows}", "--dtype", dtype)
         yield _measured("fork", f"fork_{rows}_{dtype}", profile, device, folder, *options)
 
@@ -334,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="folder of the measurements; the same one goes on")
     made.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     made.add_argument("--profile", choices=sorted(PROFILES), default="full", help="dry: small shapes, for any machine")
-    made.add_argument("--train-minutes", type=POSITIVE, default=8, help="of one call of the training (default: 8)")
+    made.add_argument("--train-minutes", type=POSITIVE, default=4, help="of one call of the training (default: 4)")
     return made
 
 

@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "text_tokens": size.text_tokens,
             "new_tokens": options.new_tokens,
         }
-        for batch in sorted(options.concurrency):
+        for batch in sorted(set(options.concurrency)):
             end = time.monotonic() + options.cell_s
             row = {**common, "batch": batch}
             try:

@@ -81,7 +81,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChosenCut:
     """A cut at which the method has chosen; nothing was read, checked or removed yet.
 
     Attributes:
@@ -239,11 +239,11 @@ class Cutter:
         Args:
             hidden: (B, S, E) that would have entered it. kwargs: what else the layer gets.
         """
-        asked = self.ask(state, cut, hidden, kwargs)
-        (found,) = read_choices([asked.choices])
-        return self.carry_out(state, asked, found)
+        chosen = self.choose(state, cut, hidden, kwargs)
+        (found,) = read_choices([chosen.choices])
+        return self.carry_out(state, chosen, found)
 
-    def ask(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Asked:
+    def choose(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> ChosenCut:
         """The first half of `cut`: what the method chooses, for which the host does not wait."""
         if not state.shorter:
             state.position_embeddings = read(kwargs, "position_embeddings")
@@ -259,18 +259,18 @@ class Cutter:
                 choices.append(replace(choice, signals=_without_states(choice.signals)))
         state.captured = {}
         state.stage += 1
-        return Asked(cut, hidden, places, tuple(choices))
+        return ChosenCut(cut, hidden, places, tuple(choices))
 
-    def carry_out(self, state: Prefill, asked: Asked, found: Sequence[list[Tensor]]) -> Tensor:
+    def carry_out(self, state: Prefill, chosen: ChosenCut, found: Sequence[list[Tensor]]) -> Tensor:
         """The second half of `cut`.
 
         Args:
             found: of each choice what `read_choices` gives.
         """
-        cut = asked.cut
-        columns, merged, targets = self._survivors(state, asked, found)
+        cut = chosen.cut
+        columns, merged, targets = self._survivors(state, chosen, found)
         if cut.ratio == 1:  # an observation: nothing is removed
-            return asked.hidden
+            return chosen.hidden
         after = Rows(tuple(columns))
         kept = [
             is_member(mask.nonzero().flatten(), c) for mask, c in zip(state.prompt.image_mask, columns, strict=True)
@@ -373,12 +373,12 @@ class Cutter:
         )
 
     def _survivors(
-        self, state: Prefill, asked: Asked, found: Sequence[list[Tensor]]
+        self, state: Prefill, chosen: ChosenCut, found: Sequence[list[Tensor]]
     ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         """Per row the columns that survive; the hidden states, merged where asked; per row `CutRecord.merged`."""
-        columns, hidden = list(state.now.rows.columns), asked.hidden
+        columns, hidden = list(state.now.rows.columns), chosen.hidden
         targets: list[Tensor | None] = [None] * len(columns)
-        for choice, (keep, target) in zip(asked.choices, self._checked(asked.choices, found), strict=True):
+        for choice, (keep, target) in zip(chosen.choices, self._checked(chosen.choices, found), strict=True):
             row = choice.row
             alive, image_mask = columns[row], state.prompt.image_mask[row]
             stays = ~image_mask[alive]
@@ -387,7 +387,7 @@ class Cutter:
             columns[row] = alive[stays]
             if choice.selection.merge is None or target is None:
                 continue
-            at = to_device(asked.places[row], hidden.device)[choice.signals.visual]
+            at = to_device(chosen.places[row], hidden.device)[choice.signals.visual]
             merged = merged_states(choice.selection.merge, hidden[row, at])
             hidden = hidden.clone()
             hidden[row, at[choice.selection.keep]] = merged.to(hidden.dtype)

@@ -166,13 +166,14 @@ def test_the_trunk_and_the_vision_tower_run_once() -> None:
     assert calls == {"vision": 1, "lower": 1}
 
 
-def test_half_precision_agrees_and_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_models.half("qwen2_5_vl")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_agrees_and_exact_is_exact(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.half("qwen2_5_vl", dtype=dtype)
     _, make_inputs = tiny_models.build("qwen2_5_vl")
     agree = total = 0
     for seed in range(4):
         inputs = make_inputs("t5 i0 t9", seed=seed)
-        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         wanted = [alone(model, variant, inputs, {}, max_new_tokens=6) for variant in IVC]
         same(fork(model, IVC, inputs, exact=True, max_new_tokens=6), wanted)
         for got, reference in zip(fork(model, IVC, inputs, max_new_tokens=6), wanted, strict=True):
@@ -180,7 +181,7 @@ def test_half_precision_agrees_and_exact_is_exact(capsys: pytest.CaptureFixture[
             agree += tokens(got) == tokens(reference)
             total += 1
     with capsys.disabled():
-        print(f"\nbfloat16: {agree} of {total} forked answers equal their single runs token for token")  # noqa: T201
+        print(f"\n{dtype}: {agree} of {total} forked answers equal their single runs token for token")  # noqa: T201
     assert agree / total > 0.7
 
 

@@ -21,7 +21,7 @@ class Continuation:
         self.cache = cache
         self.mask = mask  # the caller's (B, columns) mask, or None
         self.built: dict[tuple[int, int], Tensor | None] = {}
-        self._looked = False  # whether `_look` was
+        self._checked = False  # whether `_check_admitted` was
 
     def layer_mask(
         self,
@@ -66,19 +66,19 @@ class Continuation:
             # columns of the prompt.
             if maskless and unmasked:
                 if q > 1 or not slot_map.admitted:
-                    self._look(q)
+                    self._check_admitted(q)
                 if slot_map.admitted:
                     return None
         return attention_mask(columns, q, implementation=implementation, dtype=hidden.dtype, allowed=allowed)
 
-    def _look(self, q: int) -> None:
+    def _check_admitted(self, q: int) -> None:
         """See of every slot map without padding whether the caller's mask admits all of its slots.
 
         The host waits once for all of them; of single steps those are not asked again that were admitted.
         """
-        if self._looked:
+        if self._checked:
             return
-        self._looked = True
+        self._checked = True
         assert self.mask is not None
         open_maps: dict[int, tuple[SlotMap, Tensor]] = {}
         for layer in self.cache.layers:

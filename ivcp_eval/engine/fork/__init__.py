@@ -115,8 +115,8 @@ def fork(
     plain = [i for i, plan in enumerate(plans) if not plan.resolved.cuts and not plan.alone]
     distinct = {i: plan for i, plan in enumerate(plans) if i not in plain[1:]}
     shared = {} if exact or at_once == 0 else {i: plan for i, plan in distinct.items() if not plan.alone}
-    told = too_many or _nobody, fitted or _nobody
-    answers = _together(model, shared, inputs, layout, at_once, *told, options) if len(shared) > 1 else {}
+    callbacks = too_many or _nobody, fitted or _nobody
+    answers = _together(model, shared, inputs, layout, at_once, *callbacks, options) if len(shared) > 1 else {}
     for i in (i for i in distinct if i not in answers):
         answers[i] = _single(model, plans[i], inputs, layout, options)
     for i in plain[1:]:
@@ -251,10 +251,10 @@ def _pass(
 def _ends(trunk: Trunk, plans: Iterable[_Plan]) -> list[End]:
     """Every variant after its prefill; the host waits once for what all methods chose in the trunk."""
     branches = [_branch(trunk, plan) for plan in plans]
-    asked = [one.choices for branch in branches if branch is not None for one in branch.asked.values()]
-    read = iter(read_choices(asked))
+    chosen = [one.choices for branch in branches if branch is not None for one in branch.chosen.values()]
+    read = iter(read_choices(chosen))
     return [
-        trunk.end() if branch is None else branch.prefill({layer: next(read) for layer in branch.asked})
+        trunk.end() if branch is None else branch.prefill({layer: next(read) for layer in branch.chosen})
         for branch in branches
     ]
 

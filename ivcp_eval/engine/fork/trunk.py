@@ -18,7 +18,7 @@ from ivcp_eval.engine.cache import PrunedLayer
 from ivcp_eval.engine.geometry import Rows
 from ivcp_eval.engine.hooks import Engine, listeners_for
 from ivcp_eval.engine.parts import Parts, Resolved
-from ivcp_eval.engine.prefill import Asked, LayerSlots, Prefill, Prompt
+from ivcp_eval.engine.prefill import ChosenCut, LayerSlots, Prefill, Prompt
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import (
     AbstractAdapter,
@@ -178,7 +178,7 @@ class Branch(Engine):
     """One variant: layers k..L-1 alone on its own, unpadded sequence, k being its first cut.
 
     Attributes:
-        asked: by layer, its observations and its first cut in the trunk, at which the method has chosen.
+        chosen: by layer, its observations and its first cut in the trunk, at which the method has chosen.
     """
 
     def __init__(self, parts: Parts, trunk: Trunk, first: int) -> None:
@@ -196,23 +196,23 @@ class Branch(Engine):
         self.run.start(prompt.image_mask, prompt.alive.columns, prompt.spans, n_layers)
         self._state = state = Prefill(prompt, n_layers, self.run)
         state.vision, state.cache = trunk.vision, _shared(trunk.cache, first)
-        self.asked: dict[int, Asked] = {}
+        self.chosen: dict[int, ChosenCut] = {}
         for index in (layer for layer in self.cuts if layer <= first):
             snapshot = trunk.snapshots[index]
             state.captured = dict(snapshot.captured)
             self.resume(state, snapshot.position_ids)
-            self.asked[index] = self.cutter.ask(state, self.cuts[index], snapshot.hidden, snapshot.kwargs)
+            self.chosen[index] = self.cutter.choose(state, self.cuts[index], snapshot.hidden, snapshot.kwargs)
 
     def prefill(self, read: Mapping[int, list[list[Tensor]]]) -> End:
         """Run it; the trunk's tensors stay as they are.
 
         Args:
-            read: by layer what was `asked`, as `read_choices` gives it.
+            read: by layer what was `chosen`, as `read_choices` gives it.
         """
         first, state = self._first, self._state
         snapshot, layers = self._trunk.snapshots[first], self.decoder.layers
-        for index in (layer for layer in self.asked if layer < first):
-            self.cutter.carry_out(state, self.asked[index], read[index])
+        for index in (layer for layer in self.chosen if layer < first):
+            self.cutter.carry_out(state, self.chosen[index], read[index])
         self._read = {first: read[first]}
         self.attach()
         try:
@@ -231,7 +231,7 @@ class Branch(Engine):
     def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """What the method keeps; at the first cut, what it has chosen already."""
         if cut.layer in self._read:
-            return self.cutter.carry_out(state, self.asked[cut.layer], self._read.pop(cut.layer))
+            return self.cutter.carry_out(state, self.chosen[cut.layer], self._read.pop(cut.layer))
         return self.cutter.cut(state, cut, hidden, kwargs)
 
     def after_forward(self, output: Any) -> None:

@@ -164,8 +164,8 @@ def beams_do_not_reorder_the_slot_map(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("prefill_equals_reference", "toy_draw"), ("decode_equals_reference", "toy_draw"))
 def other_tokens_survive_than_chosen(patch: pytest.MonkeyPatch) -> None:
-    def survivors(original: Any, self: Cutter, state: Any, asked: Any, found: Any) -> Any:
-        columns, *rest = original(self, state, asked, found)
+    def survivors(original: Any, self: Cutter, state: Any, chosen: Any, found: Any) -> Any:
+        columns, *rest = original(self, state, chosen, found)
         pairs = zip(state.now.rows.columns, columns, strict=True)
         return [alive[torch.isin(alive, kept).roll(1)] for alive, kept in pairs], *rest
 
@@ -248,9 +248,9 @@ def every_row_draws_alike(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("prefill_equals_reference", "toy_merge"))
 def merging_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    def survivors(original: Any, self: Cutter, state: Any, asked: Any, found: Any) -> Any:
-        columns, _merged, targets = original(self, state, asked, found)
-        return columns, asked.hidden, targets
+    def survivors(original: Any, self: Cutter, state: Any, chosen: Any, found: Any) -> Any:
+        columns, _merged, targets = original(self, state, chosen, found)
+        return columns, chosen.hidden, targets
 
     wrap(patch, Cutter, "_survivors", survivors)
 
@@ -271,8 +271,8 @@ def drafts_are_pruned_with_the_prompt(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("question_before_image_equals_reference", "toy_all_layers"), ("decode_equals_reference", "toy_all_layers"))
 def text_may_be_dropped(patch: pytest.MonkeyPatch) -> None:
-    def survivors(original: Any, self: Cutter, state: Any, asked: Any, found: Any) -> Any:
-        columns, *rest = original(self, state, asked, found)
+    def survivors(original: Any, self: Cutter, state: Any, chosen: Any, found: Any) -> Any:
+        columns, *rest = original(self, state, chosen, found)
         return [kept[kept != alive[0]] for alive, kept in zip(state.now.rows.columns, columns, strict=True)], *rest
 
     wrap(patch, Cutter, "_survivors", survivors)

@@ -187,7 +187,9 @@ def test_a_fork_waits_as_often_for_one_variant_as_for_seven(family: str) -> None
     for layouts, depth in ((ONE, 1), (FOUR, 1), (FOUR, 2)):
         few, own = fork_waits(family, SEVEN[2:4], layouts, depth, 2)
         assert own in (PROMPT + SHARED + TOKENS, None)
-        assert fork_waits(family, SEVEN[1:], layouts, depth, 2) == (few, own)
+        many, own_of_many = fork_waits(family, SEVEN[1:], layouts, depth, 2)
+        assert many <= few
+        assert own_of_many == own
         # The later cuts of one variant are its own.
         more, own = fork_waits(family, MIXED, layouts, depth, 2)
         assert own in (PROMPT + SHARED + 2 * CUT + TOKENS, None)

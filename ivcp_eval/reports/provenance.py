@@ -358,6 +358,13 @@ def _lacking(row: Row, baselines: Sequence[Group]) -> str:
     return ""
 
 
+def _variants(baselines: Sequence[Group]) -> str:
+    """The pruned variants that a reference can name."""
+    pruned = [g[0] for g in baselines if g[0]["method"] not in (BASELINE, AGAIN) and g[0]["ratio_asked"] is not None]
+    names = dict.fromkeys(f"{row['method']}:{row['ratio_asked']:g}" for row in pruned)
+    return f"; the baseline file has {', '.join(names) or 'no pruned row'}"
+
+
 def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
     """The one baseline of a group, or why there is none. Raises NotComparable if there are several that fit equally."""
     row = group[0]
@@ -377,7 +384,7 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
         what = "baseline row"
         if reference:
             what = f"row of {described(against) if reference.ratio else f'{reference.method} at the same cost'}"
-        return f"no {what}{_lacking(unpruned, baselines)}"
+        return f"no {what}{_lacking(unpruned, baselines) or (_variants(baselines) if reference else '')}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
     # Of a server and the model here, that which answers where the row's own answers come from.

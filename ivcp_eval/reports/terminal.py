@@ -233,7 +233,8 @@ def time_cell(time: TimeRatio) -> str:
 def footer(comparison: Comparison) -> list[str]:
     """What must be known to read the table, one statement per line."""
     rows, resamples = comparison.rows, comparison.resamples
-    lines = [*_what_is_paired(rows, resamples), *_corrections(rows, resamples), *_noise(rows)]
+    compared_with = "the baseline" if comparison.against == "unpruned rows" else comparison.against
+    lines = [*_what_is_paired(rows, resamples), *_corrections(rows, resamples, compared_with), *_noise(rows)]
     lines += _what_flips(rows)
     lines += [
         "Cost, measured: share of the prompt's visual tokens alive after the last cut (final), mean over the prefill's "
@@ -297,7 +298,7 @@ def _what_is_paired(rows: Sequence[ComparedRow], resamples: int) -> list[str]:
     return lines
 
 
-def _corrections(rows: Sequence[ComparedRow], permutations: int) -> list[str]:
+def _corrections(rows: Sequence[ComparedRow], permutations: int, compared_with: str) -> list[str]:
     tests = sum(not math.isnan(row.p_value) for row in rows)
     if not tests:
         return ["No row could be tested."]
@@ -309,7 +310,7 @@ def _corrections(rows: Sequence[ComparedRow], permutations: int) -> list[str]:
         f"tests to show it; compare fewer rows at a time, or pass --resamples {math.ceil(40 * tests / 1e4) * 10_000}."
     )
     return [
-        f"* differs from the baseline at 5 % after Holm's correction over {tests} tests ({kinds}): {marked} of "
+        f"* differs from {compared_with} at 5 % after Holm's correction over {tests} tests ({kinds}): {marked} of "
         f"{len(rows)} rows. Intervals are not corrected. The CSV has Benjamini-Hochberg's values too."
         + advice
         * bool(coarse)

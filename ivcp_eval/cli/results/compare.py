@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ivcp_eval import benchmarks
 from ivcp_eval.cli import say
-from ivcp_eval.cli.results.decide import add_costs
+from ivcp_eval.cli.results.decide import add_costs, add_margin
 from ivcp_eval.files import results_file
 from ivcp_eval.interface.registry import name_of
 from ivcp_eval.interface.variants import parameter
-from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE, Number
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(unpruned, for models with quantised weights), same_method, the name of a method, e.g. random, at the same "
         "ratio or budget, or METHOD:RATIO, one variant for all rows, which are then ranked "
         "(default: %(default)s)")  # fmt: skip
-    add("--margin", type=Number(float, high=100), help="points that may be lost; adds a verdict per row")
+    add_margin(parser, "; adds a verdict per row, uncorrected (`ivcp decide` corrects)")
     add("--resamples", type=COUNT, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
     add_costs(parser)
     add("--output", type=Path, help="also write the comparison as CSV")

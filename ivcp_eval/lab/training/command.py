@@ -7,8 +7,6 @@ The model itself stays as it is. Interrupt it whenever you like: the same comman
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from ivcp_eval.lab.training.examples import examples_for
 from ivcp_eval.lab.training.frozen import Frozen
 from ivcp_eval.lab.training.loop import Loop
 from ivcp_eval.lab.training.part import default_config, part_class
-from ivcp_eval.lab.training.state import write_tensors
+from ivcp_eval.lab.training.state import say, write_tensors
 from ivcp_eval.methods._trained import PART
 from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX, POSITIVE, Number
 from ivcp_eval.runs.planning.placement import Placement
@@ -86,12 +84,6 @@ def train(
     with atomic_write(out / f"{stem}.md") as stream:
         stream.write(card(about, loop, weights))
     return weights
-
-
-def say(text: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
 
 
 def main(arguments: list[str]) -> int:

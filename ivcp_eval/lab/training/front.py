@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -132,13 +133,13 @@ def main(arguments: list[str] | None = None) -> int:
     with args.tuned.open(newline="", encoding="utf-8") as stream:
         rows = compare(list(csv.DictReader(stream)), lambda flops: learned(part, prompts, flops))
     text = [{key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
-    writer = csv.DictWriter(sys.stdout, fieldnames=list(text[0]), lineterminator="\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(text[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(text)
+    sys.stdout.write(table.getvalue())
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.out) as stream:
-            to_file = csv.DictWriter(stream, fieldnames=list(text[0]), lineterminator="\n")
-            to_file.writeheader()
-            to_file.writerows(text)
+            stream.write(table.getvalue())
     return 0

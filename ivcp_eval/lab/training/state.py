@@ -1,15 +1,23 @@
-"""What a training run leaves on disk, each file replaced whole: tensors, and curves that a resumed run continues."""
+"""What a training run tells and leaves on disk: whole tensor files, and curves that a resumed run continues."""
 
 from __future__ import annotations
 
 import csv
 import os
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def say(text: str) -> None:
+    """Print a line of progress at once, with the time."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stdout.flush()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -7,7 +7,6 @@ resumed sees the same pictures in the same order as one that was not.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
-from ivcp_eval.lab.training.state import Curve
+from ivcp_eval.lab.training.state import Curve, say
 from ivcp_eval.runs.planning.numbers import POSITIVE
 
 CONFIGS = Path(__file__).parent
@@ -207,6 +206,8 @@ def train(run: Run, seconds: float) -> bool:
     """Train for at most ``seconds``; True if every phase is done."""
     config, state = run.config, run.state
     resumed = state.load()
+    # What is faster is timed anew by every process; a run that is resumed keeps what it began with.
+    run.dtype = getattr(torch, state.progress.setdefault("precision", str(run.dtype).removeprefix("torch.")))
     if not resumed and config.get("tower"):
         state.load_tower(Path(config["tower"]))
         state.progress["phase"] = sum(phase["kind"] == "tower" for phase in config["phases"])
@@ -292,16 +293,21 @@ def finish_phase(run: Run, phase: dict[str, Any]) -> None:
 
 def report(run: Run, curve: Curve, smooth: dict[str, Tensor], began: float) -> None:
     """Write the smoothed losses to the curve and a progress line."""
-    row = {**run.state.progress, **{k: v.item() for k, v in smooth.items()}}
+    row = {**numbers_of(run), **{k: v.item() for k, v in smooth.items()}}
     curve.add(row)
     losses = " ".join(f"{k} {v.item():.3f}" for k, v in smooth.items())
     say(f"phase {row['phase']} images {row['images']} steps {row['steps']} {time.monotonic() - began:.0f} s: {losses}")
 
 
+def numbers_of(run: Run) -> dict[str, Any]:
+    """How far the run is, for a row of a curve."""
+    return {name: value for name, value in run.state.progress.items() if name != "precision"}
+
+
 @torch.no_grad()
 def validate(run: Run, phase: dict[str, Any]) -> None:
     """Accuracies of the averaged weights on 128 validation scenes of each part of the phase, appended to a CSV."""
-    row: dict[str, Any] = dict(run.state.progress)
+    row: dict[str, Any] = numbers_of(run)
     hits: dict[str, list[float]] = {}
     with (
         averaged(run.state.model, run.state.average),
@@ -322,12 +328,6 @@ def validate(run: Run, phase: dict[str, Any]) -> None:
     row |= means(hits)
     Curve(run.folder / f"{phase['kind']}_accuracy.csv", run.state.progress["steps"]).add(row)
     say(f"validation: { ({k: round(v, 3) for k, v in row.items()}) }")
-
-
-def say(text: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,20 +17,19 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from ivcp_eval.lab.tiny.processor import build_random  # noqa: E402
-from tests.outcomes import Outcomes, of_family  # noqa: E402
+from tests import outcomes  # noqa: E402
 
 torch.set_num_threads(1)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.register(outcomes)
     parser.addoption(
         "--every-pair", action="store_true", help="tests/engine/contract: every check on every method and family"
     )
     parser.addoption("--device", default="cpu", help="tests/engine/contract: where the models run")
     parser.addoption("--dtype", default="float32", help="tests/engine/contract: float32, bfloat16 or float16")
     parser.addoption("--attention", default="sdpa", help="tests/engine/contract: sdpa, eager or flash_attention_2")
-    parser.addoption("--family", help="only tests of this model family")
-    parser.addoption("--outcomes", type=Path, help="append what became of each test; what passed there is left out")
     parser.addoption("--oracle-dir", help="tests/methods/test_oracles.py: a folder of other recorded answers")
 
 
@@ -39,13 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
     WHERE.device, WHERE.attention = config.getoption("device"), config.getoption("attention")
     WHERE.dtype = getattr(torch, config.getoption("dtype"))
-    if outcomes := config.getoption("outcomes"):
-        config.pluginmanager.register(Outcomes(outcomes, writes=not hasattr(config, "workerinput")))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if family := config.getoption("family"):
-        of_family(config, items, family)
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,30 @@ import pytest
 SETTLED = ("passed", "skipped")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--family", help="only tests of this model family")
+    parser.addoption("--outcomes", type=Path, help="append what became of each test; what passed there is left out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("outcomes"):
+        config.pluginmanager.register(Outcomes(path, writes=not hasattr(config, "workerinput")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if family := config.getoption("family"):
+        deselect(config, items, [item for item in items if _family(item) == family])
+
+
 class Outcomes:
     """Appends a line of JSON for every test that has ended, and leaves out those that a line says are settled."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
-        self.path, self.writes, self.left_out = path, writes, 0
+        self.path, self.writes = path, writes
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         last = dict(self._lines())
-        self.left_out = deselect(config, items, [item for item in items if last.get(item.nodeid) not in SETTLED])
+        deselect(config, items, [item for item in items if last.get(item.nodeid) not in SETTLED])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not self.writes or not (report.when == "call" or report.failed or report.skipped):
@@ -39,23 +54,19 @@ class Outcomes:
                 yield line["test"], line["outcome"]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.left_out and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        # With pytest-xdist this process has not collected, and so left out, anything itself.
+        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and any(self._lines()):
             session.exitstatus = pytest.ExitCode.OK
 
 
-def of_family(config: pytest.Config, items: list[pytest.Item], family: str) -> None:
-    """Keep the tests whose case or parameter is of that model family."""
-    deselect(config, items, [item for item in items if _family(item) == family])
-
-
 def _family(item: pytest.Item) -> str | None:
+    """Of the test's case, or its parameter."""
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     return getattr(parameters.get("case"), "family", parameters.get("family"))
 
 
-def deselect(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> int:
-    """Reduce ``items`` to ``kept``; how many went."""
-    gone = set(items) - set(kept)
-    config.hook.pytest_deselected(items=list(gone))
+def deselect(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    """Reduce ``items`` to ``kept``."""
+    staying = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in staying])
     items[:] = kept
-    return len(gone)

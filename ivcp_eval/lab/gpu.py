@@ -190,7 +190,7 @@ def _bench(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
 
 def _fork(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
     for dtype, rows in itertools.product(profile.halves, profile.forks):
-        options = ("fork", "--rows", f"{rows}", "--dtype", dtype)
+        options = ("fork", "--rows", f"{rows}", "--dtype", dtype, "--cell-s", "20")  # it has seven cases
         yield _measured("fork", f"fork_{rows}_{dtype}", profile, device, folder, *options)
 
 

@@ -38,7 +38,7 @@ def run(folder: Path, *options: str) -> tuple[int, dict[str, str]]:
     done = subprocess.run(
         [*command, *places, *options],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         check=False,
     )
@@ -47,7 +47,9 @@ def run(folder: Path, *options: str) -> tuple[int, dict[str, str]]:
     return done.returncode, {line["test"].partition("::")[2]: line["outcome"] for line in found}
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1", "--max-worker-restart", "0")], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "workers", [(), ("-p", "xdist", "-n", "1", "--max-worker-restart", "0")], ids=["alone", "xdist"]
+)
 def test_what_passed_does_not_run_again(workers: tuple[str, ...], tmp_path: Path) -> None:
     passed = {"test_two[a]": "passed", "test_two[b]": "passed", "test_skipped": "skipped"}
     code, found = run(tmp_path, *workers)

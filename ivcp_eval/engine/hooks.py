@@ -178,7 +178,7 @@ class Engine(ABC):
         pixels = any(read(self._inputs, name) is not None for name in ("pixel_values", "pixel_values_videos"))
         if self.cuts and pixels and self.parts.image_mask is None and read(self._inputs, "input_ids") is None:
             raise ValueError("got pixel_values with inputs_embeds: pass input_ids, or prune(..., image_mask=...)")
-        if pixels and not read(self._inputs, "mm_encoder_outputs"):
+        if pixels and read(self._inputs, "mm_encoder_outputs") is None:
             for listener in self.listeners:
                 listener.encode()
 

@@ -285,6 +285,7 @@ def test_bench_counts_and_agrees(capsys: pytest.CaptureFixture[str], tmp_path: P
     case = bench_fork.Case("", *_bench_model(), bench_fork.seven(2), 4, None)
     one_by_one, together = bench_fork.flops(case)
     assert 1 < one_by_one / together < 7
+    assert bench_fork.measure(case, rounds=3, seconds=0)[0].n == 1, "its time was up after one round"
 
 
 def _bench_model() -> tuple[Any, Any]:

@@ -91,8 +91,8 @@ class ComparedRow:
     difference_high: float = math.nan
     retained_percent_low: float = math.nan
     retained_percent_high: float = math.nan
-    right_to_wrong: int | None = None
-    wrong_to_right: int | None = None
+    right_to_wrong: float | None = None
+    wrong_to_right: float | None = None
     answers_changed: int | None = None
     graded: bool = False
     n_samples: int | None = None

@@ -15,7 +15,18 @@ if TYPE_CHECKING:  # numpy, which other tables can do without
     from ivcp_eval.reports.comparison import ComparedRow, Comparison
     from ivcp_eval.reports.stats.timing import TimeRatio
 
-__all__ = ["LOUD", "fold", "footer", "render", "render_markdown", "time_cell", "time_lost", "times_note", "wrapped"]
+__all__ = [
+    "LOUD",
+    "flips_cell",
+    "fold",
+    "footer",
+    "render",
+    "render_markdown",
+    "time_cell",
+    "time_lost",
+    "times_note",
+    "wrapped",
+]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
 #: Lines of a table into a pipe or file are as long as this at most.
@@ -175,7 +186,7 @@ def _table(comparison: Comparison) -> dict[str, list[str]]:
         "limit": lambda row: "" if row.limit is None else str(row.limit),
         "seeds: range": _seeds,
         "retained %": lambda row: _number(row.retained_percent, 1),
-        "flips": lambda row: f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-",
+        "flips": flips_cell,
         "rank": _rank,
         "A/A": _noise_floor,
         "final": lambda row: _number(row.ratio_kept_final, 2),
@@ -220,6 +231,14 @@ def _seeds(row: ComparedRow) -> str:
     digits = _digits(row)
     spread = f"{row.score_lowest_seed:.{digits}f} to {row.score_highest_seed:.{digits}f}"
     return "" if row.n_seeds == 1 else f"{row.n_seeds}: {spread}"
+
+
+def flips_cell(row: ComparedRow) -> str:
+    """``10 / 4``, with a decimal where they are means over seeds; a dash where samples are not known."""
+    if row.right_to_wrong is None or row.wrong_to_right is None:
+        return "-"
+    digits = 0 if float(row.right_to_wrong).is_integer() and float(row.wrong_to_right).is_integer() else 1
+    return f"{row.right_to_wrong:.{digits}f} / {row.wrong_to_right:.{digits}f}"
 
 
 def time_cell(time: TimeRatio) -> str:

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "usual; without any: as usual")  # fmt: skip
     add("--data", nargs="+", metavar="NAME", help="only rows of these benchmarks, groups, or files of your own")
     add("--limit", type=INDEX, metavar="N", help="only rows of runs with this --limit; 0: of runs without")
+    add("--seed", type=INDEX, help="only rows of this seed")
+    for name in ("dtype", "attention", "device"):
+        add(f"--{name}", help=f"only rows that were computed so, by the column {name}")
     add("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
     add("--against", default="none", metavar="WHAT", help="which rows of BASELINE count: none (unpruned), full "
         "(unpruned, for models with quantised weights), same_method, the name of a method, e.g. random, at the same "
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         parameters=None if args.set is None else dict(parameter(text) for text in args.set),
         limit=args.limit,
         benchmarks=benchmarks.expand(names) if names else None,
+        **{name: getattr(args, name) for name in ("seed", "dtype", "attention", "device")},
     )
     comparison = compare(
         args.results,

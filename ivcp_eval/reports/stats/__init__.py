@@ -78,14 +78,14 @@ class Flips:
     """What happened to single answers; an average hides it.
 
     Attributes:
-        right_to_wrong, wrong_to_right: samples whose score fell, rose.
+        right_to_wrong, wrong_to_right: samples whose score fell, rose; of several seeds the mean.
         answers_changed: samples whose answer text differs, right or wrong.
         n: samples compared.
         graded: some scores are neither 0 nor 1, so "right to wrong" reads "fell".
     """
 
-    right_to_wrong: int
-    wrong_to_right: int
+    right_to_wrong: float
+    wrong_to_right: float
     answers_changed: int
     n: int
     graded: bool

@@ -57,7 +57,7 @@ class AbstractTransformersAdapter(AbstractAdapter):
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """Where the placeholder tokens stand of what comes with the ids, as pixels or encoded: images, videos."""
         ids, videos = inputs.get("input_ids"), self.video_mask(model, inputs)
-        if ids is None or (inputs.get("pixel_values") is None and inputs.get("mm_encoder_outputs") is None):
+        if ids is None or (inputs.get("pixel_values") is None and not inputs.get("mm_encoder_outputs")):
             return videos
         images: Tensor = ids == model.config.image_token_id
         return images if videos is None else images | videos

@@ -218,7 +218,7 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
         make_method(name)  # a misspelt name shall not wait for its turn
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     end = time.monotonic() + options.limit_s
-    cells = sorted(((n, b) for n in size.visual_tokens for b in size.batches), key=lambda cell: cell[0] * cell[1])
+    cells = sorted({(n, b) for n in size.visual_tokens for b in size.batches}, key=lambda cell: cell[0] * cell[1])
 
     def attempt(row: dict[str, Any], work: Callable[[], list[dict[str, Any]]]) -> None:
         if time.monotonic() > end:
@@ -246,7 +246,7 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
         if names:  # methods may listen to the vision tower: here it is whole
             model = build_model(configuration(size), options.device, dtype, attention)
             setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
-            for tokens in sorted(size.visual_tokens):
+            for tokens in sorted(set(size.visual_tokens)):
                 row = {"attention": attention, "visual_tokens": tokens, "batch": min(size.batches)}
                 attempt(
                     {**row, "variant": "selection"},

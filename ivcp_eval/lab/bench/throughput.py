@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "spread": options.spread,
             "bandwidth_gb_s": traffic.bandwidth / 1e9,
         }
-        for clients in sorted(options.concurrency):
+        for clients in sorted(set(options.concurrency)):
             end = time.monotonic() + options.cell_s
             row = {**common, "batch": clients}
             try:

@@ -294,6 +294,7 @@ def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], given
     Args:
         rows: of a comparison. results, table: its results file and what that holds.
         given: bench files; none: ``<results>.cost.csv`` where that lies beside the results, else there are no costs.
+            Equal lines, of a file named twice or of its copy, count once.
 
     Raises:
         As `read_bench`; ResultsError: no line of the given files belongs to any variant; it says what differs.
@@ -302,7 +303,10 @@ def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], given
     files = given or ([beside] if beside.is_file() else [])
     if not files:
         return None
-    lines = [line for path in files for line in read_bench(path)]
+    files = list({path.resolve(): path for path in files}.values())
+    lines: list[Bench] = []
+    for path in files:
+        lines += [line for line in read_bench(path) if line not in lines]
     variants: dict[tuple[str, str], ComparedRow] = {}
     for row in rows:
         if row.method not in (BASELINE, AGAIN):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Session:
     Args:
         timeout: seconds that one answer may take; None sets no limit. What is answered together may take as long as
             all of it alone, so that sharing never makes an answer late (`failures.deadline` says what is interrupted).
+        fits: file that remembers how many variants fitted beside each other, for whoever loads the model so again.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Session:
         limits: Limits,
         trust_remote_code: bool = False,
         timeout: float | None = None,
+        fits: Path | None = None,
     ) -> None:
         self.weights, self.placement, self.limits, self.timeout = weights, placement, limits, timeout
         self.adapter = adapter(weights.family)
@@ -92,7 +95,7 @@ class Session:
         self.device_name = torch.cuda.get_device_name(self._device) if cuda else self._device.type
         self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
-        self._fits = Fits()  # variants of prompts of a size
+        self._fits = Fits(fits)  # variants of prompts of a size
 
     @contained(_METHOD)
     def check(self, variant: Variant) -> None:
@@ -253,6 +256,7 @@ class Session:
                 exact=exact,
                 at_once=self._fits.most(size),
                 too_many=partial(self._fits.too_many, size),
+                fitted=partial(self._fits.fitted, size),
                 **self._options,
             )
         results = []

@@ -40,7 +40,7 @@ def _results(folder: Path, decoder: dict[str, Any] | None = None) -> Path:
 def test_a_bench_of_the_results_own_variants_is_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"layers": 3, "kv_heads": 2, "head_dim": 16}
     results = _results(tmp_path, sizes)
-    load = ["--size", "tiny", "--concurrency", "1", "2", "--new-tokens", "2", "--rounds", "2", "--threads", "1"]
+    load = ["--size", "tiny", "--concurrency", "1", "2", "1", "--new-tokens", "2", "--rounds", "2", "--threads", "1"]
     assert main(["bench", "throughput", *load, "--each", "2", "--of", str(results), "--out", f"{tmp_path}/made"]) == 0
     assert "fastv(layer=1) 0.5" in capsys.readouterr().out
     lines = read_bench(tmp_path / "made.csv")

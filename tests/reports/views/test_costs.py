@@ -55,6 +55,28 @@ def test_lines_stand_beside_the_unpruned_model_of_their_place(results: Path, tmp
     assert max(map(len, text.splitlines()[1:])) <= 100
 
 
+def test_a_measurement_counts_once_however_often_it_is_named(results: Path, tmp_path: Path) -> None:
+    """The same file twice, by two paths, and a copy of it."""
+    lines = [bench_line("none", 1), bench_line("fastv", 0.5), bench_line("ivc_prune", 0.5, quantised="")]
+    once = joined(results, tmp_path, *lines)
+    path = tmp_path / "b.csv"
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(path.read_bytes())
+    again = [path, path, tmp_path / "." / "b.csv", tmp_path / ".." / tmp_path.name / "b.csv", copy]
+    costs = join(compare(results, resamples=20).rows, results, read_results(results), again)
+    assert costs is not None
+    assert len(once.lines) == 3
+    assert costs.to_json() == once.to_json()
+    assert len(costs.files) == 2
+
+
+def test_the_unpruned_model_of_another_load_stands_beside_nothing(results: Path, tmp_path: Path) -> None:
+    """As many requests at a time make a place."""
+    lines = [bench_line("none", 1), bench_line("none", 1, batch=4), bench_line("fastv", 0.5, batch=4)]
+    found = [(one.variant, one.bench.batch) for one in joined(results, tmp_path, *lines).lines]
+    assert found == [("unpruned", 4), ("fastv 0.5", 4)]
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [

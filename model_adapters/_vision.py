@@ -143,7 +143,8 @@ def qwen_tap(tower: Any, normalised: Normalised) -> VisionTap:
     def tokens(patches: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         merge = tower.spatial_merge_size
-        units = {name: v.float().view(-1, merge * merge, *v.shape[1:]).mean(dim=1) for name, v in patches.items()}
+        total = int(grids.prod(-1).sum()) // merge**2  # a block behind a compressor has fewer patches in each unit
+        units = {name: v.float().view(total, -1, *v.shape[1:]).mean(dim=1) for name, v in patches.items()}
         if window is None:
             return units
         order = window_order([(t, h // merge, w // merge) for t, h, w in grids.tolist()], window)

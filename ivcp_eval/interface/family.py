@@ -23,7 +23,7 @@ class Checkpoint:
 
     Attributes:
         name: short name users type (``qwen25``).
-        hub: repository id on the Hugging Face hub; empty for a model shipped with this repository.
+        hub: repository id on the Hugging Face hub; empty for a model shipped with this repository, or made by its user.
         revision: commit or tag; "main" where no commit is known to us (it is resolved and recorded at run time).
         local: folder inside the ``ivcp_eval`` package, for a shipped model.
         methods: parameters of a method that were tuned for this checkpoint, by method name; users' values win.

@@ -87,6 +87,9 @@ def locate(name: str, path: str | os.PathLike[str] | None = None, offline: bool 
         ValueError: unknown name. MissingWeights: nothing usable here; the message says what to do.
     """
     family, checkpoint = find(name)
+    if path is None and not checkpoint.local and not checkpoint.hub:
+        where = _LOCAL.format(name)
+        raise MissingWeights(f"model {name!r} is at no known place: {checkpoint.note}. Point {where} at it.")
     if path is None and not checkpoint.local:
         return Weights(checkpoint, family, *_from_hub(checkpoint, offline), quantised=unquantised(name)[1])
     folder = PACKAGE / checkpoint.local if path is None else Path(path).expanduser()

@@ -26,7 +26,8 @@ LABELS = {
     "control": "what any method has to beat",
 }
 _FIELDS = ("Paper", "Reference", "Differs")
-TOOLS = {  # verbs that do a tool's work
+TOOLS = {  # verbs that do a tool's work, or make a model
+    "LLaVA-UHD v4": "`ivcp lab train uhd_v4`, `--model uhd_v4`",
     "VisPCO": "`ivcp lab train vispco`, `ivcp tune`",
     "Counterfactual prompting": "`ivcp analyse flips`",
 }

@@ -16,12 +16,17 @@ def test_names_are_unique_and_have_a_source() -> None:
     found = models.checkpoints()
     assert {"tiny", "qwen25", "qwen25_3b", "llava15", "internvl25"} <= set(found)
     for name, (_, checkpoint) in found.items():
-        assert bool(checkpoint.hub) != bool(checkpoint.local), name
+        assert bool(checkpoint.hub) + bool(checkpoint.local) + ("`ivcp lab train" in checkpoint.note) == 1, name
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'internvl25'"):
         models.find("internvl2.5")
+
+
+def test_what_is_trained_by_its_user_is_told_to_be() -> None:
+    with pytest.raises(models.MissingWeights, match=r"'uhd_v4' is at no known place: .*`ivcp lab train uhd_v4`"):
+        models.locate("uhd_v4")
 
 
 def test_missing_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

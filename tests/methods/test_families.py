@@ -22,7 +22,7 @@ UNSUPPORTED = {
     **{
         (method, family): "its vision tower has no class token"
         for method in ("prumerge", "prumerge_plus")
-        for family in ("deepseek_vl2", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+        for family in ("deepseek_vl2", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen2_5_vl_uhd")
     },
     **{
         ("eventprune", family): "a token is no rectangle of them"

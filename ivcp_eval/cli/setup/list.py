@@ -79,7 +79,7 @@ def _models() -> Sequence[_Entry]:
         row = {
             "model": name,
             "family": family,
-            "checkpoint": checkpoint.hub or "shipped",
+            "checkpoint": checkpoint.hub or ("shipped" if checkpoint.local else "trained here"),
             "revision": checkpoint.revision if checkpoint.hub else "",
             "note": checkpoint.note,
         }

@@ -25,7 +25,7 @@ def card(about: Mapping[str, Any], loop: Loop, weights: Path) -> str:
         [
             f"# {about['part']}, trained on {about['model']}",
             "",
-            "A variant, trained here: the authors' weights are not public. The model itself was not changed.",
+            loop.part.origin,
             "",
             f"* Weights: `{weights.name}`, {n:,} parameters, sha256 {file_digest(weights)}",
             f"* Model: {about['model']}, revision {about['revision']}, {about['dtype']}",

@@ -81,6 +81,7 @@ def train(
     weights = out / f"{stem}.safetensors"
     facts = {PART: name, "model": about["model"], "revision": about["revision"]}
     write_tensors(weights, part.net.state_dict(), facts)
+    part.finish(out)
     with atomic_write(out / f"{stem}.md") as stream:
         stream.write(card(about, loop, weights))
     return weights

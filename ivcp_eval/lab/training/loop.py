@@ -49,7 +49,7 @@ class Loop:
         self.part, self.examples, self.config, self.folder, self.tell = part, examples, config, folder, tell
         self.about = json.dumps(about, sort_keys=True)
         self.optimizer = torch.optim.AdamW(
-            part.net.parameters(), lr=config["rate"], weight_decay=config["weight_decay"], betas=(0.9, 0.99)
+            part.groups(), lr=config["rate"], weight_decay=config["weight_decay"], betas=(0.9, 0.99)
         )
         self.progress: dict[str, Any] = {"steps": 0, "seconds": 0.0, "sums": {}}
 
@@ -87,7 +87,7 @@ class Loop:
         torch.nn.utils.clip_grad_norm_(self.part.net.parameters(), self.config["clip"])
         warm = min(1.0, (number + 1) / max(1, self.config["warmup"]))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config["rate"] * warm * (1 - number / self.config["steps"])
+            group["lr"] = self.config["rate"] * group["share"] * warm * (1 - number / self.config["steps"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress["steps"] = number + 1
@@ -102,7 +102,7 @@ class Loop:
         example = (self.examples.training if split == _TRAINING else self.examples.validation)(place)
         rng = np.random.default_rng([self.config["seed"], split, number])
         done = self.progress["steps"] / self.config["steps"] if split == _TRAINING else 1.0
-        return self.part.loss(self.part.frozen.encoded(example), rng, done)
+        return self.part.loss(self.part.encoded(example), rng, done)
 
     def report(self, curve: Curve) -> None:
         """A row of the curve: means since the last, and now and then the loss on examples not trained on."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from ivcp_eval.interface.registry import module_names, unknown
 from ivcp_eval.lab.training.examples import Examples
-from ivcp_eval.lab.training.frozen import Encoded, Frozen
+from ivcp_eval.lab.training.frozen import Encoded, Example, Frozen
 
 PARTS = "ivcp_eval.lab.training.parts"
 Loss = tuple[Tensor, dict[str, float]]
@@ -29,20 +29,38 @@ class Part(ABC):
 
     Attributes:
         net: what is trained. Its `state_dict` is what the method reads.
+        origin: what the card says of it.
     """
 
+    origin: ClassVar[str] = (
+        "A variant, trained here: the authors' weights are not public. The model itself was not changed."
+    )
     net: nn.Module
 
     def __init__(self, frozen: Frozen, options: Mapping[str, Any], example: Encoded) -> None:
         self.frozen, self.options = frozen, options
         del example
 
+    def groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets: parameters, and the ``share`` of the rate at which they are trained."""
+        return [{"params": list(self.net.parameters()), "share": 1.0}]
+
+    def encoded(self, example: Example) -> Any:
+        """The example as `loss` takes it."""
+        return self.frozen.encoded(example)
+
     @abstractmethod
-    def loss(self, example: Encoded, rng: np.random.Generator, done: float) -> Loss:
-        """Of one example; ``rng`` is the only source of chance, ``done`` the share of the training that is over."""
+    def loss(self, example: Any, rng: np.random.Generator, done: float) -> Loss:
+        """Of one example, as `encoded` gives it.
+
+        ``rng`` is the only source of chance, ``done`` the share of the training that is over.
+        """
 
     def prepare(self, examples: Examples, folder: Path, tell: Callable[[str], None]) -> None:  # noqa: B027
         """What has to come before the first step (labels, searches), in ``folder`` so that it resumes; else nothing."""
+
+    def finish(self, folder: Path) -> None:  # noqa: B027
+        """Write what there is beside the weights when all steps are done; else nothing."""
 
 
 def part_names() -> tuple[str, ...]:

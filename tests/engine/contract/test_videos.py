@@ -113,7 +113,8 @@ def test_masks_lead_back_to_clip_frame_row_and_column(family: str) -> None:
             if positions[0].ndim == 3 and at.numel():
                 cells = torch.from_numpy(mask).nonzero().T  # rows, columns
                 origin = positions[0][-2:, row, span.columns[0]]
-                assert torch.equal(positions[0][-2:, row, at] - origin[:, None], cells)
+                step = getattr(registry.adapter(family), "position_step", 1)
+                assert torch.equal(positions[0][-2:, row, at] - origin[:, None], step * cells)
         pictures = [i for i, image in enumerate(masks.images) if image.frame is None]
         assert found + sum(masks.kept(i) for i in pictures) == run.visual_kept[row]
     with pytest.raises(ValueError, match=r"no frame 0 of clip 2; of its frames clip 0 has \d+, clip 1 has \d+"):

@@ -150,7 +150,8 @@ def test_soft_top_k_adds_up_and_so_does_its_gradient() -> None:
 def test_the_loss_reaches_every_weight_of_a_part(name: str, frozen: Frozen, example: Encoded) -> None:
     torch.manual_seed(0)
     part = part_class(name)(frozen, configuration(name, None)["part"], example)
-    loss, figures = part.loss(example, np.random.default_rng(0), 0.5)
+    taken = part.encoded(Generated("tiny", ["box"]).validation(0))
+    loss, figures = part.loss(taken, np.random.default_rng(0), 0.5)
     loss.backward()
     assert all(isinstance(value, float) for value in figures.values())
     largest = {key: float(p.grad.abs().max()) for key, p in part.net.named_parameters() if p.grad is not None}

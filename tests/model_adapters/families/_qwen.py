@@ -27,16 +27,19 @@ TOKEN_IDS = {
 }
 
 
-def inputs(rows: Rows, seed: int, patch_size: int, stamped: bool = False, paced: bool = False) -> dict[str, Any]:
+def inputs(
+    rows: Rows, seed: int, patch_size: int, stamped: bool = False, paced: bool = False, merge: int = 2
+) -> dict[str, Any]:
     """<|vision_start|> pads <|vision_end|> for each image and video.
 
     Args:
         stamped: whether text and markers stand around every grid step. paced: whether the inputs tell a step's length.
+        merge: patches a side of a visual token.
     """
     videos: list[tuple[int, torch.Tensor]] = []
 
     def patches_of(n: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(4 * n, 3 * 2 * patch_size**2, generator=generator)
+        return torch.randn(merge**2 * n, 3 * 2 * patch_size**2, generator=generator)
 
     def video(kind: int, generator: torch.Generator) -> list[int]:
         steps = STEPS[kind]
@@ -50,10 +53,10 @@ def inputs(rows: Rows, seed: int, patch_size: int, stamped: bool = False, paced:
     )
     made["mm_token_type_ids"] = (made["input_ids"] == IMAGE).int() + 2 * (made["input_ids"] == VIDEO).int()
     if patches:
-        grids = [[1, 2 * GRIDS[k][0], 2 * GRIDS[k][1]] for k in kinds]
+        grids = [[1, merge * GRIDS[k][0], merge * GRIDS[k][1]] for k in kinds]
         made |= {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
     if videos:
-        grids = [[VIDEOS[k][0], 2 * VIDEOS[k][1], 2 * VIDEOS[k][2]] for k, _ in videos]
+        grids = [[VIDEOS[k][0], merge * VIDEOS[k][1], merge * VIDEOS[k][2]] for k, _ in videos]
         made |= {"pixel_values_videos": torch.cat([v for _, v in videos]), "video_grid_thw": torch.tensor(grids)}
         if paced:
             made["second_per_grid_ts"] = torch.tensor([PACES[k] for k, _ in videos])

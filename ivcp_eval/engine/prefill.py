@@ -269,7 +269,7 @@ class Cutter:
             return
         for shown in rows:
             if shown is not None:
-                self._watched(state, shown, self.method.observe)
+                self.watched(state, shown, self.method.observe)
         state.late.append((cut, [shown and _without_states(shown) for shown in rows]))
 
     def end_evictions(self, state: Prefill) -> None:
@@ -387,7 +387,7 @@ class Cutter:
     def _choose(self, state: Prefill, row: int, signals: Signals) -> Choice:
         """What the method was shown and what it answered; its indices are checked when they are read."""
         with Rankings() as rankings:
-            shown, selection = self._watched(state, signals, self.method.select)
+            shown, selection = self.watched(state, signals, self.method.select)
         check_type(selection, Selection, self.run.method, "select")
         selection.check_form(shown, self.run.method)
         evicts = shown.cut is not None and shown.cut.evicts
@@ -395,7 +395,7 @@ class Cutter:
         counts = (*rankings.counts, torch.as_tensor(selection.nonfinite))
         return Choice(row, shown, selection, target, counts)
 
-    def _watched(self, state: Prefill, signals: Signals, ask: Callable[[Signals], Any]) -> tuple[Signals, Any]:
+    def watched(self, state: Prefill, signals: Signals, ask: Callable[[Signals], Any]) -> tuple[Signals, Any]:
         """What the method was shown and what it answered, which must leave the model's tensors alone."""
         shown = Untouched(signals)
         state.choosing = True

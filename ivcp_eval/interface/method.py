@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "step", "motion"]
+Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "step", "motion", "sparse"]
 """What must be captured for a method: projections of the decoder layer before the cut, or of the vision tower.
 
 ``raw_value`` is the value projection of the hidden states entering that layer, without its input norm; ``cached_key``
 are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`; ``step`` is every layer of every forward
-after the prefill, for `AbstractMethod.attended`; ``motion`` is that of the encoded stream (`Frame.motion`).
+after the prefill, for `AbstractMethod.attended`; ``motion`` is that of the encoded stream (`Frame.motion`); ``sparse``
+is every layer of the prefill, for `AbstractMethod.seen` and `AbstractMethod.processed`.
 """
 
 CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
@@ -389,6 +390,18 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Processed:
+    """Which visual tokens of one row the MLP of one layer processes; the others get the mean update of their group.
+
+    Attributes:
+        token: (V,) bool. group: (V,) int64 numbers; of every group one token at least is processed.
+    """
+
+    token: Tensor
+    group: Tensor
+
+
+@dataclass(frozen=True)
 class Selection:
     """What a method returns for one row.
 
@@ -560,6 +573,23 @@ class AbstractMethod(ABC):
         Called for "step" in `needs` only; may modify ``step.memory``. Nothing leaves the cache. Beams are refused.
         """
         raise NotImplementedError
+
+    def seen(self, signals: Signals) -> Tensor | None:
+        """(V, V) or (H, V, V) bool: which visual tokens (last axis) each visual token attends to in the layer entered.
+
+        Called in the prefill before every layer, for "sparse" in `needs` only, with ``cut`` naming layer and ratio and
+        with `Signals.project`; None for all. A token sees itself, and later ones never, whatever is said of them; text
+        sees all, and all see the text before them. Nothing leaves the sequence: all layers of decoding see every token.
+        """
+        return None
+
+    def processed(self, signals: Signals, states: Tensor) -> Processed | None:
+        """Which visual tokens go through the layer's MLP, called as `seen` is and after it; None for all.
+
+        Args:
+            states: (V, E) of the visual tokens between the layer's attention and the norm before its MLP.
+        """
+        return None
 
     def pixel_share(self, ratio: float) -> float | None:
         """Share of its visual tokens to which an image is shrunk before the processor; None leaves images alone."""

@@ -53,7 +53,6 @@ class Resolved:
         on_cache = bool(self.method.needs & {"cached_key", "step"}) or any(cut.evicts for cut in self.cuts)
         return self.ratio < 1 and on_cache
 
-
     @property
     def is_sparse(self) -> bool:
         """Whether the method leaves out parts of a whole prefill's attention and MLPs, at this ratio."""
@@ -155,7 +154,7 @@ class Listener:
     def entered(
         self, state: Prefill, cutter: Cutter, index: int, hidden: Tensor, kwargs: Mapping[str, Any]
     ) -> Tensor | None:
-        """(B, H or 1, n, n) bool: what each token sees in layer ``index`` of a prefill, but for causality; None for all.
+        """(B, H or 1, n, n) bool: what each token sees in layer ``index`` of a prefill, causality apart; None: all.
 
         Args:
             hidden: (B, n, E) what enters it. kwargs: what else it gets.

@@ -168,6 +168,22 @@ def grid_view(span: ImageSpan, covers: Rectangle | None = None) -> tuple[View, .
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """What a frame shows of a scene in space: a pinhole camera whose axis goes through the middle of the picture.
+
+    Attributes:
+        depth: (rows, columns) float32 numpy array over the whole frame: metres along the camera's axis to what the ray
+            through the middle of each cell meets; 0 where that is nothing, or not known.
+        pose: (3, 4) float64 numpy array: camera (x right, y down, z forward) to world coordinates, in metres.
+        focal: focal lengths along x and y, in widths and heights of the picture.
+    """
+
+    depth: npt.NDArray[np.float32]
+    pose: npt.NDArray[np.float64]
+    focal: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Frame:
     """Which part of which video an `ImageSpan` shows: one grid step, of one frame or of those the tower joins.
 
@@ -176,12 +192,14 @@ class Frame:
         seconds: when the step's first frame is shown, from the video's start; None where the inputs do not say.
         motion: (rows, columns) float32 numpy array over the whole frame: how many pixels each cell moved since the step
             before, as the encoded stream says, infinite where it is new. None where nobody says it.
+        geometry: depth and camera of the step's first frame; None where nobody says it.
     """
 
     clip: int
     index: int
     seconds: float | None = None
     motion: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    geometry: Geometry | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ everything attends to the text before it, and text is always processed. All of t
 leaves, answers are exact, and what would be saved is counted (`ratio_flops_analytic`). Decoding attends to everything.
 
 Differs: p, the size of a cube, the layers, whether heads choose alone and what a cube before means are not public, and
-the published model was fine-tuned for this; so it is a variant, untuned. Each is a field but the last: cubes are counted
-by frames, rows, columns, and those of a lower number come before, causality holding inside them. Without ``p`` it is,
+the published model was fine-tuned for this; so it is a variant, untuned. Each is a field but the last: cubes count by
+frames, rows, columns, and those of a lower number come before, causality holding inside them. Without ``p`` it is,
 in every layer, the one that fits the retention ratio: the share of the pairs of visual tokens that are looked at (never
 fewer than own cubes have) and of visual tokens that are processed (never fewer than one of a cube). A picture is a
 video of one frame; images and frames that are no grid (tiles, newlines) are one row, cut into stretches of as many.
@@ -74,7 +74,7 @@ class Method(Uncut):
             raise ValueError("attention=False and mlp=False leave nothing sparse; use the method none")
 
     def seen(self, signals: Signals) -> Tensor | None:
-        """(H or 1, V, V) bool: its own cube, and the chosen ones before."""
+        """(H, V, V) or, where heads choose together, (V, V) bool: its own cube, and the chosen ones before."""
         assert signals.cut is not None
         if not self.attention or signals.cut.layer < self.first:
             return None
@@ -94,7 +94,7 @@ class Method(Uncut):
             taken[candidate] = _cheapest(ahead[candidate], chance[candidate], size.expand_as(ahead)[candidate], left)
         taken = taken | torch.nn.functional.one_hot(own, chance.shape[-1]).bool()
         seen: Tensor = taken[:, :, own]
-        return seen
+        return seen if self.heads == "each" else seen[0]
 
     def processed(self, signals: Signals, states: Tensor) -> Processed | None:
         """The longest tokens of every cube."""

@@ -239,8 +239,8 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "ratio_flops_analytic",
         "number",
-        "`ratio_flops` of a real implementation, where nothing is saved here: pairs of tokens that attention would look "
-        "at and tokens that MLPs would process, as measured; empty: the method leaves out neither",
+        "`ratio_flops` of a real implementation, where nothing is saved here: pairs of tokens that attention would "
+        "look at and tokens that MLPs would process, as measured; empty: the method leaves out neither",
         low=0,
         high=1,
         late=True,

@@ -84,7 +84,9 @@ class Answer:
     visual_per_layer: tuple[int, ...] = _of("integers", "visual tokens that each layer processed", ())
     visual_cached: tuple[int, ...] = _of("integers", "visual tokens in each layer's cache", ())
     kv_analytic: float | None = _of("number", "share of the visual cache that decoding would read", low=0)
-    visual_pairs: tuple[int, ...] = _of("integers", "pairs of visual tokens that each layer's attention would look at", ())
+    visual_pairs: tuple[int, ...] = _of(
+        "integers", "pairs of visual tokens that each layer's attention would look at", ()
+    )
     visual_mlp: tuple[int, ...] = _of("integers", "visual tokens that each layer's MLP would process", ())
     prompt_tokens: int | None = _of(
         "integer", "prompt tokens as a server counts them (`usage`); empty: not served", low=0, column="prompt_tokens"

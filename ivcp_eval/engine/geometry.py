@@ -140,6 +140,7 @@ def biased(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
 def restricted(mask: Tensor | None, seen: Tensor) -> Tensor:
     """A mask of sdpa or eager attention that also forbids what ``seen`` (B, H or 1, n, n) bool does; None is causal."""
     mask = _whole(mask, seen)
+    seen = to_device(seen, mask.device)
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 

@@ -220,7 +220,7 @@ class Cutter:
         """
         if not state.shorter:
             state.position_embeddings = read(kwargs, "position_embeddings")
-        hidden = self._at_layer(cut.layer, hidden)
+        hidden = self.at_layer(cut.layer, hidden)
         columns, merged, targets = self._select(state, cut, hidden)
         state.captured = {}
         state.stage += 1
@@ -308,7 +308,7 @@ class Cutter:
         if cut.ratio < 1:
             state.evict(cut.layer, kept)
 
-    def _at_layer(self, layer: int, hidden: Tensor) -> Tensor:
+    def at_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """What enters a layer, on its device: in a model spread over several, nobody else moved it yet."""
         device = next((weights.device for weights in self.decoder.layers[layer].parameters()), hidden.device)
         return hidden if device.type == "meta" else hidden.to(device)  # the weights of offloaded layers are nowhere

@@ -20,7 +20,7 @@ Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "
 ``raw_value`` is the value projection of the hidden states entering that layer, without its input norm; ``cached_key``
 are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`; ``step`` is every layer of every forward
 after the prefill, for `AbstractMethod.attended`; ``motion`` is that of the encoded stream (`Frame.motion`); ``sparse``
-is every layer of the prefill, for `AbstractMethod.seen` and `AbstractMethod.processed`.
+is every layer of the prefill, for `AbstractMethod.attended_pairs` and `AbstractMethod.mlp_tokens`.
 """
 
 CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
@@ -592,7 +592,7 @@ class AbstractMethod(ABC):
         """
         raise NotImplementedError
 
-    def seen(self, signals: Signals) -> Tensor | None:
+    def attended_pairs(self, signals: Signals) -> Tensor | None:
         """(V, V) or (H, V, V) bool: which visual tokens (last axis) each visual token attends to in the layer entered.
 
         Called in the prefill before every layer, for "sparse" in `needs` only, with ``cut`` naming layer and ratio and
@@ -601,8 +601,8 @@ class AbstractMethod(ABC):
         """
         return None
 
-    def processed(self, signals: Signals, states: Tensor) -> Processed | None:
-        """Which visual tokens go through the layer's MLP, called as `seen` is and after it; None for all.
+    def mlp_tokens(self, signals: Signals, states: Tensor) -> Processed | None:
+        """Which visual tokens go through the layer's MLP, called as `attended_pairs` is and after it; None for all.
 
         Args:
             states: (V, E) of the visual tokens between the layer's attention and the norm before its MLP.

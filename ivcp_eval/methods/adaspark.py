@@ -73,7 +73,7 @@ class Method(Uncut):
         if not (self.attention or self.mlp):
             raise ValueError("attention=False and mlp=False leave nothing sparse; use the method none")
 
-    def seen(self, signals: Signals) -> Tensor | None:
+    def attended_pairs(self, signals: Signals) -> Tensor | None:
         """(H, V, V) or, where heads choose together, (V, V) bool: its own cube, and the chosen ones before."""
         assert signals.cut is not None
         if not self.attention or signals.cut.layer < self.first:
@@ -96,7 +96,7 @@ class Method(Uncut):
         seen: Tensor = taken[:, :, own]
         return seen if self.heads == "each" else seen[0]
 
-    def processed(self, signals: Signals, states: Tensor) -> Processed | None:
+    def mlp_tokens(self, signals: Signals, states: Tensor) -> Processed | None:
         """The longest tokens of every cube."""
         assert signals.cut is not None
         if not self.mlp or signals.cut.layer < self.first:
@@ -117,8 +117,7 @@ class Method(Uncut):
         longest[order[starts]] = True
         if self.p is not None:
             return Processed(longest | (ahead < self.p), own)
-        wanted = float(signals.budget)
-        return Processed(longest | _cheapest(ahead, share, torch.ones_like(own), wanted), own)
+        return Processed(longest | _cheapest(ahead, share, torch.ones_like(own), signals.budget), own)
 
     def _cubes(self, signals: Signals) -> Tensor:
         """(V,) int64: the cube of each visual token, counted through the row."""

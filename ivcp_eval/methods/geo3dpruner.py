@@ -20,7 +20,7 @@ what it dropped fill it. Frames without geometry, and pictures, have windows of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,58 +68,63 @@ class Method(ClipsAtInput):
     def choose(self, signals: Signals, clip: Clip) -> Tensor:
         """Within voxels, then between them."""
         states, voxel = unit_rows(embeddings(signals, clip)), voxels(clip, self.voxel, self.side)
-        every = torch.arange(len(states), device=states.device)
-        within = torch.zeros(len(states), device=states.device)
-        for part, attention in self._attention(states, every):
+        within, total = torch.zeros(len(states), device=states.device), []
+        for part in torch.arange(len(states), device=states.device).split(block_rows(len(states))):
+            logits = states[part] @ states.T / self.temperature
+            total.append(logits.logsumexp(dim=1))
+            attention = (logits - total[-1][:, None]).exp()
             within += (attention * (voxel[part, None] == voxel)).sum(dim=0)
         sizes = torch.bincount(voxel)
         within = within / sizes[voxel]
         stays = place_in_group(within, voxel) < torch.ceil(self.alpha * sizes.double())[voxel]
         if int(stays.sum()) <= clip.budget:
             return top(within + 2 * stays, clip.budget)  # attention is 1 at most
-        turn = self._turns(states, voxel, stays, clip.budget)[voxel]
-        last = len(sizes)
-        order = place_in_group(within, voxel) + len(states) * torch.where(stays & (turn >= 0), turn, last)
+        left, given = voxel[stays], (states[stays], torch.cat(total)[stays])
+        turn = torch.full_like(sizes, len(sizes))
+        chosen = self._chosen(*given, left, clip.budget)
+        turn[chosen] = torch.arange(len(chosen), device=turn.device)
+        order = torch.where(stays, turn[voxel], len(sizes)) * len(states) + place_in_group(within, voxel)
         return top(-order.double(), clip.budget)
 
-    def _turns(self, states: Tensor, voxel: Tensor, stays: Tensor, budget: int) -> Tensor:
-        """(L,) int64 when each voxel was chosen, counted from 0; -1 of those that the budget left out."""
-        left = torch.bincount(voxel[stays], minlength=int(voxel.max()) + 1)
-        received = self._given(states, voxel, stays, stays, left)
-        turn = torch.full_like(left, -1)
-        chosen, n = 0, 0
-        while n < budget:
-            score = received.masked_fill(turn >= 0, -torch.inf)
-            best = score.argsort(descending=True, stable=True)[: min(self.together, len(left) - chosen)]
-            turn[best] = torch.arange(chosen, chosen + len(best), device=best.device)
-            chosen, n = chosen + len(best), n + int(left[best].sum())
-            if n < budget:
-                received -= self._given(states, voxel, stays, stays & torch.isin(voxel, best), left)
-        return turn
+    def _chosen(self, states: Tensor, total: Tensor, voxel: Tensor, budget: int) -> Tensor:
+        """The voxels in the order in which they are chosen, until they hold the budget.
 
-    def _given(self, states: Tensor, voxel: Tensor, stays: Tensor, sources: Tensor, left: Tensor) -> Tensor:
-        """(L,) attention that each voxel's remaining tokens get from those of ``sources`` (N,) in other voxels."""
-        given = torch.zeros(len(left), dtype=torch.float64, device=states.device)
-        for part, attention in self._attention(states, sources.nonzero().flatten()):
-            other = stays & (voxel[part, None] != voxel)
-            from_each = (attention * other).double() / left[voxel[part], None]
-            given.index_add_(0, voxel, from_each.sum(dim=0))
-        return given
-
-    def _attention(self, states: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some of ``rows`` after the other, with their attention (n, N) to all tokens."""
-        for part in rows.split(block_rows(len(states))):
-            yield part, (states[part] @ states.T / self.temperature).softmax(dim=1)
+        Args:
+            states: (M, E) of the tokens that are left. total: (M,) logarithm of what their attention is divided by.
+            voxel: (M,) of each token; all have one.
+        """
+        sizes = torch.bincount(voxel)
+        shift = total + sizes[voxel].log()
+        keys = states.T / self.temperature
+        received = torch.zeros(len(sizes), dtype=torch.float64, device=states.device)
+        for part in torch.arange(len(states), device=states.device).split(block_rows(len(states))):
+            given = (states[part] @ keys - shift[part, None]).exp() * (voxel[part, None] != voxel)
+            received.index_add_(0, voxel, given.sum(dim=0, dtype=torch.float64))
+        counts, n = sizes.tolist(), 0
+        chosen: list[Tensor] = []
+        while True:
+            best = received.argsort(descending=True, stable=True)[: self.together]
+            chosen.append(best)
+            n += sum(counts[number] for number in best.tolist())
+            if n >= budget:
+                break
+            # What a chosen voxel gets, also from itself, is looked at no more.
+            received.index_fill_(0, best, -torch.inf)
+            is_best = torch.zeros_like(sizes).index_fill_(0, best, 1)
+            for part in is_best[voxel].nonzero().flatten().split(block_rows(len(states))):
+                given = (states[part] @ keys - shift[part, None]).exp()
+                received.index_add_(0, voxel, given.sum(dim=0, dtype=torch.float64), alpha=-1)
+        return torch.cat(chosen)
 
 
 def voxels(clip: Clip, size: float, side: int) -> Tensor:
     """(N,) int64 0..L-1: the voxel of each token of a clip, shared by all frames; windows where depth is not known."""
     found = []
-    for number, frame in enumerate(clip.frames):
+    for place, frame in enumerate(clip.frames, start=1):
         window = square_windows(frame, side)
-        mine = torch.full_like(window, number + 1)
+        mine = torch.full_like(window, place)
         cells = torch.stack((mine, window, torch.zeros_like(window), torch.zeros_like(window)), dim=1)
-        geometry = frame.span.frame and frame.span.frame.geometry
+        geometry = None if frame.span.frame is None else frame.span.frame.geometry
         if geometry is not None:
             point, known = points(frame, geometry)
             inside = torch.cat((torch.zeros_like(cells[:, :1]), (point / size).floor().long().to(cells.device)), dim=1)

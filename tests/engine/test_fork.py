@@ -24,7 +24,7 @@ from tests.engine import tiny_models
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 IVC = tuple(Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in RATIOS)
 # No cut; cuts at the input, early, in the middle; several; an observation before the first cut; renumbered positions;
-# edits of the cache, evictions from it and sparse layers, which share nothing; two variants that differ only in their seed.
+# edits of the cache, evictions from it and sparse layers, which share nothing; two that differ only in their seed.
 MIX = (
     Variant(""),
     Variant("", "random", 0.5),

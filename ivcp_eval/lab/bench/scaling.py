@@ -127,7 +127,7 @@ def work_of(name: str, args: Any, out: Any) -> int:
 
 
 def spans_of(n: int, frames: int) -> list[ImageSpan]:
-    """An image of ``n`` tokens, or the steps of a video with so many together; its blocks move, and are deep, by chance."""
+    """An image of ``n`` tokens, or the steps of a video with so many together; blocks move and lie by chance."""
     if not frames:
         return [_span(torch.arange(n), None)]
     drawn = np.random.default_rng(0).exponential(size=(frames, 32, 32)).astype(np.float32)

@@ -27,11 +27,12 @@ def shown(line: Mapping[str, Any], message: Message, sampling: clips.Sampling | 
         ValueError: what the row says of its video cannot be read.
     """
     texts = [part for part in message if part["type"] == "text"]
+    part: dict[str, Any]
     if seconds := _cell(line, "seconds"):
         frames = [part["value"] for part in message if part["type"] == "image"]
         at = times(seconds)
         clips.check_times(len(frames), at)
-        part: dict[str, Any] = {"type": "video", "value": frames, "seconds": at}
+        part = {"type": "video", "value": frames, "seconds": at}
         if packed := _cell(line, "geometry"):
             part["geometry"] = packed
         if sampling:
@@ -43,7 +44,7 @@ def shown(line: Mapping[str, Any], message: Message, sampling: clips.Sampling | 
     if path := _cell(line, "video"):
         if sampling:
             return of_file([{"type": "video", "value": path}, *texts], sampling)
-        part: dict[str, Any] = {"type": "video", "value": path}
+        part = {"type": "video", "value": path}
         for name, kind in (("nframe", int), ("fps", float), ("frames_sha256", str)):
             if cell := _cell(line, name):
                 part[name] = kind(cell)

@@ -182,7 +182,7 @@ class Case:
         method = self.make()
         cuts = method.cuts(self.facts, self.ratio) if self.ratio < 1 else ()
         select, edit, attend = method.select, method.edit_keys, method.attended
-        seen, processed = method.seen, method.processed
+        seen, processed = method.attended_pairs, method.mlp_tokens
         calls, edits, steps, sparse = [], [], [], []
 
         def recording(signals: Signals) -> Selection:
@@ -205,8 +205,8 @@ class Case:
             sparse.append((signals.cut.layer, processed(signals, states)))
             return sparse[-1][1]
 
-        object.__setattr__(method, "seen", seeing)
-        object.__setattr__(method, "processed", processing)
+        object.__setattr__(method, "attended_pairs", seeing)
+        object.__setattr__(method, "mlp_tokens", processing)
         object.__setattr__(method, "select", recording)  # the instance is a frozen dataclass
         object.__setattr__(method, "edit_keys", editing)
         object.__setattr__(method, "attended", attending)

@@ -116,7 +116,7 @@ class SparseLayers(Listener):
     def _seen(self, index: int, row: int, signals: Signals) -> Tensor | None:
         """(H or 1, V, V) bool."""
         assert self._now.watched is not None
-        _, seen = self._watched(signals, self.method.attended_pairs)
+        _, seen = self._now.watched(signals, self.method.attended_pairs)
         if seen is None:
             return None
         check_type(seen, torch.Tensor, self.name, "attended_pairs", "a bool tensor (V, V) or (H, V, V), or None")
@@ -141,7 +141,7 @@ class SparseLayers(Listener):
                 self._now.chosen.append(None)
                 continue
             states = args[0][row, slots]
-            _, chosen = self._watched(signals, functools.partial(self.method.mlp_tokens, states=states))
+            _, chosen = self._now.watched(signals, functools.partial(self.method.mlp_tokens, states=states))
             if chosen is not None:
                 self._check(chosen, signals.n_visual)
             self._now.chosen.append(chosen)

@@ -59,7 +59,8 @@ eval: $(READY)
 # parameters, without LIMIT whole benchmarks. Another file is compared whole.
 RESULTS ?= results/eval/$(MODEL).csv
 CHOICE = $(if $(filter file,$(origin RESULTS)),--method $(METHOD) --ratio $(RATIO) --budget $(or $(BUDGET),own) \
-         --set $(SET) --limit $(or $(LIMIT),0) $(if $(DATA),--data $(DATA)))
+         --set $(SET) --limit $(or $(LIMIT),0) $(if $(DATA),--data $(DATA)) $(if $(SEED),--seed $(SEED)) \
+         $(if $(DTYPE),--dtype $(DTYPE)) $(if $(ATTENTION),--attention $(ATTENTION)) $(if $(DEVICE),--device $(DEVICE)))
 compare: $(READY)
 	@$(BIN)/ivcp compare $(RESULTS) $(BASELINE) $(CHOICE) $(ARGS)
 

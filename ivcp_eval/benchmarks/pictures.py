@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import Any
 
 
-def decoded(source: Any) -> Any:
+def decoded(source: Any, turned: bool = False) -> Any:
     """A PIL image in RGB from a path, an open file or another PIL image.
+
+    Args:
+        turned: turn it as a camera's tag (EXIF) says. Pictures of published benchmarks are asked as they are stored.
 
     Raises:
         OSError: it cannot be decoded; the message names a path.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(source, Image.Image):
         return rgb(source)
     try:
         with Image.open(source) as image:
-            return rgb(image)
+            return rgb(ImageOps.exif_transpose(image) if turned else image)
     except Exception as error:  # decoders meet damaged bytes with errors of every kind: zlib's, struct's, SyntaxError
         name = f" {source}" if isinstance(source, str | Path) else ""
         raise OSError(f"image{name} cannot be decoded: {error}") from error

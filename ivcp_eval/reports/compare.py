@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
 from ivcp_eval.interface.variants import BASELINE
@@ -137,19 +138,20 @@ def compare(
     results_csv = Path(results_csv)
     baseline_csv = results_csv if baseline_csv is None else Path(baseline_csv)
     results, baselines = read_results(results_csv), read_results(baseline_csv)
-    left_out: list[str] = []
+    excluded: list[tuple[str, str]] = []
     pairs: list[tuple[Group, Group]] = []
     folders = baseline_csv.parent, results_csv.parent
     own = results_csv.resolve() == baseline_csv.resolve()
     chosen = [row for row in candidates(results, baselines, against, own=own) if select(row)]
-    left_out += [f"{label(row)}: {row['status']} ({row['reason']})" for row in chosen if row["status"] != "ok"]
+    excluded += [(label(row), f"{row['status']} ({row['reason']})") for row in chosen if row["status"] != "ok"]
     known = grouped(baselines)
     for group in grouped(row for row in chosen if row["status"] == "ok"):
         baseline = baseline_of(group, known, against)
         if isinstance(baseline, str):
-            left_out.append(f"{label(merged(group))}: {baseline}")
+            excluded.append((label(merged(group)), baseline))
         else:
             pairs.append((baseline, group))
+    left_out = _once_a_reason(excluded)
     if not pairs:
         reasons = "".join(f"\n  {line}" for line in left_out) or f"\n  {results_csv}: {why_none(results)}"
         raise NotComparable(f"nothing to compare between {results_csv} and {baseline_csv}:{reasons}")
@@ -382,15 +384,27 @@ def _unpaired(row: ComparedRow, baseline: Row, pruned: Row, why: str) -> Compare
     )
 
 
+def _once_a_reason(excluded: Sequence[tuple[str, str]]) -> list[str]:
+    """``LABEL: REASON`` of each (label, reason); many of one reason stand in one line."""
+    labels: dict[str, list[str]] = {}
+    for name, reason in excluded:
+        labels.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in labels.items():
+        shown = names if len(names) <= 3 else [f"{names[0]} and {len(names) - 1} more"]
+        lines += [f"{name}: {reason}" for name in shown]
+    return lines
+
+
 def _finished(row: ComparedRow, margin: float | None, notes: Sequence[str]) -> ComparedRow:
     smallest = stats.minimal_detectable_effect(row.standard_error, alpha=_ALPHA)
     row = replace(row, minimal_detectable_effect=smallest, notes=(*row.notes, *notes))
-    return row if margin is None else replace(row, verdict=_verdict(row, margin * row.score_scale / 100))
+    return row if margin is None else replace(row, verdict=_verdict(row, margin))
 
 
-def _verdict(row: ComparedRow, margin: float) -> stats.Verdict:
-    if row.paired and row.difference_low == row.difference_high and row.n_clusters:
-        # No score differed: the bootstrap cannot know what it has not seen, the rule of three can.
-        unseen = 3 / row.n_clusters * row.score_scale
-        return "not worse" if unseen < margin else "undecided"
-    return stats.non_inferiority(stats.Interval(row.difference_low, row.difference_high), margin)
+def _verdict(row: ComparedRow, margin: float) -> Literal["not worse", "worse", "undecided"]:
+    """By the tests of `decide`, each one-sided at half of the interval's error, uncorrected."""
+    test = row.loss_test(margin)
+    if test is None:
+        return "undecided"
+    return "not worse" if test.p_not_worse <= _ALPHA / 2 else "worse" if test.p_worse <= _ALPHA / 2 else "undecided"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ivcp_eval.files import as_shown, atomic_write
+from ivcp_eval.reports.stats.margins import LossTest, loss_test
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ class ComparedRow:
     difference_high: float = math.nan
     retained_percent_low: float = math.nan
     retained_percent_high: float = math.nan
-    right_to_wrong: int | None = None
-    wrong_to_right: int | None = None
+    right_to_wrong: float | None = None
+    wrong_to_right: float | None = None
     answers_changed: int | None = None
     graded: bool = False
     n_samples: int | None = None
@@ -121,6 +122,11 @@ class ComparedRow:
     def noise_floor(self) -> NoiseFloor:
         """The largest of `again`, by its difference, then by the answers that changed; an empty one without any."""
         return max(self.again, key=lambda a: (abs(a.difference), a.answers_changed or 0), default=NoiseFloor())
+
+    def loss_test(self, percent: float) -> LossTest | None:
+        """Of a loss of ``percent`` of the score's scale; None where nothing can be tested."""
+        n_clusters, margin = self.n_clusters or self.n_samples or 0, percent * self.score_scale / 100
+        return loss_test(self.difference, self.standard_error, n_clusters, margin, self.score_scale)
 
     @property
     def where(self) -> str:

@@ -72,6 +72,8 @@ _REMARKED = (
     "transformers_version",
     "ivcp_commit",
 )
+#: Where and how a run was computed: rows that differ here alone are shown with it.
+PLACED = ("dtype", "attention", "device", "video")
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
     *("ratio_kv_analytic", "ratio_flops_analytic"),
@@ -115,6 +117,7 @@ class Selection:
     Attributes:
         method, ratio: of the row. budget: kind that it holds; "own" for none. parameters: of the method; those that are
             not among them are its usual ones. limit: of the run; 0 for none. benchmarks: their names.
+        seed, dtype, attention, device: of the row.
     """
 
     method: str | None = None
@@ -123,6 +126,10 @@ class Selection:
     parameters: Mapping[str, Any] | None = None
     limit: int | None = None
     benchmarks: Collection[str] | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    device: str | None = None
 
     def fits(self, row: Row) -> bool:
         """Whether a row is among them."""
@@ -137,6 +144,7 @@ class Selection:
             and self.budget in (None, kind)
             and self.limit in (None, row["limit"] or 0)
             and (self.benchmarks is None or row["benchmark"] in self.benchmarks)
+            and all(getattr(self, name) in (None, row[name]) for name in ("seed", "dtype", "attention", "device"))
             and unusual <= parameters.keys()
             and all(name in given and given[name] == value for name, value in parameters.items())
         )
@@ -175,21 +183,26 @@ def merged(group: Group) -> Row:
 
 
 Telling = Mapping[tuple[str, str, str], Collection[str]]
-"""Parameters to be stated beside those that a row's variant set, by what else names it (`_named`)."""
+"""Parameters to be stated beside those that a row's variant set, by what else names it (`_named`).
+
+Under a model and two empty texts stand the columns of `PLACED` to be stated of each of its rows.
+"""
 
 
 def telling_parameters(rows: Iterable[Row]) -> Telling:
     """The parameters that tell variants apart of which the same parameters were set to the same values.
 
-    There are none but where defaults changed in between, and in files that do not say what was set.
+    There are none but where defaults changed in between, and in files that do not say what was set. Likewise `PLACED`,
+    where a file has answers to the same questions that were computed in several ways.
     """
+    rows = list(rows)
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         parameters = json.loads(row["method_parameters"] or "{}")
         others = groups.setdefault(_named(row), [])
         others += [] if parameters in others else [parameters]
     missing = object()
-    return {
+    return _placed(rows) | {
         named: [
             name
             for name in dict.fromkeys(name for one in several for name in one)
@@ -197,6 +210,19 @@ def telling_parameters(rows: Iterable[Row]) -> Telling:
         ]
         for named, several in groups.items()
     }
+
+
+def _placed(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[str]]:
+    values: dict[tuple[str, str], set[tuple[Any, ...]]] = {}
+    for row in rows:
+        if not row["source"] and row["method"] != AGAIN:
+            values.setdefault((row["model"], row["benchmark"]), set()).add(tuple(row[name] for name in PLACED))
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for (model, _), several in values.items():
+        names = [name for name, of in zip(PLACED, zip(*several, strict=True), strict=True) if len(set(of)) > 1]
+        known = found.setdefault((model, "", ""), [])
+        known += [name for name in names if name not in known]
+    return found
 
 
 def _named(row: Row) -> tuple[str, str, str]:
@@ -210,7 +236,9 @@ def settings(row: Row, telling: Telling) -> str:
     The usual variant has an empty text, whatever other variants there are. An empty value says that a parameter was
     not set.
     """
-    return _stated(row, {*row["set_parameters"].split(), *telling.get(_named(row), ())})
+    placed = [] if row["method"] == AGAIN or row["source"] else telling.get((row["model"], "", ""), ())
+    stated = _stated(row, {*row["set_parameters"].split(), *telling.get(_named(row), ())})
+    return ", ".join([*([stated] if stated else []), *(f"{name}={row[name]}" for name in placed if row[name])])
 
 
 def _stated(row: Row, names: Collection[str]) -> str:
@@ -358,6 +386,13 @@ def _lacking(row: Row, baselines: Sequence[Group]) -> str:
     return ""
 
 
+def _variants(baselines: Sequence[Group]) -> str:
+    """The pruned variants that a reference can name."""
+    pruned = [g[0] for g in baselines if g[0]["method"] not in (BASELINE, AGAIN) and g[0]["ratio_asked"] is not None]
+    names = dict.fromkeys(f"{row['method']}:{row['ratio_asked']:g}" for row in pruned)
+    return f"; the baseline file has {', '.join(names) or 'no pruned row'}"
+
+
 def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> Group | str:
     """The one baseline of a group, or why there is none. Raises NotComparable if there are several that fit equally."""
     row = group[0]
@@ -377,9 +412,12 @@ def baseline_of(group: Group, baselines: Sequence[Group], against: Against) -> G
         what = "baseline row"
         if reference:
             what = f"row of {described(against) if reference.ratio else f'{reference.method} at the same cost'}"
-        return f"no {what}{_lacking(unpruned, baselines)}"
+        return f"no {what}{_lacking(unpruned, baselines) or (_variants(baselines) if reference else '')}"
     alike = [g for g in finished if not differences(g[0], row)]
     chosen = alike or finished
+    # Then who was computed most alike, so that another dtype's baseline is taken for want of an own one alone.
+    least = min(len(_unequal(g[0], row, _REMARKED)) for g in chosen)
+    chosen = [g for g in chosen if len(_unequal(g[0], row, _REMARKED)) == least]
     # Of a server and the model here, that which answers where the row's own answers come from.
     chosen = [g for g in chosen if not _half_served(g[0], row)] or chosen
     if len(chosen) > 1:

@@ -15,7 +15,18 @@ if TYPE_CHECKING:  # numpy, which other tables can do without
     from ivcp_eval.reports.comparison import ComparedRow, Comparison
     from ivcp_eval.reports.stats.timing import TimeRatio
 
-__all__ = ["LOUD", "fold", "footer", "render", "render_markdown", "time_cell", "time_lost", "times_note", "wrapped"]
+__all__ = [
+    "LOUD",
+    "flips_cell",
+    "fold",
+    "footer",
+    "render",
+    "render_markdown",
+    "time_cell",
+    "time_lost",
+    "times_note",
+    "wrapped",
+]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
 #: Lines of a table into a pipe or file are as long as this at most.
@@ -175,7 +186,7 @@ def _table(comparison: Comparison) -> dict[str, list[str]]:
         "limit": lambda row: "" if row.limit is None else str(row.limit),
         "seeds: range": _seeds,
         "retained %": lambda row: _number(row.retained_percent, 1),
-        "flips": lambda row: f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-",
+        "flips": flips_cell,
         "rank": _rank,
         "A/A": _noise_floor,
         "final": lambda row: _number(row.ratio_kept_final, 2),
@@ -222,6 +233,14 @@ def _seeds(row: ComparedRow) -> str:
     return "" if row.n_seeds == 1 else f"{row.n_seeds}: {spread}"
 
 
+def flips_cell(row: ComparedRow) -> str:
+    """``10 / 4``, with a decimal where they are means over seeds; a dash where samples are not known."""
+    if row.right_to_wrong is None or row.wrong_to_right is None:
+        return "-"
+    digits = 0 if float(row.right_to_wrong).is_integer() and float(row.wrong_to_right).is_integer() else 1
+    return f"{row.right_to_wrong:.{digits}f} / {row.wrong_to_right:.{digits}f}"
+
+
 def time_cell(time: TimeRatio) -> str:
     """``0.72x [0.70, 0.75]``, with a word where the variant is slower; empty if nothing was timed."""
     if not time.n:
@@ -233,7 +252,8 @@ def time_cell(time: TimeRatio) -> str:
 def footer(comparison: Comparison) -> list[str]:
     """What must be known to read the table, one statement per line."""
     rows, resamples = comparison.rows, comparison.resamples
-    lines = [*_what_is_paired(rows, resamples), *_corrections(rows, resamples), *_noise(rows)]
+    compared_with = "the baseline" if comparison.against == "unpruned rows" else comparison.against
+    lines = [*_what_is_paired(rows, resamples), *_corrections(rows, resamples, compared_with), *_noise(rows)]
     lines += _what_flips(rows)
     lines += [
         "Cost, measured: share of the prompt's visual tokens alive after the last cut (final), mean over the prefill's "
@@ -297,7 +317,7 @@ def _what_is_paired(rows: Sequence[ComparedRow], resamples: int) -> list[str]:
     return lines
 
 
-def _corrections(rows: Sequence[ComparedRow], permutations: int) -> list[str]:
+def _corrections(rows: Sequence[ComparedRow], permutations: int, compared_with: str) -> list[str]:
     tests = sum(not math.isnan(row.p_value) for row in rows)
     if not tests:
         return ["No row could be tested."]
@@ -309,7 +329,7 @@ def _corrections(rows: Sequence[ComparedRow], permutations: int) -> list[str]:
         f"tests to show it; compare fewer rows at a time, or pass --resamples {math.ceil(40 * tests / 1e4) * 10_000}."
     )
     return [
-        f"* differs from the baseline at 5 % after Holm's correction over {tests} tests ({kinds}): {marked} of "
+        f"* differs from {compared_with} at 5 % after Holm's correction over {tests} tests ({kinds}): {marked} of "
         f"{len(rows)} rows. Intervals are not corrected. The CSV has Benjamini-Hochberg's values too."
         + advice
         * bool(coarse)

@@ -241,6 +241,12 @@ def _table(
     agreed = [name for name, headline in metric.items() if headline in agreement.METRICS]
     notes = [*(["Random weights: these numbers mean nothing."] if random else []), *([note] if note else [])]
     notes += [f"{', '.join(agreed)}: {agreement.NOTE}."] if agreed else []
+    counts: dict[str, set[int]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["n_samples"]:
+            counts.setdefault(row["benchmark"], set()).add(row["n_samples"])
+    sizes = [f"{name} {' or '.join(map(str, sorted(counts[name])))}" for name in names if name in counts]
+    notes += [f"Samples: {', '.join(sizes)}; `ivcp compare` has intervals."] if sizes else []
     times = [time for line in lines for cell in line.cells.values() for time in cell.times.values() if time.n]
     notes += [times_note(times)] if times else []
     return Table(rows[0]["model"], names, tuple(lines), " ".join(notes))

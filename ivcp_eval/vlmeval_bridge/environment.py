@@ -111,10 +111,15 @@ def download(url: str, path: Path) -> str:
     """VLMEvalKit's download of one file; why it failed, or nothing. TLS certificates are verified."""
     import_vlmeval()
     fetch = import_module("vlmeval.smp").download_file
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it warns of the error by its type, before it raises it; we say which and what to do
     try:
         fetch(url, str(path))
     except Exception as error:  # VLMEvalKit raises nothing more precise
         return f"{type(error).__name__}: {error}"
+    finally:
+        root.setLevel(level)
     return ""
 
 

@@ -15,6 +15,12 @@ def test_texts() -> None:
     assert found.metrics == {"agreement": pytest.approx(100 / 3), "agreement_text_similarity": pytest.approx(175 / 3)}
 
 
+def test_another_case_is_another_answer() -> None:
+    found = agreement({"1": "Red"}, {"1": "red"}, boxes=False)
+    assert found.samples == {"1": 0}
+    assert found.similarities["1"] == pytest.approx(2 / 3)
+
+
 def test_boxes() -> None:
     before = {"1": "[0, 0, 0.5, 1]", "2": "[0, 0, 0.5, 1]", "3": "none", "4": "none", "5": "[0.5, 0.5, 0.5, 0.5]"}
     now = {"1": "[0, 0, 1, 1]", "2": "[0.5, 0, 1, 1]", "3": "none", "4": "nothing", "5": "[0.5, 0.5, 0.5, 0.5]"}

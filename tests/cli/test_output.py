@@ -81,6 +81,8 @@ def test_tables_fold_to_the_terminal(
     results = ROOT / "results" / "tiny.csv"
     assert main(["list", "--all"]) == 0
     said = [capsys.readouterr().out]
+    assert main(["list"]) == 0
+    said.append(capsys.readouterr().out)
     assert main(["data", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     said.append("\n".join(takewhile(lambda line: not line.endswith(":"), lines)))  # advice with addresses follows
@@ -151,6 +153,18 @@ def test_a_pipe_between_our_own_processes_that_breaks_is_an_error(
     monkeypatch.setattr(pruning, "main", main_of_bench)
     assert main(["bench"]) == 2
     assert capfd.readouterr().err == "ivcp: BrokenPipeError: [Errno 32] Broken pipe\n"
+
+
+def test_a_download_that_fails_is_said_by_us_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    from ivcp_eval.vlmeval_bridge.environment import fetch
+
+    before = logging.getLogger().level
+    said = fetch((tmp_path / "gone.tsv").as_uri(), "", tmp_path / "here.tsv")
+    assert "could not be fetched" in said
+    assert not caplog.records
+    assert logging.getLogger().level == before
 
 
 def test_importing_vlmevalkit_says_nothing() -> None:

@@ -313,6 +313,11 @@ class TestMerge:
             {"method_parameters": "{}"},
             {"limit": 4},
             {"generation": {"repetition_penalty": 1.05}},
+            {"max_new_tokens": 7},
+            {"dtype": "bfloat16"},
+            {"attention": "eager"},
+            {"device": "cuda"},
+            {"video": "nframe=4"},
         ],
     )
     def test_another_question_is_another_row(self, unlike):

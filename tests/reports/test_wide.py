@@ -149,3 +149,9 @@ def test_latex_takes_any_text_literally() -> None:
     bare = re.sub(r"\\[a-z]+\{\}|\\[%_&#${}]", "", lines[2].removesuffix(r" \\"))
     assert not set(bare) & set("%_#^~${}\\<>|")
     assert bare.count("&") == len(header) - 1
+
+
+def test_the_note_says_how_many_samples_each_benchmark_has() -> None:
+    rows = [{**one, "n_samples": 300 if one["benchmark"] == "tiny_mcq" else 40} for one in ROWS]
+    (table, _) = tables(rows)
+    assert table.note == "Samples: tiny_mcq 300, tiny_yes_no 40; `ivcp compare` has intervals."

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ivcp_eval import benchmarks
 from ivcp_eval.cli import say
-from ivcp_eval.cli.results.decide import add_costs
+from ivcp_eval.cli.results.decide import add_costs, add_margin
 from ivcp_eval.files import results_file
 from ivcp_eval.interface.registry import name_of
 from ivcp_eval.interface.variants import parameter
-from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE, Number
+from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "usual; without any: as usual")  # fmt: skip
     add("--data", nargs="+", metavar="NAME", help="only rows of these benchmarks, groups, or files of your own")
     add("--limit", type=INDEX, metavar="N", help="only rows of runs with this --limit; 0: of runs without")
+    add("--seed", type=INDEX, help="only rows of this seed")
+    for name in ("dtype", "attention", "device"):
+        add(f"--{name}", help=f"only rows that were computed so, by the column {name}")
     add("--force", action="store_true", help="compare although judge, prompts, pixels or versions differ")
     add("--against", default="none", metavar="WHAT", help="which rows of BASELINE count: none (unpruned), full "
         "(unpruned, for models with quantised weights), same_method, the name of a method, e.g. random, at the same "
         "ratio or budget, or METHOD:RATIO, one variant for all rows, which are then ranked "
         "(default: %(default)s)")  # fmt: skip
-    add("--margin", type=Number(float, high=100), help="points that may be lost; adds a verdict per row")
+    add_margin(parser, "; adds a verdict per row, uncorrected (`ivcp decide` corrects)")
     add("--resamples", type=COUNT, default=10_000, help="bootstrap resamples of a row (default: %(default)s)")
     add_costs(parser)
     add("--output", type=Path, help="also write the comparison as CSV")
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         parameters=None if args.set is None else dict(parameter(text) for text in args.set),
         limit=args.limit,
         benchmarks=benchmarks.expand(names) if names else None,
+        **{name: getattr(args, name) for name in ("seed", "dtype", "attention", "device")},
     )
     comparison = compare(
         args.results,

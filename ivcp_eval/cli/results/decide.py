@@ -10,11 +10,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.cli import say
 from ivcp_eval.interface.registry import name_of
-from ivcp_eval.runs.planning.numbers import COUNT, SHARE, Number
+from ivcp_eval.runs.planning.numbers import INDEX, SHARE, Number
 
 if TYPE_CHECKING:
     from ivcp_eval.reports.views.decision import Policy
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("results", type=Path, help="results CSV")
     add("baseline", type=Path, nargs="?", help="baseline CSV; default: rows of RESULTS itself")
     add_rule(parser, required=True)
-    add("--method", help="only variants of this method")
-    add("--ratio", type=SHARE, help="only variants that asked for this share")
+    add("--method", help="show variants of this method only; all count in the correction")
+    add("--ratio", type=SHARE, help="likewise, those that asked for this share")
     add_costs(parser)
     add("--force", action="store_true", help="decide although judge, prompts, pixels or versions differ")
     shown = parser.add_mutually_exclusive_group()
@@ -36,16 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "exit code: 0 some variant is GO; 1 all are NO-GO; 3 none is GO, some undecided; 2 not carried out"
 
 
+def add_margin(to: Any, more: str = "") -> None:
+    """The option that names a loss, on a parser or a group."""
+    what = f"loss, in percent of the metric's scale, that is too much{more}"
+    to.add_argument("--margin", type=Number(float, high=100, below=True), metavar="PERCENT", help=what)
+
+
 def add_rule(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Options that state a rule."""
     add = parser.add_argument
     rule = parser.add_mutually_exclusive_group(required=required)
-    rule.add_argument("--margin", type=Number(float, high=100), help="loss, in percent of the scale, that is too much")
+    add_margin(rule)
     rule.add_argument("--policy", type=Path, metavar="FILE", help="YAML with margin, alpha, critical and minimum_n; "
         "its hash stands in the output")  # fmt: skip
     add("--critical", nargs="+", metavar="NAME", help="benchmarks that decide (default: all)")
-    add("--alpha", type=Number(float, high=0.5), help="chance of a false GO for any variant of a model (default: 0.05)")
-    add("--minimum-n", type=COUNT, metavar="N", help="samples of a benchmark below which nothing is decided")
+    add(
+        "--alpha",
+        type=Number(float, high=0.5, below=True),
+        help="chance of a false GO for any variant of a model (default: 0.05)",
+    )
+    add("--minimum-n", type=INDEX, metavar="N", help="samples of a benchmark below which nothing is decided")
 
 
 def add_costs(parser: argparse.ArgumentParser) -> None:
@@ -77,13 +87,14 @@ def policy_of(args: argparse.Namespace) -> Policy | None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the verdicts; their exit code."""
-    from ivcp_eval.reports.provenance import Selection
     from ivcp_eval.reports.views.decision import decide
 
     policy = policy_of(args)
     assert policy is not None  # one of its options is required
-    chosen = Selection(name_of(args.method) if args.method else None, args.ratio)
-    decision = decide(args.results, policy, args.baseline, force=args.force, select=chosen.fits, bench=args.cost)
+    method = name_of(args.method) if args.method else None
+    decision = decide(
+        args.results, policy, args.baseline, force=args.force, method=method, ratio=args.ratio, bench=args.cost
+    )
     if args.json:
         say(json.dumps(decision.to_json(), indent=2))
     elif args.csv:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ivcp_eval.benchmarks import is_file_name
 from ivcp_eval.cli import add_common, notices, say
 from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 from ivcp_eval.runs.planning.options import add_flags, given_flags
@@ -34,7 +35,8 @@ def _add_coordinates(verbs: Any) -> None:
     add_study(verb)
     add_common(verb)
     add = verb.add_argument
-    add("--data", default="tiny_grounding", metavar="NAME", help="a grounding benchmark (default: %(default)s)")
+    add("--data", default="tiny_grounding", metavar="NAME", help="a grounding benchmark, or a file of "
+        "your own pictures (default: %(default)s)")  # fmt: skip
     add("--methods", nargs="+", default=["ivc_prune", "random", "fastv"], metavar="NAME", help="methods to show beside "
         "the selections made by hand, at ratio 0.5 (default: %(default)s)")  # fmt: skip
     add("--layer", type=INDEX, help="where tokens are dropped by hand (default: where the first of --methods cuts)")
@@ -49,8 +51,8 @@ def _add_flips(verbs: Any) -> None:
         "then. Without: --model, --method, --ratio")  # fmt: skip
     add_study(verb)
     add_common(verb)
-    add("--data", nargs="+", default=["tiny_short"], metavar="NAME", help="benchmarks, without RESULTS (default: "
-        "%(default)s)")  # fmt: skip
+    add("--data", nargs="+", default=["tiny_short"], metavar="NAME", help="benchmarks, or files of your own "
+        "pictures, without RESULTS (default: %(default)s)")  # fmt: skip
     add("--method", nargs="+", default=["ivc_prune"], metavar="NAME", help="pruning methods (default: %(default)s)")
     add("--ratio", type=SHARE, nargs="+", default=[0.5], help="shares of the visual tokens (default: %(default)s)")
     add("--seed", type=INDEX, default=0, help="of methods that draw (default: %(default)s)")
@@ -81,6 +83,7 @@ def _coordinates(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.analysis import coordinates
     from ivcp_eval.runs.analysis.study import Study, text
 
+    (args.data,) = prepared(args, [args.data])
     methods = [{"method": name, "ratios": [coordinates.RATIO], "seeds": [args.seed]} for name in args.methods]
     study = Study.of(request(args, args.data, methods), folder(args), notices(args))
     rows, settings = coordinates.measure(study, args.layer, args.seed, bar=bar(args))
@@ -94,6 +97,7 @@ def _flips(args: argparse.Namespace) -> int:
     from ivcp_eval.runs.analysis import flips
     from ivcp_eval.runs.analysis.study import NO_METHODS, Study, text, with_holm
 
+    args.data = prepared(args, args.data)
     stored = flips.Stored.of(args.results) if args.results else [None] * len(args.data)
     methods = [{"method": name, "ratios": args.ratio, "seeds": [args.seed]} for name in args.method]
     rows: list[dict[str, Any]] = []
@@ -124,6 +128,15 @@ def _flips(args: argparse.Namespace) -> int:
     say(f"{text(counts, tested, 2)}\n\nShare of samples with another {args.count}, pruning minus control:\n")
     finish(args, f"flips/{name}", rows, {"benchmarks": provenance}, text(tests, (*counted, "n", "clusters"), 2))
     return 0
+
+
+def prepared(args: argparse.Namespace, words: Sequence[str]) -> list[str]:
+    """Benchmarks by name; of files of a user's own pictures benchmarks are made."""
+    if not any(map(is_file_name, words)):
+        return list(words)
+    from ivcp_eval.vlmeval_bridge.reading.own import names_of
+
+    return names_of(words, notices(args))
 
 
 def request(args: argparse.Namespace, benchmark: str, methods: Sequence[dict[str, Any]]) -> dict[str, Any]:

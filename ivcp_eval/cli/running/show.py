@@ -23,9 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="short name, see `ivcp list --models` (default: %(default)s)")
     parser.add_argument("--model-path", help="local folder with the checkpoint")
     parser.add_argument(
-        "--methods", nargs="+", default=["ivc_prune"], metavar="METHOD", help="see `ivcp list` (default: ivc_prune)"
+        "--methods",
+        nargs="+",
+        default=["ivc_prune"],
+        metavar="METHOD",
+        help="see `ivcp list`, or files with a class Method, e.g. ./mine.py (default: ivc_prune)",
     )
     parser.add_argument("--ratio", type=SHARE, default=0.5, help="share of visual tokens kept (default: %(default)s)")
+    parser.add_argument(
+        "--budget",
+        default="own",
+        metavar="KIND",
+        help="what --ratio is a share of, as of `ivcp eval` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of every method named, e.g. layer=16"
+    )
     add_flags(parser, _OF_VIDEOS)
     parser.add_argument("--out", type=Path, default=Path("kept.png"), help=".png or .svg file (default: %(default)s)")
     parser.add_argument(
@@ -53,23 +66,32 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.interface import models
     from ivcp_eval.interface.records.masks import Masks
     from ivcp_eval.interface.records.sheets import sheet_of, sheet_of_masks
-    from ivcp_eval.interface.registry import default_parameters
-    from ivcp_eval.interface.variants import Variant
+    from ivcp_eval.interface.registry import default_parameters, make_method, name_of
+    from ivcp_eval.interface.variants import CostTarget, Variant, parameter
     from ivcp_eval.runs.answering.session import Session
     from ivcp_eval.runs.planning.placement import Limits, Placement
 
     sampling = Options(**given_flags(args, _OF_VIDEOS)).sampling
     clip = clips.decode(Path(args.image), sampling) if sampling else None
-    picture = None if clip else decoded(args.image)
+    picture = None if clip else decoded(args.image, turned=True)
+    parameters = dict(parameter(text) for text in args.set)
+    target = CostTarget.of(args.budget, args.ratio)
+    methods = [name_of(method) for method in args.methods]
+    for method in methods:
+        make_method(method, parameters)  # a name or value that is wrong is said before a model is loaded
     weights = models.locate(args.model, args.model_path)
     published = Limits.published(weights)
     limits = Limits(published.min_pixels, published.max_pixels, min(published.max_new_tokens, args.max_new_tokens))
     placement = Placement(args.device, args.dtype, args.attention).resolve()
     variants = [Variant(args.model)]
-    for method in args.methods:
+    for method in methods:
         own = weights.checkpoint.methods.get(method, {})
-        variant = Variant(args.model, method, args.ratio, seed=args.seed)
+        variant = Variant(args.model, method, args.ratio, parameters, args.seed, target)
         variants.append(variant.tuned(own, default_parameters(method)))
+    if target:
+        from ivcp_eval.engine.cost.predicted import Decoder, solve_budget
+
+        variants = [solve_budget(variant, Decoder.of(weights)) for variant in variants]
     session = Session(weights, placement, limits, args.trust_remote_code)
     for variant in variants:
         session.check(variant)
@@ -84,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         kept = f"{answer.visual_kept} of {answer.visual_tokens} tokens"
         say(f"{variant.name} ({kept}): {answer.prediction!r}")
         box = parse_answer(answer.box or "", FORMATS["unit"])
-        title = f"{variant.method} {variant.ratio:g}" if variant.method != "none" else "unpruned"
+        of = f" of {variant.budget.label}" if variant.budget else ""
+        title = f"{variant.method} {variant.requested:g}{of}" if variant.method != "none" else "unpruned"
         rows.append(Row(f"{title}: {kept}", f"{args.question} -> {answer.prediction}", masks, box))
     if clip:
         frames = [Image.fromarray(frame) for frame in clip.frames]

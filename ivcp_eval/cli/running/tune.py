@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ivcp_eval.cli import notices, say
-from ivcp_eval.cli.running.analyse import add_study, bar, finish, folder, request
+from ivcp_eval.cli.running.analyse import add_study, bar, finish, folder, prepared, request
 from ivcp_eval.runs.planning.numbers import COUNT, INDEX, SHARE
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add_study(parser)
     add = parser.add_argument
-    add("--data", default="tiny_grounding", metavar="NAME", help="benchmark (default: %(default)s)")
+    add("--data", default="tiny_grounding", metavar="NAME", help="benchmark, or a file of your own pictures "
+        "(default: %(default)s)")  # fmt: skip
     add("--budget", required=True, metavar="KIND=SHARE", help="flops=0.5 (of the unpruned prefill), or tokens=0.5 "
         "(visual tokens processed, mean over layers)")  # fmt: skip
     add("--methods", nargs="+", default=["ivc_prune", "fastv", "pyramiddrop", "random"], metavar="NAME",
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         *(kind, target, tuple(args.methods), args.layers, args.first, args.samples, args.eta),
         *(args.validation_share, args.seed),
     )
+    (args.data,) = prepared(args, [args.data])
     raw = request(args, args.data, NO_METHODS)
     study = Study.of(raw, folder(args), notices(args))
     rule = _validation(study, settings.share)

@@ -148,6 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prepare: to fetch; after the word add: files of your own pictures to make benchmarks of")  # fmt: skip
     add("--name", default="", help="add: of the benchmark (default: the file's name without its ending)")
     add("--kind", default="", help="add: mcq, yes_no, grounding or short_answer (default: what the answers are)")
+    add("--prompt", default="", help="add: family, which puts questions into the model's wording of their kind, or "
+        "dataset, which sends them as they stand (default: family)")  # fmt: skip
     add("--root", type=Path, help="VLMEvalKit's data root (default: $LMUData, else ~/LMUData)")
     add("--quick", action="store_true", help="do not compute checksums")
 
@@ -158,8 +160,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.words[:1] == ["add"]:
         return _add(args)
-    if args.name or args.kind:
-        raise ValueError("--name and --kind go with `ivcp data add FILE`")
+    if args.name or args.kind or args.prompt:
+        raise ValueError("--name, --kind and --prompt go with `ivcp data add FILE`")
     root = args.root or data_root()
     if args.words[:1] != ["prepare"]:
         say(table([state_of(benchmark, root, not args.quick) for benchmark in chosen(args.words)]))
@@ -179,7 +181,7 @@ def _add(args: argparse.Namespace) -> int:
         raise ValueError("benchmarks of your own lie below VLMEvalKit's data root: set LMUData in place of --root")
     if not files or (args.name and len(files) > 1):
         raise ValueError("`ivcp data add FILE...` needs a .jsonl or .tsv file, and with --name one alone")
-    names = [own.add(Path(file), args.name, args.kind, notices(args)) for file in files]
+    names = [own.add(Path(file), args.name, args.kind, args.prompt, notices(args)) for file in files]
     say(table([state_of(benchmarks.load(name), benchmarks.own_folder(), not args.quick) for name in names]))
     return 0
 

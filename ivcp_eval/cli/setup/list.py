@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    from ivcp_eval.reports.terminal import fold
+    from ivcp_eval.reports.terminal import fold, wrapped
 
     tables = {
         "models": (_models, "note", "checkpoints of these families"),
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             say(f"{_names(what, shown)}\n")
         if len(shown) < len(rows):
-            notices(args)(f"... and {len(rows) - len(shown)} more {rest} (`ivcp list --{what} --all`)\n")
+            notices(args)(wrapped(f"... and {len(rows) - len(shown)} more {rest} (`ivcp list --{what} --all`)") + "\n")
     if not (chosen or args.all):
-        notices(args)("`ivcp list --models`, --methods and --benchmarks say more of each.")
+        notices(args)(wrapped("`ivcp list --models`, --methods and --benchmarks say more of each."))
     return 0
 
 

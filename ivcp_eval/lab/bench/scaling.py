@@ -336,6 +336,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; 0, or 1 if ``--check`` found a missed target."""
     from tabulate import tabulate
+    from tqdm import tqdm
 
     options = parser().parse_args(argv)
     if (least := min(*options.tokens, options.per_frame)) < 4:
@@ -348,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     reasons: list[str] = []
     try:
-        for name in options.methods or (of_videos() if frames else method_names()):
+        for name in tqdm(options.methods or (of_videos() if frames else method_names()), unit="method"):
             n, count = sizes[0]
             warm = measure(name, n if frames else min(n, FRAME), options.ratio, widths, options.device, count)
             if warm is None:  # also because first calls cost more
@@ -356,12 +357,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             costs = [measure(name, n, options.ratio, widths, options.device, count) for n, count in sizes]
             rows.append(row(name, tokens, [cost for cost in costs if cost is not None], widths, frames))
+            if options.out:  # after every method, so that an interrupted bench keeps what it has
+                _write(options.out, rows)
     finally:
         torch.set_num_threads(threads)
     sys.stdout.write("\n".join([tabulate(rows, headers="keys", floatfmt=".3g"), *reasons, ""]))
-    if options.out and rows:
-        with atomic_write(options.out) as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows({name: as_shown(str(value)) for name, value in one.items()} for one in rows)
     return 1 if options.check and not all(one["met"] for one in rows) else 0
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({name: as_shown(str(value)) for name, value in one.items()} for one in rows)

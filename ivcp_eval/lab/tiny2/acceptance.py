@@ -39,7 +39,7 @@ def table(
         Figure(
             "A11",
             "grounding in the named one of two pictures",
-            f"{two_pictures.percent('none'):.1f} %",
+            two_pictures.estimate("none"),
             two_pictures.percent("none") >= 80,
         ),
         _order(order),
@@ -57,23 +57,22 @@ def _unpruned(grounding: Verdicts, short: Verdicts) -> list[Figure]:
     boxes, words = grounding.percent("none"), short.percent("none")
     changed = sum(a != b for a, b in zip(grounding.scores["none"], grounding.scores["none again"], strict=True))
     return [
-        Figure("A1", "unpruned grounding", f"{boxes:.1f} %", boxes >= 90),
-        Figure("A1", "unpruned short answers", f"{words:.1f} %", words >= 90),
+        Figure("A1", "unpruned grounding", grounding.estimate("none"), boxes >= 90),
+        Figure("A1", "unpruned short answers", short.estimate("none"), words >= 90),
         Figure("A1", "flips in a second unpruned run", str(changed), changed == 0),
     ]
 
 
 def _retained(grounding: Verdicts) -> Figure:
     result = grounding.against("ivc_prune 0.5", "none")
-    low, high = 100 * result.retained_interval.low, 100 * result.retained_interval.high
-    measured = f"{100 * result.retained:.1f} % [{low:.1f}, {high:.1f}]"
-    return Figure("A2", "retained by IVC-Prune at 0.5", measured, result.retained >= 0.97 and low >= 95)
+    enough = result.retained >= 0.97 and result.retained_interval.low >= 0.95
+    return Figure("A2", "retained by IVC-Prune at 0.5", _retained_percent(result), enough)
 
 
 def _recall(grounding: Verdicts) -> Figure:
     ours, chance = grounding.recall["value 0.5"], grounding.recall["random 0.5"]
     result = paired_bootstrap(chance, ours, grounding.clusters, scale=100)
-    measured = f"{result.pruned:.1f} %, random {result.baseline:.1f} %, p {result.p_value:.2g}"
+    measured = f"{result.pruned:.1f} %, random {result.baseline:.1f} %, {_points(result)} to it, p {result.p_value:.2g}"
     passed = result.pruned >= 75 and result.difference > 0 and result.p_value < 0.001
     return Figure("A3", "target tokens kept by the value stage at 0.5", measured, passed)
 
@@ -108,10 +107,10 @@ def _foreground(grounding: Verdicts) -> list[Figure]:
     control = grounding.against("target + as many", "target + IVC")
     below = control.difference < 0 and control.difference_interval.high < 0
     return [
-        Figure("A8", "retained by the target alone", f"{100 * alone.retained:.1f} %", alone.retained <= 0.6),
-        Figure("A8", "retained by target + IVC", f"{100 * with_ivc.retained:.1f} %", with_ivc.retained >= 0.97),
+        Figure("A8", "retained by the target alone", _retained_percent(alone), alone.retained <= 0.6),
+        Figure("A8", "retained by target + IVC", _retained_percent(with_ivc), with_ivc.retained >= 0.97),
         Figure(
-            "A8", "target + as many random", f"{100 * with_random.retained:.1f} %, {_points(control)} to + IVC", below
+            "A8", "target + as many random", f"{_retained_percent(with_random)}, {_points(control)} to + IVC", below
         ),
     ]
 
@@ -129,12 +128,17 @@ def _fastv(grounding: Verdicts) -> list[Figure]:
 def _plateau(layers: Verdicts) -> Figure:
     values = [layers.percent(name) for name in layers.scores]
     best, longest, run = max(values), 0, 0
-    # The last layers keep everything that matters to them and are no middle layers.
-    for value in values[: len(values) * 3 // 4]:
+    edge = len(values) // 4  # the first and the last layers are no middle ones
+    for value in values[edge : len(values) - edge]:
         run = run + 1 if value >= best - 2 else 0
         longest = max(longest, run)
     measured = ", ".join(f"{name} {value:.1f}" for name, value in zip(layers.scores, values, strict=True))
     return Figure("A10", "grounding over the cut layer (plateau of 3)", measured, longest >= 3)
+
+
+def _retained_percent(result: PairedResult) -> str:
+    low, high = 100 * result.retained_interval.low, 100 * result.retained_interval.high
+    return f"{100 * result.retained:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def _points(result: PairedResult) -> str:

@@ -224,10 +224,6 @@ def _floor(row: ComparedRow) -> float:
     return max((abs(again.difference) for again in row.again), default=math.nan)
 
 
-def _flips(row: ComparedRow) -> str:
-    return f"{row.right_to_wrong} / {row.wrong_to_right}" if row.paired else "-"
-
-
 def _retained(one: Ability) -> str:
     if not (_known(one.low) and _known(one.high)):
         return _number(one.retained, 1)
@@ -262,7 +258,7 @@ _FILTERS: Mapping[str, Any] = {
     "score": _score,
     "difference": _difference,
     "floor": _floor,
-    "flips": _flips,
+    "flips": terminal.flips_cell,
     "retained": _retained,
     "spread": _spread,
     "ratio": _ratio,

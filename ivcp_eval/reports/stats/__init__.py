@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,7 +39,6 @@ __all__ = [
     "holm",
     "mcnemar",
     "minimal_detectable_effect",
-    "non_inferiority",
     "paired_bootstrap",
     "paired_bootstraps",
     "unpaired_interval",
@@ -80,14 +78,14 @@ class Flips:
     """What happened to single answers; an average hides it.
 
     Attributes:
-        right_to_wrong, wrong_to_right: samples whose score fell, rose.
+        right_to_wrong, wrong_to_right: samples whose score fell, rose; of several seeds the mean.
         answers_changed: samples whose answer text differs, right or wrong.
         n: samples compared.
         graded: some scores are neither 0 nor 1, so "right to wrong" reads "fell".
     """
 
-    right_to_wrong: int
-    wrong_to_right: int
+    right_to_wrong: float
+    wrong_to_right: float
     answers_changed: int
     n: int
     graded: bool
@@ -207,22 +205,3 @@ def minimal_detectable_effect(standard_error: float, *, alpha: float = 0.05, pow
     if not standard_error > 0:
         return math.nan
     return float(special.ndtri(1 - alpha / 2) + special.ndtri(power)) * standard_error
-
-
-Verdict = Literal["not worse", "worse", "undecided"]
-
-
-def non_inferiority(interval: Interval, margin: float) -> Verdict:
-    """Is the pruned model worse by less than ``margin`` (> 0, in the unit of the interval)?
-
-    "not worse": the whole interval of the difference lies above -margin. "worse": it lies below. Else "undecided", and
-    so where the interval is undefined. With a 95 % interval each one-sided error is 2.5 %.
-
-    Raises:
-        ValueError: the margin is not positive.
-    """
-    if not margin > 0:
-        raise ValueError(f"the margin must be above 0 (what loss would you accept?), got {margin!r}")
-    if interval.low > -margin:
-        return "not worse"
-    return "worse" if interval.high < -margin else "undecided"

@@ -14,18 +14,31 @@ class LossTest:
 
     Attributes:
         p_not_worse: of a loss of the margin or more, if small it is refuted. p_worse: of a loss of the margin or less.
-        lowest: lower end of the one-sided interval of the difference; the loss is refuted where it lies above -margin.
-        error: standard error that the tests use.
+        difference: pruned - baseline. error: its standard error, as the tests use it. n_clusters: independent ones.
     """
 
     p_not_worse: float
     p_worse: float
-    lowest: float
+    difference: float
     error: float
+    n_clusters: int
+
+    def lowest(self, alpha: float) -> float:
+        """Lower end of the difference's one-sided interval; above -margin where ``p_not_worse`` is below ``alpha``."""
+        return self.difference - self._reach(alpha)
+
+    def highest(self, alpha: float) -> float:
+        """Upper end of the difference's one-sided interval; below -margin where ``p_worse`` is below ``alpha``."""
+        return self.difference + self._reach(alpha)
+
+    def _reach(self, alpha: float) -> float:
+        from scipy import special
+
+        return float(special.stdtrit(self.n_clusters - 1, 1 - alpha)) * self.error
 
 
 def loss_test(
-    difference: float, standard_error: float, n_clusters: int, margin: float, scale: float, alpha: float
+    difference: float, standard_error: float, n_clusters: int, margin: float, scale: float
 ) -> LossTest | None:
     """Student's tests of difference (pruned - baseline) against -margin; None where nothing can be tested.
 
@@ -35,10 +48,14 @@ def loss_test(
 
     Args:
         standard_error: bootstrap's, over clusters. n_clusters: independent ones. margin: > 0. scale: largest score.
-        alpha: one-sided level of ``lowest``.
+
+    Raises:
+        ValueError: the margin is not positive.
     """
     from scipy import special
 
+    if not margin > 0:
+        raise ValueError(f"the margin must be above 0 (what loss would you accept?), got {margin!r}")
     if n_clusters < 2 or math.isnan(standard_error):
         return None
     # The bootstrap divides by n where the sample deviation divides by n - 1.
@@ -48,8 +65,9 @@ def loss_test(
     return LossTest(
         float(special.stdtr(n_clusters - 1, -t)),
         float(special.stdtr(n_clusters - 1, t)),
-        difference - float(special.stdtrit(n_clusters - 1, 1 - alpha)) * error,
+        difference,
         error,
+        n_clusters,
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +70,7 @@ class PairedMetric:
 
     Attributes:
         paired: what is to be resampled.
-        flips: of single answers. ``answers_changed`` is meaningless where a side has several seeds.
+        flips: of single answers; where a side has several seeds their mean, and ``answers_changed`` is of the first.
         mcnemar: p-value for independent 0/1 verdicts; None elsewhere, where sides are permuted.
         unscored: samples without a score of their own, which are left out.
     """
@@ -118,11 +119,20 @@ def paired_metric(
     paired = Paired.of(
         before, after, clusters, sums=None if rule.terms is None else _over_seeds(rule, *summands), scale=scale
     )
-    changed = flips(before, after, *(side[0]["prediction"].tolist() for side in sides))
+    changed = _mean_flips(scores[0], scores[1], *(side[0]["prediction"].tolist() for side in sides))
     # McNemar's test needs independent samples and an average of their verdicts.
-    exact = paired.n_clusters == paired.n_samples and rule.terms is None and not changed.graded
+    one_seed = len(scores[0]) == len(scores[1]) == 1
+    exact = one_seed and paired.n_clusters == paired.n_samples and rule.terms is None and not changed.graded
     unscored = int(scored.size - scored.sum())
     return PairedMetric(paired, changed, mcnemar(before, after).p_value if exact else None, unscored)
+
+
+def _mean_flips(before: Array, after: Array, *answers: Sequence[str]) -> Flips:
+    """Of scores (seeds, n): a mean over seeds has few whole answers that could flip, so each seed is counted."""
+    seeds = math.lcm(len(before), len(after))
+    each = [flips(before[seed % len(before)], after[seed % len(after)], *answers) for seed in range(seeds)]
+    lost, gained = (fmean(getattr(one, name) for one in each) for name in ("right_to_wrong", "wrong_to_right"))
+    return replace(each[0], right_to_wrong=lost, wrong_to_right=gained, graded=any(one.graded for one in each))
 
 
 def _of_category(samples: Samples, metric: str) -> NDArray[np.bool_]:

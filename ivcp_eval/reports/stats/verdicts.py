@@ -29,6 +29,12 @@ class Verdicts:
         """Mean score in percent."""
         return 100 * float(np.mean(self.scores[condition]))
 
+    def estimate(self, condition: str) -> str:
+        """Mean score in percent with its interval, clustered by picture: ``96.8 % [95.7, 97.9]``."""
+        found = paired_bootstrap([0.0] * len(self.clusters), self.scores[condition], self.clusters, scale=100)
+        interval = found.difference_interval
+        return f"{found.pruned:.1f} % [{interval.low:.1f}, {interval.high:.1f}]"
+
     def against(self, condition: str, reference: str) -> PairedResult:
         """``condition`` against ``reference`` in points, paired and clustered by picture."""
         return paired_bootstrap(self.scores[reference], self.scores[condition], self.clusters, scale=100)

@@ -21,6 +21,7 @@ from ivcp_eval.reports.comparison import ComparedRow
 from ivcp_eval.reports.provenance import finished_headline
 from ivcp_eval.reports.table import read_results
 
+ENTRIES = 30  # of a column of the legend
 BETTER = "better than random"
 CONTROL = "random"
 _VARIANT = ("model", "benchmark", "limit", "metric", "method", "method_parameters", "ratio_asked", "budget")
@@ -130,7 +131,9 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     several = len({model for model, *_ in panels}) > 1
     labels = sorted({label(row) for row in rows})
     colours = dict(zip(labels, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), squeeze=False, layout="constrained")
+    columns = -(-len(labels) // ENTRIES)  # of the legend, which stands beside the panels
+    size = (5.5 * len(panels) + 1.9 * columns, 5)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
         model, name, limit, budget = panel
         here = [row for row in rows if _panel(row) == panel]
@@ -155,15 +158,38 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             )  # fmt: skip
         first = f", first {limit}" if limit else ""
         axis.set(title=f"{f'{model} ' * several}{name} ({here[0]['metric']}{first})", xlabel=words)
-    axes[0][0].legend(fontsize=7)
+    handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=7, ncols=columns, loc="outside right upper")
+    unpaired = sum(not row["paired"] for row in rows)
+    what = (
+        "paired difference"
+        if not unpaired
+        else "difference"
+        if unpaired == len(rows)
+        else "difference, paired where samples are known,"
+    )
     figure.suptitle(
-        "bars: 95 % interval of the paired difference to the unpruned model\nhollow: not better than random", fontsize=9
+        f"bars: 95 % interval of the {what} to the unpruned model\nhollow: not better than random", fontsize=9
     )
     temporary = path.with_suffix(".tmp.png")
     with disk_full_as_clear_error(path, temporary):
         figure.savefig(temporary, dpi=110)
         pyplot.close(figure)
         commit_file(temporary, path)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(_cell(row[name])) for name in _VARIANT)
+
+
+def _paired_before(table: Path) -> set[tuple[str, ...]]:
+    """What names the rows of a table whose differences are paired; none where there is no such table."""
+    if not table.is_file():
+        return set()
+    with table.open(encoding="utf-8", newline="") as stream:
+        return {
+            _key(row) for row in csv.DictReader(stream) if row.get("paired") == "True" and {*_VARIANT} <= row.keys()
+        }
 
 
 def _cell(value: Any) -> Any:
@@ -174,20 +200,27 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def write(results: Path, resamples: int, plotted: Sequence[str] = ()) -> tuple[Path, Path]:
+def write(results: Path, resamples: int, plotted: Sequence[str] = (), force: bool = False) -> tuple[Path, Path]:
     """Write ``<results>.curves.csv`` and ``.curves.png`` beside the results; returns both.
 
     Args:
         plotted: the methods that the plot shows, all if none is named; the CSV and its correction always have all.
+        force: replace paired differences by unpaired ones too.
 
     Raises:
-        ValueError: a method to plot is in no row; or as `curve_rows`.
+        ValueError: a method to plot is in no row; the table that is there has paired differences of rows whose
+            samples are not here now; or as `curve_rows`.
     """
     rows = curve_rows(results, resamples)
     there = sorted({str(row["method"]) for row in rows})
     if missing := sorted(set(plotted) - set(there)):
         raise ValueError(f"{results} has no finished row of {', '.join(missing)}; it has {', '.join(there)}")
     table, plot = results.with_suffix(".curves.csv"), results.with_suffix(".curves.png")
+    if not force and (lost := _paired_before(table) - {_key(row) for row in rows if row["paired"]}):
+        raise ValueError(
+            f"the per-sample files of {len(lost)} rows are not here, whose differences in {table} are paired; they "
+            "would become unpaired, with much wider intervals. Run the sweep again, or pass --force"
+        )
     with atomic_write(table) as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()

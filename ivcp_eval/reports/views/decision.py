@@ -11,9 +11,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, Literal
@@ -27,7 +27,7 @@ from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
 from ivcp_eval.reports.provenance import AGAIN
-from ivcp_eval.reports.stats.margins import LossTest, clusters_to_decide, loss_test
+from ivcp_eval.reports.stats.margins import clusters_to_decide
 from ivcp_eval.reports.stats.timing import STAGES
 from ivcp_eval.reports.table import Row, read_results
 from ivcp_eval.reports.terminal import time_lost
@@ -36,6 +36,8 @@ from ivcp_eval.reports.views.costs import Costs, decoder_sizes, join, mebibytes
 __all__ = ["Decision", "Policy", "Verdict", "decide", "kv_bytes"]
 
 Word = Literal["GO", "NO-GO", "UNDECIDED"]
+#: Timed samples of a benchmark below which its times choose no cheapest variant.
+LEAST_TIMED = 8
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -60,6 +62,8 @@ class Policy:
             raise ValueError(f"margin must be above 0 and below 100 percent of the scale, got {self.margin!r}")
         if not 0 < self.alpha < 0.5:
             raise ValueError(f"alpha must be above 0 and below 0.5, got {self.alpha!r}")
+        if self.minimum_n < 0:
+            raise ValueError(f"minimum_n is a number of samples, 0 or more; got {self.minimum_n!r}")
 
     @classmethod
     def read(cls, path: Path) -> Policy:
@@ -102,14 +106,17 @@ class Verdict:
 
     Attributes:
         word: the verdict. why: in words, with its numbers. p_go, p_no_go: after correction.
-        benchmark: the one that is nearest to failing. difference, lowest: there, in percent of the scale; the lower end
-            of the one-sided interval, uncorrected.
-        more_samples: of that benchmark that would decide, if the difference stays as it is (80 % power).
+        benchmark: the one that decides, or that is farthest from it. difference, lowest, highest: there, in percent of
+            the scale, with the ends of the one-sided intervals at the corrected levels: ``lowest`` is above -margin
+            where all benchmarks pass, ``highest`` below it where this one fails.
+        more_samples: of all benchmarks that ``why`` names that would decide, if differences stay as they are (80 %
+            power).
         prefill, first_token (of servers), decode, end_to_end: time over the baseline's, geometric mean over benchmarks,
             where measured.
         kv: measured share of the visual tokens in the KV cache. kv_bytes_saved: of one prompt, by the decoder's sizes.
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
         requests_per_hour: of one device, where a bench was joined (`Costs.best`).
+        timed_samples: behind the times, of the benchmark that has fewest.
     """
 
     model: str
@@ -121,6 +128,7 @@ class Verdict:
     benchmark: str
     difference: float
     lowest: float
+    highest: float
     more_samples: float
     prefill: float
     first_token: float
@@ -131,6 +139,7 @@ class Verdict:
     flops: float
     layers: float
     requests_per_hour: float = math.nan
+    timed_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,17 +232,20 @@ def decide(
     baseline_csv: str | Path | None = None,
     *,
     force: bool = False,
-    select: Callable[[Row], bool] = lambda row: True,
+    method: str | None = None,
+    ratio: float | None = None,
     resamples: int = 10_000,
     bench: Sequence[Path] = (),
 ) -> Decision:
     """Apply a policy to every variant of a results CSV, on the headline metric of each benchmark.
 
     Args:
+        method, ratio: only verdicts of these are returned. All variants count in the correction nevertheless: a rule
+            that was stated before must not depend on what is looked at after.
         bench: CSV files of costs; by default the one beside the results (`costs.join`).
 
     Raises:
-        As `compare` and `costs.join`; ValueError: a critical benchmark that the results do not have.
+        As `compare` and `costs.join`; ValueError: a critical benchmark, method or ratio that the results do not have.
     """
     rows = read_results(results_csv)
     there = sorted({row["benchmark"] for row in rows})
@@ -242,7 +254,7 @@ def decide(
             raise unknown("critical benchmark", name, there)
 
     def selected(row: Row) -> bool:
-        return row["metric"] == headline(row) and row["method"] not in (BASELINE, AGAIN) and select(row)
+        return row["metric"] == headline(row) and row["method"] not in (BASELINE, AGAIN)
 
     comparison = compare(results_csv, baseline_csv, force=force, resamples=resamples, select=selected)
     groups: dict[str, dict[tuple[str, str, int | None], list[ComparedRow]]] = {}
@@ -255,15 +267,18 @@ def decide(
         # Without critical benchmarks all that any variant of the model has: none passes by having fewer.
         needed = policy.critical or tuple(dict.fromkeys(row.benchmark for own_rows in of.values() for row in own_rows))
         own = [_Candidate(variant, own_rows, policy, needed) for (variant, *_), own_rows in of.items()]
-        go = stats.holm([one.p_go for one in own])
-        no_go = stats.holm([p for one in own for p in one.p_worse])
-        for one, p in zip(own, go, strict=True):
-            worst = min(no_go[: len(one.p_worse)], default=math.nan)
-            no_go = no_go[len(one.p_worse) :]
-            verdict = one.verdict(float(p), float(worst), len(own), folder, rows)
+        hypotheses = [p for one in own for p in one.p_worse]
+        go, no_go = stats.holm([one.p_go for one in own]), iter(stats.holm(hypotheses).tolist())
+        for one, p in zip(own, go.tolist(), strict=True):
+            corrected = Corrected(p, [next(no_go) for _ in one.p_worse], len(own), len(hypotheses))
+            if not one.is_of(method, ratio):
+                continue
+            verdict = one.verdict(corrected, folder, rows)
             if best := costs and costs.best(verdict.model, verdict.variant):
                 verdict = replace(verdict, requests_per_hour=best.bench.requests_per_hour)
             verdicts.append(verdict)
+    if not verdicts:
+        raise ValueError(_none_of(method, ratio, comparison.rows))
     return Decision(
         policy,
         tuple(verdicts),
@@ -283,13 +298,34 @@ def _notes(comparison: Comparison) -> tuple[str, ...]:
     return (*notes, *(["RANDOM WEIGHTS: nothing is decided."] if comparison.meaningless else []))
 
 
+def _none_of(method: str | None, ratio: float | None, rows: Sequence[ComparedRow]) -> str:
+    request = " ".join(str(part) for part in (method, ratio) if part is not None)
+    there = ", ".join(dict.fromkeys(row.variant for row in rows))
+    return f"no variant is {request}; the results have {there}" if rows else "the results have no variant to decide on"
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What correction makes of a variant's p-values.
+
+    Attributes:
+        go: that all benchmarks pass. no_go: per benchmark, that it fails.
+        variants, hypotheses: over how many the two were corrected.
+    """
+
+    go: float
+    no_go: Sequence[float]
+    variants: int
+    hypotheses: int
+
+
 class _Candidate:
     """A variant before correction over variants."""
 
     def __init__(self, variant: str, rows: Sequence[ComparedRow], policy: Policy, needed: Sequence[str]) -> None:
         self.variant, self.rows, self.policy = variant, rows, policy
         self.deciding = [row for row in rows if row.benchmark in needed]
-        self.tests = {row.benchmark: _tested(row, policy) for row in self.deciding}
+        self.tests = {row.benchmark: row.loss_test(policy.margin) for row in self.deciding}
         self.missing = [name for name in needed if name not in self.tests]
 
     @property
@@ -299,9 +335,10 @@ class _Candidate:
             return f"no row of {', '.join(self.missing)}"
         if not all(row.trained_weights for row in self.deciding):
             return "random weights"
-        few = [row.benchmark for row in self.deciding if (row.n_samples or 0) < self.policy.minimum_n]
-        if few:
-            return f"fewer than {self.policy.minimum_n} samples of {', '.join(few)}"
+        least = self.policy.minimum_n
+        if few := [row for row in self.deciding if (row.n_samples or 0) < least]:
+            missing = ", ".join(f"{row.benchmark} ({least - (row.n_samples or 0)} more needed)" for row in few)
+            return f"fewer than {least} samples of {missing}"
         untested = [name for name, test in self.tests.items() if test is None]
         return f"no test of {', '.join(untested)}: the scores alone do not say how sure they are" if untested else ""
 
@@ -315,26 +352,44 @@ class _Candidate:
         """One p-value per deciding benchmark."""
         return [1.0 if self.obstacle or test is None else test.p_worse for test in self.tests.values()]
 
-    def verdict(self, p_go: float, p_no_go: float, variants: int, folder: Path, rows: Sequence[Row]) -> Verdict:
+    def is_of(self, method: str | None, ratio: float | None) -> bool:
+        """Whether it is of a method and asked for a ratio; None is any."""
+        return method in (None, self.rows[0].method) and ratio in (None, self.rows[0].ratio_asked)
+
+    def verdict(self, corrected: Corrected, folder: Path, rows: Sequence[Row]) -> Verdict:
         """With the corrected p-values."""
-        alpha, margin = self.policy.alpha, self.policy.margin
+        alpha, p_go, p_no_go = self.policy.alpha, corrected.go, min(corrected.no_go, default=math.nan)
         word: Word = "GO" if p_go <= alpha else "NO-GO" if p_no_go <= alpha else "UNDECIDED"
-        tested = [(row, test) for row in self.deciding if (test := self.tests[row.benchmark])]
-        row, test = max(tested, key=lambda pair: pair[1].p_not_worse, default=(self.rows[0], None))
-        more = difference = lowest = math.nan
-        why = self.obstacle
-        if test is not None:
-            unit = 100 / row.score_scale
-            difference, lowest = unit * row.difference, unit * test.lowest
-            clusters = row.n_clusters or row.n_samples or 1
-            needed = clusters_to_decide(row.difference, test.error, clusters, _margin(row, margin), alpha / variants)
-            samples = row.n_samples or clusters
-            more = max(0.0, needed / clusters - 1) * samples if word == "UNDECIDED" and not why else math.nan
-            p_value = p_no_go if word == "NO-GO" else p_go
-            said = f"{row.benchmark} {difference:+.2f} %, at least {lowest:+.2f} %, p {p_value:.2g}"
+        tested = [
+            (row, test, p)
+            for row, p in zip(self.deciding, corrected.no_go, strict=True)
+            if (test := self.tests[row.benchmark])
+        ]
+        losing = any(test.difference < -_margin(row, self.policy.margin) for row, test, _ in tested)
+        row, difference, lowest, highest, more, why = (
+            self.rows[0],
+            math.nan,
+            math.nan,
+            math.nan,
+            math.nan,
+            self.obstacle,
+        )
+        if tested:
+            failing = word == "NO-GO" or (word == "UNDECIDED" and losing)
+            row, test, _ = min(tested, key=lambda one: one[1].p_worse if failing else -one[1].p_not_worse)
+            unit, own = 100 / row.score_scale, dict((one[0].benchmark, one[2]) for one in tested)[row.benchmark]
+            difference = unit * row.difference
+            lowest = unit * test.lowest(_level(alpha, test.p_not_worse, p_go))
+            highest = unit * test.highest(_level(alpha, test.p_worse, own))
+            bound = f"at most {highest:+.2f} %, p {own:.2g}" if failing else f"at least {lowest:+.2f} %, p {p_go:.2g}"
+            said = f"{row.benchmark} {difference:+.2f} %, {bound}"
             why = f"{why}; {said}" if why else said
-            if math.isfinite(more):
-                why += f"; about {max(1, math.ceil(more))} more samples would decide"
+            if word == "UNDECIDED" and not self.obstacle:
+                needed = self._more(corrected, failing)
+                more = sum(needed.values())
+                if math.isfinite(more):
+                    names = " and ".join(f"{math.ceil(count)} more of {name}" for name, count in needed.items())
+                    why += f"; about {names} would make it {'NO-GO' if failing else 'GO'}"
         saved = [_kv_bytes_saved(row, folder, rows) for row in self.rows]
         return Verdict(
             model=self.rows[0].model,
@@ -343,26 +398,39 @@ class _Candidate:
             why=why,
             p_go=p_go,
             p_no_go=p_no_go,
-            benchmark=row.benchmark if test else "",
+            benchmark=row.benchmark if tested else "",
             difference=difference,
             lowest=lowest,
+            highest=highest,
             more_samples=more,
             **{stage: _geometric([r.times[stage].ratio for r in self.rows]) for stage in STAGES},
             kv=_mean([r.ratio_kv_cache for r in self.rows]),
             kv_bytes_saved=_mean(saved),
             flops=_mean([r.ratio_flops for r in self.rows]),
             layers=_mean([r.ratio_layer_mean for r in self.rows]),
+            timed_samples=min(max(time.n for time in r.times.values()) for r in self.rows),
         )
+
+    def _more(self, corrected: Corrected, failing: bool) -> dict[str, float]:
+        """Benchmark -> how many more samples of each that does not pass yet; or of the one that fails soonest."""
+        level = self.policy.alpha / (corrected.hypotheses if failing else corrected.variants)
+        more = {}
+        for row in self.deciding:
+            if (test := self.tests[row.benchmark]) and (failing or test.p_not_worse > level):
+                margin = _margin(row, self.policy.margin)
+                needed = clusters_to_decide(row.difference, test.error, test.n_clusters, margin, level)
+                if not failing or row.difference < -margin:
+                    more[row.benchmark] = max(1.0, (needed / test.n_clusters - 1) * (row.n_samples or test.n_clusters))
+        return dict([min(more.items(), key=itemgetter(1))]) if failing else more
 
 
 def _margin(row: ComparedRow, percent: float) -> float:
     return percent * row.score_scale / 100
 
 
-def _tested(row: ComparedRow, policy: Policy) -> LossTest | None:
-    n_clusters = row.n_clusters or row.n_samples or 0
-    margin = _margin(row, policy.margin)
-    return loss_test(row.difference, row.standard_error, n_clusters, margin, row.score_scale, policy.alpha)
+def _level(alpha: float, p_value: float, corrected: float) -> float:
+    """At which an uncorrected test says the same as the corrected p-value at ``alpha``."""
+    return alpha * p_value / corrected if corrected > 0 else alpha
 
 
 def _cheapest(verdicts: Sequence[Verdict]) -> dict[str, tuple[str, str]]:
@@ -373,7 +441,10 @@ def _cheapest(verdicts: Sequence[Verdict]) -> dict[str, tuple[str, str]]:
     cheapest = {}
     for model in dict.fromkeys(one.model for one in verdicts):
         passing = [one for one in verdicts if one.model == model and one.word == "GO"]
+        timed = min((one.timed_samples for one in passing), default=0) >= LEAST_TIMED
         for name, words in measures.items():
+            if name in STAGES and not timed:
+                continue
             if passing and not any(math.isnan(getattr(one, name)) for one in passing):
                 best = max if name == "requests_per_hour" else min
                 cheapest[model] = best(passing, key=attrgetter(name)).variant, words

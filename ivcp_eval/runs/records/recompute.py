@@ -30,7 +30,7 @@ def recompute(cell: Cell) -> CellRecord:
     answers = journal.load()
     if lost := sum(sample.key not in answers for sample in scores.samples):
         raise journal.damage or DamagedError(cell.journal, f"{lost} answers are gone", ANSWERED_AGAIN)
-    times = times_of(cell) if scores.made.timing else {}
+    times = times_of(cell)  # also where the run that scored it first did not time
     with damage_as_clear_error(cell.notes, NOTES_ADVICE):  # a decoder of other sizes than the answers'
         rate = throughput_of(cell) if times else None
         record = cell_record(notes["identity"], answers, scores, notes["decoder"], times, rate)

@@ -51,7 +51,7 @@ class Made:
     Attributes:
         commit, dirty: of ivcp-eval. faithfulness: of the method, which may be a plug-in that is not installed later.
         date: ISO 8601; empty without ``timing``, so that equal runs are equal bytes.
-        timing: whether times and the date are noted. timeout_s: time limit of an answer.
+        timing: whether the date is noted. timeout_s: time limit of an answer.
     """
 
     commit: str = ""

@@ -37,6 +37,7 @@ from ivcp_eval.files import atomic_write, commit_file, data_root, disk_full_as_c
 from ivcp_eval.vlmeval_bridge.reading import tsv, videos
 
 KINDS = ("mcq", "yes_no", "grounding", "short_answer")
+PROMPTS = ("family", "dataset")  # whose wording is sent; the first where nothing is said
 #: A line holds paths and words, no pictures.
 MOST_BYTES_A_LINE = 1 << 20
 MOST_BYTES_A_PICTURE = 64 << 20
@@ -115,12 +116,16 @@ def names_of(words: Sequence[str], say: Callable[[str], None]) -> list[str]:
     return [add(Path(word), say=say) if benchmarks.is_file_name(word) else word for word in words]
 
 
-def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] = lambda text: None) -> str:
+def add(
+    path: Path, name: str = "", kind: str = "", prompt: str = "", say: Callable[[str], None] = lambda text: None
+) -> str:
     """Make a benchmark of a file; the one that is there is kept if nothing changed.
 
     Args:
         name: of the benchmark; default: the file's name without ending. kind: of question; default: what the answers
-            are. say: is told what was made.
+            are; without any, what was said when the benchmark was added before. prompt: "family" wraps questions in
+            the model's wording of their kind, "dataset" sends them as they stand; default: as before, else "family".
+            say: is told what was made.
 
     Returns:
         The name.
@@ -135,9 +140,16 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
     name = name or path.stem
     source = str(path.resolve())
     _check_name(name, source)
+    known = benchmarks.data_file(name)
+    before = benchmarks.load(name) if known.is_file() else None
+    prompt = prompt or (before.prompt if before else "family")
+    if prompt not in PROMPTS:
+        raise BadData(f"unknown prompt {prompt!r}; allowed: {', '.join(PROMPTS)}")
     lines, problems = _read_tsv(path) if path.suffix.lower() == ".tsv" else _read_jsonl(path)
     if not lines and not problems:
         raise BadData(f"{path}: the file has no lines")
+    if before and not any(line.answers or line.options for line in lines):
+        kind = kind or before.kind or ""
     kind_of_all = "" if problems else _kind(path, lines, kind, problems)
     folder = benchmarks.own_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,8 +161,7 @@ def add(path: Path, name: str = "", kind: str = "", say: Callable[[str], None] =
         if problems:
             raise BadData("\n".join([*problems[:MOST_PROBLEMS], *_and_more(problems), "nothing was written"]))
         _check_table(path, part, lines)
-        text = _data_file(source, lines, kind_of_all, file_digest(part))
-        known = benchmarks.data_file(name)
+        text = _data_file(source, lines, kind_of_all, prompt, file_digest(part))
         if known.is_file() and target.is_file() and known.read_text(encoding="utf-8") == text:
             return name
         changed = known.is_file()
@@ -581,7 +592,7 @@ def _check_table(path: Path, part: Path, lines: Sequence[_Line]) -> None:
         raise BadData(text.replace(str(part), str(path)) + "; nothing was written") from error
 
 
-def _data_file(source: str, lines: Sequence[_Line], kind: str, digest: str) -> str:
+def _data_file(source: str, lines: Sequence[_Line], kind: str, prompt: str, digest: str) -> str:
     """The data file, every value as JSON, which is YAML that nothing is read into."""
     answered, of_files = bool(lines[0].answers), bool(lines[0].video)
     sampling = "rows" if of_files else "frames" if any(line.seconds for line in lines) else ""
@@ -593,6 +604,7 @@ def _data_file(source: str, lines: Sequence[_Line], kind: str, digest: str) -> s
     values: dict[str, Any] = {
         "title": f"own {what}{'' if answered else '; agreement with the unpruned model'}",
         "kind": kind,
+        **({"prompt": prompt} if prompt != PROMPTS[0] else {}),
         **({"sampling": sampling} if sampling else {}),
         "sha256": digest,
         "n_samples": len(lines),

@@ -72,6 +72,30 @@ def test_as_many_cells_are_dark_as_tokens_were_dropped(tmp_path: Path, capsys: p
         assert dark.sum() == panel["dropped"] * 30 * 30 - panel["merged"] * (30 * 30 - 28 * 28)
 
 
+def test_what_an_eval_measures_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameters, a budget, a method by its file; and a picture that a camera turned is shown upright."""
+    tall = Image.new("RGB", (112, 336), "white")
+    exif = tall.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    tall.save(tmp_path / "turned.jpg", exif=exif)
+    source = Path(ivcp_eval.__file__).parent / "methods" / "uniform.py"
+    (tmp_path / "mine.py").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    command = ["show", str(tmp_path / "turned.jpg"), "?", "--max-new-tokens", "2", "--device", "cpu", "--ratio", "0.5"]
+    out = tmp_path / "kept.svg"
+    assert main([*command, "--methods", str(tmp_path / "mine.py"), "--out", str(out)]) == 0
+    assert "__mine__r0.5 (" in capsys.readouterr().out
+    wide = re.search(r'<image[^>]* width="(\d+)" height="(\d+)"', out.read_text(encoding="utf-8"))
+    assert wide is not None
+    assert int(wide[1]) == 3 * int(wide[2])
+    assert main([*command, "--methods", "fastv", "--set", "layer=3", "--out", str(out)]) == 0
+    own = capsys.readouterr().out
+    assert "__fastv__r0.5__layer=3 (" in own
+    assert main([*command, "--methods", "fastv", "--budget", "layer_mean", "--out", str(out)]) == 0
+    held = re.findall(r"__fastv__\S+ \((\d+) of (\d+)", capsys.readouterr().out)
+    (kept, n), whole = map(int, held[0]), re.findall(r"fastv__r0.5\S* \((\d+) of", own)
+    assert kept < int(whole[0]) < n, "two layers see all, so fewer stay for the same mean"
+
+
 @pytest.mark.parametrize("family", tiny_models.names())
 def test_a_run_of_any_family_shows_itself(family: str) -> None:
     model, make_inputs = tiny_models.build(family)
@@ -216,6 +240,9 @@ def test_bad_requests_are_refused_before_a_model_is_loaded(
         ((picture, "?", "--out", str(tmp_path / "kept.pdf")), "neither .png nor .svg"),
         ((str(tmp_path / "gone.png"), "?", "--out", out), "gone.png"),
         ((picture, "?", "--out", out, "--methods", "fastw"), "fastw"),
+        ((picture, "?", "--out", out, "--methods", "./gone.py"), "gone.py"),
+        ((picture, "?", "--out", out, "--set", "layr=3"), "layr"),
+        ((picture, "?", "--out", out, "--budget", "half"), "half"),
     ):
         assert main(["show", *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -263,12 +263,29 @@ def test_decoder_phases_leave_the_tower_alone(whole: Path) -> None:
     assert not torch.equal(tower["model.visual.merger.mlp.0.weight"], state["model.model.visual.merger.mlp.0.weight"])
 
 
+def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one is faster is timed by every process, and a busy machine may time otherwise."""
+    monkeypatch.setattr(train, "choose_dtype", lambda device: torch.bfloat16)
+    first = train.Run(CONFIG, tmp_path)
+    train.train(first, 0)
+    monkeypatch.setattr(train, "choose_dtype", lambda device: torch.float32)
+    second = train.Run(CONFIG, tmp_path)
+    train.train(second, 0)
+    assert (first.dtype, second.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert second.state.progress["steps"] > first.state.progress["steps"] > 0
+
+
 @pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml"])
 def test_shipped_configurations_run_with_tiny_shapes(name: str, tmp_path: Path) -> None:
     """Every phase of the configuration takes a step: its sizes, questions and options are good."""
     config = yaml.safe_load((CONFIGS / name).read_text())
-    phases = [{**p, "images": 2, "batch": 2, "sizes": p["sizes"][-1:]} for p in config["phases"]]
-    model = {**SMALL, "num_layers": config["model"].get("num_layers", 12)}
+
+    def small(phase: dict[str, Any]) -> dict[str, Any]:
+        return {**phase, "sizes": phase["sizes"][-1:]} if "sizes" in phase else phase
+
+    phases = [{**small(p), "images": 2 * len(p.get("parts", "1")), "batch": 2} for p in config["phases"]]
+    phases = [{**p, "parts": [small(part) for part in p["parts"]]} if "parts" in p else p for p in phases]
+    model = {**SMALL, "num_layers": config["model"].get("num_layers", 12)}  # smaller heads, so other rotary sections
     _run(tmp_path, {**config, "model": model, "compile": False, "workers": 0, "validate_every": 999, "phases": phases})
     assert (tmp_path / "model" / "config.json").is_file()
 
@@ -277,10 +294,11 @@ def test_shipped_configurations_run_with_tiny_shapes(name: str, tmp_path: Path) 
 def test_slots_of_the_shipped_configurations_hold_the_longest_box_question(name: str) -> None:
     """The longest name and the picture it is in: a slot too short would end a run only after an hour."""
     question = "purple triangle"
-    for phase in yaml.safe_load((CONFIGS / name).read_text())["phases"]:
-        for group in phase.get("groups", []):
+    phases = yaml.safe_load((CONFIGS / name).read_text())["phases"]
+    for part in [part for phase in phases for part in phase.get("parts", [phase])]:
+        for group in part.get("groups", []):
             if "box" in group["kinds"]:
-                picture = 2 if phase.get("pictures", 1) > 1 else 0
+                picture = 2 if part.get("pictures", 1) > 1 else 0
                 box = (100, 100, 200, 200)
                 sample = tasks.Sample("grounding", "plain", question, tasks.format_box(box), (), box, picture)
                 batches.pack([[sample]], ((1, group["tokens"]),))

@@ -11,7 +11,6 @@ import pytest
 from scipy import stats as scipy_stats
 
 from ivcp_eval.reports import stats
-from ivcp_eval.reports.stats import Interval
 
 
 def make_scores(n: int, n_clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -331,14 +330,3 @@ class TestPower:
 
     def test_nothing_varied(self):
         assert math.isnan(stats.minimal_detectable_effect(0.0))
-
-    @pytest.mark.parametrize(
-        ("low", "high", "verdict"),
-        [(-0.5, 0.2, "not worse"), (-3, -1.5, "worse"), (-2, 0.5, "undecided"), (math.nan, math.nan, "undecided")],
-    )
-    def test_non_inferiority(self, low: float, high: float, verdict: str):
-        assert stats.non_inferiority(Interval(low, high), 1.0) == verdict
-
-    def test_a_margin_is_positive(self):
-        with pytest.raises(ValueError, match="margin"):
-            stats.non_inferiority(Interval(-1, 1), 0)

@@ -66,6 +66,20 @@ def test_verdicts_against_random(tmp_path: Path) -> None:
     assert rows["fastv"]["random"] == pytest.approx(np.mean(both))
 
 
+def test_paired_differences_are_not_replaced_by_unpaired_ones_unasked(tmp_path: Path) -> None:
+    path = _sweep(tmp_path, _scores())
+    table, plot = write(path, resamples=200)
+    before = table.read_bytes(), plot.read_bytes()
+    for samples in tmp_path.glob("*-[01].csv"):
+        samples.unlink()
+    with pytest.raises(ValueError, match=r"per-sample files of 4 rows are not here.*--force"):
+        write(path, resamples=200)
+    assert (table.read_bytes(), plot.read_bytes()) == before
+    write(path, resamples=200, force=True)
+    assert "True" not in table.read_text()
+    write(path, resamples=200)  # nothing paired is lost any more
+
+
 def test_a_held_budget_is_compared_at_equal_cost_and_plotted_against_what_was_measured(tmp_path: Path) -> None:
     path = _sweep(tmp_path, _scores())
     rows = read_results(path)

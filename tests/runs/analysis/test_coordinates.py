@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ivcp_eval.interface import ImageSpan, Unsupported
 from ivcp_eval.runs.analysis.coordinates import CONDITIONS, covered, kept_tokens
@@ -74,6 +76,33 @@ def test_the_table_is_what_was_kept_and_goes_on(lab: Lab, analyse: Analyse, no_m
     assert made["model"]["variant"]["method"] == "none"
     no_model()
     assert {row["condition"]: row for row in analyse(*words)} == rows
+
+
+def test_questions_of_ones_own(lab: Lab, analyse: Analyse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMUData", str(tmp_path / "data"))
+    Image.new("RGB", (168, 168), "red").save(tmp_path / "red.png")
+    line = {"image": "red.png", "question": "red square", "answer": [10, 10, 90, 90]}
+    (tmp_path / "mine.jsonl").write_text(f"{json.dumps(line)}\n" * 4, encoding="utf-8")
+    own = str(tmp_path / "mine.jsonl")
+    rows = analyse("analyse", "coordinates", "--data", own, "--methods", "ivc_prune")
+    assert {row["n"] for row in rows} == {"4"}
+    flips = analyse("analyse", "flips", "--data", own, "--method", "fastv")
+    assert {row["benchmark"] for row in flips} == {"mine"}
+    assert analyse(
+        "tune",
+        "--data",
+        own,
+        "--budget",
+        "final=0.5",
+        "--methods",
+        "fastv",
+        "--validation-share",
+        "0.99",
+        "--first",
+        "2",
+        "--samples",
+        "2",
+    )
 
 
 def test_a_benchmark_without_boxes_is_refused(analyse: Analyse, capsys: pytest.CaptureFixture[str]) -> None:

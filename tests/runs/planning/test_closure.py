@@ -137,6 +137,19 @@ def test_what_a_change_costs(
     assert {i for i, cell in enumerate(CELLS) if changed(*cell) != code_of(*cell).hash} == hit
 
 
+def test_imports_for_type_checkers_do_not_count_and_those_beside_them_do() -> None:
+    text = "if TYPE_CHECKING:\n    import a\nelse:\n    import b\nif typing.TYPE_CHECKING:\n    import c\nimport d"
+    assert set(closure._imports(ast.parse(text), "package")) == {"b", "d"}
+
+
+def test_versions_of_what_changes_pixels_or_tokens_belong_to_a_cell() -> None:
+    from ivcp_eval.runs.planning.cells import versions
+
+    known = {"torch", "transformers", "vlmeval", "tokenizers", "pillow", "torchvision", "numpy"}
+    assert known <= versions().keys()
+    assert "missing" not in versions().values()
+
+
 def test_docstrings_cost_nothing_and_other_texts_do(copied: Callable[..., Callable[[str, str], str]]) -> None:
     path = "ivcp_eval/methods/fastv.py"
     title = (ROOT / path).read_text(encoding="utf-8").split("\n", 1)[0]

@@ -13,7 +13,7 @@ from ivcp_eval.reports.table import read_results, read_samples
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning import plan as planning
 from ivcp_eval.runs.planning.closure import Code, code_of
-from tests.runs.conftest import Bench
+from tests.runs.conftest import Bench, Lab
 
 
 def flops(bench: Bench) -> dict[tuple[str, str, float], float]:
@@ -114,3 +114,12 @@ def _versions(bench: Bench) -> dict[str, Any]:
     path = next(bench.folder.glob("runs/tiny/tiny_mcq/none-*/cell.json"))
     found: dict[str, Any] = json.loads(path.read_text())["identity"]["versions"]
     return found
+
+
+def test_times_that_were_measured_later_reach_the_rows(lab: Lab) -> None:
+    """The cells were scored by a run that timed nothing; the next one answers nothing, and times."""
+    data = ("--data", "tiny_mcq", "--limit", "2")
+    assert lab.eval(*data) == 0
+    assert {row["prefill_ms_median"] for row in lab.rows()} == {None}
+    assert lab.eval(*data, "--timing", "2") == 0
+    assert all(row["prefill_ms_median"] > 0 for row in lab.rows())

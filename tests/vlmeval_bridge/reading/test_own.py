@@ -203,6 +203,21 @@ def test_names_that_are_taken_or_special_are_refused(write: Write, name: str) ->
     assert not benchmarks.own_folder().exists()
 
 
+def test_what_was_said_once_holds_when_an_eval_reads_the_file_again(write: Write) -> None:
+    path = write(asked())
+    own.add(path, kind="grounding", prompt="dataset")
+    own.names_of([str(path)], lambda text: None)
+    known = benchmarks.load("photos_of_mine")
+    assert (known.kind, known.prompt) == ("grounding", "dataset")
+    own.add(path, kind="short_answer", prompt="family")
+    known = benchmarks.load("photos_of_mine")
+    assert (known.kind, known.prompt) == ("short_answer", "family")
+    own.add(write(asked(answer="yes")))
+    assert benchmarks.load("photos_of_mine").kind == "yes_no", "answers say what they are"
+    with pytest.raises(own.BadData, match="unknown prompt 'mine'; allowed: family, dataset"):
+        own.add(path, prompt="mine")
+
+
 def test_a_kind_may_be_said_and_must_fit(write: Write) -> None:
     path = write(asked())
     own.add(path, kind="grounding")

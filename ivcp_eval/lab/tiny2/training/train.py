@@ -206,6 +206,8 @@ def train(run: Run, seconds: float) -> bool:
     """Train for at most ``seconds``; True if every phase is done."""
     config, state = run.config, run.state
     resumed = state.load()
+    # What is faster is timed anew by every process; a run that is resumed keeps what it began with.
+    run.dtype = getattr(torch, state.progress.setdefault("precision", str(run.dtype).removeprefix("torch.")))
     if not resumed and config.get("tower"):
         state.load_tower(Path(config["tower"]))
         state.progress["phase"] = sum(phase["kind"] == "tower" for phase in config["phases"])
@@ -291,16 +293,21 @@ def finish_phase(run: Run, phase: dict[str, Any]) -> None:
 
 def report(run: Run, curve: Curve, smooth: dict[str, Tensor], began: float) -> None:
     """Write the smoothed losses to the curve and a progress line."""
-    row = {**run.state.progress, **{k: v.item() for k, v in smooth.items()}}
+    row = {**numbers_of(run), **{k: v.item() for k, v in smooth.items()}}
     curve.add(row)
     losses = " ".join(f"{k} {v.item():.3f}" for k, v in smooth.items())
     say(f"phase {row['phase']} images {row['images']} steps {row['steps']} {time.monotonic() - began:.0f} s: {losses}")
 
 
+def numbers_of(run: Run) -> dict[str, Any]:
+    """How far the run is, for a row of a curve."""
+    return {name: value for name, value in run.state.progress.items() if name != "precision"}
+
+
 @torch.no_grad()
 def validate(run: Run, phase: dict[str, Any]) -> None:
     """Accuracies of the averaged weights on 128 validation scenes of each part of the phase, appended to a CSV."""
-    row: dict[str, Any] = dict(run.state.progress)
+    row: dict[str, Any] = numbers_of(run)
     hits: dict[str, list[float]] = {}
     with (
         averaged(run.state.model, run.state.average),

@@ -81,8 +81,8 @@ def test_depth_and_poses_reach_a_method(lab: Lab, monkeypatch: pytest.MonkeyPatc
         return voxels(clip, size, side)
 
     monkeypatch.setattr(geo3dpruner, "voxels", noted)
-    pruned = ("--method", "geo3dpruner", "--method", "adaspark", "--ratio", "0.5", "--set", "adaspark.cube=[2,2,2]")
-    assert lab.eval("--data", "tiny_rooms", *pruned, "--limit", "1") == 0
+    one = ("--data", "tiny_rooms", "--limit", "1", "--ratio", "0.5", "--method")
+    assert lab.eval(*one, "geo3dpruner") == lab.eval(*one, "adaspark", "--set", "cube=[2, 2, 2]") == 0
     views = rooms.room("test", 0)[1]
     assert [shown and shown.pose.tolist() for shown in seen] == [view.geometry.pose.round(6).tolist() for view in views]
     found = rows_of(lab, "tiny_rooms")

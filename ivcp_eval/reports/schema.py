@@ -244,6 +244,7 @@ COLUMNS: tuple[Column, ...] = (
         low=0,
         high=1,
         late=True,
+        of_run=True,
     ),
     Column(
         "visual_tokens_prompt_mean",

@@ -98,16 +98,17 @@ test-transformers: $(READY)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$(echo $(OTHER)/lib/python*/site-packages)/base.pth"
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --upgrade transformers$(if $(filter-out newest,$(VERSION)),==$(VERSION))
 	$(OTHER)/bin/python -c 'import transformers as t; v = "$(VERSION)"; print("transformers", t.__version__); assert v in ("newest", t.__version__)'
-	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/engine/oracle tests/engine/contract --ignore tests/engine/contract/test_mutations.py \
+	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal tests/engine/oracle tests/engine/contract tests/engine/test_fork.py tests/methods/test_oracles.py --ignore tests/engine/contract/test_mutations.py \
 	  $(if $(ARGS),$(ARGS),-k "not test_contract or (($(CHECKS)) and ($(METHODS)))")
 
-# Weights in 8 and 4 bits need torchao, which every import of transformers would load, and which has much to say then.
+# Weights in 8 and 4 bits need torchao, which every import of transformers would load, and which has much to say then; and
+# bitsandbytes, whose tests run on a CPU, slowly.
 TORCHAO := .venv-torchao
 test-quantised: $(READY)
 	[ -x $(TORCHAO)/bin/pip ] || $(BIN)/python -m venv $(TORCHAO)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' > "$$(echo $(TORCHAO)/lib/python*/site-packages)/base.pth"
-	$(TORCHAO)/bin/pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
-	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py
+	$(TORCHAO)/bin/pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0 bitsandbytes==0.50.2
+	$(TORCHAO)/bin/python -m pytest -q tests/runs/answering/test_quantising.py tests/lab/bench/test_quantised.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -197,7 +197,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, **placement: An
     """The native model with the weights of an original checkpoint; nothing of the folder is executed.
 
     Args:
-        placement: e.g. ``device_map="auto"``, handed to transformers.
+        placement: e.g. ``device_map="auto"`` or ``quantization_config``, handed to transformers.
 
     Raises:
         ValueError: tensors that are unknown, missing or of the wrong shape.

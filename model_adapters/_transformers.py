@@ -36,6 +36,13 @@ def image_runs(mask: Tensor) -> list[Tensor]:
     return list(torch.tensor_split(columns, breaks.tolist()))
 
 
+def placement(device: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How ``from_pretrained`` places a model; empty where it is moved afterwards, which quantised weights cannot be."""
+    if device == "auto":
+        return {"device_map": "auto"}
+    return {"device_map": {"": device}} if "quantization_config" in options else {}
+
+
 class AbstractTransformersAdapter(AbstractAdapter):
     """A family whose decoder layers have ``self_attn.{q,k,v}_proj`` and Llama-like (cos, sin) position embeddings."""
 
@@ -50,7 +57,7 @@ class AbstractTransformersAdapter(AbstractAdapter):
     def image_mask(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """Where the placeholder tokens stand of what comes with the ids, as pixels or encoded: images, videos."""
         ids, videos = inputs.get("input_ids"), self.video_mask(model, inputs)
-        if ids is None or (inputs.get("pixel_values") is None and inputs.get("mm_encoder_outputs") is None):
+        if ids is None or (inputs.get("pixel_values") is None and not inputs.get("mm_encoder_outputs")):
             return videos
         images: Tensor = ids == model.config.image_token_id
         return images if videos is None else images | videos
@@ -90,11 +97,22 @@ class AbstractTransformersAdapter(AbstractAdapter):
         return self.load_parts(source, self.pixel_options(min_pixels, max_pixels), **common)
 
     def load_parts(
-        self, source: str, pixels: Mapping[str, Any], *, dtype: torch.dtype, device: str, attention: str, **common: Any
+        self,
+        source: str,
+        pixels: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        attention: str,
+        quantization_config: Any = None,
+        **common: Any,
     ) -> tuple[Any, Any]:
         """`load_model` and `load_processor`; ``common`` are ``revision`` and ``trust_remote_code``."""
         processor = self.load_processor(source, **common, **pixels)
-        return self.load_model(source, dtype=dtype, device=device, attention=attention, **common), processor
+        quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
+        return self.load_model(
+            source, dtype=dtype, device=device, attention=attention, **quantised, **common
+        ), processor
 
     def load_model(self, source: str, *, dtype: torch.dtype, device: str, attention: str, **options: Any) -> Any:
         """``AutoModelForImageTextToText``, in eval mode, on ``device`` ("auto": spread over all GPUs).
@@ -104,18 +122,18 @@ class AbstractTransformersAdapter(AbstractAdapter):
         """
         from transformers import AutoModelForImageTextToText
 
-        placement = {"device_map": "auto"} if device == "auto" else {}
+        placed = placement(device, options)
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their names
-            **placement,
+            **placed,
             **options,
         )
         whole(source, report)
-        return (model if placement else model.to(device)).eval()
+        return (model if placed else model.to(device)).eval()
 
     def load_processor(self, source: str, **options: Any) -> Any:
         """``AutoProcessor``."""

@@ -24,7 +24,7 @@ from model_adapters import _internvl_checkpoint as original
 from model_adapters import _internvl_processor
 from model_adapters._prompts import letter_question
 from model_adapters._shrink import shrunk_to_tiles
-from model_adapters._transformers import AbstractTransformersAdapter, image_runs
+from model_adapters._transformers import AbstractTransformersAdapter, image_runs, placement
 from model_adapters._vision import IMAGENET, vit_tap
 
 if TYPE_CHECKING:
@@ -95,9 +95,10 @@ class Adapter(AbstractTransformersAdapter):
         folder = _folder(source, options.get("revision"))
         if not original.is_original(folder):
             return super().load_model(str(folder), dtype=dtype, device=device, attention=attention, **options)
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        model = original.load_model(folder, dtype, attention, **placement)
-        return (model if placement else model.to(device)).eval()
+        placed = placement(device, options)
+        quantised = {name: value for name, value in options.items() if name == "quantization_config"}
+        model = original.load_model(folder, dtype, attention, **placed, **quantised)
+        return (model if placed else model.to(device)).eval()
 
     def load_processor(self, source: str, **options: Any) -> Any:
         """As `load_model`; images are cut into at most `MAX_TILES` tiles."""

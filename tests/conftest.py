@@ -17,11 +17,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from ivcp_eval.lab.tiny.processor import build_random  # noqa: E402
+from tests import outcomes  # noqa: E402
 
 torch.set_num_threads(1)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.register(outcomes)
     parser.addoption(
         "--every-pair", action="store_true", help="tests/engine/contract: every check on every method and family"
     )

@@ -7,7 +7,7 @@ gathers what it keeps.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,27 @@ class Choice:
         """What the host must know: the indices, the images' tokens, the targets if there are any, the counts."""
         images = [image.tokens for image in self.signals.images]
         return [self.selection.keep, *images, *([] if self.target is None else [self.target]), *self.counts]
+
+
+@dataclass(frozen=True)
+class ChosenCut:
+    """A cut at which the method has chosen; nothing was read, checked or removed yet.
+
+    Attributes:
+        hidden: (B, n, E) that would have entered the layer. places: per row, the slots of its alive tokens there.
+        choices: of the rows that have visual tokens.
+    """
+
+    cut: Cut
+    hidden: Tensor
+    places: list[Tensor]
+    choices: tuple[Choice, ...]
+
+
+def read_choices(every: Sequence[Sequence[Choice]]) -> list[list[list[Tensor]]]:
+    """On the host, what is `unread` of each choice of each group; the host waits once for all of them."""
+    found = iter(to_host([part for choices in every for choice in choices for part in choice.unread]))
+    return [[[next(found) for _ in choice.unread] for choice in choices] for choices in every]
 
 
 class Prefill:
@@ -218,14 +239,38 @@ class Cutter:
         Args:
             hidden: (B, S, E) that would have entered it. kwargs: what else the layer gets.
         """
+        chosen = self.choose(state, cut, hidden, kwargs)
+        (found,) = read_choices([chosen.choices])
+        return self.carry_out(state, chosen, found)
+
+    def choose(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> ChosenCut:
+        """The first half of `cut`: what the method chooses, for which the host does not wait."""
         if not state.shorter:
             state.position_embeddings = read(kwargs, "position_embeddings")
         hidden = self.at_layer(cut.layer, hidden)
-        columns, merged, targets = self._select(state, cut, hidden)
+        source = self._source(state, cut, hidden)
+        here = state.now.rows.slots_in(state.now.matrix)
+        places = [here[row, here.shape[1] - alive.numel() :] for row, alive in enumerate(state.now.rows.columns)]
+        choices = []
+        for row, (alive, slots) in enumerate(zip(state.now.rows.columns, places, strict=True)):
+            signals = self._signals(state, source, row, alive, slots)
+            if signals is not None:
+                choice = self._choose(state, row, signals)
+                choices.append(replace(choice, signals=_without_states(choice.signals)))
         state.captured = {}
         state.stage += 1
+        return ChosenCut(cut, hidden, places, tuple(choices))
+
+    def carry_out(self, state: Prefill, chosen: ChosenCut, found: Sequence[list[Tensor]]) -> Tensor:
+        """The second half of `cut`.
+
+        Args:
+            found: of each choice what `read_choices` gives.
+        """
+        cut = chosen.cut
+        columns, merged, targets = self._survivors(state, chosen, found)
         if cut.ratio == 1:  # an observation: nothing is removed
-            return hidden
+            return chosen.hidden
         after = Rows(tuple(columns))
         kept = [
             is_member(mask.nonzero().flatten(), c) for mask, c in zip(state.prompt.image_mask, columns, strict=True)
@@ -276,13 +321,14 @@ class Cutter:
         """Once the last layer has run, carry out the evictions that waited for it, and check all of them."""
         for cut, rows in state.late:
             self._evict(state, cut, rows)
-        read = iter(self._read([choice for _, row in state.evictions for choice in row if choice is not None]))
+        every = [choice for _, row in state.evictions for choice in row if choice is not None]
+        checked = iter(self._checked(every, *read_choices([every])))
         for cut, choices in state.evictions:
             kept = []
             for row, (choice, alive) in enumerate(zip(choices, state.now.rows.columns, strict=True)):
                 is_visual = state.prompt.image_mask[row, alive]
                 visual, text = is_visual.nonzero().flatten(), (~is_visual).nonzero().flatten()
-                kept.append(text[None] if choice is None else _with_text(visual, text, next(read)[0]))
+                kept.append(text[None] if choice is None else _with_text(visual, text, next(checked)[0]))
             if cut.ratio < 1:
                 state.evicted_to(cut.layer, kept)
 
@@ -326,20 +372,14 @@ class Cutter:
             position_embeddings=state.position_embeddings,
         )
 
-    def _select(self, state: Prefill, cut: Cut, hidden: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+    def _survivors(
+        self, state: Prefill, chosen: ChosenCut, found: Sequence[list[Tensor]]
+    ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         """Per row the columns that survive; the hidden states, merged where asked; per row `CutRecord.merged`."""
-        source = self._source(state, cut, hidden)
-        here = state.now.rows.slots_in(state.now.matrix)
-        places = [here[row, here.shape[1] - alive.numel() :] for row, alive in enumerate(state.now.rows.columns)]
-        chosen: dict[int, Choice] = {}
-        for row, (alive, slots) in enumerate(zip(state.now.rows.columns, places, strict=True)):
-            signals = self._signals(state, source, row, alive, slots)
-            if signals is not None:
-                chosen[row] = self._choose(state, row, signals)
-        kept = self._read(chosen.values())
-        columns = list(state.now.rows.columns)
+        columns, hidden = list(state.now.rows.columns), chosen.hidden
         targets: list[Tensor | None] = [None] * len(columns)
-        for (row, choice), (keep, target) in zip(chosen.items(), kept, strict=True):
+        for choice, (keep, target) in zip(chosen.choices, self._checked(chosen.choices, found), strict=True):
+            row = choice.row
             alive, image_mask = columns[row], state.prompt.image_mask[row]
             stays = ~image_mask[alive]
             visual = image_mask[alive].nonzero().flatten()
@@ -347,7 +387,7 @@ class Cutter:
             columns[row] = alive[stays]
             if choice.selection.merge is None or target is None:
                 continue
-            at = to_device(places[row], hidden.device)[choice.signals.visual]
+            at = to_device(chosen.places[row], hidden.device)[choice.signals.visual]
             merged = merged_states(choice.selection.merge, hidden[row, at])
             hidden = hidden.clone()
             hidden[row, at[choice.selection.keep]] = merged.to(hidden.dtype)
@@ -355,19 +395,16 @@ class Cutter:
             targets[row] = _of_prompt(target, among, keep, int(image_mask.sum()))
         return columns, hidden, targets
 
-    def _read(self, choices: Iterable[Choice]) -> list[tuple[Tensor, Tensor | None]]:
-        """Of every choice `Selection.keep` and where merged tokens went, on the host, checked; one wait for all."""
-        choices = list(choices)
-        found = iter(to_host([part for choice in choices for part in choice.unread]))
-        read = []
-        for choice in choices:
-            keep, *more = (next(found) for _ in choice.unread)
+    def _checked(self, choices: Sequence[Choice], found: Sequence[list[Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
+        """Of every choice `Selection.keep` and where merged tokens went, on the host, checked."""
+        checked = []
+        for choice, (keep, *more) in zip(choices, found, strict=True):
             images = [more.pop(0) for _ in choice.signals.images]
             choice.selection.check_values(choice.signals, self.run.method, keep, images)
             target = None if choice.target is None else more.pop(0)
             self.run.count_nonfinite(choice.row, max(map(int, more), default=0))
-            read.append((keep, target))
-        return read
+            checked.append((keep, target))
+        return checked
 
     def _signals(self, state: Prefill, source: SignalSource, row: int, alive: Tensor, slots: Tensor) -> Signals | None:
         """What the method is shown of a row; None for a row without visual tokens."""

@@ -204,8 +204,17 @@ class AbstractAdapter(ABC):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         trust_remote_code: bool = False,
+        quantization_config: Any = None,
     ) -> tuple[Any, Any]:
-        """(model in eval mode, processor) from a local folder or hub id. ``device="auto"`` spreads over all GPUs."""
+        """(model in eval mode, processor) from a local folder or hub id.
+
+        Args:
+            device: "auto" spreads over all GPUs.
+            quantization_config: transformers' own, for weights that are quantised while they are loaded.
+
+        Raises:
+            ValueError: the checkpoint is not whole, or cannot be loaded so.
+        """
 
     def prompt(self, kind: QuestionKind, question: str, options: Mapping[str, str], hint: str = "") -> str | None:
         """The family's published wording of a question; None leaves the benchmark's own."""

@@ -412,7 +412,7 @@ class Processed:
     """Which visual tokens of one row the MLP of one layer processes; the others get the mean update of their group.
 
     Attributes:
-        token: (V,) bool. group: (V,) int64 numbers; of every group one token at least is processed.
+        token: (V,) bool. group: (V,) int64 in 0..V-1; of every group one token at least is processed.
     """
 
     token: Tensor

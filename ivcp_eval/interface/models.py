@@ -16,7 +16,8 @@ from ivcp_eval.files import DAMAGE, PACKAGE, fingerprint
 from ivcp_eval.interface import Checkpoint
 from ivcp_eval.interface.registry import adapter, family_names, unknown
 
-QUANTISED = ("int8", "int4")
+#: How weights may be stored when they are loaded, and the library that does so.
+QUANTISED = {"int8": "torchao", "int4": "torchao", "bnb8": "bitsandbytes", "bnb4": "bitsandbytes"}
 _LOCAL = "MODEL_PATH (--model-path; in a sweep file `models: {{{}: /path/to/folder}}`)"
 
 

@@ -124,6 +124,11 @@ class Server:
         """``localhost:8000``."""
         return urlsplit(self.base_url).netloc
 
+    @property
+    def target(self) -> str:
+        """Equal for servers that must give the same answers, whatever the variants that they stand for are called."""
+        return json.dumps([self.base_url, self.model, self.options], sort_keys=True)
+
     def to_json(self) -> dict[str, Any]:
         """What can change an answer or a time; where the key is cannot."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "key"}

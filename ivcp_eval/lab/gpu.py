@@ -10,15 +10,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
+from typing import IO
 
 from ivcp_eval.files import CHECKOUT, write_json
+from ivcp_eval.interface.registry import family_names
 from ivcp_eval.runs.planning.numbers import POSITIVE
 
 IVCP = (sys.executable, "-m", "ivcp_eval")
@@ -27,6 +34,15 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 ROBUST = "not beams and not batch_equals and not eager_equals and not uncached and not prompt_lookup"
 LEFT_OUT = "left out"
 START_S = 25  # no cell is begun with less time than this
+END_S = 60  # what a cell that ends by itself gets for its start and its last writing
+#: What the cells of a stage import beside torch, transformers and what these two require: module -> distribution.
+NEEDS: Mapping[str, Mapping[str, str]] = {
+    "contract": {"pytest": "pytest"},
+    "bench": {},
+    "fork": {"psutil": "psutil"},
+    "throughput": {"scipy": "scipy"},
+    "train": {"PIL": "pillow", "torchvision": "torchvision"},
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,8 @@ class Profile:
     Attributes:
         size: of the random model. tokens, batches: prompts of the bench. rounds: of every measurement.
         concurrency, new_tokens: requests of the throughput at a time, and the length of their answers.
-        contract: extra ``-k`` expression of the contract. dtypes: in which it runs.
-        forks: prompts that share a pass. train: configuration of the training.
+        families: of the contract; none: all. contract, oracle: extra ``-k`` expressions. dtypes: in which both run.
+        forks: prompts that share a pass. halves: precisions of forks. train: configuration of the training.
     """
 
     size: str
@@ -46,9 +62,12 @@ class Profile:
     concurrency: tuple[int, ...]
     new_tokens: int
     rounds: int
+    families: tuple[str, ...]
     contract: str
+    oracle: str
     dtypes: tuple[str, ...]
     forks: tuple[int, ...]
+    halves: tuple[str, ...]
     train: str
 
 
@@ -60,9 +79,12 @@ PROFILES = {
         concurrency=(1, 4, 12, 32),
         new_tokens=64,
         rounds=5,
+        families=(),
         contract="",
+        oracle="",
         dtypes=("float32", "bfloat16", "float16"),
         forks=(1, 8, 32),
+        halves=("bfloat16", "float16"),
         train="gpu.yaml",
     ),
     # The same commands on shapes of seconds: proves on any machine that every stage runs.
@@ -70,12 +92,15 @@ PROFILES = {
         size="tiny",
         tokens=(64,),
         batches=(1,),
-        concurrency=(1, 2),
+        concurrency=(2,),
         new_tokens=2,
         rounds=1,
-        contract="ratio_one_is_bit_equal-none-llava",
+        families=("llava",),
+        contract="ratio_one_is_bit_equal-none",
+        oracle="llava and a_s0",
         dtypes=("bfloat16",),
         forks=(2,),
+        halves=("float16",),
         train="dry.yaml",
     ),
 }
@@ -86,99 +111,170 @@ class Cell:
     """One command.
 
     Attributes:
-        stage: which stage it belongs to. name: of its files. command: its arguments; OUT stands for its own file
-            without an ending. limit_s: seconds after which it is stopped.
-        needs: modules without which it is left out, ``tests`` being the checkout's. until: what its folder holds once
-            it is finished; without it the exit code says so.
+        stage: which stage it belongs to. name: of its files. command: its arguments. limit_s: seconds after which it
+            is stopped.
+        until: what its folder holds once it is finished; without it the exit code says so. paced: whether it ends by
+            itself when told ``--minutes``.
     """
 
     stage: str
     name: str
     command: tuple[str, ...]
     limit_s: float
-    needs: tuple[str, ...] = ()
     until: str = ""
+    paced: bool = False
+
+    @property
+    def missing(self) -> list[str]:
+        """Distributions without which it cannot run, and are not here."""
+        found = [name for module, name in NEEDS.get(self.stage, {}).items() if find_spec(module) is None]
+        return [*found, "the checkout, for its tests,"] if self.stage == "contract" and CHECKOUT is None else found
 
 
-def cells(profile: Profile, device: str, minutes: float) -> Iterator[Cell]:
-    """All cells, the most telling first."""
-    where = ("--device", device)
+def cells(profile: Profile, device: str, train_minutes: float, folder: Path) -> Iterator[Cell]:
+    """All cells: one of each stage in turn, the most telling first, so that a short call learns something of each."""
+    stages = (
+        _contract(profile, device, folder),
+        _bench(profile, device, folder),
+        _fork(profile, device, folder),
+        _throughput(profile, device, folder),
+        _train(profile, train_minutes, folder),
+    )
+    for turn in itertools.zip_longest(*stages):
+        yield from (cell for cell in turn if cell is not None)
+
+
+def _contract(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
+    """Tests of the checkout; those that passed are not run again when their cell is."""
+    workers = ("-n", "6") if device != "cpu" and find_spec("xdist") else ()
     attentions = ["sdpa"]
     if device != "cpu" and find_spec("flash_attn"):
         attentions.append("flash_attention_2")
-    for dtype in profile.dtypes:
-        for attention in attentions if dtype != "float32" else ["sdpa"]:
-            parts = (profile.contract, "" if dtype == "float32" else ROBUST)
-            chosen = " and ".join(f"({part})" for part in parts if part)
-            files = ["tests/engine/contract/test_contract.py"]
-            if dtype == "float32":
-                files += ["tests/engine/oracle", "tests/methods/test_oracles.py", "tests/engine/contract/test_waits.py"]
-            options = (*where, "--dtype", dtype, "--attention", attention, "--junitxml", "OUT.xml")
-            command = (*PYTEST, *files, *options, *(("-k", chosen) if chosen else ()))
-            yield Cell("contract", f"contract_{dtype}_{attention}", command, 540, ("pytest", "tests"))
-    rounds = ("--rounds", f"{profile.rounds}", "--out", "OUT")
 
-    def bench(stage: str, name: str, limit_s: float, *options: str) -> Cell:
-        return Cell(stage, name, (*IVCP, "bench", *options, "--size", profile.size, *where, *rounds), limit_s)
+    def tests(name: str, dtype: str, attention: str, *chosen: str) -> Cell:
+        name = f"{name}_{dtype}_{attention}"
+        where = ("--device", device, "--dtype", dtype, "--attention", attention)
+        outcomes = ("--outcomes", str(folder / f"{name}.jsonl"))
+        return Cell("contract", name, (*PYTEST, *workers, *chosen, *where, *outcomes), 240)
 
-    for tokens, batch in itertools.product(profile.tokens, profile.batches):
-        prompt = ("--tokens", f"{tokens}", "--batch", f"{batch}")
-        yield bench("bench", f"bench_{tokens}_{batch}", 240, "pruning", *prompt, "--methods")
+    def only(*expressions: str) -> tuple[str, ...]:
+        kept = [f"({expression})" for expression in expressions if expression]
+        return ("-k", " and ".join(kept)) if kept else ()
+
+    for dtype, attention in itertools.product(profile.dtypes, attentions):
+        half = dtype != "float32"
+        if attention == "flash_attention_2" and not half:  # which it cannot do
+            continue
+        yield tests("oracle", dtype, attention, "tests/engine/oracle", *only(profile.oracle))
+        if not half:
+            yield tests("methods", dtype, attention, "tests/methods/test_oracles.py")
+            yield tests("waits", dtype, attention, "tests/engine/contract/test_waits.py")
+        chosen = ("tests/engine/contract/test_contract.py", *only(profile.contract, ROBUST if half else ""))
+        for family in profile.families or family_names():
+            yield tests(f"contract_{family}", dtype, attention, *chosen, "--family", family)
+
+
+def _measured(stage: str, name: str, profile: Profile, device: str, folder: Path, *options: str) -> Cell:
+    rounds = ("--size", profile.size, "--device", device, "--rounds", f"{profile.rounds}")
+    return Cell(stage, name, (*IVCP, "bench", *options, *rounds, "--out", str(folder / name)), 240)
+
+
+def _bench(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
     for tokens in profile.tokens:
-        prompt = ("--tokens", f"{tokens}", "--batch", "1")
-        yield bench("bench", f"selection_{tokens}", 300, "pruning", *prompt, "--only-methods")
-    dtype = "float32" if device == "cpu" else "bfloat16"
-    for rows in profile.forks:
-        yield bench("fork", f"fork_{rows}", 240, "fork", "--rows", f"{rows}", "--dtype", dtype)
+        prompt = ("pruning", "--tokens", f"{tokens}", "--batch")
+        for batch in profile.batches:
+            name = f"bench_{tokens}_{batch}"
+            yield _measured("bench", name, profile, device, folder, *prompt, f"{batch}", "--methods")
+        yield _measured("bench", f"selection_{tokens}", profile, device, folder, *prompt, "1", "--only-methods")
+
+
+def _fork(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
+    for dtype, rows in itertools.product(profile.halves, profile.forks):
+        options = ("fork", "--rows", f"{rows}", "--dtype", dtype, "--cell-s", "20")  # it has seven cases
+        yield _measured("fork", f"fork_{rows}_{dtype}", profile, device, folder, *options)
+
+
+def _throughput(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
     for clients in profile.concurrency:
-        load = ("--concurrency", f"{clients}", "--new-tokens", f"{profile.new_tokens}")
-        yield bench("throughput", f"throughput_{clients}", 240, "throughput", *load)
-    train = ("lab", "train", "tiny2", "--config", profile.train, "--minutes", f"{minutes:g}", "--out", "OUT")
-    yield Cell("train", "train", (*IVCP, *train), 60 * minutes + 60, until="model")
+        load = ("throughput", "--concurrency", f"{clients}", "--new-tokens", f"{profile.new_tokens}")
+        yield _measured("throughput", f"throughput_{clients}", profile, device, folder, *load)
+
+
+def _train(profile: Profile, minutes: float, folder: Path) -> Iterator[Cell]:
+    command = (*IVCP, "lab", "train", "tiny2", "--config", profile.train, "--out", str(folder / "train"))
+    yield Cell("train", "train", command, 60 * minutes + END_S, until="model", paced=True)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a cell: exit code (None: it did not end, or not run at all), seconds, and why in words."""
+    """What became of a cell.
+
+    Attributes:
+        cell, command: which. code: exit code; None: it did not end, or not run at all. seconds: of the last try.
+        note: why it is not finished, in words. tries: how often it was begun.
+    """
 
     cell: str
     command: str
     code: int | None
     seconds: float
     note: str = ""
+    tries: int = 1
 
     @property
     def finished(self) -> bool:
         """Whether the cell need not run again."""
         return self.code == 0
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended, and not well."""
+        return self.code not in (0, None)
 
-def run_cell(cell: Cell, folder: Path, seconds: float) -> Done:
+
+def run_cell(cell: Cell, folder: Path, seconds: float, tries: int = 1) -> Done:
     """Run one cell for at most ``seconds``; what it prints goes to NAME.log."""
-    command = tuple(part.replace("OUT", str(folder / cell.name)) if "OUT" in part else part for part in cell.command)
-    shown = " ".join(part.replace(sys.executable, "python") for part in cell.command)
-    if missing := [name for name in cell.needs if not _there(name)]:
-        return Done(cell.name, shown, None, 0.0, f"{LEFT_OUT}: {' and '.join(missing)} not found here")
+    pace = ("--minutes", f"{max(seconds - END_S, START_S) / 60:.2f}") if cell.paced else ()
+    command = (*cell.command, *pace)
+    shown = shlex.join(("python" if part == sys.executable else part) for part in command)
+    if cell.missing:
+        return Done(cell.name, shown, None, 0.0, f"{LEFT_OUT}: {', '.join(cell.missing)} not found here", tries - 1)
     began = time.monotonic()
-    with (folder / f"{cell.name}.log").open("a", encoding="utf-8") as log:
+    with (folder / f"{cell.name}.log").open("a", encoding="utf-8") as log, _group(command, log) as process:
         try:
-            code: int | None = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT, timeout=seconds, check=False
-            ).returncode
+            code: int | None = process.wait(seconds)
             note = "" if code == 0 else f"exit code {code}, see {cell.name}.log"
             if code == 0 and cell.until and not (folder / cell.name / cell.until).exists():
                 code, note = None, "not finished yet"
         except subprocess.TimeoutExpired:
             code, note = None, f"stopped after {seconds:.0f} s"
-    return Done(cell.name, shown, code, time.monotonic() - began, note)
+    return Done(cell.name, shown, code, time.monotonic() - began, note, tries)
 
 
-def _there(module: str) -> bool:
-    return CHECKOUT is not None if module == "tests" else find_spec(module) is not None
+@contextmanager
+def _group(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a process group of its own, of which nothing is left after the block, whatever ends that."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # a signal to us does not reach another group
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT, process_group=0
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Every cell that is not finished yet, until the time is up: 0 if all are, 1 if a cell failed, 75 if some are left.
+    """Every cell that is not finished yet, until the time is up: 0 if all are, 75 if some are left, else 1.
 
     Raises:
         ValueError: an unknown stage; or a folder that holds the results of another profile or device.
@@ -186,28 +282,44 @@ def run_all(options: argparse.Namespace) -> int:
     folder, end = options.out.resolve(), time.monotonic() + 60 * options.minutes
     folder.mkdir(parents=True, exist_ok=True)
     _same_run(folder, {"profile": options.profile, "device": options.device})
-    every = list(cells(PROFILES[options.profile], options.device, options.train_minutes))
+    every = list(cells(PROFILES[options.profile], options.device, options.train_minutes, folder))
     stages = list(dict.fromkeys(cell.stage for cell in every))
     if unknown := set(options.stages or ()) - set(stages):
         raise ValueError(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stages)}")
     chosen = [cell for cell in every if not options.stages or cell.stage in options.stages]
-    failed = left = 0
-    for cell in chosen:
-        record = folder / f"{cell.name}.done.json"
-        if record.exists() and Done(**json.loads(record.read_text(encoding="utf-8"))).finished:
-            continue
+    known = {cell.name: done for cell in chosen if (done := _record(folder, cell)) is not None}
+    for cell in in_turn(chosen, known):
         time_left = end - time.monotonic()
         if time_left < START_S:
-            left += 1
-            continue
-        done = run_cell(cell, folder, min(cell.limit_s, time_left))
-        write_json(record, asdict(done))
-        failed += done.code not in (0, None)
-        left += done.code is None and not done.note.startswith(LEFT_OUT)
+            break
+        tries = known[cell.name].tries + 1 if cell.name in known else 1
+        done = known[cell.name] = run_cell(cell, folder, min(cell.limit_s, time_left), tries)
+        write_json(folder / f"{cell.name}.done.json", asdict(done))
         sys.stdout.write(f"{cell.name}: {done.note or 'done'} ({done.seconds:.0f} s)\n")
         sys.stdout.flush()
-    sys.stdout.write(f"{len(chosen) - failed - left} of {len(chosen)} cells need no other run; {failed} failed\n")
-    return 1 if failed else 75 if left else 0
+    finished = sum(done.finished for done in known.values())
+    bad = sum(done.failed or done.note.startswith(LEFT_OUT) for done in known.values())
+    left = len(chosen) - finished - bad
+    sys.stdout.write(f"{finished} of {len(chosen)} cells are finished, {left} left; {bad} failed or left out\n")
+    return 75 if left else 1 if bad else 0
+
+
+def in_turn(chosen: Sequence[Cell], known: Mapping[str, Done]) -> list[Cell]:
+    """What is not finished: cells never tried, then those that were stopped, then failed ones; fewest tries first.
+
+    So nothing that takes all the time, or fails, keeps others from their turn in the next call.
+    """
+
+    def rank(cell: Cell) -> tuple[bool, int]:
+        done = known.get(cell.name)
+        return (False, 0) if done is None else (done.failed, done.tries)
+
+    return sorted((cell for cell in chosen if cell.name not in known or not known[cell.name].finished), key=rank)
+
+
+def _record(folder: Path, cell: Cell) -> Done | None:
+    path = folder / f"{cell.name}.done.json"
+    return Done(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def _same_run(folder: Path, settings: dict[str, str]) -> None:
@@ -225,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="folder of the measurements; the same one goes on")
     made.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     made.add_argument("--profile", choices=sorted(PROFILES), default="full", help="dry: small shapes, for any machine")
-    made.add_argument("--train-minutes", type=POSITIVE, default=8, help="of one call of the training (default: 8)")
+    made.add_argument("--train-minutes", type=POSITIVE, default=4, help="of one call of the training (default: 4)")
     return made
 
 

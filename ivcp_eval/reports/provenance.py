@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ivcp_eval import benchmarks
 from ivcp_eval.interface.models import unquantised
-from ivcp_eval.interface.variants import BASELINE, OWN
+from ivcp_eval.interface.variants import BASELINE, OWN, Server
 from ivcp_eval.reports.table import KEY, Row
 
 __all__ = [
@@ -286,7 +286,14 @@ def remarks(baseline: Row, pruned: Row) -> list[str]:
         served = json.loads(pruned["served"] or baseline["served"])["base_url"]
         unknown = ", ".join(_UNKNOWN_OF_SERVERS)
         lines.append(f"one side is answered by a server ({served}), whose {unknown} may be others than those here")
+    elif baseline["served"] and pruned["method"] != AGAIN and _server(baseline).target == _server(pruned).target:
+        url = _server(pruned).base_url
+        lines.append(f"nothing but chance: one server answers both, asked in the same way ({url})")
     return lines
+
+
+def _server(row: Row) -> Server:
+    return Server.of(json.loads(row["served"]))
 
 
 def _half_served(baseline: Mapping[str, Any], pruned: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.benchmarks import Benchmark
@@ -183,7 +184,7 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
         cell.note(None if isinstance(engine, Served) else asdict(engine.shape))
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
-    fits = Fits(plan.state / "fits" / f"{unit.model}.{unit.benchmark.name}.json")
+    fits = Fits(_fits(plan, f"{_loaded_name(plan, unit)}.{unit.benchmark.name}"))
     start = time.monotonic()
     with ExitStack() as stack:
         journals = [stack.enter_context(Journal(shard(cell, unit)).open()) for cell in cells]
@@ -322,6 +323,11 @@ def _loaded_name(plan: RunPlan, unit: Unit) -> str:
     return unit.model + (f" ({', '.join(words)})" if words else "")
 
 
+def _fits(plan: RunPlan, name: str) -> Path:
+    """Where it is remembered what fits into memory together."""
+    return plan.state / "fits" / f"{name}.json"
+
+
 def _session(plan: RunPlan, unit: Unit, hooks: Hooks, report: Report) -> Session:
     """The unit's model in memory; one at a time."""
     from ivcp_eval.runs.answering.session import timed_load
@@ -333,8 +339,10 @@ def _session(plan: RunPlan, unit: Unit, hooks: Hooks, report: Report) -> Session
         register()
         own = plan.models[unit.model]
         try:
+            options = plan.options
+            fits = _fits(plan, f"{name}.variants")
             loaded, seconds = timed_load(
-                own.weights, unit.placement, own.limits, plan.options.trust_remote_code, plan.options.timeout
+                own.weights, unit.placement, own.limits, options.trust_remote_code, options.timeout, fits
             )
         except FAILURES as error:
             raise _NotLoadedError(name, error) from error

@@ -139,13 +139,24 @@ class Adapter(AbstractTransformersAdapter):
         return shrunk_to_count(count, size, share)
 
     def load_parts(
-        self, source: str, pixels: Mapping[str, Any], *, dtype: torch.dtype, device: str, attention: str, **common: Any
+        self,
+        source: str,
+        pixels: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        attention: str,
+        quantization_config: Any = None,
+        **common: Any,
     ) -> tuple[Any, Any]:
         """Our own classes on the published files; their remote code is never run.
 
         Raises:
-            ValueError: a variant that is not implemented, or tensors that are missing, left over or of another shape.
+            ValueError: a variant that is not implemented, tensors that are missing, left over or of another shape, or
+                weights that transformers is to quantise, which knows none of these classes.
         """
+        if quantization_config is not None:
+            raise ValueError("weights of DeepSeek-VL2 cannot be stored by bitsandbytes here; use int8 or int4")
         from model_adapters.deepseek_vl2.loading import load_checkpoint
 
         return load_checkpoint(source, revision=common["revision"], dtype=dtype, device=device, attention=attention)

@@ -167,13 +167,14 @@ def test_the_trunk_and_the_vision_tower_run_once() -> None:
     assert calls == {"vision": 1, "lower": 1}
 
 
-def test_half_precision_agrees_and_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_models.half("qwen2_5_vl")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_agrees_and_exact_is_exact(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.half("qwen2_5_vl", dtype=dtype)
     _, make_inputs = tiny_models.build("qwen2_5_vl")
     agree = total = 0
     for seed in range(4):
         inputs = make_inputs("t5 i0 t9", seed=seed)
-        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         wanted = [alone(model, variant, inputs, {}, max_new_tokens=6) for variant in IVC]
         same(fork(model, IVC, inputs, exact=True, max_new_tokens=6), wanted)
         for got, reference in zip(fork(model, IVC, inputs, max_new_tokens=6), wanted, strict=True):
@@ -181,7 +182,7 @@ def test_half_precision_agrees_and_exact_is_exact(capsys: pytest.CaptureFixture[
             agree += tokens(got) == tokens(reference)
             total += 1
     with capsys.disabled():
-        print(f"\nbfloat16: {agree} of {total} forked answers equal their single runs token for token")  # noqa: T201
+        print(f"\n{dtype}: {agree} of {total} forked answers equal their single runs token for token")  # noqa: T201
     assert agree / total > 0.7
 
 
@@ -285,6 +286,7 @@ def test_bench_counts_and_agrees(capsys: pytest.CaptureFixture[str], tmp_path: P
     case = bench_fork.Case("", *_bench_model(), bench_fork.seven(2), 4, None)
     one_by_one, together = bench_fork.flops(case)
     assert 1 < one_by_one / together < 7
+    assert bench_fork.measure(case, rounds=3, seconds=0)[0].n == 1, "its time was up after one round"
 
 
 def _bench_model() -> tuple[Any, Any]:
@@ -295,9 +297,11 @@ def _bench_model() -> tuple[Any, Any]:
     return model, make_inputs(model.config, 64, 1, 12, torch.float32, "cpu")
 
 
-@pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="this transformers repeats masked keys per head")
 def test_ragged_rows_decode_on_the_cached_heads() -> None:
-    """Padding needs a mask; the cached keys are not copied for every query head on its account."""
+    """Padding needs a mask; the cached keys are not copied for every query head on its account.
+
+    Releases before 5.23 copy masked keys, those of every model and batch with padding: docs/gpu.md says so.
+    """
     model: Any = tiny_models.build("qwen2_5_vl")[0]
     text = model.config.get_text_config()
     calls: list[tuple[int, bool]] = []
@@ -313,5 +317,7 @@ def test_ragged_rows_decode_on_the_cached_heads() -> None:
     with Attention():
         fork(model, IVC, tiny_models.make_inputs("qwen2_5_vl", "t5 i0 t9"), max_new_tokens=3)
     assert text.num_key_value_heads < text.num_attention_heads
-    assert (text.num_key_value_heads, True) in calls, "no masked step was seen"
-    assert {heads for heads, _ in calls} == {text.num_key_value_heads}
+    packs = hasattr(sdpa_attention, "pack_gqa")
+    expected = text.num_key_value_heads if packs else text.num_attention_heads
+    assert {heads for heads, masked in calls if masked} == {expected}, "no masked step, or copies"
+    assert {heads for heads, masked in calls if not masked} <= {text.num_key_value_heads}

@@ -93,11 +93,11 @@ def _model(name: str, seed: int, attn: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=2)
-def half(name: str, attn: str = "sdpa") -> nn.Module:
-    """A bfloat16 copy of the tiny model; buffers (rotary frequencies) stay float32, as loading a checkpoint does."""
+def half(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A copy of the tiny model in half precision; buffers (rotary frequencies) stay float32, as loading does."""
     model = copy.deepcopy(_model(name, 0, attn))
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ivcp_eval.benchmarks import is_file_name
 from ivcp_eval.cli import notices, say
 from ivcp_eval.files import DATASETS
+from ivcp_eval.interface.models import QUANTISED
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX, SHARE
 from ivcp_eval.runs.planning.options import add_flags, given_flags
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="parameters of the method, e.g. layer=16")
     add("--seed", type=INDEX, default=0, help="of methods that draw (default: %(default)s)")
     add("--model-path", help="local folder with the checkpoint")
-    add("--weights", choices=("int8", "int4"), help="store the weights so, under any method; --model NAME@int8 is the "
-        "same (default: as they are)")  # fmt: skip
+    add("--weights", choices=tuple(QUANTISED), help="store the weights so, under any method: int8 and int4 by torchao, "
+        "bnb8 and bnb4 by bitsandbytes on a GPU; --model NAME@int8 is the same (default: as they are)")  # fmt: skip
     add("--base-url", metavar="URL", help="an OpenAI-compatible server that answers in place of a method, e.g. "
         "http://localhost:8000/v1, started to keep --ratio of the visual tokens; with --method none it is the "
         "unpruned model. Its key is read from SERVED_API_KEY")  # fmt: skip

@@ -260,7 +260,7 @@ def _results(args: argparse.Namespace) -> int:
     runs = args.runs or cells.RUNS
     ran = sorted(path.parent.name for path in (runs.parent / "sweeps").glob("*/manifest.json"))
     evaluated = [] if args.sweep else sorted(path.parent for path in eval_state(runs, "").glob("*/manifest.json"))
-    names = [Path(name).stem for name in args.sweep] or ran
+    names = list(dict.fromkeys(Path(name).stem for name in args.sweep)) or ran
     if not names and not evaluated:
         say(f"nothing has run yet below {runs.parent}: no {runs.parent.name}/sweeps, no {runs.parent.name}/eval")
     codes = [0]

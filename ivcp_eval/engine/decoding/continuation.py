@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ivcp_eval.engine.cache import PrunedLayer, SlotMap
 from ivcp_eval.engine.geometry import attention_mask
+from ivcp_eval.interface.ops import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,7 @@ class Continuation:
         self.cache = cache
         self.mask = mask  # the caller's (B, columns) mask, or None
         self.built: dict[tuple[int, int], Tensor | None] = {}
+        self._checked = False  # whether `_check_admitted` was
 
     def layer_mask(
         self,
@@ -61,13 +63,35 @@ class Continuation:
         if self.mask is not None:
             allowed = self.mask.bool().to(hidden.device).gather(1, columns.clamp_min(0))
             # As stock code does: any mask costs sdpa its flash kernel. That code has looked at all but the first
-            # columns of the prompt, and made the host wait for it; a step asks of these only once.
+            # columns of the prompt.
             if maskless and unmasked:
                 if q > 1 or not slot_map.admitted:
-                    slot_map.admitted = bool(allowed.all())
+                    self._check_admitted(q)
                 if slot_map.admitted:
                     return None
         return attention_mask(columns, q, implementation=implementation, dtype=hidden.dtype, allowed=allowed)
+
+    def _check_admitted(self, q: int) -> None:
+        """See of every slot map without padding whether the caller's mask admits all of its slots.
+
+        The host waits once for all of them; of single steps those are not asked again that were admitted.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        assert self.mask is not None
+        open_maps: dict[int, tuple[SlotMap, Tensor]] = {}
+        for layer in self.cache.layers:
+            if not isinstance(layer, PrunedLayer) or id(layer.slot_map) in open_maps:
+                continue
+            slot_map = layer.slot_map
+            if not slot_map.padded and (q > 1 or not slot_map.admitted):
+                columns = slot_map.key_columns(self.mask.shape[1] - layer.dropped)
+                allowed = self.mask.bool().to(columns.device).gather(1, columns)
+                open_maps[id(slot_map)] = slot_map, allowed.all()
+        found = to_host([admitted for _, admitted in open_maps.values()])
+        for (slot_map, _), admitted in zip(open_maps.values(), found, strict=True):
+            slot_map.admitted = bool(admitted)
 
 
 class Continuity:

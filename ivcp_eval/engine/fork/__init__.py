@@ -6,7 +6,7 @@ docs/design/fork.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ivcp_eval.engine.fork.join import claim, join
 from ivcp_eval.engine.fork.trunk import Branch, End, Joined, Trunk
 from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.parts import Parts, Resolved
+from ivcp_eval.engine.prefill import read_choices
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import AbstractMethod, Signal
 from ivcp_eval.interface.names import spelling, spellings
@@ -81,6 +82,7 @@ def fork(
     exact: bool = False,
     at_once: int | None = None,
     too_many: Callable[[int], None] | None = None,
+    fitted: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Answer one batch of prompts greedily under every variant.
@@ -93,7 +95,8 @@ def fork(
         exact: run one variant after the other instead. Bits are then those of single runs in half precision too, where
             a batch rounds differently from a single row.
         at_once: most variants to decode together; default: as many as fit the free memory. 0: nothing is shared.
-        too_many: called when memory ran out, with the ``at_once`` that is worth a try next time.
+        too_many: called when memory ran out, with the ``at_once`` that is worth a try next time. fitted: called when so
+            many variants were decoded together.
         **options: of ``generate``; logits processors see each row's own tokens. Beams, sampling and stop rules that
             look at the whole batch are refused.
 
@@ -113,7 +116,8 @@ def fork(
     plain = [i for i, plan in enumerate(plans) if not plan.resolved.cuts and not plan.alone]
     distinct = {i: plan for i, plan in enumerate(plans) if i not in plain[1:]}
     shared = {} if exact or at_once == 0 else {i: plan for i, plan in distinct.items() if not plan.alone}
-    answers = _together(model, shared, inputs, layout, at_once, too_many, options) if len(shared) > 1 else {}
+    callbacks = too_many or _nobody, fitted or _nobody
+    answers = _together(model, shared, inputs, layout, at_once, *callbacks, options) if len(shared) > 1 else {}
     for i in (i for i in distinct if i not in answers):
         answers[i] = _single(model, plans[i], inputs, layout, options)
     for i in plain[1:]:
@@ -169,7 +173,8 @@ def _together(
     inputs: Mapping[str, Any],
     layout: Mapping[str, Any],
     at_once: int | None,
-    too_many: Callable[[int], None] | None,
+    too_many: Callable[[int], None],
+    fitted: Callable[[int], None],
     options: Mapping[str, Any],
 ) -> dict[int, Answer]:
     """Answers of all variants but those that did not fit into memory beside the trunk."""
@@ -177,21 +182,24 @@ def _together(
     try:
         trunk = _trunk(model, plans, inputs, layout)
     except torch.OutOfMemoryError:
-        if too_many is not None:
-            too_many(0)
+        too_many(0)
         return answers
     groups = _groups(list(plans), trunk, at_once, options)
     while groups:
         group = groups.pop(0)
         try:
             answers |= _pass(trunk, {i: plans[i] for i in group}, inputs, options)
+            fitted(len(group))
         except torch.OutOfMemoryError:
             half = len(group) // 2
-            if too_many is not None:
-                too_many(len(group) - half if half else 0)
+            too_many(len(group) - half if half else 0)
             groups = [part for part in (group[:half], group[half:]) if half] + groups
-        _release(model)
+            _release(model)
     return answers
+
+
+def _nobody(_count: int) -> None:
+    """Nobody wants to know what fitted."""
 
 
 def _trunk(model: Any, plans: Mapping[int, _Plan], inputs: Mapping[str, Any], layout: Mapping[str, Any]) -> Trunk:
@@ -213,7 +221,7 @@ def _pass(
     trunk: Trunk, plans: Mapping[int, _Plan], inputs: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[int, Answer]:
     """Branches, join and decoding of one group of variants."""
-    ends = [_end(trunk, plan) for plan in plans.values()]
+    ends = _ends(trunk, plans.values())
     runs = [end.run for end in ends]
     ids = inputs["input_ids"]
     length = ids.shape[1]
@@ -241,11 +249,22 @@ def _pass(
     return {i: Answer(rows[v :: len(plans)], runs[v]) for v, i in enumerate(plans)}
 
 
-def _end(trunk: Trunk, plan: _Plan) -> End:
+def _ends(trunk: Trunk, plans: Iterable[_Plan]) -> list[End]:
+    """Every variant after its prefill; the host waits once for what all methods chose in the trunk."""
+    branches = [_branch(trunk, plan) for plan in plans]
+    chosen = [one.choices for branch in branches if branch is not None for one in branch.chosen.values()]
+    read = iter(read_choices(chosen))
+    return [
+        trunk.end() if branch is None else branch.prefill({layer: next(read) for layer in branch.chosen})
+        for branch in branches
+    ]
+
+
+def _branch(trunk: Trunk, plan: _Plan) -> Branch | None:
     first = plan.resolved.first_cut
     if first is None or trunk.prompt is None:  # cuts nothing, or a text-only prompt
-        return trunk.end()
-    return Branch(Parts(trunk.model, plan.resolved, seed=plan.variant.seed)).prefill(trunk, first)
+        return None
+    return Branch(Parts(trunk.model, plan.resolved, seed=plan.variant.seed), trunk, first)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -288,5 +307,6 @@ def free_memory(model: Any) -> int:
 
 
 def _release(model: Any) -> None:
+    """Give back what lies in fragments; not after every pass, for the host then waits, and all is allocated anew."""
     if any(parameter.device.type == "cuda" for parameter in model.parameters()):
         torch.cuda.empty_cache()

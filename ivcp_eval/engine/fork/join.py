@@ -42,12 +42,13 @@ def join(ends: Sequence[End], prompt_length: int) -> tuple[Tensor, list[PrunedLa
 def claim(layers: Sequence[PrunedLayer], length: int) -> Cache:
     """A cache without contents that claims to hold ``length`` tokens, so that ``generate`` feeds what follows them."""
     cache: Any = DynamicCache()
+    columns = torch.empty(layers[0].keys.shape[0], 0, dtype=torch.int64, device=layers[0].keys.device)
+    nothing = SlotMap(columns, length, False, admitted=True)
     cache.layers = []
     for layer in layers:
         empty = DynamicLayer()
         empty.keys, empty.values = layer.keys[:, :, :0], layer.values[:, :, :0]
-        columns = torch.empty(layer.keys.shape[0], 0, dtype=torch.int64, device=layer.keys.device)
-        cache.layers.append(PrunedLayer(empty, SlotMap(columns, length, False)))
+        cache.layers.append(PrunedLayer(empty, nothing))
     return cache
 
 
@@ -78,4 +79,5 @@ def _slot_map(slots: Sequence[LayerSlots], prompt_length: int, device: torch.dev
     shift = None
     if any(part.shift is not None for part in slots):
         shift = _interleaved([to_device(part, device) for part in shifts])
-    return SlotMap(to_device(joined, device), prompt_length, bool((joined < 0).any()), shift)
+    # The mask of the decoding is the prompt's own, which admits every alive column.
+    return SlotMap(to_device(joined, device), prompt_length, bool((joined < 0).any()), shift, admitted=True)

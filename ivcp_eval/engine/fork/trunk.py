@@ -18,7 +18,7 @@ from ivcp_eval.engine.cache import PrunedLayer
 from ivcp_eval.engine.geometry import Rows
 from ivcp_eval.engine.hooks import Engine, listeners_for
 from ivcp_eval.engine.parts import Parts, Resolved
-from ivcp_eval.engine.prefill import LayerSlots, Prefill, Prompt
+from ivcp_eval.engine.prefill import ChosenCut, LayerSlots, Prefill, Prompt
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import (
     AbstractAdapter,
@@ -175,50 +175,67 @@ class Trunk(Engine):
 
 @final
 class Branch(Engine):
-    """One variant: layers k..L-1 alone on its own, unpadded sequence, k being its first cut."""
+    """One variant: layers k..L-1 alone on its own, unpadded sequence, k being its first cut.
 
-    def prefill(self, trunk: Trunk, first: int) -> End:
-        """Run it; the trunk's tensors stay as they are.
+    Attributes:
+        chosen: by layer, its observations and its first cut in the trunk, at which the method has chosen.
+    """
+
+    def __init__(self, parts: Parts, trunk: Trunk, first: int) -> None:
+        """Ask the method.
 
         Args:
             trunk: after its prefill. first: k.
         """
+        super().__init__(parts)
         assert trunk.prompt is not None
         assert trunk.cache is not None
-        layers = self.decoder.layers
-        cache = _shared(trunk.cache, first)
+        prompt, n_layers = trunk.prompt, len(self.decoder.layers)
+        self._trunk, self._first = trunk, first
+        self._read: dict[int, list[list[Tensor]]] = {}
+        self.run.start(prompt.image_mask, prompt.alive.columns, prompt.spans, n_layers)
+        self._state = state = Prefill(prompt, n_layers, self.run)
+        state.vision, state.cache = trunk.vision, _shared(trunk.cache, first)
+        self.chosen: dict[int, ChosenCut] = {}
+        for index in (layer for layer in self.cuts if layer <= first):
+            snapshot = trunk.snapshots[index]
+            state.captured = dict(snapshot.captured)
+            self.resume(state, snapshot.position_ids)
+            self.chosen[index] = self.cutter.choose(state, self.cuts[index], snapshot.hidden, snapshot.kwargs)
+
+    def prefill(self, read: Mapping[int, list[list[Tensor]]]) -> End:
+        """Run it; the trunk's tensors stay as they are.
+
+        Args:
+            read: by layer what was `chosen`, as `read_choices` gives it.
+        """
+        first, state = self._first, self._state
+        snapshot, layers = self._trunk.snapshots[first], self.decoder.layers
+        for index in (layer for layer in self.chosen if layer < first):
+            self.cutter.carry_out(state, self.chosen[index], read[index])
+        self._read = {first: read[first]}
         self.attach()
         try:
-            prompt = trunk.prompt
-            self.run.start(prompt.image_mask, prompt.alive.columns, prompt.spans, len(layers))
-            state = Prefill(trunk.prompt, len(layers), self.run)
-            state.vision, state.cache = trunk.vision, cache
-            for index in (layer for layer in self.cuts if layer < first):
-                # Observations before the first cut remember what they saw in the trunk.
-                self._enter(state, trunk.snapshots[index])
-                self.at_cut(state, self.cuts[index], trunk.snapshots[index].hidden, trunk.snapshots[index].kwargs)
-            snapshot = trunk.snapshots[first]
-            self._enter(state, snapshot)
-            hidden, kwargs = snapshot.hidden, write(snapshot.kwargs, cache=cache)
+            self.resume(state, snapshot.position_ids)
+            hidden, kwargs = snapshot.hidden, write(snapshot.kwargs, cache=state.cache)
             for layer in layers[first:]:
                 hidden = layer(hidden, **kwargs)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             state.finish()
-            self.run.kv_lengths = [layer.keys.shape[-2] for layer in cache.layers]
-            return End(self.run, self.decoder.norm(hidden[:, -1:]), cache, state.layers)
+            assert state.cache is not None
+            self.run.kv_lengths = [layer.keys.shape[-2] for layer in state.cache.layers]
+            return End(self.run, self.decoder.norm(hidden[:, -1:]), state.cache, state.layers)
         finally:
             self.detach()
 
     def at_cut(self, state: Prefill, cut: Cut, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """What the method keeps."""
+        """What the method keeps; at the first cut, what it has chosen already."""
+        if cut.layer in self._read:
+            return self.cutter.carry_out(state, self.chosen[cut.layer], self._read.pop(cut.layer))
         return self.cutter.cut(state, cut, hidden, kwargs)
 
     def after_forward(self, output: Any) -> None:
         """The text model itself never runs here."""
-
-    def _enter(self, state: Prefill, snapshot: Snapshot) -> None:
-        state.captured = dict(snapshot.captured)
-        self.resume(state, snapshot.position_ids)
 
 
 @final

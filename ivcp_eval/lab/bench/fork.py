@@ -18,7 +18,7 @@ from typing import Any
 
 from ivcp_eval.files import write_json
 from ivcp_eval.interface.variants import Variant
-from ivcp_eval.runs.planning.numbers import COUNT
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 TARGET, CEILING = 3.0, 1.05  # of seven variants; where nothing can be shared
@@ -114,8 +114,14 @@ def flops(case: Case) -> tuple[float, float]:
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float, int]:
-    """(`Spread` of the rounds' ratios, milliseconds of one pass, variants whose tokens are those of their own run)."""
+def measure(
+    case: Case, rounds: int, clock: Callable[[], float] = time.perf_counter, seconds: float = float("inf")
+) -> tuple[Any, float, int]:
+    """(`Spread` of the rounds' ratios, milliseconds of one pass, variants whose tokens are those of their own run).
+
+    Args:
+        seconds: after which no further round is begun.
+    """
     import torch
 
     from ivcp_eval.engine.cost.rounds import Spread, interleave
@@ -132,7 +138,9 @@ def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_coun
         _wait(case.model)
         return clock() - start
 
-    times = interleave({"one by one": lambda: timed("one", True), "one pass": lambda: timed("all", False)}, rounds)
+    calls = {"one by one": lambda: timed("one", True), "one pass": lambda: timed("all", False)}
+    end = time.monotonic() + seconds
+    times = interleave(calls, rounds, keep_going=lambda: time.monotonic() < end)
     equal = sum(
         [row.tolist() for row in one.tokens] == [row.tolist() for row in together.tokens]
         for one, together in zip(answers["one"], answers["all"], strict=True)
@@ -239,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=COUNT, default=1, help="prompts in one pass (default: %(default)s)")
     parser.add_argument("--rounds", type=COUNT, default=5, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--cell-s", type=AMOUNT, default=120, help="start no round after that many seconds of a case")
     parser.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
     parser.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
@@ -261,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = False
     with TemporaryDirectory() as folder:
         for case in cases(options.size, options.device, options.dtype, Path(folder), options.rows):
-            spread, milliseconds, equal = measure(case, options.rounds, clock)
+            spread, milliseconds, equal = measure(case, options.rounds, clock, options.cell_s)
             singles, together = flops(case)
             hit = case.target is None or spread.median >= case.target
             missed |= not hit

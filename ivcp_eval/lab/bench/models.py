@@ -141,13 +141,23 @@ def configuration(shape: Size, **depths: int) -> Any:
     )
 
 
-def build_model(config: Any, device: str, dtype: torch.dtype, attention: str) -> Any:
-    """Qwen2_5_VLForConditionalGeneration with random weights, created on ``device`` (no copy on the host)."""
+def build_model(config: Any, device: str, dtype: torch.dtype, attention: str, weights: str = "") -> Any:
+    """Qwen2_5_VLForConditionalGeneration with random weights, created on ``device`` (no copy on the host).
+
+    Args:
+        weights: how they are stored, of `interface.models.QUANTISED`; empty: as ``dtype``.
+    """
     from transformers import AutoModelForImageTextToText
+
+    from ivcp_eval.runs.answering.quantising import loading, quantise
 
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+    if further := loading(weights, dtype):
+        further |= {"config": config, "dtype": dtype, "attn_implementation": attention, "device_map": {"": device}}
+        model = type(model).from_pretrained(None, state_dict=model.state_dict(), **further)
+    quantise(model, weights)
     model.generation_config.eos_token_id = None  # every variant decodes the same number of steps
     model.generation_config.pad_token_id = 0
     return model.eval()

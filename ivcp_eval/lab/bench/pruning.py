@@ -20,6 +20,7 @@ from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.cost.clock import HookTime, Phases
+    from ivcp_eval.engine.cost.traffic import Traffic
     from ivcp_eval.lab.bench.models import Size
 
 METHOD = "ivc_prune"
@@ -59,6 +60,7 @@ class Setup:
     attention: str
     dtype: Any
     cpu_time: bool = False
+    traffic: Traffic | None = None
 
 
 def variants(size: Size, visual_tokens: int) -> list[Variant]:
@@ -143,11 +145,16 @@ def _row(setup: Setup, variant: Variant, visual_tokens: int, samples: dict[str, 
         "peak_bytes": mine[0].phases.peak_bytes,
         "prefill_ms_rounds": prefills(variant.name),
     }
+    if setup.traffic is not None:
+        row["prefill_memory_ms"] = setup.traffic.prefill_ms(row["kv_bytes"])
+        row["bandwidth_gb_s"] = setup.traffic.bandwidth / 1e9
     if variant.visual_tokens is None:
         decode = [sample.phases.decode_ms_per_token or 0.0 for sample in mine]
         row["decode_ms_per_token"] = Spread.of(decode).median
         row["decode_ratio"] = Spread.of_ratios(decode, [s.phases.decode_ms_per_token or 0.0 for s in stock]).median
         row["decode_ms_rounds"] = decode
+        if setup.traffic is not None:
+            row["decode_memory_ms"] = setup.traffic.decode_ms(row["kv_bytes"])
     if variant.ratio is not None:
         row |= _against_bound(setup, mine[0], ratio.median, variant.ratio)
     if variant.layer is not None and variant.ratio is not None:
@@ -202,6 +209,7 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
     """Every cell in order of size, what choosing costs, the vision tower; ``report`` gets rows as they are ready."""
     import torch
 
+    from ivcp_eval.engine.cost.traffic import Traffic, copy_bandwidth
     from ivcp_eval.interface.registry import adapter, make_method, method_names
     from ivcp_eval.lab.bench.models import build_model, configuration
     from ivcp_eval.lab.bench.selection import measure_selection
@@ -210,7 +218,7 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
         make_method(name)  # a misspelt name shall not wait for its turn
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     end = time.monotonic() + options.limit_s
-    cells = sorted(((n, b) for n in size.visual_tokens for b in size.batches), key=lambda cell: cell[0] * cell[1])
+    cells = sorted({(n, b) for n in size.visual_tokens for b in size.batches}, key=lambda cell: cell[0] * cell[1])
 
     def attempt(row: dict[str, Any], work: Callable[[], list[dict[str, Any]]]) -> None:
         if time.monotonic() > end:
@@ -227,7 +235,9 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
         if not options.only_methods:
             # A vision tower without blocks: here it only has to deliver embeddings of the right shape.
             model = build_model(configuration(size, vision_depth=0), options.device, dtype, attention)
-            setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
+            wired = adapter("qwen2_5_vl")
+            traffic = Traffic.of(model, wired, copy_bandwidth(options.device))
+            setup = Setup(model, wired, size, options.device, attention, dtype, options.cpu_time, traffic)
             for tokens, batch in cells:
                 row = {"attention": attention, "visual_tokens": tokens, "batch": batch}
                 attempt(row, partial(measure_cell, setup, tokens, batch, options.cell_s))
@@ -236,7 +246,7 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
         if names:  # methods may listen to the vision tower: here it is whole
             model = build_model(configuration(size), options.device, dtype, attention)
             setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
-            for tokens in sorted(size.visual_tokens):
+            for tokens in sorted(set(size.visual_tokens)):
                 row = {"attention": attention, "visual_tokens": tokens, "batch": min(size.batches)}
                 attempt(
                     {**row, "variant": "selection"},

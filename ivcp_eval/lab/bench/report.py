@@ -29,6 +29,7 @@ COLUMNS = (
     "prefill_q1",
     "prefill_q3",
     "prefill_ratio",
+    "prefill_memory_ms",
     "flop_bound",
     "layer_bound",
     "over_bound",
@@ -42,6 +43,8 @@ COLUMNS = (
     "net_ms",
     "decode_ms_per_token",
     "decode_ratio",
+    "decode_memory_ms",
+    "bandwidth_gb_s",
     "kv_bytes",
     "kv_ratio",
     "peak_bytes",
@@ -164,11 +167,12 @@ def table(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]] | N
 
 
 _NAMES = ("variant", "benchmark", "arm")
-_TITLE = {"attention": "attention", "visual_tokens": "visual tokens", "batch": "rows"}
+_TITLE = {"attention": "attention", "visual_tokens": "visual tokens", "batch": "at a time"}
 _SHOWN = {
     "variant": ("variant", "{}"),
     "vision ms": ("vision_ms", "{:.1f}"),
     "prefill ms": ("prefill_ms", "{:.1f}"),
+    "memory alone ms": ("prefill_memory_ms", "{:.2f}"),
     "x untouched": ("prefill_ratio", "{:.3f}"),
     "FLOP bound": ("flop_bound", "{:.3f}"),
     "layer bound": ("layer_bound", "{:.3f}"),
@@ -182,6 +186,7 @@ _SHOWN = {
     "cut saves ms": ("saved_ms", "{:.1f}"),
     "net ms": ("net_ms", "{:+.1f}"),
     "decode ms/token": ("decode_ms_per_token", "{:.2f}"),
+    "memory alone": ("decode_memory_ms", "{:.2f}"),
     "x stock": ("decode_ratio", "{:.3f}"),
     "KV": ("kv_ratio", "{:.3f}"),
     "peak GiB": ("peak_bytes", "GiB"),

@@ -1,8 +1,8 @@
 """``ivcp bench throughput``: requests per second and time to first token under concurrent requests, pruned or not.
 
-Each request is a picture, a question and an answer of fixed length. N concurrent requests are answered as one batch,
-vision encoder to last token, and the next N follow: static batching, as `generate` does it. transformers' continuous
-batching takes token ids without pictures, so neither arm can be measured there.
+Each request is a picture, a question and an answer of a given length. N clients send them, each the next one when its
+answer is there; the server answers all who wait as one batch, from pixels to last token, and then looks who waits
+(`load.closed_loop`). transformers' continuous batching takes token ids without pictures, so neither arm can run there.
 """
 
 from __future__ import annotations
@@ -11,31 +11,48 @@ import argparse
 import json
 import math
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ivcp_eval.interface.models import QUANTISED
 from ivcp_eval.interface.variants import BASELINE
+from ivcp_eval.lab.bench.load import Trace, closed_loop, lengths, steady
 from ivcp_eval.reports.provenance import AGAIN
 from ivcp_eval.reports.schema import canonical_json
-from ivcp_eval.reports.stats.timing import STAGES, paired_ratio
+from ivcp_eval.reports.stats.timing import paired_ratio
 from ivcp_eval.reports.terminal import time_cell
 from ivcp_eval.reports.views.costs import BENCH_COLUMNS
-from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE
+from ivcp_eval.runs.answering.quantising import quantiser
+from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE, Number
+
+if TYPE_CHECKING:
+    from ivcp_eval.engine.cost.clock import Phases
+    from ivcp_eval.engine.cost.traffic import Traffic
 
 CONCURRENCY = (1, 4, 12, 32)
 SHOWN = {
     "variant": ("variant", "{}"),
     "requests/h": ("requests_per_hour", "{:.0f}"),
     "time of a request": ("end_to_end", "{}"),
-    "first token ms": ("ttft_ms", "{:.1f}"),
-    "time of the first token": ("first_token", "{}"),
+    "first token p50 ms": ("ttft_p50_ms", "{:.1f}"),
+    "p95 ms": ("ttft_p95_ms", "{:.1f}"),
+    "time of p50": ("ttft_p50", "{}"),
+    "of p95": ("ttft_p95", "{}"),
+    "of a batch ms": ("ttft_ms", "{:.1f}"),
+    "time of it": ("first_token", "{}"),
     "vision ms": ("vision_ms", "{:.1f}"),
+    "prefill ms": ("prefill_ms", "{:.1f}"),
+    "memory alone ms": ("prefill_memory_ms", "{:.2f}"),
     "decode ms/token": ("decode_ms_per_token", "{:.2f}"),
+    "memory alone": ("decode_memory_ms", "{:.2f}"),
     "KV MiB": ("kv_mib", "{:.1f}"),
     "peak GiB": ("peak_bytes", "GiB"),
     "note": ("note", "{}"),
@@ -58,73 +75,144 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One batch of requests: seconds from pixels to the last token, and milliseconds of its parts."""
+class Workload:
+    """What the clients ask, the same of every variant.
 
-    seconds: float
-    vision_ms: float
-    prefill_ms: float
-    decode_ms_per_token: float
-    kv_bytes: int
-    peak_bytes: int | None
+    Attributes:
+        inputs: of ``generate``, a row for each client. lengths: tokens of each answer, clients in turn.
+        most: requests in a batch.
+    """
+
+    inputs: Mapping[str, Any]
+    lengths: Sequence[int]
+    most: int
 
     @property
-    def ttft_ms(self) -> float:
-        """Vision encoder and prefill: when the batch's first tokens are there."""
-        return self.vision_ms + self.prefill_ms
+    def clients(self) -> int:
+        """Requests under way at a time."""
+        return int(self.inputs["input_ids"].shape[0])
+
+    def rows(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The inputs of some requests of different clients, whose pictures are all of one size."""
+        clients = [number % self.clients for number in numbers]
+        patches = self.inputs["pixel_values"].shape[0] // self.clients
+        own = {name: tensor[clients] for name, tensor in self.inputs.items() if name != "pixel_values"}
+        pixels = self.inputs["pixel_values"].unflatten(0, (self.clients, patches))
+        return {**own, "pixel_values": pixels[clients].flatten(0, 1)}
 
 
-def answer(model: Any, inputs: Mapping[str, Any], arm: Arm, new_tokens: int) -> Answered:
-    """One batch, every row ``new_tokens`` long."""
+@dataclass(frozen=True)
+class Answered:
+    """All requests of a workload, answered once.
+
+    Attributes:
+        traces: of every request. phases: of every batch.
+    """
+
+    traces: Sequence[Trace]
+    clients: int
+    phases: Sequence[Phases]
+
+    @property
+    def seconds(self) -> float:
+        """From the first request to the last token."""
+        return max(one.last for one in self.traces) - min(one.sent for one in self.traces)
+
+    def ttft(self, percent: float) -> float:
+        """A percentile of the milliseconds to the first token, waiting included."""
+        return float(np.percentile([one.ttft_ms for one in steady(self.traces, self.clients)], percent))
+
+    def of_a_batch(self, what: Callable[[Phases], float | None]) -> float:
+        """The median over batches."""
+        return statistics.median(what(one) or 0.0 for one in self.phases)
+
+
+def _batch_ttft(one: Phases) -> float:
+    """Vision encoder and prefill: from the beginning of a batch until its first tokens are there."""
+    return (one.vision_ms or 0.0) + one.prefill_ms
+
+
+def answer(model: Any, load: Workload, arm: Arm) -> Answered:
+    """The whole workload under one variant."""
+    import torch
+
     from ivcp_eval.engine import prune
-    from ivcp_eval.engine.cost.clock import phases, timed
+    from ivcp_eval.engine.cost.clock import phases
     from ivcp_eval.interface.registry import adapter
 
-    def generate() -> None:
-        model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    wired, measured = adapter("qwen2_5_vl"), []
 
-    with phases(model, adapter("qwen2_5_vl")) as measured, prune(model, arm.method, arm.ratio, **arm.parameters):
-        seconds = timed(generate, model.device) / 1e3
-    return Answered(
-        seconds,
-        measured.vision_ms or 0.0,
-        measured.prefill_ms,
-        measured.decode_ms_per_token or 0.0,
-        measured.kv_bytes,
-        measured.peak_bytes,
-    )
+    def seconds() -> float:
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize(model.device)
+        return time.perf_counter()
+
+    def batch(numbers: Sequence[int]) -> list[tuple[float, float]]:
+        wanted, came = torch.tensor([load.lengths[number] for number in numbers], device=model.device), list[float]()
+
+        def ended(*_: Any, **__: Any) -> Any:
+            came.append(seconds())  # `generate` waits for the device at every step anyway
+            return wanted <= len(came)
+
+        longest = int(wanted.max())
+        with phases(model, wired) as one, prune(model, arm.method, arm.ratio, **arm.parameters):
+            model.generate(**load.rows(numbers), max_new_tokens=longest, do_sample=False, stopping_criteria=[ended])
+        measured.append(one)
+        return [(came[0], came[length - 1]) for length in wanted.tolist()]
+
+    each = len(load.lengths) // load.clients
+    traces = closed_loop(load.clients, each, load.most, batch, seconds)
+    return Answered(traces, load.clients, measured)
 
 
 def measure(
-    model: Any, inputs: Mapping[str, Any], arms: Sequence[Arm], new_tokens: int, rounds: int, end: float
+    model: Any, load: Workload, arms: Sequence[Arm], rounds: int, end: float, traffic: Traffic
 ) -> list[dict[str, Any]]:
     """Rows of one concurrency: unpruned and every variant, round by round. Columns: `BENCH_COLUMNS`."""
     from ivcp_eval.engine.cost.rounds import Spread, interleave
 
-    batch = int(inputs["input_ids"].shape[0])
     by_name = {arm.name: arm for arm in (Arm(BASELINE, 1.0), *arms)}
-    calls = {name: partial(answer, model, inputs, arm, new_tokens) for name, arm in by_name.items()}
+    calls = {name: partial(answer, model, load, arm) for name, arm in by_name.items()}
     found = interleave(calls, rounds, keep_going=lambda: time.monotonic() < end)
     rows = []
     for name, answers in found.items():
-
-        def median(what: str, of: Sequence[Answered] = answers) -> float:
-            return Spread.of([getattr(one, what) for one in of]).median
-
-        rate = Spread.of([batch / one.seconds for one in answers]).median
+        rate = Spread.of([len(load.lengths) / one.seconds for one in answers]).median
+        every = [trace.ttft_ms for one in answers for trace in steady(one.traces, load.clients)]
         row: dict[str, Any] = {
             "variant": name,
             **_identity(by_name[name]),
             "rounds": len(answers),
+            "requests": len(load.lengths),
+            "most_in_batch": min(load.most, load.clients),
             "requests_per_s": rate,
             "requests_per_hour": 3600 * rate,
-            **{what: median(what) for what in ("ttft_ms", "vision_ms", "prefill_ms", "decode_ms_per_token")},
-            "kv_bytes": answers[0].kv_bytes,
-            "kv_mib": answers[0].kv_bytes / 2**20,
-            "peak_bytes": answers[0].peak_bytes,
+            **{f"ttft_p{percent}_ms": float(np.percentile(every, percent)) for percent in (50, 95)},
+            **{what: Spread.of([one.of_a_batch(of) for one in answers]).median for what, of in _OF_A_BATCH.items()},
+            "kv_bytes": max(one.kv_bytes for one in answers[0].phases),
+            "peak_bytes": max(one.peak_bytes or 0 for one in answers[0].phases) or None,
         }
+        row["kv_mib"] = row["kv_bytes"] / 2**20
+        row["prefill_memory_ms"] = traffic.prefill_ms(row["kv_bytes"])
+        row["decode_memory_ms"] = traffic.decode_ms(row["kv_bytes"])
         rows.append(row | _times(found["unpruned"], answers))
     return rows
+
+
+_OF_A_BATCH: dict[str, Callable[[Phases], float | None]] = {
+    "ttft_ms": _batch_ttft,
+    "vision_ms": lambda one: one.vision_ms,
+    "prefill_ms": lambda one: one.prefill_ms,
+    "decode_ms_per_token": lambda one: one.decode_ms_per_token,
+}
+#: Stage -> its time in one round.
+_TIMES: dict[str, Callable[[Answered], float]] = {
+    "prefill": lambda one: one.of_a_batch(_OF_A_BATCH["prefill_ms"]),
+    "first_token": lambda one: one.of_a_batch(_batch_ttft),
+    "decode": lambda one: one.of_a_batch(_OF_A_BATCH["decode_ms_per_token"]),
+    "end_to_end": lambda one: one.seconds,
+    "ttft_p50": lambda one: one.ttft(50),
+    "ttft_p95": lambda one: one.ttft(95),
+}
 
 
 def _identity(arm: Arm) -> dict[str, Any]:
@@ -136,18 +224,9 @@ def _identity(arm: Arm) -> dict[str, Any]:
 
 def _times(plain: Sequence[Answered], pruned: Sequence[Answered]) -> dict[str, Any]:
     """The columns of every stage's `TimeRatio`, paired by round; empty where a stage took no time."""
-    fields = {
-        "prefill": "prefill_ms",
-        "first_token": "ttft_ms",
-        "decode": "decode_ms_per_token",
-        "end_to_end": "seconds",
-    }
     row: dict[str, Any] = {}
-    for stage in STAGES:
-        before, after = (
-            {str(n): t for n, one in enumerate(side) if (t := getattr(one, fields[stage])) > 0}
-            for side in (plain, pruned)
-        )
+    for stage, of in _TIMES.items():
+        before, after = ({str(n): t for n, one in enumerate(side) if (t := of(one)) > 0} for side in (plain, pruned))
         time = paired_ratio(before, after)
         ends = {end: getattr(time, end) for end in ("ratio", "low", "high")}
         row |= {f"{stage}_{end}": None if math.isnan(value) else value for end, value in ends.items()}
@@ -204,10 +283,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16")
     made.add_argument("--attention", default="sdpa", help="default: %(default)s")
+    made.add_argument("--weights", choices=tuple(QUANTISED), default="", help="store the weights so; bnb8 and bnb4 on "
+        "a GPU (default: as they are)")  # fmt: skip
     made.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
     made.add_argument("--tokens", type=COUNT, help="visual tokens of a request; default: the fewest of the size")
-    made.add_argument("--concurrency", type=COUNT, nargs="+", default=list(CONCURRENCY), help="default: 1 4 12 32")
-    made.add_argument("--new-tokens", type=COUNT, default=64, help="length of every answer (default: %(default)s)")
+    made.add_argument("--concurrency", type=COUNT, nargs="+", default=list(CONCURRENCY), help="clients that each have "
+        "one request under way (default: 1 4 12 32)")  # fmt: skip
+    made.add_argument("--each", type=COUNT, default=3, help="requests of a client, one after the other (default: 3)")
+    made.add_argument("--most", type=COUNT, help="requests in a batch; default: all that wait")
+    made.add_argument("--new-tokens", type=COUNT, default=64, help="mean length of answers (default: %(default)s)")
+    made.add_argument("--spread", type=Number(float, high=1, above=False), default=0.5, help="how far answers are "
+        "shorter or longer than that, as a share of it; 0: all are as long (default: %(default)s)")  # fmt: skip
     made.add_argument("--methods", nargs="+", metavar="NAME", default=["ivc_prune"], help="default: ivc_prune")
     made.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="parameters of the one method")
     made.add_argument("--ratios", type=SHARE, nargs="+", default=[0.5, 0.25], help="default: 0.5 0.25")
@@ -223,17 +309,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench.
 
     Raises:
-        ValueError: as `arms_of`.
+        ValueError: as `arms_of` and `quantiser`.
     """
     options = parser().parse_args(arguments)
     import torch
 
+    from ivcp_eval.engine.cost.traffic import Traffic, copy_bandwidth
+    from ivcp_eval.interface.registry import adapter
     from ivcp_eval.lab.bench.models import build_model, configuration, make_inputs
     from ivcp_eval.lab.bench.models import size as find_size
     from ivcp_eval.lab.bench.report import Report, environment
 
     size = find_size(options.size)
     arms = arms_of(options)
+    stored = f"{options.weights} {quantiser(options.weights, options.device)}" if options.weights else ""
     tokens = options.tokens or min(size.visual_tokens)
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     config = configuration(size) if options.config is None else _configuration(options.config)
@@ -243,10 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         before = environment(options.device, command)
         report = Report(options.out, before, sys.stdout, [column.name for column in BENCH_COLUMNS], SHOWN)
-        model = build_model(config, options.device, dtype, options.attention)
+        model = build_model(config, options.device, dtype, options.attention, options.weights)
+        traffic = Traffic.of(model, adapter("qwen2_5_vl"), copy_bandwidth(options.device))
         common = {
             "decoder": canonical_json(_decoder(config)),
-            "quantised": "",
+            "quantised": stored,
             "device": "cpu" if options.device == "cpu" else torch.cuda.get_device_name(),
             "host": f"{before['processor']}, {before['threads']} thread(s)",
             "dtype": str(dtype).removeprefix("torch."),
@@ -256,13 +346,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "visual_tokens": tokens,
             "text_tokens": size.text_tokens,
             "new_tokens": options.new_tokens,
+            "spread": options.spread,
+            "bandwidth_gb_s": traffic.bandwidth / 1e9,
         }
-        for batch in sorted(options.concurrency):
+        for clients in sorted(set(options.concurrency)):
             end = time.monotonic() + options.cell_s
-            row = {**common, "batch": batch}
+            row = {**common, "batch": clients}
             try:
-                inputs = make_inputs(model.config, tokens, batch, size.text_tokens, dtype, options.device)
-                found = measure(model, inputs, arms, options.new_tokens, options.rounds, end)
+                inputs = make_inputs(model.config, tokens, clients, size.text_tokens, dtype, options.device)
+                wanted = lengths(clients * options.each, options.new_tokens, options.spread)
+                load = Workload(inputs, wanted, options.most or clients)
+                found = measure(model, load, arms, options.rounds, end, traffic)
                 report.add([{**row, **one} for one in found])
             except torch.OutOfMemoryError as error:
                 report.add([{**row, "note": f"out of memory: {str(error).splitlines()[0]}"}])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,16 @@ __all__ = [
 UNPRUNED = "unpruned"
 
 
-def _ratio_columns() -> list[Column]:
+#: Under load: percentiles of the time to first token, waiting included.
+_LOADED = ("ttft_p50", "ttft_p95")
+
+
+def _ratio_columns(stages: Iterable[str], late: bool = False) -> list[Column]:
     """The fields of a `TimeRatio` for every stage."""
     ends = {"ratio": "unpruned model's in the same round", "low": "lower end of its 95 %", "high": "upper end"}
     return [
-        Column(f"{stage}_{end}", "number", f"{stage}: time over the {text}", low=0)
-        for stage in STAGES
+        Column(f"{stage}_{end}", "number", f"{stage}: time over the {text}", low=0, late=late)
+        for stage in stages
         for end, text in ends.items()
     ]
 
@@ -62,18 +66,37 @@ BENCH_COLUMNS: tuple[Column, ...] = (
     Column("transformers_version", "text", "transformers"),
     Column("visual_tokens", "integer", "of a request", low=1),
     Column("text_tokens", "integer", "of a request", low=0),
-    Column("new_tokens", "integer", "of an answer", low=1),
-    Column("batch", "integer", "requests at a time", low=1),
+    Column("new_tokens", "integer", "of an answer, on average", low=1),
+    Column("batch", "integer", "requests at a time: clients with one under way", low=1),
     Column("rounds", "integer", "measurements of each variant, interleaved", low=1),
     Column("requests_per_s", "number", "answered requests per second, median over rounds", low=0),
-    Column("vision_ms", "number", "vision encoder, all requests at a time together", low=0),
+    Column("vision_ms", "number", "vision encoder, a whole batch", low=0),
     Column("prefill_ms", "number", "prefill of the decoder, likewise", low=0),
-    Column("ttft_ms", "number", "both: when the first tokens are there", low=0),
+    Column("ttft_ms", "number", "both: from the beginning of a batch until its first tokens are there", low=0),
     Column("decode_ms_per_token", "number", "one decoding step, likewise", low=0),
     Column("kv_bytes", "integer", "KV cache after the prefill, likewise", low=0),
     Column("peak_bytes", "integer", "most memory of the accelerator, weights included", low=0),
-    *_ratio_columns(),
+    *_ratio_columns(STAGES),
     Column("note", "text", "why there is no measurement"),
+    Column("spread", "number", "how far answers are shorter or longer, as a share", low=0, high=1, late=True),
+    Column("requests", "integer", "answered in a round", low=1, late=True),
+    Column("most_in_batch", "integer", "requests that are answered as one batch, at most", low=1, late=True),
+    Column(
+        "ttft_p50_ms", "number", "from sending a request to its first token, waiting included: median", low=0, late=True
+    ),
+    Column("ttft_p95_ms", "number", "likewise: 95th percentile", low=0, late=True),
+    *_ratio_columns(_LOADED, late=True),
+    Column(
+        "bandwidth_gb_s", "number", "10^9 bytes per second that the device reads and writes in a copy", low=0, late=True
+    ),
+    Column(
+        "prefill_memory_ms",
+        "number",
+        "prefill: what reading weights and writing the cache takes at least",
+        low=0,
+        late=True,
+    ),
+    Column("decode_memory_ms", "number", "one decoding step: what reading weights and cache takes", low=0, late=True),
 )
 
 _ALWAYS = ("method", "ratio", "visual_tokens", "text_tokens", "new_tokens", "batch", "rounds")  # with a measurement
@@ -81,11 +104,13 @@ _ALWAYS = ("method", "ratio", "visual_tokens", "text_tokens", "new_tokens", "bat
 
 @dataclass(frozen=True)
 class Bench:
-    """One measured line. Times and bytes are of all ``batch`` requests together; None: not measured.
+    """One measured line of ``batch`` clients. Times and bytes are of a whole batch of requests; None: not measured.
 
     Attributes:
-        parameters: canonical JSON. decoder: sizes, as `DecoderShape` has them. times: stage -> over the unpruned
-            model's, paired by round.
+        parameters: canonical JSON. decoder: sizes, as `DecoderShape` has them.
+        ttft_p50_ms, ttft_p95_ms: of single requests, waiting included.
+        prefill_memory_ms, decode_memory_ms: what memory traffic alone takes.
+        times: stage -> over the unpruned model's, paired by round.
     """
 
     method: str
@@ -100,12 +125,18 @@ class Bench:
     visual_tokens: int
     text_tokens: int
     new_tokens: int
+    spread: float | None
     batch: int
+    most_in_batch: int | None
     rounds: int
     requests_per_s: float
     ttft_ms: float | None
+    ttft_p50_ms: float | None
+    ttft_p95_ms: float | None
     prefill_ms: float | None
+    prefill_memory_ms: float | None
     decode_ms_per_token: float | None
+    decode_memory_ms: float | None
     kv_bytes: int | None
     peak_bytes: int | None
     times: Mapping[str, TimeRatio]
@@ -119,9 +150,12 @@ class Bench:
     def measured_on(self) -> str:
         """Device and request, in words."""
         device = self.host if self.device == "cpu" and self.host else self.device
+        spread = f" (+/- {100 * self.spread:.0f} %)" if self.spread else ""
+        most = self.most_in_batch or self.batch
+        batches = f", at most {most} in a batch" if most < self.batch else ""
         return (
             f"{device}, {self.dtype}, {self.attention}; {self.visual_tokens} visual and {self.text_tokens} text tokens "
-            f"in, {self.new_tokens} out"
+            f"in, {self.new_tokens} out{spread}{batches}"
         )
 
 
@@ -182,7 +216,7 @@ class Costs:
             {
                 **{"model": one.model, "variant": one.variant, "measured_on": one.bench.measured_on},
                 **{"at_a_time": one.bench.batch, "requests_per_hour": one.bench.requests_per_hour},
-                **{name: getattr(one.bench, name) for name in ("ttft_ms", "prefill_ms", "decode_ms_per_token")},
+                **{name: getattr(one.bench, name) for name in _MILLISECONDS},
                 **{"kv_bytes": one.bench.kv_bytes, "peak_bytes": one.bench.peak_bytes, "words": one.words},
             }
             for one in self.lines
@@ -198,15 +232,23 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
+_MILLISECONDS = (
+    *("ttft_ms", "ttft_p50_ms", "ttft_p95_ms", "prefill_ms", "prefill_memory_ms"),
+    *("decode_ms_per_token", "decode_memory_ms"),
+)
 _SHOWN: dict[str, Any] = {
     "model": lambda one: one.model,
     "variant": lambda one: one.variant,
     "at a time": lambda one: str(one.bench.batch),
     "requests/h": lambda one: f"{one.bench.requests_per_hour:.0f}",
     "time of a request": lambda one: time_cell(one.bench.times["end_to_end"]),
-    "first token ms": lambda one: _ms(one.bench.ttft_ms),
+    "first token p50 ms": lambda one: _ms(one.bench.ttft_p50_ms),
+    "p95": lambda one: _ms(one.bench.ttft_p95_ms),
+    "of a batch ms": lambda one: _ms(one.bench.ttft_ms),
     "prefill ms": lambda one: _ms(one.bench.prefill_ms),
+    "memory alone ms": lambda one: _ms(one.bench.prefill_memory_ms),
     "decode ms/token": lambda one: _ms(one.bench.decode_ms_per_token),
+    "memory alone": lambda one: _ms(one.bench.decode_memory_ms),
     "KV": lambda one: mebibytes(one.bench.kv_bytes),
     "peak": lambda one: mebibytes(one.bench.peak_bytes),
     "in words": lambda one: one.words,
@@ -231,7 +273,7 @@ def read_bench(path: Path) -> list[Bench]:
             problems.append(f"line {number}: a measurement without {', '.join(empty)}")
             continue
         values = {name: row[name] for name in row if name in Bench.__dataclass_fields__}
-        times = {stage: _time(row, stage) for stage in STAGES}
+        times = {stage: _time(row, stage) for stage in (*STAGES, *_LOADED)}
         own = {"parameters": row["method_parameters"] or "{}", "decoder": json.loads(row["decoder"]), "times": times}
         found.append(Bench(**{**values, **own}))
     check_problems(path, problems)
@@ -252,6 +294,7 @@ def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], given
     Args:
         rows: of a comparison. results, table: its results file and what that holds.
         given: bench files; none: ``<results>.cost.csv`` where that lies beside the results, else there are no costs.
+            Equal lines, of a file named twice or of its copy, count once.
 
     Raises:
         As `read_bench`; ResultsError: no line of the given files belongs to any variant; it says what differs.
@@ -260,7 +303,10 @@ def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], given
     files = given or ([beside] if beside.is_file() else [])
     if not files:
         return None
-    lines = [line for path in files for line in read_bench(path)]
+    files = list({path.resolve(): path for path in files}.values())
+    lines: list[Bench] = []
+    for path in files:
+        lines += [line for line in read_bench(path) if line not in lines]
     variants: dict[tuple[str, str], ComparedRow] = {}
     for row in rows:
         if row.method not in (BASELINE, AGAIN):

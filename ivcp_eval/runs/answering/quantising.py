@@ -1,36 +1,67 @@
-"""Weights stored in 8 or 4 bits, by torchao, of any loaded model: its modules stay, so every method and hook does."""
+"""Weights stored in 8 or 4 bits, under any method.
+
+torchao replaces the weights of any loaded model, whose modules stay, so every method and hook does. bitsandbytes is
+transformers' own way for GPUs: it replaces the linear layers while a checkpoint is loaded.
+"""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-LIBRARY = "torchao"
+from ivcp_eval.interface.models import QUANTISED
+
+if TYPE_CHECKING:
+    import torch
+
+_EXTRAS = {"torchao": "quantised", "bitsandbytes": "quantised-gpu"}
 _GROUP = 32  # weights that share a scale, at 4 bits; at 8 bits the row of an output does
 
 
-def quantiser() -> str:
-    """The library and its version, as results name it.
+def quantiser(kind: str, device: str) -> str:
+    """The library of a kind of `QUANTISED` and its version, as results name it.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it is not installed, or does not work on ``device``.
     """
+    library = QUANTISED[kind]
     try:
-        return f"{LIBRARY} {version(LIBRARY)}"
+        found = f"{library} {version(library)}"
     except PackageNotFoundError:
         raise ValueError(
-            f"quantised weights need {LIBRARY}, which is not installed: pip install 'ivcp-eval[quantised]'"
+            f"quantised weights ({kind}) need {library}, which is not installed: "
+            f"pip install 'ivcp-eval[{_EXTRAS[library]}]'"
         ) from None
+    if library == "bitsandbytes" and device.partition(":")[0] not in ("cuda", "auto"):
+        raise ValueError(
+            f"weights stored as {kind} by bitsandbytes need a CUDA device, and this is {device}; use int8 or int4, "
+            "which torchao stores on any device"
+        )
+    return found
+
+
+def loading(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a model's loader (`AbstractAdapter.load`) is told beside the rest: of bitsandbytes its configuration.
+
+    4 bits are nf4, as transformers recommends; products are of ``dtype``.
+    """
+    if QUANTISED.get(kind) != "bitsandbytes":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if kind == "bnb8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": four}
 
 
 def quantise(model: Any, kind: str) -> None:
-    """Replace the weights of all linear layers but the output head, in place; activations keep their type.
+    """Replace the weights of all linear layers but the output head by torchao's, in place; activations keep their type.
 
-    Layers whose inputs do not divide into groups keep 8 bits where 4 are asked for.
-
-    Args:
-        kind: of `interface.models.QUANTISED`.
+    Layers whose inputs do not divide into groups keep 8 bits where 4 are needed. What `loading` has stored stays.
     """
+    if QUANTISED.get(kind) != "torchao":
+        return
     import torch
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.batching import Fits
 from ivcp_eval.runs.answering.boxes import scored_box
 from ivcp_eval.runs.answering.generation import finite_logits, neutral
-from ivcp_eval.runs.answering.quantising import quantise
+from ivcp_eval.runs.answering.quantising import loading, quantise
 from ivcp_eval.runs.answering.timing import Times
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from model_adapters._checkpoint import refuse_broken
@@ -60,6 +61,7 @@ class Session:
     Args:
         timeout: seconds that one answer may take; None sets no limit. What is answered together may take as long as
             all of it alone, so that sharing never makes an answer late (`failures.deadline` says what is interrupted).
+        fits: file that remembers how many variants fitted beside each other, for whoever loads the model so again.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Session:
         limits: Limits,
         trust_remote_code: bool = False,
         timeout: float | None = None,
+        fits: Path | None = None,
     ) -> None:
         self.weights, self.placement, self.limits, self.timeout = weights, placement, limits, timeout
         self.adapter = adapter(weights.family)
@@ -82,17 +85,17 @@ class Session:
                 min_pixels=limits.min_pixels,
                 max_pixels=limits.max_pixels,
                 trust_remote_code=trust_remote_code,
+                **loading(weights.quantised, getattr(torch, placement.dtype)),
             )
         refuse_broken(self.model, str(weights.source))
-        if weights.quantised:
-            quantise(self.model, weights.quantised)
+        quantise(self.model, weights.quantised)
         self.model.generation_config = neutral(self.model.generation_config)
         self._device = next(self.model.parameters()).device
         cuda = self._device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(self._device) if cuda else self._device.type
         self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
         self._steps = list(steps(self.model))
-        self._fits = Fits()  # variants of prompts of a size
+        self._fits = Fits(fits)  # variants of prompts of a size
 
     @contained(_METHOD)
     def check(self, variant: Variant) -> None:
@@ -253,6 +256,7 @@ class Session:
                 exact=exact,
                 at_once=self._fits.most(size),
                 too_many=partial(self._fits.too_many, size),
+                fitted=partial(self._fits.fitted, size),
                 **self._options,
             )
         results = []

@@ -189,7 +189,22 @@ def make(
             plan.problems.append(f"{model}: {error}")
             continue
         plan.problems += [f"{model}: {text}" for text in missing]
+        plan.notices += [f"{model}: {text}" for text in _asked_twice(spec.variants(model))]
     return plan
+
+
+def _asked_twice(variants: Iterable[Variant]) -> list[str]:
+    """A line for every server that answers for several variants in the same way."""
+    of: dict[str, list[Variant]] = {}
+    for variant in variants:
+        if variant.server is not None:
+            of.setdefault(variant.server.target, []).append(variant)
+    return [
+        f"{' and '.join(f'{v.method} {v.ratio:g}' for v in same)} are asked of one server in the same way "
+        f"({server.base_url}), so they differ by chance alone; give each its own base_url, model or options"
+        for same in of.values()
+        if len(same) > 1 and (server := same[0].server) is not None
+    ]
 
 
 def _model_plan(
@@ -295,7 +310,10 @@ class _Identities:
         placement["device"] = self.placement.device.partition(":")[0]
         limits, sent, server = self.limits, adapter(self.weights.family).stated(), variant.server
         if self.weights.quantised:
-            placement |= {"weights": self.weights.quantised, "quantiser": quantiser()}
+            placement |= {
+                "weights": self.weights.quantised,
+                "quantiser": quantiser(self.weights.quantised, self.placement.device),
+            }
         if server is not None:
             placement = dict.fromkeys(placement, "")
             limits, sent = Limits(None, None, limits.max_new_tokens), fields_sent(server, limits.max_new_tokens)

@@ -213,7 +213,9 @@ def _models(marked: Marked, raw: Any) -> tuple[dict[str, str | None], dict[str, 
         entry = marked.keys(place, given, _MODEL) if isinstance(given, Mapping) else {"path": given}
         names = [name]
         if "quantise" in entry:
-            kinds = marked.listed((*place, "quantise"), entry["quantise"], str, "int8, int4 or none")
+            kinds = marked.listed(
+                (*place, "quantise"), entry["quantise"], str, f"{', '.join(models.QUANTISED)} or none"
+            )
             names = [name if kind == "none" else f"{name}@{kind}" for kind in kinds]
         try:
             for each in names:

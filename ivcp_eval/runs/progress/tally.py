@@ -15,7 +15,8 @@ class Tally:
 
     Attributes:
         samples, answered, failed: of the benchmark, and again for each other way in which its model is loaded
-            (`ModelPlan.placement_of`); a failed sample counts as answered once its unit is done.
+            (`ModelPlan.placement_of`) and each variant that a server answers; a failed sample counts as answered once
+            its unit is done.
         cells, scored, broken: variants; ``broken`` are scored ones that are not whole.
         working: units that a live worker holds.
         visual_tokens, visual_kept: of the pruned answers seen so far, so that big pictures weigh as they cost.

@@ -247,7 +247,8 @@ class Watch:
             groups.setdefault((unit.model, unit.benchmark.name, unit.placement), []).append(followed)
         changed = set()
         for (model, benchmark, _), units in groups.items():
-            hashes = {cell.identity.hash: cell for cell in units[0].unit.cells}
+            # Ranges of samples have the same cells, but every server is asked for a cell of its own.
+            hashes = {cell.identity.hash: cell for followed in units for cell in followed.unit.cells}
             settled = any(f.answered < f.size for f in units) or hashes.keys() <= self._records.keys()
             if settled and (model, benchmark) not in self._recount:
                 continue

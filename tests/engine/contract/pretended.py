@@ -21,13 +21,20 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ivcp_eval
+import model_adapters
+
 SHOWN, HELD = "cuda", "meta"  # the dispatcher is told the latter, which initialises no driver
 CPU = torch.device("cpu")
 
+#: Whose code a wait is, of the two: that of the innermost frame.
+PROJECT = tuple(f"{Path(str(package.__file__)).parent}/" for package in (ivcp_eval, model_adapters))
+STOCK = f"{Path(transformers.__file__).parent}/"
 #: Where a wait is said to come from; not the functions that stand around others.
 OURS = (
     "/ivcp_eval/methods/",
@@ -35,6 +42,7 @@ OURS = (
     "/ivcp_eval/engine/hooks",
     "/ivcp_eval/engine/s",
     "/ivcp_eval/engine/d",
+    "/ivcp_eval/engine/fork/",
 )
 #: Operations whose CUDA kernels read from the device before they return.
 WAITS = frozenset(
@@ -129,11 +137,12 @@ class Waits(TorchDispatchMode):
     Attributes:
         reads: operations that wait for a value of the device. sends: copies to the device that wait for all work
             queued before, which those with ``non_blocking`` do not. where: the innermost lines of the project for each.
+        own: of both, those that the project's code asks for and not transformers'.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads, self.sends, self.where = Counter[str](), Counter[str](), Counter[str]()
+        self.reads, self.sends, self.where, self.own = (Counter[str]() for _ in range(4))
 
     @property
     def total(self) -> int:
@@ -175,6 +184,8 @@ class Waits(TorchDispatchMode):
     def _copy(self, name: str, args: Sequence[Any], given: Mapping[str, Any], to_ours: bool) -> None:
         source = args[1] if name == "copy_" else args[0]
         target_ours = isinstance(args[0], Pretended) if name == "copy_" else to_ours
+        if not source.numel():  # returns before it copies
+            return
         blocking = not (given.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
         if isinstance(source, Pretended) and not target_ours:
             self._count(self.reads, "copy to the host")
@@ -207,11 +218,20 @@ class Waits(TorchDispatchMode):
 
     def _count(self, counter: Counter[str], name: str) -> None:
         counter[name] += 1
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and not any(part in frame.f_code.co_filename for part in OURS):
-            frame = frame.f_back
+        start = sys._getframe(2)
+        inner = _outwards(start, (*PROJECT, STOCK), str.startswith)
+        if inner is not None and not inner.f_code.co_filename.startswith(STOCK):
+            self.own[f"{Path(inner.f_code.co_filename).name}:{inner.f_lineno} {name}"] += 1
+        frame = _outwards(start, OURS, str.__contains__)
         place = "elsewhere" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         self.where[f"{place} {name}"] += 1
+
+
+def _outwards(frame: FrameType | None, parts: Sequence[str], fits: Callable[[str, str], bool]) -> FrameType | None:
+    """The innermost frame from here on whose file one of the ``parts`` fits."""
+    while frame is not None and not any(fits(frame.f_code.co_filename, part) for part in parts):
+        frame = frame.f_back
+    return frame
 
 
 @functools.cache

@@ -164,12 +164,12 @@ def beams_do_not_reorder_the_slot_map(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("prefill_equals_reference", "toy_draw"), ("decode_equals_reference", "toy_draw"))
 def other_tokens_survive_than_chosen(patch: pytest.MonkeyPatch) -> None:
-    def select(original: Any, self: Cutter, state: Any, cut: Any, hidden: Any) -> Any:
-        columns, *rest = original(self, state, cut, hidden)
+    def survivors(original: Any, self: Cutter, state: Any, chosen: Any, found: Any) -> Any:
+        columns, *rest = original(self, state, chosen, found)
         pairs = zip(state.now.rows.columns, columns, strict=True)
         return [alive[torch.isin(alive, kept).roll(1)] for alive, kept in pairs], *rest
 
-    wrap(patch, Cutter, "_select", select)
+    wrap(patch, Cutter, "_survivors", survivors)
 
 
 @caught_by(("prefill_equals_reference", "toy_all_layers"), ("decode_equals_reference", "toy_all_layers"))
@@ -248,11 +248,11 @@ def every_row_draws_alike(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("prefill_equals_reference", "toy_merge"))
 def merging_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    def select(original: Any, self: Cutter, state: Any, cut: Any, hidden: Any) -> Any:
-        columns, _merged, targets = original(self, state, cut, hidden)
-        return columns, hidden, targets
+    def survivors(original: Any, self: Cutter, state: Any, chosen: Any, found: Any) -> Any:
+        columns, _merged, targets = original(self, state, chosen, found)
+        return columns, chosen.hidden, targets
 
-    wrap(patch, Cutter, "_select", select)
+    wrap(patch, Cutter, "_survivors", survivors)
 
 
 @caught_by(("ratio_one_is_bit_equal", "toy_merge"), ("ratio_one_is_bit_equal", "toy_renumber"))
@@ -271,11 +271,11 @@ def drafts_are_pruned_with_the_prompt(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(("question_before_image_equals_reference", "toy_all_layers"), ("decode_equals_reference", "toy_all_layers"))
 def text_may_be_dropped(patch: pytest.MonkeyPatch) -> None:
-    def select(original: Any, self: Cutter, state: Any, cut: Any, hidden: Any) -> Any:
-        columns, *rest = original(self, state, cut, hidden)
+    def survivors(original: Any, self: Cutter, state: Any, chosen: Any, found: Any) -> Any:
+        columns, *rest = original(self, state, chosen, found)
         return [kept[kept != alive[0]] for alive, kept in zip(state.now.rows.columns, columns, strict=True)], *rest
 
-    wrap(patch, Cutter, "_select", select)
+    wrap(patch, Cutter, "_survivors", survivors)
 
 
 @caught_by(("eager_equals_sdpa", "toy_all_layers"))

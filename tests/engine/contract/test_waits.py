@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,8 +20,10 @@ from torch import nn
 from transformers.integrations import sdpa_attention
 
 import ivcp_eval
+from ivcp_eval.engine.fork import fork
 from ivcp_eval.interface import Unsupported, registry
 from ivcp_eval.interface.ops import filled_up, to_device, to_host
+from ivcp_eval.interface.variants import Variant
 from tests.engine import tiny_models
 from tests.engine.contract import pretended
 from tests.engine.contract.cases import Case
@@ -33,18 +37,26 @@ PROMPT, CUT = 1, 1
 on_a_cpu = pytest.mark.skipif("WHERE.device != 'cpu'", reason="a pretended device beside a real one")
 
 
+@dataclass(frozen=True)
+class Counted:
+    """How often the host has waited in a block so far; ``own``: for the project's code, where that can be told."""
+
+    total: Callable[[], int]
+    own: Callable[[], int | None] = lambda: None
+
+
 @contextmanager
-def counted() -> Iterator[Any]:
-    """``total()`` says how often the host has waited in the block."""
+def counted() -> Iterator[Counted]:
+    """Count in the block."""
     if WHERE.device == "cpu":
         with pretended.pretended() as waits:
-            yield lambda: waits.total
+            yield Counted(lambda: waits.total, waits.own.total)
         return
     with warnings.catch_warnings(record=True) as heard, torch.no_grad():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield lambda: sum("synchronizing CUDA operation" in str(warning.message) for warning in heard)
+            yield Counted(lambda: sum("synchronizing CUDA operation" in str(warning.message) for warning in heard))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -75,9 +87,9 @@ def waits(family: str, method: str, layouts: tuple[str, ...], depth: int = 1) ->
     with ivcp_eval.prune(tiny_models.build(family)[0], "random", 0.5):
         pass
     ends: list[int] = []
-    with counted() as total, ivcp_eval.prune(model, method, 0.5) if method else nullcontext():
+    with counted() as waited, ivcp_eval.prune(model, method, 0.5) if method else nullcontext():
         # Registered last, so that it runs behind the engine's own hook.
-        handle = tiny_models.text_model(family, model).register_forward_hook(lambda *_: ends.append(total()))
+        handle = tiny_models.text_model(family, model).register_forward_hook(lambda *_: ends.append(waited.total()))
         try:
             model.generate(**inputs, max_new_tokens=2, do_sample=False)
         finally:
@@ -144,15 +156,91 @@ def test_waits_do_not_grow_with_the_batch(method: str) -> None:
     assert not waiting or prefill > bound("llava", method) or WHERE.device != "cpu", "it no longer waits: strike it out"
 
 
-@pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="under transformers 5.14 decoding adds waits")
+#: In the first step after a prompt whose rows are equally long, earlier releases pass on the caller's mask of ones,
+#: where newer ones pass on none: the engine asks once, for all layers, whether it admits everything.
+FIRST_STEP = 0 if hasattr(sdpa_attention, "pack_gqa") else 1
+
+
 @pytest.mark.parametrize("method", ["ivc_prune", "pyramiddrop", "snapkv"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_waits_are_the_same_of_every_depth_and_batch(family: str, method: str) -> None:
+    prefill = bound(family, method)
     if WHERE.device == "cpu":
-        found = {added(family, method, layouts, depth) for layouts, depth in ((ONE, 1), (FOUR, 1), (FOUR, 2))}
-        assert found == {(bound(family, method), 0)}
+        found = [added(family, method, layouts, depth) for layouts, depth in ((ONE, 1), (ONE, 2), (FOUR, 1), (FOUR, 2))]
+        assert found == [(prefill, FIRST_STEP), (prefill, FIRST_STEP), (prefill, 0), (prefill, 0)]
     else:
-        assert added(family, method, FOUR) <= (bound(family, method), 0)
+        for layouts, step in ((ONE, FIRST_STEP), (FOUR, 0)):
+            read, decoded = added(family, method, layouts)
+            assert read <= prefill
+            assert decoded <= step
+
+
+RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
+SEVEN = tuple(Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in RATIOS)
+MIXED = (Variant(""), Variant("", "fastv", 0.5), Variant("", "pyramiddrop", 0.5), *SEVEN[3:5])
+#: Of a fork: its prompt once, what all methods choose at their first cuts once, and the tokens when all are decoded.
+SHARED, TOKENS = 1, 1
+
+
+def fork_waits(family: str, variants: tuple[Variant, ...], layouts: tuple[str, ...], depth: int, new: int) -> Any:
+    """(all, those of the project's own code); the latter is None on a GPU, which does not say whose they are."""
+    model: Any = on_device(family, depth)
+    inputs = tiny_models.make_inputs(family, *layouts)
+    inputs = pretended.on_device(inputs) if WHERE.device == "cpu" else inputs
+    with ivcp_eval.prune(tiny_models.build(family)[0], "random", 0.5):
+        pass
+    with counted() as waited, patch.object(torch.cuda, "empty_cache", side_effect=AssertionError("waits for all work")):
+        fork(model, variants, inputs, at_once=len(variants), max_new_tokens=new)
+        return waited.total(), waited.own()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_fork_waits_as_often_for_one_variant_as_for_seven(family: str) -> None:
+    for layouts, depth in ((ONE, 1), (FOUR, 1), (FOUR, 2)):
+        few, own = fork_waits(family, SEVEN[2:4], layouts, depth, 2)
+        assert own in (PROMPT + SHARED + TOKENS, None)
+        many, own_of_many = fork_waits(family, SEVEN[1:], layouts, depth, 2)
+        assert many <= few
+        assert own_of_many == own
+        # The later cuts of one variant are its own.
+        more, own = fork_waits(family, MIXED, layouts, depth, 2)
+        assert own in (PROMPT + SHARED + 2 * CUT + TOKENS, None)
+        # And a step of decoding waits for nothing but what a step of stock code does.
+        assert fork_waits(family, MIXED, layouts, depth, 3)[0] - more == _step(family, layouts, depth)
+
+
+def _step(family: str, layouts: tuple[str, ...], depth: int) -> int:
+    """Waits of one step of the unpruned model's decoding."""
+    totals = []
+    for new in (2, 3):
+        model: Any = on_device(family, depth)
+        inputs = tiny_models.make_inputs(family, *layouts)
+        inputs = pretended.on_device(inputs) if WHERE.device == "cpu" else inputs
+        with counted() as waited:
+            model.generate(**inputs, max_new_tokens=new, do_sample=False)
+            totals.append(waited.total())
+    return totals[1] - totals[0]
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_what_a_step_hides_of_a_pruned_prompt_stays_hidden(family: str) -> None:
+    """Stock code does not look at the first columns of the mask, of which a pruned cache has lost as many."""
+    given: list[Any] = []
+    for attention in ("sdpa", "eager"):  # of which the latter is masked always
+        case = Case(family, "ivc_prune", attn=attention)
+        inputs = case.inputs("t5 i0 t9")
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        hiding = mask.clone()
+        hiding[:, 1:3] = 0  # text before the image
+        for own in (mask, hiding):
+            with case.prune():
+                cache = case.forward(inputs, use_cache=True).past_key_values
+                token = torch.full_like(inputs["input_ids"][:, :1], 20)
+                given.append(case.forward({"input_ids": token, "attention_mask": own}, past_key_values=cache).logits)
+    seen, hidden, eager_seen, eager_hidden = given
+    assert (seen - hidden).abs().max() > 0.01
+    torch.testing.assert_close(seen, eager_seen, atol=1e-4, rtol=0)
+    torch.testing.assert_close(hidden, eager_hidden, atol=1e-4, rtol=0)
 
 
 @on_a_cpu
@@ -195,6 +283,7 @@ QUIET = {
     "gathered": lambda x: x[x[:, 0].long().clamp(0, 2)],
     "ranked": lambda x: filled_up(x[0], x[0] > 1, 3),
     "made": lambda x: torch.zeros(3, device=x.device) + x.new_ones(3),
+    "nothing": lambda x: torch.tensor([], device=x.device),
     "expanded": lambda x: x.repeat_interleave(2, dim=0),
 }
 
@@ -203,12 +292,12 @@ QUIET = {
 def test_what_counts_as_a_wait(operation: str, expected: int) -> None:
     numbers = torch.arange(12.0).view(3, 4)
     run = (READS if expected else QUIET)[operation]
-    with counted() as total:
+    with counted() as waited:
         states = pretended.on_device(numbers) if WHERE.device == "cpu" else numbers.to(WHERE.device)
-        before = total()
+        before = waited.total()
         run(states)
-        assert (total() - before > 0) == bool(expected)
-        assert total() - before == expected or WHERE.device != "cpu"
+        assert (waited.total() - before > 0) == bool(expected)
+        assert waited.total() - before == expected or WHERE.device != "cpu"
 
 
 @on_a_cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import ivcp_eval
+from tests.engine.contract.checks import close, same_generation
 from tests.engine.tiny_models import WHERE
 
 DATA = Path(__file__).parent / "data"
+ATTENTIONS = ("eager", "sdpa") if WHERE.attention == "sdpa" else (WHERE.attention,)
+SAME_IN_HALF = 0.9  # of the recorded tokens, at least so many stay
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,17 @@ def cases(family: str) -> list[Any]:
 
 
 def check(case: Case, model: nn.Module, inputs: dict[str, Any], ratio: float = 0.5, **layout: Any) -> None:
-    """Generate as recorded, on the test run's device, and compare everything that was recorded."""
+    """Generate as recorded, on the test run's device and in its precision, and compare everything that was recorded.
+
+    In half precision close calls may fall otherwise: nearly the same tokens stay, and answers are followed only where
+    they are the same.
+    """
+    for parameter in model.parameters():  # buffers (rotary frequencies) stay float32, as loading a checkpoint does
+        parameter.data = parameter.data.to(WHERE.device, WHERE.dtype)
     model.to(WHERE.device)
     inputs = {name: value.to(WHERE.device) for name, value in inputs.items()}
-    steps = case.array("step_logits")
+    inputs = {name: value.to(WHERE.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    steps, whole_steps, kept = (case.array(key) for key in ("step_logits", "full_step_logits", "keep_indices"))
     options: dict[str, Any] = {
         "max_new_tokens": len(steps),
         "do_sample": False,
@@ -75,11 +86,20 @@ def check(case: Case, model: nn.Module, inputs: dict[str, Any], ratio: float = 0
     pruning = {"layer": case.facts["ivcp_k"], "preset": "official", **layout}
     with torch.no_grad(), ivcp_eval.prune(model, "ivc_prune", ratio=ratio, **pruning) as run:
         made: Any = model.generate(**inputs, **options)  # type: ignore[operator]
-    assert run.kept[0].tolist() == case.array("keep_indices").tolist()
-    torch.testing.assert_close(torch.cat(made.logits).cpu(), steps, atol=1e-4, rtol=0)
-    assert made.sequences[0, -len(steps) :].tolist() == case.array("greedy_tokens").tolist()
-    assert run.kv_lengths == case.facts["kv_lengths_end"]
+    close(made.logits[0].cpu(), steps[:1], case.facts["name"])
+    same = run.kept[0].tolist() == kept.tolist()
+    if same:
+        wanted = SimpleNamespace(sequences=case.array("greedy_tokens")[None], logits=steps[:, None].unbind())
+        logits = [step.cpu() for step in made.logits]
+        got = SimpleNamespace(sequences=made.sequences[:, -len(steps) :].cpu(), logits=logits)
+        same_generation(got, wanted, case.facts["name"])
+        assert run.kv_lengths == case.facts["kv_lengths_end"]
+    if WHERE.dtype == torch.float32:
+        assert same
+    else:
+        assert int(torch.isin(run.kept[0], kept).sum()) >= SAME_IN_HALF * kept.numel()
+        assert run.kept[0].numel() < case.facts["seq_len"]
     # The recorded unpruned run differs, so the comparison above cannot pass without pruning; and our baseline is it.
     whole: Any = model.generate(**inputs, **options)  # type: ignore[operator]
-    torch.testing.assert_close(torch.cat(whole.logits)[0].cpu(), case.array("full_step_logits")[0], atol=1e-4, rtol=0)
-    assert (torch.cat(whole.logits)[0].cpu() - steps[0]).abs().max() > 1e-2
+    close(whole.logits[0].cpu(), whole_steps[:1], "unpruned")
+    assert (whole_steps[0] - steps[0]).abs().max() > 1e-2

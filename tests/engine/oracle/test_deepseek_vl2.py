@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.oracle.replay import Case, cases, check
+from tests.engine.oracle.replay import ATTENTIONS, Case, cases, check
 
 
 @functools.lru_cache
@@ -19,7 +19,7 @@ def load(folder: Path, attention: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("case", cases("deepseek_vl2"))
 def test_deepseek_vl2(case: Case, attention: str) -> None:
     model = load(case.model_folder, attention)

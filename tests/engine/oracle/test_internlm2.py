@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from model_adapters._internvl_checkpoint import language_tensors
-from tests.engine.oracle.replay import Case, cases, check
+from tests.engine.oracle.replay import ATTENTIONS, Case, cases, check
 
 COMMON = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -34,7 +34,7 @@ def load(folder: Path, attention: str) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("case", cases("internlm2"))
 def test_internlm2(case: Case, attention: str) -> None:
     model = load(case.model_folder, attention)

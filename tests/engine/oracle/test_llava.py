@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.oracle.replay import Case, cases, check
+from tests.engine.oracle.replay import ATTENTIONS, Case, cases, check
 
 
 @functools.lru_cache
@@ -18,7 +18,7 @@ def load(folder: Path, attention: str) -> Any:
     return LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation=attention).eval()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("case", cases("llava"))
 def test_llava(case: Case, attention: str) -> None:
     pixels = (case.array("pixel_a").int() @ case.array("pixel_b").int()).float() / 64

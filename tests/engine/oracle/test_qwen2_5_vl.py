@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.oracle.replay import Case, cases, check
+from tests.engine.oracle.replay import ATTENTIONS, Case, cases, check
 
 
 @functools.lru_cache
@@ -18,7 +18,7 @@ def load(folder: Path, attention: str) -> Any:
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation=attention).eval()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("case", cases("qwen2_5_vl"))
 def test_qwen2_5_vl(case: Case, attention: str) -> None:
     model = load(case.model_folder, attention)

@@ -83,7 +83,7 @@ def test_files_say_what_was_measured_on_what(finished):
 def test_table_shows_ratios_beside_bounds_and_flags_a_miss():
     row = {"attention": "sdpa", "visual_tokens": 64, "batch": 2, "variant": "ratio 1", "prefill_ratio": 1.1}
     text = bench_report.table([{**row, "flop_bound": 1.0, "over_bound": 0.1, "target": 0.03, "met": False}])
-    assert "sdpa attention, 64 visual tokens, 2 rows" in text
+    assert "sdpa attention, 64 visual tokens, 2 at a time" in text
     for part in ("1.100", "1.000", "+10.0%", "<= 3%", "NO"):
         assert part in text
     assert "KV" not in text

@@ -35,7 +35,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         alive = torch.cat((alive[:first], shown, alive[behind:]))
         rest = (whole[first + len(shown) :] == video).nonzero()
         first += len(shown) + int(rest[0]) if len(rest) else 0
-    pace = [float(case[f"{names[0]}_tokens_per_second"]), *(int(case[f"{n}_second_per_grid"]) for n in names)]
+    pace = [int(case[f"{names[0]}_tokens_per_second"]), *(int(case[f"{n}_second_per_grid"]) for n in names)]
     positions = unpruned(Qwen2_5_VLModel, whole, video, torch.stack(grids), pace[0], pace[1:])[:, alive]
     made = {"positions": positions}
     columns = (ids == video).nonzero().flatten().split([len(own) for own in kept])
@@ -47,7 +47,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def unpruned(
-    model: Any, ids: Tensor, video: int, grids: Tensor, tokens_per_second: float = 1.0, seconds: Any = None
+    model: Any, ids: Tensor, video: int, grids: Tensor, tokens_per_second: int = 1, seconds: Any = None
 ) -> Tensor:
     """(3, S) positions that transformers gives a whole prompt, from where a method that keeps them lets them stay."""
     (cut,) = Method().cuts(ModelFacts("qwen", 28, position_axes=3), 0.5)

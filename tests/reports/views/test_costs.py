@@ -55,6 +55,28 @@ def test_lines_stand_beside_the_unpruned_model_of_their_place(results: Path, tmp
     assert max(map(len, text.splitlines()[1:])) <= 100
 
 
+def test_a_measurement_counts_once_however_often_it_is_named(results: Path, tmp_path: Path) -> None:
+    """The same file twice, by two paths, and a copy of it."""
+    lines = [bench_line("none", 1), bench_line("fastv", 0.5), bench_line("ivc_prune", 0.5, quantised="")]
+    once = joined(results, tmp_path, *lines)
+    path = tmp_path / "b.csv"
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(path.read_bytes())
+    again = [path, path, tmp_path / "." / "b.csv", tmp_path / ".." / tmp_path.name / "b.csv", copy]
+    costs = join(compare(results, resamples=20).rows, results, read_results(results), again)
+    assert costs is not None
+    assert len(once.lines) == 3
+    assert costs.to_json() == once.to_json()
+    assert len(costs.files) == 2
+
+
+def test_the_unpruned_model_of_another_load_stands_beside_nothing(results: Path, tmp_path: Path) -> None:
+    """As many requests at a time make a place."""
+    lines = [bench_line("none", 1), bench_line("none", 1, batch=4), bench_line("fastv", 0.5, batch=4)]
+    found = [(one.variant, one.bench.batch) for one in joined(results, tmp_path, *lines).lines]
+    assert found == [("unpruned", 4), ("fastv 0.5", 4)]
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [
@@ -77,6 +99,21 @@ def test_where_nothing_belongs_it_is_said_what_differs(
         joined(results, tmp_path, line)
     assert why in next(text for text in str(caught.value).splitlines() if "No cost of tiny fastv 0.5" in text)
     assert f"ivcp bench throughput --of {results}" in str(caught.value)
+
+
+def test_lines_of_other_loads_stand_apart(results: Path, tmp_path: Path) -> None:
+    """With half as many in a batch, or answers of other lengths, it is another place."""
+    loads: list[dict[str, Any]] = [
+        {},
+        {"batch": 8, "most_in_batch": 4},
+        {"batch": 8, "most_in_batch": 8, "spread": 0.5},
+    ]
+    lines = [bench_line(name, ratio, **load) for load in loads for name, ratio in (("none", 1), ("fastv", 0.5))]
+    costs = joined(results, tmp_path, *lines)
+    assert [one.bench.measured_on.partition("in, ")[2] for one in costs.lines[::2]] == [
+        *("8 out", "8 out, at most 4 in a batch", "8 out (+/- 50 %)"),
+    ]
+    assert [one.variant for one in costs.lines] == 3 * ["unpruned", "fastv 0.5"]
 
 
 def test_variants_rank_where_all_of_them_were_measured(results: Path, tmp_path: Path) -> None:

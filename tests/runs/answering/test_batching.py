@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +12,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image
 
+from ivcp_eval.engine import fork
 from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.interface import models
+from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.batching import MOST_CPU, SHARE, Fits, batch_size, out_of_memory, row_bytes
 from ivcp_eval.runs.answering.samples import answer_samples
 from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning.placement import Limits, Placement
 from tests.answers import answer as answered
 from tests.runs.conftest import Bench
 
@@ -124,6 +132,64 @@ def test_what_fitted_once_still_does(tmp_path: Path) -> None:
     assert (Fits(file).most(9), Fits(file).most(100)) == (4, 2), "processes do not forget what others learnt"
     file.write_text("[1")
     assert Fits(file).most(9) is None
+
+
+@contextmanager
+def room_for(most: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """So many variants can be decoded together, else memory runs out; yields what was tried."""
+    tried: list[int] = []
+    join = fork.join
+
+    def tight(ends: Any, length: int) -> Any:
+        tried.append(len(ends))
+        if len(ends) > most:
+            raise torch.OutOfMemoryError("injected")
+        return join(ends, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fork, "join", tight)
+        yield tried
+
+
+def test_the_next_process_knows_how_many_variants_fitted(
+    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "fits" / "tiny.variants.json"
+
+    def loaded() -> Session:
+        limits = Limits(4 * 28 * 28, 64 * 28 * 28, max_new_tokens=2)
+        return Session(models.locate("tiny", random_model), Placement("cpu").resolve(), limits, fits=file)
+
+    parts: Any = [{"image": Image.new("RGB", (112, 112))}, {"text": "What is it?"}]
+    variants = [Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in (0.75, 0.5, 0.35, 0.25)]
+    with room_for(2, monkeypatch) as tried:
+        wanted = loaded().answer_all(parts, variants)
+        assert tried == [4, 2, 2]
+    with room_for(2, monkeypatch) as tried:
+        again = loaded()
+        assert again.answer_all(parts, variants) == wanted
+        assert tried == [2, 2], "the same halves, and no failure"
+    with room_for(1, monkeypatch):  # for the moment: others are at work, too
+        assert again.answer_all(parts, variants) == wanted
+    assert list(json.loads(file.read_text()).values()) == [2], "what fitted before still does"
+
+
+def test_a_sweep_remembers_how_many_variants_fitted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with room_for(2, monkeypatch) as tried:
+        assert bench.call("run", "--quiet") == 0
+        assert max(tried) > 2
+    (file,) = bench.folder.rglob("fits/tiny.variants.json")
+    assert set(json.loads(file.read_text()).values()) == {2}
+
+
+def test_the_weights_leave_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows would fit into the whole memory, of which the weights take more than half."""
+    found = session()
+    row = row_bytes(SHAPE, 1000, 100, 2, 4)
+    found.model = torch.nn.Linear(row // 4, 2, bias=False, device="meta")  # as large as two rows
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2.5 * row / SHARE))
+    prompt: Any = range(1000)
+    assert batch_size(found, [prompt], variants=2) == 1
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory")])

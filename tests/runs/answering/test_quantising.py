@@ -6,15 +6,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from ivcp_eval.cli import main
 from ivcp_eval.interface import models
 from ivcp_eval.interface.marked import SpecError
+from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import read_results
@@ -31,7 +34,7 @@ def spec(models_asked: object) -> dict[str, object]:
     return {"models": models_asked, "benchmarks": ["tiny_mcq"], "methods": METHODS, "controls": []}
 
 
-@pytest.mark.parametrize("kind", models.QUANTISED)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_methods_run_on_quantised_weights(kind: str) -> None:
     pytest.importorskip("torchao")
     weights = models.locate(f"tiny@{kind}")
@@ -64,7 +67,10 @@ def test_a_sweep_over_ways_to_store_weights(tmp_path: Path, monkeypatch: pytest.
     rows = {(row["model"], row["method"]): row for row in read_results(tmp_path / "stored.csv")}
     assert {key: row["quantised"] for key, row in rows.items()} == {
         (name, method): said
-        for name, said in (("tiny", ""), ("tiny@int4", quantising.quantiser().replace("torchao", "int4 torchao")))
+        for name, said in (
+            ("tiny", ""),
+            ("tiny@int4", quantising.quantiser("int4", "cpu").replace("torchao", "int4 torchao")),
+        )
         for method in ("none", "fastv")
     }
     assert len({row["run_id"] for row in rows.values()}) == 4
@@ -106,9 +112,64 @@ def test_without_the_library_it_is_said(
     plan = make(check(spec(["tiny", "tiny@int8"]), "x"), tmp_path / "runs")
     assert list(plan.models) == ["tiny"]
     (problem,) = plan.problems
-    assert problem.startswith("tiny@int8: quantised weights need torchao")
+    assert problem.startswith("tiny@int8: quantised weights (int8) need torchao")
     assert main(["eval", "--weights", "int8", "--data", "tiny_mcq", "--runs", str(tmp_path / "runs")]) != 0
     assert "pip install 'ivcp-eval[quantised]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["bnb8", "bnb4"])
+def test_bitsandbytes_stores_weights_as_they_are_loaded(kind: str) -> None:
+    """On a CPU, where its kernels are slow, and which plans refuse."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weights = models.locate(f"tiny@{kind}")
+    session = Session(weights, Placement().resolve(), replace(Limits.published(weights), max_new_tokens=4))
+    linear = {"bnb8": bitsandbytes.nn.Linear8bitLt, "bnb4": bitsandbytes.nn.Linear4bit}[kind]
+    kinds = {type(module) for module in session.model.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {linear, torch.nn.Linear}
+    assert type(session.model.get_output_embeddings()) is torch.nn.Linear
+    conversation = [{"image": Image.new("RGB", (224, 224), "red")}, {"text": "What color is the picture?"}]
+    answers = [session.answer(conversation, Variant("tiny", method, 0.5)) for method in ("fastv", "divprune")]
+    assert [answer.visual_kept for answer in answers] == [32, 32]
+
+
+def test_bitsandbytes_is_handed_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, given = object(), dict[str, Any]()
+
+    class Loaded(torch.nn.Module):
+        def to(self, *_: Any) -> Loaded:
+            raise AssertionError("quantised weights stay where they were loaded")
+
+    def from_pretrained(source: str, **options: Any) -> tuple[Loaded, dict[str, Any]]:
+        given.update(options)
+        return Loaded(), {}
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    common: dict[str, Any] = {"revision": None, "dtype": torch.bfloat16, "device": "cuda:1", "attention": "sdpa"}
+    source = str(models.locate("tiny").source)
+    adapter("qwen2_5_vl").load(source, **common, min_pixels=3136, max_pixels=313600, quantization_config=config)
+    assert given["quantization_config"] is config
+    assert given["device_map"] == {"": "cuda:1"}
+    with pytest.raises(ValueError, match=r"DeepSeek-VL2 cannot be stored by bitsandbytes.*int8 or int4"):
+        adapter("deepseek_vl2").load(source, **common, quantization_config=config)
+
+
+def test_bitsandbytes_needs_its_package_and_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    command = ["eval", "--weights", "bnb4", "--data", "tiny_mcq", "--device", "cpu", "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(quantising, "version", {"bitsandbytes": "0.50.2"}.__getitem__)
+    assert main(command) != 0
+    assert "weights stored as bnb4 by bitsandbytes need a CUDA device, and this is cpu" in capsys.readouterr().err
+    assert quantising.quantiser("bnb4", "cuda:1") == quantising.quantiser("bnb8", "auto") == "bitsandbytes 0.50.2"
+
+    def missing(name: str) -> str:
+        raise quantising.PackageNotFoundError(name)
+
+    monkeypatch.setattr(quantising, "version", missing)
+    for refused in (command, ["bench", "throughput", "--size", "tiny", "--weights", "bnb8"]):
+        assert main(refused) != 0
+        assert "need bitsandbytes, which is not installed: pip install" in capsys.readouterr().err
 
 
 def test_an_installed_torchao_has_nothing_to_say_to_those_who_do_not_use_it(tmp_path: Path) -> None:

@@ -89,6 +89,24 @@ def test_eval_asks_servers_by_their_urls(
     assert "cannot be reached" in capsys.readouterr().out
 
 
+def test_every_cell_is_counted_and_one_server_for_two_variants_is_told(
+    bench: Bench, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with engine(session, BASELINE) as whole:
+        command = [
+            *("eval", "--base-url", whole.url, "--baseline-url", f"{whole.url}/", "--data", "tiny_mcq", "--limit", "3"),
+            *("--no-timing", "--runs", str(bench.folder / "runs")),
+        ]
+        assert main(command) == 0
+    said = capsys.readouterr()
+    twice = f"none 1 and deployed 0.5 are asked of one server in the same way ({whole.url})"
+    assert twice in said.err + said.out
+    assert "6/6 samples" in said.err + said.out
+    assert "2/2 cells scored" in said.err + said.out
+    (row,) = compare(bench.folder / "eval" / "tiny.csv").rows
+    assert any("one server answers both" in note for note in row.notes)
+
+
 def test_weights_need_not_be_here(bench: Bench, session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     with engine(session, BASELINE) as whole, engine(session, PRUNED) as pruned:
         command = [

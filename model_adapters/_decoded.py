@@ -54,7 +54,13 @@ def frames_in(processor: Any, parts: Parts) -> list[Frame | None]:
         if "video" in part:
             joined = frames_per_step(processor)
             found += [
-                Frame(clip, index, at, _motion(part, slice(index * joined, (index + 1) * joined)))
+                Frame(
+                    clip,
+                    index,
+                    at,
+                    _motion(part, slice(index * joined, (index + 1) * joined)),
+                    part["geometry"][index * joined] if "geometry" in part else None,
+                )
                 for index, at in enumerate(_seconds(part)[::joined])
             ]
             clip += 1

@@ -135,11 +135,13 @@ def opened(part: Mapping[str, Any], moving: bool = False) -> dict[str, Any]:
 
     Args:
         part: ``video`` is the path of a file, with ``nframe`` or ``fps``, or a list of paths of pictures, with
-            ``seconds``; anything else is decoded already. ``frames_sha256``: what `Clip.digest` must be.
+            ``seconds`` and perhaps ``geometry`` (`geometry.packed`); anything else is decoded already.
+            ``frames_sha256``: what `Clip.digest` must be.
         moving: whether to find how far blocks moved too, as the part's ``motion``.
 
     Raises:
-        VideoRefused: see its subclasses. OSError: a file is not here, or a picture cannot be decoded.
+        VideoRefused: see its subclasses. ValueError: a geometry of other frames. OSError: a file is not here, or a
+            picture cannot be decoded.
     """
     source = part["video"]
     if isinstance(source, str | Path):
@@ -153,7 +155,11 @@ def opened(part: Mapping[str, Any], moving: bool = False) -> dict[str, Any]:
         raise OtherFrames(
             f"{source}: its frames are not those that were recorded ({recorded[:12]}...); add the file again"
         )
-    found = {"video": clip.frames, "seconds": clip.seconds}
+    found: dict[str, Any] = {"video": clip.frames, "seconds": clip.seconds}
+    if packed := part.get("geometry"):
+        from ivcp_eval.benchmarks import geometry
+
+        found["geometry"] = geometry.read(packed, len(clip.seconds))
     if not moving:
         return found
     from ivcp_eval.benchmarks.motion import of_frames

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.engine.guards.cuts import check_cuts, check_ratio
-from ivcp_eval.engine.guards.refusals import refuse_labels, refuse_own_pruning, unwrapped
+from ivcp_eval.engine.guards.refusals import refuse_labels, refuse_other_kernels, refuse_own_pruning, unwrapped
 from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.hooks import Pruner, listeners_for
 from ivcp_eval.engine.parts import Parts, Resolved
@@ -91,7 +91,7 @@ def prune(
     if ratio is REQUIRED:
         ratio = _without_ratio(method)
     resolved = resolve(model, method, ratio, family, parameters)
-    if resolved.cuts or resolved.works_on_cache:
+    if resolved.cuts or resolved.works_on_cache or resolved.is_sparse:
         self_test(model, resolved.adapter, resolved.family)
     options = {"grid": grid, "tiles": tiles, "padding": None if padding is None else tuple(int(p) for p in padding)}
     parts = Parts(
@@ -174,6 +174,8 @@ def _check_signals(
         reason = adapter.unsupported(model, signal)
         if reason:
             raise Unsupported(f"method {name!r} needs the signal {signal!r}, which {family!r} cannot give: {reason}")
+    if "sparse" in method.needs:
+        refuse_other_kernels(adapter.text_model(model), f"method {name!r} masks pairs of tokens")
     if "vision" in method.needs:
         _check_blocks(method, adapter.vision_tap(model), family, name)
 

@@ -133,7 +133,20 @@ def as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def biased(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask of sdpa or eager attention with ``bias`` (n,) added for every key; ``mask`` None is causal."""
-    if mask is None:
-        columns = torch.arange(bias.numel(), device=bias.device)[None]
-        mask = attention_mask(columns, bias.numel(), implementation="eager", dtype=dtype)
+    mask = _whole(mask, bias)
     return (as_float(mask, dtype) if mask.dtype == torch.bool else mask) + bias.to(dtype)
+
+
+def restricted(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask of sdpa or eager attention that also forbids what ``seen`` (B, H or 1, n, n) bool does; None is causal."""
+    mask = _whole(mask, seen)
+    seen = to_device(seen, mask.device)
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def _whole(mask: Tensor | None, like: Tensor) -> Tensor:
+    """The mask itself, or the causal one that its absence stands for, of as many keys as ``like`` has."""
+    if mask is not None:
+        return mask
+    columns = torch.arange(like.shape[-1], device=like.device)[None]
+    return attention_mask(columns, like.shape[-1], implementation="sdpa", dtype=torch.bool)

@@ -20,7 +20,7 @@ from ivcp_eval.engine.cache import PrunedLayer, check_cache
 from ivcp_eval.engine.decoding.continuation import Continuation, Continuity
 from ivcp_eval.engine.decoding.drafts import Drafts
 from ivcp_eval.engine.decoding.steps import StepMasks
-from ivcp_eval.engine.geometry import Rows, biased
+from ivcp_eval.engine.geometry import Rows, biased, restricted
 from ivcp_eval.engine.guards.refusals import (
     refuse_chunks,
     refuse_compiled,
@@ -34,6 +34,7 @@ from ivcp_eval.engine.prefill import Cutter, Prefill, Prompt
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals.capture import Rotary, capture
 from ivcp_eval.engine.signals.keys import KeyEditor
+from ivcp_eval.engine.signals.sparse import SparseLayers
 from ivcp_eval.engine.signals.vision import MethodHook, VisionListener
 from ivcp_eval.interface import Cut
 from ivcp_eval.interface.names import check_names, output_cache, read, write
@@ -59,6 +60,8 @@ def listeners_for(model: Any, resolved: Resolved) -> list[Listener]:
         listeners.append(KeyEditor(adapter, method, ratio))
     if "step" in method.needs and ratio < 1:
         listeners.append(StepMasks(adapter, method, resolved.name, ratio))
+    if resolved.is_sparse:
+        listeners.append(SparseLayers(method, resolved.name, ratio))
     return listeners
 
 
@@ -83,6 +86,7 @@ class Engine(ABC):
         self.cutter = Cutter(parts, self.decoder, self.rotary, self.run)
         self.continuity = Continuity()
         self._needs_cache = bool(self.evictions) or any(listener.works_on_cache for listener in self.listeners)
+        self._works = bool(self.cuts) or self._needs_cache or any(one.works_on_prefill for one in self.listeners)
         self._turns = Turns([self.model, self.adapter.multimodal_model(self.model), self.decoder])
         self._handles: list[Any] = []
         self._image_mask: Tensor | None = None
@@ -116,7 +120,7 @@ class Engine(ABC):
         keep = self._handles.append
         self._handles += self._turns.open()
         keep(before(self.model, refuse_labels))
-        if self.cuts or self._needs_cache:
+        if self._works:
             steps = self.run.ratio < 1 and "step" in self.parts.resolved.method.needs
             self._handles += Drafts(self.model, self._has_images, refused=steps).attach()
             if hasattr(self.model, "generate"):
@@ -222,7 +226,7 @@ class Engine(ABC):
             raise ValueError(
                 "a prompt ends with a visual token, whose logits a cut may drop. Put text after the last image."
             )
-        if (self.cuts or self._needs_cache) and spans:
+        if self._works and spans:
             videos = self.adapter.video_mask(self.model, self._inputs)
             prompt = Prompt(visual, alive, spans, self._inputs, None if videos is None else videos & visual)
             state = Prefill(prompt, len(self.decoder.layers), self.run)
@@ -263,6 +267,10 @@ class Engine(ABC):
             kwargs = write(kwargs, attention_mask=state.mask, position_embeddings=embeddings, position_ids=None)
         if state.bias is not None:
             kwargs = write(kwargs, attention_mask=biased(read(kwargs, "attention_mask"), state.bias, args[0].dtype))
+        for listener in self.listeners:
+            seen = listener.entered(state, self.cutter, index, args[0], kwargs)
+            if seen is not None:
+                kwargs = write(kwargs, attention_mask=restricted(read(kwargs, "attention_mask"), seen))
         return args, kwargs
 
     def _continue_layer(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ivcp_eval.engine.cache import PrunedLayer
     from ivcp_eval.engine.decoding.continuation import Continuation
-    from ivcp_eval.engine.prefill import Prefill
+    from ivcp_eval.engine.prefill import Cutter, Prefill
 
     Forward: TypeAlias = Prefill | Continuation | None
     """The state of the forward that is running: a pruned prefill, a forward on a pruned cache, or neither."""
@@ -52,6 +52,11 @@ class Resolved:
         """Whether the method evicts from, edits or masks the cache of a whole prompt, at this ratio."""
         on_cache = bool(self.method.needs & {"cached_key", "step"}) or any(cut.evicts for cut in self.cuts)
         return self.ratio < 1 and on_cache
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the method leaves out parts of a whole prefill's attention and MLPs, at this ratio."""
+        return self.ratio < 1 and "sparse" in self.method.needs
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,14 @@ class Listener:
     """An optional part of an engine. Every hook does nothing unless a listener has a use for it.
 
     Of each forward come, in this order: `encode` where the vision tower runs inside it; then for a prefill with images
-    `begin`, the layers, `after`, and for a forward on a pruned cache `attended` before every layer; always `forget`.
+    `begin`, `entered` before every layer, `after`, and for a forward on a pruned cache `attended` before every layer;
+    always `forget`.
     """
 
     works_on_cache: ClassVar[bool] = False
     """Whether it needs the cache of the prompt, also where no token is removed."""
+    works_on_prefill: ClassVar[bool] = False
+    """Whether it needs the layers of the prefill, also where no token is removed."""
 
     def attach(self, decoder: Any, running: Callable[[], Forward]) -> list[Any]:
         """Register hooks of its own; returns their handles. ``running()`` gives the state of the forward."""
@@ -142,6 +150,16 @@ class Listener:
 
     def begin(self, state: Prefill) -> None:
         """A prefill with images is about to run through the layers."""
+
+    def entered(
+        self, state: Prefill, cutter: Cutter, index: int, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """(B, H or 1, n, n) bool: what each token sees in layer ``index`` of a prefill, causality apart; None: all.
+
+        Args:
+            hidden: (B, n, E) what enters it. kwargs: what else it gets.
+        """
+        return None
 
     def attended(self, index: int, cached: PrunedLayer, new: int, embeddings: Any) -> Tensor | None:
         """(B, m) bool: the slots to which layer ``index`` may attend in a forward on a pruned cache; None for all.

@@ -247,7 +247,7 @@ class Cutter:
         """The first half of `cut`: what the method chooses, for which the host does not wait."""
         if not state.shorter:
             state.position_embeddings = read(kwargs, "position_embeddings")
-        hidden = self._at_layer(cut.layer, hidden)
+        hidden = self.at_layer(cut.layer, hidden)
         source = self._source(state, cut, hidden)
         here = state.now.rows.slots_in(state.now.matrix)
         places = [here[row, here.shape[1] - alive.numel() :] for row, alive in enumerate(state.now.rows.columns)]
@@ -314,7 +314,7 @@ class Cutter:
             return
         for shown in rows:
             if shown is not None:
-                self._watched(state, shown, self.method.observe)
+                self.watched(state, shown, self.method.observe)
         state.late.append((cut, [shown and _without_states(shown) for shown in rows]))
 
     def end_evictions(self, state: Prefill) -> None:
@@ -354,7 +354,7 @@ class Cutter:
         if cut.ratio < 1:
             state.evict(cut.layer, kept)
 
-    def _at_layer(self, layer: int, hidden: Tensor) -> Tensor:
+    def at_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """What enters a layer, on its device: in a model spread over several, nobody else moved it yet."""
         device = next((weights.device for weights in self.decoder.layers[layer].parameters()), hidden.device)
         return hidden if device.type == "meta" else hidden.to(device)  # the weights of offloaded layers are nowhere
@@ -424,7 +424,7 @@ class Cutter:
     def _choose(self, state: Prefill, row: int, signals: Signals) -> Choice:
         """What the method was shown and what it answered; its indices are checked when they are read."""
         with Rankings() as rankings:
-            shown, selection = self._watched(state, signals, self.method.select)
+            shown, selection = self.watched(state, signals, self.method.select)
         check_type(selection, Selection, self.run.method, "select")
         selection.check_form(shown, self.run.method)
         evicts = shown.cut is not None and shown.cut.evicts
@@ -432,7 +432,7 @@ class Cutter:
         counts = (*rankings.counts, torch.as_tensor(selection.nonfinite))
         return Choice(row, shown, selection, target, counts)
 
-    def _watched(self, state: Prefill, signals: Signals, ask: Callable[[Signals], Any]) -> tuple[Signals, Any]:
+    def watched(self, state: Prefill, signals: Signals, ask: Callable[[Signals], Any]) -> tuple[Signals, Any]:
         """What the method was shown and what it answered, which must leave the model's tensors alone."""
         shown = Untouched(signals)
         state.choosing = True

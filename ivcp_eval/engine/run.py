@@ -53,6 +53,9 @@ class Run:
         prefills: how many pruned or image-bearing prefills ran in the block.
         visual_attended: per row and forward after the prefill, how many visual tokens its layers attended to, all
             layers together; empty unless a method masks single steps.
+        visual_pairs, visual_mlp: per decoder layer, how many pairs of visual tokens per row its attention looked at in
+            the prefill (mean over heads, whole numbers) and how many visual tokens its MLP processed, as a real
+            implementation would; empty unless a method leaves some out, which here are computed all the same.
         key_share: share of the key channels of visual tokens that the method would store, where it compresses these;
             no memory is freed here.
         nonfinite_scores: per row, how many scores of visual tokens were NaN or infinite, over all cuts. Such scores
@@ -71,6 +74,8 @@ class Run:
     prefills: int = 0
     nonfinite_scores: list[int] = field(default_factory=list)
     visual_attended: list[list[int]] = field(default_factory=list)
+    visual_pairs: list[list[int]] = field(default_factory=list)
+    visual_mlp: list[list[int]] = field(default_factory=list)
     key_share: float = 1.0
     images: list[list[ImageSpan]] = field(default_factory=list)
     cuts: list[CutRecord] = field(default_factory=list)
@@ -90,6 +95,7 @@ class Run:
         self.visual_cached = [self.visual_prompt] * n_layers
         self.nonfinite_scores = [0] * image_mask.shape[0]
         self.visual_attended = [[] for _ in range(image_mask.shape[0])]
+        self.visual_pairs, self.visual_mlp = [], []
         self.images = list(spans) or [[] for _ in alive]
         self.cuts = []
         self.prefills += 1
@@ -132,6 +138,8 @@ class Run:
             visual_cached=[[layer[index]] for layer in self.visual_cached],
             nonfinite_scores=[self.nonfinite_scores[index]],
             visual_attended=[self.visual_attended[index]],
+            visual_pairs=[[layer[index]] for layer in self.visual_pairs],
+            visual_mlp=[[layer[index]] for layer in self.visual_mlp],
             images=[self.images[index]],
             cuts=[CutRecord(cut.layer, (cut.kept[index],), (cut.merged[index],)) for cut in self.cuts],
         )

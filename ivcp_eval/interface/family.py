@@ -229,7 +229,7 @@ class AbstractAdapter(ABC):
             conversations: per sample the ordered parts of one user turn: ``{"image": PIL.Image}``, ``{"text": str}``,
                 or a decoded video, ``{"video": frames, "seconds": times}``: PIL images of one size or a uint8 array
                 (T, H, W, 3), and when each of them is shown, in seconds from the video's start. `layout` also reads
-                ``motion`` (T, rows, columns), what `Frame.motion` is of each.
+                ``motion`` (T, rows, columns), what `Frame.motion` is of each, and ``geometry``, T of `Frame.geometry`.
 
         Raises:
             ValueError: a video, where the family takes none, without frames, or without increasing times.

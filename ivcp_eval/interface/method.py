@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "step", "motion"]
+Signal = Literal["value", "key", "query", "raw_value", "vision", "cached_key", "step", "motion", "sparse"]
 """What must be captured for a method: projections of the decoder layer before the cut, or of the vision tower.
 
 ``raw_value`` is the value projection of the hidden states entering that layer, without its input norm; ``cached_key``
 are the keys of every layer after the prefill, for `AbstractMethod.edit_keys`; ``step`` is every layer of every forward
-after the prefill, for `AbstractMethod.attended`; ``motion`` is that of the encoded stream (`Frame.motion`).
+after the prefill, for `AbstractMethod.attended`; ``motion`` is that of the encoded stream (`Frame.motion`); ``sparse``
+is every layer of the prefill, for `AbstractMethod.attended_pairs` and `AbstractMethod.mlp_tokens`.
 """
 
 CachePolicy = Literal["all_layers", "from_cut", "all_but_first", "own"]
@@ -167,6 +168,22 @@ def grid_view(span: ImageSpan, covers: Rectangle | None = None) -> tuple[View, .
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """What a frame shows of a scene in space: a pinhole camera whose axis goes through the middle of the picture.
+
+    Attributes:
+        depth: (rows, columns) float32 numpy array over the whole frame: metres along the camera's axis to what the ray
+            through the middle of each cell meets; 0 where that is nothing, or not known.
+        pose: (3, 4) float64 numpy array: camera (x right, y down, z forward) to world coordinates, in metres.
+        focal: focal lengths along x and y, in widths and heights of the picture.
+    """
+
+    depth: npt.NDArray[np.float32]
+    pose: npt.NDArray[np.float64]
+    focal: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Frame:
     """Which part of which video an `ImageSpan` shows: one grid step, of one frame or of those the tower joins.
 
@@ -175,12 +192,14 @@ class Frame:
         seconds: when the step's first frame is shown, from the video's start; None where the inputs do not say.
         motion: (rows, columns) float32 numpy array over the whole frame: how many pixels each cell moved since the step
             before, as the encoded stream says, infinite where it is new. None where nobody says it.
+        geometry: depth and camera of the step's first frame; None where nobody says it.
     """
 
     clip: int
     index: int
     seconds: float | None = None
     motion: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    geometry: Geometry | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -389,6 +408,18 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Processed:
+    """Which visual tokens of one row the MLP of one layer processes; the others get the mean update of their group.
+
+    Attributes:
+        token: (V,) bool. group: (V,) int64 in 0..V-1; of every group one token at least is processed.
+    """
+
+    token: Tensor
+    group: Tensor
+
+
+@dataclass(frozen=True)
 class Selection:
     """What a method returns for one row.
 
@@ -560,6 +591,23 @@ class AbstractMethod(ABC):
         Called for "step" in `needs` only; may modify ``step.memory``. Nothing leaves the cache. Beams are refused.
         """
         raise NotImplementedError
+
+    def attended_pairs(self, signals: Signals) -> Tensor | None:
+        """(V, V) or (H, V, V) bool: which visual tokens (last axis) each visual token attends to in the layer entered.
+
+        Called in the prefill before every layer, for "sparse" in `needs` only, with ``cut`` naming layer and ratio and
+        with `Signals.project`; None for all. A token sees itself, and later ones never, whatever is said of them; text
+        sees all, and all see the text before them. Nothing leaves the sequence: all layers of decoding see every token.
+        """
+        return None
+
+    def mlp_tokens(self, signals: Signals, states: Tensor) -> Processed | None:
+        """Which visual tokens go through the layer's MLP, called as `attended_pairs` is and after it; None for all.
+
+        Args:
+            states: (V, E) of the visual tokens between the layer's attention and the norm before its MLP.
+        """
+        return None
 
     def pixel_share(self, ratio: float) -> float | None:
         """Share of its visual tokens to which an image is shrunk before the processor; None leaves images alone."""

@@ -17,7 +17,7 @@ from ivcp_eval.interface.registry import WRAPPERS, module_names, unwrapped_name
 
 FILE = Path(__file__).with_name("_catalogue.yaml")
 STARTED_FROM = Path(__file__).with_name("_started_from.yaml")
-STATES = ("gaps", "weights", "depth", "model", "tool")
+STATES = ("gaps", "weights", "model", "tool")
 
 LABELS = {
     "faithful": "held to the authors' own code",

@@ -76,7 +76,7 @@ _REMARKED = (
 PLACED = ("dtype", "attention", "device", "video")
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
-    "ratio_kv_analytic",
+    *("ratio_kv_analytic", "ratio_flops_analytic"),
     *("visual_tokens_prompt_mean", "new_tokens_mean"),
 )
 

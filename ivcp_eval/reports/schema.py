@@ -237,6 +237,16 @@ COLUMNS: tuple[Column, ...] = (
         late=True,
     ),
     Column(
+        "ratio_flops_analytic",
+        "number",
+        "`ratio_flops` of a real implementation, where nothing is saved here: pairs of tokens that attention would "
+        "look at and tokens that MLPs would process, as measured; empty: the method leaves out neither",
+        low=0,
+        high=1,
+        late=True,
+        of_run=True,
+    ),
+    Column(
         "visual_tokens_prompt_mean",
         "number",
         "visual tokens of the unpruned prompt, mean over samples",

@@ -24,7 +24,7 @@ from tests.engine import tiny_models
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 IVC = tuple(Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in RATIOS)
 # No cut; cuts at the input, early, in the middle; several; an observation before the first cut; renumbered positions;
-# edits of the cache and evictions from it, which share nothing; two variants that differ only in their seed.
+# edits of the cache, evictions from it and sparse layers, which share nothing; two that differ only in their seed.
 MIX = (
     Variant(""),
     Variant("", "random", 0.5),
@@ -37,6 +37,7 @@ MIX = (
     Variant("", "rotatek", 0.5),
     Variant("", "snapkv", 0.4),
     Variant("", "fastocr", 0.2),
+    Variant("", "adaspark", 0.5, {"cube": (1, 2, 2)}),
     Variant("", "fastv+dstp", 0.4),
     Variant("", "ivc_prune", 0.3, {"layer": 3}),
     Variant("", "ivc_prune", 1.0, {"layer": 3}),

@@ -170,7 +170,7 @@ def test_a_rule_of_its_own_is_refused() -> None:
 def _selects(name: str) -> bool:
     method = make_method(name)
     evicts = any(cut.evicts for cut in method.cuts(ModelFacts("llava", 8), 0.5))
-    on_cache = evicts or bool(method.needs & {"cached_key", "step"})
+    on_cache = evicts or bool(method.needs & {"cached_key", "step", "sparse"})
     in_tower = "group" in method.tower_signals
     return (
         method.pixel_share(0.5) is None

@@ -17,7 +17,12 @@ TASKS = {
     "evaluate": ({"tiny": "tiny.evaluate"}, "its held-out accuracy through stock `generate`"),
     "accept": ({"tiny2": "tiny2.evaluate"}, "hold a model to its acceptance table"),
     "build-benchmarks": (
-        {"tiny": "tiny.build_benchmarks", "tiny2": "tiny2.build_benchmarks", "clips": "tiny2.clips"},
+        {
+            "tiny": "tiny.build_benchmarks",
+            "tiny2": "tiny2.build_benchmarks",
+            "clips": "tiny2.clips",
+            "rooms": "rooms",
+        },
         "write the embedded benchmarks, or check them",
     ),
     "easy-vqa": ({"tiny2": "tiny2.easy_vqa"}, "write easy-VQA's test as a benchmark file"),

@@ -47,19 +47,26 @@ class DecoderShape:
             mlps=_expert_mlps(config) if getattr(config, "moe_intermediate_size", None) else (),
         )
 
-    def layer_flops(self, tokens: float, layer: int = 0) -> float:
+    def layer_flops(
+        self, tokens: float, layer: int = 0, pairs: float | None = None, mlp_tokens: float | None = None
+    ) -> float:
         """One layer on ``tokens`` of one row: two per multiply-add, a causal attention's n (n + 1) / 2 pairs only.
 
         Matrix products alone; norms, RoPE, softmax and activations are left out, as usual. A fraction of a token is
         allowed, for costs before rounding.
+
+        Args:
+            pairs: of tokens that the attention looks at (mean over heads), where it leaves some out.
+            mlp_tokens: how many of them the MLP processes, where it skips some.
         """
         projections = self.projections
         if projections is None:
             projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = self.mlps[layer] if self.mlps else 3 * self.hidden * self.intermediate
-        pairs = tokens * (tokens + 1) / 2
+        pairs = tokens * (tokens + 1) / 2 if pairs is None else pairs
+        mlp_tokens = tokens if mlp_tokens is None else mlp_tokens
         per_pair = self.head_dim + (self.head_dim if self.value_dim is None else self.value_dim)
-        return 2 * tokens * (projections + mlp) + 2 * pairs * self.heads * per_pair
+        return 2 * (tokens * projections + mlp_tokens * mlp) + 2 * pairs * self.heads * per_pair
 
     def prefill_flops(self, tokens_per_layer: Sequence[float]) -> float:
         """All layers, each on its own number of tokens of one row (vocabulary head excluded).

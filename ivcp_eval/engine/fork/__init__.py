@@ -66,9 +66,10 @@ class _Plan:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing can be shared: it works in the tower, on every layer's cache or step, or only observes."""
-        observes = bool(self.resolved.cuts) and self.resolved.first_cut is None
-        return self.resolved.works_on_tower or self.resolved.works_on_cache or observes
+        """Whether nothing can be shared: it works in the tower, on every layer, cache or step, or only observes."""
+        one = self.resolved
+        observes = bool(one.cuts) and one.first_cut is None
+        return one.works_on_tower or one.works_on_cache or one.is_sparse or observes
 
 
 def fork(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivcp_eval.engine.cache import check_cache
+from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.names import read
 from ivcp_eval.interface.variants import ATTENTIONS
 
@@ -76,6 +77,15 @@ def refuse_own_pruning(config: Any) -> None:
         raise ValueError(
             f"{getattr(config, 'model_type', 'the model')} prunes its own videos (config.video_pruning_rate={share}), "
             "so that every row, the baseline first, would be pruned twice; load it with video_pruning_rate=0"
+        )
+
+
+def refuse_other_kernels(text_model: Any, why: str) -> None:
+    """Raise Unsupported unless the attention of the text model takes a mask of pairs of tokens; ``why`` it must."""
+    implementation = text_model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise Unsupported(
+            f"{why}, which attention {implementation!r} takes no mask for; load the model with sdpa or eager"
         )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 #: Not signals of one decoder layer.
-NOT_OF_A_LAYER: frozenset[Signal] = frozenset({"vision", "cached_key", "step", "motion"})
+NOT_OF_A_LAYER: frozenset[Signal] = frozenset({"vision", "cached_key", "step", "motion", "sparse"})
 
 
 def capture(

@@ -67,6 +67,8 @@ class Answer:
         visual_per_layer, visual_cached: per decoder layer, in the prefill.
         kv_analytic: where a method frees nothing here: what a real implementation of it would read of the visual
             tokens' cache, mean over layers and steps; None where `visual_cached` is all there is to say.
+        visual_pairs, visual_mlp: where a method leaves out pairs of visual tokens and visual tokens of MLPs in the
+            prefill: per decoder layer what a real implementation would compute; empty elsewhere.
         together: made beside other rows in half precision, where the other rows change how a row is rounded.
         over_budget: the picture was to be made smaller, and still costs more than asked.
         masks: text of `records.masks.Masks`; empty where no cut removed anything.
@@ -82,6 +84,10 @@ class Answer:
     visual_per_layer: tuple[int, ...] = _of("integers", "visual tokens that each layer processed", ())
     visual_cached: tuple[int, ...] = _of("integers", "visual tokens in each layer's cache", ())
     kv_analytic: float | None = _of("number", "share of the visual cache that decoding would read", low=0)
+    visual_pairs: tuple[int, ...] = _of(
+        "integers", "pairs of visual tokens that each layer's attention would look at", ()
+    )
+    visual_mlp: tuple[int, ...] = _of("integers", "visual tokens that each layer's MLP would process", ())
     prompt_tokens: int | None = _of(
         "integer", "prompt tokens as a server counts them (`usage`); empty: not served", low=0, column="prompt_tokens"
     )

@@ -30,6 +30,7 @@ from ivcp_eval.interface import (
     AbstractMethod,
     Cut,
     Frame,
+    Geometry,
     ImageSpan,
     ModelFacts,
     Patches,
@@ -126,12 +127,12 @@ def work_of(name: str, args: Any, out: Any) -> int:
 
 
 def spans_of(n: int, frames: int) -> list[ImageSpan]:
-    """An image of ``n`` tokens, or the steps of a video with so many together; blocks of its stream move by chance."""
+    """An image of ``n`` tokens, or the steps of a video with so many together; blocks move and lie by chance."""
     if not frames:
         return [_span(torch.arange(n), None)]
     drawn = np.random.default_rng(0).exponential(size=(frames, 32, 32)).astype(np.float32)
     return [
-        _span(columns, Frame(0, i, i / 2, motion))
+        _span(columns, Frame(0, i, i / 2, motion, Geometry(1 + motion, np.eye(3, 4), (1.0, 1.0))))
         for i, (columns, motion) in enumerate(zip(torch.arange(n).chunk(frames), drawn, strict=True))
     ]
 
@@ -268,6 +269,8 @@ def no_row(method: AbstractMethod, name: str) -> str:
         return "edits cached keys and chooses no tokens; `ivcp bench` times it"
     if "step" in method.needs:
         return "masks tokens while decoding; nothing is chosen in the prefill"
+    if "sparse" in method.needs:
+        return "masks pairs of tokens in every layer of the prefill; none leaves"
     return "makes no cut"
 
 

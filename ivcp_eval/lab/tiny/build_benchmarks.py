@@ -218,5 +218,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def one_file(
+    prog: str, about: str, name: str, content: Callable[[str], bytes], arguments: list[str] | None = None
+) -> int:
+    """Command line of a generator of one file: write ``content(split)`` as ``name``, or compare with what is there."""
+    parser = argparse.ArgumentParser(prog=prog, description=about.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=DATASETS, help="folder of the TSV file")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the file differs")
+    args = parser.parse_args(arguments)
+    path, made = args.out / name, content(args.split)
+    if args.check:
+        same = _read(path) == made
+        if not same:
+            sys.stderr.write(f"{path} differs from what the generator writes; run without --check to write it again\n")
+        return int(not same)
+    from ivcp_eval.files import atomic_write
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb") as handle:
+        handle.write(made)
+    return 0
+
+
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None

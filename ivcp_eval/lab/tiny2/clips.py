@@ -8,22 +8,18 @@ each answer. So whatever a model scores above chance, it has from several pictur
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product, zip_longest
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ivcp_eval.files import DATASETS, atomic_write
-from ivcp_eval.lab.tiny.build_benchmarks import encode_png
+from ivcp_eval.lab.tiny.build_benchmarks import encode_png, one_file
 from ivcp_eval.lab.tiny.scenes import COLOURS, Box
 from ivcp_eval.lab.tiny.tasks import LETTERS
 from ivcp_eval.lab.tiny2.scenes import SHAPES, SPLITS, Placed, Scene, render
@@ -263,18 +259,4 @@ def content(split: str = "test") -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: write the file, or compare it with what would be written."""
-    parser = argparse.ArgumentParser(prog="ivcp lab build-benchmarks clips", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=DATASETS, help="folder of the TSV file")
-    parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the file differs")
-    args = parser.parse_args(arguments)
-    path, made = args.out / NAME, content(args.split)
-    if args.check:
-        same = path.is_file() and path.read_bytes() == made
-        if not same:
-            sys.stderr.write(f"{path} differs from what the generator writes; run without --check to write it again\n")
-        return int(not same)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as handle:
-        handle.write(made)
-    return 0
+    return one_file("ivcp lab build-benchmarks clips", __doc__ or "", NAME, content, arguments)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.engine import resolve
+from ivcp_eval.engine.guards.refusals import refuse_other_kernels
 from ivcp_eval.engine.hooks import Engine, listeners_for
 from ivcp_eval.engine.parts import Parts
 from ivcp_eval.engine.prefill import Prefill
@@ -116,13 +117,12 @@ def gated(
         visible: as of `Gating`.
 
     Raises:
-        Unsupported: the model gives not what the method reads. ValueError: as `ivcp_eval.prune`, or an attention that
-            takes no weights.
+        Unsupported: the model gives not what the method reads, or its attention takes no weights. ValueError: as
+            `ivcp_eval.prune`.
     """
     resolved = resolve(model, method, ratio, None, {})
-    implementation = resolved.adapter.text_model(model).config._attn_implementation
-    if where == "attention" and implementation not in ("sdpa", "eager"):
-        raise ValueError(f"attention {implementation!r} takes no weights of tokens; load the model with sdpa or eager")
+    if where == "attention":
+        refuse_other_kernels(resolved.adapter.text_model(model), "gates weigh tokens")
     options = {key: value for key, value in (layout or {}).items() if value is not None}
     frames = options.pop("frames", None)
     parts = Parts(model=model, resolved=resolved, span_options=options, frames=frames, seed=seed)

@@ -318,6 +318,8 @@ class Session:
             visual_per_layer=tuple(layer[0] for layer in run.visual_per_layer),
             visual_cached=tuple(layer[0] for layer in run.visual_cached),
             kv_analytic=_round(run.analytic_share(0, int(new.numel()) - 1)),
+            visual_pairs=tuple(layer[0] for layer in run.visual_pairs),
+            visual_mlp=tuple(layer[0] for layer in run.visual_mlp),
             new_tokens=int(new.numel()),
             nonfinite_scores=sum(run.nonfinite_scores),
             masks=self._masks(run, conversation).to_text() if run.cuts else "",

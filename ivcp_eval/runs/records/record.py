@@ -76,6 +76,7 @@ class CellRecord:
     predictions_sha256: str = ""
     n_thinking: int = 0
     ratio_kv_analytic: float | None = None
+    ratio_flops_analytic: float | None = None
     prompt_tokens_mean: float | None = None
     first_token_ms_median: float | None = None
     requests_per_s: float | None = None
@@ -104,7 +105,7 @@ def cell_record(
         identity: as JSON. answers: the journal's records. decoder: sizes by which FLOPs are counted (`Cell.note`).
         times: of the samples that were timed, by index. requests_per_s: of a server, where it was measured.
     """
-    rows = sample_rows(answers, scores, decoder, times)
+    rows, shape = sample_rows(answers, scores, decoder, times), _shape(decoder)
     good = [row for row in rows if not row["error"]]
     used = [answers[sample.key] for sample, row in zip(scores.samples, rows, strict=True) if not row["error"]]
     failed, refused = misses(rows, answers)
@@ -151,7 +152,8 @@ def cell_record(
         timeout_s=scores.made.timeout_s,
         samples_sha256=_digest(rows),
         n_thinking=scores.thinking,
-        ratio_kv_analytic=_weighted(used),
+        ratio_kv_analytic=_weighted([(a.kv_analytic, a.visual_tokens or 0) for a in used]),
+        ratio_flops_analytic=_weighted([(_shares(a, shape).flops_analytic, a.visual_tokens or 0) for a in used]),
         prompt_tokens_mean=_mean([row["prompt_tokens"] for row in good if row["prompt_tokens"] is not None]),
         first_token_ms_median=_median(times, "first_token_ms"),
         requests_per_s=requests_per_s,
@@ -197,12 +199,13 @@ def _shape(decoder: Mapping[str, Any] | None) -> DecoderShape | None:
 def _shares(answer: Answer, shape: DecoderShape | None) -> Shares:
     if answer.error or answer.visual_tokens is None or answer.text_tokens is None:
         return Shares()
-    return measured(answer.visual_tokens, answer.text_tokens, answer.visual_per_layer, answer.visual_cached, shape)
+    counts = answer.visual_per_layer, answer.visual_cached, shape, answer.visual_pairs, answer.visual_mlp
+    return measured(answer.visual_tokens, answer.text_tokens, *counts)
 
 
-def _weighted(used: Sequence[Answer]) -> float | None:
-    """Mean of what decoding would read over the visual tokens of the answers that say it."""
-    said = [(a.kv_analytic, a.visual_tokens or 0) for a in used if a.kv_analytic is not None]
+def _weighted(shares: Sequence[tuple[float | None, int]]) -> float | None:
+    """Mean of shares over the visual tokens of the answers that say one."""
+    said = [(share, tokens) for share, tokens in shares if share is not None]
     visual = sum(tokens for _, tokens in said)
     return sum(share * tokens for share, tokens in said) / visual if visual else None
 

@@ -20,7 +20,7 @@ from ivcp_eval.runs.records.record import CellRecord
 _RECORDED = (
     *("n_samples", "n_clusters", "n_failed", "judge_failures", "status", "reason", "faithfulness"),
     *("visual_tokens_prompt_mean", "ratio_kept_final", "ratio_layer_mean", "ratio_flops", "ratio_kv_cache"),
-    "ratio_kv_analytic",
+    *("ratio_kv_analytic", "ratio_flops_analytic"),
     *("prompt_tokens_mean", "new_tokens_mean", "prefill_ms_median", "decode_ms_per_token_median", "vision_ms_median"),
     *("first_token_ms_median", "requests_per_s"),
     *("ivcp_commit", "ivcp_dirty", "device", "date"),

@@ -1,7 +1,7 @@
 """Rows that show a video: which columns say so, the part of the prompt that comes of them, and its content hash.
 
-A row has either pictures and ``seconds``, when each of them is shown, or ``video``, the path of a file, with ``nframe``
-or ``fps``, and ``frames_sha256`` where the frames were decoded before (`own`).
+A row has either pictures and ``seconds``, when each of them is shown (and ``geometry``, what it shows in space), or
+``video``, the path of a file, with ``nframe`` or ``fps``, and ``frames_sha256`` where it was decoded before (`own`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ivcp_eval.benchmarks import clips
+from ivcp_eval.benchmarks import clips, geometry
 from ivcp_eval.files import file_digest, remembered
 
 Message = list[dict[str, Any]]
@@ -27,18 +27,24 @@ def shown(line: Mapping[str, Any], message: Message, sampling: clips.Sampling | 
         ValueError: what the row says of its video cannot be read.
     """
     texts = [part for part in message if part["type"] == "text"]
+    part: dict[str, Any]
     if seconds := _cell(line, "seconds"):
         frames = [part["value"] for part in message if part["type"] == "image"]
         at = times(seconds)
         clips.check_times(len(frames), at)
+        part = {"type": "video", "value": frames, "seconds": at}
+        if packed := _cell(line, "geometry"):
+            part["geometry"] = packed
         if sampling:
             places = sampling.places([moment - at[0] for moment in at])
-            frames, at = [frames[place] for place in places], [at[place] for place in places]
-        return [{"type": "video", "value": frames, "seconds": at}, *texts]
+            part |= {"value": [frames[place] for place in places], "seconds": [at[place] for place in places]}
+            if "geometry" in part:
+                part["geometry"] = geometry.of_frames(part["geometry"], places)
+        return [part, *texts]
     if path := _cell(line, "video"):
         if sampling:
             return of_file([{"type": "video", "value": path}, *texts], sampling)
-        part: dict[str, Any] = {"type": "video", "value": path}
+        part = {"type": "video", "value": path}
         for name, kind in (("nframe", int), ("fps", float), ("frames_sha256", str)):
             if cell := _cell(line, name):
                 part[name] = kind(cell)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ivcp_eval
-from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Selection, Signals, Step, registry
+from ivcp_eval.interface import AbstractMethod, CachedKeys, Cut, Processed, Selection, Signals, Step, registry
 from tests.engine import tiny_models
 from tests.engine.contract.reference import Plan, make_plan
 from tests.engine.contract.toys import TOYS
@@ -27,6 +27,10 @@ PARAMETERS: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {
     # The released DeepSeek code knows only 14 x 15 tiles, too many for a tiny model; tests/engine/oracle replays it.
     "ivc_prune": (({"preset": "official"}, ("qwen2_5_vl", "llava", "internvl")),),
     "snapkv": (({"heads": "shared"}, ("deepseek_vl2",)),),  # whose cache all heads share
+    "adaspark": (
+        ({"cube": (1, 2, 2)}, ("qwen2_5_vl", "llava", "deepseek_vl2")),
+        ({"cube": (1, 2, 2), "p": 0.3, "heads": "mean", "queries": "cube", "first": 2}, ("llava",)),
+    ),
     "fastv+dstp": (({"tau": 1.0, "hold": 1}, ("qwen2_5_vl", "llava")),),  # swaps in every step
 }
 """Further parameters of a registered method that the whole contract must hold for, and on which families."""
@@ -44,16 +48,18 @@ class Recording:
     calls: list[tuple[Signals, Selection]] = field(default_factory=list)
     edits: list[tuple[int, Tensor]] = field(default_factory=list)
     steps: list[tuple[Step, Tensor | None]] = field(default_factory=list)
+    sparse: list[tuple[int, Tensor | Processed | None]] = field(default_factory=list)
 
     def plan(self, inputs: dict[str, Any], placeholders: Container[int]) -> Plan:
         """The reference's plan of the last prefill, which `inputs` was; forgets the calls."""
         calls = [(signals.stage, selection) for signals, selection in self.calls]
         tower = "group" in self.method.tower_signals
         embedded = [signals.hidden[signals.visual] for signals, _ in self.calls if tower]
-        edits, steps = list(self.edits), list(self.steps)
+        edits, steps, sparse = list(self.edits), list(self.steps), list(self.sparse)
         self.calls.clear()
         self.edits.clear()
         self.steps.clear()
+        self.sparse.clear()
         cuts = [cut for cut in self.cuts if cut.ratio < 1]  # the others only observe
         observed = {stage for stage, cut in enumerate(self.cuts) if cut.ratio == 1}
         renumbered = [
@@ -63,6 +69,7 @@ class Recording:
         ]
         plan = make_plan(inputs, placeholders, cuts, renumbered, edits)
         plan.add_steps(steps)
+        plan.add_sparse(sparse)
         plan.embedded = embedded
         return plan
 
@@ -175,7 +182,8 @@ class Case:
         method = self.make()
         cuts = method.cuts(self.facts, self.ratio) if self.ratio < 1 else ()
         select, edit, attend = method.select, method.edit_keys, method.attended
-        calls, edits, steps = [], [], []
+        seen, processed = method.attended_pairs, method.mlp_tokens
+        calls, edits, steps, sparse = [], [], [], []
 
         def recording(signals: Signals) -> Selection:
             calls.append((signals, select(signals)))
@@ -189,12 +197,22 @@ class Case:
             steps.append((step, attend(step)))
             return steps[-1][1]
 
+        def seeing(signals: Signals) -> Tensor | None:
+            sparse.append((signals.cut.layer, seen(signals)))
+            return sparse[-1][1]
+
+        def processing(signals: Signals, states: Tensor) -> Processed | None:
+            sparse.append((signals.cut.layer, processed(signals, states)))
+            return sparse[-1][1]
+
+        object.__setattr__(method, "attended_pairs", seeing)
+        object.__setattr__(method, "mlp_tokens", processing)
         object.__setattr__(method, "select", recording)  # the instance is a frozen dataclass
         object.__setattr__(method, "edit_keys", editing)
         object.__setattr__(method, "attended", attending)
         layout = getattr(tiny_models.family(self.family), "PRUNE", {})
         with ivcp_eval.prune(self.model if model is None else model, method, self.ratio, seed=seed, **layout) as run:
-            yield Recording(run, method, cuts, calls, edits, steps)
+            yield Recording(run, method, cuts, calls, edits, steps, sparse)
 
     def forward(self, inputs: dict[str, Any], model: nn.Module | None = None, **options: Any) -> Any:
         """One bare forward."""
@@ -253,6 +271,7 @@ ON_VIDEOS: dict[str, frozenset[str]] = {
     "fastv+dstp": frozenset({"decode_equals_reference"}),
     "aot": frozenset({"decode_equals_reference"}),  # merges across frames
     "dycoke": frozenset({"decode_equals_reference"}),  # cuts, and masks steps
+    "adaspark": frozenset({"decode_equals_reference"}),  # whose cubes span frames
 }
 """What runs on prompts with videos, by default: of each kind of method the checks in which a video could differ."""
 

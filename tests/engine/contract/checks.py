@@ -414,14 +414,15 @@ def _cuts_cache(policy: str, layer: int) -> bool:
 
 @check
 def earlier_caches_hold_the_survivors(case: Case) -> None:
-    """Below the first cut, every cached key and value is the unpruned model's at its original position."""
+    """Below the first cut or sparse layer, every cached key and value is the unpruned model's at its position."""
     for layouts in (case.single, case.ragged):
         inputs = case.inputs(*layouts)
         plain = case.forward(inputs).past_key_values
         with case.prune() as recording:
             pruned = case.forward(inputs).past_key_values
             plan = recording.plan(inputs, case.placeholders)
-        for index in range(plan.stages[0].cut.layer if plan.stages else len(plain.layers)):
+        sparse = [layer + 1 for layer, _ in (*plan.unseen, *plan.skipped)]  # whose keys come from what entered it
+        for index in range(min([stage.cut.layer for stage in plan.stages] + sparse, default=len(plain.layers))):
             got, all_of_it = pruned.layers[index], plain.layers[index]
             for row in range(len(layouts)):
                 for head, name in itertools.product(range(got.keys.shape[1]), ("keys", "values")):

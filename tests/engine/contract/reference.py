@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import Cut, Selection, Step
+from ivcp_eval.interface import Cut, Processed, Selection, Step
 
 
 @dataclass
@@ -73,10 +73,26 @@ class Plan:
             self.attended[step.layer, row, step.number] = {self.visual[row][token] for token in masked}
         self.__dict__.pop("_masks", None)
 
+    unseen: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, row) -> (heads, V, V) what is masked
+    skipped: dict[tuple[int, int], Processed] = field(default_factory=dict)  # (layer, row) -> what the MLP does
+
+    def add_sparse(self, answers: Sequence[tuple[int, Tensor | Processed | None]]) -> None:
+        """What a method left out of each layer of the prefill, row after row."""
+        with_images = [row for row, columns in enumerate(self.visual) if columns]
+        asked: dict[int, int] = {}
+        halves = 2 * len(with_images)
+        for layer, answer in answers:
+            number = asked[layer] = asked.get(layer, -1) + 1
+            row = with_images[number % halves % len(with_images)]
+            if isinstance(answer, Processed):
+                self.skipped[layer, row] = answer
+            elif answer is not None:
+                self.unseen[layer, row] = ~answer.reshape(-1, *answer.shape[-2:])
+
     @property
     def heads(self) -> int:
-        """Key heads whose caches hold different tokens; 1 if all hold the same."""
-        return max((len(left) for left in self.evicted.values()), default=1)
+        """Heads whose caches hold, or whose queries see, different tokens; 1 if it is the same for all."""
+        return max(map(len, [*self.evicted.values(), *self.unseen.values()]), default=1)
 
     def cached(self, layer: int, row: int, head: int = 0) -> set[int]:
         """Prompt columns that a layer's cache holds after the prefill."""
@@ -101,6 +117,11 @@ class Plan:
             generated = torch.arange(length) >= self.prompt
             # Dropped queries are never looked at, but a row without any key would be NaN.
             seen = past & keys[generated.long()]
+            if (layer, row) in self.unseen:
+                unseen, columns = self.unseen[layer, row], self.visual[row]
+                for number, keys_of in enumerate(unseen[head if len(unseen) > 1 else 0].tolist()):
+                    left_out = [columns[i] for i, out in enumerate(keys_of) if out and i != number]
+                    seen[columns[number], left_out] = False
             masked: set[int] = set()
             for query in range(self.prompt, length):  # a forward of several tokens is one step
                 masked = self.attended.get((layer, row, query - self.prompt), masked)
@@ -177,10 +198,25 @@ def reference(text_model: Any, plan: Plan) -> Iterator[None]:
                 state["embedding"] = False
         return (hidden, *args[1:]), kwargs
 
+    def after_mlp(layer: int, _module: Any, _args: Any, output: Tensor) -> Tensor:
+        output, repeats = output.clone(), output.shape[0] // len(plan.valid)
+        for row, columns in enumerate(plan.visual):
+            done = plan.skipped.get((layer, row))
+            for copy, number in itertools.product(range(row * repeats, (row + 1) * repeats), range(len(columns))):
+                if done is None or done.token[number]:
+                    continue
+                alike = [
+                    c for c, t, g in zip(columns, done.token, done.group, strict=True) if t and g == done.group[number]
+                ]
+                output[copy, columns[number]] = output[copy, alike].float().mean(0).to(output.dtype)
+        return output
+
     handles.append(text_model.rotary_emb.register_forward_pre_hook(before_rotary, with_kwargs=True))
     for index, module in enumerate(text_model.layers):
         hook = functools.partial(before_layer, index)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if plan.skipped:
+            handles.append(module.mlp.register_forward_hook(functools.partial(after_mlp, index)))
     try:
         yield
     finally:

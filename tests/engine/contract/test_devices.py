@@ -18,7 +18,7 @@ from tests.engine.contract import pretended
 from tests.engine.tiny_models import WHERE  # noqa: F401  # of the condition
 
 #: A cut before, at and behind the border between the devices (layer 3); several; evictions; what listens to the tower,
-#: edits the cache or masks steps.
+#: edits the cache, masks steps or layers.
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "ivc_prune": {"layer": 2},
@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "visionzip": {},
     "rotatek": {},
     "fastocr": {},
+    "adaspark": {"cube": (1, 2, 2)},
 }
 PROMPTS = ("t5 i0 t9", "t4 i1 t3 i2 t6", "t12")
 pytestmark = pytest.mark.skipif("WHERE.device != 'cpu'", reason="pretended devices beside real ones")

@@ -106,10 +106,22 @@ def added(family: str, method: str, layouts: tuple[str, ...], depth: int = 1) ->
 #: Methods that read from the device while they choose, for every image or clip, and why. No other may.
 WAITING = {
     "tokens are taken one after the other, rounds of which are compared on the host": (
-        *("cdpruner", "cdpruner_openvino", "divprune", "idpruner", "otprune", "scope", "sppruner"),
+        *("cdpruner", "cdpruner_openvino", "divprune", "geo3dpruner", "idpruner", "otprune", "scope", "sppruner"),
     ),
     "how many tokens a rule takes is known on the device only": (
-        *("coast", "dart", "dart_tensorrt", "desap", "dualcomp", "holov", "iwp", "topv", "uniform_time", "vlcache"),
+        *(
+            "adaspark",
+            "coast",
+            "dart",
+            "dart_tensorrt",
+            "desap",
+            "dualcomp",
+            "holov",
+            "iwp",
+            "topv",
+            "uniform_time",
+            "vlcache",
+        ),
     ),
     "clusters, and the sparse weights by which tokens merge": (
         *("lookm", "lrcp", "pool", "pool_time", "prumerge", "prumerge_plus", "quadtree", "sparsevlm", "visionzip"),

@@ -35,6 +35,7 @@ WITHOUT = {
     "deployed": "what a server chooses is not known here",
     "downsample": "makes pictures smaller before the model sees them",
     "fastocr": "masks tokens while decoding; nothing is chosen in the prefill",
+    "adaspark": "masks pairs of tokens in every layer of the prefill; none leaves",
     **dict.fromkeys(("rotatek", "think"), "edits cached keys and chooses no tokens; `ivcp bench` times it"),
 }
 

@@ -89,7 +89,7 @@ def test_every_method_is_part_of_the_bench(tmp_path: Path, capsys: pytest.Captur
     rows = json.loads((tmp_path / "made.json").read_text())["rows"]
     assert {row["variant"] for row in rows} == set(registry.method_names())
     assert {row["variant"] for row in rows if "no class token" in row.get("note", "")} == {"prumerge", "prumerge_plus"}
-    idle = ("none", "again", "deployed", "downsample", "fastocr")
+    idle = ("none", "again", "deployed", "downsample", "fastocr", "adaspark")
     chooses = [row for row in rows if row["variant"] not in idle and "rounds" in row]
     assert all(row["select_ms"] > 0 for row in chooses)
     assert "selection ms" in capsys.readouterr().out

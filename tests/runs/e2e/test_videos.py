@@ -12,11 +12,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import clips
-from ivcp_eval.interface import Frame
+from ivcp_eval.interface import Frame, Geometry
 from ivcp_eval.interface.records.masks import Masks
+from ivcp_eval.lab import rooms
+from ivcp_eval.methods import geo3dpruner
+from ivcp_eval.methods._clips import Clip
+from ivcp_eval.methods.geo3dpruner import voxels
 from ivcp_eval.reports.html.collect import collect
 from ivcp_eval.reports.table import Row, read_samples
 from ivcp_eval.runs.answering.session import Session
@@ -65,6 +70,26 @@ def test_the_shipped_clips_run_and_continue(lab: Lab, monkeypatch: pytest.Monkey
         masks = Masks.from_text(sample["masks"])
         assert [image.frame for image in masks.images] == [Frame(0, i, i / 2) for i in range(8)]
         assert sum(masks.kept(i) for i in range(8)) == 64
+
+
+def test_depth_and_poses_reach_a_method(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every step those of its view; a variant that leaves parts of the prefill out says what it would cost."""
+    seen: list[Geometry | None] = []
+
+    def noted(clip: Clip, size: float, side: int) -> Tensor:
+        seen.extend(frame.span.frame and frame.span.frame.geometry for frame in clip.frames)
+        return voxels(clip, size, side)
+
+    monkeypatch.setattr(geo3dpruner, "voxels", noted)
+    one = ("--data", "tiny_rooms", "--limit", "1", "--ratio", "0.5", "--method")
+    assert lab.eval(*one, "geo3dpruner") == lab.eval(*one, "adaspark", "--set", "cube=[2, 2, 2]") == 0
+    views = rooms.room("test", 0)[1]
+    assert [shown and shown.pose.tolist() for shown in seen] == [view.geometry.pose.round(6).tolist() for view in views]
+    found = rows_of(lab, "tiny_rooms")
+    assert (found["geo3dpruner"]["ratio_kept_final"], found["geo3dpruner"]["ratio_flops_analytic"]) == (0.5, None)
+    sparse = found["adaspark"]
+    assert sparse["ratio_kept_final"] == sparse["ratio_flops"] == sparse["ratio_kv_cache"] == 1
+    assert 0.4 < float(str(sparse["ratio_flops_analytic"])) < 1
 
 
 def test_the_frames_of_a_run_may_be_chosen(lab: Lab, own: Path, capsys: pytest.CaptureFixture[str]) -> None:

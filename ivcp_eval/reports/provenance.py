@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ivcp_eval import benchmarks
 from ivcp_eval.interface.models import unquantised
 from ivcp_eval.interface.variants import BASELINE, OWN, Server
-from ivcp_eval.reports.table import KEY, Row
+from ivcp_eval.reports.table import KEY, Row, row_key
 
 __all__ = [
     "AGAIN",
@@ -163,7 +163,8 @@ def grouped(rows: Iterable[Row]) -> list[Group]:
     """Seeds of one variant put together, in the order of the rows; unfinished rows stay apart from finished ones."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        name = tuple(row[column] for column in (*KEY, *REFUSED, "status") if column != "seed")
+        key = (value for name, value in zip(KEY, row_key(row), strict=True) if name != "seed")
+        name = *key, *(row[column] for column in (*REFUSED, "status"))
         copies = 0  # of this seed: they are no seeds of one variant
         while row["seed"] in [other["seed"] for other in groups.get((*name, copies), ())]:
             copies += 1
@@ -212,10 +213,15 @@ def telling_parameters(rows: Iterable[Row]) -> Telling:
     }
 
 
+def _is_placed(row: Row) -> bool:
+    """Whether `PLACED` may tell a row: not of published ones, of servers', and of those that differ by intent."""
+    return not row["source"] and not row["served"] and row["method"] != AGAIN
+
+
 def _placed(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[str]]:
     values: dict[tuple[str, str], set[tuple[Any, ...]]] = {}
     for row in rows:
-        if not row["source"] and row["method"] != AGAIN:
+        if _is_placed(row):
             values.setdefault((row["model"], row["benchmark"]), set()).add(tuple(row[name] for name in PLACED))
     found: dict[tuple[str, str, str], list[str]] = {}
     for (model, _), several in values.items():
@@ -236,7 +242,7 @@ def settings(row: Row, telling: Telling) -> str:
     The usual variant has an empty text, whatever other variants there are. An empty value says that a parameter was
     not set.
     """
-    placed = [] if row["method"] == AGAIN or row["source"] else telling.get((row["model"], "", ""), ())
+    placed = telling.get((row["model"], "", ""), ()) if _is_placed(row) else ()
     stated = _stated(row, {*row["set_parameters"].split(), *telling.get(_named(row), ())})
     return ", ".join([*([stated] if stated else []), *(f"{name}={row[name]}" for name in placed if row[name])])
 

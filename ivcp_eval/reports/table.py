@@ -96,8 +96,8 @@ def make_row(**values: Any) -> Row:
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The values of `KEY`."""
-    return tuple(row[name] for name in KEY)
+    """The values of `KEY`; where a server ran is not what was asked of it."""
+    return tuple("" if name == "device" and row.get("served") else row[name] for name in KEY)
 
 
 def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
@@ -123,7 +123,7 @@ def _cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """Rows by everything of `KEY` but the metric; of rows with an equal key only the last."""
     cells: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        cell = tuple(row[name] for name in KEY if name != "metric")
+        cell = tuple(value for name, value in zip(KEY, row_key(row), strict=True) if name != "metric")
         cells.setdefault(cell, {})[row["metric"]] = row
     return {cell: list(by_metric.values()) for cell, by_metric in cells.items()}
 

@@ -69,7 +69,7 @@ def test_list_says_more_of_one_kind(what: str, name: str, note: str, capsys: pyt
     assert main(["list", f"--{what}"]) == 0
     out = capsys.readouterr().out
     assert any(line.startswith(f"{name} ") and note in line for line in out.splitlines())
-    assert f"`ivcp list --{what} --all`" in out
+    assert f"`ivcp list --{what} --all`" in " ".join(out.split())
     assert "tiny_mcq" not in out
 
 

@@ -323,6 +323,11 @@ class TestMerge:
     def test_another_question_is_another_row(self, unlike):
         assert len(merge_rows([make()], [make(run_id="r2", **unlike)])) == 2
 
+    def test_where_a_server_ran_is_no_other_question(self):
+        served = {"served": '{"base_url": "http://localhost:1/v1", "model": "m"}'}
+        old, new = make(device="m at localhost:1", **served), make(device="m at localhost:2", run_id="r2", **served)
+        assert merge_rows([old], [new]) == [new]
+
     def test_a_smaller_run_never_replaces_the_whole_one(self, tmp_path):
         results.update_results(tmp_path / "r.csv", [make(n_samples=300)])
         results.update_results(tmp_path / "r.csv", [make(n_samples=4, limit=4, score=25.0, run_id="r4")])

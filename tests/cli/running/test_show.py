@@ -79,11 +79,11 @@ def test_what_an_eval_measures_can_be_shown(tmp_path: Path, capsys: pytest.Captu
     exif[0x0112] = 6  # a quarter turn
     tall.save(tmp_path / "turned.jpg", exif=exif)
     source = Path(ivcp_eval.__file__).parent / "methods" / "uniform.py"
-    (tmp_path / "mine.py").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "drawn.py").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     command = ["show", str(tmp_path / "turned.jpg"), "?", "--max-new-tokens", "2", "--device", "cpu", "--ratio", "0.5"]
     out = tmp_path / "kept.svg"
-    assert main([*command, "--methods", str(tmp_path / "mine.py"), "--out", str(out)]) == 0
-    assert "__mine__r0.5 (" in capsys.readouterr().out
+    assert main([*command, "--methods", str(tmp_path / "drawn.py"), "--out", str(out)]) == 0
+    assert "__drawn__r0.5 (" in capsys.readouterr().out
     wide = re.search(r'<image[^>]* width="(\d+)" height="(\d+)"', out.read_text(encoding="utf-8"))
     assert wide is not None
     assert int(wide[1]) == 3 * int(wide[2])

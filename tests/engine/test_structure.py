@@ -19,7 +19,7 @@ def test_every_engine_and_listener_is_known() -> None:
     assert ivcp_eval.engine.fork
     assert {leaf.__name__ for leaf in LEAVES} == {
         *("Pruner", "Trunk", "Branch", "Joined", "Gating"),
-        *("VisionListener", "KeyEditor", "StepMasks"),
+        *("VisionListener", "KeyEditor", "StepMasks", "SparseLayers"),
     }
 
 

@@ -109,8 +109,8 @@ def test_a_call_learns_something_of_every_stage(tmp_path: Path) -> None:
     every = list(gpu.cells(gpu.PROFILES["full"], "cuda", 4, tmp_path))
     stages = [cell.stage for cell in every]
     assert len(set(stages[:5])) == len(set(stages)) == 5
-    assert {cell.name for cell in every if "qwen2_5_vl" in cell.name} == {
-        f"contract_qwen2_5_vl_{dtype}_sdpa" for dtype in ("float32", "bfloat16", "float16")
+    assert {cell.name for cell in every if "qwen3_vl" in cell.name} == {
+        f"contract_qwen3_vl_{dtype}_sdpa" for dtype in ("float32", "bfloat16", "float16")
     }
     assert all(cell.limit_s <= 300 for cell in every), "two cells or more in a call of nine minutes"
 

@@ -22,6 +22,7 @@ from ivcp_eval.reports import stats
 from ivcp_eval.reports.comparison import ComparedRow, Comparison, NoiseFloor
 from ivcp_eval.reports.provenance import (
     AGAIN,
+    PLACED,
     Against,
     Group,
     NotComparable,
@@ -304,6 +305,7 @@ def _skeleton(baseline: Row, pruned: Row, pair: _Pair) -> ComparedRow:
         method=pruned["method"],
         method_parameters=pruned["method_parameters"],
         preset=pruned["preset"],
+        **{name: pruned[name] for name in PLACED},
         seed=pruned["seed"],
         n_seeds=len(pair.pruned),
         baseline_method=baseline["method"],

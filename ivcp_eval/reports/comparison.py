@@ -45,6 +45,7 @@ class ComparedRow:
     Attributes:
         method_parameters: canonical JSON of all of them. settings: those that tell the variant from others of its
             method in the file, e.g. ``layer=3``.
+        dtype, attention, device, video: of the row, where and how it was computed.
         limit: only the first so many rows of the benchmark were asked; None: all.
         score_lowest_seed, score_highest_seed: spread over the ``n_seeds`` seeds.
         times: stage -> pruned / baseline, paired by sample (`stats.timing`).
@@ -77,6 +78,10 @@ class ComparedRow:
     retained_percent: float
     trained_weights: bool
     settings: str = ""
+    dtype: str = ""
+    attention: str = ""
+    device: str = ""
+    video: str = ""
     limit: int | None = None
     n_seeds: int = 1
     score_lowest_seed: float = math.nan

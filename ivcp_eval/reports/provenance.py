@@ -15,6 +15,7 @@ from ivcp_eval.reports.table import KEY, Row, row_key
 
 __all__ = [
     "AGAIN",
+    "PLACED",
     "REFUSED",
     "Against",
     "Group",

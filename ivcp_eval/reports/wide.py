@@ -25,13 +25,14 @@ from ivcp_eval.benchmarks import agreement
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import ComparedRow, compare
-from ivcp_eval.reports.provenance import Group, NotComparable, finished_headline, grouped, merged
+from ivcp_eval.reports.provenance import AGAIN, Group, NotComparable, finished_headline, grouped, merged
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
 from ivcp_eval.reports.table import Row, read_results
 from ivcp_eval.reports.terminal import fold, time_cell, times_note, wrapped
 
 MISSING = "-"
-_VARIANT = ("method", "method_parameters", "ratio_asked", "budget", "limit")
+_PLACED = ("dtype", "attention")
+_VARIANT = ("method", "method_parameters", "ratio_asked", "budget", "limit", *_PLACED)
 _LATEX = str.maketrans(
     {c: "\\" + c for c in "%_&#${}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -225,13 +226,18 @@ def _table(
     groups: dict[tuple[Any, ...], dict[str, Group]] = {_variant(row): {} for row in rows}
     for group in grouped(row for row in rows if row["status"] == "ok" and row["metric"] == metric[row["benchmark"]]):
         groups[_variant(group[0])][group[0]["benchmark"]] = group
+    own = [row for row in rows if row["method"] != AGAIN and not row["served"]]
+    differing = [len({row[name] for row in own}) > 1 for name in _PLACED]
     lines = []
     for variant, by_benchmark in groups.items():
-        method, parameters, ratio, budget, limit = variant
-        baseline = groups.get((BASELINE, None, 1.0, "", limit), {})
+        method, parameters, ratio, budget, limit, *placed = variant
+        unpruned = {tuple(v[5:]): of for v, of in groups.items() if v[0] == BASELINE and v[4] == limit}
+        baseline = unpruned.get(tuple(placed)) or next(iter(unpruned.values()), {})
+        stated = [value for value, several in zip(placed, differing, strict=True) if several and method != AGAIN]
         lines.append(
             Line(
-                "unpruned" if method == BASELINE else _name(rows[0]["model"], method, parameters),
+                ("unpruned" if method == BASELINE else _name(rows[0]["model"], method, parameters))
+                + (f" ({', '.join(stated)})" if stated else ""),
                 *(ratio, budget, limit),
                 max(map(len, by_benchmark.values()), default=1),
                 {name: _cell(group, baseline.get(name), compared) for name, group in by_benchmark.items()},
@@ -254,7 +260,7 @@ def _table(
 
 def _variant(row: Row) -> tuple[Any, ...]:
     if row["method"] == BASELINE:
-        return BASELINE, None, 1.0, "", row["limit"]
+        return BASELINE, None, 1.0, "", row["limit"], *(row[name] for name in _PLACED)
     return tuple(row[name] for name in _VARIANT)
 
 

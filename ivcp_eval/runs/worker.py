@@ -354,6 +354,9 @@ def _session(plan: RunPlan, unit: Unit, hooks: Hooks, report: Report) -> Session
 
 def _dataset(plan: RunPlan, unit: Unit, report: Report) -> Any:
     """VLMEvalKit's data set; the last one is kept, since reading it takes as long as many answers."""
+    from ivcp_eval.vlmeval_bridge import register
+
+    register()  # VLMEvalKit under the name that its own modules import, also where nothing is answered before timing
     from ivcp_eval.vlmeval_bridge.evaluate import build
 
     key = unit.benchmark.name, plan.options.limit

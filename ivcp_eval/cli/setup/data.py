@@ -147,9 +147,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("words", nargs="*", metavar="[prepare NAME | add FILE]", help="names or groups to show; after the word "
         "prepare: to fetch; after the word add: files of your own pictures to make benchmarks of")  # fmt: skip
     add("--name", default="", help="add: of the benchmark (default: the file's name without its ending)")
-    add("--kind", default="", help="add: mcq, yes_no, grounding or short_answer (default: what the answers are)")
+    add(
+        "--kind",
+        default="",
+        help="add: mcq, yes_no, grounding or short_answer (default: as before, else what the answers are)",
+    )
     add("--prompt", default="", help="add: family, which puts questions into the model's wording of their kind, or "
-        "dataset, which sends them as they stand (default: family)")  # fmt: skip
+        "dataset, which sends them as they stand (default: as before, else family)")  # fmt: skip
     add("--root", type=Path, help="VLMEvalKit's data root (default: $LMUData, else ~/LMUData)")
     add("--quick", action="store_true", help="do not compute checksums")
 

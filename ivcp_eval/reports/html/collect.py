@@ -28,7 +28,7 @@ from ivcp_eval.reports.html.model import (
     costs_of,
 )
 from ivcp_eval.reports.html.samples import Pair, flips_of, of_samples
-from ivcp_eval.reports.provenance import AGAIN, NotComparable, finished_headline, grouped
+from ivcp_eval.reports.provenance import AGAIN, PLACED, NotComparable, finished_headline, grouped
 from ivcp_eval.reports.stats.timing import STAGES, Timings, paired_ratio, read_timings, saving_in_words
 from ivcp_eval.reports.table import Row, read_results, runs_file
 from ivcp_eval.reports.views.costs import join
@@ -114,12 +114,13 @@ def _limits_named(comparison: Comparison) -> Comparison:
 
 # -- plots ------------------------------------------------------------------------------------------------------------
 
-_Key = tuple[str, str, str, str | None, float, str, int | None]
+_Key = tuple[str | float | None, ...]
 
 
 def _key(row: ComparedRow) -> _Key:
     ratio = -1.0 if math.isnan(row.ratio_asked) else row.ratio_asked
-    return row.model, row.benchmark, row.method, row.method_parameters, ratio, row.budget, row.limit
+    placed = (getattr(row, name) for name in PLACED)
+    return row.model, row.benchmark, row.method, row.method_parameters, ratio, row.budget, row.limit, *placed
 
 
 def _over_random(results: Path, rows: Sequence[Row], resamples: int, force: bool) -> dict[_Key, ComparedRow]:
@@ -212,14 +213,17 @@ def _pairs(pruned: Sequence[ComparedRow], results: Path, rows: Sequence[Row], ba
     for group in grouped(row for row in rows if finished_headline(row)):
         row, ratio = group[0], group[0]["ratio_asked"]
         names = (row["model"], row["benchmark"], row["method"], row["method_parameters"])
-        of.setdefault((*names, -1.0 if ratio is None else ratio, row["budget"], row["limit"]), row)
-    unpruned: dict[tuple[str, str, int | None], Row] = {}
+        placed = (row[name] for name in PLACED)
+        of.setdefault((*names, -1.0 if ratio is None else ratio, row["budget"], row["limit"], *placed), row)
+    unpruned: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in read_results(baseline) if baseline != results else rows:
         if row["method"] == BASELINE and finished_headline(row):
-            unpruned.setdefault((row["model"], row["benchmark"], row["limit"]), row)
+            unpruned.setdefault((row["model"], row["benchmark"], row["limit"]), []).append(row)
     found = []
     for one in pruned:
-        own, base = of.get(_key(one)), unpruned.get((one.model, one.benchmark, one.limit))
+        own, bases = of.get(_key(one)), unpruned.get((one.model, one.benchmark, one.limit), [])
+        alike = [row for row in bases if all(row[name] == getattr(one, name) for name in PLACED)]
+        base = next(iter(alike or bases), None)
         if own is not None and base is not None:
             found.append(Pair(one, own, _file(results, own), base, _file(baseline, base)))
     # Baseline by baseline, so that the samples of each are read once.

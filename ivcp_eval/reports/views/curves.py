@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ivcp_eval.files import as_shown, atomic_write, commit_file, disk_full_as_cl
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import ComparedRow
-from ivcp_eval.reports.provenance import finished_headline
+from ivcp_eval.reports.provenance import PLACED, NotComparable, finished_headline
 from ivcp_eval.reports.table import read_results
 
 ENTRIES = 30  # of a column of the legend
@@ -60,14 +61,14 @@ def curve_rows(results: Path, resamples: int = 10_000) -> list[dict[str, Any]]:
     rows = compare(results, resamples=resamples, select=finished_headline).rows
     beside: dict[tuple[Any, ...], ComparedRow] = {}
     if {row["method"] for row in chosen} - {BASELINE} > {CONTROL}:
-        beside = {
-            _name(r): r for r in compare(results, against=CONTROL, resamples=resamples, select=finished_headline).rows
-        }
+        with suppress(NotComparable):  # random stands at other ratios only
+            found = compare(results, against=CONTROL, resamples=resamples, select=finished_headline)
+            beside = {_name(row): row for row in found.rows}
     return [_point(row, beside.get(_name(row))) for row in rows]
 
 
 def _name(row: ComparedRow) -> tuple[Any, ...]:
-    return tuple(getattr(row, name) for name in _VARIANT)
+    return tuple(getattr(row, name) for name in (*_VARIANT, *PLACED))
 
 
 def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
-from ivcp_eval.reports.provenance import AGAIN
+from ivcp_eval.reports.provenance import AGAIN, PLACED
 from ivcp_eval.reports.stats.margins import clusters_to_decide
 from ivcp_eval.reports.stats.timing import STAGES
 from ivcp_eval.reports.table import Row, read_results
@@ -379,9 +379,13 @@ class _Candidate:
             row, test, _ = min(tested, key=lambda one: one[1].p_worse if failing else -one[1].p_not_worse)
             unit, own = 100 / row.score_scale, dict((one[0].benchmark, one[2]) for one in tested)[row.benchmark]
             difference = unit * row.difference
-            lowest = unit * test.lowest(_level(alpha, test.p_not_worse, p_go))
-            highest = unit * test.highest(_level(alpha, test.p_worse, own))
-            bound = f"at most {highest:+.2f} %, p {own:.2g}" if failing else f"at least {lowest:+.2f} %, p {p_go:.2g}"
+            # Where something forbids a decision, nothing is corrected: the plain interval is shown.
+            passes, fails = (test.p_not_worse, test.p_worse) if self.obstacle else (p_go, own)
+            lowest = unit * test.lowest(_level(alpha, test.p_not_worse, passes))
+            highest = unit * test.highest(_level(alpha, test.p_worse, fails))
+            bound = (
+                f"at most {highest:+.2f} %, p {fails:.2g}" if failing else f"at least {lowest:+.2f} %, p {passes:.2g}"
+            )
             said = f"{row.benchmark} {difference:+.2f} %, {bound}"
             why = f"{why}; {said}" if why else said
             if word == "UNDECIDED" and not self.obstacle:
@@ -469,7 +473,7 @@ def kv_bytes(row: Row, predictions: Path | None) -> float:
 
 
 def _kv_bytes_saved(compared: ComparedRow, folder: Path, rows: Sequence[Row]) -> float:
-    names = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit")
+    names = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit", *PLACED)
     row = next((row for row in rows if all(row[name] == getattr(compared, name) for name in names)), None)
     if row is None or not row["predictions"]:
         return math.nan

@@ -123,7 +123,7 @@ def add(
 
     Args:
         name: of the benchmark; default: the file's name without ending. kind: of question; default: what the answers
-            are; without any, what was said when the benchmark was added before. prompt: "family" wraps questions in
+            are, or what the benchmark was before, if all lines fit that. prompt: "family" wraps questions in
             the model's wording of their kind, "dataset" sends them as they stand; default: as before, else "family".
             say: is told what was made.
 
@@ -148,8 +148,8 @@ def add(
     lines, problems = _read_tsv(path) if path.suffix.lower() == ".tsv" else _read_jsonl(path)
     if not lines and not problems:
         raise BadData(f"{path}: the file has no lines")
-    if before and not any(line.answers or line.options for line in lines):
-        kind = kind or before.kind or ""
+    if before and before.kind and not any(_misfit(line, before.kind) for line in lines):
+        kind = kind or before.kind
     kind_of_all = "" if problems else _kind(path, lines, kind, problems)
     folder = benchmarks.own_folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -213,7 +213,9 @@ def test_what_was_said_once_holds_when_an_eval_reads_the_file_again(write: Write
     known = benchmarks.load("photos_of_mine")
     assert (known.kind, known.prompt) == ("short_answer", "family")
     own.add(write(asked(answer="yes")))
-    assert benchmarks.load("photos_of_mine").kind == "yes_no", "answers say what they are"
+    assert benchmarks.load("photos_of_mine").kind == "short_answer", "as before, since it fits"
+    own.add(write(asked(answer="a", options=["a", "b"])))
+    assert benchmarks.load("photos_of_mine").kind == "mcq", "no other kind has options"
     with pytest.raises(own.BadData, match="unknown prompt 'mine'; allowed: family, dataset"):
         own.add(path, prompt="mine")
 

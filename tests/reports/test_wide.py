@@ -155,3 +155,13 @@ def test_the_note_says_how_many_samples_each_benchmark_has() -> None:
     rows = [{**one, "n_samples": 300 if one["benchmark"] == "tiny_mcq" else 40} for one in ROWS]
     (table, _) = tables(rows)
     assert table.note == "Samples: tiny_mcq 300, tiny_yes_no 40; `ivcp compare` has intervals."
+
+
+def test_rows_of_other_precisions_are_lines_of_their_own() -> None:
+    both = [{**one, "dtype": dtype} for dtype in ("float32", "bfloat16") for one in ROWS if one["model"] == "qwen25"]
+    both[-3]["score"] = 25.0  # unpruned yes-no questions in bfloat16
+    (table,) = tables(both)
+    lines = {(line.method, name): cell for line in table.lines for name, cell in line.cells.items()}
+    assert {name for name, _ in lines} >= {"unpruned (float32)", "unpruned (bfloat16)", "fastv (bfloat16)"}
+    halves = [cell.retained for (name, where), cell in lines.items() if "ivc" in name and where == "tiny_yes_no"]
+    assert halves == [100.0, 200.0], "each beside its own baseline"

@@ -80,6 +80,16 @@ def test_paired_differences_are_not_replaced_by_unpaired_ones_unasked(tmp_path: 
     write(path, resamples=200)  # nothing paired is lost any more
 
 
+def test_random_at_other_ratios_only_says_nothing(tmp_path: Path) -> None:
+    path = _sweep(tmp_path, _scores())
+    rows = read_results(path)
+    for row in rows:
+        row["ratio_asked"] = 0.3 if row["method"] == "random" else row["ratio_asked"]
+    write_results(path, rows)
+    found = {row["method"]: row for row in curve_rows(path, resamples=200)}
+    assert (found["fastv"]["random"], found["fastv"]["verdict"]) == (None, "")
+
+
 def test_a_held_budget_is_compared_at_equal_cost_and_plotted_against_what_was_measured(tmp_path: Path) -> None:
     path = _sweep(tmp_path, _scores())
     rows = read_results(path)

@@ -14,7 +14,7 @@ import pytest
 from ivcp_eval.cli import main
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.stats.margins import clusters_to_decide, loss_test
-from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 from ivcp_eval.reports.views.decision import Policy, decide
 
 N = 1000
@@ -149,6 +149,15 @@ def test_more_samples_are_counted_in_samples_not_in_clusters(tmp_path: Path) -> 
     (twice,) = decide(single, Policy(3)).verdicts
     assert twice.p_go == pytest.approx(once.p_go, rel=0.1)
     assert twice.more_samples == pytest.approx(2 * once.more_samples, rel=0.1)
+
+
+def test_what_is_saved_follows_the_precision(tmp_path: Path) -> None:
+    """Half precision beside full: half of the bytes, from the row of its own."""
+    path = write(tmp_path, {("fastv", "a"): 2}, dtype="float32")
+    rows = read_results(path)
+    write_results(path, [*rows, *({**row, "dtype": "bfloat16", "run_id": f"half {row['run_id']}"} for row in rows)])
+    full, half = decide(path, Policy(5)).verdicts
+    assert full.kv_bytes_saved == 2 * half.kv_bytes_saved > 0
 
 
 def test_few_timed_samples_choose_no_cheapest(tmp_path: Path) -> None:

@@ -128,9 +128,13 @@ class ComparedRow:
         """The largest of `again`, by its difference, then by the answers that changed; an empty one without any."""
         return max(self.again, key=lambda a: (abs(a.difference), a.answers_changed or 0), default=NoiseFloor())
 
+    def margin(self, percent: float) -> float:
+        """``percent`` of the score's scale, in the unit of the score."""
+        return percent * self.score_scale / 100
+
     def loss_test(self, percent: float) -> LossTest | None:
         """Of a loss of ``percent`` of the score's scale; None where nothing can be tested."""
-        n_clusters, margin = self.n_clusters or self.n_samples or 0, percent * self.score_scale / 100
+        n_clusters, margin = self.n_clusters or self.n_samples or 0, self.margin(percent)
         return loss_test(self.difference, self.standard_error, n_clusters, margin, self.score_scale)
 
     @property

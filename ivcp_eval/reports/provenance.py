@@ -6,12 +6,15 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ivcp_eval import benchmarks
 from ivcp_eval.interface.models import unquantised
 from ivcp_eval.interface.variants import BASELINE, OWN, Server
 from ivcp_eval.reports.table import KEY, Row, row_key
+
+if TYPE_CHECKING:
+    from ivcp_eval.reports.comparison import ComparedRow
 
 __all__ = [
     "AGAIN",
@@ -37,6 +40,7 @@ __all__ = [
     "settings",
     "telling_parameters",
     "unknown_provenance",
+    "variant_key",
     "why_none",
 ]
 
@@ -75,6 +79,7 @@ _REMARKED = (
 )
 #: Where and how a run was computed: rows that differ here alone are shown with it.
 PLACED = ("dtype", "attention", "device", "video")
+_VARIANT = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit", *PLACED)
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
     *("ratio_kv_analytic", "ratio_flops_analytic"),
@@ -235,6 +240,15 @@ def _placed(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[str]]:
 def _named(row: Row) -> tuple[str, str, str]:
     """Model, method, and what was set."""
     return row["model"], row["method"], _stated(row, row["set_parameters"].split())
+
+
+def variant_key(row: Row | ComparedRow) -> tuple[Any, ...]:
+    """What tells a variant on a benchmark from others, seeds apart; equal for a row and for what became of it.
+
+    What is missing is None in a row and may be NaN in a compared one, which equals nothing: here both are None.
+    """
+    values = row if isinstance(row, Mapping) else vars(row)
+    return tuple(None if values[name] != values[name] else values[name] for name in _VARIANT)
 
 
 def settings(row: Row, telling: Telling) -> str:

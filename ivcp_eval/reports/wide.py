@@ -25,7 +25,7 @@ from ivcp_eval.benchmarks import agreement
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import ComparedRow, compare
-from ivcp_eval.reports.provenance import AGAIN, Group, NotComparable, finished_headline, grouped, merged
+from ivcp_eval.reports.provenance import AGAIN, Group, NotComparable, finished_headline, grouped, merged, variant_key
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
 from ivcp_eval.reports.table import Row, read_results
 from ivcp_eval.reports.terminal import fold, time_cell, times_note, wrapped
@@ -185,7 +185,7 @@ def tables(
 
     Args:
         planned: benchmarks of each model, which are columns even where no row is there yet.
-        compared: each variant with the unpruned model, by `_key`.
+        compared: each variant with the unpruned model, by `variant_key`.
         note: for under each table.
     """
     rows, planned = list(rows), planned or {}
@@ -202,7 +202,7 @@ def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = No
     compared: dict[tuple[Any, ...], ComparedRow] = {}
     note = "* differs from the unpruned score at 5 % after Holm's correction. ±: standard deviation over seeds."
     try:
-        compared = {_key(vars(row)): row for row in compare(results, select=finished_headline).rows}
+        compared = {variant_key(row): row for row in compare(results, select=finished_headline).rows}
     except NotComparable as error:
         note = f"Without marks of significance: {str(error).splitlines()[0]}"
     written = tables(read_results(results), planned, compared, note)
@@ -211,10 +211,6 @@ def write_tables(results: Path, planned: Mapping[str, Sequence[str]] | None = No
             with atomic_write(folder / f"{table.model}.{suffix}") as stream:
                 stream.write(text)
     return written
-
-
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("model", "benchmark", "metric", *_VARIANT))
 
 
 def _table(
@@ -267,7 +263,7 @@ def _variant(row: Row) -> tuple[Any, ...]:
 def _cell(group: Group, baseline: Group | None, compared: Mapping[tuple[Any, ...], ComparedRow]) -> Cell:
     row = merged(group)
     before = merged(baseline)["score"] if baseline else None
-    beside = compared.get(_key(row))
+    beside = compared.get(variant_key(row))
     return Cell(
         row["score"],
         stdev(r["score"] for r in group) if len(group) > 1 else None,

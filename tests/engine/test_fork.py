@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ivcp_eval.engine.fork.trunk import Branch, Trunk
 from ivcp_eval.interface import Unsupported
 from ivcp_eval.interface.variants import Variant
 from tests.engine import tiny_models
+from tests.engine.contract.pretended import limited_memory
 
 RATIOS = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1)
 IVC = tuple(Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in RATIOS)
@@ -184,23 +183,6 @@ def test_half_precision_agrees_and_exact_is_exact(dtype: torch.dtype, capsys: py
     with capsys.disabled():
         print(f"\n{dtype}: {agree} of {total} forked answers equal their single runs token for token")  # noqa: T201
     assert agree / total > 0.7
-
-
-@contextmanager
-def limited_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int]]:
-    """Decoding more than ``most`` rows runs out of memory; yields the sizes that were tried."""
-    tried: list[int] = []
-    join = module.join
-
-    def tight(ends: Any, length: int) -> Any:
-        tried.append(len(ends))
-        if len(ends) > most:
-            raise torch.OutOfMemoryError("injected")
-        return join(ends, length)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "join", tight)
-        yield tried
 
 
 def test_out_of_memory_halves_the_group_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

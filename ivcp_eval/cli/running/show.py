@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if target:
         from ivcp_eval.engine.cost.predicted import Decoder, solve_budget
 
-        variants = [solve_budget(variant, Decoder.of(weights)) for variant in variants]
+        decoder = Decoder.of(weights)
+        variants = [solve_budget(variant, decoder) for variant in variants]
     session = Session(weights, placement, limits, args.trust_remote_code)
     for variant in variants:
         session.check(variant)

@@ -28,7 +28,7 @@ from ivcp_eval.reports.html.model import (
     costs_of,
 )
 from ivcp_eval.reports.html.samples import Pair, flips_of, of_samples
-from ivcp_eval.reports.provenance import AGAIN, PLACED, NotComparable, finished_headline, grouped
+from ivcp_eval.reports.provenance import AGAIN, PLACED, NotComparable, finished_headline, grouped, variant_key
 from ivcp_eval.reports.stats.timing import STAGES, Timings, paired_ratio, read_timings, saving_in_words
 from ivcp_eval.reports.table import Row, read_results, runs_file
 from ivcp_eval.reports.views.costs import join
@@ -114,13 +114,7 @@ def _limits_named(comparison: Comparison) -> Comparison:
 
 # -- plots ------------------------------------------------------------------------------------------------------------
 
-_Key = tuple[str | float | None, ...]
-
-
-def _key(row: ComparedRow) -> _Key:
-    ratio = -1.0 if math.isnan(row.ratio_asked) else row.ratio_asked
-    placed = (getattr(row, name) for name in PLACED)
-    return row.model, row.benchmark, row.method, row.method_parameters, ratio, row.budget, row.limit, *placed
+_Key = tuple[str | float | None, ...]  # `variant_key`
 
 
 def _over_random(results: Path, rows: Sequence[Row], resamples: int, force: bool) -> dict[_Key, ComparedRow]:
@@ -134,7 +128,7 @@ def _over_random(results: Path, rows: Sequence[Row], resamples: int, force: bool
         found = compare(results, force=force, against=CONTROL, resamples=resamples, select=finished_headline)
     except NotComparable:  # random stands at other ratios only
         return {}
-    return {_key(row): row for row in found.rows}
+    return {variant_key(row): row for row in found.rows}
 
 
 def _mark(row: ComparedRow, score: Sequence[float], better: bool | None) -> Mark:
@@ -150,7 +144,7 @@ def _panels(heads: Sequence[ComparedRow], beside: Mapping[_Key, ComparedRow]) ->
     for (model, benchmark), here in places.items():
         marks = []
         for row in (row for row in here if row.method != AGAIN):
-            over = beside.get(_key(row))
+            over = beside.get(variant_key(row))
             better = None if over is None else over.p_holm < _ALPHA and over.difference > 0
             ends = [row.score_baseline + end for end in (row.difference_low, row.difference_high)]
             marks.append(_mark(row, [row.score_pruned, *ends], better))
@@ -170,7 +164,7 @@ def _pareto(model: str, heads: Sequence[ComparedRow], beside: Mapping[_Key, Comp
             of.setdefault(row.variant, []).append(row)
     names = list(dict.fromkeys(row.benchmark for found in of.values() for row in found))
     whole = {name: found for name, found in of.items() if {row.benchmark for row in found} == {*names}}
-    tests = {name: _over_random_p([beside.get(_key(row)) for row in found]) for name, found in whole.items()}
+    tests = {name: _over_random_p([beside.get(variant_key(row)) for row in found]) for name, found in whole.items()}
     corrected = dict(zip(tests, stats.holm([p for _, p in tests.values()]), strict=True))
     marks = []
     for name, found in whole.items():
@@ -211,17 +205,14 @@ def _pairs(pruned: Sequence[ComparedRow], results: Path, rows: Sequence[Row], ba
     """The rows of the file behind each compared row: the first seed, and the unpruned model's."""
     of: dict[_Key, Row] = {}
     for group in grouped(row for row in rows if finished_headline(row)):
-        row, ratio = group[0], group[0]["ratio_asked"]
-        names = (row["model"], row["benchmark"], row["method"], row["method_parameters"])
-        placed = (row[name] for name in PLACED)
-        of.setdefault((*names, -1.0 if ratio is None else ratio, row["budget"], row["limit"], *placed), row)
+        of.setdefault(variant_key(group[0]), group[0])
     unpruned: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in read_results(baseline) if baseline != results else rows:
         if row["method"] == BASELINE and finished_headline(row):
             unpruned.setdefault((row["model"], row["benchmark"], row["limit"]), []).append(row)
     found = []
     for one in pruned:
-        own, bases = of.get(_key(one)), unpruned.get((one.model, one.benchmark, one.limit), [])
+        own, bases = of.get(variant_key(one)), unpruned.get((one.model, one.benchmark, one.limit), [])
         alike = [row for row in bases if all(row[name] == getattr(one, name) for name in PLACED)]
         base = next(iter(alike or bases), None)
         if own is not None and base is not None:

@@ -19,7 +19,7 @@ from ivcp_eval.files import as_shown, atomic_write, commit_file, disk_full_as_cl
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import ComparedRow
-from ivcp_eval.reports.provenance import PLACED, NotComparable, finished_headline
+from ivcp_eval.reports.provenance import NotComparable, finished_headline, variant_key
 from ivcp_eval.reports.table import read_results
 
 ENTRIES = 30  # of a column of the legend
@@ -63,12 +63,8 @@ def curve_rows(results: Path, resamples: int = 10_000) -> list[dict[str, Any]]:
     if {row["method"] for row in chosen} - {BASELINE} > {CONTROL}:
         with suppress(NotComparable):  # random stands at other ratios only
             found = compare(results, against=CONTROL, resamples=resamples, select=finished_headline)
-            beside = {_name(row): row for row in found.rows}
-    return [_point(row, beside.get(_name(row))) for row in rows]
-
-
-def _name(row: ComparedRow) -> tuple[Any, ...]:
-    return tuple(getattr(row, name) for name in (*_VARIANT, *PLACED))
+            beside = {variant_key(row): row for row in found.rows}
+    return [_point(row, beside.get(variant_key(row))) for row in rows]
 
 
 def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:

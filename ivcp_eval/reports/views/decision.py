@@ -26,7 +26,7 @@ from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import ComparedRow, Comparison
-from ivcp_eval.reports.provenance import AGAIN, PLACED
+from ivcp_eval.reports.provenance import AGAIN, variant_key
 from ivcp_eval.reports.stats.margins import clusters_to_decide
 from ivcp_eval.reports.stats.timing import STAGES
 from ivcp_eval.reports.table import Row, read_results
@@ -262,6 +262,7 @@ def decide(
         groups.setdefault(row.model, {}).setdefault((row.variant, row.baseline_source, row.limit), []).append(row)
     folder = Path(results_csv).parent
     costs = join(comparison.rows, Path(results_csv), rows, bench)
+    known = {variant_key(row): row for row in reversed(rows)}
     verdicts = []
     for of in groups.values():
         # Without critical benchmarks all that any variant of the model has: none passes by having fewer.
@@ -273,7 +274,7 @@ def decide(
             corrected = Corrected(p, [next(no_go) for _ in one.p_worse], len(own), len(hypotheses))
             if not one.is_of(method, ratio):
                 continue
-            verdict = one.verdict(corrected, folder, rows)
+            verdict = one.verdict(corrected, folder, known)
             if best := costs and costs.best(verdict.model, verdict.variant):
                 verdict = replace(verdict, requests_per_hour=best.bench.requests_per_hour)
             verdicts.append(verdict)
@@ -356,8 +357,8 @@ class _Candidate:
         """Whether it is of a method and asked for a ratio; None is any."""
         return method in (None, self.rows[0].method) and ratio in (None, self.rows[0].ratio_asked)
 
-    def verdict(self, corrected: Corrected, folder: Path, rows: Sequence[Row]) -> Verdict:
-        """With the corrected p-values."""
+    def verdict(self, corrected: Corrected, folder: Path, rows: Mapping[tuple[Any, ...], Row]) -> Verdict:
+        """With the corrected p-values; ``rows`` by `variant_key`, the first of each."""
         alpha, p_go, p_no_go = self.policy.alpha, corrected.go, min(corrected.no_go, default=math.nan)
         word: Word = "GO" if p_go <= alpha else "NO-GO" if p_no_go <= alpha else "UNDECIDED"
         tested = [
@@ -365,22 +366,16 @@ class _Candidate:
             for row, p in zip(self.deciding, corrected.no_go, strict=True)
             if (test := self.tests[row.benchmark])
         ]
-        losing = any(test.difference < -_margin(row, self.policy.margin) for row, test, _ in tested)
-        row, difference, lowest, highest, more, why = (
-            self.rows[0],
-            math.nan,
-            math.nan,
-            math.nan,
-            math.nan,
-            self.obstacle,
-        )
+        losing = any(test.difference < -row.margin(self.policy.margin) for row, test, _ in tested)
+        row, why = self.rows[0], self.obstacle
+        difference = lowest = highest = more = math.nan
         if tested:
             failing = word == "NO-GO" or (word == "UNDECIDED" and losing)
-            row, test, _ = min(tested, key=lambda one: one[1].p_worse if failing else -one[1].p_not_worse)
-            unit, own = 100 / row.score_scale, dict((one[0].benchmark, one[2]) for one in tested)[row.benchmark]
+            row, test, p_fails = min(tested, key=lambda one: one[1].p_worse if failing else -one[1].p_not_worse)
+            unit = 100 / row.score_scale
             difference = unit * row.difference
             # Where something forbids a decision, nothing is corrected: the plain interval is shown.
-            passes, fails = (test.p_not_worse, test.p_worse) if self.obstacle else (p_go, own)
+            passes, fails = (test.p_not_worse, test.p_worse) if self.obstacle else (p_go, p_fails)
             lowest = unit * test.lowest(_level(alpha, test.p_not_worse, passes))
             highest = unit * test.highest(_level(alpha, test.p_worse, fails))
             bound = (
@@ -394,7 +389,7 @@ class _Candidate:
                 if math.isfinite(more):
                     names = " and ".join(f"{math.ceil(count)} more of {name}" for name, count in needed.items())
                     why += f"; about {names} would make it {'NO-GO' if failing else 'GO'}"
-        saved = [_kv_bytes_saved(row, folder, rows) for row in self.rows]
+        saved = [_kv_bytes_saved(row, folder, rows.get(variant_key(row))) for row in self.rows]
         return Verdict(
             model=self.rows[0].model,
             variant=self.variant,
@@ -421,15 +416,11 @@ class _Candidate:
         more = {}
         for row in self.deciding:
             if (test := self.tests[row.benchmark]) and (failing or test.p_not_worse > level):
-                margin = _margin(row, self.policy.margin)
+                margin = row.margin(self.policy.margin)
                 needed = clusters_to_decide(row.difference, test.error, test.n_clusters, margin, level)
                 if not failing or row.difference < -margin:
                     more[row.benchmark] = max(1.0, (needed / test.n_clusters - 1) * (row.n_samples or test.n_clusters))
         return dict([min(more.items(), key=itemgetter(1))]) if failing else more
-
-
-def _margin(row: ComparedRow, percent: float) -> float:
-    return percent * row.score_scale / 100
 
 
 def _level(alpha: float, p_value: float, corrected: float) -> float:
@@ -472,9 +463,7 @@ def kv_bytes(row: Row, predictions: Path | None) -> float:
     return float(row["visual_tokens_prompt_mean"] * token)
 
 
-def _kv_bytes_saved(compared: ComparedRow, folder: Path, rows: Sequence[Row]) -> float:
-    names = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit", *PLACED)
-    row = next((row for row in rows if all(row[name] == getattr(compared, name) for name in names)), None)
+def _kv_bytes_saved(compared: ComparedRow, folder: Path, row: Row | None) -> float:
     if row is None or not row["predictions"]:
         return math.nan
     return (1 - compared.ratio_kv_cache) * kv_bytes(row, folder / row["predictions"])

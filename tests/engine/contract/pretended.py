@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ivcp_eval
 import model_adapters
+from ivcp_eval.engine import fork
 
 SHOWN, HELD = "cuda", "meta"  # the dispatcher is told the latter, which initialises no driver
 CPU = torch.device("cpu")
@@ -267,3 +269,20 @@ def pretended() -> Iterator[Waits]:
     waits = Waits()
     with torch.no_grad(), waits, _Shown():
         yield waits
+
+
+@contextmanager
+def limited_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int]]:
+    """More than ``most`` variants of a fork together run out of memory; yields the numbers that were tried."""
+    tried: list[int] = []
+    join = fork.join
+
+    def tight(ends: Any, length: int) -> Any:
+        tried.append(len(ends))
+        if len(ends) > most:
+            raise torch.OutOfMemoryError("injected")
+        return join(ends, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fork, "join", tight)
+        yield tried

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ivcp_eval.engine import fork
 from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.interface import models
 from ivcp_eval.interface.variants import Variant
@@ -23,6 +20,7 @@ from ivcp_eval.runs.answering.samples import answer_samples
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from tests.answers import answer as answered
+from tests.engine.contract.pretended import limited_memory
 from tests.runs.conftest import Bench
 
 SHAPE = DecoderShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944)
@@ -134,23 +132,6 @@ def test_what_fitted_once_still_does(tmp_path: Path) -> None:
     assert Fits(file).most(9) is None
 
 
-@contextmanager
-def room_for(most: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """So many variants can be decoded together, else memory runs out; yields what was tried."""
-    tried: list[int] = []
-    join = fork.join
-
-    def tight(ends: Any, length: int) -> Any:
-        tried.append(len(ends))
-        if len(ends) > most:
-            raise torch.OutOfMemoryError("injected")
-        return join(ends, length)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fork, "join", tight)
-        yield tried
-
-
 def test_the_next_process_knows_how_many_variants_fitted(
     random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,20 +143,20 @@ def test_the_next_process_knows_how_many_variants_fitted(
 
     parts: Any = [{"image": Image.new("RGB", (112, 112))}, {"text": "What is it?"}]
     variants = [Variant("", "ivc_prune", ratio, {"layer": 3}) for ratio in (0.75, 0.5, 0.35, 0.25)]
-    with room_for(2, monkeypatch) as tried:
+    with limited_memory(monkeypatch, 2) as tried:
         wanted = loaded().answer_all(parts, variants)
         assert tried == [4, 2, 2]
-    with room_for(2, monkeypatch) as tried:
+    with limited_memory(monkeypatch, 2) as tried:
         again = loaded()
         assert again.answer_all(parts, variants) == wanted
         assert tried == [2, 2], "the same halves, and no failure"
-    with room_for(1, monkeypatch):  # for the moment: others are at work, too
+    with limited_memory(monkeypatch, 1):  # for the moment: others are at work, too
         assert again.answer_all(parts, variants) == wanted
     assert list(json.loads(file.read_text()).values()) == [2], "what fitted before still does"
 
 
 def test_a_sweep_remembers_how_many_variants_fitted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    with room_for(2, monkeypatch) as tried:
+    with limited_memory(monkeypatch, 2) as tried:
         assert bench.call("run", "--quiet") == 0
         assert max(tried) > 2
     (file,) = bench.folder.rglob("fits/tiny.variants.json")

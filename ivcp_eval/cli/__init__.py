@@ -108,8 +108,8 @@ def notices(args: argparse.Namespace) -> Callable[[str], None]:
 def _foreign(words: Sequence[str]) -> argparse.Namespace:
     """Options of another program, which argparse would not hand on by itself; ``--quiet`` before a ``--`` is ours."""
     end = words.index("--") if "--" in words else len(words)
-    further = [*(word for word in words[:end] if word != "--quiet"), *words[end:]]
-    return argparse.Namespace(quiet="--quiet" in words[:end], further=further[1:] if end == 0 else further)
+    further = [*(word for word in words[:end] if word != "--quiet"), *words[end + 1 :]]
+    return argparse.Namespace(quiet="--quiet" in words[:end], further=further)
 
 
 def _overview(known: dict[str, str]) -> argparse.ArgumentParser:

@@ -246,7 +246,7 @@ def _check_room(folder: Path, error: Exception) -> None:
 def _made(cell: Cell, options: Options) -> Made:
     variant = cell.identity.variant
     label = make_method(variant.method, variant.parameters).label
-    return Made.now(cell.identity.code, label, bool(options.timing), options.timeout)
+    return Made.now(label, bool(options.timing), options.timeout)
 
 
 def record_failure(cell: Cell, error: ValueError, options: Options) -> None:

@@ -18,9 +18,9 @@ SMALL = ["--size", "tiny", "--threads", "1", "--rounds", "2"]
 #: Bench -> its function that measures one call, and options.
 BENCHES: dict[str, tuple[Any, Any, str, list[str]]] = {
     "pruning": (pruning.main, pruning, "_run_once", ["--batch", "1", "--methods"]),
-    "selection": (pruning.main, selection, "_run_once", ["--only-methods", "--methods", "fastv", "random", "downsample"]),
+    "selection": (pruning.main, selection, "_run_once", ["--only-methods", "--methods", "fastv", "random", "pool"]),
     "throughput": (throughput.main, throughput, "answer", ["--concurrency", "2", "--new-tokens", "2", "--each", "2"]),
-}  # fmt: skip
+}
 
 
 @contextmanager

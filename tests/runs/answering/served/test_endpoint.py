@@ -209,7 +209,7 @@ def test_the_first_token_is_timed_when_it_comes() -> None:
     with asked(lambda body, n: paced) as (_, server, engine):
         (times,) = concurrently(engine, ["x"], lambda client, item: engine.time(client, [{"text": item}]), streams=True)
         assert server.requests[-1]["stream"] is True
-    assert 200 <= times.first_token_ms, times
+    assert times.first_token_ms >= 200, times
     assert 500 <= 4 * times.decode_ms_per_token < 1000, "5 tokens by the server's usage"
     assert times.end_to_end_ms > times.first_token_ms + 600
     assert times.prefill_ms is times.vision_ms is None

@@ -36,7 +36,7 @@ class Spread:
         return cls.of([value / reference for value, reference in zip(values, references, strict=True)])
 
 
-#: A first call that took longer than so many seconds counts: what only first calls cost is lost in it.
+#: A first call that took longer than so many seconds counts: what only a first call costs is a small part of it.
 LONG_S = 30.0
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "AGAIN",
     "PLACED",
     "REFUSED",
+    "VARIANT",
     "Against",
     "Group",
     "NotComparable",
@@ -79,7 +80,8 @@ _REMARKED = (
 )
 #: Where and how a run was computed: rows that differ here alone are shown with it.
 PLACED = ("dtype", "attention", "device", "video")
-_VARIANT = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit", *PLACED)
+#: What `variant_key` reads, the names of its columns in exports.
+VARIANT = ("model", "benchmark", "limit", "metric", "method", "method_parameters", "ratio_asked", "budget", *PLACED)
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
     *("ratio_kv_analytic", "ratio_flops_analytic"),
@@ -248,7 +250,7 @@ def variant_key(row: Row | ComparedRow) -> tuple[Any, ...]:
     What is missing is None in a row and may be NaN in a compared one, which equals nothing: here both are None.
     """
     values = row if isinstance(row, Mapping) else vars(row)
-    return tuple(None if values[name] != values[name] else values[name] for name in _VARIANT)
+    return tuple(None if values[name] != values[name] else values[name] for name in VARIANT)
 
 
 def settings(row: Row, telling: Telling) -> str:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from ivcp_eval.benchmarks import agreement
 
 if TYPE_CHECKING:  # numpy, which other tables can do without
-    from ivcp_eval.reports.comparison import ComparedRow, Comparison
+    from ivcp_eval.reports.comparison import ComparedRow, Comparison, NoiseFloor
     from ivcp_eval.reports.stats.timing import TimeRatio
 
 __all__ = [
+    "FLOOR",
     "LOUD",
     "flips_cell",
+    "floor_text",
     "fold",
     "footer",
     "render",
@@ -29,6 +31,10 @@ __all__ = [
 ]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
+FLOOR = (
+    "A/A: difference of the unpruned model's second answers to its first (answers whose text changed), each sample "
+    "alone, and with what is named. Differences of that size are no effect of pruning."
+)
 #: Lines of a table into a pipe or file are as long as this at most.
 _WIDTH = 120
 _NARROWEST = 40
@@ -223,8 +229,16 @@ def _rank(row: ComparedRow) -> str:
 
 
 def _noise_floor(row: ComparedRow) -> str:
-    known = [again for again in row.again if again.answers_changed is not None]
-    return "; ".join(f"{a.settings} {a.difference:+.{_digits(row)}f} ({a.answers_changed})".strip() for a in known)
+    return "; ".join(f"{again.settings} {floor_text(again, _digits(row))}".strip() for again in row.again)
+
+
+def floor_text(again: NoiseFloor, digits: int, unit: float = 1.0) -> str:
+    """``+0.3 (4)``: difference times ``unit`` and answers whose text changed, where these are known."""
+    if math.isnan(again.difference):
+        return ""
+    return f"{unit * again.difference:+.{digits}f}" + (
+        "" if again.answers_changed is None else f" ({again.answers_changed})"
+    )
 
 
 def _seeds(row: ComparedRow) -> str:
@@ -260,10 +274,7 @@ def footer(comparison: Comparison) -> list[str]:
         "layers, in the KV cache; of the prefill's FLOPs in the decoder.",
     ]
     if any(row.again for row in rows):
-        lines.append(
-            "A/A: difference of the baseline's second answers to its first (answers whose text changed), each sample "
-            "alone, and with what is named. Differences of that size are no effect of pruning."
-        )
+        lines.append(FLOOR)
     if comparison.margin is not None:
         lines.append(f"Verdict: not worse means a loss below {comparison.margin:g} % of the scale, one-sided 2.5 %.")
     if any(row.n_seeds > 1 for row in rows):

@@ -144,7 +144,8 @@ def positions(there: Sequence[Position]) -> alt.LayerChart:
 
 
 def abilities(there: Sequence[Ability]) -> alt.LayerChart:
-    """Retained percent of the first variants by category; of many categories those with most samples."""
+    """Retained percent of the first variants by category, the noise floor behind; of many categories those with most
+    samples."""
     import altair as alt
 
     names = list(dict.fromkeys(one.variant for one in there))[:_MOST_VARIANTS]
@@ -156,6 +157,7 @@ def abilities(there: Sequence[Ability]) -> alt.LayerChart:
             "variant": one.variant,
             "retained": _finite(one.retained),
             "n": one.n,
+            "floor": _finite(one.floor),
         }
         for one in there
         if (one.benchmark, one.category) in drawn and one.variant in names
@@ -170,7 +172,18 @@ def abilities(there: Sequence[Ability]) -> alt.LayerChart:
         tooltip=["category:N", "variant:N", alt.Tooltip("retained:Q", format=".1f"), "n:Q"],
     )
     full = alt.Chart(_inline([{"retained": 100}])).mark_rule(color=_BASELINE, strokeDash=[5, 3]).encode(x="retained:Q")
-    return _page(alt.layer(full, points), max(120, 26 * len(categories)))
+    stripes = [
+        {"category": category, "low": 100 - floor, "high": 100 + floor}
+        for category, floor in {value["category"]: value["floor"] for value in values}.items()
+        if floor
+    ]
+    layers = [full, points]
+    if stripes:
+        stripe = alt.Chart(_inline(stripes)).mark_rule(
+            color=_FLOOR, opacity=0.35, strokeWidth=14, description="noise floor: second run of the baseline"
+        )
+        layers.insert(0, stripe.encode(y=alt.Y("category:N", title=None, sort=categories), x="low:Q", x2="high:Q"))
+    return _page(alt.layer(*layers), max(120, 26 * len(categories)))
 
 
 def save(report: Report, folder: Path) -> list[Path]:

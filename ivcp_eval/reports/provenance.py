@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AGAIN",
+    "CHOSEN",
     "PLACED",
     "REFUSED",
     "VARIANT",
@@ -118,6 +119,10 @@ class Reference:
         return bool(row["method"] == self.method and same_ratio and same_parameters)
 
 
+#: Columns of a row that a user may ask for by their values, as options of these names.
+CHOSEN = ("seed", "dtype", "attention", "device")
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which pruned rows a user asks for; None is any.
@@ -125,7 +130,7 @@ class Selection:
     Attributes:
         method, ratio: of the row. budget: kind that it holds; "own" for none. parameters: of the method; those that are
             not among them are its usual ones. limit: of the run; 0 for none. benchmarks: their names.
-        seed, dtype, attention, device: of the row.
+        seed, dtype, attention, device: of the row, as `CHOSEN` has them.
     """
 
     method: str | None = None
@@ -152,7 +157,7 @@ class Selection:
             and self.budget in (None, kind)
             and self.limit in (None, row["limit"] or 0)
             and (self.benchmarks is None or row["benchmark"] in self.benchmarks)
-            and all(getattr(self, name) in (None, row[name]) for name in ("seed", "dtype", "attention", "device"))
+            and all(getattr(self, name) in (None, row[name]) for name in CHOSEN)
             and unusual <= parameters.keys()
             and all(name in given and given[name] == value for name, value in parameters.items())
         )

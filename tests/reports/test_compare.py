@@ -16,12 +16,17 @@ from ivcp_eval import cli
 from ivcp_eval.benchmarks.agreement import BOX_METRICS, TEXT_METRICS, agreement
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
-from ivcp_eval.reports.provenance import Selection
-from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.provenance import PLACED, Selection, variant_key
+from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 from ivcp_eval.reports.terminal import LOUD
 
 BASELINES = Path(__file__).parents[2] / "results" / "baselines"
 N = 60
+#: Column of `PLACED` -> two of its values.
+WAYS = {
+    **{"dtype": ("float32", "bfloat16"), "attention": ("sdpa", "eager"), "device": ("cpu", "H100")},
+    "video": ("8 frames", "16 frames"),
+}
 
 
 def make(method: str = "none", **values):
@@ -324,6 +329,10 @@ class TestPublished:
             compare(results, BASELINES / "angelslim_qwen25.csv")
 
 
+def test_every_way_of_computing_is_known():
+    assert {*WAYS} == {*PLACED}
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("column", "value"),
@@ -399,6 +408,24 @@ class TestRefusals:
             assert len(compare(path, select=Selection(dtype=dtype).fits).rows) == count
         with pytest.raises(ValueError, match="no row is the one asked for"):
             compare(path, select=Selection(dtype="float16").fits)
+
+    @pytest.mark.parametrize(("column", "values"), WAYS.items())
+    def test_each_way_of_computing_has_its_name_its_key_and_its_baseline(self, folder, column, values):
+        rows = []
+        for number, value in enumerate(values):
+            own = {column: value, "run_id": f"none {value}"}
+            pruned = {column: value, "run_id": f"ivc {value}"}
+            rows += [make(**own, score=80.0 - 20 * number), make("ivc_prune", **pruned, score=70.0 - 20 * number)]
+        path = write(folder, *rows)
+        found = compare(path).rows
+        assert [row.settings for row in found] == [f"{column}={value}" for value in values]
+        assert [row.score_baseline for row in found] == [80, 60]
+        keys = [variant_key(row) for row in found]
+        assert len({*keys}) == 2
+        assert keys == [variant_key(row) for row in read_results(path) if row["method"] == "ivc_prune"]
+        for value in values:
+            (row,) = compare(path, select=lambda row, value=value: row[column] == value).rows
+            assert getattr(row, column) == value
 
     def test_two_equal_baselines_are_ambiguous(self, folder):
         copies = [make(checkpoint=name, run_id=name, score=score) for name, score in (("a", 80.0), ("b", 79.0))]

@@ -1,4 +1,4 @@
-"""The unpruned model's second answers stand beside every number: in all tables, exports and plots, whatever is compared."""
+"""The unpruned model's second answers stand beside every number: in all tables, exports and plots."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_two_samplings_of_one_video_are_two_lines_and_other_benchmarks_stay_besi
     assert {"fastv (8 frames)", "fastv (16 frames)", "unpruned (8 frames)"} <= {*names}
     mixed = [{**row, "device": "cpu" if row["method"] == "none" else "H100"} for row in rows_of(tmp_path, "float32")]
     write_results(tmp_path / "mixed.csv", mixed)
-    assert [line.method for line in write_tables(tmp_path / "mixed.csv")[0].lines][0] == "unpruned", "a mixed cluster"
+    assert write_tables(tmp_path / "mixed.csv")[0].lines[0].method == "unpruned", "a mixed cluster"
 
 
 def test_in_verdicts(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,8 @@ def test_the_verb(tmp_path, capsys, monkeypatch) -> None:
     with (tmp_path / "s.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["variants"], row["samples"], row["met"]) for row in rows] == 2 * [("2", "60", "True")]
-    assert all(0 < float(row["cpu_s"]) and 0 < float(row["elapsed_s"]) and float(row["load"]) >= 0 for row in rows)
+    assert all(min(float(row["cpu_s"]), float(row["elapsed_s"])) > 0 for row in rows)
+    assert all(float(row["load"]) >= 0 for row in rows)
     noted = json.loads((tmp_path / "s.json").read_text())
     assert (noted["command"], len(noted["rows"])) == (f"ivcp bench stats {' '.join(command)}", 2)
     monkeypatch.setattr(stats, "TARGET_S", 0.0)

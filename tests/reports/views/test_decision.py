@@ -196,7 +196,7 @@ def test_more_samples_for_a_no_go_are_counted_at_the_level_it_is_tested_at(tmp_p
 
 
 def test_nothing_is_said_of_other_variants_than_the_one_asked_for(tmp_path: Path) -> None:
-    """Their failures, times, costs and partial rows are no business of who asks for one; all count in the correction."""
+    """Their failures, times, costs and skipped rows are not what was asked for; all count in the correction."""
     path = write(tmp_path, {("fastv", "a"): 6, ("random", "a"): 250}, ratio_layer_mean=0.5)
     slow = tmp_path / "random" / "a" / "timing.json"
     times = json.loads(slow.read_text())

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ivcp_eval.benchmarks import agreement
+from ivcp_eval.benchmarks import agreement, headline
+from ivcp_eval.benchmarks.published import AVERAGES
+from ivcp_eval.interface.variants import BASELINE
 
 if TYPE_CHECKING:  # numpy, which other tables can do without
     from ivcp_eval.reports.comparison import ComparedRow, Comparison, NoiseFloor
@@ -408,6 +410,26 @@ def _mean_retained(rows: Sequence[ComparedRow]) -> list[str]:
         if len(values) > 1:
             mean = sum(values) / len(values)
             lines.append(f"Mean retained, {model} {variant}: {mean:.1f} % over {len(values)} benchmarks.")
+    return [*lines, *_papers_averages(rows)]
+
+
+def _papers_averages(rows: Sequence[ComparedRow]) -> list[str]:
+    """As the IVC-Prune paper averages, of variants with whole rows of all that it averages over."""
+    groups: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.limit is None and row.baseline_method == BASELINE and row.metric == headline(vars(row)):
+            groups.setdefault((row.model, row.method, row.variant), {})[row.benchmark] = row.retained_percent
+    lines = []
+    for average in AVERAGES:
+        for (model, method, variant), by_benchmark in groups.items():
+            values = [by_benchmark.get(name, math.nan) for name in average.benchmarks]
+            if not any(map(math.isnan, values)):
+                said = average.published(model, method)
+                mean = sum(values) / len(values)
+                lines.append(
+                    f"As the IVC-Prune paper averages, {average.words}: {model} {variant} retains {mean:.1f} %"
+                    + (f" (the paper prints {said})." if said else ".")
+                )
     return lines
 
 

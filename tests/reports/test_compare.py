@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from ivcp_eval import cli
+from ivcp_eval.benchmarks import data_file, headline
 from ivcp_eval.benchmarks.agreement import BOX_METRICS, TEXT_METRICS, agreement
+from ivcp_eval.benchmarks.published import AVERAGES
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.provenance import PLACED, Selection, variant_key
@@ -653,6 +655,24 @@ class TestTable:
             rows += [make("ivc_prune", benchmark=benchmark, metric="other", score=0.0)]
         text = compare(write(folder, *rows)).to_terminal()
         assert "Mean retained, qwen25 ivc_prune 0.5: 80.0 % over 2 benchmarks." in text
+
+    @pytest.mark.parametrize("average", AVERAGES, ids=lambda average: average.name)
+    def test_averages_are_computed_as_the_paper_does(self, tmp_path, average):
+        """The mean of the shares retained, not the share of the mean; over all of its benchmarks or not at all."""
+        rows, shares = [], []
+        for number, name in enumerate(average.benchmarks):
+            own = {"benchmark": name, "metric": headline({"benchmark": name, "metric": ""}), "max_pixels": None}
+            before, after = 50.0 + 5 * number, 45.0 + 4 * number
+            rows += [make(**own, score=before, run_id=f"none {name}")]
+            rows += [make("ivc_prune", **own, score=after, run_id=f"ivc {name}")]
+            shares.append(100 * after / before)
+        text = compare(write(tmp_path, *rows)).to_terminal(999)
+        said = f"As the IVC-Prune paper averages, {average.words}: qwen25 ivc_prune 0.5 retains {np.mean(shares):.1f} %"
+        published = {"average_8_grounding": 99.6, "average_9_vqa": 100.6}[average.name]
+        assert f"{said} (the paper prints {published} %, with 50 % of the tokens kept)." in text
+        assert {"average_8_grounding": 8, "average_9_vqa": 9}[average.name] == len(shares)
+        assert "As the IVC-Prune paper averages" not in compare(write(tmp_path, *rows[:-2])).to_terminal(999)
+        assert all(data_file(name).is_file() for name in average.benchmarks)
 
 
 class TestReference:

@@ -203,11 +203,9 @@ def test_in_every_block_of_a_report(results: Path) -> None:
     report = collect(results, Policy(1), resamples=100)
     assert {one.again for one in report.flip_counts} == {1}
     assert [*{one.floor for one in report.abilities}] == [pytest.approx(100 / 160)]
-    (stripe,) = [
-        layer for layer in charts.abilities(report.abilities).to_dict()["layer"]
-        if "noise floor" in layer["mark"].get("description", "")
-    ]  # fmt: skip
-    assert stripe["data"]["values"][0]["high"] == pytest.approx(100 + 100 / 160)
+    layers = charts.abilities(report.abilities).layer
+    (stripe,) = [layer for layer in layers if "noise floor" in str(layer.mark.to_dict().get("description"))]
+    assert stripe.data.values[0]["high"] == pytest.approx(100 + 100 / 160)
     text = render.page(report)
     for block, cell in (("verdict", "-0.50 (1)"), ("table", "-0.5 (1)"), ("floor", "-0.5 ["), ("abilities", ">0.6<")):
         section = text.partition(f'<section id="{block}"')[2].partition("</section>")[0]

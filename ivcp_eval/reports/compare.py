@@ -44,9 +44,9 @@ from ivcp_eval.reports.provenance import (
     why_none,
 )
 from ivcp_eval.reports.stats.paired import PairedMetric, Samples, paired_metric
+from ivcp_eval.reports.stats.ranks import ranked
 from ivcp_eval.reports.stats.timing import Timings, read_timings, time_ratios
 from ivcp_eval.reports.table import Row, read_results
-from ivcp_eval.reports.views.ranks import ranked
 
 __all__ = ["ComparedRow", "Comparison", "compare"]
 

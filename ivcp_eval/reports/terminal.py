@@ -282,7 +282,7 @@ def footer(comparison: Comparison) -> list[str]:
     if any(row.n_seeds > 1 for row in rows):
         lines.append("Seeds: number, lowest and highest score; score, difference and interval are of their mean.")
     if any(row.rank is not None for row in rows):
-        from ivcp_eval.reports.views.ranks import best_at_equal_cost
+        from ivcp_eval.reports.stats.ranks import best_at_equal_cost
 
         lines.append(
             "Rank: among the variants and the one they are compared with; in brackets, the ranks that the 95 % "

@@ -26,9 +26,9 @@ from ivcp_eval.runs.answering.timing import is_timed, time_cells
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.records.scoring import record_failure, score_any
+from ivcp_eval.runs.records.state import Mark, answers, lease, mark, shard
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, holder
-from ivcp_eval.runs.store.state import Mark, answers, lease, mark, shard
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.answering.session import Session

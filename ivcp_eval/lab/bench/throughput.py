@@ -30,8 +30,8 @@ from ivcp_eval.reports.schema import canonical_json
 from ivcp_eval.reports.stats.timing import paired_ratio
 from ivcp_eval.reports.terminal import time_cell
 from ivcp_eval.reports.views.costs import BENCH_COLUMNS
-from ivcp_eval.runs.answering.quantising import quantiser
 from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE, Number
+from ivcp_eval.runs.planning.placement import quantiser
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.cost.clock import Phases

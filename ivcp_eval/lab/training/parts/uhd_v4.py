@@ -28,7 +28,7 @@ from ivcp_eval.interface.models import Weights, find
 from ivcp_eval.lab.training import part
 from ivcp_eval.lab.training.frozen import Encoded, Example, Frozen
 from ivcp_eval.lab.training.part import Loss
-from ivcp_eval.lab.training.state import write_tensors
+from ivcp_eval.lab.training_log import write_tensors
 
 NAME = "uhd_v4"
 DEPTH = 7 / 27  # of the published tower's blocks, those before the compressor

@@ -213,6 +213,18 @@ def test_in_every_block_of_a_report(results: Path) -> None:
     assert "A/A: answers changed" in text
 
 
+def test_a_panel_of_two_precisions_has_both_baselines_and_stripes(both: Path) -> None:
+    pytest.importorskip("altair", reason="the extra `report` is not installed")
+    from ivcp_eval.reports.html import charts
+
+    report = collect(both, resamples=100)
+    (panel,) = report.panels
+    assert (panel.baseline, panel.floor, panel.others) == (80.0, 0.5, ((79.0, 3.0),))
+    band, rule = charts.panel(panel, report.methods).layer[:2]
+    assert band.data.values == [{"low": 79.5, "high": 80.5}, {"low": 76.0, "high": 82.0}]
+    assert rule.data.values == [{"score": 80.0}, {"score": 79.0}]
+
+
 def test_in_a_page_of_sensitivity(results: Path) -> None:
     rows = rows_of(results.parent, "float32")
     changed = {**rows[2], "run_id": "layer 3", "method_parameters": '{"layer":3}', "set_parameters": "layer"}

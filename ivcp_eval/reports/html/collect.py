@@ -155,9 +155,11 @@ def _panels(heads: Sequence[ComparedRow], beside: Mapping[_Key, ComparedRow]) ->
             ends = [row.score_baseline + end for end in (row.difference_low, row.difference_high)]
             marks.append(_mark(row, [row.score_pruned, *ends], better))
         if marks:
-            floor = _largest(abs(again.difference) for row in here for again in row.again)
-            baseline = next(row for row in here if row.method != AGAIN).score_baseline
-            panels.append(Panel(model, benchmark, here[0].metric, baseline, floor, tuple(marks)))
+            floors: dict[float, list[float]] = {}
+            for row in (row for row in here if row.method != AGAIN):
+                floors.setdefault(row.score_baseline, []).extend(abs(again.difference) for again in row.again)
+            (baseline, floor), *others = ((score, _largest(of)) for score, of in floors.items())
+            panels.append(Panel(model, benchmark, here[0].metric, baseline, floor, tuple(marks), tuple(others)))
     return tuple(panels)
 
 

@@ -81,7 +81,8 @@ class Panel:
     """One benchmark of one model: score against cost.
 
     Attributes:
-        floor: largest difference of the unpruned model's second answers to its first; NaN: not measured.
+        baseline, floor: score of the unpruned model, and the largest difference of its second answers to its first, NaN:
+            not measured. others: likewise of the other ways, where rows were computed in several.
     """
 
     model: str
@@ -90,6 +91,13 @@ class Panel:
     baseline: float
     floor: float
     marks: tuple[Mark, ...]
+    others: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether second answers were measured and no score moved."""
+        floors = [self.floor, *(floor for _, floor in self.others)]
+        return 0 in floors and not any(floor > 0 for floor in floors)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _filled(report: Report) -> Callable[..., str]:
         kinds=_KINDS,
         costs=[charts.costs_measured(one.marks) for one in report.paretos],
         cost_names=COSTS,
-        unmoved=[one.benchmark for one in report.panels if one.floor == 0],
+        unmoved=[one.benchmark for one in report.panels if one.unmoved],
         floor_words=_floor_words(report),
         has_random=any(mark.random for panel in report.panels for mark in panel.marks),
         footer=terminal.footer(report.comparison),
@@ -147,7 +147,7 @@ def _floor_words(report: Report) -> str:
     """What the plots show of it."""
     if not report.again:
         return "No noise floor was measured."
-    if all(one.floor == 0 for one in report.panels):
+    if all(one.unmoved for one in report.panels):
         return "The noise floor is 0: no score moved when the baseline answered again, so no plot has a grey stripe."
     return "Grey stripe: the noise floor."
 

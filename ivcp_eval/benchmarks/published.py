@@ -54,11 +54,10 @@ class Average:
         return ""
 
 
-_GROUNDING = ("RefCOCO_val", "RefCOCO_testA", "RefCOCO_testB", "RefCOCO+_val", "RefCOCO+_testA", "RefCOCO+_testB")
-_GROUNDING = (*_GROUNDING, "RefCOCOg_val", "RefCOCOg_test")
+_REFCOCO = ("RefCOCO_val", "RefCOCO_testA", "RefCOCO_testB", "RefCOCO+_val", "RefCOCO+_testA", "RefCOCO+_testB")
 _VQA = ("SEEDBench_IMG", "MMBench_DEV_EN_V11", "MMStar", "MME", "POPE", "HallusionBench", "RealWorldQA")
 AVERAGES = (
-    Average("average_8_grounding", "8 grounding splits", _GROUNDING),
+    Average("average_8_grounding", "8 grounding splits", (*_REFCOCO, "RefCOCOg_val", "RefCOCOg_test")),
     Average("average_9_vqa", "9 VQA benchmarks", (*_VQA, "TextVQA_VAL", "AI2D_TEST")),
 )
 

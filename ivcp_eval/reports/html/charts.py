@@ -157,7 +157,7 @@ def abilities(there: Sequence[Ability]) -> alt.LayerChart:
     names = list(dict.fromkeys(one.variant for one in there))[:_MOST_VARIANTS]
     sizes = {(one.benchmark, one.category): one.n for one in there}
     drawn = {*sorted(sizes, key=lambda key: -sizes[key])[:_MOST_CATEGORIES]}
-    values = [
+    values: list[dict[str, Any]] = [
         {
             "category": f"{one.benchmark}: {one.category}" if one.category else one.benchmark,
             "variant": one.variant,

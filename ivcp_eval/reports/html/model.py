@@ -81,8 +81,8 @@ class Panel:
     """One benchmark of one model: score against cost.
 
     Attributes:
-        baseline, floor: score of the unpruned model, and the largest difference of its second answers to its first, NaN:
-            not measured. others: likewise of the other ways, where rows were computed in several.
+        baseline, floor: score of the unpruned model, and the largest difference of its second answers to its
+            first, NaN: not measured. others: likewise of the other ways, where rows were computed in several.
     """
 
     model: str

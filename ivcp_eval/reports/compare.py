@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,7 +167,7 @@ def compare(
     if not pairs:
         reasons = "".join(f"\n  {line}" for line in comparison.left_out) or f"\n  {results_csv}: {why_none(results)}"
         raise NotComparable(f"nothing to compare between {results_csv} and {baseline_csv}:{reasons}")
-    load, waiting, refused_of = lru_cache(_MOST_FILES)(_load), _Waiting(resamples, margin), {}
+    load, waiting, refused_of = lru_cache(_MOST_FILES)(partial(_load, {})), _Waiting(resamples, margin), {}
     # Baseline by baseline, so that the samples of each are read once.
     for place in sorted(range(len(pairs)), key=lambda i: pairs[i][0][0]["predictions"]):
         pair = _pair(*pairs[place], folders, load, force)
@@ -242,13 +242,13 @@ def _noise_floor(pair: _Pair, telling: Telling) -> NoiseFloor:
     return NoiseFloor(settings(pair.pruned[0], telling), difference, changed)
 
 
-def _load(folder: Path, predictions: str) -> tuple[Samples | None, str]:
+def _load(known: dict[str, dict[str, Any]], folder: Path, predictions: str) -> tuple[Samples | None, str]:
     if not predictions:
         return None, "totals only"
     path = folder / predictions
     if not path.is_file():
         return None, f"{path} is missing"
-    return Samples.read(path), ""
+    return Samples.read(path, known), ""
 
 
 def _pair(baseline: Group, pruned: Group, folders: tuple[Path, Path], load: Load, force: bool) -> _Pair:

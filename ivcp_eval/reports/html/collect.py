@@ -80,7 +80,8 @@ def collect(
     pruned = [row for row in heads if row.method != AGAIN]
     pairs = _pairs(pruned, results, rows, baseline or results)
     again, answered = _again(results, baseline or results, heads, resamples)
-    measured = of_samples(pairs, _pairs(again, answered, read_results(answered), answered))
+    table = rows if answered == results else read_results(answered)
+    measured = of_samples(pairs, _pairs(again, answered, table, answered))
     shown = flips_of(pairs, measured, cards, min(MOST_PICTURES, cards // 3))
     return Report(
         title=results.stem,

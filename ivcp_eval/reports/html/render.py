@@ -134,6 +134,7 @@ def _filled(report: Report) -> Callable[..., str]:
         cost_names=COSTS,
         unmoved=[one.benchmark for one in report.panels if one.unmoved],
         floor_words=_floor_words(report),
+        has_first_token=any(_known(one.first_token) for one in report.decision.verdicts) if report.decision else False,
         has_random=any(mark.random for panel in report.panels for mark in panel.marks),
         footer=terminal.footer(report.comparison),
         csv=csv,

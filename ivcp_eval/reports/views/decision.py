@@ -209,6 +209,7 @@ class Decision:
             "verdict": [one.word for one in some],
             "A/A %": [floor_text(NoiseFloor("", one.again_difference, one.again_answers_changed), 2) for one in some],
             "time: prefill": [_share(one.prefill) for one in some],
+            "first token": [_share(one.first_token) for one in some],
             "decode": [_share(one.decode) for one in some],
             "end to end": [_share(one.end_to_end) for one in some],
             "KV": [_share(one.kv) for one in some],

@@ -183,6 +183,19 @@ def test_the_benchmark_timed_least_says_how_many_samples_were_timed(tmp_path: Pa
     assert decision.cheapest == {"tiny": ("fastv 0.5", "measured FLOPs of the prefill")}
 
 
+def test_a_server_s_time_to_the_first_token_stands_in_the_table(tmp_path: Path) -> None:
+    """Of answers by a server nobody can tell the prefill apart."""
+    path = write(tmp_path, {("fastv", "a"): 6})
+    assert "first token" not in decide(path, Policy(3)).to_terminal(999)
+    for method, ms in (("none", 10.0), ("fastv", 6.0)):
+        times = [{"index": str(i), "first_token_ms": ms, "end_to_end_ms": 40.0} for i in range(8)]
+        (tmp_path / method / "a" / "timing.json").write_text(json.dumps({"session": "s", "samples": times}))
+    text = decide(path, Policy(3)).to_terminal(999)
+    assert "first token" in text
+    assert "0.60x" in text
+    assert "time: prefill" not in text
+
+
 def test_more_samples_for_a_no_go_are_counted_at_the_level_it_is_tested_at(tmp_path: Path) -> None:
     """Over variants and benchmarks: of two variants on two benchmarks at a quarter of alpha."""
     lost = {("fastv", "a"): 45, ("fastv", "b"): 0, ("random", "a"): 0, ("random", "b"): 0}

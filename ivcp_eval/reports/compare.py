@@ -211,28 +211,28 @@ def _noise_floors(
         sides: rows of a file and its folder; the first that has second answers to the same questions counts.
     """
     floors: dict[tuple[Any, ...], list[tuple[Row, NoiseFloor]]] = {}
-    asked = {_asked(row) for row in baselines}
+    questions = {_question(row) for row in baselines}
     for rows, folder in sides:
         own = [row for row in rows if row["method"] in (BASELINE, AGAIN) and row["status"] == "ok"]
         found: dict[tuple[Any, ...], list[tuple[Row, NoiseFloor]]] = {}
-        groups = grouped(row for row in own if _asked(row) in asked - floors.keys())
+        groups = grouped(row for row in own if _question(row) in questions - floors.keys())
         for group in (group for group in groups if group[0]["method"] == AGAIN):
             with suppress(NotComparable):  # nobody knows to which of several first answers these are the second
                 first = baseline_of(group, groups, "none")
                 if not isinstance(first, str):
                     pair = _pair(first, group, (folder, folder), load, force=False)
                     if not pair.refused:
-                        found.setdefault(_asked(group[0]), []).append((first[0], _noise_floor(pair, telling)))
+                        found.setdefault(_question(group[0]), []).append((first[0], _noise_floor(pair, telling)))
         floors |= found
     beside = []
     for row in baselines:
-        known = floors.get(_asked(row), [])
+        known = floors.get(_question(row), [])
         alike = [floor for first, floor in known if all(first[name] == row[name] for name in PLACED)]
         beside.append(tuple(alike or [floor for _, floor in known]))
     return beside
 
 
-def _asked(row: Row) -> tuple[Any, ...]:
+def _question(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("model", "benchmark", "metric", "limit"))
 
 

@@ -139,7 +139,7 @@ class TestRoundTrip:
         assert set(known["prediction"]) == {"yes"}, "of the last file alone"
         bad = tmp_path / "b.csv"
         bad.write_text(bad.read_text().replace("0.75", "75"))
-        with pytest.raises(ResultsError, match="column 'score': .*<= 1"):
+        with pytest.raises(ResultsError, match=r"column 'score': .*<= 1"):
             results.read_sample_columns(bad, names, known)
 
     def test_a_byte_order_mark_and_other_column_orders_are_read(self, tmp_path):

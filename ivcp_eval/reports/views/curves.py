@@ -178,8 +178,8 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     )
     figure.suptitle(
         f"bars: 95 % interval of the {what} to the unpruned model\nhollow: not better than random; {_floor(rows)}",
-        fontsize=9,
-    )
+        fontsize=9, x=0.01, ha="left",  # beside the legend
+    )  # fmt: skip
     temporary = path.with_suffix(".tmp.png")
     with disk_full_as_clear_error(path, temporary):
         figure.savefig(temporary, dpi=110)

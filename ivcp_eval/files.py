@@ -131,6 +131,8 @@ def as_read(cell: str) -> str:
     """The text of which `as_shown` made ``cell``; cells that were written plainly are what they are."""
     if cell.startswith("'") and _FORMULA.match(cell):
         cell = cell[1:]
+    if "\u241b" not in cell:
+        return cell
     return _SHOWN.sub(lambda m: "\u241b" if m[1] == "\u241b" else chr(int(m[1], 16)), cell)
 
 

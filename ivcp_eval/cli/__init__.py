@@ -24,6 +24,7 @@ from typing import TextIO
 
 import ivcp_eval
 from ivcp_eval.cli.bars import bars_on_terminals_only
+from ivcp_eval.cli.silence import without_warnings
 from ivcp_eval.vlmeval_bridge import cpu_torchvision
 
 _QUIET = "print results and errors only"
@@ -75,7 +76,7 @@ def _run(module_name: str, arguments: Sequence[str]) -> int:
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     cpu_torchvision.install()  # before a verb, in whatever order, imports transformers
-    with bars_on_terminals_only(args.quiet):
+    with bars_on_terminals_only(args.quiet), without_warnings(args.quiet):
         try:
             return int(module.run(args))
         except SystemExit as stop:

@@ -75,6 +75,33 @@ def test_vispruner_drops_eight_duplicates_a_round_of_576_tokens(grid: tuple[int,
     assert make_method("vispruner").select(signals).keep.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(("class_token", "count"), [(True, 16), (False, 7)])
+def test_holov_cuts_into_as_many_stretches_as_released(class_token: bool, count: int) -> None:
+    """16 for LLaVA; for Qwen 1024/576 times what 576 tokens are of a quarter of them, rounded down."""
+    signals = random_signals((24, 24), ratio=0.25, seed=3)
+    if class_token:
+        signals.vision = {**signals.vision, "cls": signals.vision["received"]}
+    answers = {n: make_method("holov", {"stretches": n}).select(signals).keep.tolist() for n in (7, 16)}
+    assert make_method("holov").select(signals).keep.tolist() == answers[count]
+    assert answers[7] != answers[16]
+
+
+def test_holov_fills_places_by_attention_where_zeros_are_not_wanted() -> None:
+    signals = random_signals((12, 12), ratio=0.4, seed=4)
+    signals.vision = {**signals.vision, "received": (3 * signals.vision["received"]).exp()}
+    zeros, best = (make_method("holov", {"stretches": 16, "fill": fill}).select(signals) for fill in ("zeros", "best"))
+    assert zeros.merge is not None
+    filled = zeros.merge.to_dense().sum(dim=1) > 0
+    by_stretch = set(zeros.keep[filled].tolist())
+    n_left = int((~filled).sum())
+    assert 0 < n_left < len(filled)
+    order = signals.vision["received"].argsort(descending=True, stable=True).tolist()
+    rest = [token for token in order if token not in by_stretch][:n_left]
+    assert set(best.keep.tolist()) == by_stretch | set(rest)
+    assert best.merge is not None
+    assert (best.merge.to_dense().sum(dim=1) == 1).all()
+
+
 def test_prumerge_plus_takes_a_quarter_of_its_budget_by_attention() -> None:
     """A quarter, rounded up; one place is that of the mean of all others."""
     from ivcp_eval.methods.prumerge_plus import Method

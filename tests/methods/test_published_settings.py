@@ -56,6 +56,18 @@ def test_vscan_keeps_the_published_pairs(kept: float, first: float) -> None:
     assert (at_input.ratio, middle.ratio, middle.layer) == (pytest.approx(first), kept, 16)
 
 
+def test_vscans_second_cut_is_by_the_last_tokens_attention() -> None:
+    signals = random_signals((4, 6), (3, 5), ratio=0.4, stage=1, seed=5)
+    last = signals.attention(torch.tensor([signals.hidden.shape[0] - 1]))[:, 0].mean(dim=0)
+    wanted = []
+    for image in signals.images:
+        order = last[signals.visual[image.tokens]].argsort(descending=True, stable=True)
+        wanted += image.tokens[order[: image.budget]].tolist()
+    selection = make_method("vscan").select(signals)
+    assert selection.keep.tolist() == sorted(wanted)
+    assert selection.merge is None
+
+
 @pytest.mark.parametrize(("grid", "per_round"), [((24, 24), 8), ((36, 36), 24)], ids=str)
 def test_vispruner_drops_eight_duplicates_a_round_of_576_tokens(grid: tuple[int, int], per_round: int) -> None:
     signals = random_signals(grid, ratio=0.2, seed=1)

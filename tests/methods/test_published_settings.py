@@ -56,6 +56,19 @@ def test_vscan_keeps_the_published_pairs(kept: float, first: float) -> None:
     assert (at_input.ratio, middle.ratio, middle.layer) == (pytest.approx(first), kept, 16)
 
 
+def test_vscans_windows_get_equal_parts_and_the_global_scan_what_is_left() -> None:
+    """With a class token; half of 100 tokens are three in each of 16 windows, and two more that attention finds."""
+    signals = random_signals((24, 24), ratio=100 / 576, seed=6)
+    early, deep = signals.vision["early/received"], signals.vision["received"]
+    signals.vision = {**signals.vision, "cls": deep, "early/cls": early}
+    local: list[int] = []
+    for window in range(16):
+        inside = [t for t in range(576) if t // 24 // 6 * 4 + t % 24 // 6 == window]
+        local += sorted(inside, key=lambda t: -float(early[t]))[:3]
+    rest = sorted((t for t in range(576) if t not in local), key=lambda t: -float(deep[t]))
+    assert make_method("vscan").select(signals).keep.tolist() == sorted(local + rest[:52])
+
+
 def test_vscans_second_cut_is_by_the_last_tokens_attention() -> None:
     signals = random_signals((4, 6), (3, 5), ratio=0.4, stage=1, seed=5)
     last = signals.attention(torch.tensor([signals.hidden.shape[0] - 1]))[:, 0].mean(dim=0)

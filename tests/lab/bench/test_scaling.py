@@ -25,6 +25,7 @@ from ivcp_eval.lab.bench.scaling import (
     spans_of,
     work_of,
 )
+from tests.methods.test_published_settings import KNOWN
 
 ROOT = PACKAGE.parent
 SMALL = Widths(hidden=32, heads=4, groups=2, head=8)
@@ -145,15 +146,30 @@ MISSED = {*COSTLY, "cdpruner_openvino"}
 
 
 @pytest.mark.parametrize("file", ["selection_scaling.csv", "selection_videos.csv"])
-def test_every_method_has_a_recorded_row(file: str) -> None:
-    """What `ivcp docs` makes the tables of docs/bench.md from."""
-    with (ROOT / "results" / "bench" / file).open(encoding="utf-8") as stream:
+def test_every_method_with_results_has_a_recorded_row(file: str) -> None:
+    """`ivcp bench selection --methods NAME --out FILE` adds one; `ivcp docs` writes the tables of docs/bench.md."""
+    path, videos = ROOT / "results" / "bench" / file, "videos" in file
+    with path.open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     names = [one["method"] for one in rows]
     assert len(names) == len(set(names))
-    videos = "videos" in file
-    assert set(names) == (set(of_videos()) if videos else set(registry.method_names()) - set(WITHOUT))
+    choosing = set(of_videos()) if videos else set(registry.method_names()) - set(WITHOUT)
+    assert set(KNOWN) & choosing <= set(names) <= choosing
     assert {one["method"] for one in rows if one["met"] != "True"} == (set() if videos else MISSED)
-    table = markdown_table(ROOT / "results" / "bench" / file).splitlines()
+    table = markdown_table(path).splitlines()
     assert len(table) == 2 + len(names)
     assert all(any(f"`{name}`" in line for line in table) for name in names)
+
+
+def test_a_method_measured_again_replaces_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def names() -> list[str]:
+        return [one["method"] for one in csv.DictReader(out.open())]
+
+    out, sizes = tmp_path / "made.csv", ["--hidden", "16", "--tokens", "16", "64"]
+    for method in ("hiprune", "fastv", "hiprune"):
+        assert main(["bench", "selection", *sizes, "--methods", method, "--out", str(out)]) == 0
+    assert names() == ["fastv", "hiprune"]
+    capsys.readouterr()
+    assert main(["bench", "selection", "--tokens", "16", "--methods", "fastv", "--out", str(out)]) == 2
+    assert "measure the same sizes" in capsys.readouterr().err
+    assert names() == ["fastv", "hiprune"]

@@ -14,11 +14,11 @@ import yaml
 
 from ivcp_eval import benchmarks
 from ivcp_eval.cli.running import eval as command
-from ivcp_eval.interface import registry
 from ivcp_eval.lab.bench.scaling import of_videos
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.plan import judge_config
 from ivcp_eval.runs.planning.spec import SpecError, check, load
+from tests.methods.test_published_settings import KNOWN
 
 ROOT = Path(__file__).parents[3] / "sweeps"
 GOOD = """\
@@ -257,9 +257,9 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
 
 
 def test_the_field_has_every_method_of_pictures() -> None:
-    """All but what is made for videos, what a server does, and the unpruned model, which every sweep has anyway."""
+    """Of those that have results: all but what is made for videos, and what a server does."""
     asked = {variant.method for variant, _ in load(ROOT / "field.yaml").cells}
-    assert set(registry.method_names()) - asked == {*of_videos(), "adaspark", "deployed"} - asked
+    assert set(KNOWN) - asked == {*of_videos(), "adaspark", "deployed"} - asked
 
 
 def test_the_paper_s_sweep_is_the_matrix_on_four_families() -> None:

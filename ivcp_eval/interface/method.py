@@ -263,7 +263,8 @@ class Signals:
         rope: ``rope()`` gives float32 (cos, sin) of the row's positions, each (A, n, R): the full spectrum of every
             axis, as the rotary embedding computes it before M-RoPE sections are joined.
         attention: ``attention(rows, entering=False)`` gives (H, len(rows), n) float32 causal softmax rows of layer
-            k-1 (needs query and key), or of layer k on the entering hidden states with ``entering=True``.
+            k-1 (needs query and key), or of layer k on the entering hidden states with ``entering=True``. A ``range``
+            of rows comes without the columns behind its end, which none of them sees.
         rotate: ``rotate(states)`` applies RoPE at the row's positions to (heads, n, D) queries or keys.
         project: ``project("query")`` gives the queries (H, n, D), ``project("key")`` the keys (G, n, D) that layer k
             itself makes of the entering hidden states, before RoPE.

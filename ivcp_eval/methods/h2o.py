@@ -8,8 +8,8 @@ added up, and the best tokens of each head stay. The others leave the cache for 
 
 Differs: only visual tokens leave, all text stays: the prompt's, which takes the place of the recent tokens, and the
 answer's, so that no visual token comes in while decoding and none has to leave then. A budget is a share of each image.
-Where several query heads read one key head, their mean counts. Adding up costs about as many operations as the
-attention of the prefill itself, in every implementation: kernels that never hold the map cannot hand it on.
+Where several query heads read one key head, their mean counts. Kernels that never hold the map cannot hand it on, so
+the product of queries and keys is computed once more, a few rows at a time and without what a row cannot see.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from ivcp_eval.interface import Faithfulness, Signals
 from ivcp_eval.methods._evicting import Evictor
 
-ROWS = 64  # of the attention map that are there at a time
+FEW, MANY = 64, 256  # rows of the attention map that are there at a time: of short prompts, and at most
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class Method(Evictor):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Attention received, added up over the prompt."""
-        device = signals.visual.device
+        n = signals.hidden.shape[0]
+        size = min(MANY, max(FEW, n // 64))
+        received = torch.zeros((), device=signals.visual.device)
         # Tokens before the first visual one see none; to ask which that is would make the host wait in every layer.
-        rows = torch.arange(signals.hidden.shape[0], device=device)
-        return sum(
-            (signals.attention(part)[:, :, signals.visual].sum(dim=1) for part in rows.split(ROWS)),
-            start=torch.zeros((), device=device),
-        )
+        for first in range(0, n, size):
+            part = signals.attention(range(n)[first : first + size]).sum(dim=1)
+            received = received if first else part.new_zeros(len(part), n)
+            received[:, : part.shape[1]].add_(part)
+        return received[:, signals.visual]

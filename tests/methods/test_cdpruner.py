@@ -25,7 +25,7 @@ from ivcp_eval.interface.registry import make_method, parameters_of
 from ivcp_eval.methods.cdpruner import _clip
 from tests.engine import tiny_models
 from tests.engine.contract.cases import Case
-from tests.methods.material import image_columns
+from tests.methods.material import image_columns, random_signals
 
 LENGTH, WORDS = 7, tiny_models.VOCABULARY  # of CLIP's text tower; of the language model's tokenizer
 
@@ -147,3 +147,31 @@ def test_other_towers_are_refused(folders: tuple[Path, Path]) -> None:
         pass
     with pytest.raises(ValueError, match="of width 5; give the checkpoint that the tower was taken from"):
         _clip(clip, "cpu").of_patches(torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("theta", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("ratio", [0.2, 0.4])
+def test_without_clip_the_documented_rule_of_openvino(ratio: float, theta: float) -> None:
+    """Every determinant is computed; one token after the other."""
+    answers = []
+    for seed in range(3):
+        signals = random_signals((4, 6), (3, 5), ratio=ratio, seed=seed, question=7)
+        states = torch.nn.functional.normalize(signals.hidden.double(), dim=1)
+        question = torch.nn.functional.normalize(signals.hidden[signals.question].double().mean(dim=0), dim=0)
+        wanted: list[int] = []
+        for image in signals.images:
+            unit = states[signals.visual[image.tokens]]
+            cosine = unit @ question
+            relevance = (cosine - cosine.min()) / (cosine.max() - cosine.min())
+            weight = (theta / (2 * (1 - theta)) * relevance).exp()
+            kernel = weight[:, None] * (unit @ unit.T) * weight
+            chosen: list[int] = []
+            while len(chosen) < image.budget:
+                rest = [i for i in range(len(unit)) if i not in chosen]
+                volume = {i: float(torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]])) for i in rest}
+                chosen.append(max(rest, key=lambda i: volume[i]))
+            wanted += image.tokens[chosen].tolist()
+        kept = make_method("cdpruner", {"theta": theta}).select(signals).keep.tolist()
+        assert kept == sorted(wanted)
+        answers.append(kept != make_method("cdpruner", {"theta": 0.45}).select(signals).keep.tolist())
+    assert any(answers), "another weight chooses other tokens"

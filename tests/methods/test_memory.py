@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ivcp_eval.engine.signals.vision import received
+from ivcp_eval.interface import Signals, ops
 from ivcp_eval.interface.ops import merged_states
 from ivcp_eval.interface.registry import PLUS_IVC, make_method
 from tests.methods.material import random_clips, random_signals
@@ -37,6 +39,24 @@ def test_no_map_of_the_prompt(name: str) -> None:
             for merge in [selection.merge] if selection.keep.ndim == 1 else selection.merge:
                 merged_states(merge, signals.hidden[signals.visual])
     assert 0 < largest.numbers < signals.hidden.shape[0] ** 2 / 4
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_few_rows_at_a_time_are_all_of_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared in blocks of rows does not depend on how many these are."""
+
+    def row() -> Signals:
+        return random_signals((9, 11), (5, 8), ratio=0.4, question=9, seed=2)
+
+    whole = chosen(name, row())
+    for module in [module for file, module in sys.modules.items() if file.startswith("ivcp_eval.")]:
+        if vars(module).get("block_rows") is ops.block_rows and module is not ops:
+            monkeypatch.setattr(module, "block_rows", lambda n: 7)
+    monkeypatch.setattr(ops, "block_rows", lambda n: 7)
+    blocks = chosen(name, row())
+    assert blocks.keep.tolist() == whole.keep.tolist()
+    if whole.merge is not None and blocks.merge is not None:
+        torch.testing.assert_close(blocks.merge.to_dense(), whole.merge.to_dense())
 
 
 @pytest.mark.parametrize("name", CLIPS)

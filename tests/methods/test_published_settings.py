@@ -56,6 +56,31 @@ def test_vscan_keeps_the_published_pairs(kept: float, first: float) -> None:
     assert (at_input.ratio, middle.ratio, middle.layer) == (pytest.approx(first), kept, 16)
 
 
+def test_vscans_windows_get_equal_parts_and_the_global_scan_what_is_left() -> None:
+    """With a class token; half of 100 tokens are three in each of 16 windows, and two more that attention finds."""
+    signals = random_signals((24, 24), ratio=100 / 576, seed=6)
+    early, deep = signals.vision["early/received"], signals.vision["received"]
+    signals.vision = {**signals.vision, "cls": deep, "early/cls": early}
+    local: list[int] = []
+    for window in range(16):
+        inside = [t for t in range(576) if t // 24 // 6 * 4 + t % 24 // 6 == window]
+        local += sorted(inside, key=lambda t: -float(early[t]))[:3]
+    rest = sorted((t for t in range(576) if t not in local), key=lambda t: -float(deep[t]))
+    assert make_method("vscan").select(signals).keep.tolist() == sorted(local + rest[:52])
+
+
+def test_vscans_second_cut_is_by_the_last_tokens_attention() -> None:
+    signals = random_signals((4, 6), (3, 5), ratio=0.4, stage=1, seed=5)
+    last = signals.attention(torch.tensor([signals.hidden.shape[0] - 1]))[:, 0].mean(dim=0)
+    wanted = []
+    for image in signals.images:
+        order = last[signals.visual[image.tokens]].argsort(descending=True, stable=True)
+        wanted += image.tokens[order[: image.budget]].tolist()
+    selection = make_method("vscan").select(signals)
+    assert selection.keep.tolist() == sorted(wanted)
+    assert selection.merge is None
+
+
 @pytest.mark.parametrize(("grid", "per_round"), [((24, 24), 8), ((36, 36), 24)], ids=str)
 def test_vispruner_drops_eight_duplicates_a_round_of_576_tokens(grid: tuple[int, int], per_round: int) -> None:
     signals = random_signals(grid, ratio=0.2, seed=1)
@@ -73,6 +98,33 @@ def test_vispruner_drops_eight_duplicates_a_round_of_576_tokens(grid: tuple[int,
         rest = torch.cat((even[likeness[leave:]], odd))
     expected = torch.cat((important, rest)).sort().values
     assert make_method("vispruner").select(signals).keep.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("class_token", "count"), [(True, 16), (False, 7)])
+def test_holov_cuts_into_as_many_stretches_as_released(class_token: bool, count: int) -> None:
+    """16 for LLaVA; for Qwen 1024/576 times what 576 tokens are of a quarter of them, rounded down."""
+    signals = random_signals((24, 24), ratio=0.25, seed=3)
+    if class_token:
+        signals.vision = {**signals.vision, "cls": signals.vision["received"]}
+    answers = {n: make_method("holov", {"stretches": n}).select(signals).keep.tolist() for n in (7, 16)}
+    assert make_method("holov").select(signals).keep.tolist() == answers[count]
+    assert answers[7] != answers[16]
+
+
+def test_holov_fills_places_by_attention_where_zeros_are_not_wanted() -> None:
+    signals = random_signals((12, 12), ratio=0.4, seed=4)
+    signals.vision = {**signals.vision, "received": (3 * signals.vision["received"]).exp()}
+    zeros, best = (make_method("holov", {"stretches": 16, "fill": fill}).select(signals) for fill in ("zeros", "best"))
+    assert zeros.merge is not None
+    filled = zeros.merge.to_dense().sum(dim=1) > 0
+    by_stretch = set(zeros.keep[filled].tolist())
+    n_left = int((~filled).sum())
+    assert 0 < n_left < len(filled)
+    order = signals.vision["received"].argsort(descending=True, stable=True).tolist()
+    rest = [token for token in order if token not in by_stretch][:n_left]
+    assert set(best.keep.tolist()) == by_stretch | set(rest)
+    assert best.merge is not None
+    assert (best.merge.to_dense().sum(dim=1) == 1).all()
 
 
 def test_prumerge_plus_takes_a_quarter_of_its_budget_by_attention() -> None:

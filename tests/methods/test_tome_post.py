@@ -28,9 +28,11 @@ def rounds(signals: Signals, first: int, n: int, budget: int) -> dict[int, list[
     return groups
 
 
+@pytest.mark.parametrize("seed", [5, 6, 7])
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.8])
-def test_rounds(ratio: float) -> None:
-    signals = random_signals((5, 7), (2, 3), ratio=ratio, seed=5)
+def test_rounds(ratio: float, seed: int) -> None:
+    """At 0.1 a round merges groups of unequal sizes, whose keys weigh by these."""
+    signals = random_signals((5, 7), (2, 3), ratio=ratio, seed=seed)
     selection = make_method("tome_post").select(signals)
     selection.check(signals, "tome_post")
     wanted = torch.zeros(signals.budget, 41)

@@ -77,14 +77,23 @@ def rotary_spectrum(inv_freq: Tensor, position_ids: Tensor) -> tuple[Tensor, Ten
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
-def attention_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, rows: Tensor | range, scaling: float) -> Tensor:
     """Causal softmax attention of the query rows only: (H, n, D), (G, n, D), (r,) -> float32 (H, r, n).
 
-    Memory is linear in n for a fixed number of rows, so no attention map is ever asked of the model.
+    Memory is linear in n for a fixed number of rows, so no attention map is ever asked of the model. Of a range of rows
+    the keys behind its end, which none of them sees, are left out: (H, r, end).
     """
+    if isinstance(rows, range):
+        query, key = query[:, rows.start : rows.stop], key[:, : rows.stop]
+    else:
+        query = query[:, rows]
     groups = query.shape[0] // key.shape[0]
-    queries = query[:, rows].float().unflatten(0, (key.shape[0], groups))  # (G, H/G, r, D)
+    queries = query.float().unflatten(0, (key.shape[0], groups))  # (G, H/G, r, D)
     logits = torch.einsum("ghrd,gnd->ghrn", queries, key.float()).flatten(0, 1) * scaling
+    if isinstance(rows, range):
+        future = torch.ones(len(rows), len(rows), dtype=torch.bool, device=key.device).triu_(1)
+        logits[:, :, rows.start :].masked_fill_(future, -torch.inf)
+        return logits.softmax(dim=-1)
     future = torch.arange(key.shape[1], device=key.device)[None, :] > rows[:, None]
     return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
 
@@ -192,7 +201,7 @@ class SignalSource:
                 query, key = states["query"], states["key"]
             return rotated(query), rotated(key)
 
-        def attention(rows: Tensor, entering: bool = False) -> Tensor:
+        def attention(rows: Tensor | range, entering: bool = False) -> Tensor:
             own = entering or self.cut.evicts
             layer = self.text_model.layers[self.cut.layer if own else self.cut.layer - 1]
             return attention_rows(*turned(entering), rows, layer.self_attn.scaling)

@@ -314,6 +314,42 @@ def row(
     return columns
 
 
+def markdown_table(file: Path) -> str:
+    """The rows of a CSV of this bench, the fastest at the largest size first."""
+    from tabulate import tabulate
+
+    rows = _read(file)
+    sizes = [name for name in rows[0] if name.endswith(" ms")]
+    rows.sort(key=lambda one: float(one[sizes[-1]]))
+    shown = [
+        {
+            "method": f"`{one['method']}`" + _frames(one, sizes),
+            **{_heading(size): _milliseconds(float(one[size])) for size in sizes},
+            "slope": f"{float(one['slope']):.1f}",
+            "operations": f"{int(one['operations']):,}",
+            "of prefill": "< 0.1 %" if float(one["of prefill"]) < 0.001 else f"{100 * float(one['of prefill']):.1f} %",
+            "target": "met" if one["met"] == "True" else "missed",
+        }
+        for one in rows
+    ]
+    align = ("left", *("right" for _ in sizes), "right", "right", "right", "left")
+    return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def _heading(size: str) -> str:
+    count = size.removesuffix(" ms")
+    return f"{int(count):,} tokens" if count.isdigit() else count
+
+
+def _frames(one: Mapping[str, str], sizes: Sequence[str]) -> str:
+    """How many frames a method of clips chose from, where the table says tokens."""
+    return f" ({one['frames']} frames)" if int(one["frames"]) > 1 and "frames" not in sizes[-1] else ""
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
 def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp bench selection``."""
     parser = argparse.ArgumentParser(prog="ivcp bench selection", description=__doc__.splitlines()[0])
@@ -328,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every method")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=COUNT, default=1, help="CPU threads of torch (default: 1)")
-    parser.add_argument("--out", type=Path, help="write a CSV")
+    parser.add_argument("--out", type=Path, help="write a CSV; rows that it has of other methods stay with --methods")
     parser.add_argument("--check", action="store_true", help="exit 1 if a method misses its targets")
     return parser
 
@@ -348,6 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     reasons: list[str] = []
+    others = _read(options.out) if options.methods and options.out and options.out.exists() else []
     try:
         for name in tqdm(options.methods or (of_videos() if frames else method_names()), unit="method"):
             n, count = sizes[0]
@@ -358,15 +395,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             costs = [measure(name, n, options.ratio, widths, options.device, count) for n, count in sizes]
             rows.append(row(name, tokens, [cost for cost in costs if cost is not None], widths, frames))
             if options.out:  # after every method, so that an interrupted bench keeps what it has
-                _write(options.out, rows)
+                _write(options.out, rows, others)
     finally:
         torch.set_num_threads(threads)
     sys.stdout.write("\n".join([tabulate(rows, headers="keys", floatfmt=".3g"), *reasons, ""]))
     return 1 if options.check and not all(one["met"] for one in rows) else 0
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, str]]) -> None:
+    names = list(rows[0])
+    if others and list(others[0]) != names:
+        raise ValueError(
+            f"{path} has the columns {', '.join(others[0])}, and this bench measured {', '.join(names)}; "
+            "measure the same sizes, or give another --out"
+        )
+    new = {one["method"]: {name: as_shown(str(value)) for name, value in one.items()} for one in rows}
+    merged = {one["method"]: one for one in others} | new
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
-        writer.writerows({name: as_shown(str(value)) for name, value in one.items()} for one in rows)
+        writer.writerows(merged[name] for name in (sorted(merged) if others else merged))

@@ -167,6 +167,9 @@ def test_attention_rows_is_causal_grouped_softmax() -> None:
     logits = query @ key.repeat_interleave(2, dim=0).transpose(1, 2) * 0.5
     logits = logits.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -torch.inf)
     torch.testing.assert_close(got, logits.softmax(-1)[:, rows])
+    for stretch in (range(7), range(3, 5), range(6, 7)):
+        got = attention_rows(query, key, stretch, 0.5)
+        torch.testing.assert_close(got, logits.softmax(-1)[:, stretch.start : stretch.stop, : stretch.stop])
 
 
 def test_rotary_spectrum_is_float32_of_large_positions() -> None:

@@ -14,9 +14,11 @@ import yaml
 
 from ivcp_eval import benchmarks
 from ivcp_eval.cli.running import eval as command
+from ivcp_eval.lab.bench.scaling import of_videos
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.plan import judge_config
 from ivcp_eval.runs.planning.spec import SpecError, check, load
+from tests.methods.test_published_settings import KNOWN
 
 ROOT = Path(__file__).parents[3] / "sweeps"
 GOOD = """\
@@ -252,6 +254,12 @@ def test_empty_files_are_refused(tmp_path: Path, text: str) -> None:
 def test_shipped_sweeps_are_valid(path: Path) -> None:
     spec = load(path)
     assert {variant.method for variant, _ in spec.cells} > {"none"}
+
+
+def test_the_field_has_every_method_of_pictures() -> None:
+    """Of those that have results: all but what is made for videos, and what a server does."""
+    asked = {variant.method for variant, _ in load(ROOT / "field.yaml").cells}
+    assert set(KNOWN) - asked == {*of_videos(), "adaspark", "deployed"} - asked
 
 
 def test_the_paper_s_sweep_is_the_matrix_on_four_families() -> None:

@@ -1,7 +1,7 @@
 """``ivcp lab gpu``: everything that only a GPU can show, in stages that fit into minutes and resume.
 
-A GPU is often lent for a few minutes at a time. So the work is cut into cells, each a command in a process of its own
-with a time limit: what crashes, runs out of memory or out of time leaves a log and costs no other cell. Finished cells
+A GPU is often lent for a few minutes at a time. So the work is cut into steps, each a command in a process of its own
+with a time limit: what crashes, runs out of memory or out of time leaves a log and costs no other step. Finished steps
 are not run again; call the same command until it says that all are done. The raw measurements lie in the output folder.
 """
 
@@ -33,9 +33,9 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 #: Of the contract, what holds in half precision too: where a choice may tip over, tokens cannot be compared.
 ROBUST = "not beams and not batch_equals and not eager_equals and not uncached and not prompt_lookup"
 LEFT_OUT = "left out"
-START_S = 25  # no cell is begun with less time than this
-END_S = 60  # what a cell that ends by itself gets for its start and its last writing
-#: What the cells of a stage import beside torch, transformers and what these two require: module -> distribution.
+START_S = 25  # no step is begun with less time than this
+END_S = 60  # what a step that ends by itself gets for its start and its last writing
+#: What the steps of a stage import beside torch, transformers and what these two require: module -> distribution.
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "contract": {"pytest": "pytest"},
     "bench": {},
@@ -107,7 +107,7 @@ PROFILES = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class Step:
     """One command.
 
     Attributes:
@@ -131,8 +131,8 @@ class Cell:
         return [*found, "the checkout, for its tests,"] if self.stage == "contract" and CHECKOUT is None else found
 
 
-def cells(profile: Profile, device: str, train_minutes: float, folder: Path) -> Iterator[Cell]:
-    """All cells: one of each stage in turn, the most telling first, so that a short call learns something of each."""
+def steps(profile: Profile, device: str, train_minutes: float, folder: Path) -> Iterator[Step]:
+    """All steps: one of each stage in turn, the most telling first, so that a short call learns something of each."""
     stages = (
         _contract(profile, device, folder),
         _bench(profile, device, folder),
@@ -141,21 +141,21 @@ def cells(profile: Profile, device: str, train_minutes: float, folder: Path) -> 
         _train(profile, train_minutes, folder),
     )
     for turn in itertools.zip_longest(*stages):
-        yield from (cell for cell in turn if cell is not None)
+        yield from (step for step in turn if step is not None)
 
 
-def _contract(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
-    """Tests of the checkout; those that passed are not run again when their cell is."""
+def _contract(profile: Profile, device: str, folder: Path) -> Iterator[Step]:
+    """Tests of the checkout; those that passed are not run again when their step is."""
     workers = ("-n", "6") if device != "cpu" and find_spec("xdist") else ()
     attentions = ["sdpa"]
     if device != "cpu" and find_spec("flash_attn"):
         attentions.append("flash_attention_2")
 
-    def tests(name: str, dtype: str, attention: str, *chosen: str) -> Cell:
+    def tests(name: str, dtype: str, attention: str, *chosen: str) -> Step:
         name = f"{name}_{dtype}_{attention}"
         where = ("--device", device, "--dtype", dtype, "--attention", attention)
         outcomes = ("--outcomes", str(folder / f"{name}.jsonl"))
-        return Cell("contract", name, (*PYTEST, *workers, *chosen, *where, *outcomes), 240)
+        return Step("contract", name, (*PYTEST, *workers, *chosen, *where, *outcomes), 240)
 
     def only(*expressions: str) -> tuple[str, ...]:
         kept = [f"({expression})" for expression in expressions if expression]
@@ -174,12 +174,12 @@ def _contract(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
             yield tests(f"contract_{family}", dtype, attention, *chosen, "--family", family)
 
 
-def _measured(stage: str, name: str, profile: Profile, device: str, folder: Path, *options: str) -> Cell:
+def _measured(stage: str, name: str, profile: Profile, device: str, folder: Path, *options: str) -> Step:
     rounds = ("--size", profile.size, "--device", device, "--rounds", f"{profile.rounds}")
-    return Cell(stage, name, (*IVCP, "bench", *options, *rounds, "--resume", "--out", str(folder / name)), 240)
+    return Step(stage, name, (*IVCP, "bench", *options, *rounds, "--resume", "--out", str(folder / name)), 240)
 
 
-def _bench(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
+def _bench(profile: Profile, device: str, folder: Path) -> Iterator[Step]:
     for tokens in profile.tokens:
         prompt = ("pruning", "--tokens", f"{tokens}", "--batch")
         for batch in profile.batches:
@@ -188,33 +188,33 @@ def _bench(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
         yield _measured("bench", f"selection_{tokens}", profile, device, folder, *prompt, "1", "--only-methods")
 
 
-def _fork(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
+def _fork(profile: Profile, device: str, folder: Path) -> Iterator[Step]:
     for dtype, rows in itertools.product(profile.halves, profile.forks):
         options = ("fork", "--rows", f"{rows}", "--dtype", dtype, "--cell-s", "20")  # it has seven cases
         yield _measured("fork", f"fork_{rows}_{dtype}", profile, device, folder, *options)
 
 
-def _throughput(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
+def _throughput(profile: Profile, device: str, folder: Path) -> Iterator[Step]:
     for clients in profile.concurrency:
         load = ("throughput", "--concurrency", f"{clients}", "--new-tokens", f"{profile.new_tokens}")
         yield _measured("throughput", f"throughput_{clients}", profile, device, folder, *load)
 
 
-def _train(profile: Profile, minutes: float, folder: Path) -> Iterator[Cell]:
+def _train(profile: Profile, minutes: float, folder: Path) -> Iterator[Step]:
     command = (*IVCP, "lab", "train", "tiny2", "--config", profile.train, "--out", str(folder / "train"))
-    yield Cell("train", "train", command, 60 * minutes + END_S, until="model", paced=True)
+    yield Step("train", "train", command, 60 * minutes + END_S, until="model", paced=True)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a cell.
+    """What became of a step.
 
     Attributes:
-        cell, command: which. code: exit code; None: it did not end, or not run at all. seconds: of the last try.
+        step, command: which. code: exit code; None: it did not end, or not run at all. seconds: of the last try.
         note: why it is not finished, in words. tries: how often it was begun.
     """
 
-    cell: str
+    step: str
     command: str
     code: int | None
     seconds: float
@@ -223,7 +223,7 @@ class Done:
 
     @property
     def finished(self) -> bool:
-        """Whether the cell need not run again."""
+        """Whether the step need not run again."""
         return self.code == 0
 
     @property
@@ -232,23 +232,23 @@ class Done:
         return self.code not in (0, None)
 
 
-def run_cell(cell: Cell, folder: Path, seconds: float, tries: int = 1) -> Done:
-    """Run one cell for at most ``seconds``; what it prints goes to NAME.log."""
-    pace = ("--minutes", f"{max(seconds - END_S, START_S) / 60:.2f}") if cell.paced else ()
-    command = (*cell.command, *pace)
+def run_step(step: Step, folder: Path, seconds: float, tries: int = 1) -> Done:
+    """Run one step for at most ``seconds``; what it prints goes to NAME.log."""
+    pace = ("--minutes", f"{max(seconds - END_S, START_S) / 60:.2f}") if step.paced else ()
+    command = (*step.command, *pace)
     shown = shlex.join(("python" if part == sys.executable else part) for part in command)
-    if cell.missing:
-        return Done(cell.name, shown, None, 0.0, f"{LEFT_OUT}: {', '.join(cell.missing)} not found here", tries - 1)
+    if step.missing:
+        return Done(step.name, shown, None, 0.0, f"{LEFT_OUT}: {', '.join(step.missing)} not found here", tries - 1)
     began = time.monotonic()
-    with (folder / f"{cell.name}.log").open("a", encoding="utf-8") as log, _group(command, log) as process:
+    with (folder / f"{step.name}.log").open("a", encoding="utf-8") as log, _group(command, log) as process:
         try:
             code: int | None = process.wait(seconds)
-            note = "" if code == 0 else f"exit code {code}, see {cell.name}.log"
-            if code == 0 and cell.until and not (folder / cell.name / cell.until).exists():
+            note = "" if code == 0 else f"exit code {code}, see {step.name}.log"
+            if code == 0 and step.until and not (folder / step.name / step.until).exists():
                 code, note = None, "not finished yet"
         except subprocess.TimeoutExpired:
             code, note = None, f"stopped after {seconds:.0f} s"
-    return Done(cell.name, shown, code, time.monotonic() - began, note, tries)
+    return Done(step.name, shown, code, time.monotonic() - began, note, tries)
 
 
 @contextmanager
@@ -274,9 +274,9 @@ def _group(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[by
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Every cell that is not finished yet, until the time is up: 0 if all are, 75 if some are left, else 1.
+    """Every step that is not finished yet, until the time is up: 0 if all are, 75 if some are left, else 1.
 
-    A cell has its own limit, or its part of the time that is left where that is longer.
+    A step has its own limit, or its part of the time that is left where that is longer.
 
     Raises:
         ValueError: an unknown stage; or a folder that holds the results of another profile or device.
@@ -284,45 +284,45 @@ def run_all(options: argparse.Namespace) -> int:
     folder, end = options.out.resolve(), time.monotonic() + 60 * options.minutes
     folder.mkdir(parents=True, exist_ok=True)
     _same_run(folder, {"profile": options.profile, "device": options.device})
-    every = list(cells(PROFILES[options.profile], options.device, options.train_minutes, folder))
-    stages = list(dict.fromkeys(cell.stage for cell in every))
+    every = list(steps(PROFILES[options.profile], options.device, options.train_minutes, folder))
+    stages = list(dict.fromkeys(step.stage for step in every))
     if unknown := set(options.stages or ()) - set(stages):
         raise ValueError(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stages)}")
-    chosen = [cell for cell in every if not options.stages or cell.stage in options.stages]
-    known = {cell.name: done for cell in chosen if (done := _record(folder, cell)) is not None}
+    chosen = [step for step in every if not options.stages or step.stage in options.stages]
+    known = {step.name: done for step in chosen if (done := _record(folder, step)) is not None}
     waiting = in_turn(chosen, known)
-    for number, cell in enumerate(waiting):
+    for number, step in enumerate(waiting):
         time_left = end - time.monotonic()
         if time_left < START_S:
             break
         part = time_left / (len(waiting) - number)
-        tries = known[cell.name].tries + 1 if cell.name in known else 1
-        done = known[cell.name] = run_cell(cell, folder, min(max(cell.limit_s, part), time_left), tries)
-        write_json(folder / f"{cell.name}.done.json", asdict(done))
-        sys.stdout.write(f"{cell.name}: {done.note or 'done'} ({done.seconds:.0f} s)\n")
+        tries = known[step.name].tries + 1 if step.name in known else 1
+        done = known[step.name] = run_step(step, folder, min(max(step.limit_s, part), time_left), tries)
+        write_json(folder / f"{step.name}.done.json", asdict(done))
+        sys.stdout.write(f"{step.name}: {done.note or 'done'} ({done.seconds:.0f} s)\n")
         sys.stdout.flush()
     finished = sum(done.finished for done in known.values())
     bad = sum(done.failed or done.note.startswith(LEFT_OUT) for done in known.values())
     left = len(chosen) - finished - bad
-    sys.stdout.write(f"{finished} of {len(chosen)} cells are finished, {left} left; {bad} failed or left out\n")
+    sys.stdout.write(f"{finished} of {len(chosen)} steps are finished, {left} left; {bad} failed or left out\n")
     return 75 if left else 1 if bad else 0
 
 
-def in_turn(chosen: Sequence[Cell], known: Mapping[str, Done]) -> list[Cell]:
-    """What is not finished: cells never tried, then those that were stopped, then failed ones; fewest tries first.
+def in_turn(chosen: Sequence[Step], known: Mapping[str, Done]) -> list[Step]:
+    """What is not finished: steps never tried, then those that were stopped, then failed ones; fewest tries first.
 
     So nothing that takes all the time, or fails, keeps others from their turn in the next call.
     """
 
-    def rank(cell: Cell) -> tuple[bool, int]:
-        done = known.get(cell.name)
+    def rank(step: Step) -> tuple[bool, int]:
+        done = known.get(step.name)
         return (False, 0) if done is None else (done.failed, done.tries)
 
-    return sorted((cell for cell in chosen if cell.name not in known or not known[cell.name].finished), key=rank)
+    return sorted((step for step in chosen if step.name not in known or not known[step.name].finished), key=rank)
 
 
-def _record(folder: Path, cell: Cell) -> Done | None:
-    path = folder / f"{cell.name}.done.json"
+def _record(folder: Path, step: Step) -> Done | None:
+    path = folder / f"{step.name}.done.json"
     return Done(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
@@ -336,7 +336,7 @@ def _same_run(folder: Path, settings: dict[str, str]) -> None:
 def parser() -> argparse.ArgumentParser:
     """Arguments of ``ivcp lab gpu``."""
     made = argparse.ArgumentParser(prog="ivcp lab gpu", description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--minutes", type=POSITIVE, default=9, help="begin no cell, and stop all, after (default: 9)")
+    made.add_argument("--minutes", type=POSITIVE, default=9, help="begin no step, and stop all, after (default: 9)")
     made.add_argument("--stages", nargs="+", metavar="STAGE", help="contract, bench, fork, throughput, train")
     made.add_argument("--out", type=Path, required=True, help="folder of the measurements; the same one goes on")
     made.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
@@ -346,7 +346,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages; 0 all done, 75 call again, 1 a cell failed.
+    """Run the stages; 0 all done, 75 call again, 1 a step failed.
 
     Raises:
         ValueError: CUDA is asked for where torch sees none.

@@ -1,4 +1,4 @@
-"""`ivcp lab gpu`: cells that end in time and resume, and every stage for real on small shapes."""
+"""`ivcp lab gpu`: steps that end in time and resume, and every stage for real on small shapes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ BROKEN, SLOW = "raise SystemExit(3)", "import time; time.sleep(60)"
 
 
 @pytest.fixture
-def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[gpu.Cell]:
-    """What `ivcp lab gpu` takes for all of its cells."""
-    every: list[gpu.Cell] = []
-    monkeypatch.setattr(gpu, "cells", lambda *_: iter(every))
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[gpu.Step]:
+    """What `ivcp lab gpu` takes for all of its steps."""
+    every: list[gpu.Step] = []
+    monkeypatch.setattr(gpu, "steps", lambda *_: iter(every))
     return every
 
 
-def _cell(out: Path, name: str, code: str, stage: str = "try", **options: Any) -> gpu.Cell:
-    return gpu.Cell(stage, name, (sys.executable, "-c", code, str(out / name)), 30, **options)
+def _cell(out: Path, name: str, code: str, stage: str = "try", **options: Any) -> gpu.Step:
+    return gpu.Step(stage, name, (sys.executable, "-c", code, str(out / name)), 30, **options)
 
 
 def _run(out: Path, *more: str) -> int:
@@ -48,23 +48,23 @@ def _done(out: Path, name: str) -> dict[str, Any]:
 
 
 def test_cells_fail_alone_and_finished_ones_rest(
-    tmp_path: Path, given: list[gpu.Cell], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, given: list[gpu.Step], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given += [_cell(tmp_path, "fine", QUICK), _cell(tmp_path, "broken", BROKEN), _cell(tmp_path, "after", QUICK)]
     assert _run(tmp_path) == 1
     shown = capsys.readouterr().out
     assert "broken: exit code 3, see broken.log" in shown
-    assert "2 of 3 cells are finished, 0 left; 1 failed or left out" in shown
+    assert "2 of 3 steps are finished, 0 left; 1 failed or left out" in shown
     given[1] = _cell(tmp_path, "broken", QUICK)
     assert _run(tmp_path) == 0
     assert [(tmp_path / f"{name}.ran").read_text() for name in ("fine", "broken", "after")] == ["x", "x", "x"]
     done = _done(tmp_path, "after")
-    assert (done["code"], done["cell"], done["tries"], _done(tmp_path, "broken")["tries"]) == (0, "after", 1, 2)
+    assert (done["code"], done["step"], done["tries"], _done(tmp_path, "broken")["tries"]) == (0, "after", 1, 2)
     assert done["command"].startswith("python -c ")
 
 
 def test_what_is_not_installed_is_said_and_is_not_success(
-    tmp_path: Path, given: list[gpu.Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, given: list[gpu.Step], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "NEEDS", {"poor": {"json": "json", "no_such_module": "its-distribution"}})
     given += [_cell(tmp_path, "absent", QUICK, "poor"), _cell(tmp_path, "fine", QUICK)]
@@ -75,7 +75,7 @@ def test_what_is_not_installed_is_said_and_is_not_success(
 
 
 def test_time_is_kept_and_what_is_left_runs_in_the_next_call(
-    tmp_path: Path, given: list[gpu.Cell], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, given: list[gpu.Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "START_S", 0.5)
     given += [_cell(tmp_path, "slow", SLOW), _cell(tmp_path, "never", QUICK)]
@@ -88,10 +88,10 @@ def test_time_is_kept_and_what_is_left_runs_in_the_next_call(
 
 
 def test_no_cell_keeps_another_from_its_turn(
-    tmp_path: Path, given: list[gpu.Cell], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, given: list[gpu.Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that takes all the time of a call, or fails, is not the first of the next call; and calls go on to be asked
-    for while any cell waits for its turn, whatever failed."""
+    for while any step waits for its turn, whatever failed."""
     monkeypatch.setattr(gpu, "START_S", 0.5)
     given += [_cell(tmp_path, "broken", BROKEN), _cell(tmp_path, "slow", SLOW), _cell(tmp_path, "other", SLOW)]
     given += [_cell(tmp_path, "last", QUICK)]
@@ -100,22 +100,22 @@ def test_no_cell_keeps_another_from_its_turn(
     assert _run(tmp_path, "--minutes", "0.02") == 75
     known = {name: gpu.Done(**_done(tmp_path, name)) for name in ("broken", "slow", "other")}
     assert {name: done.tries for name, done in known.items()} == {"broken": 1, "slow": 1, "other": 1}
-    assert [cell.name for cell in gpu.in_turn(given, known)] == ["last", "slow", "other", "broken"]
+    assert [step.name for step in gpu.in_turn(given, known)] == ["last", "slow", "other", "broken"]
     known["slow"] = replace(known["slow"], tries=2)
-    assert [cell.name for cell in gpu.in_turn(given, known)] == ["last", "other", "slow", "broken"]
+    assert [step.name for step in gpu.in_turn(given, known)] == ["last", "other", "slow", "broken"]
 
 
 def test_what_is_left_of_the_time_is_shared_by_the_cells_that_are_left(
-    tmp_path: Path, given: list[gpu.Cell], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, given: list[gpu.Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cell's limit gives others their turn; where there are few, a cell has more."""
+    """A step's limit gives others their turn; where there are few, a step has more."""
     seconds = list[float]()
 
-    def run_cell(cell: gpu.Cell, folder: Path, limit: float, tries: int = 1) -> gpu.Done:
+    def run_step(step: gpu.Step, folder: Path, limit: float, tries: int = 1) -> gpu.Done:
         seconds.append(limit)
-        return gpu.Done(cell.name, "", None, limit, f"stopped after {limit:.0f} s", tries)
+        return gpu.Done(step.name, "", None, limit, f"stopped after {limit:.0f} s", tries)
 
-    monkeypatch.setattr(gpu, "run_cell", run_cell)
+    monkeypatch.setattr(gpu, "run_step", run_step)
     given += [_cell(tmp_path, name, SLOW) for name in ("one", "other")]
     assert _run(tmp_path, "--minutes", "3") == 75
     assert seconds == pytest.approx([90, 180], abs=5)
@@ -126,13 +126,13 @@ def test_what_is_left_of_the_time_is_shared_by_the_cells_that_are_left(
 
 
 def test_a_call_learns_something_of_every_stage(tmp_path: Path) -> None:
-    every = list(gpu.cells(gpu.PROFILES["full"], "cuda", 4, tmp_path))
-    stages = [cell.stage for cell in every]
+    every = list(gpu.steps(gpu.PROFILES["full"], "cuda", 4, tmp_path))
+    stages = [step.stage for step in every]
     assert len(set(stages[:5])) == len(set(stages)) == 5
-    assert {cell.name for cell in every if "qwen3_vl" in cell.name} == {
+    assert {step.name for step in every if "qwen3_vl" in step.name} == {
         f"contract_qwen3_vl_{dtype}_sdpa" for dtype in ("float32", "bfloat16", "float16")
     }
-    assert all(cell.limit_s <= 300 for cell in every), "two cells or more in a call of nine minutes"
+    assert all(step.limit_s <= 300 for step in every), "two steps or more in a call of nine minutes"
 
 
 CHILD = """
@@ -160,16 +160,16 @@ def _gone(pid: int) -> bool:
 @pytest.mark.parametrize("seconds", [0, 60])
 def test_nothing_of_a_cell_outlives_it(seconds: int, tmp_path: Path) -> None:
     """Neither of one that ended, nor of one that was stopped."""
-    done = gpu.run_cell(_cell(tmp_path, "parent", CHILD.format(seconds)), tmp_path, 3)
+    done = gpu.run_step(_cell(tmp_path, "parent", CHILD.format(seconds)), tmp_path, 3)
     assert done.code == (None if seconds else 0)
     assert _gone(int((tmp_path / "parent.pid").read_text()))
 
 
 def test_nothing_of_a_cell_outlives_the_command(tmp_path: Path) -> None:
-    """A limit around the whole command ends its cells too, which are not in its process group."""
+    """A limit around the whole command ends its steps too, which are not in its process group."""
     code = (
         "import sys; from pathlib import Path; from ivcp_eval.lab import gpu; out = Path(sys.argv[1])\n"
-        f"gpu.run_cell(gpu.Cell('try', 'parent', (sys.executable, '-c', {CHILD.format(60)!r}, str(out / 'parent')), 60)"
+        f"gpu.run_step(gpu.Step('try', 'parent', (sys.executable, '-c', {CHILD.format(60)!r}, str(out / 'parent')), 60)"
         ", out, 60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as command:
@@ -185,17 +185,17 @@ def test_nothing_of_a_cell_outlives_the_command(tmp_path: Path) -> None:
 def test_an_argument_may_hold_any_letters(tmp_path: Path) -> None:
     """Nothing in a command is replaced: not in a folder of that name either."""
     out = tmp_path / "OUT"
-    (cell, *_) = [cell for cell in gpu.cells(gpu.PROFILES["dry"], "cpu", 1, out) if cell.stage == "bench"]
-    assert cell.command[-1] == str(out / cell.name)
+    (step, *_) = [step for step in gpu.steps(gpu.PROFILES["dry"], "cpu", 1, out) if step.stage == "bench"]
+    assert step.command[-1] == str(out / step.name)
     out.mkdir()
-    assert gpu.run_cell(gpu.Cell("try", "OUT", (*PRINT, "OUTPUT"), 30), out, 30).finished
+    assert gpu.run_step(gpu.Step("try", "OUT", (*PRINT, "OUTPUT"), 30), out, 30).finished
     assert (out / "OUT.log").read_text() == "OUTPUT\n"
 
 
 PRINT = (sys.executable, "-c", "import sys; print(*sys.argv[1:])")
 
 
-def test_a_cell_that_goes_on_is_finished_by_what_it_leaves(tmp_path: Path, given: list[gpu.Cell]) -> None:
+def test_a_cell_that_goes_on_is_finished_by_what_it_leaves(tmp_path: Path, given: list[gpu.Step]) -> None:
     half = "import sys, pathlib; f = pathlib.Path(sys.argv[1]); f.mkdir(exist_ok=True)"
     given += [_cell(tmp_path, "train", half, until="model")]
     assert _run(tmp_path) == 75
@@ -205,11 +205,11 @@ def test_a_cell_that_goes_on_is_finished_by_what_it_leaves(tmp_path: Path, given
 
 def test_a_cell_that_ends_by_itself_is_told_its_time(tmp_path: Path) -> None:
     """So that it has saved what it did when the time is up."""
-    gpu.run_cell(gpu.Cell("try", "paced", PRINT, 30, paced=True), tmp_path, gpu.END_S + 90)
+    gpu.run_step(gpu.Step("try", "paced", PRINT, 30, paced=True), tmp_path, gpu.END_S + 90)
     assert (tmp_path / "paced.log").read_text() == "--minutes 1.50\n"
 
 
-def test_other_settings_need_another_folder(tmp_path: Path, given: list[gpu.Cell]) -> None:
+def test_other_settings_need_another_folder(tmp_path: Path, given: list[gpu.Step]) -> None:
     given += [_cell(tmp_path, "fine", QUICK)]
     assert _run(tmp_path) == 0
     with pytest.raises(ValueError, match="choose another --out"):
@@ -260,7 +260,7 @@ def _installed() -> set[str]:
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Takes from cells what is not on a machine with torch, transformers and what docs/gpu.md says to carry."""
+    """Takes from steps what is not on a machine with torch, transformers and what docs/gpu.md says to carry."""
 
     def take(stage: str) -> None:
         there = _with_requirements(("torch", "transformers", "pip", *gpu.NEEDS[stage].values())) | {"ivcp-eval"}
@@ -280,11 +280,11 @@ def test_every_stage_runs_on_small_shapes(stage: str, tmp_path: Path, bare: Call
     """As on a machine that has nothing but what the stage says that it needs."""
     bare(stage)
     assert _run(tmp_path, "--stages", stage) == 0
-    cells = [cell for cell in gpu.cells(gpu.PROFILES["dry"], "cpu", 8, tmp_path) if cell.stage == stage]
-    assert cells
-    for cell in cells:
-        done = _done(tmp_path, cell.name)
-        assert (done["code"], done["note"]) == (0, ""), (tmp_path / f"{cell.name}.log").read_text()[-2000:]
+    steps = [step for step in gpu.steps(gpu.PROFILES["dry"], "cpu", 8, tmp_path) if step.stage == stage]
+    assert steps
+    for step in steps:
+        done = _done(tmp_path, step.name)
+        assert (done["code"], done["note"]) == (0, ""), (tmp_path / f"{step.name}.log").read_text()[-2000:]
     if stage == "throughput":
         rows = list(csv.DictReader((tmp_path / "throughput_2.csv").open()))
         assert [(row["method"], float(row["ratio"])) for row in rows] == [
@@ -318,12 +318,12 @@ def test_the_full_profile_asks_for_what_the_bench_knows(tmp_path: Path) -> None:
     from ivcp_eval.lab.tiny2.training.train import CONFIGS
 
     parsers = {"pruning": pruning.parser(), "fork": fork.parser(), "throughput": throughput.parser()}
-    cells = list(gpu.cells(gpu.PROFILES["full"], "cuda", 8, tmp_path))
-    assert len({cell.name for cell in cells}) == len(cells)
-    for cell in cells:
-        arguments = list(cell.command[3:])
-        if cell.stage in ("bench", "fork", "throughput"):
+    steps = list(gpu.steps(gpu.PROFILES["full"], "cuda", 8, tmp_path))
+    assert len({step.name for step in steps}) == len(steps)
+    for step in steps:
+        arguments = list(step.command[3:])
+        if step.stage in ("bench", "fork", "throughput"):
             assert arguments[0] == "bench"
             parsers[arguments[1]].parse_args(arguments[2:])
-        elif cell.stage == "train":
+        elif step.stage == "train":
             assert (CONFIGS / "gpu.yaml").exists()

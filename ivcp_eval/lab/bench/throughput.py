@@ -240,7 +240,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     Raises:
         ValueError: parameters for several methods; a results file without a pruned variant that runs here.
     """
-    from ivcp_eval.interface.registry import make_method
+    from ivcp_eval.interface.registry import make_method, read_parameters
     from ivcp_eval.interface.variants import parameter
 
     if options.of:
@@ -250,7 +250,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
         raise ValueError(f"--set is of one method, got {', '.join(options.methods)}; run the bench for each")
     for name in options.methods:
         make_method(name, given)  # a misspelt name shall not wait for the model
-    return [Arm(name, ratio, given) for name in options.methods for ratio in options.ratios]
+    return [Arm(name, ratio, read_parameters(name, given)) for name in options.methods for ratio in options.ratios]
 
 
 def _arms_of_results(path: Path) -> list[Arm]:

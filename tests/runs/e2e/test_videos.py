@@ -82,7 +82,7 @@ def test_depth_and_poses_reach_a_method(lab: Lab, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(geo3dpruner, "voxels", noted)
     one = ("--data", "tiny_rooms", "--limit", "1", "--ratio", "0.5", "--method")
-    assert lab.eval(*one, "geo3dpruner") == lab.eval(*one, "adaspark", "--set", "cube=[2, 2, 2]") == 0
+    assert lab.eval(*one, "geo3dpruner") == lab.eval(*one, "adaspark", "--set", "cube=2,2,2") == 0
     views = rooms.room("test", 0)[1]
     assert [shown and shown.pose.tolist() for shown in seen] == [view.geometry.pose.round(6).tolist() for view in views]
     found = rows_of(lab, "tiny_rooms")

@@ -125,7 +125,7 @@ def test_what_is_no_several_numbers_is_refused(method: str, wrong: Any) -> None:
 
 @pytest.mark.parametrize("wrong", ["2,2", "2,2,2,2", "2,2,1.5", 2, [2, 2], "2,2,0"])
 def test_a_cube_has_three_whole_sides(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="cube=.* must be (3 whole numbers with commas|frames, rows and columns)"):
+    with pytest.raises(ValueError, match=r"cube=.* must be (3 whole numbers with commas|frames, rows and columns)"):
         registry.make_method("adaspark", {"cube": wrong})
 
 

@@ -79,7 +79,7 @@ def test_several_numbers_are_one_value(tmp_path: Path) -> None:
     assert asked("[0.3, 0.6]") == asked("'0.3,0.6'") == asked("[[0.3, 0.6]]") == [[0.3, 0.6]]
     assert asked("[[0.3, 0.6], '0.2,0.4']") == [[0.3, 0.6], [0.2, 0.4]]
     for wrong in ("0.3;0.6", "[0.3, x]", "[[0.3, true]]"):
-        with pytest.raises(SpecError, match="line 6: .* must be numbers with commas between them"):
+        with pytest.raises(SpecError, match=r"line 6: .* must be numbers with commas between them"):
             asked(wrong)
     with pytest.raises(SpecError, match=r"line 6: 0.6 is no name of a parameter; several .* as a list, \{depths"):
         asked("0.3,0.6")
@@ -89,7 +89,7 @@ def test_several_numbers_are_one_value(tmp_path: Path) -> None:
         args = parser.parse_args(["--method", "adaspark", "--set", words])
         (variant,) = [v for v, _ in check(command._raw(args), "eval").cells if v.method == "adaspark"][:1]
         assert variant.parameters == {"cube": [2, 2, 4]}
-    with pytest.raises(SpecError, match="cube='2,2' .* must be 3 whole numbers with commas between them"):
+    with pytest.raises(SpecError, match=r"cube='2,2' .* must be 3 whole numbers with commas between them"):
         check(command._raw(parser.parse_args(["--method", "adaspark", "--set", "cube=2,2"])), "eval")
 
 

@@ -25,6 +25,19 @@ REAL = (
 )
 
 
+@pytest.mark.parametrize(
+    ("name", "coding"),
+    [("a.mp4", {}), ("a.mkv", {}), ("a.avi", {}), ("whole.mp4", {"g": "600"}), ("short.mp4", {"g": "3", "bf": "2"})],
+)
+def test_a_glance_shows_the_same_frames(tmp_path: Path, name: str, coding: dict[str, str]) -> None:
+    """From key frames that are near, far, or one alone at the beginning; the last frame of all among them."""
+    path = video(tmp_path / name, [i / 10 for i in range(90)], coding=coding)
+    for sampling in (Sampling(nframe=7), Sampling(fps=1.3), Sampling(nframe=500)):
+        whole, glance = clips.decode(path, sampling), clips.decode(path, sampling, glancing=True)
+        assert glance.seconds == whole.seconds
+        assert levels(glance.frames) == levels(whole.frames)
+
+
 def test_the_frames_of_a_rate_are_those_that_are_seen_then(tmp_path: Path) -> None:
     """Ten frames, ten a second: every 0.25 s the one that is on the screen, with its own time."""
     clip = clips.decode(video(tmp_path / "a.mp4", [i / 10 for i in range(10)]), Sampling(fps=4))

@@ -163,9 +163,7 @@ def solve_ratio(
     return _bisect(at, target, smallest)
 
 
-def _follows(
-    method: AbstractMethod, facts: ModelFacts, ratio: float, kind: BudgetKind, prompt: Prompt | None
-) -> bool:
+def _follows(method: AbstractMethod, facts: ModelFacts, ratio: float, kind: BudgetKind, prompt: Prompt | None) -> bool:
     value = getattr(cost(method, facts, ratio, prompt), kind)
     return value is not None and bool(value < 1)
 

@@ -212,6 +212,9 @@ def test_from_the_command_line_to_rows(
     samples = read_samples(lab.csv.parent / str(rows["evs"]["predictions"]))
     frames = [image.frame for image in Masks.from_text(samples[0]["masks"]).images]
     assert frames == [Frame(0, i, at) for i, at in enumerate((0.3, 1.0, 1.6, 2.3))]
+    for method in rows:
+        own = read_samples(lab.csv.parent / str(rows[method]["predictions"]))
+        assert [sample["seconds_per_step"] for sample in own] == [pytest.approx((2.3 - 0.3) / 3, abs=0.02)] * 4
     the_report_shows(lab, name, path, samples)
     path.write_bytes(path.read_bytes()[:500])
     assert lab.eval(*command) != 0

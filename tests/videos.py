@@ -19,12 +19,18 @@ def video(
     size: tuple[int, int] = (64, 48),
     codec: str = "mpeg4",
     options: dict[str, str] | None = None,
+    coding: dict[str, str] | None = None,
 ) -> Path:
-    """A file with a frame at each of ``seconds``, grey with the level 12 x (its number, modulo 20)."""
+    """A file with a frame at each of ``seconds``, grey with the level 12 x (its number, modulo 20).
+
+    Args:
+        options: of the container. coding: of the codec.
+    """
     width, height = size
     with av.open(str(path), "w", options=options or {}) as container:
         stream: Any = container.add_stream(codec, rate=10 if path.suffix == ".avi" else 1000)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = coding or {}
         stream.codec_context.time_base = Fraction(1, 10 if path.suffix == ".avi" else 1000)
         container.start_encoding()
         for i, at in enumerate(seconds):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -172,24 +173,39 @@ def content_digest(benchmark: Benchmark, path: Path) -> str:
     """SHA-256 of a benchmark's file, which is at ``path``, and of the video files whose frames are chosen by number or
     rate: else the table has the pictures, or the digests of the frames. Each file is read whole once."""
     digest = files.remembered(path, "sha256", files.file_digest, str)
-    videos = _videos(benchmark, path) if benchmark.frames else {}
-    if not videos:
+    found = videos(benchmark, path) if benchmark.frames else {}
+    if not found:
         return digest
     both = hashlib.sha256(digest.encode())
-    for name, video in sorted(videos.items()):
+    for name, video in sorted(found.items()):
         both.update(f" {name} {files.remembered(video, 'sha256', files.file_digest, str)}".encode())
     return both.hexdigest()
 
 
-def _videos(benchmark: Benchmark, path: Path) -> dict[str, Path]:
+def videos(benchmark: Benchmark, path: Path) -> dict[str, Path]:
     """The video files that are here, of a set of VLMEvalKit's or named in the table of a user's own, by name."""
     if benchmark.path is None:
         folder = files.data_root() / "videos" / benchmark.vlmeval
         found = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
-        return {str(file.relative_to(folder)): file for file in found}
+        return {file.relative_to(folder).as_posix(): file for file in found}
     with path.open(encoding="utf-8", newline="") as stream, files.long_cells():
         named = {row.get("video") or "" for row in csv.DictReader(stream, delimiter="\t")}
     return {name: Path(name) for name in named if name and Path(name).is_file()}
+
+
+def video_of(row: Mapping[str, str], found: Mapping[str, Path]) -> Path | None:
+    """The file that a row of a set asks about, among its `videos`; None if it is not there.
+
+    VLMEvalKit's classes join ``prefix``, ``video`` and ``suffix``, take ``video_path``, or look for ``video`` as MP4.
+    """
+    video, prefix, suffix = (row.get(name) or "" for name in ("video", "prefix", "suffix"))
+    if video in found:  # as a user's own table has it
+        return found[video]
+    for name in (f"{prefix}/{video}{suffix}" if prefix else video, row.get("video_path") or ""):
+        if (spelt := posixpath.normpath(name.lstrip("/"))) in found:
+            return found[spelt]
+    own = [file for file in found.values() if video and video in (file.name, file.stem)]
+    return own[0] if len(own) == 1 else None
 
 
 def own_folder() -> Path:

@@ -192,8 +192,12 @@ def check_times(n: int, seconds: Sequence[float]) -> None:
         raise VideoRefused(f"the times of frames must increase from 0 or later, got {list(seconds[:8])}")
 
 
-def decode(path: Path, sampling: Sampling, moving: bool = False) -> Clip:
+def decode(path: Path, sampling: Sampling, moving: bool = False, glancing: bool = False) -> Clip:
     """The frames of a file that are to be shown, upright; ``moving``: with their motion, if its codec tells.
+
+    Args:
+        glancing: leap from key frame to key frame, which is fast in long videos; for people to look at, since what lies
+            between them, and may be damaged, is not read.
 
     Raises:
         FileNotFoundError: no such file. VideoRefused: see its subclasses.
@@ -203,7 +207,8 @@ def decode(path: Path, sampling: Sampling, moving: bool = False) -> Clip:
         raise FileNotFoundError(f"video {path} is not here, or is no file")
     with _damage(av, path):
         stamps = _packet_stamps(av, path) or _frame_stamps(av, path)
-        clip = _chosen(av, path, stamps, sampling, moving)
+        clip = _glanced(av, path, stamps, sampling) if glancing else None
+        clip = clip or _chosen(av, path, stamps, sampling, moving)
         if clip is None:  # packets that give no frame, such as those before the first key frame
             clip = _chosen(av, path, _frame_stamps(av, path), sampling, moving)
     if clip is None:
@@ -262,6 +267,33 @@ def _chosen(av: Any, path: Path, stamps: list[int], sampling: Sampling, moving: 
         [seconds[place] for place in places],
         np.stack(motion.steps) if motion and motion.found else None,
     )
+
+
+def _glanced(av: Any, path: Path, stamps: list[int], sampling: Sampling) -> Clip | None:
+    """As `_chosen`, each frame from the key frame before it; None where the file cannot be entered so."""
+    import numpy as np
+
+    if not stamps:
+        return None
+    found = []
+    with _stream(av, path) as (container, stream):
+        seconds = [float((stamp - stamps[0]) * stream.time_base) for stamp in stamps]
+        places = sampling.places(seconds)
+        try:
+            for place in places:
+                # A leap may end behind its aim where frames are stored in another order than they are shown.
+                for before in (0, 8, 64, place):
+                    container.seek(stamps[max(0, place - before)], stream=stream)
+                    later = (f for f in container.decode(stream) if f.pts is not None and f.pts >= stamps[place])
+                    frame = next(later, None)
+                    if frame is not None and frame.pts == stamps[place]:
+                        found.append(_upright(frame))
+                        break
+                else:
+                    return None
+        except av.error.FFmpegError:
+            return None
+    return Clip(np.stack(found), [seconds[place] for place in places])
 
 
 def _upright(frame: Any) -> NDArray[np.uint8]:

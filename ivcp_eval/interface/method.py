@@ -610,6 +610,18 @@ class AbstractMethod(ABC):
         """
         return None
 
+    def sparse_shares(self, model: ModelFacts, ratio: float, n_visual: int) -> Sequence[tuple[float, float]]:
+        """What `attended_pairs` and `mlp_tokens` leave in at a retention ratio, from which a budget in FLOPs is solved.
+
+        Args:
+            n_visual: visual tokens of the prompt.
+
+        Returns:
+            For each decoder layer the share of the pairs of visual tokens that its attention looks at, and of visual
+            tokens that its MLP processes, before rounding; none where nothing is left out, or not by the ratio.
+        """
+        return ()
+
     def pixel_share(self, ratio: float) -> float | None:
         """Share of its visual tokens to which an image is shrunk before the processor; None leaves images alone."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import warnings
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.files import file_digest, fingerprint
 from ivcp_eval.interface import plugins
+from ivcp_eval.interface.variants import numbers_of
 
 if TYPE_CHECKING:
     from ivcp_eval.interface import AbstractAdapter, AbstractMethod
@@ -23,6 +25,13 @@ PLUS_IVC, PLUS_DSTP = "+ivc", "+dstp"
 WRAPPERS: Mapping[str, tuple[str, str]] = {
     PLUS_IVC: ("ivcp_eval.methods._plus_ivc", "PlusIvc"),
     PLUS_DSTP: ("ivcp_eval.methods._plus_dstp", "PlusDstp"),
+}
+
+
+#: Types of parameters, by how they are written; others are left to the method.
+_KINDS: Mapping[str, Any] = {
+    **{"bool": bool, "int": Integral, "float": Real, "None": type(None)},
+    **{"str": str, "Path": (str, Path)},
 }
 
 
@@ -123,24 +132,52 @@ def make_method(name: str, parameters: Mapping[str, Any] | None = None) -> Abstr
             method that selects no tokens.
     """
     cls, wrapper = _classes(name)
-    own, added = _fields(cls), _fields(wrapper)
-    known = own | added
-    for parameter, value in (parameters or {}).items():
+    given, known = read_parameters(name, parameters or {}), _fields(cls) | _fields(wrapper)
+    for key, value in given.items():  # a record holds lists, a field a tuple
+        if isinstance(value, list) and _tuple_of(_declared(known[key])) is not None:
+            given[key] = tuple(value)
+    outer = {key: given.pop(key) for key in _fields(wrapper).keys() & given.keys()}
+    method: AbstractMethod = cls(**given)
+    return wrapper(method, **outer) if wrapper else method
+
+
+def read_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a method as records hold them, of values as users write them.
+
+    Where several numbers are declared, ``2,2,2``, ``(2, 2, 2)`` and lists of them become a list, and a number alone
+    where any count will do. Other values stay as they are.
+
+    Raises:
+        ValueError: an unknown name or parameter, or a value that is not of the declared type.
+    """
+    cls, wrapper = _classes(name)
+    known = _fields(cls) | _fields(wrapper)
+    found = {}
+    for parameter, value in parameters.items():
         if parameter not in known:
             names = ", ".join(sorted(known)) or "none"
             raise ValueError(
                 f"method {name!r} has no parameter {parameter!r}{nearest(parameter, known)} Parameters: {names}."
             )
-        declared = getattr(known[parameter].type, "__name__", str(known[parameter].type))
-        if not _fits(value, declared):
+        declared = _declared(known[parameter])
+        found[parameter] = read = _listed(value, declared)
+        if not _fits(read, declared):
             raise ValueError(
-                f"parameter {parameter}={value!r} of method {name!r} must be {declared}; its default is "
+                f"parameter {parameter}={value!r} of method {name!r} must be {_in_words(declared)}; its default is "
                 f"{known[parameter].default!r}"
             )
-    given = dict(parameters or {})
-    outer = {key: given.pop(key) for key in added.keys() & given.keys()}
-    method: AbstractMethod = cls(**given)
-    return wrapper(method, **outer) if wrapper else method
+    return found
+
+
+def values_to_try(name: str, parameter: str, given: Any) -> list[Any]:
+    """What a sweep file gives for a parameter, value by value: a list is several values, but one of numbers is a single
+    value where the method declares several numbers. A parameter that the method has not is left for `make_method`."""
+    if not isinstance(given, list):
+        return [given]
+    cls, wrapper = _classes(name)
+    declared = (_fields(cls) | _fields(wrapper)).get(parameter)
+    several = declared is not None and _tuple_of(_declared(declared)) is not None
+    return [given] if several and all(isinstance(one, Real) for one in given) else given
 
 
 def _classes(name: str) -> tuple[type[AbstractMethod], Any]:
@@ -166,18 +203,89 @@ def default_parameters(name: str) -> dict[str, Any]:
     }
 
 
-def _fits(value: Any, declared: str) -> bool:
-    """Whether a value is of a declared plain type (or union of such); other types are left to the method.
+def _declared(field: dataclasses.Field[Any]) -> ast.expr:
+    """The declared type of a parameter, as it is written."""
+    kind: Any = field.type
+    text = kind if isinstance(kind, str) else kind.__name__ if isinstance(kind, type) else str(kind)
+    return ast.parse(text, mode="eval").body
+
+
+def _union(declared: ast.expr) -> list[ast.expr]:
+    if isinstance(declared, ast.BinOp):
+        return [*_union(declared.left), *_union(declared.right)]
+    return [declared]
+
+
+def _name(declared: ast.expr) -> str:
+    """``tuple`` of ``tuple[int, ...]``, ``Path`` of ``pathlib.Path``."""
+    if isinstance(declared, ast.Subscript):
+        return _name(declared.value)
+    return ast.unparse(declared).rpartition(".")[2]
+
+
+def _arguments(declared: ast.Subscript) -> list[ast.expr]:
+    return declared.slice.elts if isinstance(declared.slice, ast.Tuple) else [declared.slice]
+
+
+def _tuple_of(declared: ast.expr) -> list[ast.expr] | None:
+    """What is declared of the members where a tuple may be given: a type for each, or a type and an ellipsis."""
+    for one in _union(declared):
+        if isinstance(one, ast.Subscript) and _name(one) == "tuple":
+            return _arguments(one)
+    return None
+
+
+def _is_any_count(members: list[ast.expr]) -> bool:
+    return isinstance(members[-1], ast.Constant) and members[-1].value is ...
+
+
+def _in_words(declared: ast.expr) -> str:
+    """``float | None``; of a tuple ``3 whole numbers with commas between them``."""
+    members = _tuple_of(declared)
+    if members is None:
+        return ast.unparse(declared)
+    kind = {"int": "whole numbers", "float": "numbers"}.get(_name(members[0]), f"values ({ast.unparse(members[0])})")
+    count = "" if _is_any_count(members) else f"{len(members)} "
+    others = [ast.unparse(one) for one in _union(declared) if _name(one) != "tuple"]
+    return " or ".join([f"{count}{kind} with commas between them, or a list of these", *others])
+
+
+def _listed(value: Any, declared: ast.expr) -> Any:
+    """A value with the members of a tuple as a list, if one is declared and this may be meant as one."""
+    members = _tuple_of(declared)
+    if members is None:
+        return value
+    if isinstance(value, str):
+        found = numbers_of(value)
+        return value if found is None else found
+    if isinstance(value, Real) and not isinstance(value, bool) and _is_any_count(members):
+        return [value]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fits(value: Any, declared: ast.expr) -> bool:
+    """Whether a value is of a declared type (or one of several) that can be read; other types are left to the method.
 
     Otherwise ``renumber="no"`` would be true. False is 0, a part switched off, where a share is declared.
     """
-    kinds = {"bool": bool, "int": Integral, "float": Real, "None": type(None)}
-    names = [name.strip() for name in declared.split("|")]
-    if not set(names) <= set(kinds):
-        return True
+    return any(_fits_one(value, one) for one in _union(declared))
+
+
+def _fits_one(value: Any, declared: ast.expr) -> bool:
+    name = _name(declared)
+    if isinstance(declared, ast.Subscript) and name == "Literal":
+        allowed = [ast.literal_eval(one) for one in _arguments(declared)]
+        return any(type(value) is type(one) and value == one for one in allowed)
+    if isinstance(declared, ast.Subscript) and name == "tuple":
+        members = _arguments(declared)
+        if not isinstance(value, list):
+            return False
+        if _is_any_count(members):
+            members = members[:1] * len(value)
+        return len(value) == len(members) and all(map(_fits_one, value, members))
     if isinstance(value, bool):
-        return "bool" in names or ("float" in names and not value)
-    return isinstance(value, tuple(kinds[name] for name in names if name != "bool"))
+        return name == "bool" or (name == "float" and not value) or name not in _KINDS
+    return isinstance(value, _KINDS.get(name, object))
 
 
 def parameters_of(method: AbstractMethod) -> dict[str, Any]:

@@ -209,6 +209,7 @@ class Variant:
             own: what the checkpoint sets for this method. defaults: of the method.
         """
         merged = {**own, **self.parameters}
+        own, defaults, merged = (_plain(given) for given in (own, defaults, merged))
         kept = {k: v for k, v in merged.items() if k in own or k not in defaults or v != defaults[k]}
         implied = tuple(sorted(key for key in own if kept[key] == own[key]))
         return dataclasses.replace(self, parameters=kept, implied=implied)
@@ -278,10 +279,24 @@ def parameter(text: str) -> tuple[str, Any]:
         return key, {"True": True, "False": False, "None": None}.get(value, value)
 
 
+def numbers_of(text: str) -> list[Any] | None:
+    """``2,2,2``, in brackets or not, as the list that it is; None for other text."""
+    try:
+        found = json.loads(f"[{text.strip().strip('()[]').removesuffix(',')}]")
+    except json.JSONDecodeError:
+        return None
+    return found if all(isinstance(one, int | float) for one in found) else None
+
+
 def text_of(value: Any) -> str:
     """A parameter's value as `parameter` reads it back; files are named by their path."""
     plain = isinstance(value, str) and parameter(f"key={value}") == ("key", value)
     return value if plain else json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values with tuples as lists, as JSON gives them back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
 def _safe(text: str) -> str:

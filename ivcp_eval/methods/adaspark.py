@@ -8,7 +8,8 @@ the mean key of every cube before its own, ``softmax(q . mean k / sqrt(d))``; th
 mass p are the cubes that it attends to, beside its own cube. In the MLP, the tokens of a cube that are longest until
 they hold p of its lengths (L2) are processed; the others get the mean update of those. Text attends to everything,
 everything attends to the text before it, and text is always processed. All of this is simulated by masks: no token
-leaves, answers are exact, and what would be saved is counted (`ratio_flops_analytic`). Decoding attends to everything.
+leaves, answers are exact, and what would be saved is counted (`ratio_flops_analytic`). A budget in FLOPs holds that
+count; budgets of tokens cannot be held. Decoding attends to everything.
 
 Differs: p, the size of a cube, the layers, whether heads choose alone and what a cube before means are not public, and
 the published model was fine-tuned for this; so it is a variant, untuned. Each is a field but the last: cubes count by
@@ -20,13 +21,15 @@ video of one frame; images and frames that are no grid (tiles, newlines) are one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ivcp_eval.interface import Faithfulness, Image, Processed, Signal, Signals
+from ivcp_eval.interface import Faithfulness, Image, ModelFacts, Processed, Signal, Signals
 from ivcp_eval.interface.ops import to_device
 from ivcp_eval.methods._uncut import Uncut
 
@@ -95,6 +98,15 @@ class Method(Uncut):
         taken = taken | torch.nn.functional.one_hot(own, chance.shape[-1]).bool()
         seen: Tensor = taken[:, :, own]
         return seen if self.heads == "each" else seen[0]
+
+    def sparse_shares(self, model: ModelFacts, ratio: float, n_visual: int) -> Sequence[tuple[float, float]]:
+        """The ratio in every sparse layer, but no less than cubes need; none with a ``p``, which takes its place."""
+        if self.p is not None:
+            return ()
+        size = min(prod(self.cube), n_visual)
+        pairs = max(ratio, (size + 1) / (n_visual + 1)) if self.attention else 1.0
+        processed = max(ratio, 1 / size) if self.mlp else 1.0
+        return [(pairs, processed) if layer >= self.first else (1.0, 1.0) for layer in range(model.n_layers)]
 
     def mlp_tokens(self, signals: Signals, states: Tensor) -> Processed | None:
         """The longest tokens of every cube."""

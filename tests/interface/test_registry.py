@@ -77,6 +77,73 @@ def test_parameters_of_another_type_are_refused(method: str, wrong: dict[str, An
         registry.make_method(method, wrong)
 
 
+#: Methods with a parameter of several numbers -> it, what people write and the list that this is.
+SEVERAL = {
+    "adaspark": ("cube", "2,2,3", [2, 2, 3]),
+    "fastocr": ("focal", "0.25,0.5", [0.25, 0.5]),
+    "pyramiddrop": ("depths", "(0.3, 0.6)", [0.3, 0.6]),
+    "quota": ("depths", "0.3, 0.6", [0.3, 0.6]),
+    "sparsevlm": ("depths", "0.1,0.2,0.4", [0.1, 0.2, 0.4]),
+}
+
+
+def several_of(name: str) -> list[str]:
+    fields = dataclasses.fields(registry.method_class(name))  # type: ignore[arg-type] # methods are dataclasses
+    return [field.name for field in fields if re.search("tuple|list", str(field.type))]
+
+
+def test_every_parameter_of_several_numbers_is_in_the_table() -> None:
+    found = {name: several_of(name) for name in registry.module_names("ivcp_eval.methods")}
+    assert {name: names for name, names in found.items() if names} == {k: [v[0]] for k, v in SEVERAL.items()}
+
+
+@pytest.mark.parametrize("method", SEVERAL)
+def test_several_numbers_are_read_as_people_write_them(method: str) -> None:
+    """On the command line as text, in a file as a list, in Python as a tuple: one method, and one record of it."""
+    name, text, wanted = SEVERAL[method]
+    for written in (text, wanted, tuple(wanted), str(wanted)):
+        assert registry.read_parameters(method, {name: written}) == {name: wanted}
+        assert getattr(registry.make_method(method, {name: written}), name) == tuple(wanted)
+        wrapped = registry.read_parameters(f"{method}+dstp", {name: written, "hold": 3})
+        assert wrapped == {name: wanted, "hold": 3}
+    assert registry.values_to_try(method, name, wanted) == [wanted], "no grid of numbers"
+    assert registry.values_to_try(method, name, [text, wanted, None]) == [text, wanted, None]
+    assert registry.values_to_try("fastv", "layer", [2, 3]) == [2, 3]
+
+
+@pytest.mark.parametrize("wrong", ["nonsense", "1,x", "2 2 2", "", None, True, [True, 0.5], {"a": 1}, ["a"], [[1]], ()])
+@pytest.mark.parametrize("method", SEVERAL)
+def test_what_is_no_several_numbers_is_refused(method: str, wrong: Any) -> None:
+    name = SEVERAL[method][0]
+    if wrong is None and method == "sparsevlm":
+        assert registry.make_method(method, {name: None}).depths is None  # type: ignore[attr-defined]
+        return
+    with pytest.raises(ValueError, match=name) as caught:
+        registry.make_method(method, {name: wrong})
+    assert wrong in ("", ()) or "numbers with commas between them, or a list of these" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["2,2", "2,2,2,2", "2,2,1.5", 2, [2, 2], "2,2,0"])
+def test_a_cube_has_three_whole_sides(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"cube=.* must be (3 whole numbers with commas|frames, rows and columns)"):
+        registry.make_method("adaspark", {"cube": wrong})
+
+
+def test_one_number_may_stand_alone_where_any_count_will_do() -> None:
+    assert registry.make_method("pyramiddrop", {"depths": 0.5}).depths == (0.5,)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", registry.method_names())
+def test_whatever_is_given_a_wrong_value_is_refused_in_words(name: str) -> None:
+    """Choices, paths and several numbers too: a list is none of the words, and a number no file."""
+    for field in dataclasses.fields(registry.method_class(name)):  # type: ignore[arg-type] # methods are dataclasses
+        with pytest.raises(ValueError, match=field.name):
+            registry.make_method(name, {field.name: {"a": 1}})
+        if "Path" in str(field.type):
+            with pytest.raises(ValueError, match=rf"{field.name}=5 .* must be Path \| None"):
+                registry.make_method(name, {field.name: 5})
+
+
 def test_parts_are_switched_off() -> None:
     method: Any = registry.make_method("ivc_prune", {"ivc": False, "foreground": False, "layer": None, "seeds": 0})
     assert (method.ivc, method.foreground, method.layer, method.seeds) == (0, False, None, 0)

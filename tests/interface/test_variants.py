@@ -54,6 +54,15 @@ def test_what_goes_without_saying_is_not_in_a_name() -> None:
     assert variants.parse(tuned(ivc=0.3).name).tuned(own, defaults) == tuned(ivc=0.3)
 
 
+def test_several_numbers_at_the_default_go_without_saying() -> None:
+    """A class has a tuple where a record has a list."""
+    said = Variant("m", "x", 0.5, {"cube": [4, 4, 4]})
+    assert said.tuned({}, {"cube": (4, 4, 4)}).name == "m__x__r0.5"
+    assert said.tuned({"cube": (4, 4, 4)}, {"cube": (2, 2, 2)}).implied == ("cube",)
+    other = said.tuned({}, {"cube": (2, 2, 2)})
+    assert Variant.from_json(json.loads(json.dumps(other.to_json()))).key == variants.parse(other.name).key == other.key
+
+
 @pytest.mark.parametrize("name", ["tiny__fastv__r0.5__layer", "tiny__fastv__r0.5__seed=x", "tiny__fastv__r0.5____a=1"])
 def test_bad_parameters_in_a_name_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="__KEY=VALUE for every parameter"):

@@ -494,6 +494,16 @@ class TestSelection:
         assert {row.variant for row in alone.rows} <= names
         assert {"ivc_prune 0.5", "ivc_prune(layer=3) 0.5"} <= names
 
+    @pytest.mark.parametrize("written", ["2,2,4", [2, 2, 4], "(2, 2, 4)"])
+    def test_several_numbers_are_chosen_by_as_people_write_them(self, folder, written):
+        cubes = [{"cube": [2, 2, 4]}, {"cube": [4, 4, 4]}]
+        rows = [
+            make("adaspark", run_id=str(n), method_parameters=own, set_parameters="cube") for n, own in enumerate(cubes)
+        ]
+        path = write(folder, make(), *rows)
+        (row,) = compare(path, select=Selection(parameters={"cube": written}).fits).rows
+        assert row.variant == "adaspark(cube=[2, 2, 4]) 0.5"
+
     def test_files_that_do_not_say_what_was_set_tell_variants_apart(self, folder):
         rows = [make("ivc_prune", run_id=f"{n}", method_parameters={"layer": n, "ivc": 0.1}) for n in (2, 3)]
         assert [row.variant for row in compare(write(folder, make(), *rows)).rows] == [

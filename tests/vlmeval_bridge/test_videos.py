@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from ivcp_eval import benchmarks
 from ivcp_eval.benchmarks import clips
 from ivcp_eval.benchmarks.clips import Sampling
+from ivcp_eval.files import file_digest
 from ivcp_eval.interface import Frame
 from ivcp_eval.interface.failures import InputRefused
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.interface.registry import adapter
+from ivcp_eval.reports.html.collect import collect
 from ivcp_eval.reports.table import read_samples
 from ivcp_eval.vlmeval_bridge import register
 from ivcp_eval.vlmeval_bridge.environment import import_vlmeval
 from ivcp_eval.vlmeval_bridge.reading.pictures import Unpacking
 from tests.runs.conftest import Lab, lab  # noqa: F401 (a fixture)
-from tests.videos import video
+from tests.videos import STEP, video
 
 QUESTIONS = {"question": "What is shown?", "candidates": "['A. grey', 'B. red', 'C. green', 'D. blue']"}
 SETS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
@@ -144,6 +149,39 @@ def test_it_asks_about_the_file_and_we_sample_it(name: str, placed: Callable[[st
     assert changed.pictures != first.pictures
 
 
+def the_report_shows(lab: Lab, name: str, path: Path, samples: list[dict[str, Any]]) -> None:  # noqa: F811
+    """The frames that were asked about, with the kept cells of each, found where the set's own class finds them; and
+    in words why not, where the file is gone or another one."""
+    report = collect(lab.csv)
+    assert not report.unread
+    for picture, sample in zip(report.pictures, samples, strict=True):
+        masks = Masks.from_text(sample["masks"])
+        assert (picture.index, picture.missing, picture.frames, picture.drawn) == (sample["index"], "", 4, 4)
+        assert picture.question.startswith("What is shown?")
+        _, shown = picture.shown
+        assert shown.cuts[-1].by_frame == tuple(masks.kept(step) for step in range(4))
+        with Image.open(io.BytesIO(picture.jpeg)) as sheet:
+            # Two by two steps of two frames, of which the first is drawn: of 30 frames numbers 3, 10, 16 and 23.
+            inside = [sheet.getpixel((sheet.width * (1 + 2 * x) // 4, sheet.height * 7 // 16 + sheet.height * y // 2))
+                      for y in (0, 1) for x in (0, 1)]  # fmt: skip
+        assert [round(grey[0] / STEP) for grey in inside] == [n % 20 for n in (3, 10, 16, 23)]
+    content = path.read_bytes()
+    path.unlink()
+    (path.parent / "another.mp4").write_bytes(content)
+    gone = collect(lab.csv).pictures
+    assert [picture.question[:14] for picture in gone] == ["What is shown?"] * 4
+    where = f"video {path.stem if name in ('Video-MME', 'LongVideoBench', 'TempCompass_MCQ') else path.name} is not on"
+    assert [picture.missing for picture in gone] == [f"{where} this machine (below videos/{name})"] * 4
+    assert [picture.shown[1].cuts[-1].kept for picture in gone] == [sample["visual_kept"] for sample in samples]
+    path.write_bytes(content[:-1])
+    changed = collect(lab.csv).pictures
+    assert {picture.missing for picture in changed} == {
+        "the videos on this machine are not those that were asked: files are missing, new or changed"
+    }
+    path.write_bytes(content)
+    (path.parent / "another.mp4").unlink()
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_from_the_command_line_to_rows(
     name: str,
@@ -158,10 +196,11 @@ def test_from_the_command_line_to_rows(
     """
     (tmp_path / "declared").mkdir()
     declaration = (benchmarks.FOLDER / f"{name}.yaml").read_text().splitlines()
-    left = [line for line in declaration if not line.startswith("md5:")]
-    (tmp_path / "declared" / f"{name}.yaml").write_text("\n".join(left))
-    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path / "declared")
     path = placed(name)
+    md5 = file_digest(Path(os.environ["LMUData"]) / f"{name}.tsv", "md5")  # noqa: SIM112 (VLMEvalKit's name)
+    noted = [f"md5: {md5}" if line.startswith("md5:") else line for line in declaration]
+    (tmp_path / "declared" / f"{name}.yaml").write_text("\n".join(noted))
+    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path / "declared")
     asked = () if benchmarks.load(name).sampling == "nframe=8" else ("--nframe", "8")
     command = ("--data", name, "--method", "evs", "--ratio", "0.5", *asked)
     assert lab.eval(*command) == 0
@@ -173,6 +212,10 @@ def test_from_the_command_line_to_rows(
     samples = read_samples(lab.csv.parent / str(rows["evs"]["predictions"]))
     frames = [image.frame for image in Masks.from_text(samples[0]["masks"]).images]
     assert frames == [Frame(0, i, at) for i, at in enumerate((0.3, 1.0, 1.6, 2.3))]
+    for method in rows:
+        own = read_samples(lab.csv.parent / str(rows[method]["predictions"]))
+        assert [sample["seconds_per_step"] for sample in own] == [pytest.approx((2.3 - 0.3) / 3, abs=0.02)] * 4
+    the_report_shows(lab, name, path, samples)
     path.write_bytes(path.read_bytes()[:500])
     assert lab.eval(*command) != 0
     cells = (lab.folder / "runs" / "tiny" / name).glob("*/run.json")

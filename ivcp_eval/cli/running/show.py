@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from ivcp_eval.interface import models
     from ivcp_eval.interface.records.masks import Masks
     from ivcp_eval.interface.records.sheets import sheet_of, sheet_of_masks
-    from ivcp_eval.interface.registry import default_parameters, make_method, name_of
+    from ivcp_eval.interface.registry import default_parameters, make_method, name_of, read_parameters
     from ivcp_eval.interface.variants import CostTarget, Variant, parameter
     from ivcp_eval.runs.answering.session import Session
     from ivcp_eval.runs.planning.placement import Limits, Placement
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     variants = [Variant(args.model)]
     for method in methods:
         own = weights.checkpoint.methods.get(method, {})
-        variant = Variant(args.model, method, args.ratio, parameters, args.seed, target)
+        variant = Variant(args.model, method, args.ratio, read_parameters(method, parameters), args.seed, target)
         variants.append(variant.tuned(own, default_parameters(method)))
     if target:
         from ivcp_eval.engine.cost.predicted import Decoder, solve_budget

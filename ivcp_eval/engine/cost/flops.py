@@ -83,6 +83,22 @@ class DecoderShape:
         return sum(self.layer_flops(tokens, layer) for layer, tokens in enumerate(tokens_per_layer))
 
 
+def sparse_flops(
+    shape: DecoderShape, text: int, counts: Sequence[float], pairs: Sequence[float], mlp: Sequence[float]
+) -> float:
+    """All layers of one row where attention leaves out pairs of visual tokens and MLPs skip some of these.
+
+    Args:
+        text: other tokens, which see all before them and are seen by all behind them.
+        counts, pairs, mlp: of each layer, its visual tokens, pairs of these that are looked at, those that its MLP
+            processes.
+    """
+    taken = 0.0
+    for layer, (n, seen, through) in enumerate(zip(counts, pairs, mlp, strict=True)):
+        taken += shape.layer_flops(n + text, layer, seen + text * n + text * (text + 1) / 2, through + text)
+    return taken
+
+
 def _latent_projections(config: Any) -> int:
     """Of multi-head latent attention as the prefill runs it: keys and values expanded, nothing absorbed."""
     hidden, heads = config.hidden_size, config.num_attention_heads

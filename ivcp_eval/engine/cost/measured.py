@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.cost.flops import DecoderShape, sparse_flops
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ def measured(
         unpruned = shape.prefill_flops([whole + text] * shape.layers)
         flops = round(shape.prefill_flops([visual + text for visual in processed]) / unpruned, 4)
         if pairs:
-            taken = 0.0
-            for layer, (n, seen, through) in enumerate(zip(processed, pairs, mlp, strict=True)):
-                with_text = text * n + text * (text + 1) / 2
-                taken += shape.layer_flops(n + text, layer, seen + with_text, through + text)
-            analytic = round(taken / unpruned, 4)
+            analytic = round(sparse_flops(shape, text, processed, pairs, mlp) / unpruned, 4)
     return Shares(_mean(processed, whole), _mean(cached, whole), flops, analytic)
 
 

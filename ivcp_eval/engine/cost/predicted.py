@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ivcp_eval.engine.cost.flops import DecoderShape
+from ivcp_eval.engine.cost.flops import DecoderShape, sparse_flops
 from ivcp_eval.engine.guards.cuts import check_cuts
 from ivcp_eval.interface import AbstractMethod, Cut, ModelFacts
 from ivcp_eval.interface.registry import adapter, family_of, make_method
-from ivcp_eval.interface.variants import KINDS, PROMPT, BudgetKind, CostTarget, Variant
+from ivcp_eval.interface.variants import KINDS, OWN, PROMPT, BudgetKind, CostTarget, Variant
 
 if TYPE_CHECKING:
     from ivcp_eval.interface.models import Weights
@@ -46,7 +46,8 @@ class Cost:
         cached: visual tokens in the KV cache, mean over layers.
         cached_bytes: bytes of the visual part of the KV cache. Below ``cached`` only for methods that compress
             channels, and then analytic: their saving is not realised here.
-        flops: decoder FLOPs of the prefill, or None where no prompt was given.
+        flops: decoder FLOPs of the prefill, or None where no prompt was given. Analytic, of a real implementation, for
+            methods that leave out pairs of tokens or MLPs: their saving is not realised here.
     """
 
     final: float
@@ -96,14 +97,23 @@ def cost(method: AbstractMethod, facts: ModelFacts, ratio: float, prompt: Prompt
         layer_mean=sum(layers) / len(layers),
         cached=mean_slots,
         cached_bytes=mean_slots * (1 + key_share) / 2,
-        flops=None if prompt is None else _flops(layers, prompt),
+        flops=None if prompt is None else _flops(method, facts, ratio, layers, prompt),
     )
 
 
-def _flops(layers: Sequence[float], prompt: Prompt) -> float:
-    tokens = [share * prompt.n_visual + prompt.n_text for share in layers]
-    whole = [prompt.n_visual + prompt.n_text] * len(layers)
-    return prompt.shape.prefill_flops(tokens) / prompt.shape.prefill_flops(whole)
+def _flops(method: AbstractMethod, facts: ModelFacts, ratio: float, layers: Sequence[float], prompt: Prompt) -> float:
+    shape, text = prompt.shape, prompt.n_text
+    whole = shape.prefill_flops([prompt.n_visual + text] * len(layers))
+    sparse = method.sparse_shares(facts, ratio, prompt.n_visual) if ratio < 1 else ()
+    if not sparse:
+        return shape.prefill_flops([share * prompt.n_visual + text for share in layers]) / whole
+    counts, pairs, mlp = [], [], []
+    for share, (seen, processed) in zip(layers, sparse, strict=True):
+        n = share * prompt.n_visual
+        counts.append(n)
+        pairs.append(seen * n * (n + 1) / 2)
+        mlp.append(processed * n)
+    return sparse_flops(shape, text, counts, pairs, mlp) / whole
 
 
 def solve_ratio(
@@ -138,15 +148,24 @@ def solve_ratio(
     if target == 1:
         return 1.0
     smallest = 1e-6
-    lowest = at(smallest)
+    lowest, cuts = at(smallest), method.cuts(facts, smallest)
     if lowest >= 1:
-        raise ValueError(f"this method's {kind} cost does not follow its retention ratio, so none gives {target:g}")
+        others = [other for other in KINDS if other != kind and _follows(method, facts, smallest, other, prompt)]
+        raise ValueError(
+            f"this method's {kind} cost does not follow its retention ratio (with these parameters), so none gives "
+            f"{target:g}; use budget {' or '.join([*others, OWN])} ({OWN}: its own ratio)"
+        )
     if target < lowest:
         raise ValueError(
             f"this method costs at least {lowest:.3g} of the unpruned model ({kind}) on {facts.n_layers} layers, "
-            f"however few tokens it keeps; {target:g} needs an earlier cut"
+            f"however few tokens it keeps; {target:g} needs {'an earlier cut' if cuts else 'other parameters'}"
         )
     return _bisect(at, target, smallest)
+
+
+def _follows(method: AbstractMethod, facts: ModelFacts, ratio: float, kind: BudgetKind, prompt: Prompt | None) -> bool:
+    value = getattr(cost(method, facts, ratio, prompt), kind)
+    return value is not None and bool(value < 1)
 
 
 def _bisect(at: Callable[[float], float], target: float, low: float) -> float:
@@ -242,6 +261,9 @@ def described(variant: Variant) -> str:
     """One line about a variant with a budget: the ratio that holds it."""
     budget = variant.budget
     assert budget is not None
+    method = make_method(variant.method, variant.parameters)
+    counted = budget.kind == "flops" and "sparse" in method.needs
     return (
         f"{variant.name} runs at retention ratio {variant.ratio:.4f}, which costs {budget.target:g} of {budget.label}"
+        + (" in a real implementation (ratio_flops_analytic); here nothing is saved" if counted else "")
     )

@@ -69,6 +69,7 @@ class Answer:
             tokens' cache, mean over layers and steps; None where `visual_cached` is all there is to say.
         visual_pairs, visual_mlp: where a method leaves out pairs of visual tokens and visual tokens of MLPs in the
             prefill: per decoder layer what a real implementation would compute; empty elsewhere.
+        seconds_per_step: None of pictures, of one step alone, and of frames whose times nothing says.
         together: made beside other rows in half precision, where the other rows change how a row is rounded.
         over_budget: the picture was to be made smaller, and still costs more than asked.
         masks: text of `records.masks.Masks`; empty where no cut removed anything.
@@ -88,6 +89,9 @@ class Answer:
         "integers", "pairs of visual tokens that each layer's attention would look at", ()
     )
     visual_mlp: tuple[int, ...] = _of("integers", "visual tokens that each layer's MLP would process", ())
+    seconds_per_step: float | None = _of(
+        "number", "from one grid step of its first video to the next, mean", low=0, column="seconds_per_step"
+    )
     prompt_tokens: int | None = _of(
         "integer", "prompt tokens as a server counts them (`usage`); empty: not served", low=0, column="prompt_tokens"
     )

@@ -12,9 +12,16 @@ from ivcp_eval.interface.records.masks import CutMask, ImageCells, Masks
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["sheet_of", "sheet_of_masks"]
+__all__ = ["drawn_steps", "sheet_of", "sheet_of_masks"]
 
 _MARGIN = 3  # pixels beside the time of a step, which stands in its upper left corner
+
+
+def drawn_steps(steps: int, most: int | None = None) -> list[int]:
+    """Which of a video's steps a sheet shows: all, or ``most`` of them from the first to the last, evenly."""
+    if most is None or steps <= most:
+        return list(range(steps))
+    return [round(i * (steps - 1) / (most - 1)) for i in range(most)]
 
 
 def _columns(steps: int) -> int:
@@ -44,11 +51,11 @@ def sheet_of(frames: Sequence[Image], seconds: Sequence[float], steps: int) -> I
     return sheet
 
 
-def sheet_of_masks(masks: Masks, clip: int = 0) -> Masks:
+def sheet_of_masks(masks: Masks, clip: int = 0, most: int | None = None) -> Masks:
     """The masks of a clip as those of one image that is its sheet; others as they are, if there is no such clip.
 
     They are for drawing: merged tokens are known as such, not where they went. Without cells if those of the steps
-    differ, or do not span the whole frame.
+    differ, or do not span the whole frame. ``most``: steps that have cells (`drawn_steps`); the tokens of all count.
     """
     import numpy as np
 
@@ -64,11 +71,12 @@ def sheet_of_masks(masks: Masks, clip: int = 0) -> Masks:
     shown: tuple[View, ...] = ()
     if len(shapes) == 1 and None not in shapes:
         rows, columns = found[0][0].cells.shape
-        across = _columns(len(own))
-        cells = np.full((math.ceil(len(own) / across), across, rows, columns), -1, np.int64)
-        for step, (number, views) in enumerate(zip(own, found, strict=True)):
-            first = sum(sizes[own[0] : number])
-            of_step = views[0].cells
-            cells[divmod(step, across)] = np.where(of_step < 0, -1, of_step + first)
+        drawn = drawn_steps(len(own), most)
+        across = _columns(len(drawn))
+        cells = np.full((math.ceil(len(drawn) / across), across, rows, columns), -1, np.int64)
+        for place, step in enumerate(drawn):
+            first = sum(sizes[own[0] : own[step]])
+            of_step = found[step][0].cells
+            cells[divmod(place, across)] = np.where(of_step < 0, -1, of_step + first)
         shown = (View("frames", cells.transpose(0, 2, 1, 3).reshape(-1, across * columns), WHOLE),)
     return Masks((ImageCells(n_tokens, shown),), tuple(cuts))

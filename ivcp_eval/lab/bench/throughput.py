@@ -277,7 +277,7 @@ def arms_of(options: argparse.Namespace) -> tuple[list[Arm], list[dict[str, Any]
     Raises:
         ValueError: parameters for several methods; a results file without a pruned variant that runs here.
     """
-    from ivcp_eval.interface.registry import make_method
+    from ivcp_eval.interface.registry import make_method, read_parameters
     from ivcp_eval.interface.variants import parameter
 
     if options.of:
@@ -287,7 +287,8 @@ def arms_of(options: argparse.Namespace) -> tuple[list[Arm], list[dict[str, Any]
         raise ValueError(f"--set is of one method, got {', '.join(options.methods)}; run the bench for each")
     for name in options.methods:
         make_method(name, given)  # a misspelt name shall not wait for the model
-    return [Arm(name, ratio, given) for name in options.methods for ratio in options.ratios], []
+    arms = [Arm(name, ratio, read_parameters(name, given)) for name in options.methods for ratio in options.ratios]
+    return arms, []
 
 
 def _arms_of_results(path: Path) -> tuple[list[Arm], list[dict[str, Any]]]:

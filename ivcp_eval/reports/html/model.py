@@ -166,12 +166,14 @@ class Cut:
     Attributes:
         layer: decoder layer before which it was made. kept: tokens of the picture that are alive after it.
         dropped, merged: numbers of cells, row by row; merged ones are among the dropped.
+        by_frame: tokens alive in each frame (grid step) of a video that is drawn; none of a picture.
     """
 
     layer: int
     kept: int
     dropped: tuple[int, ...]
     merged: tuple[int, ...]
+    by_frame: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,8 @@ class Picture:
     Attributes:
         name: unique in the report. jpeg: at most 30 kB; empty where the benchmark's file is not here.
         missing: why there is no picture. size: (width, height) of the picture as it was asked about.
-        shown: the unpruned model, then variants.
+        shown: the unpruned model, then variants. frames: grid steps of a video; 0 of a picture. drawn: those of them
+            that stand side by side in the picture.
     """
 
     name: str
@@ -216,6 +219,8 @@ class Picture:
     missing: str
     size: tuple[int, int]
     shown: tuple[Shown, ...]
+    frames: int = 0
+    drawn: int = 0
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,9 @@ function draw(card, picture) {
   if (!shown.tokens) said = "which tokens were kept was not recorded";
   if (shown.cuts.length && !cut) said = `${shown.tokens} tokens before the first cut`;
   if (cut) said = `before layer ${cut.layer}: ${cut.kept} of ${shown.tokens} tokens kept`;
-  if (cut && cut.merged.length) said += `, ${cut.merged.length} merged into others`;
+  const part = picture.drawn < picture.frames ? " of the drawn ones" : "";
+  if (cut && cut.merged.length) said += `, ${cut.merged.length}${part} merged into others`;
+  if (cut && cut.by_frame.length) said += `; by frame ${cut.by_frame.join(", ")}`;
   if (cut && !shown.grid) said += "; how they lie in the picture is not known";
   card.querySelector("output").textContent = said;
   svg.setAttribute("aria-label", `Picture; ${shown.variant}: ${said}`);

@@ -17,10 +17,10 @@ from ivcp_eval.benchmarks import agreement
 from ivcp_eval.benchmarks.boxes import FORMATS, parse_answer
 from ivcp_eval.interface.method import WHOLE, Rectangle
 from ivcp_eval.interface.records.masks import Masks
-from ivcp_eval.interface.records.sheets import sheet_of_masks
+from ivcp_eval.interface.records.sheets import drawn_steps, sheet_of_masks
 from ivcp_eval.reports.comparison import ComparedRow
 from ivcp_eval.reports.html.model import AXES, Ability, Cut, Flip, FlipCount, FlipKind, Picture, Position, Shown
-from ivcp_eval.reports.html.questions import Question, Questions, jpeg
+from ivcp_eval.reports.html.questions import MOST_STEPS, Question, Questions, jpeg
 from ivcp_eval.reports.stats import Paired, paired_bootstraps
 from ivcp_eval.reports.table import Row, read_sample_columns
 
@@ -351,6 +351,8 @@ class _Details:
                 missing = ""
             except (OSError, ValueError) as error:
                 missing = str(error)
+        elif question.missing:
+            missing = question.missing
         return Picture(
             name=name,
             model=model,
@@ -362,6 +364,8 @@ class _Details:
             jpeg=content,
             missing=missing,
             size=size,
+            frames=steps,
+            drawn=len(drawn_steps(steps, MOST_STEPS)),
             shown=(
                 _shown(_UNPRUNED, before),
                 *(_shown(self.pairs[n].variant, self.samples[n][index]) for n in own),
@@ -390,9 +394,12 @@ def _shown(variant: str, sample: Sample) -> Shown:
     masks = _masks(sample) if sample["masks"] else None
     if masks is None or not masks.images:
         return shown
-    masks = sheet_of_masks(masks)
+    clip = [number for number, image in enumerate(masks.images) if image.frame and image.frame.clip == 0]
+    drawn = [clip[step] for step in drawn_steps(len(clip), MOST_STEPS)]
+    by_frame = [tuple(masks.kept(number, cut) for number in drawn) for cut in range(len(masks.cuts))]
+    masks = sheet_of_masks(masks, most=MOST_STEPS)
     shown = replace(shown, tokens=masks.images[0].n_tokens)
-    cuts = [Cut(cut.layer, masks.kept(0, number), (), ()) for number, cut in enumerate(masks.cuts)]
+    cuts = [Cut(c.layer, masks.kept(0, number), (), (), by_frame[number]) for number, c in enumerate(masks.cuts)]
     if not masks.images[0].views:
         return replace(shown, cuts=tuple(cuts))
     view = masks.view(0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ivcp_eval.engine.cost.predicted import Decoder, solve_budget
 from ivcp_eval.interface import models, variants
 from ivcp_eval.interface.failures import FAILURES, device_lost
 from ivcp_eval.interface.records import Answer
-from ivcp_eval.interface.registry import default_parameters
+from ivcp_eval.interface.registry import default_parameters, read_parameters
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.placement import Limits, Placement
@@ -77,6 +77,7 @@ def live_model(session: Session, variant: Variant, journal: Journal | None = Non
 def from_variant_name(name: str) -> BridgedVLM:
     """What VLMEvalKit's registry calls: load the model of ``MODEL__METHOD__rRATIO`` on the default device."""
     variant = variants.parse(name)
+    variant = replace(variant, parameters=read_parameters(variant.method, variant.parameters))
     weights = models.locate(variant.model)
     session = Session(weights, Placement().resolve(), Limits.published(weights))
     own = weights.checkpoint.methods.get(variant.method, {})

@@ -321,6 +321,7 @@ class Session:
             kv_analytic=_round(run.analytic_share(0, int(new.numel()) - 1)),
             visual_pairs=tuple(layer[0] for layer in run.visual_pairs),
             visual_mlp=tuple(layer[0] for layer in run.visual_mlp),
+            seconds_per_step=_pace(run),
             new_tokens=int(new.numel()),
             nonfinite_scores=sum(run.nonfinite_scores),
             masks=self._masks(run, conversation).to_text() if run.cuts else "",
@@ -363,6 +364,15 @@ def _shown(part: Mapping[str, Any], moving: bool) -> Mapping[str, Any]:
     if "video" in part:
         return clips.opened(part, moving)
     return {"image": decoded(part["image"])} if "image" in part else part
+
+
+def _pace(run: Run) -> float | None:
+    """Seconds from one grid step of a row's first video to the next, mean."""
+    shown = [span.frame for span in run.images[0] if span.frame is not None and span.frame.clip == 0]
+    times = [frame.seconds for frame in shown if frame.seconds is not None]
+    if len(times) < max(2, len(shown)):
+        return None
+    return _round((times[-1] - times[0]) / (len(times) - 1))
 
 
 def _round(value: float | None) -> float | None:

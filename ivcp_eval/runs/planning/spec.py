@@ -5,7 +5,7 @@
     methods:
       - method: ivc_prune                   # or the path of a file with a class `Method`: ./mine.py
         ratios: [0.75, 0.5, 0.25]
-        parameters: {layer: [14, 16]}        # a list is a grid; write [[...]] for one value that is a list
+        parameters: {layer: [14, 16]}        # a list is a grid; of several numbers ({cube: [2, 2, 2]}) it is one value
         seeds: [0, 1]                       # of a method that draws; left out: as many as it declares
         models: [qwen25]                    # only these; also `benchmarks`
         served: {base_url: URL, model: NAME}  # a server that was started to prune answers (docs/design/served.md)
@@ -35,7 +35,15 @@ from typing import Any, Literal
 from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.interface import AbstractMethod, models
 from ivcp_eval.interface.marked import Marked, Place, SpecError
-from ivcp_eval.interface.registry import absolute, make_method, method_names, name_of, unknown
+from ivcp_eval.interface.registry import (
+    absolute,
+    make_method,
+    method_names,
+    name_of,
+    read_parameters,
+    unknown,
+    values_to_try,
+)
 from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Server, Variant
 from ivcp_eval.methods._cards import control_names
 from ivcp_eval.runs.planning.finished import eval_state
@@ -373,13 +381,20 @@ def _grid(marked: Marked, place: Place, entry: Mapping[str, Any], others: int) -
     method, raw = name_of(entry["method"]), entry.get("parameters") or {}
     if not isinstance(raw, dict):
         raise marked.error((*place, "parameters"), f"expected parameters as a mapping, got {raw!r}")
-    axes = [value if isinstance(value, list) else [value] for value in raw.values()]
+    for name in raw:
+        if not isinstance(name, str):  # {depths: 0.3,0.6} has two keys
+            text = (
+                f"{name!r} is no name of a parameter; several numbers are one value as a list, {{depths: [0.3, 0.6]}}"
+            )
+            raise marked.error((*place, "parameters"), text)
+    axes = [values_to_try(method, name, value) for name, value in raw.items()]
     n = others * math.prod(map(len, axes))
     if n > MOST_CELLS:
         raise marked.error(place, f"this entry asks for {n} cells; a sweep has at most {MOST_CELLS}")
     for values in itertools.product(*axes):
         parameters = dict(zip(raw, values, strict=True))
         try:
+            parameters = read_parameters(method, parameters)
             make_method(method, parameters)
         except (ValueError, TypeError) as error:
             text = str(error) if isinstance(error, ValueError) else f"{parameters} do not fit {method}: {error}"

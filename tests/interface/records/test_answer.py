@@ -60,7 +60,7 @@ def test_only_what_can_change_is_tried_again() -> None:
 def test_columns_that_users_hold_keep_their_names() -> None:
     assert (
         *("index", "cluster", "category", "prompt_sha256", "prediction", "answer", "score", "iou", "similarity", "box"),
-        *("visual_tokens", "visual_kept", "layer_mean_ratio", "kv_ratio", "flops_ratio"),
+        *("visual_tokens", "visual_kept", "seconds_per_step", "layer_mean_ratio", "kv_ratio", "flops_ratio"),
         *("prefill_ms", "decode_ms", "prompt_tokens", "new_tokens", "error", "masks"),
     ) == SAMPLE_COLUMN_NAMES
     assert {said.column for said in measured().values()} - {""} <= set(SAMPLE_COLUMN_NAMES)

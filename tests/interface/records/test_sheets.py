@@ -10,7 +10,7 @@ from PIL import Image
 
 from ivcp_eval.interface import Frame, View
 from ivcp_eval.interface.records.masks import CutMask, ImageCells, Masks
-from ivcp_eval.interface.records.sheets import sheet_of, sheet_of_masks
+from ivcp_eval.interface.records.sheets import drawn_steps, sheet_of, sheet_of_masks
 
 GRID = (2, 3)
 
@@ -45,6 +45,24 @@ def test_cells_stand_in_their_frame(steps: int) -> None:
     assert (sheet.view().cells >= 0).sum() == 6 * steps
     assert sheet_of_masks(whole, clip=1).mask().tolist() == whole.mask(steps + 1).tolist()
     assert sheet_of_masks(whole, clip=2) is whole
+
+
+@pytest.mark.parametrize(
+    ("steps", "drawn"), [(3, [0, 1, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 3, 4]), (90, [0, 30, 59, 89])]
+)
+def test_a_bounded_sheet_has_frames_from_the_first_to_the_last(steps: int, drawn: list[int]) -> None:
+    """Cells are those of the steps that are drawn, counts those of the whole clip."""
+    assert drawn_steps(steps, 4) == drawn
+    whole = masks([step(0, i) for i in range(steps)])
+    sheet = sheet_of_masks(whole, most=4)
+    assert (sheet.images[0].n_tokens, sheet.kept()) == (6 * steps, sum(whole.kept(i) for i in range(steps)))
+    shown = sheet.mask()
+    across = shown.shape[1] // GRID[1]
+    for place, number in enumerate(drawn):
+        row, column = place // across * GRID[0], place % across * GRID[1]
+        where = np.s_[row : row + GRID[0], column : column + GRID[1]]
+        np.testing.assert_array_equal(shown[where], whole.mask(number))
+    assert (sheet.view().cells >= 0).sum() == 6 * len(drawn)
 
 
 def test_frames_that_cannot_share_a_sheet_have_no_cells() -> None:

@@ -198,6 +198,15 @@ def test_hostile_texts_are_inert(hostile: Report) -> None:
     assert any("asked" in one.benchmark and one.missing for one in hostile.pictures)
 
 
+def test_a_long_video_says_how_much_of_it_is_drawn(report: Report) -> None:
+    first, *others = report.pictures
+    longer = replace(report, pictures=(replace(first, frames=64, drawn=16), *others))
+    page = render.page(longer)
+    assert page.count("frames are drawn.") == 1
+    assert "16 of 64 frames are drawn." in page
+    assert "frames are drawn." not in render.page(replace(report, pictures=(replace(first, frames=8, drawn=8),)))
+
+
 def test_a_page_that_would_be_too_large_has_fewer_cards(report: Report, page: str) -> None:
     full = len(page.encode())
     assert full < render.MOST_BYTES

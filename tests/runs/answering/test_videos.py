@@ -32,6 +32,12 @@ def test_a_session_answers_about_a_video(random_model: Path) -> None:
         assert (answer.visual_tokens, answer.visual_kept) == (6 + 2 * 12, 3 + 2 * 6)
         masks = Masks.from_text(answer.masks)
         assert [image.frame for image in masks.images] == [None, Frame(0, 0, 0.0), Frame(0, 1, 1.0)]
+    told = session.adapter.encode(session.processor, [parts])["second_per_grid_ts"]
+    for variant in variants:
+        assert session.answer(parts, variant).seconds_per_step == float(told[0]) == 1.0, "of the baseline too"
+    one_step = [{"video": frames[:2], "seconds": [0.0, 0.5]}, *parts[:1], *parts[2:]]
+    assert session.answer(one_step, variants[0]).seconds_per_step is None
+    assert session.answer(parts[:1] + parts[2:], variants[0]).seconds_per_step is None
     with pytest.raises(InputRefused, match="would leave the video as it is; show fewer frames"):
         session.answer(parts, Variant("", "downsample", 0.5))
 
@@ -53,5 +59,6 @@ def test_a_batch_keeps_the_frames_of_every_row(random_model: Path) -> None:
     for row, (_, answer) in zip(rows, session.answer_batch(rows, variants), strict=True):
         alone = session.answer(row, variants[1])
         assert answer.visual_kept == alone.visual_kept
+        assert answer.seconds_per_step == alone.seconds_per_step
         images = [Masks.from_text(made.masks).images for made in (answer, alone)]
         assert [image.frame for image in images[0]] == [image.frame for image in images[1]]

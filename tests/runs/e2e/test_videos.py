@@ -82,7 +82,7 @@ def test_depth_and_poses_reach_a_method(lab: Lab, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(geo3dpruner, "voxels", noted)
     one = ("--data", "tiny_rooms", "--limit", "1", "--ratio", "0.5", "--method")
-    assert lab.eval(*one, "geo3dpruner") == lab.eval(*one, "adaspark", "--set", "cube=[2, 2, 2]") == 0
+    assert lab.eval(*one, "geo3dpruner") == lab.eval(*one, "adaspark", "--set", "cube=2,2,2") == 0
     views = rooms.room("test", 0)[1]
     assert [shown and shown.pose.tolist() for shown in seen] == [view.geometry.pose.round(6).tolist() for view in views]
     found = rows_of(lab, "tiny_rooms")
@@ -196,6 +196,13 @@ def test_the_report_shows_every_frame_and_cut(lab: Lab, own: Path, data: str, as
             assert [of_step.count(step) for step in range(len(masks.images))] == dropped
         with Image.open(io.BytesIO(picture.jpeg)) as image:
             assert image.width / image.height == pytest.approx(picture.size[0] / picture.size[1], rel=0.02)
+    if data == "own":
+        video(own.parent / "a.mp4", [0.0, 0.3, 0.5, 0.8, 1.0, 2.0], size=(112, 84))
+        other = "the videos on this machine are not those" if asked else "its frames are not those that were recorded"
+        assert all(other in picture.missing for picture in collect(lab.csv).pictures), "others are never shown"
+        (own.parent / "a.mp4").unlink()
+        gone = r"video a\.mp4 is not on this machine" if asked else r"video .*a\.mp4 is not here, or is no file"
+        assert all(re.fullmatch(gone, picture.missing) for picture in collect(lab.csv).pictures)
 
 
 @pytest.mark.parametrize("source", ["file", "pictures"])

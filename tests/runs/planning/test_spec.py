@@ -71,6 +71,30 @@ def test_options_of_the_judge_come_from_a_file_and_from_the_command_line(tmp_pat
             parser.parse_args(["--judge-options", wrong])
 
 
+def test_several_numbers_are_one_value(tmp_path: Path) -> None:
+    """As text or a list; several of these are a grid, and each is checked with its line."""
+
+    def asked(written: str) -> list[Any]:
+        text = GOOD.replace("{layer: [14, 16], ivc: 0.1}", f"{{depths: {written}}}").replace("ivc_prune", "pyramiddrop")
+        return [v.parameters["depths"] for v in load(write(tmp_path, text)).variants("qwen25") if v.ratio == 0.25]
+
+    assert asked("[0.3, 0.6]") == asked("'0.3,0.6'") == asked("[[0.3, 0.6]]") == [[0.3, 0.6]]
+    assert asked("[[0.3, 0.6], '0.2,0.4']") == [[0.3, 0.6], [0.2, 0.4]]
+    for wrong in ("0.3;0.6", "[0.3, x]", "[[0.3, true]]"):
+        with pytest.raises(SpecError, match=r"line 6: .* must be numbers with commas between them"):
+            asked(wrong)
+    with pytest.raises(SpecError, match=r"line 6: 0.6 is no name of a parameter; several .* as a list, \{depths"):
+        asked("0.3,0.6")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for words in ("cube=2,2,4", "cube=[2, 2, 4]", "cube=(2, 2, 4)"):
+        args = parser.parse_args(["--method", "adaspark", "--set", words])
+        (variant,) = [v for v, _ in check(command._raw(args), "eval").cells if v.method == "adaspark"][:1]
+        assert variant.parameters == {"cube": [2, 2, 4]}
+    with pytest.raises(SpecError, match=r"cube='2,2' .* must be 3 whole numbers with commas between them"):
+        check(command._raw(parser.parse_args(["--method", "adaspark", "--set", "cube=2,2"])), "eval")
+
+
 def test_expansion(tmp_path: Path) -> None:
     spec = load(write(tmp_path, GOOD))
     assert spec.name == "my"

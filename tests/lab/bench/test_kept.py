@@ -151,9 +151,9 @@ def test_calls_of_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest
         assert said in capsys.readouterr().out
 
 
-def test_every_measuring_cell_of_a_gpu_goes_on(tmp_path: Path) -> None:
-    """Whatever it measures: the limit of a cell may be shorter than what it has to do."""
+def test_every_measuring_step_of_a_gpu_goes_on(tmp_path: Path) -> None:
+    """Whatever it measures: the limit of a step may be shorter than what it has to do."""
     for profile in gpu.PROFILES.values():
-        for cell in gpu.cells(profile, "cuda", 4, tmp_path):
-            resumes = "--resume" in cell.command or "--outcomes" in cell.command or cell.paced
-            assert resumes, f"{cell.name} begins anew whenever it is cut"
+        for step in gpu.steps(profile, "cuda", 4, tmp_path):
+            resumes = "--resume" in step.command or "--outcomes" in step.command or step.paced
+            assert resumes, f"{step.name} begins anew whenever it is cut"

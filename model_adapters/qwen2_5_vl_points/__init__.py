@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2604.11627
 Differs: the tower and the decoder are Qwen2.5-VL's; `modeling` lists what that changes and what is ours, since the
-paper's code and weights are promised and not found. `ivcp lab train points_long --model M` makes weights from a model of the
-family Qwen2.5-VL.
+paper's code and weights are promised and not found. `ivcp lab train points_long --model M` makes weights from a model
+of the family Qwen2.5-VL.
 
 A prompt shows, by ``vision_config.mode``, either set or both: ``focus``, all tokens, as the stock model does;
 ``standby``, the few; ``both``, for `memory.Memory`, which keeps the few when the others are dropped.
@@ -117,13 +117,13 @@ class Adapter(Qwen25Adapter):
 
         stock, merge = tap.tokens, model.config.vision_config.spatial_merge_size
 
-        def tokens(patches: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        def tokens(heard: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
             grids = token_grids(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1], merge)
             frames = [(rows, columns) for t, rows, columns in grids for _ in range(t)]
             sizes, weights = [r * c for r, c in frames], [pooling(sets.standby, frame) for frame in frames]
             return {
                 name: averaged(values.float(), sizes, [cells.to(values.device) for cells in weights])
-                for name, values in stock(patches, args, kwargs).items()
+                for name, values in stock(heard, args, kwargs).items()
             }
 
         return replace(tap, tokens=tokens, luma=None)

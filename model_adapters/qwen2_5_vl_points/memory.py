@@ -58,7 +58,10 @@ class Memory:
         """
         ids, kinds = inputs["input_ids"], inputs["mm_token_type_ids"]
         if len(ids) != 1 or not kinds.any():
-            raise ValueError(f"a memory takes one row with a picture or a video, got {len(ids)} with {int(kinds.any())}")
+            raise ValueError(
+                f"a memory takes one row with a picture or a video, got {len(ids)} row(s), "
+                f"{'some' if kinds.any() else 'none'} of whose tokens are visual"
+            )
         end = int(kinds[0].nonzero()[-1]) + 2  # the last token, and the marker
         grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         seen = {name: value[:, :end] for name, value in inputs.items() if name in ("input_ids", "mm_token_type_ids")}

@@ -4,8 +4,8 @@ What the paper says: n learnable tokens a frame (8, 16 or 32) go through the tow
 their own; an asymmetric mask lets them see the patches, and patches never see them; tokens of the frames of a video
 attend to each other over time. What it leaves open, or what follows from Qwen2.5-VL, is ours:
 
-* The n tokens are a grid of ``standby_rows`` x ``standby_columns``, never finer than the picture's own tokens. Each has a
-  cell of the picture, and in the tower's and in the decoder's RoPE the place of the token in the cell's middle. So
+* The n tokens are a grid of ``standby_rows`` x ``standby_columns``, never finer than the picture's own tokens. Each has
+  a cell of the picture, and in the tower's and in the decoder's RoPE the place of the token in the cell's middle. So
   text stands at the same positions whichever set is shown.
 * A token begins as the mean of its cell's patch embeddings plus the learnt one. Norms and attention are the
   block's, which stays as it was; in every block, windowed or not, a token sees all patches and tokens of its frame.
@@ -343,7 +343,7 @@ class PointsModel(Qwen2_5_VLModel):
         return positions, torch.stack(deltas)[:, None].to(input_ids.device)
 
     def sets_of(self, input_ids: Tensor, mm_token_type_ids: Tensor, **grids: Tensor) -> tuple[Tensor, Tensor]:
-        """(S,) bool whether each token of the one row (1, S) is of a full set, and (S,) the frame it shows, -1 for text."""
+        """Of each token of the one row (1, S): (S,) bool whether it is of a full set, (S,) its frame, -1 for text."""
         kinds = {1: grids.get("image_grid_thw"), 2: grids.get("video_grid_thw")}
         return self._whole(input_ids[0], runs_of(mm_token_type_ids[0]), kinds)[2:]
 
@@ -372,8 +372,8 @@ class PointsModel(Qwen2_5_VLModel):
                 places, of_full = shown(mode, most, grid)
                 if len(places) != n:
                     raise ValueError(
-                        f"the prompt has {n} placeholders for {grid} visual tokens (steps, rows, columns), of which the "
-                        f"mode {mode!r} shows {len(places)}; encode it with this checkpoint's own adapter or processor"
+                        f"the prompt has {n} placeholders for {grid} visual tokens (steps, rows, columns), of which "
+                        f"the mode {mode!r} shows {len(places)}; encode it with this checkpoint's adapter in that mode"
                     )
                 size = grid[0] * grid[1] * grid[2]
                 part = part[:1].repeat(size)

@@ -117,12 +117,20 @@ def _of_tiny(split: str, number: int, kinds: Sequence[str]) -> Example:
     from ivcp_eval.lab.tiny import tasks
     from ivcp_eval.lab.tiny.scenes import render, sample_scene, scene_rng
 
+    known = ("box", "list", "sum", *tasks.SHORT_CATEGORIES)
+    if strange := sorted({*kinds} - {*known}):
+        raise ValueError(
+            f"training scenes of tiny have no questions of the kind {', '.join(strange)}; give --config a file whose "
+            f"`kinds` are of {', '.join(known)}"
+        )
     rng = scene_rng(split, FIRST_SCENE + number)
     while True:
         scene, kind = sample_scene(rng), kinds[number % len(kinds)]
         if kind == "box":
             boxes = tasks.plain_references(scene)
             sample = boxes[rng.integers(len(boxes))] if boxes else None
+        elif kind in ("list", "sum"):
+            sample = tasks.list_question(scene) if kind == "list" else tasks.sum_question(scene)
         else:
             sample = tasks.short_question(rng, scene, kind)
         if sample:

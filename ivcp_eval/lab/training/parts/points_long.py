@@ -93,7 +93,7 @@ class Part(part.Part):
         return total, {name: loss.item() for name, loss in losses.items()}
 
     def finish(self, folder: Path) -> None:
-        """The whole checkpoint for either set, in the precision of the model that it was made of; one file of weights."""
+        """The whole checkpoint for either set, one file of weights, in the precision of the model it was made of."""
         source = self.frozen.session.adapter.config(str(self.frozen.weights.source))
         dtype = source.dtype or torch.float32
         model = self.student.model

@@ -212,7 +212,8 @@ class Standby(nn.Module):
         """(steps * n, E): every token attends to those of its place in its own and in earlier frames."""
         clip = few.unflatten(0, (steps, -1)).transpose(0, 1)  # place, step, width
         heads = self.qkv(self.norm(clip)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = self.proj(attention(*heads.unbind(0), is_causal=True).transpose(1, 2).flatten(2))
+        query, key, value = heads.unbind(0)
+        mixed = self.proj(attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2))
         return (clip + self.time_scale * mixed).transpose(0, 1).flatten(0, 1)
 
 
@@ -385,8 +386,8 @@ class PointsModel(Qwen2_5_VLModel):
             full.append(of_full)
             frames.append(frame)
             start, length = start + n, length + size
-        of_tokens = (torch.cat(parts).to(ids.device) for parts in (kept, full, frames))
-        return ((torch.cat(whole), torch.cat(kinds)), *of_tokens)
+        columns, of_set, of_frame = (torch.cat(parts).to(ids.device) for parts in (kept, full, frames))
+        return (torch.cat(whole), torch.cat(kinds)), columns, of_set, of_frame
 
 
 def runs_of(kinds: Tensor) -> list[tuple[int, int]]:

@@ -75,6 +75,19 @@ def test_both_modes_are_one_file_of_weights(frozen: Frozen, trained: Path) -> No
     }
 
 
+def test_a_run_stopped_before_the_decoder_learns_ends_as_one_that_was_not(
+    frozen: Frozen, trained: Path, tmp_path: Path
+) -> None:
+    """The optimizer has then met the small set's weights alone."""
+    config = {**configuration("points_long", None), **SHORT}
+    assert train("points_long", frozen, config, None, tmp_path, seconds=0) is None
+    weights = train("points_long", frozen, config, None, tmp_path)
+    assert weights is not None
+    ends, wanted = load_file(weights), load_file(trained / weights.name)
+    assert set(ends) == set(wanted)
+    assert all(torch.equal(value, wanted[name]) for name, value in ends.items())
+
+
 def test_either_set_answers(modes: dict[str, Frozen]) -> None:
     """Pictures of several sizes, clips and text between them; the few are 16 a picture and 16 a step of two frames."""
     parts = ({"image": picture(0)}, {"image": picture(1, (140, 84))}, clip(6), QUESTION)

@@ -56,10 +56,9 @@ class Part(part.Part):
             begin(frozen, Path(folder), options["rows"], options["columns"])
             self.student = Frozen(Weights(checkpoint, family, Path(folder), ""), frozen.placement)
         text = self.student.session.adapter.text_model(self.student.model)
-        trained: dict[str, nn.Module] = {"standby": self.student.model.model.visual.standby}
-        if options["decoder"]:
-            trained["decoder"] = text.layers
-        self.net = nn.ModuleDict(trained)
+        self.decoder: nn.Module | None = text.layers if options["decoder"] else None
+        trained = {"standby": self.student.model.model.visual.standby, "decoder": self.decoder}
+        self.net = nn.ModuleDict({name: module for name, module in trained.items() if module is not None})
         self.net.requires_grad_(requires_grad=True).float()  # small steps are lost in bfloat16
 
     def groups(self) -> list[dict[str, Any]]:
@@ -76,9 +75,9 @@ class Part(part.Part):
     def loss(self, example: Pair, rng: np.random.Generator, done: float) -> Loss:
         """Of the answer by the small set, and of the whole model's distribution of it by either set."""
         del rng
-        both = "decoder" in self.net and done >= self.options["align"]
-        if "decoder" in self.net:
-            self.net["decoder"].requires_grad_(requires_grad=both)
+        both = self.decoder is not None and done >= self.options["align"]
+        if self.decoder is not None:
+            self.decoder.requires_grad_(requires_grad=both)
         dtype = getattr(torch, self.frozen.placement.dtype)
         labels = example.standby.labels
         with torch.autocast(labels.device.type, dtype, enabled=dtype != torch.float32):

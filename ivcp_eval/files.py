@@ -52,6 +52,7 @@ __all__ = [
     "results_file",
     "room_left",
     "sealed_line",
+    "source_files",
     "storable",
     "sweep_file",
     "unsealed_line",
@@ -130,6 +131,8 @@ def as_read(cell: str) -> str:
     """The text of which `as_shown` made ``cell``; cells that were written plainly are what they are."""
     if cell.startswith("'") and _FORMULA.match(cell):
         cell = cell[1:]
+    if "\u241b" not in cell:
+        return cell
     return _SHOWN.sub(lambda m: "\u241b" if m[1] == "\u241b" else chr(int(m[1], 16)), cell)
 
 
@@ -358,6 +361,11 @@ def remembered(path: Path, fact: str, compute: Callable[[Path], T], kind: type[T
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, {**_read_cache(cache), key: entry})
     return value
+
+
+def source_files() -> list[Path]:
+    """Every source file of this package and of the adapters beside it, sorted."""
+    return sorted(path for folder in (PACKAGE, PACKAGE.parent / "model_adapters") for path in folder.rglob("*.py"))
 
 
 def fingerprint(folder: Path) -> str:

@@ -45,6 +45,6 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "results: " in tables
     for method in ("ivc_prune", "fastv", "uniform", "again"):
         assert f"{method} " in table
-    assert "A/A: difference of the baseline's second answers" in table
+    assert "A/A: difference of the unpruned model's second answers" in table
     assert "UNDECIDED" in verdicts
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60, "seconds of CPU"

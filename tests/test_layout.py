@@ -136,6 +136,24 @@ def test_every_kind_of_circle_is_seen(files: dict[str, str], tmp_path: Path, mon
         list(graphlib.TopologicalSorter(edges("pkg")).static_order())
 
 
+def entries_imported(package: str, graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Entry of a package (a file or a folder) -> the other entries that anything in it imports."""
+    found: dict[str, set[str]] = {}
+    start = f"{package}."
+    for own, modules in graph.items():
+        if own.startswith(start):
+            entries = [name.removeprefix(start).partition(".")[0] for name in (own, *modules) if name.startswith(start)]
+            found.setdefault(entries[0], set()).update({*entries[1:]} - {entries[0]})
+    return found
+
+
+def test_no_folder_imports_one_that_imports_it() -> None:
+    """Below the rooms too: of any two entries of a folder, only one can know the other."""
+    graph = {**edges("ivcp_eval"), **edges("model_adapters")}
+    for package in sorted({name for own in graph for name in packages_of(own)}):
+        list(graphlib.TopologicalSorter(entries_imported(package, graph)).static_order())
+
+
 def room(module: str) -> str:
     """``ivcp_eval.engine.cache`` -> ``engine``; empty for what is in no room."""
     first, _, rest = module.partition(".")

@@ -16,7 +16,7 @@ from typing import Any
 
 from ivcp_eval.files import BASELINES
 
-__all__ = ["AVERAGE", "KEPT_MEANS", "Published", "Range", "numbers", "range_beside", "sources"]
+__all__ = ["AVERAGE", "AVERAGES", "KEPT_MEANS", "Average", "Published", "Range", "numbers", "range_beside", "sources"]
 
 FOLDER = BASELINES / "field"
 AVERAGE = "AVERAGE"  # in place of a benchmark: the source's own average
@@ -31,6 +31,35 @@ KEPT_MEANS: Mapping[str, str] = {
     "upper_limit": "of the largest number of tokens that a picture can have",
     "not_stated": "not said",
 }
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over benchmarks that the IVC-Prune paper prints: of each score in percent of the unpruned model's.
+
+    Attributes:
+        name: in place of a benchmark in ``results/baselines/ivc_prune_paper.csv``. words: what it is. benchmarks: over
+            which; no less is that average.
+    """
+
+    name: str
+    words: str
+    benchmarks: tuple[str, ...]
+
+    def published(self, checkpoint: str, method: str) -> str:
+        """What the paper prints of a method, in words; empty where it prints nothing."""
+        for row in _rows(BASELINES / "ivc_prune_paper.csv"):
+            if (row["model"], row["method"], row["benchmark"]) == (checkpoint, method, self.name):
+                return f"{float(row['score']):g} %, with {100 * float(row['ratio_kept_final']):g} % of the tokens kept"
+        return ""
+
+
+_REFCOCO = ("RefCOCO_val", "RefCOCO_testA", "RefCOCO_testB", "RefCOCO+_val", "RefCOCO+_testA", "RefCOCO+_testB")
+_VQA = ("SEEDBench_IMG", "MMBench_DEV_EN_V11", "MMStar", "MME", "POPE", "HallusionBench", "RealWorldQA")
+AVERAGES = (
+    Average("average_8_grounding", "8 grounding splits", (*_REFCOCO, "RefCOCOg_val", "RefCOCOg_test")),
+    Average("average_9_vqa", "9 VQA benchmarks", (*_VQA, "TextVQA_VAL", "AI2D_TEST")),
+)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import TextIO
 
 import ivcp_eval
 from ivcp_eval.cli.bars import bars_on_terminals_only
+from ivcp_eval.cli.silence import without_warnings
 from ivcp_eval.vlmeval_bridge import cpu_torchvision
 
 _QUIET = "print results and errors only"
@@ -75,7 +76,7 @@ def _run(module_name: str, arguments: Sequence[str]) -> int:
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     cpu_torchvision.install()  # before a verb, in whatever order, imports transformers
-    with bars_on_terminals_only(args.quiet):
+    with bars_on_terminals_only(args.quiet), without_warnings(args.quiet):
         try:
             return int(module.run(args))
         except SystemExit as stop:
@@ -108,8 +109,8 @@ def notices(args: argparse.Namespace) -> Callable[[str], None]:
 def _foreign(words: Sequence[str]) -> argparse.Namespace:
     """Options of another program, which argparse would not hand on by itself; ``--quiet`` before a ``--`` is ours."""
     end = words.index("--") if "--" in words else len(words)
-    further = [*(word for word in words[:end] if word != "--quiet"), *words[end:]]
-    return argparse.Namespace(quiet="--quiet" in words[:end], further=further[1:] if end == 0 else further)
+    further = [*(word for word in words[:end] if word != "--quiet"), *words[end + 1 :]]
+    return argparse.Namespace(quiet="--quiet" in words[:end], further=further)
 
 
 def _overview(known: dict[str, str]) -> argparse.ArgumentParser:

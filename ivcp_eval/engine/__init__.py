@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.engine.guards.cuts import check_cuts, check_ratio
 from ivcp_eval.engine.guards.refusals import refuse_labels, refuse_other_kernels, refuse_own_pruning, unwrapped
-from ivcp_eval.engine.guards.selftest import self_test
 from ivcp_eval.engine.hooks import Pruner, listeners_for
+from ivcp_eval.engine.hooks.selftest import self_test
 from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.run import Run
 from ivcp_eval.interface import (

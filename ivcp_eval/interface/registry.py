@@ -192,6 +192,11 @@ def parameters_of(method: AbstractMethod) -> dict[str, Any]:
     return {name: _file_or(value) for name, value in dataclasses.asdict(method).items()}  # type: ignore[call-overload]
 
 
+def settable(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What `parameters_of` gave, as `make_method` takes it: the method inside a wrapper has its own beside it."""
+    return {**recorded.get("inner", {}), **{name: value for name, value in recorded.items() if name != "inner"}}
+
+
 def _file_or(value: Any) -> Any:
     if isinstance(value, dict):  # the method inside a wrapper
         return {name: _file_or(inner) for name, inner in value.items()}

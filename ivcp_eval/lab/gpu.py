@@ -176,7 +176,7 @@ def _contract(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
 
 def _measured(stage: str, name: str, profile: Profile, device: str, folder: Path, *options: str) -> Cell:
     rounds = ("--size", profile.size, "--device", device, "--rounds", f"{profile.rounds}")
-    return Cell(stage, name, (*IVCP, "bench", *options, *rounds, "--out", str(folder / name)), 240)
+    return Cell(stage, name, (*IVCP, "bench", *options, *rounds, "--resume", "--out", str(folder / name)), 240)
 
 
 def _bench(profile: Profile, device: str, folder: Path) -> Iterator[Cell]:
@@ -276,6 +276,8 @@ def _group(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[by
 def run_all(options: argparse.Namespace) -> int:
     """Every cell that is not finished yet, until the time is up: 0 if all are, 75 if some are left, else 1.
 
+    A cell has its own limit, or its part of the time that is left where that is longer.
+
     Raises:
         ValueError: an unknown stage; or a folder that holds the results of another profile or device.
     """
@@ -288,12 +290,14 @@ def run_all(options: argparse.Namespace) -> int:
         raise ValueError(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stages)}")
     chosen = [cell for cell in every if not options.stages or cell.stage in options.stages]
     known = {cell.name: done for cell in chosen if (done := _record(folder, cell)) is not None}
-    for cell in in_turn(chosen, known):
+    waiting = in_turn(chosen, known)
+    for number, cell in enumerate(waiting):
         time_left = end - time.monotonic()
         if time_left < START_S:
             break
+        part = time_left / (len(waiting) - number)
         tries = known[cell.name].tries + 1 if cell.name in known else 1
-        done = known[cell.name] = run_cell(cell, folder, min(cell.limit_s, time_left), tries)
+        done = known[cell.name] = run_cell(cell, folder, min(max(cell.limit_s, part), time_left), tries)
         write_json(folder / f"{cell.name}.done.json", asdict(done))
         sys.stdout.write(f"{cell.name}: {done.note or 'done'} ({done.seconds:.0f} s)\n")
         sys.stdout.flush()

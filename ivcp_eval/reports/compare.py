@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ivcp_eval.benchmarks.refcoco.partial import PARTIAL
 from ivcp_eval.interface.variants import BASELINE
@@ -26,6 +27,7 @@ from ivcp_eval.reports.provenance import (
     Against,
     Group,
     NotComparable,
+    Telling,
     baseline_of,
     candidates,
     described,
@@ -42,9 +44,9 @@ from ivcp_eval.reports.provenance import (
     why_none,
 )
 from ivcp_eval.reports.stats.paired import PairedMetric, Samples, paired_metric
+from ivcp_eval.reports.stats.ranks import ranked
 from ivcp_eval.reports.stats.timing import Timings, read_timings, time_ratios
 from ivcp_eval.reports.table import Row, read_results
-from ivcp_eval.reports.views.ranks import ranked
 
 __all__ = ["ComparedRow", "Comparison", "compare"]
 
@@ -139,36 +141,47 @@ def compare(
     results_csv = Path(results_csv)
     baseline_csv = results_csv if baseline_csv is None else Path(baseline_csv)
     results, baselines = read_results(results_csv), read_results(baseline_csv)
-    excluded: list[tuple[str, str]] = []
+    skipped: list[tuple[Row, str]] = []
     pairs: list[tuple[Group, Group]] = []
     folders = baseline_csv.parent, results_csv.parent
     own = results_csv.resolve() == baseline_csv.resolve()
     chosen = [row for row in candidates(results, baselines, against, own=own) if select(row)]
-    excluded += [(label(row), f"{row['status']} ({row['reason']})") for row in chosen if row["status"] != "ok"]
+    skipped += [(row, f"{row['status']} ({row['reason']})") for row in chosen if row["status"] != "ok"]
     known = grouped(baselines)
     for group in grouped(row for row in chosen if row["status"] == "ok"):
         baseline = baseline_of(group, known, against)
         if isinstance(baseline, str):
-            excluded.append((label(merged(group)), baseline))
+            skipped.append((merged(group), baseline))
         else:
             pairs.append((baseline, group))
-    left_out = _once_a_reason(excluded)
+    comparison = Comparison(
+        rows=(),
+        results=str(results_csv),
+        baseline=str(baseline_csv),
+        against=described(against),
+        skipped=tuple(skipped),
+        overridden=(),
+        resamples=resamples,
+        margin=margin,
+    )
     if not pairs:
-        reasons = "".join(f"\n  {line}" for line in left_out) or f"\n  {results_csv}: {why_none(results)}"
+        reasons = "".join(f"\n  {line}" for line in comparison.left_out) or f"\n  {results_csv}: {why_none(results)}"
         raise NotComparable(f"nothing to compare between {results_csv} and {baseline_csv}:{reasons}")
-    load, waiting, refused_of = lru_cache(_MOST_FILES)(_load), _Waiting(resamples, margin), {}
+    load, waiting, refused_of = lru_cache(_MOST_FILES)(partial(_load, {})), _Waiting(resamples, margin), {}
     # Baseline by baseline, so that the samples of each are read once.
     for place in sorted(range(len(pairs)), key=lambda i: pairs[i][0][0]["predictions"]):
         pair = _pair(*pairs[place], folders, load, force)
-        refused_of[place] = [f"{label(merged(pair.pruned))}: {line}" for line in pair.refused]
+        refused_of[place] = [(merged(pair.pruned), line) for line in pair.refused]
         if force or not pair.refused:
             waiting.add(place, pair)
-    refused = [line for place in range(len(pairs)) for line in refused_of[place]]
-    if refused and not force:
+    comparison = replace(
+        comparison, overridden=tuple(line for place in range(len(pairs)) for line in refused_of[place])
+    )
+    if comparison.overridden and not force:
         raise NotComparable(
             f"{results_csv} and {baseline_csv} were made with different settings, so a difference would not be due to "
             "pruning:\n  "
-            + "\n  ".join(refused)
+            + "\n  ".join(comparison.forced)
             + "\nRun the baseline again in the same way, or force the comparison; the table then names the differences."
         )
     waiting.finish()
@@ -176,46 +189,66 @@ def compare(
     rows = [
         replace(waiting.rows[place], settings=settings(pruned[0], telling)) for place, (_, pruned) in enumerate(pairs)
     ]
-    rows = _with_noise_floor(rows)
+    sides = [(baselines, folders[0]), *([] if own else [(results, folders[1])])]
+    floors = _noise_floors(sides, [baseline[0] for baseline, _ in pairs], telling, load)
+    rows = [replace(row, again=() if row.method == AGAIN else of) for row, of in zip(rows, floors, strict=True)]
     # The baseline against itself is no hypothesis about a method.
     p_values = [math.nan if row.method == AGAIN else row.p_value for row in rows]
     adjusted = zip(rows, stats.holm(p_values), stats.benjamini_hochberg(p_values), strict=True)
     rows = [replace(row, p_holm=float(a), p_benjamini_hochberg=float(b)) for row, a, b in adjusted]
     if one_reference(against):
         rows = ranked(rows)
-    return Comparison(
-        rows=tuple(rows),
-        results=str(results_csv),
-        baseline=str(baseline_csv),
-        against=described(against),
-        left_out=tuple(left_out),
-        forced=tuple(refused),
-        resamples=resamples,
-        margin=margin,
-    )
+    return replace(comparison, rows=tuple(rows))
 
 
-def _with_noise_floor(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
-    """Beside each row what the baseline's second answers say, where there are any."""
+def _noise_floors(
+    sides: Sequence[tuple[Sequence[Row], Path]], baselines: Sequence[Row], telling: Telling, load: Load
+) -> list[tuple[NoiseFloor, ...]]:
+    """What the unpruned model's second answers say beside each of ``baselines``, where there are any: whatever rows are
+    compared, and with what.
 
-    def place(row: ComparedRow) -> tuple[str, str, str, int | None]:
-        return row.model, row.benchmark, row.metric, row.limit
+    Args:
+        sides: rows of a file and its folder; the first that has second answers to the same questions counts.
+    """
+    floors: dict[tuple[Any, ...], list[tuple[Row, NoiseFloor]]] = {}
+    questions = {_question(row) for row in baselines}
+    for rows, folder in sides:
+        own = [row for row in rows if row["method"] in (BASELINE, AGAIN) and row["status"] == "ok"]
+        found: dict[tuple[Any, ...], list[tuple[Row, NoiseFloor]]] = {}
+        groups = grouped(row for row in own if _question(row) in questions - floors.keys())
+        for group in (group for group in groups if group[0]["method"] == AGAIN):
+            with suppress(NotComparable):  # nobody knows to which of several first answers these are the second
+                first = baseline_of(group, groups, "none")
+                if not isinstance(first, str):
+                    pair = _pair(first, group, (folder, folder), load, force=False)
+                    if not pair.refused:
+                        found.setdefault(_question(group[0]), []).append((first[0], _noise_floor(pair, telling)))
+        floors |= found
+    beside = []
+    for row in baselines:
+        known = floors.get(_question(row), [])
+        alike = [floor for first, floor in known if all(first[name] == row[name] for name in PLACED)]
+        beside.append(tuple(alike or [floor for _, floor in known]))
+    return beside
 
-    floors: dict[tuple[str, str, str, int | None], list[NoiseFloor]] = {}
-    for row in rows:
-        if row.method == AGAIN and row.baseline_method == BASELINE:
-            floor = NoiseFloor(row.settings, row.difference, row.answers_changed)
-            floors.setdefault(place(row), []).append(floor)
-    return [row if row.method == AGAIN else replace(row, again=tuple(floors.get(place(row), ()))) for row in rows]
+
+def _question(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "benchmark", "metric", "limit"))
 
 
-def _load(folder: Path, predictions: str) -> tuple[Samples | None, str]:
+def _noise_floor(pair: _Pair, telling: Telling) -> NoiseFloor:
+    difference = merged(pair.pruned)["score"] - merged(pair.baseline)["score"]
+    changed = None if isinstance(pair.metric, str) else pair.metric.flips.answers_changed
+    return NoiseFloor(settings(pair.pruned[0], telling), difference, changed)
+
+
+def _load(known: dict[str, dict[str, Any]], folder: Path, predictions: str) -> tuple[Samples | None, str]:
     if not predictions:
         return None, "totals only"
     path = folder / predictions
     if not path.is_file():
         return None, f"{path} is missing"
-    return Samples.read(path), ""
+    return Samples.read(path, known), ""
 
 
 def _pair(baseline: Group, pruned: Group, folders: tuple[Path, Path], load: Load, force: bool) -> _Pair:
@@ -384,18 +417,6 @@ def _unpaired(row: ComparedRow, baseline: Row, pruned: Row, why: str) -> Compare
         p_value=result.p_value,
         notes=tuple(notes),
     )
-
-
-def _once_a_reason(excluded: Sequence[tuple[str, str]]) -> list[str]:
-    """``LABEL: REASON`` of each (label, reason); many of one reason stand in one line."""
-    labels: dict[str, list[str]] = {}
-    for name, reason in excluded:
-        labels.setdefault(reason, []).append(name)
-    lines = []
-    for reason, names in labels.items():
-        shown = names if len(names) <= 3 else [f"{names[0]} and {len(names) - 1} more"]
-        lines += [f"{name}: {reason}" for name in shown]
-    return lines
 
 
 def _finished(row: ComparedRow, margin: float | None, notes: Sequence[str]) -> ComparedRow:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ivcp_eval.files import as_shown, atomic_write
+from ivcp_eval.reports.provenance import label
 from ivcp_eval.reports.stats.margins import LossTest, loss_test
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
+from ivcp_eval.reports.table import Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +24,7 @@ __all__ = ["ComparedRow", "Comparison", "NoiseFloor"]
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """The baseline answered a second time against itself: differences up to these are no effect of pruning.
+    """The unpruned model answered a second time against itself: differences up to these are no effect of pruning.
 
     Attributes:
         settings: what differed beside batching and order, e.g. ``attention=eager``. difference: in the unit of the
@@ -54,7 +56,7 @@ class ComparedRow:
         baseline_ratio_layer_mean: of the rows that it is compared with.
         rank: among the variants and one reference for all (``--against METHOD:RATIO``), 1 is best; rank_low and
             rank_high: ranks that the intervals allow.
-        again: what the baseline's second answers say, where a sweep asked for them (``controls: [again]``).
+        again: what the unpruned model's second answers say, where a sweep asked for them (``controls: [again]``).
     """
 
     model: str
@@ -159,8 +161,8 @@ class Comparison:
         rows: the compared rows, in the order of the results file.
         results, baseline: paths of the two files.
         against: the baseline rows, in words.
-        left_out: rows that could not be compared, with the reason.
-        forced: different settings that were overridden.
+        skipped: rows that could not be compared, each with the reason.
+        overridden: rows whose different settings were forced, each with one of them.
         resamples: of the bootstrap.
         margin: acceptable loss in percent of the scale, or None.
     """
@@ -169,10 +171,44 @@ class Comparison:
     results: str
     baseline: str
     against: str
-    left_out: tuple[str, ...]
-    forced: tuple[str, ...]
+    skipped: tuple[tuple[Row, str], ...]
+    overridden: tuple[tuple[Row, str], ...]
     resamples: int
     margin: float | None
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """A line per row that could not be compared; many of one reason stand in one line."""
+        return tuple(_once_a_reason(self.skipped))
+
+    @property
+    def forced(self) -> tuple[str, ...]:
+        """A line per different setting that was overridden."""
+        return tuple(f"{label(row)}: {line}" for row, line in self.overridden)
+
+    def of(self, method: str | None, ratio: float | None) -> Comparison:
+        """Only what is about one method and ratio asked; None is any. Corrections stay those of the whole."""
+
+        def fits(other: str, share: float | None) -> bool:
+            return method in (None, other) and ratio in (None, share)
+
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows if fits(row.method, row.ratio_asked)),
+            skipped=tuple(one for one in self.skipped if fits(one[0]["method"], one[0]["ratio_asked"])),
+            overridden=tuple(one for one in self.overridden if fits(one[0]["method"], one[0]["ratio_asked"])),
+        )
+
+    def limits_named(self) -> Comparison:
+        """Where some rows asked part of a benchmark only, their settings say so, so that no two share a name."""
+        if len({row.limit for row in self.rows}) == 1:
+            return self
+
+        def named(row: ComparedRow) -> ComparedRow:
+            limit = f"first {row.limit}" if row.limit else "all rows"
+            return replace(row, settings=", ".join(filter(None, (row.settings, limit))))
+
+        return replace(self, rows=tuple(map(named, self.rows)))
 
     def to_frame(self) -> pd.DataFrame:
         """One line per row, columns as in `ComparedRow.record`."""
@@ -214,6 +250,18 @@ class Comparison:
     def meaningless(self) -> bool:
         """Whether some row was made with random weights."""
         return any(not row.trained_weights for row in self.rows)
+
+
+def _once_a_reason(skipped: Sequence[tuple[Row, str]]) -> list[str]:
+    """``LABEL: REASON``; many of one reason stand in one line."""
+    labels: dict[str, list[str]] = {}
+    for row, reason in skipped:
+        labels.setdefault(reason, []).append(label(row))
+    lines = []
+    for reason, names in labels.items():
+        shown = names if len(names) <= 3 else [f"{names[0]} and {len(names) - 1} more"]
+        lines += [f"{name}: {reason}" for name in shown]
+    return lines
 
 
 def _shown(value: Any) -> Any:

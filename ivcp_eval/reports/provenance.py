@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AGAIN",
+    "CHOSEN",
     "PLACED",
     "REFUSED",
+    "VARIANT",
     "Against",
     "Group",
     "NotComparable",
@@ -79,7 +81,8 @@ _REMARKED = (
 )
 #: Where and how a run was computed: rows that differ here alone are shown with it.
 PLACED = ("dtype", "attention", "device", "video")
-_VARIANT = ("model", "benchmark", "metric", "method", "method_parameters", "ratio_asked", "budget", "limit", *PLACED)
+#: What `variant_key` reads, the names of its columns in exports.
+VARIANT = ("model", "benchmark", "limit", "metric", "method", "method_parameters", "ratio_asked", "budget", *PLACED)
 _MEASURED = (
     *("score", "ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
     *("ratio_kv_analytic", "ratio_flops_analytic"),
@@ -116,6 +119,10 @@ class Reference:
         return bool(row["method"] == self.method and same_ratio and same_parameters)
 
 
+#: Columns of a row that a user may ask for by their values, as options of these names.
+CHOSEN = ("seed", "dtype", "attention", "device")
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which pruned rows a user asks for; None is any.
@@ -123,7 +130,7 @@ class Selection:
     Attributes:
         method, ratio: of the row. budget: kind that it holds; "own" for none. parameters: of the method; those that are
             not among them are its usual ones. limit: of the run; 0 for none. benchmarks: their names.
-        seed, dtype, attention, device: of the row.
+        seed, dtype, attention, device: of the row, as `CHOSEN` has them.
     """
 
     method: str | None = None
@@ -150,7 +157,7 @@ class Selection:
             and self.budget in (None, kind)
             and self.limit in (None, row["limit"] or 0)
             and (self.benchmarks is None or row["benchmark"] in self.benchmarks)
-            and all(getattr(self, name) in (None, row[name]) for name in ("seed", "dtype", "attention", "device"))
+            and all(getattr(self, name) in (None, row[name]) for name in CHOSEN)
             and unusual <= parameters.keys()
             and all(name in given and given[name] == value for name, value in parameters.items())
         )
@@ -248,7 +255,7 @@ def variant_key(row: Row | ComparedRow) -> tuple[Any, ...]:
     What is missing is None in a row and may be NaN in a compared one, which equals nothing: here both are None.
     """
     values = row if isinstance(row, Mapping) else vars(row)
-    return tuple(None if values[name] != values[name] else values[name] for name in _VARIANT)
+    return tuple(None if values[name] != values[name] else values[name] for name in VARIANT)
 
 
 def settings(row: Row, telling: Telling) -> str:

@@ -255,12 +255,15 @@ def read_samples(path: str | Path) -> list[Row]:
     return rows
 
 
-def read_sample_columns(path: str | Path, names: Sequence[str]) -> dict[str, list[Any]]:
+def read_sample_columns(
+    path: str | Path, names: Sequence[str], known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, list[Any]]:
     """Some columns of a per-sample CSV, ``index`` among them; several times as fast as `read_samples`.
 
     Missing: ``""`` for text, ``None`` for everything else. Raises as `read_samples`, but for cells of other columns.
+    ``known``: as of `read_columns`.
     """
-    columns = read_columns(Path(path), SAMPLE_COLUMNS, names)
+    columns = read_columns(Path(path), SAMPLE_COLUMNS, names, known)
     _unique_indices(Path(path), columns["index"])
     return columns
 

@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ivcp_eval.benchmarks import agreement
+from ivcp_eval.benchmarks import agreement, headline
+from ivcp_eval.benchmarks.published import AVERAGES
+from ivcp_eval.interface.variants import BASELINE
 
 if TYPE_CHECKING:  # numpy, which other tables can do without
-    from ivcp_eval.reports.comparison import ComparedRow, Comparison
+    from ivcp_eval.reports.comparison import ComparedRow, Comparison, NoiseFloor
     from ivcp_eval.reports.stats.timing import TimeRatio
 
 __all__ = [
+    "FLOOR",
     "LOUD",
     "flips_cell",
+    "floor_text",
     "fold",
     "footer",
     "render",
@@ -29,6 +33,10 @@ __all__ = [
 ]
 
 LOUD = "!!! RANDOM WEIGHTS: these accuracies mean nothing. Only token counts and times are real. !!!"
+FLOOR = (
+    "A/A: difference of the unpruned model's second answers to its first (answers whose text changed), each sample "
+    "alone, and with what is named. Differences of that size are no effect of pruning."
+)
 #: Lines of a table into a pipe or file are as long as this at most.
 _WIDTH = 120
 _NARROWEST = 40
@@ -223,8 +231,16 @@ def _rank(row: ComparedRow) -> str:
 
 
 def _noise_floor(row: ComparedRow) -> str:
-    known = [again for again in row.again if again.answers_changed is not None]
-    return "; ".join(f"{a.settings} {a.difference:+.{_digits(row)}f} ({a.answers_changed})".strip() for a in known)
+    return "; ".join(f"{again.settings} {floor_text(again, _digits(row))}".strip() for again in row.again)
+
+
+def floor_text(again: NoiseFloor, digits: int, unit: float = 1.0) -> str:
+    """``+0.3 (4)``: difference times ``unit`` and answers whose text changed, where these are known."""
+    if math.isnan(again.difference):
+        return ""
+    return f"{unit * again.difference:+.{digits}f}" + (
+        "" if again.answers_changed is None else f" ({again.answers_changed})"
+    )
 
 
 def _seeds(row: ComparedRow) -> str:
@@ -260,16 +276,13 @@ def footer(comparison: Comparison) -> list[str]:
         "layers, in the KV cache; of the prefill's FLOPs in the decoder.",
     ]
     if any(row.again for row in rows):
-        lines.append(
-            "A/A: difference of the baseline's second answers to its first (answers whose text changed), each sample "
-            "alone, and with what is named. Differences of that size are no effect of pruning."
-        )
+        lines.append(FLOOR)
     if comparison.margin is not None:
         lines.append(f"Verdict: not worse means a loss below {comparison.margin:g} % of the scale, one-sided 2.5 %.")
     if any(row.n_seeds > 1 for row in rows):
         lines.append("Seeds: number, lowest and highest score; score, difference and interval are of their mean.")
     if any(row.rank is not None for row in rows):
-        from ivcp_eval.reports.views.ranks import best_at_equal_cost
+        from ivcp_eval.reports.stats.ranks import best_at_equal_cost
 
         lines.append(
             "Rank: among the variants and the one they are compared with; in brackets, the ranks that the 95 % "
@@ -397,6 +410,26 @@ def _mean_retained(rows: Sequence[ComparedRow]) -> list[str]:
         if len(values) > 1:
             mean = sum(values) / len(values)
             lines.append(f"Mean retained, {model} {variant}: {mean:.1f} % over {len(values)} benchmarks.")
+    return [*lines, *_papers_averages(rows)]
+
+
+def _papers_averages(rows: Sequence[ComparedRow]) -> list[str]:
+    """As the IVC-Prune paper averages, of variants with whole rows of all that it averages over."""
+    groups: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.limit is None and row.baseline_method == BASELINE and row.metric == headline(vars(row)):
+            groups.setdefault((row.model, row.method, row.variant), {})[row.benchmark] = row.retained_percent
+    lines = []
+    for average in AVERAGES:
+        for (model, method, variant), by_benchmark in groups.items():
+            values = [by_benchmark.get(name, math.nan) for name in average.benchmarks]
+            if not any(map(math.isnan, values)):
+                said = average.published(model, method)
+                mean = sum(values) / len(values)
+                lines.append(
+                    f"As the IVC-Prune paper averages, {average.words}: {model} {variant} retains {mean:.1f} %"
+                    + (f" (the paper prints {said})." if said else ".")
+                )
     return lines
 
 

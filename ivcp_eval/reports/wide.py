@@ -25,19 +25,31 @@ from ivcp_eval.benchmarks import agreement
 from ivcp_eval.files import as_shown, atomic_write
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import ComparedRow, compare
-from ivcp_eval.reports.provenance import AGAIN, Group, NotComparable, finished_headline, grouped, merged, variant_key
+from ivcp_eval.reports.comparison import NoiseFloor
+from ivcp_eval.reports.provenance import (
+    AGAIN,
+    PLACED,
+    Group,
+    NotComparable,
+    finished_headline,
+    grouped,
+    merged,
+    variant_key,
+)
 from ivcp_eval.reports.stats.timing import STAGES, TimeRatio
 from ivcp_eval.reports.table import Row, read_results
-from ivcp_eval.reports.terminal import fold, time_cell, times_note, wrapped
+from ivcp_eval.reports.terminal import FLOOR, floor_text, fold, time_cell, times_note, wrapped
 
 MISSING = "-"
-_PLACED = ("dtype", "attention")
-_VARIANT = ("method", "method_parameters", "ratio_asked", "budget", "limit", *_PLACED)
+_VARIANT = ("method", "method_parameters", "ratio_asked", "budget", "limit")
 _LATEX = str.maketrans(
     {c: "\\" + c for c in "%_&#${}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
+
+
+_NO_FLOOR = NoiseFloor()
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Cell:
         score: in the metric's unit, mean over seeds. deviation: standard deviation over seeds, None for a single one.
         retained: percent of the unpruned score. significant: differs from it; None if not tested.
         kept, layer_mean: measured shares of the visual tokens. times: stage -> over the unpruned model's.
+        again: noise floor of the benchmark.
     """
 
     score: float
@@ -57,11 +70,13 @@ class Cell:
     kept: float | None = None
     layer_mean: float | None = None
     times: Mapping[str, TimeRatio] = field(default_factory=dict)
+    again: NoiseFloor = _NO_FLOOR
 
 
 @dataclass(frozen=True)
 class Line:
-    """One variant: its name with the parameters that are not defaults, what was asked for, its cells by benchmark."""
+    """One variant: its name with the parameters that are not defaults, what was asked for, its cells by benchmark, and
+    where it was computed, if the table has several such places."""
 
     method: str
     ratio: float
@@ -69,6 +84,7 @@ class Line:
     limit: int | None
     seeds: int
     cells: Mapping[str, Cell]
+    where: str = ""
 
     @property
     def share(self) -> str:
@@ -100,15 +116,18 @@ class Table:
         """Numbers only; per benchmark score, share retained, significance, deviation over seeds; then the times."""
         columns = [(name, field) for name in self.names for field in ("score", "retained", "significant", "deviation")]
         words = {"score": "", "retained": " retained %", "significant": " significant", "deviation": " sd over seeds"}
+        floors = [name for name in self.names if self._floors]
+        floor_heads = [f"{name} A/A{part}" for name in floors for part in ("", " answers changed")]
         header = ["method", "ratio", "budget", "limit", "seeds", "kept", "layer_mean"]
         timed = [(name, stage) for name in self.names for stage in STAGES if self._is_timed]
         time_heads = [f"{name} {stage} time{part}" for name, stage in timed for part in ("", " low", " high", " n")]
-        rows = [[*header, *(name + words[field] for name, field in columns), "retained %", *time_heads]]
+        rows = [[*header, *(name + words[field] for name, field in columns), "retained %", *time_heads, *floor_heads]]
         for line in self.lines:
             cells = [getattr(line.cells.get(name), field, None) for name, field in columns]
             means = [line.mean(field, self.names) for field in ("kept", "layer_mean", "retained")]
             times = [value for name, stage in timed for value in _time_values(line.cells.get(name), stage)]
             values = [line.ratio, line.budget, line.limit, line.seeds, *means[:2], *cells, means[2], *times]
+            values += [value for name in floors for value in _floor_values(line.cells.get(name))]
             rows.append([line.method, *map(_csv_cell, values)])
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(
@@ -138,6 +157,7 @@ class Table:
     def _parts(self) -> list[tuple[str, list[list[str]], int]]:
         """Tables: a title, rows of which the first is the headings, and how many columns name a row."""
         parts = [("", self._scores(), 2)]
+        parts += [("Noise floor, from the unpruned model's second answers:", self._aa(), 2)] if self._floors else []
         parts += [("Retained, percent of the unpruned score:", self._shares(), 2)] if self._has_shares else []
         parts += [("Measured time over that of the unpruned model:", self._times(), 3)] if self._is_timed else []
         return parts
@@ -149,6 +169,23 @@ class Table:
     @property
     def _is_timed(self) -> bool:
         return any(time.n for line in self.lines for cell in line.cells.values() for time in cell.times.values())
+
+    @property
+    def _floors(self) -> bool:
+        return any(not math.isnan(cell.again.difference) for line in self.lines for cell in line.cells.values())
+
+    def _aa(self) -> list[list[str]]:
+        """A line for each way in which rows were asked and computed."""
+        texts: dict[tuple[str, str], dict[str, str]] = {}
+        for line in self.lines:
+            place = f"A/A ({line.where})" if line.where else "A/A", f"first {line.limit}" if line.limit else ""
+            for name, cell in line.cells.items():
+                if text := floor_text(cell.again, 2):
+                    texts.setdefault(place, {})[name] = text
+        return [
+            ["", "rows", *self.names],
+            *([*place, *(of.get(name, MISSING) for name in self.names)] for place, of in texts.items()),
+        ]
 
     def _scores(self) -> list[list[str]]:
         rows = [["method", "ratio", "kept", "layers", *self.names, "retained %"]]
@@ -219,24 +256,24 @@ def _table(
     first = {row["benchmark"]: row for row in reversed(rows)}
     metric = {name: benchmarks.headline(row) for name, row in first.items()}
     names = tuple(dict.fromkeys([*planned, *(row["benchmark"] for row in rows)]))
-    groups: dict[tuple[Any, ...], dict[str, Group]] = {_variant(row): {} for row in rows}
+    placed_by = _placed(rows)
+    groups: dict[tuple[Any, ...], dict[str, Group]] = {_variant(row, placed_by): {} for row in rows}
     for group in grouped(row for row in rows if row["status"] == "ok" and row["metric"] == metric[row["benchmark"]]):
-        groups[_variant(group[0])][group[0]["benchmark"]] = group
-    own = [row for row in rows if row["method"] != AGAIN and not row["served"]]
-    differing = [len({row[name] for row in own}) > 1 for name in _PLACED]
+        groups[_variant(group[0], placed_by)][group[0]["benchmark"]] = group
     lines = []
     for variant, by_benchmark in groups.items():
         method, parameters, ratio, budget, limit, *placed = variant
         unpruned = {tuple(v[5:]): of for v, of in groups.items() if v[0] == BASELINE and v[4] == limit}
         baseline = unpruned.get(tuple(placed)) or next(iter(unpruned.values()), {})
-        stated = [value for value, several in zip(placed, differing, strict=True) if several and method != AGAIN]
+        where = ", ".join(value for value in placed if value and method != AGAIN)
         lines.append(
             Line(
                 ("unpruned" if method == BASELINE else _name(rows[0]["model"], method, parameters))
-                + (f" ({', '.join(stated)})" if stated else ""),
+                + (f" ({where})" if where else ""),
                 *(ratio, budget, limit),
                 max(map(len, by_benchmark.values()), default=1),
                 {name: _cell(group, baseline.get(name), compared) for name, group in by_benchmark.items()},
+                where,
             )
         )
     random = any(row["trained_weights"] is False for row in rows)
@@ -251,13 +288,29 @@ def _table(
     notes += [f"Samples: {', '.join(sizes)}; `ivcp compare` has intervals."] if sizes else []
     times = [time for line in lines for cell in line.cells.values() for time in cell.times.values() if time.n]
     notes += [times_note(times)] if times else []
+    notes += [FLOOR] if any(not math.isnan(c.again.difference) for line in lines for c in line.cells.values()) else []
     return Table(rows[0]["model"], names, tuple(lines), " ".join(notes))
 
 
-def _variant(row: Row) -> tuple[Any, ...]:
+def _placed(rows: Sequence[Row]) -> list[str]:
+    """Columns of `PLACED` by which variants become several lines: data type and kernel where rows differ in them; what
+    a cluster may mix or one benchmark alone has, only where one variant was measured twice on a benchmark."""
+    own = [row for row in rows if row["method"] != AGAIN and not row["served"]]
+    ways: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+    for row in own:
+        key = row["benchmark"], row["metric"], *_variant(row, ("dtype", "attention"))
+        ways.setdefault(key, set()).add(tuple(row[name] for name in PLACED))
+    twice = {name for of in ways.values() for name, values in zip(PLACED, zip(*of, strict=True), strict=True)
+             if len({*values}) > 1}  # fmt: skip
+    twice |= {name for name in ("dtype", "attention") if len({row[name] for row in own}) > 1}
+    return [name for name in PLACED if name in twice]
+
+
+def _variant(row: Row, placed: Sequence[str]) -> tuple[Any, ...]:
+    where = (row[name] for name in placed)
     if row["method"] == BASELINE:
-        return BASELINE, None, 1.0, "", row["limit"], *(row[name] for name in _PLACED)
-    return tuple(row[name] for name in _VARIANT)
+        return BASELINE, None, 1.0, "", row["limit"], *where
+    return *(row[name] for name in _VARIANT), *where
 
 
 def _cell(group: Group, baseline: Group | None, compared: Mapping[tuple[Any, ...], ComparedRow]) -> Cell:
@@ -272,6 +325,7 @@ def _cell(group: Group, baseline: Group | None, compared: Mapping[tuple[Any, ...
         row["ratio_kept_final"],
         row["ratio_layer_mean"],
         beside.times if beside else {},
+        beside.noise_floor if beside else _NO_FLOOR,
     )
 
 
@@ -321,6 +375,11 @@ def _time_values(cell: Cell | None, stage: str) -> list[float | int | None]:
     """Ratio, interval and number of samples, as the CSV has them: nothing where nothing was measured."""
     time = _time(cell, stage)
     return [None if math.isnan(value) else value for value in (time.ratio, time.low, time.high)] + [time.n or None]
+
+
+def _floor_values(cell: Cell | None) -> list[float | int | None]:
+    again = cell.again if cell else _NO_FLOOR
+    return [None if math.isnan(again.difference) else again.difference, again.answers_changed]
 
 
 def _folded(rows: Sequence[Sequence[str]], names: int, width: int | None) -> str:

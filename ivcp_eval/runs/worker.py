@@ -26,9 +26,9 @@ from ivcp_eval.runs.answering.timing import is_timed, time_cells
 from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.records.scoring import record_failure, score_any
+from ivcp_eval.runs.records.state import Mark, answers, lease, mark, shard
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, holder
-from ivcp_eval.runs.store.state import Mark, answers, lease, mark, shard
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.answering.session import Session
@@ -182,7 +182,10 @@ def _answer(plan: RunPlan, unit: Unit, stop: Stop, hooks: Hooks, report: Report)
     for cell in cells:
         if cell.load_record() is not None:
             cell.record.unlink(missing_ok=True)  # of another sweep or `ivcp eval`, incomplete; it is scored anew
-        cell.note(None if isinstance(engine, Served) else asdict(engine.shape))
+        if isinstance(engine, Served):
+            cell.note()
+        else:
+            cell.note(asdict(engine.shape), engine.text_config.to_dict())
     losses = Losses(plan.state / "lost" / f"{unit.name}.json")
     fits = Fits(_fits(plan, f"{_loaded_name(plan, unit)}.{unit.benchmark.name}"))
     start = time.monotonic()

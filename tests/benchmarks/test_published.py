@@ -12,6 +12,7 @@ from ivcp_eval.benchmarks.published import AVERAGE, FOLDER, KEPT_MEANS, numbers,
 from ivcp_eval.cli import main
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import method_names
+from ivcp_eval.reports.table import make_row, write_results
 
 TINY = Path(__file__).parents[2] / "results" / "tiny.csv"
 
@@ -94,3 +95,20 @@ def test_beside_results(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "fastv" in out
     assert "ivc_prune" not in out
+
+
+def test_beside_results_a_row_is_held_against_its_own_first_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of part of a benchmark have another baseline; what answering twice changes stands beside both."""
+    rows = []
+    for limit, scores in ((None, (80.0, 79.0, 40.0)), (10, (50.0, 50.0, 10.0))):
+        for method, score in zip(("none", "again", "fastv"), scores, strict=True):
+            own = {"model": "tiny", "benchmark": "tiny_mcq", "metric": "accuracy", "method": method, "status": "ok"}
+            share = 0.5 if method == "fastv" else 1.0
+            own |= {"score": score, "score_scale": 100, "limit": limit, "run_id": f"{method} {limit}"}
+            rows.append(make_row(**own, ratio_asked=share, ratio_kept_final=share, n_samples=limit or 100))
+    write_results(tmp_path / "r.csv", rows)
+    assert main(["published", "--beside", str(tmp_path / "r.csv")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
+    assert [line[4:7] for line in lines] == [["40.0", "-1.0", "50.0"], ["10.0", "+0.0", "20.0"]]

@@ -19,7 +19,7 @@ from ivcp_eval.lab.bench import pruning as bench
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("separator", [[], ["--"]])
+@pytest.mark.parametrize("separator", [[], ["--"], ["--quiet"], ["--quiet", "--"]])
 @pytest.mark.parametrize(
     ("verb", "owner", "name"), [("bench", bench, "main"), ("vlmeval", vlmeval_bridge, "run_vlmeval")]
 )

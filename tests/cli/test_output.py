@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from itertools import takewhile
@@ -128,6 +129,44 @@ def test_bars_are_drawn_on_a_terminal_unless_quiet(monkeypatch: pytest.MonkeyPat
         with bars_on_terminals_only(quiet):
             list(tqdm(range(3), mininterval=0, file=sys.stderr))
         assert ("3/3" in out.getvalue()) == drawn
+
+
+_WARNS = """
+import os, sys, warnings
+from ivcp_eval.cli import main
+from ivcp_eval.cli.results import published
+
+def run(args):
+    from transformers.utils import logging
+    logger = logging.get_logger("transformers.models.any.processing")
+    logger.warning_once("a library warns")
+    warnings.warn("a module warns", FutureWarning)
+    logger.error("a library fails")
+    print("a result")
+    return 0
+
+published.run = run
+main(["published", *sys.argv[1:]])
+warnings.warn("afterwards", FutureWarning)
+assert "TRANSFORMERS_VERBOSITY" not in os.environ
+"""
+
+
+def test_quiet_holds_back_what_libraries_warn_of_and_no_error(tmp_path: Path) -> None:
+    """In a process of its own, where transformers is not imported before the verb runs, as on a command line."""
+    script = tmp_path / "warns.py"
+    script.write_text(_WARNS)
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    said = {}
+    for option in ("", "--quiet"):
+        command = [sys.executable, str(script), *filter(None, [option])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert done.stdout == "a result\n"
+        said[option] = done.stderr
+    assert all(text in said[""] for text in ("a library warns", "a module warns", "a library fails", "afterwards"))
+    assert "warns" not in said["--quiet"].replace("warns.py", "")
+    assert all(text in said["--quiet"] for text in ("a library fails", "afterwards"))
 
 
 @pytest.mark.parametrize(

@@ -183,13 +183,48 @@ def test_interleave_rotates_and_drops_the_warm_up():
     calls = []
     functions = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "abc"}
     results = rounds.interleave(functions, rounds=2, warmup=1)
-    assert "".join(calls) == "cab" + "abc" + "bca"
-    assert results == {"a": [4, 9], "b": [5, 7], "c": [6, 8]}
+    assert "".join(calls) == "aabbcc" + "bca", "each is called once before it counts"
+    assert results == {"a": [2, 9], "b": [4, 7], "c": [6, 8]}
 
 
 def test_interleave_stops_between_rounds():
-    results = rounds.interleave({"a": lambda: 1, "b": lambda: 2}, rounds=9, keep_going=lambda: False)
+    results = rounds.interleave({"a": lambda: 1, "b": lambda: 2}, rounds=9, seconds=0)
     assert results == {"a": [1], "b": [2]}
+
+
+def test_a_long_first_call_counts(monkeypatch):
+    monkeypatch.setattr(rounds, "LONG_S", -1.0)
+    numbers = iter(range(9))
+    assert rounds.interleave({"a": lambda: next(numbers)}, rounds=2, warmup=3) == {"a": [0, 1]}
+
+
+def test_a_series_that_is_cut_goes_on_behind_its_last_call():
+    """Wherever it is cut: nothing is called again but a warm-up, and the order of the rounds stays."""
+    whole = [name for start in range(3) for name in ("abc"[start:] + "abc"[:start])]
+    for end in range(1, 9):
+        calls, kept = [], {}
+
+        def call(name, calls=calls, end=end):
+            if len(calls) == end:
+                raise KeyboardInterrupt
+            calls.append(name)
+            return len(calls)
+
+        functions = {name: (lambda name=name, call=call: call(name)) for name in "abc"}
+        with pytest.raises(KeyboardInterrupt):
+            rounds.interleave(functions, 3, warmup=0, kept=kept)
+        functions = {name: (lambda name=name, calls=calls: calls.append(name) or len(calls)) for name in "abc"}
+        found = rounds.interleave(functions, 3, warmup=0, kept=kept)
+        assert calls == whole
+        assert found == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_the_time_of_earlier_calls_counts_and_a_begun_round_is_ended():
+    kept = {("a", 0): (5.0, "first"), ("b", 0): (5.0, "second"), ("b", 1): (5.0, "fourth")}
+    functions = {"a": lambda: "new", "b": lambda: "new"}
+    assert rounds.interleave(functions, 9, seconds=12, kept=kept) == {"a": ["first", "new"], "b": ["second", "fourth"]}
+    del kept["a", 1], kept["b", 1]
+    assert rounds.interleave(functions, 9, seconds=9, kept=kept) == {"a": ["first"], "b": ["second"]}
 
 
 def test_spread():

@@ -117,6 +117,7 @@ def test_an_installed_package_evaluates_in_an_empty_folder(fresh: Environment) -
     assert {row["status"] for row in rows} == {"ok"}
     assert {row["method_source"] for row in rows} == {""}
     assert all(row["ivcp_commit"].startswith("version 0.") and row["ivcp_dirty"] is None for row in rows)
+    assert len({row["ivcp_commit"] for row in rows}) == 1, "one installation, whatever the method"
     after = {path for path in fresh.root.rglob("*") if "__pycache__" not in path.parts}
     made = {path.relative_to(fresh.root).parts[0] for path in after - before}
     assert made <= {"LMUData", ".cache", ".config"}, "results belong to the current folder, not to the environment"

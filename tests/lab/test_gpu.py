@@ -105,6 +105,26 @@ def test_no_cell_keeps_another_from_its_turn(
     assert [cell.name for cell in gpu.in_turn(given, known)] == ["last", "other", "slow", "broken"]
 
 
+def test_what_is_left_of_the_time_is_shared_by_the_cells_that_are_left(
+    tmp_path: Path, given: list[gpu.Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell's limit gives others their turn; where there are few, a cell has more."""
+    seconds = list[float]()
+
+    def run_cell(cell: gpu.Cell, folder: Path, limit: float, tries: int = 1) -> gpu.Done:
+        seconds.append(limit)
+        return gpu.Done(cell.name, "", None, limit, f"stopped after {limit:.0f} s", tries)
+
+    monkeypatch.setattr(gpu, "run_cell", run_cell)
+    given += [_cell(tmp_path, name, SLOW) for name in ("one", "other")]
+    assert _run(tmp_path, "--minutes", "3") == 75
+    assert seconds == pytest.approx([90, 180], abs=5)
+    seconds.clear()
+    given[:] = [_cell(tmp_path, f"{number}", SLOW) for number in range(60)]
+    assert _run(tmp_path, "--minutes", "3") == 75
+    assert seconds[0] == 30, "its own limit, where its part is shorter"
+
+
 def test_a_call_learns_something_of_every_stage(tmp_path: Path) -> None:
     every = list(gpu.cells(gpu.PROFILES["full"], "cuda", 4, tmp_path))
     stages = [cell.stage for cell in every]

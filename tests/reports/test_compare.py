@@ -13,15 +13,22 @@ import numpy as np
 import pytest
 
 from ivcp_eval import cli
+from ivcp_eval.benchmarks import data_file, headline
 from ivcp_eval.benchmarks.agreement import BOX_METRICS, TEXT_METRICS, agreement
+from ivcp_eval.benchmarks.published import AVERAGES
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
-from ivcp_eval.reports.provenance import Selection
-from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.provenance import PLACED, Selection, variant_key
+from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 from ivcp_eval.reports.terminal import LOUD
 
 BASELINES = Path(__file__).parents[2] / "results" / "baselines"
 N = 60
+#: Column of `PLACED` -> two of its values.
+WAYS = {
+    **{"dtype": ("float32", "bfloat16"), "attention": ("sdpa", "eager"), "device": ("cpu", "H100")},
+    "video": ("8 frames", "16 frames"),
+}
 
 
 def make(method: str = "none", **values):
@@ -324,6 +331,10 @@ class TestPublished:
             compare(results, BASELINES / "angelslim_qwen25.csv")
 
 
+def test_every_way_of_computing_is_known():
+    assert {*WAYS} == {*PLACED}
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("column", "value"),
@@ -399,6 +410,24 @@ class TestRefusals:
             assert len(compare(path, select=Selection(dtype=dtype).fits).rows) == count
         with pytest.raises(ValueError, match="no row is the one asked for"):
             compare(path, select=Selection(dtype="float16").fits)
+
+    @pytest.mark.parametrize(("column", "values"), WAYS.items())
+    def test_each_way_of_computing_has_its_name_its_key_and_its_baseline(self, folder, column, values):
+        rows = []
+        for number, value in enumerate(values):
+            own = {column: value, "run_id": f"none {value}"}
+            pruned = {column: value, "run_id": f"ivc {value}"}
+            rows += [make(**own, score=80.0 - 20 * number), make("ivc_prune", **pruned, score=70.0 - 20 * number)]
+        path = write(folder, *rows)
+        found = compare(path).rows
+        assert [row.settings for row in found] == [f"{column}={value}" for value in values]
+        assert [row.score_baseline for row in found] == [80, 60]
+        keys = [variant_key(row) for row in found]
+        assert len({*keys}) == 2
+        assert keys == [variant_key(row) for row in read_results(path) if row["method"] == "ivc_prune"]
+        for value in values:
+            (row,) = compare(path, select=lambda row, value=value: row[column] == value).rows
+            assert getattr(row, column) == value
 
     def test_two_equal_baselines_are_ambiguous(self, folder):
         copies = [make(checkpoint=name, run_id=name, score=score) for name, score in (("a", 80.0), ("b", 79.0))]
@@ -626,6 +655,24 @@ class TestTable:
             rows += [make("ivc_prune", benchmark=benchmark, metric="other", score=0.0)]
         text = compare(write(folder, *rows)).to_terminal()
         assert "Mean retained, qwen25 ivc_prune 0.5: 80.0 % over 2 benchmarks." in text
+
+    @pytest.mark.parametrize("average", AVERAGES, ids=lambda average: average.name)
+    def test_averages_are_computed_as_the_paper_does(self, tmp_path, average):
+        """The mean of the shares retained, not the share of the mean; over all of its benchmarks or not at all."""
+        rows, shares = [], []
+        for number, name in enumerate(average.benchmarks):
+            own = {"benchmark": name, "metric": headline({"benchmark": name, "metric": ""}), "max_pixels": None}
+            before, after = 50.0 + 5 * number, 45.0 + 4 * number
+            rows += [make(**own, score=before, run_id=f"none {name}")]
+            rows += [make("ivc_prune", **own, score=after, run_id=f"ivc {name}")]
+            shares.append(100 * after / before)
+        text = compare(write(tmp_path, *rows)).to_terminal(999)
+        said = f"As the IVC-Prune paper averages, {average.words}: qwen25 ivc_prune 0.5 retains {np.mean(shares):.1f} %"
+        published = {"average_8_grounding": 99.6, "average_9_vqa": 100.6}[average.name]
+        assert f"{said} (the paper prints {published} %, with 50 % of the tokens kept)." in text
+        assert {"average_8_grounding": 8, "average_9_vqa": 9}[average.name] == len(shares)
+        assert "As the IVC-Prune paper averages" not in compare(write(tmp_path, *rows[:-2])).to_terminal(999)
+        assert all(data_file(name).is_file() for name in average.benchmarks)
 
 
 class TestReference:

@@ -126,6 +126,22 @@ class TestRoundTrip:
             1.0,
         ]
 
+    def test_what_an_earlier_file_held_too_is_kept_once(self, tmp_path):
+        """The values are the same, whatever was read before; so are refusals."""
+        names, known = ["index", "cluster", "prediction", "score"], {}
+        for file, said in (("a", "yes"), ("b", "no \u241b07 \u0007"), ("c", "yes")):
+            rows = [{"index": f"question {i}", "cluster": i // 2, "prediction": said, "score": i / 4} for i in range(4)]
+            results.write_samples(tmp_path / f"{file}.csv", rows)
+        read = [results.read_sample_columns(tmp_path / f"{file}.csv", names, known) for file in "abc"]
+        assert read == [results.read_sample_columns(tmp_path / f"{file}.csv", names) for file in "abc"]
+        for first, other in zip(read[0]["index"], read[2]["index"], strict=True):
+            assert first is other
+        assert set(known["prediction"]) == {"yes"}, "of the last file alone"
+        bad = tmp_path / "b.csv"
+        bad.write_text(bad.read_text().replace("0.75", "75"))
+        with pytest.raises(ResultsError, match=r"column 'score': .*<= 1"):
+            results.read_sample_columns(bad, names, known)
+
     def test_a_byte_order_mark_and_other_column_orders_are_read(self, tmp_path):
         write_results(tmp_path / "r.csv", [make()])
         lines = list(csv.reader((tmp_path / "r.csv").open(newline="")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval import benchmarks
+from ivcp_eval import benchmarks, files, vlmeval_bridge
 from ivcp_eval.files import file_digest
 from ivcp_eval.interface.variants import Variant
 from tests.vlmeval_bridge.conftest import Laboratory, RecordingSession
@@ -160,3 +160,14 @@ def test_files_say_what_a_reader_needs(name: str):
     for wanted in needed:
         assert getattr(benchmark, wanted), wanted
     assert bool(benchmark.url) != (name in CONVERTED)
+
+
+def test_vlmevalkit_is_asked_once_whether_it_has_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    from vlmeval.dataset import ImageMCQDataset
+
+    found = vlmeval_bridge.knows("CCBench"), vlmeval_bridge.expected_md5("CCBench"), vlmeval_bridge.knows("CCBunch")
+    assert found == (True, ImageMCQDataset.DATASET_MD5["CCBench"], False)
+    monkeypatch.setattr(vlmeval_bridge, "_ask_vlmeval", lambda name: pytest.fail(f"imported again for {name}"))
+    again = vlmeval_bridge.knows("CCBench"), vlmeval_bridge.expected_md5("CCBench"), vlmeval_bridge.knows("CCBunch")
+    assert again == found

@@ -27,7 +27,7 @@ TASKS = {
     ),
     "easy-vqa": ({"tiny2": "tiny2.easy_vqa"}, "write easy-VQA's test as a benchmark file"),
     "gpu": ({"all": "gpu"}, "everything that only a GPU can show, in stages of minutes that resume"),
-    "choose-layer": ({"tiny": "tiny.training.choose_layer"}, "accuracy of every cut layer on the validation split"),
+    "choose-layer": ({"tiny": "tiny.choose_layer"}, "accuracy of every cut layer on the validation split"),
     "front": ({"all": "training.front"}, "hold what VisPCO's network learned to the front of `ivcp tune`"),
     "plot-curve": ({"tiny": "tiny.training.plot_curve"}, "plot a training curve"),
 }

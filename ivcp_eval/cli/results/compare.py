@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the comparison."""
     from ivcp_eval.reports.compare import compare
-    from ivcp_eval.reports.provenance import Selection
+    from ivcp_eval.reports.provenance import CHOSEN, Selection
     from ivcp_eval.reports.table import read_results
     from ivcp_eval.reports.views.costs import join
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         parameters=None if args.set is None else dict(parameter(text) for text in args.set),
         limit=args.limit,
         benchmarks=benchmarks.expand(names) if names else None,
-        **{name: getattr(args, name) for name in ("seed", "dtype", "attention", "device")},
+        **{name: getattr(args, name) for name in CHOSEN},
     )
     comparison = compare(
         args.results,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,27 +111,35 @@ def _footer(rows: Sequence[Published]) -> str:
 def _beside(args: argparse.Namespace, published: Sequence[Published]) -> int:
     """Own rows whose benchmark's headline metric was compared, each with the range of what was published."""
     from ivcp_eval.benchmarks.published import range_beside
-    from ivcp_eval.reports.provenance import finished_headline
+    from ivcp_eval.interface.variants import BASELINE
+    from ivcp_eval.reports.compare import compare
+    from ivcp_eval.reports.provenance import AGAIN, NotComparable, finished_headline, variant_key
     from ivcp_eval.reports.table import read_results
-    from ivcp_eval.reports.terminal import fold
+    from ivcp_eval.reports.terminal import FLOOR, floor_text, fold
 
     rows = [row for row in read_results(args.beside) if finished_headline(row)]
-    unpruned = {(row["model"], row["benchmark"]): row["score"] for row in rows if row["method"] == "none"}
+    compared = {}
+    with suppress(NotComparable):  # no unpruned row: nothing is retained of anything
+        found = compare(args.beside, resamples=100, select=finished_headline).rows
+        compared = {variant_key(row): row for row in found}
     cells: dict[str, list[str]] = {
         name: []
-        for name in ("model", "method", "benchmark", "kept %", "score", "retained %", "published %", "numbers", "from")
+        for name in (
+            *("model", "method", "benchmark", "kept %", "score", "A/A", "retained %", "published %", "numbers", "from"),
+        )
     }
     for row in rows:
-        if row["method"] == "none" or row["ratio_kept_final"] is None:
+        if row["method"] in (BASELINE, AGAIN) or row["ratio_kept_final"] is None:
             continue
         chosen = {"model": args.model, "method": args.method, "benchmark": args.benchmark}
         if any(value and value.casefold() != row[name].casefold() for name, value in chosen.items()):
             continue
-        kept, before = 100 * row["ratio_kept_final"], unpruned.get((row["model"], row["benchmark"]))
+        kept, own = 100 * row["ratio_kept_final"], compared.get(variant_key(row))
         beside = range_beside(published, row["model"], row["method"], row["benchmark"], kept, args.within)
         values = (
             *(row["model"], row["method"], row["benchmark"], f"{kept:.1f}", f"{row['score']:.1f}"),
-            f"{100 * row['score'] / before:.1f}" if before else "",
+            floor_text(own.noise_floor, 1) if own else "",
+            f"{100 * row['score'] / own.score_baseline:.1f}" if own and own.score_baseline else "",
             f"{beside.lowest:.1f} to {beside.highest:.1f}" if beside else "nothing",
             *((str(beside.numbers), ", ".join(beside.sources)) if beside else ("", "")),
         )
@@ -139,9 +148,13 @@ def _beside(args: argparse.Namespace, published: Sequence[Published]) -> int:
     if not cells["model"]:
         say(f"{args.beside} has no pruned row with a measured share of kept tokens")
         return 1
+    measured = any(cells["A/A"])
+    if not measured:
+        del cells["A/A"]
     say(fold(cells, ("model", "method", "benchmark"), "from"))
     say(
         "\nKept: visual tokens after the last cut. Of methods that cut inside the language model, papers mostly print "
         "the mean over the layers: see `ivcp published --method NAME`, and hold that equal (BUDGET=layer_mean)."
+        + (f"\n{FLOOR}" if measured else "")
     )
     return 0

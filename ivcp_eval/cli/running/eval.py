@@ -19,9 +19,9 @@ from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX, SHARE
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 
 if TYPE_CHECKING:
+    from ivcp_eval.runs.planning.finished import Finished
     from ivcp_eval.runs.planning.plan import RunPlan
     from ivcp_eval.runs.planning.spec import Spec
-    from ivcp_eval.runs.store.finished import Finished
 
 DEPLOYED = "deployed"  # the method whose work a server does
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """0 done, 1 some cells are not whole, 75 asked to stop: the same command goes on."""
     from ivcp_eval.interface.registry import absolute
     from ivcp_eval.runs.planning.cells import RUNS
-    from ivcp_eval.runs.store.finished import eval_state, known
+    from ivcp_eval.runs.planning.finished import eval_state, known
 
     args.method = absolute(_method(args))
     if not (args.base_url or args.baseline_url) and (args.served_model or args.served_options or args.concurrency):
@@ -149,12 +149,12 @@ def _evaluate(spec: Spec, runs: Path, args: argparse.Namespace) -> int:
     from ivcp_eval.runs.answering.samples import DeviceLost
     from ivcp_eval.runs.answering.timing import is_timed
     from ivcp_eval.runs.executors.local import run as run_local
+    from ivcp_eval.runs.planning.finished import Finished, note, usual_csv
     from ivcp_eval.runs.planning.plan import make, write_manifest
     from ivcp_eval.runs.planning.uncounted import uncounted_lines
     from ivcp_eval.runs.progress.display import Progress
     from ivcp_eval.runs.records.results import collect
-    from ivcp_eval.runs.store.finished import Finished, note, usual_csv
-    from ivcp_eval.runs.store.state import reopen
+    from ivcp_eval.runs.records.state import reopen
 
     tell = notices(args)
     plan = make(spec, runs, fetch=tell)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivcp_eval.files import DamagedError
+from ivcp_eval.runs.planning.finished import eval_state
 from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX
 from ivcp_eval.runs.planning.options import add_flags, given_flags
 from ivcp_eval.runs.planning.spec import load
-from ivcp_eval.runs.store.finished import eval_state
 
 if TYPE_CHECKING:
     from ivcp_eval.runs.planning.plan import RunPlan
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         return _results(args)
     spec = load(args.sweep).with_options(given_flags(args, FLAGS))
     from ivcp_eval.runs.planning.plan import make, write_manifest
-    from ivcp_eval.runs.store.state import reopen
+    from ivcp_eval.runs.records.state import reopen
 
     device = args.device or spec.options.device
     slurm = args.verb == "run" and args.executor == "slurm"
@@ -183,7 +183,7 @@ def _status(plan: RunPlan, html: Path | None) -> int:
 
 def _follow(plan: RunPlan, args: argparse.Namespace) -> None:
     from ivcp_eval.runs.progress.display import REFRESH_S
-    from ivcp_eval.runs.store.state import is_worked_on
+    from ivcp_eval.runs.records.state import is_worked_on
     from ivcp_eval.runs.worker import Stop
 
     with Stop().signals() as stop, _progress(plan, args) as progress:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -31,8 +32,11 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
-        """From a transformers configuration of a model or of its text part: Llama-like, or DeepSeek V2 and V3."""
-        config = config.get_text_config()
+        """From a transformers configuration of a model or of its text part: Llama-like, or DeepSeek V2 and V3.
+
+        A mapping is the content of such a text part.
+        """
+        config = SimpleNamespace(**config) if isinstance(config, Mapping) else config.get_text_config()
         latent = getattr(config, "kv_lora_rank", None) is not None
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(

@@ -15,7 +15,7 @@ import torch
 from ivcp_eval.engine import prune, resolve
 from ivcp_eval.engine.fork.join import claim, join
 from ivcp_eval.engine.fork.trunk import Branch, End, Joined, Trunk
-from ivcp_eval.engine.guards.selftest import self_test
+from ivcp_eval.engine.hooks.selftest import self_test
 from ivcp_eval.engine.parts import Parts, Resolved
 from ivcp_eval.engine.prefill import read_choices
 from ivcp_eval.engine.run import Run

@@ -7,10 +7,13 @@ floating-point operations. Decoding several rows together reads the weights once
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -114,39 +117,48 @@ def flops(case: Case) -> tuple[float, float]:
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Timed:
+    """All variants answered once: how long it took, and of each variant a checksum of its tokens."""
+
+    seconds: float
+    tokens: list[str]
+
+
 def measure(
-    case: Case, rounds: int, clock: Callable[[], float] = time.perf_counter, seconds: float = float("inf")
+    case: Case,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    seconds: float = math.inf,
+    kept: MutableMapping[tuple[str, int], tuple[float, Timed]] | None = None,
 ) -> tuple[Any, float, int]:
     """(`Spread` of the rounds' ratios, milliseconds of one pass, variants whose tokens are those of their own run).
 
     Args:
-        seconds: after which no further round is begun.
+        seconds, kept: of `interleave`.
     """
     import torch
 
     from ivcp_eval.engine.cost.rounds import Spread, interleave
     from ivcp_eval.engine.fork import fork
 
-    answers: dict[str, Any] = {}
-
-    def timed(name: str, exact: bool) -> float:
+    def timed(exact: bool) -> Timed:
         _wait(case.model)
         start = clock()
         with torch.inference_mode():
             options: dict[str, Any] = {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens}
-            answers[name] = fork(case.model, case.variants, case.inputs, exact=exact, **options)
+            answers = fork(case.model, case.variants, case.inputs, exact=exact, **options)
         _wait(case.model)
-        return clock() - start
+        took = clock() - start
+        tokens = [json.dumps([row.tolist() for row in answer.tokens]) for answer in answers]
+        return Timed(took, [hashlib.sha256(text.encode()).hexdigest()[:16] for text in tokens])
 
-    calls = {"one by one": lambda: timed("one", True), "one pass": lambda: timed("all", False)}
-    end = time.monotonic() + seconds
-    times = interleave(calls, rounds, keep_going=lambda: time.monotonic() < end)
-    equal = sum(
-        [row.tolist() for row in one.tokens] == [row.tolist() for row in together.tokens]
-        for one, together in zip(answers["one"], answers["all"], strict=True)
-    )
-    passes = Spread.of(times["one pass"]).median * 1e3
-    return Spread.of_ratios(times["one by one"], times["one pass"]), passes, equal
+    calls = {"one by one": lambda: timed(exact=True), "one pass": lambda: timed(exact=False)}
+    found = interleave(calls, rounds, seconds=seconds, kept=kept)
+    one, together = found["one by one"], found["one pass"]
+    equal = sum(mine == its for mine, its in zip(one[-1].tokens, together[-1].tokens, strict=True))
+    times = [[each.seconds for each in side] for side in (one, together)]
+    return Spread.of_ratios(*times), Spread.of(times[1]).median * 1e3, equal
 
 
 def _wait(model: Any) -> None:
@@ -251,6 +263,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
     parser.add_argument("--out", type=Path, help="also write FILE.json: every case, and what it was measured on")
+    parser.add_argument("--resume", action="store_true", help="go on behind the calls that a run with the same options "
+        "left in FILE.calls.jsonl")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
     return parser
 
@@ -260,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     import torch
 
+    from ivcp_eval.lab.bench.kept import opened
     from ivcp_eval.lab.bench.report import environment
 
     if options.threads:
@@ -267,10 +282,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["ivcp", "bench", "fork", *(sys.argv[1:] if arguments is None else arguments)])
     before, rows = environment(options.device, command), []
     clock = time.process_time if options.cpu_time else time.perf_counter
-    missed = False
+    calls, missed = opened(options, before), False
     with TemporaryDirectory() as folder:
         for case in cases(options.size, options.device, options.dtype, Path(folder), options.rows):
-            spread, milliseconds, equal = measure(case, options.rounds, clock, options.cell_s)
+            spread, milliseconds, equal = measure(
+                case, options.rounds, clock, options.cell_s, calls.cell(case.name, lambda found: Timed(**found))
+            )
             singles, together = flops(case)
             hit = case.target is None or spread.median >= case.target
             missed |= not hit

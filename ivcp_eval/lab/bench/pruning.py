@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,9 @@ from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT
 if TYPE_CHECKING:
     from ivcp_eval.engine.cost.clock import HookTime, Phases
     from ivcp_eval.engine.cost.traffic import Traffic
+    from ivcp_eval.lab.bench.kept import Calls
     from ivcp_eval.lab.bench.models import Size
+    from ivcp_eval.lab.bench.report import Report
 
 METHOD = "ivc_prune"
 MAX_OVERHEAD = 0.03  # of ratio 1 over the untouched model
@@ -99,7 +101,7 @@ def _run_once(setup: Setup, inputs: dict[str, Any], variant: Variant) -> Sample:
     return Sample(phases, cut, per_layer)
 
 
-def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -> list[dict[str, Any]]:
+def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float, calls: Calls) -> list[dict[str, Any]]:
     """Rows of one (visual tokens, batch): every variant, interleaved, for ``seconds`` or all rounds."""
     from ivcp_eval.engine.cost.rounds import interleave
     from ivcp_eval.lab.bench.models import make_inputs
@@ -108,10 +110,10 @@ def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -
     make = partial(make_inputs, setup.model.config, batch=batch, text_tokens=setup.size.text_tokens)
     lengths = {v.visual_tokens or visual_tokens for v in every}
     inputs = {n: make(n, dtype=setup.dtype, device=setup.device) for n in lengths}
-    calls = {v.name: partial(_run_once, setup, inputs[v.visual_tokens or visual_tokens], v) for v in every}
-    end = time.monotonic() + seconds
+    run = {v.name: partial(_run_once, setup, inputs[v.visual_tokens or visual_tokens], v) for v in every}
     warmup = 1 if visual_tokens * batch <= WARM_UP_TOKENS else 0
-    samples = interleave(calls, setup.size.rounds, warmup, keep_going=lambda: time.monotonic() < end)
+    kept = calls.cell(f"{setup.attention} {visual_tokens} {batch}", _sample)
+    samples = interleave(run, setup.size.rounds, warmup, seconds, kept)
     common = {
         "attention": setup.attention,
         "visual_tokens": visual_tokens,
@@ -119,6 +121,12 @@ def measure_cell(setup: Setup, visual_tokens: int, batch: int, seconds: float) -
         "batch": batch,
     }
     return [{**common, **_row(setup, v, visual_tokens, samples)} for v in every]
+
+
+def _sample(found: Mapping[str, Any]) -> Sample:
+    from ivcp_eval.engine.cost.clock import HookTime, Phases
+
+    return Sample(Phases(**found["phases"]), HookTime(**found["cut"]), found["tokens_per_layer"])
 
 
 def _row(setup: Setup, variant: Variant, visual_tokens: int, samples: dict[str, list[Sample]]) -> dict[str, Any]:
@@ -180,32 +188,40 @@ def _against_bound(setup: Setup, sample: Sample, measured: float, ratio: float) 
     return {"flop_bound": pruned / full, "over_bound": over, "target": allowed, "met": over <= allowed}
 
 
-def measure_vision(size: Size, device: str, dtype: Any, attention: str, cells: Sequence[tuple[int, int]]) -> Iterator:
-    """One row per (visual tokens, batch): the whole vision tower, stock code, once (after a small warm-up)."""
+def measure_vision(
+    size: Size, device: str, dtype: Any, attention: str, cells: Sequence[tuple[int, int]], calls: Calls
+) -> Iterator[tuple[Callable[[], dict[str, Any]], dict[str, Any]]]:
+    """One row per (visual tokens, batch): the whole vision tower, stock code, once (after a warm-up on the first)."""
     import torch
 
-    from ivcp_eval.engine.cost.clock import phases
+    from ivcp_eval.engine.cost.clock import Phases, phases
+    from ivcp_eval.engine.cost.rounds import interleave
     from ivcp_eval.interface.registry import adapter
     from ivcp_eval.lab.bench.models import build_model, configuration, make_inputs
 
     model = build_model(configuration(size, layers=1), device, dtype, attention)
 
-    def encode(tokens: int, batch: int) -> dict[str, Any]:
+    def encode(tokens: int, batch: int) -> Phases:
         inputs = make_inputs(model.config, tokens, batch, size.text_tokens, dtype, device)
         with torch.inference_mode(), phases(model, adapter("qwen2_5_vl")) as measured:
             model.get_image_features(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
-        row = {"variant": "vision encoder", "attention": attention, "visual_tokens": tokens, "batch": batch}
-        return {**row, "rounds": 1, "vision_ms": measured.vision_ms, "peak_bytes": measured.peak_bytes}
+        return measured
 
-    encode(*cells[0])
+    def measure(tokens: int, batch: int) -> dict[str, Any]:
+        kept = calls.cell(f"{attention} {tokens} {batch} vision", lambda found: Phases(**found))
+        warmup = 1 if (tokens, batch) == cells[0] else 0
+        (once,) = interleave({"encode": partial(encode, tokens, batch)}, 1, warmup, kept=kept)["encode"]
+        row = {"variant": "vision encoder", "attention": attention, "visual_tokens": tokens, "batch": batch}
+        return {**row, "rounds": 1, "vision_ms": once.vision_ms, "peak_bytes": once.peak_bytes}
+
     for tokens, batch in cells:
-        yield partial(encode, tokens, batch), {"variant": "vision encoder", "visual_tokens": tokens, "batch": batch}
+        yield partial(measure, tokens, batch), {"variant": "vision encoder", "visual_tokens": tokens, "batch": batch}
 
 
 # -- one run --------------------------------------------------------------------------------------------------------
 
 
-def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[dict[str, Any]]], None]) -> None:
+def measure_all(options: argparse.Namespace, size: Size, report: Report, calls: Calls) -> None:
     """Every cell in order of size, what choosing costs, the vision tower; ``report`` gets rows as they are ready."""
     import torch
 
@@ -222,16 +238,16 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
 
     def attempt(row: dict[str, Any], work: Callable[[], list[dict[str, Any]]]) -> None:
         if time.monotonic() > end:
-            report([{**row, "note": f"skipped: --limit-s {options.limit_s:g} was reached"}])
+            report.add([{**row, "note": f"skipped: --limit-s {options.limit_s:g} was reached"}])
             return
         try:
-            report(work())
+            report.add(work())
         except torch.OutOfMemoryError as error:
-            report([{**row, "note": f"out of memory: {str(error).splitlines()[0]}"}])
+            report.add([{**row, "note": f"out of memory: {str(error).splitlines()[0]}"}])
         if options.device != "cpu":
             torch.cuda.empty_cache()
 
-    for attention in _attentions(options.device, report):
+    for attention in _attentions(options.device, report.add):
         if not options.only_methods:
             # A vision tower without blocks: here it only has to deliver embeddings of the right shape.
             model = build_model(configuration(size, vision_depth=0), options.device, dtype, attention)
@@ -240,21 +256,21 @@ def measure_all(options: argparse.Namespace, size: Size, report: Callable[[list[
             setup = Setup(model, wired, size, options.device, attention, dtype, options.cpu_time, traffic)
             for tokens, batch in cells:
                 row = {"attention": attention, "visual_tokens": tokens, "batch": batch}
-                attempt(row, partial(measure_cell, setup, tokens, batch, options.cell_s))
+                attempt(row, partial(measure_cell, setup, tokens, batch, options.cell_s, calls))
             del setup, model
         names = method_names() if options.methods is None else options.methods
         if names:  # methods may listen to the vision tower: here it is whole
             model = build_model(configuration(size), options.device, dtype, attention)
             setup = Setup(model, adapter("qwen2_5_vl"), size, options.device, attention, dtype, options.cpu_time)
             for tokens in sorted(set(size.visual_tokens)):
-                row = {"attention": attention, "visual_tokens": tokens, "batch": min(size.batches)}
+                batch = min(size.batches)
+                row = {"attention": attention, "visual_tokens": tokens, "batch": batch, "variant": "selection"}
                 attempt(
-                    {**row, "variant": "selection"},
-                    partial(measure_selection, setup, tokens, min(size.batches), options.cell_s, names),
+                    row, partial(measure_selection, setup, tokens, batch, options.cell_s, names, calls, report.keep)
                 )
             del setup, model
         if not options.only_methods:
-            for call, row in measure_vision(size, options.device, dtype, attention, cells):
+            for call, row in measure_vision(size, options.device, dtype, attention, cells, calls):
                 attempt({**row, "attention": attention}, lambda call=call: [call()])  # type: ignore[misc]
 
 
@@ -287,9 +303,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only-methods", action="store_true", help="time nothing but selection")
     parser.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
-    parser.add_argument("--cell-s", type=AMOUNT, default=120, help="start no round after that many seconds of a cell")
+    parser.add_argument("--cell-s", type=AMOUNT, default=120, help="start no round after that many seconds of a cell "
+        "(of selection: methods have equal parts of them)")  # fmt: skip
     parser.add_argument("--limit-s", type=AMOUNT, default=3600, help="start no cell after that many seconds")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
+    parser.add_argument("--resume", action="store_true", help="go on behind the calls that a run with the same options "
+        "left in OUT.calls.jsonl")  # fmt: skip
     parser.add_argument("--note", help="recorded in OUT.json (the commit, say, where there is no git checkout)")
     parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
     return parser
@@ -300,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     import torch
 
+    from ivcp_eval.lab.bench.kept import opened
     from ivcp_eval.lab.bench.models import size as find_size
     from ivcp_eval.lab.bench.report import Report, environment
 
@@ -314,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = " ".join(["ivcp bench", *(sys.argv[1:] if argv is None else argv)])
         before = {**environment(options.device, command), "note": options.note}
         report = Report(options.out, before, sys.stdout)
-        measure_all(options, chosen, report.add)
+        measure_all(options, chosen, report, opened(options, before))
     finally:
         torch.set_num_threads(threads)
     report.finish(environment(options.device, command))

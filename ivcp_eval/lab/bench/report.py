@@ -129,19 +129,24 @@ class Report:
         self.stream.flush()
         self._write()
 
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        """Write, not show, the rows that there are of a cell that is not finished."""
+        self._write(rows)
+
     def finish(self, after: dict[str, Any]) -> None:
         """Record the clocks after the load too."""
         self.after = after
         self._write()
 
-    def _write(self) -> None:
+    def _write(self, more: Sequence[dict[str, Any]] = ()) -> None:
         if self.out is None:
             return
-        write_json(self.out.with_name(f"{self.out.name}.json"), {**self.before, "after": self.after, "rows": self.rows})
+        rows = [*self.rows, *more]
+        write_json(self.out.with_name(f"{self.out.name}.json"), {**self.before, "after": self.after, "rows": rows})
         with atomic_write(self.out.with_name(f"{self.out.name}.csv")) as stream:
             writer = csv.DictWriter(stream, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
+            writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
 
 
 def _cell(value: Any) -> Any:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,11 @@ from ivcp_eval.interface.ops import budget
 from ivcp_eval.interface.registry import make_method
 
 if TYPE_CHECKING:
+    from ivcp_eval.lab.bench.kept import Calls
     from ivcp_eval.lab.bench.pruning import Setup
 
 BASELINE = "none"
+CUT_ALONE = "cut alone"
 RATIO = 0.5
 
 
@@ -83,18 +84,29 @@ def candidates(setup: Setup, names: Sequence[str], ratio: float) -> tuple[list[C
 
 
 def measure_selection(
-    setup: Setup, visual_tokens: int, batch: int, seconds: float, names: Sequence[str], ratio: float = RATIO
+    setup: Setup,
+    visual_tokens: int,
+    batch: int,
+    seconds: float,
+    names: Sequence[str],
+    calls: Calls,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    ratio: float = RATIO,
 ) -> list[dict[str, Any]]:
     """One row per method on one prompt; columns as in docs/bench.md.
 
+    Methods come one after the other, each in turns with the unpruned model and with its cut alone, so that a bench that
+    is cut has measured some of them.
+
     Args:
-        setup: with a whole vision tower, which some methods listen to. seconds: no round starts after so many.
-        names: registered methods; the unpruned model is always part.
+        setup: with a whole vision tower, which some methods listen to. seconds: no round of a method starts after its
+            equal part of so many. names: registered methods; the unpruned model is always part.
+        keep: gets the rows that there are after every method.
     """
     from ivcp_eval.lab.bench.models import make_inputs
 
     usable, reasons = candidates(setup, names, ratio)
-    usable = [one for one in usable if one.name != BASELINE]
+    usable = [Candidate(BASELINE, ()), *(one for one in usable if one.name != BASELINE)]
     make = partial(
         make_inputs,
         setup.model.config,
@@ -103,21 +115,25 @@ def measure_selection(
         dtype=setup.dtype,
         device=setup.device,
     )
-    inputs = {share: make(budget(share, visual_tokens)) for share in {1.0, *(one.share for one in usable)}}
-    calls: dict[Any, Callable[[], Timed]] = {BASELINE: partial(_run_once, setup, inputs[1.0], None, 1.0)}
-    for one in usable:
-        if one.share < 1:  # what is saved by a smaller picture is saved before any choice
-            calls[one.name] = partial(_run_once, setup, inputs[one.share], None, 1.0)
-            continue
-        calls[one.name] = partial(_run_once, setup, inputs[1.0], one.name, ratio)
-        if one.cuts:
-            calls.setdefault(one.cuts, partial(_run_once, setup, inputs[1.0], Idle(one.cuts), ratio))
-    end = time.monotonic() + seconds
-    rounds = interleave(calls, setup.size.rounds, 1, keep_going=lambda: time.monotonic() < end)
     common = {"attention": setup.attention, "visual_tokens": visual_tokens, "batch": batch, "ratio": ratio}
-    rows = [_row(one, rounds) for one in [Candidate(BASELINE, ()), *usable]]
-    rows += [{"variant": name, "note": reason} for name, reason in reasons.items()]
-    return [{**common, **row} for row in rows]
+    rows: list[dict[str, Any]] = []
+    whole = make(visual_tokens)
+    for one in usable:
+        run: dict[str, Callable[[], Timed]] = {BASELINE: partial(_run_once, setup, whole, None, 1.0)}
+        if one.share < 1:  # what is saved by a smaller picture is saved before any choice
+            run[one.name] = partial(_run_once, setup, make(budget(one.share, visual_tokens)), None, 1.0)
+        elif one.name != BASELINE:
+            run[one.name] = partial(_run_once, setup, whole, one.name, ratio)
+            if one.cuts:
+                run[CUT_ALONE] = partial(_run_once, setup, whole, Idle(one.cuts), ratio)
+        kept = calls.cell(f"{setup.attention} {visual_tokens} {batch} {one.name}", lambda found: Timed(**found))
+        try:
+            row = _row(one, interleave(run, setup.size.rounds, 1, seconds / len(usable), kept))
+        except torch.OutOfMemoryError as error:
+            row = {"variant": one.name, "note": f"out of memory: {str(error).splitlines()[0]}"}
+        rows.append({**common, **row})
+        keep(rows)
+    return [*rows, *({**common, "variant": name, "note": reason} for name, reason in reasons.items())]
 
 
 def _run_once(setup: Setup, inputs: dict[str, Any], method: str | AbstractMethod | None, ratio: float) -> Timed:
@@ -139,9 +155,9 @@ def _watched(method: str | AbstractMethod, watch: clock.CallTime) -> AbstractMet
     return watched
 
 
-def _row(one: Candidate, rounds: dict[Any, list[Timed]]) -> dict[str, Any]:
+def _row(one: Candidate, rounds: Mapping[str, list[Timed]]) -> dict[str, Any]:
     mine, stock = rounds[one.name], rounds[BASELINE]
-    idle = rounds[one.cuts] if one.cuts else stock
+    idle = rounds[CUT_ALONE] if one.cuts else stock
 
     def median(values: list[float]) -> float:
         return Spread.of(values).median
@@ -160,6 +176,7 @@ def _row(one: Candidate, rounds: dict[Any, list[Timed]]) -> dict[str, Any]:
     }
     if one.name == BASELINE:
         return row
+    row["unpruned_ms_rounds"] = [timed.total_ms for timed in stock]
     if one.share < 1:
         saved = difference(stock, mine)
         note = "its prompt is that of the smaller picture, made beforehand"

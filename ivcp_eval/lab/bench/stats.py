@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -15,10 +17,26 @@ from pathlib import Path
 
 import numpy as np
 
+from ivcp_eval.lab.bench.report import Report, environment
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 from ivcp_eval.runs.planning.numbers import COUNT
 
+#: Of a comparison, from the files to the rows, on the clock.
+TARGET_S = 60.0
+_COLUMNS = ("scores", "variants", "samples", "resamples", "cpu_s", "elapsed_s", "peak_mb", "target_s", "met", "load")
+_SHOWN = {
+    "scores": ("scores", "{}"),
+    "variants": ("variants", "{}"),
+    "samples": ("samples", "{}"),
+    "resamples": ("resamples", "{}"),
+    "CPU s": ("cpu_s", "{:.1f}"),
+    "elapsed s": ("elapsed_s", "{:.1f}"),
+    "target": ("target_s", "<= {:.0f}"),
+    "met": ("met", "{}"),
+    "peak MB": ("peak_mb", "{:.0f}"),
+    "load": ("load", "{:.1f}"),
+}
 #: Files that are written; further variants are links to them, which are read like files of their own.
 FILES = 4
 
@@ -29,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", type=COUNT, default=100, help="(default: %(default)s)")
     parser.add_argument("--samples", type=COUNT, default=50_000, help="of each variant (default: %(default)s)")
     parser.add_argument("--resamples", type=COUNT, default=10_000, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write OUT.csv and OUT.json, and what it was measured on")
+    parser.add_argument("--check", action="store_true", help=f"exit 1 if one takes longer than {TARGET_S:.0f} s")
     args = parser.parse_args(arguments)
-    what = f"{args.variants} variants, {args.samples} samples, {args.resamples} resamples"
-    sys.stdout.write(f"{what}; processor time\n")
+    command = shlex.join(["ivcp", "bench", "stats", *(sys.argv[1:] if arguments is None else arguments)])
+    report = Report(args.out, environment("cpu", command), sys.stdout, _COLUMNS, _SHOWN)
     for graded in (False, True):
         with tempfile.TemporaryDirectory() as folder:
             results = written(Path(folder), args.variants, args.samples, graded)
@@ -40,9 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             taken = time.process_time() - start, time.perf_counter() - wall
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         kind = "any score in 0..1, a cluster each" if graded else "right or wrong, two samples a cluster"
-        sys.stdout.write(f"{kind}: {taken[0]:.1f} s ({taken[1]:.1f} s on the clock), peak memory {peak:.0f} MB\n")
-        sys.stdout.flush()
-    return 0
+        row = {"scores": kind, "variants": args.variants, "samples": args.samples, "resamples": args.resamples}
+        row |= {"cpu_s": taken[0], "elapsed_s": taken[1], "peak_mb": peak, "target_s": TARGET_S}
+        report.add([row | {"met": taken[1] <= TARGET_S, "load": os.getloadavg()[0]}])
+    report.finish(environment("cpu", command))
+    return int(args.check and report.missed)
 
 
 def written(folder: Path, variants: int, samples: int, graded: bool) -> Path:

@@ -14,7 +14,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,14 +30,15 @@ from ivcp_eval.reports.schema import canonical_json
 from ivcp_eval.reports.stats.timing import paired_ratio
 from ivcp_eval.reports.terminal import time_cell
 from ivcp_eval.reports.views.costs import BENCH_COLUMNS
-from ivcp_eval.runs.answering.quantising import quantiser
 from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, SHARE, Number
+from ivcp_eval.runs.planning.placement import quantiser
 
 if TYPE_CHECKING:
     from ivcp_eval.engine.cost.clock import Phases
     from ivcp_eval.engine.cost.traffic import Traffic
 
 CONCURRENCY = (1, 4, 12, 32)
+MOST_REQUESTS = 1000  # of a round whose times are written one by one
 SHOWN = {
     "variant": ("variant", "{}"),
     "requests/h": ("requests_per_hour", "{:.0f}"),
@@ -66,6 +67,13 @@ class Arm:
     method: str
     ratio: float
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Of the picture that it is given: less than 1 where the method saves by shrinking it."""
+        from ivcp_eval.interface.registry import make_method
+
+        return make_method(self.method, self.parameters).pixel_share(self.ratio) or 1.0
 
     @property
     def name(self) -> str:
@@ -132,8 +140,8 @@ def _batch_ttft(one: Phases) -> float:
     return (one.vision_ms or 0.0) + one.prefill_ms
 
 
-def answer(model: Any, load: Workload, arm: Arm) -> Answered:
-    """The whole workload under one variant."""
+def answer(model: Any, load: Workload, arm: Arm, cpu_time: bool = False) -> Answered:
+    """The whole workload under one variant; ``cpu_time`` as in `phases`."""
     import torch
 
     from ivcp_eval.engine import prune
@@ -145,7 +153,7 @@ def answer(model: Any, load: Workload, arm: Arm) -> Answered:
     def seconds() -> float:
         if model.device.type != "cpu":
             torch.accelerator.synchronize(model.device)
-        return time.perf_counter()
+        return time.process_time() if cpu_time else time.perf_counter()
 
     def batch(numbers: Sequence[int]) -> list[tuple[float, float]]:
         wanted, came = torch.tensor([load.lengths[number] for number in numbers], device=model.device), list[float]()
@@ -155,7 +163,7 @@ def answer(model: Any, load: Workload, arm: Arm) -> Answered:
             return wanted <= len(came)
 
         longest = int(wanted.max())
-        with phases(model, wired) as one, prune(model, arm.method, arm.ratio, **arm.parameters):
+        with phases(model, wired, cpu_time=cpu_time) as one, prune(model, arm.method, arm.ratio, **arm.parameters):
             model.generate(**load.rows(numbers), max_new_tokens=longest, do_sample=False, stopping_criteria=[ended])
         measured.append(one)
         return [(came[0], came[length - 1]) for length in wanted.tolist()]
@@ -165,18 +173,38 @@ def answer(model: Any, load: Workload, arm: Arm) -> Answered:
     return Answered(traces, load.clients, measured)
 
 
+def read_answered(found: Mapping[str, Any]) -> Answered:
+    """Of its JSON."""
+    from ivcp_eval.engine.cost.clock import Phases
+
+    traces, batches = [Trace(**one) for one in found["traces"]], [Phases(**one) for one in found["phases"]]
+    return Answered(traces, found["clients"], batches)
+
+
 def measure(
-    model: Any, load: Workload, arms: Sequence[Arm], rounds: int, end: float, traffic: Traffic
+    model: Any,
+    loads: Mapping[float, Workload],
+    arms: Sequence[Arm],
+    rounds: int,
+    seconds: float,
+    traffic: Traffic,
+    kept: MutableMapping[tuple[str, int], tuple[float, Answered]] | None = None,
+    cpu_time: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows of one concurrency: unpruned and every variant, round by round. Columns: `BENCH_COLUMNS`."""
+    """Rows of one concurrency: unpruned and every variant, round by round. Columns: `BENCH_COLUMNS`.
+
+    Args:
+        loads: share of the picture that a variant is given -> its requests; 1 is the whole. seconds, kept: of
+            `interleave`. cpu_time: of `answer`.
+    """
     from ivcp_eval.engine.cost.rounds import Spread, interleave
 
     by_name = {arm.name: arm for arm in (Arm(BASELINE, 1.0), *arms)}
-    calls = {name: partial(answer, model, load, arm) for name, arm in by_name.items()}
-    found = interleave(calls, rounds, keep_going=lambda: time.monotonic() < end)
-    rows = []
+    calls = {name: partial(answer, model, loads[arm.share], arm, cpu_time) for name, arm in by_name.items()}
+    found = interleave(calls, rounds, seconds=seconds, kept=kept)
+    load, rows = loads[1.0], []
     for name, answers in found.items():
-        rate = Spread.of([len(load.lengths) / one.seconds for one in answers]).median
+        rates = [len(load.lengths) / one.seconds for one in answers]
         every = [trace.ttft_ms for one in answers for trace in steady(one.traces, load.clients)]
         row: dict[str, Any] = {
             "variant": name,
@@ -184,18 +212,27 @@ def measure(
             "rounds": len(answers),
             "requests": len(load.lengths),
             "most_in_batch": min(load.most, load.clients),
-            "requests_per_s": rate,
-            "requests_per_hour": 3600 * rate,
+            "requests_per_s": Spread.of(rates).median,
+            "requests_per_hour": 3600 * Spread.of(rates).median,
             **{f"ttft_p{percent}_ms": float(np.percentile(every, percent)) for percent in (50, 95)},
             **{what: Spread.of([one.of_a_batch(of) for one in answers]).median for what, of in _OF_A_BATCH.items()},
             "kv_bytes": max(one.kv_bytes for one in answers[0].phases),
             "peak_bytes": max(one.peak_bytes or 0 for one in answers[0].phases) or None,
+            "requests_per_s_rounds": rates,
+            **{f"{stage}_rounds": [of(one) for one in answers] for stage, of in _TIMES.items()},
+            "requests_ms_rounds": [_requests_ms(one) for one in answers],
         }
         row["kv_mib"] = row["kv_bytes"] / 2**20
         row["prefill_memory_ms"] = traffic.prefill_ms(row["kv_bytes"])
         row["decode_memory_ms"] = traffic.decode_ms(row["kv_bytes"])
         rows.append(row | _times(found["unpruned"], answers))
     return rows
+
+
+def _requests_ms(one: Answered) -> list[list[float]]:
+    """Of each request when it was sent and when its first and last token came, after the first of all was sent."""
+    began = min(trace.sent for trace in one.traces)
+    return [[round(1e3 * (at - began), 3) for at in (t.sent, t.first, t.last)] for t in one.traces[:MOST_REQUESTS]]
 
 
 _OF_A_BATCH: dict[str, Callable[[Phases], float | None]] = {
@@ -234,8 +271,8 @@ def _times(plain: Sequence[Answered], pruned: Sequence[Answered]) -> dict[str, A
     return row
 
 
-def arms_of(options: argparse.Namespace) -> list[Arm]:
-    """What is to be measured.
+def arms_of(options: argparse.Namespace) -> tuple[list[Arm], list[dict[str, Any]]]:
+    """What is to be measured, and rows of what cannot be.
 
     Raises:
         ValueError: parameters for several methods; a results file without a pruned variant that runs here.
@@ -250,28 +287,52 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
         raise ValueError(f"--set is of one method, got {', '.join(options.methods)}; run the bench for each")
     for name in options.methods:
         make_method(name, given)  # a misspelt name shall not wait for the model
-    return [Arm(name, ratio, given) for name in options.methods for ratio in options.ratios]
+    return [Arm(name, ratio, given) for name in options.methods for ratio in options.ratios], []
 
 
-def _arms_of_results(path: Path) -> list[Arm]:
-    """The pruned variants of a results CSV, each once, seeds aside."""
-    from ivcp_eval.interface.registry import make_method
+def _arms_of_results(path: Path) -> tuple[list[Arm], list[dict[str, Any]]]:
+    """The pruned variants of a results CSV, each once, seeds aside; and rows of those that no method here is."""
+    from ivcp_eval.interface.registry import make_method, settable
     from ivcp_eval.reports.table import read_results
 
     arms: dict[str, Arm] = {}
+    left_out: dict[str, dict[str, Any]] = {}
     for row in read_results(path):
         ratio = row["ratio_method"] if row["budget"] else row["ratio_asked"]
         if row["method"] in (BASELINE, AGAIN) or not ratio or row["served"]:
             continue
-        parameters = json.loads(row["method_parameters"] or "{}")
-        usual = json.loads(_identity(Arm(row["method"], ratio))["method_parameters"])
-        own = {name: value for name, value in parameters.items() if usual.get(name) != value}
-        make_method(row["method"], own)
+        recorded = json.loads(row["method_parameters"] or "{}")
+        try:
+            usual = settable(json.loads(_identity(Arm(row["method"], ratio))["method_parameters"]))
+            own = {name: value for name, value in settable(recorded).items() if usual.get(name) != value}
+            make_method(row["method"], own)
+            if new := [name for name in usual if name not in settable(recorded)]:
+                raise ValueError(f"{row['method']} has a parameter {', '.join(new)} now, of which {path} says nothing")
+        except (ValueError, OSError) as error:
+            arm = Arm(row["method"], ratio, recorded)
+            said = {"method": arm.method, "method_parameters": canonical_json(recorded), "ratio": ratio}
+            left_out.setdefault(arm.name, {"variant": arm.name, **said, "note": f"left out: {error}"})
+            continue
         arm = Arm(row["method"], ratio, own)
         arms.setdefault(arm.name, arm)
     if not arms:
-        raise ValueError(f"{path} has no pruned variant with a ratio that a model in this process was run at")
-    return list(arms.values())
+        reasons = "".join(f"\n  {row['variant']}: {row['note']}" for row in left_out.values())
+        raise ValueError(f"{path} has no pruned variant with a ratio that a model in this process was run at{reasons}")
+    return list(arms.values()), list(left_out.values())
+
+
+def usable(model: Any, arms: Sequence[Arm]) -> tuple[list[Arm], list[dict[str, Any]]]:
+    """Those that can run on the model, and rows that say why others cannot."""
+    from ivcp_eval.engine import resolve
+
+    able, rows = [], []
+    for arm in arms:
+        try:
+            resolve(model, arm.method, arm.ratio, None, arm.parameters)
+            able.append(arm)
+        except (ValueError, OSError) as error:
+            rows.append({"variant": arm.name, **_identity(arm), "note": f"left out: {error}"})
+    return able, rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -286,6 +347,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--weights", choices=tuple(QUANTISED), default="", help="store the weights so; bnb8 and bnb4 on "
         "a GPU (default: as they are)")  # fmt: skip
     made.add_argument("--threads", type=COUNT, help="CPU threads of torch; default: as torch finds it")
+    made.add_argument("--cpu-time", action="store_true", help="processor time, not elapsed time (shared machines)")
+    made.add_argument("--host", metavar="NAME", help="written in place of the processor's name")
     made.add_argument("--tokens", type=COUNT, help="visual tokens of a request; default: the fewest of the size")
     made.add_argument("--concurrency", type=COUNT, nargs="+", default=list(CONCURRENCY), help="clients that each have "
         "one request under way (default: 1 4 12 32)")  # fmt: skip
@@ -301,6 +364,8 @@ def parser() -> argparse.ArgumentParser:
         "`ivcp report RESULTS --cost OUT.csv` then joins what they cost")  # fmt: skip
     made.add_argument("--rounds", type=COUNT, default=5, help="interleaved rounds (default: %(default)s)")
     made.add_argument("--cell-s", type=AMOUNT, default=120, help="start no round after that many seconds of a cell")
+    made.add_argument("--resume", action="store_true", help="go on behind the calls that a run with the same options "
+        "left in OUT.calls.jsonl")  # fmt: skip
     made.add_argument("--out", type=Path, help="write OUT.csv and OUT.json")
     return made
 
@@ -315,13 +380,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from ivcp_eval.engine.cost.traffic import Traffic, copy_bandwidth
+    from ivcp_eval.interface.ops import budget
     from ivcp_eval.interface.registry import adapter
+    from ivcp_eval.lab.bench.kept import opened
     from ivcp_eval.lab.bench.models import build_model, configuration, make_inputs
     from ivcp_eval.lab.bench.models import size as find_size
     from ivcp_eval.lab.bench.report import Report, environment
 
     size = find_size(options.size)
-    arms = arms_of(options)
+    arms, left_out = arms_of(options)
     stored = f"{options.weights} {quantiser(options.weights, options.device)}" if options.weights else ""
     tokens = options.tokens or min(size.visual_tokens)
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
@@ -331,14 +398,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads or threads)
     try:
         before = environment(options.device, command)
+        before["processor"] = options.host or before["processor"]
         report = Report(options.out, before, sys.stdout, [column.name for column in BENCH_COLUMNS], SHOWN)
         model = build_model(config, options.device, dtype, options.attention, options.weights)
+        arms, unable = usable(model, arms)
+        calls = opened(options, before)
         traffic = Traffic.of(model, adapter("qwen2_5_vl"), copy_bandwidth(options.device))
         common = {
             "decoder": canonical_json(_decoder(config)),
             "quantised": stored,
             "device": "cpu" if options.device == "cpu" else torch.cuda.get_device_name(),
-            "host": f"{before['processor']}, {before['threads']} thread(s)",
+            "host": f"{before['processor']}, {before['threads']} thread(s){', processor time' * options.cpu_time}",
             "dtype": str(dtype).removeprefix("torch."),
             "torch_version": before["torch"],
             "transformers_version": before["transformers"],
@@ -349,14 +419,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "spread": options.spread,
             "bandwidth_gb_s": traffic.bandwidth / 1e9,
         }
+        if left_out := [*left_out, *unable]:
+            report.add([{**common, **row} for row in left_out])
         for clients in sorted(set(options.concurrency)):
-            end = time.monotonic() + options.cell_s
             row = {**common, "batch": clients}
             try:
-                inputs = make_inputs(model.config, tokens, clients, size.text_tokens, dtype, options.device)
                 wanted = lengths(clients * options.each, options.new_tokens, options.spread)
-                load = Workload(inputs, wanted, options.most or clients)
-                found = measure(model, load, arms, options.rounds, end, traffic)
+                loads = {}
+                for share in {1.0, *(arm.share for arm in arms)}:
+                    shown = budget(share, tokens)
+                    inputs = make_inputs(model.config, shown, clients, size.text_tokens, dtype, options.device)
+                    loads[share] = Workload(inputs, wanted, options.most or clients)
+                kept = calls.cell(f"{clients} clients", read_answered)
+                found = measure(model, loads, arms, options.rounds, options.cell_s, traffic, kept, options.cpu_time)
                 report.add([{**row, **one} for one in found])
             except torch.OutOfMemoryError as error:
                 report.add([{**row, "note": f"out of memory: {str(error).splitlines()[0]}"}])

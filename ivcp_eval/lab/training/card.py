@@ -17,7 +17,7 @@ from ivcp_eval.runs.records.scores import Made
 
 def card(about: Mapping[str, Any], loop: Loop, weights: Path) -> str:
     """Markdown about a finished run. ``about``: what `Loop` was given."""
-    made = Made.now("", "variant", timing=True)
+    made = Made.now("variant", timing=True)
     steps, batch = loop.progress["steps"], loop.config["batch"]
     n = sum(p.numel() for p in loop.part.net.parameters())
     trained_on = ", ".join(f"{key} {value}" for key, value in about["examples"].items())

@@ -21,7 +21,7 @@ from ivcp_eval.lab.training.examples import examples_for
 from ivcp_eval.lab.training.frozen import Frozen
 from ivcp_eval.lab.training.loop import Loop
 from ivcp_eval.lab.training.part import default_config, part_class
-from ivcp_eval.lab.training.state import say, write_tensors
+from ivcp_eval.lab.training_log import say, write_tensors
 from ivcp_eval.methods._trained import PART
 from ivcp_eval.runs.planning.numbers import AMOUNT, COUNT, INDEX, POSITIVE, Number
 from ivcp_eval.runs.planning.placement import Placement

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ivcp_eval.lab.training.examples import Examples
 from ivcp_eval.lab.training.part import Part
-from ivcp_eval.lab.training.state import Curve, write_tensors
+from ivcp_eval.lab.training_log import Curve, write_tensors
 
 STATE, CURVE = "state.safetensors", "curve.csv"
 _TRAINING, _VALIDATION = 0, 1

@@ -50,19 +50,22 @@ def costs_measured(marks: Sequence[Mark]) -> list[str]:
 
 def pareto(one: Pareto, cost: str, methods: Sequence[str]) -> alt.LayerChart:
     """Mean retained percent against one of `COSTS`, random's band and the noise floor behind."""
-    return _score_against_cost(one.marks, cost, 100.0, one.floor, methods, "retained, % (mean over benchmarks)", 340)
+    levels = ((100.0, one.floor),)
+    return _score_against_cost(one.marks, cost, levels, methods, "retained, % (mean over benchmarks)", 340)
 
 
 def panel(one: Panel, methods: Sequence[str]) -> alt.LayerChart:
     """Score of one benchmark against tokens."""
     cost = next(iter(costs_measured(one.marks)), "layers")
-    return _score_against_cost(one.marks, cost, one.baseline, one.floor, methods, one.metric, 180, legend=False)
+    levels = ((one.baseline, one.floor), *one.others)
+    return _score_against_cost(one.marks, cost, levels, methods, one.metric, 180, legend=False)
 
 
 def _score_against_cost(
-    marks: Sequence[Mark], cost: str, baseline: float, floor: float, methods: Sequence[str], y: str, height: int,
-    legend: bool = True,
+    marks: Sequence[Mark], cost: str, levels: Sequence[tuple[float, float]], methods: Sequence[str], y: str,
+    height: int, legend: bool = True,
 ) -> alt.LayerChart:  # fmt: skip
+    """``levels``: scores of the unpruned model, each with its noise floor."""
     import altair as alt
 
     drawn = [mark for mark in marks if math.isfinite(mark.costs[cost]) and math.isfinite(mark.score)]
@@ -70,21 +73,24 @@ def _score_against_cost(
     own = [value for value, mark in zip(values, drawn, strict=True) if not mark.random]
     random = sorted((v for v, mark in zip(values, drawn, strict=True) if mark.random), key=lambda v: v["cost"])
     ends = [end for v in values for end in (v["low"], v["score"], v["high"]) if end is not None]
-    width = 0.0 if math.isnan(floor) else floor
-    domain = _domain([*ends, baseline - width, baseline + width])
+    stripes = [(level, floor if floor > 0 else 0.0) for level, floor in levels]
+    domain = _domain([*ends, *(level + sign * floor for level, floor in stripes for sign in (-1, 1))])
     axis = alt.Axis(tickCount=5, labelOverlap=True)
     x = alt.X("cost:Q", title=f"{COSTS[cost]} (share)", scale=alt.Scale(zero=False, nice=True), axis=axis)
     score = alt.Y("score:Q", title=y, scale=alt.Scale(domain=domain))
     layers: list[alt.Chart] = []
-    if floor > 0:  # none was measured, or no score moved, which the page says in words
-        band = alt.Chart(_inline([{"low": baseline - floor, "high": baseline + floor}]))
+    # Without any none was measured, or no score moved, which the page says in words.
+    if bands := [{"low": level - floor, "high": level + floor} for level, floor in stripes if floor]:
+        band = alt.Chart(_inline(bands))
         layers.append(
             band.mark_rect(color=_FLOOR, opacity=0.35, description="noise floor: second run of the baseline").encode(
                 y=alt.Y("low:Q", scale=alt.Scale(domain=domain), title=y), y2="high:Q"
             )
         )
     layers.append(
-        alt.Chart(_inline([{"score": baseline}])).mark_rule(color=_BASELINE, strokeDash=[5, 3]).encode(y=score)
+        alt.Chart(_inline([{"score": level} for level, _ in levels]))
+        .mark_rule(color=_BASELINE, strokeDash=[5, 3])
+        .encode(y=score)
     )
     tooltip = [
         alt.Tooltip("variant:N"),
@@ -144,18 +150,20 @@ def positions(there: Sequence[Position]) -> alt.LayerChart:
 
 
 def abilities(there: Sequence[Ability]) -> alt.LayerChart:
-    """Retained percent of the first variants by category; of many categories those with most samples."""
+    """Retained percent of the first variants by category, the noise floor behind; of many categories those with most
+    samples."""
     import altair as alt
 
     names = list(dict.fromkeys(one.variant for one in there))[:_MOST_VARIANTS]
     sizes = {(one.benchmark, one.category): one.n for one in there}
     drawn = {*sorted(sizes, key=lambda key: -sizes[key])[:_MOST_CATEGORIES]}
-    values = [
+    values: list[dict[str, Any]] = [
         {
             "category": f"{one.benchmark}: {one.category}" if one.category else one.benchmark,
             "variant": one.variant,
             "retained": _finite(one.retained),
             "n": one.n,
+            "floor": _finite(one.floor),
         }
         for one in there
         if (one.benchmark, one.category) in drawn and one.variant in names
@@ -170,7 +178,18 @@ def abilities(there: Sequence[Ability]) -> alt.LayerChart:
         tooltip=["category:N", "variant:N", alt.Tooltip("retained:Q", format=".1f"), "n:Q"],
     )
     full = alt.Chart(_inline([{"retained": 100}])).mark_rule(color=_BASELINE, strokeDash=[5, 3]).encode(x="retained:Q")
-    return _page(alt.layer(full, points), max(120, 26 * len(categories)))
+    stripes = [
+        {"category": category, "low": 100 - floor, "high": 100 + floor}
+        for category, floor in {value["category"]: value["floor"] for value in values}.items()
+        if floor
+    ]
+    layers = [full, points]
+    if stripes:
+        stripe = alt.Chart(_inline(stripes)).mark_rule(
+            color=_FLOOR, opacity=0.35, strokeWidth=14, description="noise floor: second run of the baseline"
+        )
+        layers.insert(0, stripe.encode(y=alt.Y("category:N", title=None, sort=categories), x="low:Q", x2="high:Q"))
+    return _page(alt.layer(*layers), max(120, 26 * len(categories)))
 
 
 def save(report: Report, folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -71,20 +72,22 @@ def collect(
     if not 0 <= cards <= MOST_CARDS:
         raise ValueError(f"cards must be from 0 to {MOST_CARDS}, got {cards}")
     rows = read_results(results)
-    comparison = _limits_named(compare(results, baseline, force=force, resamples=resamples))
+    comparison = compare(results, baseline, force=force, resamples=resamples).limits_named()
     decision = decide(results, policy, baseline, force=force, resamples=resamples, bench=bench) if policy else None
-    costs = join(comparison.rows, results, rows, bench)
+    costs = decision.costs if decision else join(comparison.rows, results, rows, bench)
     heads = [row for row in comparison.rows if row.metric == benchmarks.headline(vars(row))]
     beside = _over_random(results, rows, resamples, force)
     pruned = [row for row in heads if row.method != AGAIN]
     pairs = _pairs(pruned, results, rows, baseline or results)
-    measured = of_samples(pairs)
+    again, answered = _again(results, baseline or results, heads, resamples)
+    table = rows if answered == results else read_results(answered)
+    measured = of_samples(pairs, _pairs(again, answered, table, answered))
     shown = flips_of(pairs, measured, cards, min(MOST_PICTURES, cards // 3))
     return Report(
         title=results.stem,
         comparison=comparison,
         decision=decision,
-        again=tuple(row for row in heads if row.method == AGAIN),
+        again=again,
         paretos=tuple(_pareto(model, heads, beside) for model in dict.fromkeys(row.model for row in pruned)),
         panels=_panels(heads, beside),
         flip_counts=shown.counts,
@@ -99,17 +102,21 @@ def collect(
     )
 
 
-def _limits_named(comparison: Comparison) -> Comparison:
-    """Where some rows asked part of a benchmark only, that is said in their settings, so that no two share a name."""
-    limits = {row.limit for row in comparison.rows}
-    if len(limits) == 1:
-        return comparison
+def _again(
+    results: Path, baseline: Path, heads: Sequence[ComparedRow], resamples: int
+) -> tuple[tuple[ComparedRow, ...], Path]:
+    """The unpruned model's second answers against its first, and the file that has them: the baseline's, if it does."""
+    if results.resolve() == baseline.resolve():
+        return tuple(row for row in heads if row.method == AGAIN), results
+    shown = {(row.model, row.benchmark) for row in heads}
 
-    def named(row: ComparedRow) -> ComparedRow:
-        limit = f"first {row.limit}" if row.limit else "all rows"
-        return replace(row, settings=", ".join(filter(None, (row.settings, limit))))
+    def selected(row: Row) -> bool:
+        return finished_headline(row) and row["method"] == AGAIN and (row["model"], row["benchmark"]) in shown
 
-    return replace(comparison, rows=tuple(map(named, comparison.rows)))
+    for path in (baseline, results):
+        with suppress(NotComparable):  # it has none
+            return compare(path, resamples=resamples, select=selected).rows, path
+    return (), results
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
@@ -149,9 +156,11 @@ def _panels(heads: Sequence[ComparedRow], beside: Mapping[_Key, ComparedRow]) ->
             ends = [row.score_baseline + end for end in (row.difference_low, row.difference_high)]
             marks.append(_mark(row, [row.score_pruned, *ends], better))
         if marks:
-            floor = _largest(abs(row.difference) for row in here if row.method == AGAIN)
-            baseline = next(row for row in here if row.method != AGAIN).score_baseline
-            panels.append(Panel(model, benchmark, here[0].metric, baseline, floor, tuple(marks)))
+            floors: dict[float, list[float]] = {}
+            for row in (row for row in here if row.method != AGAIN):
+                floors.setdefault(row.score_baseline, []).extend(abs(again.difference) for again in row.again)
+            (baseline, floor), *others = ((score, _largest(of)) for score, of in floors.items())
+            panels.append(Panel(model, benchmark, here[0].metric, baseline, floor, tuple(marks), tuple(others)))
     return tuple(panels)
 
 
@@ -173,7 +182,9 @@ def _pareto(model: str, heads: Sequence[ComparedRow], beside: Mapping[_Key, Comp
         mark = _mark(found[0], _mean_retained(found), better)
         shares = [costs_of(row) for row in found]
         marks.append(replace(mark, costs={c: float(np.mean([share[c] for share in shares])) for c in mark.costs}))
-    floor = _largest(abs(row.retained_percent - 100) for row in own if row.method == AGAIN)
+    floor = _largest(
+        100 * abs(again.difference) / row.score_baseline for row in own if row.score_baseline for again in row.again
+    )
     return Pareto(model, tuple(names), floor, tuple(marks), tuple(name for name in of if name not in whole))
 
 

@@ -81,7 +81,8 @@ class Panel:
     """One benchmark of one model: score against cost.
 
     Attributes:
-        floor: largest difference of the baseline's second answers to its first; NaN: not measured.
+        baseline, floor: score of the unpruned model, and the largest difference of its second answers to its
+            first, NaN: not measured. others: likewise of the other ways, where rows were computed in several.
     """
 
     model: str
@@ -90,6 +91,13 @@ class Panel:
     baseline: float
     floor: float
     marks: tuple[Mark, ...]
+    others: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether second answers were measured and no score moved."""
+        floors = [self.floor, *(floor for _, floor in self.others)]
+        return 0 in floors and not any(floor > 0 for floor in floors)
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,8 @@ class FlipCount:
     """How many answers of a variant flipped, cards or not.
 
     Attributes:
-        changed: answers that are another text with the same score, which is not the full one.
+        changed: answers that are another text with the same score, which is not the full one. again: answers of the
+            unpruned model whose text changed when it answered again; None where that is not known.
     """
 
     model: str
@@ -121,6 +130,7 @@ class FlipCount:
     lost: int
     gained: int
     changed: int
+    again: int | None
 
 
 @dataclass(frozen=True)
@@ -227,7 +237,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Ability:
-    """Mean score per sample, in percent, of one category of a benchmark."""
+    """Mean score per sample, in percent, of one category of a benchmark.
+
+    Attributes:
+        floor: largest distance of the unpruned model's second answers from 100 retained percent; NaN: not measured.
+    """
 
     model: str
     benchmark: str
@@ -239,6 +253,7 @@ class Ability:
     retained: float
     low: float
     high: float
+    floor: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -307,7 +322,7 @@ class Report:
     """Everything, in the order in which it is shown.
 
     Attributes:
-        decision: None where no rule was stated. again: rows of the baseline answered a second time.
+        decision: None where no rule was stated. again: the unpruned model answered a second time, against its first.
         benched: costs that a bench measured; None where none was joined.
         flip_counts: of all answers; flips, pictures: those that have a card. unread: what could not be shown, and why.
     """

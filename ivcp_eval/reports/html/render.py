@@ -22,11 +22,13 @@ import ivcp_eval
 from ivcp_eval import benchmarks
 from ivcp_eval.files import atomic_write
 from ivcp_eval.reports import terminal
+from ivcp_eval.reports.comparison import NoiseFloor
 from ivcp_eval.reports.html.model import AXES, COSTS, Ability, Picture, Report, Spread
 from ivcp_eval.reports.stats.timing import TimeRatio
 
 if TYPE_CHECKING:
     from ivcp_eval.reports.comparison import ComparedRow
+    from ivcp_eval.reports.views.decision import Verdict
 
 __all__ = ["MOST_BYTES", "MissingExtra", "check_installed", "figures", "page", "write"]
 
@@ -130,8 +132,9 @@ def _filled(report: Report) -> Callable[..., str]:
         kinds=_KINDS,
         costs=[charts.costs_measured(one.marks) for one in report.paretos],
         cost_names=COSTS,
-        unmoved=[one.benchmark for one in report.panels if one.floor == 0],
+        unmoved=[one.benchmark for one in report.panels if one.unmoved],
         floor_words=_floor_words(report),
+        has_first_token=any(_known(one.first_token) for one in report.decision.verdicts) if report.decision else False,
         has_random=any(mark.random for panel in report.panels for mark in panel.marks),
         footer=terminal.footer(report.comparison),
         csv=csv,
@@ -145,7 +148,7 @@ def _floor_words(report: Report) -> str:
     """What the plots show of it."""
     if not report.again:
         return "No noise floor was measured."
-    if all(one.floor == 0 for one in report.panels):
+    if all(one.unmoved for one in report.panels):
         return "The noise floor is 0: no score moved when the baseline answered again, so no plot has a grey stripe."
     return "Grey stripe: the noise floor."
 
@@ -219,9 +222,12 @@ def _difference(row: ComparedRow) -> str:
     return f"{row.difference:+.{digits}f} {interval}" + ("" if row.paired else " unpaired")
 
 
-def _floor(row: ComparedRow) -> float:
-    """The largest difference of the baseline's second answers to its first; NaN where there are none."""
-    return max((abs(again.difference) for again in row.again), default=math.nan)
+def _floor_text(row: ComparedRow) -> str:
+    return terminal.floor_text(row.noise_floor, 3 if row.score_scale <= 1 else 1) or "-"
+
+
+def _verdict_floor(one: Verdict) -> str:
+    return terminal.floor_text(NoiseFloor("", one.again_difference, one.again_answers_changed), 2) or "-"
 
 
 def _retained(one: Ability) -> str:
@@ -257,7 +263,9 @@ _FILTERS: Mapping[str, Any] = {
     "number": _number,
     "score": _score,
     "difference": _difference,
-    "floor": _floor,
+    "floor": lambda row: row.noise_floor.difference,
+    "floor_text": _floor_text,
+    "verdict_floor": _verdict_floor,
     "flips": terminal.flips_cell,
     "retained": _retained,
     "spread": _spread,

@@ -105,8 +105,8 @@ class _Baselines:
         return self.samples
 
 
-def of_samples(pairs: Sequence[Pair]) -> Measured:
-    """One pass over the files of all pairs."""
+def of_samples(pairs: Sequence[Pair], again: Sequence[Pair] = ()) -> Measured:
+    """One pass over the files of all pairs; ``again``: those of the unpruned model's second answers."""
     measured, baselines = Measured(), _Baselines()
     grids: dict[tuple[str, str], _Places] = {}
     found: list[Ability] = []
@@ -130,13 +130,32 @@ def of_samples(pairs: Sequence[Pair]) -> Measured:
             if masks is not None:
                 places.add(masks)
     results = paired_bootstraps(tests, resamples=_RESAMPLES) if tests else []
-    ends = [result.retained_interval for result in results]
+    ends, floors = [result.retained_interval for result in results], _floors(again, baselines)
     measured.abilities = tuple(
-        replace(ability, low=100 * end.low, high=100 * end.high) for ability, end in zip(found, ends, strict=True)
+        replace(one, low=100 * end.low, high=100 * end.high, floor=floors.get(_category(one), math.nan))
+        for one, end in zip(found, ends, strict=True)
     )
     measured.positions = tuple(position for (m, v), places in grids.items() for position in places.positions(m, v))
     measured.unread = (f"{damaged} records of kept cells cannot be read",) if damaged else ()
     return measured
+
+
+def _category(one: Ability) -> tuple[str, str, str]:
+    return one.model, one.benchmark, one.category
+
+
+def _floors(again: Sequence[Pair], baselines: _Baselines) -> dict[tuple[str, str, str], float]:
+    """Category -> `Ability.floor`."""
+    floors: dict[tuple[str, str, str], float] = {}
+    for pair in again:
+        if pair.file is None or pair.baseline_file is None:
+            continue
+        before = baselines.of(pair.baseline_file)
+        both = [(before[index], sample) for index, sample in _read(pair.file).items() if index in before]
+        for one, _ in _by_category(pair, both):
+            if math.isfinite(one.retained):
+                floors[_category(one)] = max(floors.get(_category(one), 0.0), abs(one.retained - 100))
+    return floors
 
 
 def _flipped(both: Iterable[tuple[Sample, Sample]]) -> dict[FlipKind, list[str]]:
@@ -255,7 +274,8 @@ def flips_of(pairs: Sequence[Pair], measured: Measured, cards: int, pictures: in
     for number, of_kind in measured.flipped.items():
         row = pairs[number].compared
         lost, gained, changed = (len(of_kind[kind]) for kind in KINDS)
-        counts.append(FlipCount(row.model, row.benchmark, pairs[number].variant, lost, gained, changed))
+        again = row.noise_floor.answers_changed
+        counts.append(FlipCount(row.model, row.benchmark, pairs[number].variant, lost, gained, changed, again))
     return Flips(tuple(counts), tuple(flips), shown, tuple(details.unread))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +34,9 @@ class Samples:
     columns: Mapping[str, NDArray]
 
     @classmethod
-    def read(cls, path: Path) -> Samples:
-        """From a per-sample CSV. Raises as `read_sample_columns`."""
-        columns = read_sample_columns(path, [*COLUMNS, "cluster", "prompt_sha256"])
+    def read(cls, path: Path, known: dict[str, dict[str, Any]] | None = None) -> Samples:
+        """From a per-sample CSV; ``known``, and what it raises, as of `read_sample_columns`."""
+        columns = read_sample_columns(path, [*COLUMNS, "cluster", "prompt_sha256"], known)
         return cls({name: np.array(values, dtype=object) for name, values in columns.items()})
 
     def __len__(self) -> int:

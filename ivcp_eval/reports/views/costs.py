@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,13 +178,31 @@ class Costs:
     """What `join` returns.
 
     Attributes:
-        lines: of each model, place by place, the unpruned model first. notes: variants without one, and why; what to
-            know of the others. files: that were read.
+        lines: of each model, place by place, the unpruned model first. remarks: each with the model and the variant
+            that it is about, which is empty where it is all of the model's. files: that were read.
     """
 
     lines: tuple[Priced, ...]
-    notes: tuple[str, ...]
+    remarks: tuple[tuple[str, str, str], ...]
     files: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Variants without a line, and why; what to know of the others."""
+        return tuple(text for *_, text in self.remarks)
+
+    def of(self, variants: Collection[tuple[str, str]]) -> Costs | None:
+        """Only what is about these (model, variant) and the unpruned model beside them; None where nothing is."""
+        places = {(one.model, _place(one.bench)) for one in self.lines if (one.model, one.variant) in variants}
+        lines = tuple(
+            one
+            for one in self.lines
+            if (one.model, one.variant) in variants
+            or (one.variant == UNPRUNED and (one.model, _place(one.bench)) in places)
+        )
+        models = {model for model, _ in variants}
+        remarks = tuple(one for one in self.remarks if one[:2] in variants or (one[0] in models and not one[1]))
+        return Costs(lines, remarks, self.files) if lines or remarks else None
 
     def best(self, model: str, variant: str) -> Priced | None:
         """The line of most requests per hour, where all variants of the model that have lines were measured: with the
@@ -312,26 +330,26 @@ def join(rows: Sequence[ComparedRow], results: Path, table: Sequence[Row], given
         if row.method not in (BASELINE, AGAIN):
             variants.setdefault((row.model, row.variant), row)
     priced: list[Priced] = []
-    notes: list[str] = []
+    remarks: list[tuple[str, str, str]] = []
     for model in dict.fromkeys(model for model, _ in variants):
         facts = _Facts.of(model, results, table)
         own: list[Priced] = []
         for (_, variant), row in (item for item in variants.items() if item[0][0] == model):
             some, why = _belonging(row, lines, facts)
-            notes += [f"No cost of {model} {variant}: {why}."] if why else []
+            remarks += [(model, variant, f"No cost of {model} {variant}: {why}.")] if why else []
             own += [Priced(model, variant, one, saving_in_words(row.ratio_layer_mean, one.times)) for one in some]
         for place in dict.fromkeys(_place(one.bench) for one in own):
             here = [line for line in lines if _place(line) == place]
             priced += [Priced(model, UNPRUNED, line) for line in here if line.method == BASELINE]
             priced += [one for one in own if _place(one.bench) == place]
-        notes += facts.remarks([one.bench for one in own])
+        remarks += [(model, "", text) for text in facts.remarks([one.bench for one in own])]
     if not priced and given:
-        reasons = "\n  ".join(notes) or "the comparison has no pruned variant"
+        reasons = "\n  ".join(text for *_, text in remarks) or "the comparison has no pruned variant"
         raise ResultsError(
             f"no line of {', '.join(map(str, files))} belongs to a variant of {results}:\n  {reasons}\n"
             f"`ivcp bench throughput --of {results} --out NAME` measures what it holds"
         )
-    return Costs(tuple(priced), tuple(notes), tuple(path.as_posix() for path in files))
+    return Costs(tuple(priced), tuple(remarks), tuple(path.as_posix() for path in files))
 
 
 def _place(line: Bench) -> tuple[str, str, int]:

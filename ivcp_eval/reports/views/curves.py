@@ -19,19 +19,19 @@ from ivcp_eval.files import as_shown, atomic_write, commit_file, disk_full_as_cl
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import ComparedRow
-from ivcp_eval.reports.provenance import NotComparable, finished_headline, variant_key
+from ivcp_eval.reports.provenance import AGAIN, VARIANT, NotComparable, finished_headline, variant_key
 from ivcp_eval.reports.table import read_results
 
 ENTRIES = 30  # of a column of the legend
 BETTER = "better than random"
 CONTROL = "random"
-_VARIANT = ("model", "benchmark", "limit", "metric", "method", "method_parameters", "ratio_asked", "budget")
 COLUMNS = (
-    *_VARIANT,
+    *VARIANT,
     *("ratio_method", "ratio_kept_final", "ratio_layer_mean", "ratio_kv_cache", "ratio_flops"),
     *("score", "n_seeds", "score_lowest_seed", "score_highest_seed", "baseline"),
     *("difference", "difference_low", "difference_high", "paired"),
     *("random", "over_random", "over_random_low", "over_random_high", "p_over_random_holm", "verdict", "n", "clusters"),
+    *("again_difference", "again_answers_changed"),
 )
 #: Kind of budget -> column that is plotted against, and its name on the axis; "" is the methods' own ratio.
 AXES = {
@@ -45,8 +45,9 @@ AXES = {
 def curve_rows(results: Path, resamples: int = 10_000) -> list[dict[str, Any]]:
     """One row per benchmark and pruned variant, headline metric only; the schema is `COLUMNS`.
 
-    Differences are in the metric's own units. ``verdict`` is "better than random", "worse than random" or "not
-    distinguishable from random" at 5 % after Holm's correction over all rows, "" for random itself.
+    Differences are in the metric's own units; ``again_*`` are `ComparedRow.noise_floor`. ``verdict`` is "better than
+    random", "worse than random" or "not distinguishable from random" at 5 % after Holm's correction over all rows, ""
+    for random itself.
 
     Raises:
         ValueError: a benchmark has no finished unpruned row; or as `compare`.
@@ -85,6 +86,8 @@ def _point(row: ComparedRow, over: ComparedRow | None) -> dict[str, Any]:
         "verdict": verdict,
         "n": row.n_samples,
         "clusters": row.n_clusters,
+        "again_difference": row.noise_floor.difference,
+        "again_answers_changed": row.noise_floor.answers_changed,
     }
 
 
@@ -114,7 +117,8 @@ def curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, f
 def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One panel per model, benchmark, limit and budget: score against what is held.
 
-    Bars are 95 % intervals of the difference to the baseline.
+    Bars are 95 % intervals of the difference to the baseline; the grey stripe around it is the noise floor. Where rows
+    were computed in several ways, each way's baseline is there.
 
     Raises:
         ValueError: a row lacks the measured share of what it holds.
@@ -124,6 +128,7 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row["method"] != AGAIN] or rows  # it is the stripe
     panels = sorted({_panel(row) for row in rows})
     several = len({model for model, *_ in panels}) > 1
     labels = sorted({label(row) for row in rows})
@@ -137,7 +142,13 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         column, words = AXES[budget.partition("(")[0]]
         if any(math.isnan(row[column]) for row in here):
             raise ValueError(f"{name}: rows that hold {budget} have no {column}; run the sweep again to measure it")
-        axis.axhline(here[0]["baseline"], color="black", linewidth=1, label="unpruned")
+        floors = {row["baseline"]: abs(row["again_difference"]) for row in here}
+        for score, floor in sorted(floors.items()):
+            axis.axhline(score, color="black", linewidth=1, label="unpruned")
+            if floor > 0:  # none was measured, or no score moved
+                axis.axhspan(
+                    score - floor, score + floor, color="grey", alpha=0.3, linewidth=0, label="A/A noise floor"
+                )
         for number, entry in enumerate(labels):
             points = curve([row for row in here if label(row) == entry], column)
             if not points:
@@ -166,8 +177,9 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         else "difference, paired where samples are known,"
     )
     figure.suptitle(
-        f"bars: 95 % interval of the {what} to the unpruned model\nhollow: not better than random", fontsize=9
-    )
+        f"bars: 95 % interval of the {what} to the unpruned model\nhollow: not better than random; {_floor(rows)}",
+        fontsize=9, x=0.01, ha="left",  # beside the legend
+    )  # fmt: skip
     temporary = path.with_suffix(".tmp.png")
     with disk_full_as_clear_error(path, temporary):
         figure.savefig(temporary, dpi=110)
@@ -175,18 +187,27 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         commit_file(temporary, path)
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(_cell(row[name])) for name in _VARIANT)
+def _floor(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The noise floor in words."""
+    known = [abs(row["again_difference"]) for row in rows if not math.isnan(row["again_difference"])]
+    if not known:
+        return "no noise floor was measured"
+    return "grey: the unpruned model's second answers" if any(known) else "noise floor: 0, no score moved"
 
 
-def _paired_before(table: Path) -> set[tuple[str, ...]]:
-    """What names the rows of a table whose differences are paired; none where there is no such table."""
+def _key(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(_cell(row[name])) for name in names)
+
+
+def _paired_before(table: Path) -> tuple[list[str], set[tuple[str, ...]]]:
+    """What names the rows of a table whose differences are paired, and by which columns, which may be those of an older
+    version; none where there is no such table."""
     if not table.is_file():
-        return set()
+        return [], set()
     with table.open(encoding="utf-8", newline="") as stream:
-        return {
-            _key(row) for row in csv.DictReader(stream) if row.get("paired") == "True" and {*_VARIANT} <= row.keys()
-        }
+        reader = csv.DictReader(stream)
+        names = [name for name in VARIANT if name in (reader.fieldnames or ())]
+        return names, {_key(row, names) for row in reader if row.get("paired") == "True"}
 
 
 def _cell(value: Any) -> Any:
@@ -213,7 +234,8 @@ def write(results: Path, resamples: int, plotted: Sequence[str] = (), force: boo
     if missing := sorted(set(plotted) - set(there)):
         raise ValueError(f"{results} has no finished row of {', '.join(missing)}; it has {', '.join(there)}")
     table, plot = results.with_suffix(".curves.csv"), results.with_suffix(".curves.png")
-    if not force and (lost := _paired_before(table) - {_key(row) for row in rows if row["paired"]}):
+    names, before = _paired_before(table)
+    if not force and (lost := before - {_key(row, names) for row in rows if row["paired"]}):
         raise ValueError(
             f"the per-sample files of {len(lost)} rows are not here, whose differences in {table} are paired; they "
             "would become unpaired, with much wider intervals. Run the sweep again, or pass --force"

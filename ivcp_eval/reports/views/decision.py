@@ -25,12 +25,12 @@ from ivcp_eval.interface.registry import unknown
 from ivcp_eval.interface.variants import BASELINE
 from ivcp_eval.reports import stats
 from ivcp_eval.reports.compare import compare
-from ivcp_eval.reports.comparison import ComparedRow, Comparison
+from ivcp_eval.reports.comparison import ComparedRow, Comparison, NoiseFloor
 from ivcp_eval.reports.provenance import AGAIN, variant_key
 from ivcp_eval.reports.stats.margins import clusters_to_decide
 from ivcp_eval.reports.stats.timing import STAGES
 from ivcp_eval.reports.table import Row, read_results
-from ivcp_eval.reports.terminal import time_lost
+from ivcp_eval.reports.terminal import FLOOR, floor_text, time_lost
 from ivcp_eval.reports.views.costs import Costs, decoder_sizes, join, mebibytes
 
 __all__ = ["Decision", "Policy", "Verdict", "decide", "kv_bytes"]
@@ -117,6 +117,7 @@ class Verdict:
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
         requests_per_hour: of one device, where a bench was joined (`Costs.best`).
         timed_samples: behind the times, of the benchmark that has fewest.
+        again_difference, again_answers_changed: noise floor on ``benchmark`` (`NoiseFloor`), in percent of the scale.
     """
 
     model: str
@@ -140,6 +141,8 @@ class Verdict:
     layers: float
     requests_per_hour: float = math.nan
     timed_samples: int = 0
+    again_difference: float = math.nan
+    again_answers_changed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,9 @@ class Decision:
             "model": [one.model for one in some],
             "variant": [one.variant for one in some],
             "verdict": [one.word for one in some],
+            "A/A %": [floor_text(NoiseFloor("", one.again_difference, one.again_answers_changed), 2) for one in some],
             "time: prefill": [_share(one.prefill) for one in some],
+            "first token": [_share(one.first_token) for one in some],
             "decode": [_share(one.decode) for one in some],
             "end to end": [_share(one.end_to_end) for one in some],
             "KV": [_share(one.kv) for one in some],
@@ -222,6 +227,7 @@ class Decision:
         lines.append(
             "Times are over the baseline's for the same samples, where timed; KV: share of visual tokens in the cache."
         )
+        lines += [f"{FLOOR} Of the benchmark that is named first."] if any(columns.get("A/A %", ())) else []
         costs = [] if self.costs is None else ["", self.costs.to_terminal(width)]
         return "\n".join([*lines, *self.notes, *(f"Not compared: {line}" for line in self.left_out), *costs])
 
@@ -240,8 +246,8 @@ def decide(
     """Apply a policy to every variant of a results CSV, on the headline metric of each benchmark.
 
     Args:
-        method, ratio: only verdicts of these are returned. All variants count in the correction nevertheless: a rule
-            that was stated before must not depend on what is looked at after.
+        method, ratio: only of these anything is said. All variants count in the correction nevertheless: a rule that
+            was stated before must not depend on what is looked at after.
         bench: CSV files of costs; by default the one beside the results (`costs.join`).
 
     Raises:
@@ -256,7 +262,7 @@ def decide(
     def selected(row: Row) -> bool:
         return row["metric"] == headline(row) and row["method"] not in (BASELINE, AGAIN)
 
-    comparison = compare(results_csv, baseline_csv, force=force, resamples=resamples, select=selected)
+    comparison = compare(results_csv, baseline_csv, force=force, resamples=resamples, select=selected).limits_named()
     groups: dict[str, dict[tuple[str, str, int | None], list[ComparedRow]]] = {}
     for row in comparison.rows:
         groups.setdefault(row.model, {}).setdefault((row.variant, row.baseline_source, row.limit), []).append(row)
@@ -272,7 +278,7 @@ def decide(
         go, no_go = stats.holm([one.p_go for one in own]), iter(stats.holm(hypotheses).tolist())
         for one, p in zip(own, go.tolist(), strict=True):
             corrected = Corrected(p, [next(no_go) for _ in one.p_worse], len(own), len(hypotheses))
-            if not one.is_of(method, ratio):
+            if method not in (None, one.rows[0].method) or ratio not in (None, one.rows[0].ratio_asked):
                 continue
             verdict = one.verdict(corrected, folder, known)
             if best := costs and costs.best(verdict.model, verdict.variant):
@@ -280,21 +286,32 @@ def decide(
             verdicts.append(verdict)
     if not verdicts:
         raise ValueError(_none_of(method, ratio, comparison.rows))
+    shown = comparison.of(method, ratio)
     return Decision(
         policy,
         tuple(verdicts),
         _cheapest(verdicts),
-        comparison.left_out,
+        shown.left_out,
         str(results_csv),
-        _notes(comparison),
-        costs,
+        _notes(shown, policy),
+        costs and costs.of({(row.model, row.variant) for row in shown.rows}),
     )
 
 
-def _notes(comparison: Comparison) -> tuple[str, ...]:
+def _notes(comparison: Comparison, policy: Policy) -> tuple[str, ...]:
     notes = [f"FORCED although settings differ: {line}" for line in comparison.forced]
     agreed = dict.fromkeys(row.metric for row in comparison.rows if row.metric in agreement.METRICS)
     notes += [f"{', '.join(agreed)}: {agreement.NOTE}."] if agreed else []
+    floors = {
+        f"{row.model} {row.benchmark}": 100 * abs(row.noise_floor.difference) / row.score_scale
+        for row in comparison.rows
+        if not policy.critical or row.benchmark in policy.critical
+    }
+    notes += [
+        f"{place}: the unpruned model's second answers differ by {floor:.2f} % from its first, no less than the margin."
+        for place, floor in floors.items()
+        if floor >= policy.margin
+    ]
     notes += time_lost(comparison.rows)
     return (*notes, *(["RANDOM WEIGHTS: nothing is decided."] if comparison.meaningless else []))
 
@@ -353,10 +370,6 @@ class _Candidate:
         """One p-value per deciding benchmark."""
         return [1.0 if self.obstacle or test is None else test.p_worse for test in self.tests.values()]
 
-    def is_of(self, method: str | None, ratio: float | None) -> bool:
-        """Whether it is of a method and asked for a ratio; None is any."""
-        return method in (None, self.rows[0].method) and ratio in (None, self.rows[0].ratio_asked)
-
     def verdict(self, corrected: Corrected, folder: Path, rows: Mapping[tuple[Any, ...], Row]) -> Verdict:
         """With the corrected p-values; ``rows`` by `variant_key`, the first of each."""
         alpha, p_go, p_no_go = self.policy.alpha, corrected.go, min(corrected.no_go, default=math.nan)
@@ -389,6 +402,7 @@ class _Candidate:
                 if math.isfinite(more):
                     names = " and ".join(f"{math.ceil(count)} more of {name}" for name, count in needed.items())
                     why += f"; about {names} would make it {'NO-GO' if failing else 'GO'}"
+        again = row.noise_floor if tested and row.again else None
         saved = [_kv_bytes_saved(row, folder, rows.get(variant_key(row))) for row in self.rows]
         return Verdict(
             model=self.rows[0].model,
@@ -408,6 +422,8 @@ class _Candidate:
             flops=_mean([r.ratio_flops for r in self.rows]),
             layers=_mean([r.ratio_layer_mean for r in self.rows]),
             timed_samples=min(max(time.n for time in r.times.values()) for r in self.rows),
+            again_difference=100 * again.difference / row.score_scale if again else math.nan,
+            again_answers_changed=again.answers_changed if again else None,
         )
 
     def _more(self, corrected: Corrected, failing: bool) -> dict[str, float]:

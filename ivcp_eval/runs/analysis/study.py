@@ -260,7 +260,7 @@ class Study:
     def provenance(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What the numbers were made from, as JSON."""
         return {
-            "made": asdict(Made.now(self.baseline.identity.code, "", timing=True)),
+            "made": asdict(Made.now("", timing=True)),
             "model": json.loads(self.baseline.identity.canonical),
             "variants": [json.loads(cell.identity.canonical) for cell in self.pruned],
             "settings": dict(settings),

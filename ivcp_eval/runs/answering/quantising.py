@@ -6,7 +6,6 @@ transformers' own way for GPUs: it replaces the linear layers while a checkpoint
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ivcp_eval.interface.models import QUANTISED
@@ -14,30 +13,7 @@ from ivcp_eval.interface.models import QUANTISED
 if TYPE_CHECKING:
     import torch
 
-_EXTRAS = {"torchao": "quantised", "bitsandbytes": "quantised-gpu"}
 _GROUP = 32  # weights that share a scale, at 4 bits; at 8 bits the row of an output does
-
-
-def quantiser(kind: str, device: str) -> str:
-    """The library of a kind of `QUANTISED` and its version, as results name it.
-
-    Raises:
-        ValueError: it is not installed, or does not work on ``device``.
-    """
-    library = QUANTISED[kind]
-    try:
-        found = f"{library} {version(library)}"
-    except PackageNotFoundError:
-        raise ValueError(
-            f"quantised weights ({kind}) need {library}, which is not installed: "
-            f"pip install 'ivcp-eval[{_EXTRAS[library]}]'"
-        ) from None
-    if library == "bitsandbytes" and device.partition(":")[0] not in ("cuda", "auto"):
-        raise ValueError(
-            f"weights stored as {kind} by bitsandbytes need a CUDA device, and this is {device}; use int8 or int4, "
-            "which torchao stores on any device"
-        )
-    return found
 
 
 def loading(kind: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class Session:
         self._device = next(self.model.parameters()).device
         cuda = self._device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(self._device) if cuda else self._device.type
-        self.shape = DecoderShape.of(self.adapter.text_model(self.model).config)
+        self.text_config = self.adapter.text_model(self.model).config.get_text_config()
+        self.shape = DecoderShape.of(self.text_config)
         self._steps = list(steps(self.model))
         self._fits = Fits(fits)  # variants of prompts of a size
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from ivcp_eval.runs.answering.cpu import cpu_workers
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.progress.display import Progress
+from ivcp_eval.runs.records.state import mark
 from ivcp_eval.runs.store.manifest import spec_path
-from ivcp_eval.runs.store.state import mark
 from ivcp_eval.runs.worker import Report, Stop, devices, work
 
 LOST = 76  # exit code of a worker that lost its GPU; a new process may go on with it

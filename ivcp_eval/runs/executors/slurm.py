@@ -21,8 +21,8 @@ from typing import Any
 from ivcp_eval.runs.executors.local import MOST_RESTARTS
 from ivcp_eval.runs.planning.plan import RunPlan
 from ivcp_eval.runs.progress.display import Progress
+from ivcp_eval.runs.records.state import mark
 from ivcp_eval.runs.store.manifest import spec_path
-from ivcp_eval.runs.store.state import mark
 from ivcp_eval.runs.worker import Stop
 
 POLL_S = 5.0

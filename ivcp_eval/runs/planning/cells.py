@@ -111,6 +111,8 @@ NOTES_ADVICE = "the next run writes it again; the answers are kept"
 def read_notes(path: Path) -> dict[str, Any]:
     """The content of ``cell.json``: the cell's identity as JSON, and the sizes of the decoder or None.
 
+    Beside them, unless an earlier version wrote it, the configuration that the sizes were read from.
+
     Raises:
         FileNotFoundError: there is none. DamagedError: it holds something else.
     """
@@ -118,8 +120,9 @@ def read_notes(path: Path) -> dict[str, Any]:
     with files.damage_as_clear_error(path, NOTES_ADVICE):
         sizes = (content["decoder"] or {}).values()
         numbers = [n for size in sizes for n in (size if isinstance(size, list) else [size]) if n is not None]
-        if not isinstance(content["identity"], dict) or not all(type(n) is int for n in numbers):
-            raise TypeError("no identity, or sizes that are no numbers")
+        objects = content["identity"], content.get("text_config", {})
+        if not all(isinstance(part, dict) for part in objects) or not all(type(n) is int for n in numbers):
+            raise TypeError("no identity, no configuration, or sizes that are no numbers")
     return content
 
 
@@ -180,20 +183,21 @@ class Cell:
         """``run.json``, renamed into place last: its presence means the cell is whole."""
         return self.folder / "run.json"
 
-    def note(self, decoder: Mapping[str, Any] | None = None) -> None:
+    def note(self, decoder: Mapping[str, Any] | None = None, text_config: Mapping[str, Any] | None = None) -> None:
         """Note, before the first answer, what the cell is, and once for each code hash the files that it covers.
 
         Args:
-            decoder: sizes of the model's decoder (`engine.cost.flops.DecoderShape`), by which FLOPs are counted; None
-                where no model is loaded, which leaves what was noted.
+            decoder: sizes of the model's decoder (`engine.cost.flops.DecoderShape`), by which FLOPs are counted.
+            text_config: the configuration that they are read from. None, of both: what was noted stays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         before = None
         with suppress(FileNotFoundError, files.DamagedError):  # which is mended here
             before = read_notes(self.notes)
-        content = {"identity": json.loads(self.identity.canonical), "decoder": (before or {}).get("decoder")}
-        if decoder is not None:
-            content["decoder"] = json.loads(json.dumps(decoder))
+        content = {"decoder": None, **(before or {}), "identity": json.loads(self.identity.canonical)}
+        for name, value in (("decoder", decoder), ("text_config", text_config)):
+            if value is not None:
+                content[name] = json.loads(json.dumps(value, default=str))
         if content != before:
             files.write_json(self.notes, content, sealed=True)
         listing = code_listing(self.runs, self.identity.code)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from ivcp_eval.interface.models import Weights
+from ivcp_eval.interface.models import QUANTISED, Weights
 from ivcp_eval.interface.registry import adapter
+
+_EXTRAS = {"torchao": "quantised", "bitsandbytes": "quantised-gpu"}  # what to install for a library
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,28 @@ def _has_flash_attention(plan_only: bool) -> bool:
     from transformers.utils import is_flash_attn_2_available
 
     return bool(is_flash_attn_2_available())
+
+
+def quantiser(kind: str, device: str) -> str:
+    """The library of a kind of `QUANTISED` and its version, as results name it.
+
+    Raises:
+        ValueError: it is not installed, or does not work on ``device``.
+    """
+    library = QUANTISED[kind]
+    try:
+        found = f"{library} {version(library)}"
+    except PackageNotFoundError:
+        raise ValueError(
+            f"quantised weights ({kind}) need {library}, which is not installed: "
+            f"pip install 'ivcp-eval[{_EXTRAS[library]}]'"
+        ) from None
+    if library == "bitsandbytes" and device.partition(":")[0] not in ("cuda", "auto"):
+        raise ValueError(
+            f"weights stored as {kind} by bitsandbytes need a CUDA device, and this is {device}; use int8 or int4, "
+            "which torchao stores on any device"
+        )
+    return found
 
 
 @dataclass(frozen=True)

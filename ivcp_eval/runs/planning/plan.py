@@ -18,12 +18,11 @@ from ivcp_eval.benchmarks import Benchmark, DataMissing, clips, notices
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import adapter, default_parameters, make_method, method_source, parameters_of
 from ivcp_eval.interface.variants import Server, Variant
-from ivcp_eval.runs.answering.quantising import quantiser
 from ivcp_eval.runs.planning import cells, data
 from ivcp_eval.runs.planning.cells import Cell, Identity
 from ivcp_eval.runs.planning.closure import code_of
 from ivcp_eval.runs.planning.options import Options
-from ivcp_eval.runs.planning.placement import Limits, Placement
+from ivcp_eval.runs.planning.placement import Limits, Placement, quantiser
 from ivcp_eval.runs.planning.spec import Spec
 from ivcp_eval.runs.store import manifest
 from ivcp_eval.vlmeval_bridge.environment import check_folder

@@ -38,9 +38,9 @@ from ivcp_eval.interface.marked import Marked, Place, SpecError
 from ivcp_eval.interface.registry import absolute, make_method, method_names, name_of, unknown
 from ivcp_eval.interface.variants import BASELINE, OWN, CostTarget, Server, Variant
 from ivcp_eval.methods._cards import control_names
+from ivcp_eval.runs.planning.finished import eval_state
 from ivcp_eval.runs.planning.options import Options
 from ivcp_eval.runs.planning.options import check as check_option
-from ivcp_eval.runs.store.finished import eval_state
 
 __all__ = ["Spec", "SpecError", "check", "load"]
 

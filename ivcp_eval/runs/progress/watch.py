@@ -15,9 +15,9 @@ from ivcp_eval.runs.planning.cells import Cell
 from ivcp_eval.runs.planning.placement import Placement
 from ivcp_eval.runs.planning.plan import RunPlan, Unit
 from ivcp_eval.runs.progress.tally import CellState, State, Tally
+from ivcp_eval.runs.records.state import Mark, lease, mark, shard
 from ivcp_eval.runs.store.journal import entry
 from ivcp_eval.runs.store.lease import held
-from ivcp_eval.runs.store.state import Mark, lease, mark, shard
 
 _STATES: dict[str, State] = {"ok": "scored", "skipped": "skipped"}
 WINDOW_S = 120.0  # over which speed is measured ...

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ivcp_eval.engine.cost.flops import DecoderShape
 from ivcp_eval.files import DamagedError, damage_as_clear_error, file_digest, write_json
 from ivcp_eval.reports.table import write_samples
 from ivcp_eval.runs.answering.timing import throughput_of, times_of
@@ -26,6 +27,10 @@ def recompute(cell: Cell) -> CellRecord:
     """
     scores = Scores.read(cell.scores)
     notes = read_notes(cell.notes)
+    if config := notes.get("text_config"):  # how sizes are read from it may have been mended since
+        with damage_as_clear_error(cell.notes, NOTES_ADVICE):
+            notes["decoder"] = asdict(DecoderShape.of(config))
+        cell.note(notes["decoder"])
     journal = Journal(cell.journal)
     answers = journal.load()
     if lost := sum(sample.key not in answers for sample in scores.samples):

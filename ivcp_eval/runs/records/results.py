@@ -15,10 +15,10 @@ from ivcp_eval.reports.table import Row, update_results, write_results
 from ivcp_eval.reports.wide import Table, write_tables
 from ivcp_eval.runs.planning import cells
 from ivcp_eval.runs.planning.cells import NOTES_ADVICE, Cell, Identity, read_notes
+from ivcp_eval.runs.planning.finished import csv_of
 from ivcp_eval.runs.records.recompute import recompute
 from ivcp_eval.runs.records.rows import cell_rows
 from ivcp_eval.runs.store import manifest
-from ivcp_eval.runs.store.finished import csv_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,13 @@ VLMEvalKit, data, weights or a GPU.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +64,17 @@ class Made:
     timeout_s: float | None = None
 
     @classmethod
-    def now(cls, code: str, faithfulness: str, timing: bool, timeout_s: float | None = None) -> Made:
-        """By the code at hand, whose hash is ``code``."""
-        commit, dirty = _git(code)
+    def now(cls, faithfulness: str, timing: bool, timeout_s: float | None = None) -> Made:
+        """By the code at hand."""
+        commit, dirty = _git()
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds") if timing else ""
         return cls(commit, dirty, faithfulness, date, timing, timeout_s)
 
 
-def _git(code: str) -> tuple[str, bool | None]:
+def _git() -> tuple[str, bool | None]:
     """Commit of the code, and whether tracked files differ from it; an installed package has its version instead."""
     if files.CHECKOUT is None:  # what it is installed in may be a checkout of something else
-        return f"version {ivcp_eval.__version__}, code {code}", None
+        return f"version {ivcp_eval.__version__}, code {_code_digest()}", None
 
     def git(*arguments: str) -> str | None:
         try:
@@ -84,6 +86,15 @@ def _git(code: str) -> tuple[str, bool | None]:
     commit = git("rev-parse", "HEAD")
     dirty = git("status", "--porcelain", "--untracked-files=no") if commit else None
     return commit or "", None if dirty is None else bool(dirty)
+
+
+@cache
+def _code_digest() -> str:
+    """12 hexadecimal digits of all source files, which every variant of a run shares, unlike a cell's code hash."""
+    digest = hashlib.sha256()
+    for path in files.source_files():
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

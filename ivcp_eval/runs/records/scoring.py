@@ -22,9 +22,9 @@ from ivcp_eval.runs.records.recompute import recompute
 from ivcp_eval.runs.records.record import CellRecord
 from ivcp_eval.runs.records.sample_rows import answers_by_index, samples
 from ivcp_eval.runs.records.scores import Made, Scores, unread
+from ivcp_eval.runs.records.state import answers, lease, lost, mark
 from ivcp_eval.runs.store.journal import Journal, JournalHeld
 from ivcp_eval.runs.store.lease import claim, held
-from ivcp_eval.runs.store.state import answers, lease, lost, mark
 from ivcp_eval.vlmeval_bridge.judge import Judge, cache_folder
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _check_room(folder: Path, error: Exception) -> None:
 def _made(cell: Cell, options: Options) -> Made:
     variant = cell.identity.variant
     label = make_method(variant.method, variant.parameters).label
-    return Made.now(cell.identity.code, label, bool(options.timing), options.timeout)
+    return Made.now(label, bool(options.timing), options.timeout)
 
 
 def record_failure(cell: Cell, error: ValueError, options: Options) -> None:

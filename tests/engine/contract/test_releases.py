@@ -15,7 +15,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 import ivcp_eval
-from ivcp_eval.engine.guards import selftest
+from ivcp_eval.engine.hooks import selftest
 from ivcp_eval.interface import names, registry
 from tests.engine import tiny_models
 from tests.engine.contract.cases import SINGLE, Case
@@ -166,6 +166,6 @@ def test_a_cache_that_the_layers_do_not_get_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(names, "output_cache", lambda output: output.past_key_values)
     monkeypatch.setattr("ivcp_eval.engine.hooks.output_cache", lambda output: output.past_key_values)
     monkeypatch.setattr("ivcp_eval.engine.hooks.check_names", lambda *_: None)
-    monkeypatch.setattr("ivcp_eval.engine.guards.selftest.check_names", lambda *_: None)
+    monkeypatch.setattr("ivcp_eval.engine.hooks.selftest.check_names", lambda *_: None)
     with pytest.raises(ValueError, match="did not reach the decoder layers by a name that pruning knows"), case.prune():
         case.forward(case.inputs(*SINGLE))

@@ -90,7 +90,9 @@ def test_table_shows_ratios_beside_bounds_and_flags_a_miss():
 
 
 def test_check_fails_on_a_missed_target(monkeypatch):
-    monkeypatch.setattr(bench, "measure_all", lambda options, size, report: report([{"variant": "x", "met": False}]))
+    monkeypatch.setattr(
+        bench, "measure_all", lambda options, size, report, calls: report.add([{"variant": "x", "met": False}])
+    )
     assert bench.main(["--size", "tiny"]) == 0
     assert bench.main(["--size", "tiny", "--check"]) == 1
 
@@ -103,10 +105,10 @@ def test_cells_after_the_time_limit_are_named_not_lost(capsys):
 def test_a_cell_that_does_not_fit_is_named_and_the_next_runs(monkeypatch, capsys):
     real = bench.measure_cell
 
-    def crowded(setup, tokens, batch, seconds):
+    def crowded(setup, tokens, batch, seconds, calls):
         if batch == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
-        return real(setup, tokens, batch, seconds)
+        return real(setup, tokens, batch, seconds, calls)
 
     monkeypatch.setattr(bench, "measure_cell", crowded)
     assert bench.main(["--size", "tiny", "--threads", "1", "--rounds", "1", "--methods"]) == 0

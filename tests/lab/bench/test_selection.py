@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ivcp_eval.engine.cost import clock
 from ivcp_eval.interface import Cut, Signals, registry
 from ivcp_eval.lab.bench import pruning as bench
+from ivcp_eval.lab.bench.kept import Calls
 from ivcp_eval.lab.bench.models import build_model, configuration, size
 from ivcp_eval.lab.bench.selection import Candidate, Timed, _row, measure_selection
 
 SLOW_S = 0.06
+CALLS = Calls(None, {}, resume=False)
 
 
 def _setup(**depths: int) -> bench.Setup:
@@ -37,7 +39,7 @@ def test_a_slow_choice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(kind, "score", slow)
-    rows = {row["variant"]: row for row in measure_selection(_setup(), 64, 2, 60, ["fastv", "random"])}
+    rows = {row["variant"]: row for row in measure_selection(_setup(), 64, 2, 60, ["fastv", "random"], CALLS)}
     assert list(rows) == ["none", "fastv", "random"]
     found = rows["fastv"]
     assert found["rounds"] == 2
@@ -51,7 +53,7 @@ def test_a_slow_choice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_method_that_cannot_run_is_a_row_with_its_reason() -> None:
-    (baseline, reason) = measure_selection(_setup(layers=2), 64, 1, 60, ["fastv"])
+    (baseline, reason) = measure_selection(_setup(layers=2), 64, 1, 60, ["fastv"], CALLS)
     assert baseline["variant"] == "none"
     assert (reason["variant"], reason["visual_tokens"]) == ("fastv", 64)
     assert "layer 2 of method 'fastv' is outside 0..1" in reason["note"]
@@ -63,7 +65,7 @@ def _rounds(*totals: float) -> list[Timed]:
 
 def test_differences_are_taken_round_by_round() -> None:
     cuts = (Cut(0, 1.0), Cut(2, 0.5), Cut(4, 0.25))
-    rounds = {"none": _rounds(100, 200, 300), cuts: _rounds(60, 160, 260), "some": _rounds(67, 166, 270)}
+    rounds = {"none": _rounds(100, 200, 300), "cut alone": _rounds(60, 160, 260), "some": _rounds(67, 166, 270)}
     row = _row(Candidate("some", cuts), rounds)
     assert row["layers"] == "2 4"
     assert (row["saved_ms"], row["selection_ms"], row["net_ms"], row["select_ms"]) == (40, 7, 33, 1.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,17 @@ import pytest
 from ivcp_eval.files import file_digest
 from ivcp_eval.interface.records.masks import Masks
 from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.html import collect as collecting
 from ivcp_eval.reports.html.collect import MOST_PICTURES, collect
 from ivcp_eval.reports.html.model import Report
 from ivcp_eval.reports.html.questions import MOST_JPEG, Questions, jpeg
-from ivcp_eval.reports.table import read_samples
+from ivcp_eval.reports.table import make_row, read_samples, write_results, write_samples
+from ivcp_eval.reports.views import decision
+from ivcp_eval.reports.views.costs import join
 from ivcp_eval.reports.views.curves import BETTER, curve_rows
 from ivcp_eval.reports.views.decision import Policy, decide
 from tests.reports.html.conftest import COLUMNS, ROWS, VISUAL, questions
+from tests.reports.test_compare import WAYS
 
 
 def test_rows_and_verdicts_are_those_of_compare_and_decide(results: Path, report: Report) -> None:
@@ -39,6 +44,45 @@ def test_flips_are_those_of_the_comparison(report: Report) -> None:
         assert report.cards_of(one) == one.lost + one.gained + one.changed, "there is room for all"
     assert counted["tiny_short", "fastv 0.5"].gained == 1
     assert counted["tiny_short", "fastv 0.5"].changed == 1, "nobody knows the last one, and nobody says the same"
+
+
+@pytest.mark.parametrize(("column", "values"), WAYS.items())
+def test_samples_are_held_against_the_baseline_of_the_same_way(
+    tmp_path: Path, column: str, values: tuple[str, str]
+) -> None:
+    """The second way's unpruned model is wrong where its variant is: nothing flips."""
+    rows = []
+    for value in values:
+        for method, wrong in (("none", value == values[1]), ("fastv", True)):
+            name = f"{method} {value}.csv"
+            write_samples(tmp_path / name, [{"index": i, "score": float(not (wrong and i < 3))} for i in range(20)])
+            rows.append(
+                make_row(
+                    **{"model": "tiny", "benchmark": "dev", "metric": "accuracy", "method": method, "status": "ok"},
+                    **{"score": 85.0 if wrong else 100.0, "score_scale": 100, "run_id": name, "predictions": name},
+                    **{"ratio_asked": 1.0 if method == "none" else 0.5, "trained_weights": True, column: value},
+                )
+            )
+    write_results(tmp_path / "r.csv", rows)
+    counts = {one.variant: one.lost for one in collect(tmp_path / "r.csv", resamples=20).flip_counts}
+    assert counts == {f"fastv({column}={values[0]}) 0.5": 3, f"fastv({column}={values[1]}) 0.5": 0}
+
+
+def test_costs_are_joined_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and joining bench files is the decision's, where there is one; both say the same."""
+    joined: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        joined.append(len(joined))
+        return join(*args)
+
+    for module in (collecting, decision):
+        monkeypatch.setattr(module, "join", counted)
+    found = [collect(results, policy, resamples=20).benched for policy in (Policy(5), None)]
+    assert joined == [0, 1]
+    assert found[0] == found[1]
+    assert found[0]
+    assert len(found[0].lines) == 2
 
 
 def test_answers_are_compared_letter_by_letter(report: Report) -> None:

@@ -16,6 +16,7 @@ from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.stats.margins import clusters_to_decide, loss_test
 from ivcp_eval.reports.table import make_row, read_results, write_results, write_samples
 from ivcp_eval.reports.views.decision import Policy, decide
+from tests.reports.bench_lines import bench_line, write_bench
 
 N = 1000
 
@@ -169,6 +170,76 @@ def test_few_timed_samples_choose_no_cheapest(tmp_path: Path) -> None:
     few = decide(path, Policy(5))
     assert few.verdicts[0].timed_samples == 7
     assert few.cheapest == {"tiny": ("fastv 0.5", "measured FLOPs of the prefill")}
+
+
+def test_the_benchmark_timed_least_says_how_many_samples_were_timed(tmp_path: Path) -> None:
+    path = write(tmp_path, {("fastv", "a"): 2, ("fastv", "b"): 2}, ratio_flops=0.6)
+    for method in ("none", "fastv"):
+        file = tmp_path / method / "b" / "timing.json"
+        known = json.loads(file.read_text())
+        file.write_text(json.dumps({**known, "samples": known["samples"][:3]}))
+    decision = decide(path, Policy(5))
+    assert decision.verdicts[0].timed_samples == 3
+    assert decision.cheapest == {"tiny": ("fastv 0.5", "measured FLOPs of the prefill")}
+
+
+def test_a_server_s_time_to_the_first_token_stands_in_the_table(tmp_path: Path) -> None:
+    """Of answers by a server nobody can tell the prefill apart."""
+    path = write(tmp_path, {("fastv", "a"): 6})
+    assert "first token" not in decide(path, Policy(3)).to_terminal(999)
+    for method, ms in (("none", 10.0), ("fastv", 6.0)):
+        times = [{"index": str(i), "first_token_ms": ms, "end_to_end_ms": 40.0} for i in range(8)]
+        (tmp_path / method / "a" / "timing.json").write_text(json.dumps({"session": "s", "samples": times}))
+    text = decide(path, Policy(3)).to_terminal(999)
+    assert "first token" in text
+    assert "0.60x" in text
+    assert "time: prefill" not in text
+
+
+def test_more_samples_for_a_no_go_are_counted_at_the_level_it_is_tested_at(tmp_path: Path) -> None:
+    """Over variants and benchmarks: of two variants on two benchmarks at a quarter of alpha."""
+    lost = {("fastv", "a"): 45, ("fastv", "b"): 0, ("random", "a"): 0, ("random", "b"): 0}
+    one = decide(write(tmp_path, lost), Policy(3), method="fastv").verdicts[0]
+    assert one.why.endswith("more of a would make it NO-GO")
+    difference, changed = (5 - 45) / N, (5 + 45) / N
+    error = np.sqrt((changed - difference**2) / (N - 1))
+    needed = {level: clusters_to_decide(difference, error, N, 0.03, level) - N for level in (0.05, 0.025, 0.0125)}
+    assert one.more_samples == pytest.approx(needed[0.0125], rel=0.05)
+    assert needed[0.025] < 0.9 * needed[0.0125], "the test tells the levels apart"
+
+
+def test_nothing_is_said_of_other_variants_than_the_one_asked_for(tmp_path: Path) -> None:
+    """Their failures, times, costs and skipped rows are not what was asked for; all count in the correction."""
+    path = write(tmp_path, {("fastv", "a"): 6, ("random", "a"): 250}, ratio_layer_mean=0.5)
+    slow = tmp_path / "random" / "a" / "timing.json"
+    times = json.loads(slow.read_text())
+    slower = [{**one, "prefill_ms": 90 * (1 + i / 100)} for i, one in enumerate(times["samples"])]
+    slow.write_text(json.dumps({**times, "samples": slower}))
+    rows = read_results(path)
+    skipped = {"status": "skipped", "score": None, "reason": "no such layer"}
+    rows += [{**rows[-1], **skipped, "run_id": name, "method": name} for name in ("divprune", "uniform")]
+    forced = [{**row, "max_new_tokens": 9 if row["method"] == "random" else None} for row in rows]
+    write_results(path, forced)
+    write_bench(tmp_path / "r.cost.csv", [bench_line("none", 1.0), bench_line("random", 0.5, end_to_end=0.5)])
+    whole = decide(path, Policy(3), force=True)
+    assert {len(whole.notes), len(whole.left_out)} == {2}, "forced, no time saved; two skipped"
+    assert [one.variant for one in whole.costs.lines] == ["unpruned", "random 0.5"]
+    for method, of_random in (("fastv", False), ("random", True)):
+        one = decide(path, Policy(3), force=True, method=method)
+        assert one.verdicts == tuple(v for v in whole.verdicts if v.variant.startswith(method))
+        other = {"fastv", "random", "divprune", "uniform"} - {method}
+        for text in (one.to_terminal(999), json.dumps(one.to_json())):
+            assert not [name for name in other if f"{name} 0.5" in text], text
+        assert bool(one.notes) == of_random
+        assert bool(one.costs and one.costs.lines) == of_random
+    assert "no such layer" in decide(path, Policy(3), force=True, method=None).to_terminal(999)
+
+
+def test_part_of_a_benchmark_is_another_variant_with_another_name(tmp_path: Path) -> None:
+    path = write(tmp_path, {("fastv", "a"): 6})
+    rows = read_results(path)
+    write_results(path, [*rows, *({**row, "limit": 40, "run_id": f"few {row['run_id']}"} for row in rows)])
+    assert [one.variant for one in decide(path, Policy(3)).verdicts] == ["fastv(all rows) 0.5", "fastv(first 40) 0.5"]
 
 
 def test_only_critical_benchmarks_decide(results: Path) -> None:

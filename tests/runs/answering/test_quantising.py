@@ -21,8 +21,8 @@ from ivcp_eval.interface.registry import adapter
 from ivcp_eval.interface.variants import Variant
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.table import read_results
-from ivcp_eval.runs.answering import quantising
 from ivcp_eval.runs.answering.session import Session
+from ivcp_eval.runs.planning import placement
 from ivcp_eval.runs.planning.placement import Limits, Placement
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import check
@@ -69,7 +69,7 @@ def test_a_sweep_over_ways_to_store_weights(tmp_path: Path, monkeypatch: pytest.
         (name, method): said
         for name, said in (
             ("tiny", ""),
-            ("tiny@int4", quantising.quantiser("int4", "cpu").replace("torchao", "int4 torchao")),
+            ("tiny@int4", placement.quantiser("int4", "cpu").replace("torchao", "int4 torchao")),
         )
         for method in ("none", "fastv")
     }
@@ -105,9 +105,9 @@ def test_without_the_library_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(name: str) -> str:
-        raise quantising.PackageNotFoundError(name)
+        raise placement.PackageNotFoundError(name)
 
-    monkeypatch.setattr(quantising, "version", missing)
+    monkeypatch.setattr(placement, "version", missing)
     monkeypatch.setenv("LMUData", str(tmp_path))
     plan = make(check(spec(["tiny", "tiny@int8"]), "x"), tmp_path / "runs")
     assert list(plan.models) == ["tiny"]
@@ -158,15 +158,15 @@ def test_bitsandbytes_needs_its_package_and_a_gpu(
 ) -> None:
     monkeypatch.setenv("LMUData", str(tmp_path))
     command = ["eval", "--weights", "bnb4", "--data", "tiny_mcq", "--device", "cpu", "--runs", str(tmp_path / "runs")]
-    monkeypatch.setattr(quantising, "version", {"bitsandbytes": "0.50.2"}.__getitem__)
+    monkeypatch.setattr(placement, "version", {"bitsandbytes": "0.50.2"}.__getitem__)
     assert main(command) != 0
     assert "weights stored as bnb4 by bitsandbytes need a CUDA device, and this is cpu" in capsys.readouterr().err
-    assert quantising.quantiser("bnb4", "cuda:1") == quantising.quantiser("bnb8", "auto") == "bitsandbytes 0.50.2"
+    assert placement.quantiser("bnb4", "cuda:1") == placement.quantiser("bnb8", "auto") == "bitsandbytes 0.50.2"
 
     def missing(name: str) -> str:
-        raise quantising.PackageNotFoundError(name)
+        raise placement.PackageNotFoundError(name)
 
-    monkeypatch.setattr(quantising, "version", missing)
+    monkeypatch.setattr(placement, "version", missing)
     for refused in (command, ["bench", "throughput", "--size", "tiny", "--weights", "bnb8"]):
         assert main(refused) != 0
         assert "need bitsandbytes, which is not installed: pip install" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from ivcp_eval.runs.executors.slurm import Task
 from ivcp_eval.runs.planning import placement
 from ivcp_eval.runs.planning.plan import RunPlan, make, write_manifest
 from ivcp_eval.runs.planning.spec import check, load
+from ivcp_eval.runs.records.state import mark, shard
 from ivcp_eval.runs.store.journal import Journal
-from ivcp_eval.runs.store.state import mark, shard
 from tests.runs.conftest import Bench
 
 

@@ -20,8 +20,8 @@ from ivcp_eval.runs.progress import display, grid, page
 from ivcp_eval.runs.progress.display import Progress
 from ivcp_eval.runs.progress.watch import Watch
 from ivcp_eval.runs.progress.words import summary
+from ivcp_eval.runs.records.state import lease
 from ivcp_eval.runs.store.lease import claim, holders
-from ivcp_eval.runs.store.state import lease
 from tests.runs.conftest import Bench
 from tests.runs.progress.test_progress import answer, finish, score
 

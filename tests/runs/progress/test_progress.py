@@ -27,9 +27,9 @@ from ivcp_eval.runs.progress import watch
 from ivcp_eval.runs.progress.display import Progress
 from ivcp_eval.runs.progress.watch import Watch
 from ivcp_eval.runs.progress.words import benchmark_line, duration, summary
+from ivcp_eval.runs.records.state import lease, mark, shard
 from ivcp_eval.runs.store.journal import line_of
 from ivcp_eval.runs.store.lease import claim
-from ivcp_eval.runs.store.state import lease, mark, shard
 from tests.answers import answer as good
 from tests.runs.conftest import SPEC, Bench
 

@@ -20,8 +20,8 @@ from ivcp_eval.runs.planning.spec import load
 from ivcp_eval.runs.progress import display, status
 from ivcp_eval.runs.progress.watch import Watch
 from ivcp_eval.runs.records.scoring import aside
+from ivcp_eval.runs.records.state import lease, mark
 from ivcp_eval.runs.store.lease import claim
-from ivcp_eval.runs.store.state import lease, mark
 from tests.runs.conftest import Bench
 
 

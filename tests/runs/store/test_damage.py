@@ -14,7 +14,7 @@ from ivcp_eval.cli import main
 from ivcp_eval.runs.answering.session import Session
 from ivcp_eval.runs.planning.plan import make
 from ivcp_eval.runs.planning.spec import load
-from ivcp_eval.runs.store.state import mark
+from ivcp_eval.runs.records.state import mark
 from tests.runs.conftest import SPEC, Bench, Lab
 
 Damage = Callable[[bytes], bytes]

@@ -46,7 +46,7 @@ def test_a_second_answering_is_the_noise_floor(bench: Bench, monkeypatch: pytest
         floors = [(again.settings, again.answers_changed) for again in row.again]
         assert floors == ([] if row.method == "again" else [("", changed[row.benchmark])])
         assert (row.method == "again") == (row.p_holm != row.p_holm), "no hypothesis about a method"
-    assert "A/A: difference of the baseline's second answers" in comparison.to_terminal(999)
+    assert "A/A: difference of the unpruned model's second answers" in comparison.to_terminal(999)
 
 
 ELSEWHERE = "[again, {method: again, parameters: {attention: eager}}, {method: again, parameters: {dtype: bfloat16}}]"

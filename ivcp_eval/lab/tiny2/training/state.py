@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ivcp_eval.lab.tiny.training.average import averaged
-from ivcp_eval.lab.training.state import write_tensors
+from ivcp_eval.lab.training_log import write_tensors
 
 STATE = "state.safetensors"
 TOWER = "tower.safetensors"

@@ -33,7 +33,7 @@ from ivcp_eval.lab.tiny2.training.export import export, silence
 from ivcp_eval.lab.tiny2.training.state import State, build_optimizers
 from ivcp_eval.lab.tiny2.training.tower import WhatHeads
 from ivcp_eval.lab.tiny2.training.validation import means, predictions, score
-from ivcp_eval.lab.training.state import Curve, say
+from ivcp_eval.lab.training_log import Curve, say
 from ivcp_eval.runs.planning.numbers import POSITIVE
 
 CONFIGS = Path(__file__).parent

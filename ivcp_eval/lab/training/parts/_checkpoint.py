@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ivcp_eval.lab.training.frozen import Frozen
-from ivcp_eval.lab.training.state import write_tensors
+from ivcp_eval.lab.training_log import write_tensors
 
 
 def stock_of(name: str, frozen: Frozen) -> dict[str, Any]:

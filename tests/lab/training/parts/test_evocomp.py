@@ -17,7 +17,7 @@ from ivcp_eval.lab.training.frozen import Encoded, Frozen
 from ivcp_eval.lab.training.part import default_config
 from ivcp_eval.lab.training.parts import evocomp
 from ivcp_eval.lab.training.parts.evocomp import LABELS, Part, ghm, likeness
-from ivcp_eval.lab.training.state import write_tensors
+from ivcp_eval.lab.training_log import write_tensors
 
 OPTIONS: dict[str, Any] = {
     **yaml.safe_load(default_config("evocomp").read_text())["part"],

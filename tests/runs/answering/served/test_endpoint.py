@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -154,6 +155,27 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
         list(concurrently(engine, ["x"], lambda client, item: engine.ask(client, [{"text": item}])))
 
 
+def test_a_server_that_goes_away_in_between_is_lost_and_not_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose failure a broken connection is, only the server can say: there or gone."""
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+
+    async def ask_before_and_after() -> None:
+        with ExitStack() as up:
+            count = iter(range(1000))
+            broken = error(503, "going down", **AT_ONCE)
+            server = up.enter_context(
+                serve(lambda body, n: said("yes") if is_probe(body) or next(count) == 0 else broken)
+            )
+            engine = Endpoint(Server(server.url, "tiny"), {"max_tokens": 8})
+            async with engine.open() as client:
+                assert await engine.ask(client, [{"text": "0"}]) == Reply("yes", 10, 2)
+                up.close()
+                with pytest.raises(module.ServerLost, match="cannot be reached"):
+                    await engine.ask(client, [{"text": "1"}])
+
+    asyncio.run(ask_before_and_after())
+
+
 @pytest.mark.parametrize(("models", "says"), [(("a", "b"), "It lists a, b; name one"), (None, "It lists none")])
 def test_the_model_is_named_or_the_only_one(models: tuple[str, ...] | None, says: str) -> None:
     with serve(lambda body, n: said("yes")) as server:
@@ -187,7 +209,7 @@ def test_the_first_token_is_timed_when_it_comes() -> None:
     with asked(lambda body, n: paced) as (_, server, engine):
         (times,) = concurrently(engine, ["x"], lambda client, item: engine.time(client, [{"text": item}]), streams=True)
         assert server.requests[-1]["stream"] is True
-    assert 200 <= times.first_token_ms < 500, times
+    assert times.first_token_ms >= 200, times
     assert 500 <= 4 * times.decode_ms_per_token < 1000, "5 tokens by the server's usage"
     assert times.end_to_end_ms > times.first_token_ms + 600
     assert times.prefill_ms is times.vision_ms is None

@@ -31,10 +31,10 @@ from ivcp_eval.engine.guards.refusals import (
 from ivcp_eval.engine.guards.turns import Turns
 from ivcp_eval.engine.parts import Listener, Parts, Resolved
 from ivcp_eval.engine.prefill import Cutter, Prefill, Prompt
+from ivcp_eval.engine.prefill.keys import KeyEditor
+from ivcp_eval.engine.prefill.sparse import SparseLayers
 from ivcp_eval.engine.run import Run
 from ivcp_eval.engine.signals.capture import Rotary, capture
-from ivcp_eval.engine.signals.keys import KeyEditor
-from ivcp_eval.engine.signals.sparse import SparseLayers
 from ivcp_eval.engine.signals.vision import MethodHook, VisionListener
 from ivcp_eval.interface import Cut
 from ivcp_eval.interface.names import check_names, output_cache, read, write

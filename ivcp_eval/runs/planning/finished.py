@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivcp_eval.files import DAMAGE, PACKAGE, read_json, write_json
+from ivcp_eval.files import DAMAGE, read_json, source_files, write_json
 from ivcp_eval.runs.planning.cells import versions
 
 
@@ -33,7 +33,7 @@ def note(state: Path, finished: Finished, inputs: Iterable[Path]) -> None:
     Args:
         state: its folder. inputs: weights, data and records; source files are added.
     """
-    files = {str(path.resolve()): _stamp(path) for path in [*inputs, *_sources()]}
+    files = {str(path.resolve()): _stamp(path) for path in [*inputs, *source_files()]}
     csv = str(finished.csv.resolve())
     write_json(_path(state), {"csv": csv, "runs": sorted(finished.run_ids), "versions": versions(), "files": files})
 
@@ -66,11 +66,6 @@ def csv_of(state: Path, runs: Path, model: str) -> Path:
 
 def _path(state: Path) -> Path:
     return state / "finished.json"
-
-
-def _sources() -> list[Path]:
-    root = PACKAGE.parent
-    return [path for folder in (PACKAGE, root / "model_adapters") for path in folder.rglob("*.py")]
 
 
 def _stamp(path: Path) -> list[int]:

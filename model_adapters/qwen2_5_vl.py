@@ -32,7 +32,6 @@ class Adapter(AbstractTransformersAdapter):
 
     model_types = ("qwen2_5_vl",)
     position_axes = 3
-    position_step: ClassVar[int] = 1  # between neighbouring visual tokens of a row or column
     closing_tokens = 1  # <|vision_end|>
     no_videos = ""
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
@@ -72,20 +71,24 @@ class Adapter(AbstractTransformersAdapter):
         pictures = self._pictures(model, mask & ~in_video, inputs)
         return in_prompt_order(pictures, self._steps(model, in_video, inputs)) if bool(in_video.any()) else pictures
 
-    def _pictures(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
+    def token_grid(self, model: Any, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(steps, rows, columns) of the visual tokens that a prompt shows of a picture or video of so many patches."""
         merge = model.config.vision_config.spatial_merge_size
+        t, height, width = grid
+        return t, height // merge, width // merge
+
+    def _pictures(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         runs = [image_runs(row) for row in mask]
         thw = inputs.get("image_grid_thw")
         if thw is None:
-            return _spans_by_position(runs, inputs.get("position_ids"), self.position_step)
-        grids = iter(_in_row_order([(t, h // merge, w // merge) for t, h, w in thw.tolist()], runs))
+            return _spans_by_position(runs, inputs.get("position_ids"))
+        grids = iter(_in_row_order([self.token_grid(model, grid) for grid in thw.tolist()], runs))
         return [[ImageSpan(run, grid=next(grids)[1:], lay_out=STRETCHED) for run in row] for row in runs]
 
     def _steps(self, model: Any, mask: Tensor, inputs: Mapping[str, Any]) -> list[list[ImageSpan]]:
         """The grid steps of every row's videos, as one run of placeholders or a run each; ``mask`` has theirs."""
-        merge = model.config.vision_config.spatial_merge_size
         thw, features = inputs.get("video_grid_thw"), encoded(inputs, "video")
-        sizes = None if thw is None else [(t, h // merge, w // merge) for t, h, w in thw.tolist()]
+        sizes = None if thw is None else [self.token_grid(model, grid) for grid in thw.tolist()]
         lengths = [len(video) for video in features or ()] if sizes is None else [t * h * w for t, h, w in sizes]
         rows = videos_by_length(mask, lengths)
         repeats = row_repeats(inputs.get("input_ids"), mask)
@@ -97,7 +100,7 @@ class Adapter(AbstractTransformersAdapter):
             spans.append([])
             for clip, ((number, columns), seconds) in enumerate(zip(row, pace, strict=True)):
                 if sizes is None:
-                    t, *grid = _grid_by_position(columns, index, inputs.get("position_ids"), self.position_step)
+                    t, *grid = _grid_by_position(columns, index, inputs.get("position_ids"))
                 else:
                     t, *grid = sizes[number]
                 spans[-1] += [
@@ -162,29 +165,29 @@ def qwen_prompt(kind: QuestionKind, question: str, options: Mapping[str, str], h
     return f"{question}\nPlease try to answer the question with short words or phrases if possible."
 
 
-def _spans_by_position(runs: list[list[Tensor]], position_ids: Tensor | None, step: int) -> list[list[ImageSpan]]:
-    """Images with the grid that their positions (3 or 4, B, S) span; None where there are none, or only text's.
-
-    Args:
-        step: between neighbours.
-    """
+def _spans_by_position(runs: list[list[Tensor]], position_ids: Tensor | None) -> list[list[ImageSpan]]:
+    """Images with the grid that their positions (3 or 4, B, S) show; None where there are none, or only text's."""
     if position_ids is None or position_ids.ndim != 3 or position_ids.shape[0] < 3:
         return [[ImageSpan(run) for run in row] for row in runs]
     positions, spans = position_ids[-2:].cpu(), []  # rows, columns
     for index, row in enumerate(runs):
         seen = [positions[:, index, run] for run in row]
-        sizes = [tuple(int(n) for n in (at.amax(1) - at.amin(1)) // step + 1) for at in seen]
+        sizes = [_distinct(at) for at in seen]
         grids = [(h, w) if h * w == run.numel() else None for (h, w), run in zip(sizes, row, strict=True)]
         spans.append([ImageSpan(run, grid=grid, lay_out=STRETCHED) for run, grid in zip(row, grids, strict=True)])
     return spans
 
 
-def _grid_by_position(columns: Tensor, row: int, position_ids: Tensor | None, step: int) -> tuple[int, int, int]:
+def _distinct(positions: Tensor) -> tuple[int, int]:
+    """How many rows and columns (2, N) positions have, however far apart."""
+    return positions[0].unique().numel(), positions[1].unique().numel()
+
+
+def _grid_by_position(columns: Tensor, row: int, position_ids: Tensor | None) -> tuple[int, int, int]:
     """(t, h, w) of a video's tokens, of whose grid only the positions (3 or 4, B, S) of its first run are left."""
     if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] >= 3:
         run = columns[: int(((columns - columns[0]) == torch.arange(columns.numel())).sum())]
-        seen = position_ids[-2:, row].cpu()[:, run]
-        h, w = (int(n) for n in (seen.amax(1) - seen.amin(1)) // step + 1)
+        h, w = _distinct(position_ids[-2:, row].cpu()[:, run])
         if columns.numel() % (h * w) == 0:
             return columns.numel() // (h * w), h, w
     raise ValueError(

@@ -28,6 +28,7 @@ LABELS = {
 _FIELDS = ("Paper", "Reference", "Differs")
 TOOLS = {  # verbs that do a tool's work, or make a model
     "LLaVA-UHD v4": "`ivcp lab train uhd_v4`, `--model uhd_v4`",
+    "POINTS-Long": "`ivcp lab train points_long`, `--model points_long_standby`",
     "VisPCO": "`ivcp lab train vispco`, `ivcp tune`",
     "Counterfactual prompting": "`ivcp analyse flips`",
 }

@@ -19,7 +19,6 @@ class Adapter(Qwen25Adapter):
     """Wiring of Qwen2.5-VL, with visual tokens of 4 x 4 patches that stand two positions apart."""
 
     model_types = ("uhd_v4",)
-    position_step = 2
     checkpoints: ClassVar[tuple[Checkpoint, ...]] = (
         Checkpoint("uhd_v4", note="nothing published; `ivcp lab train uhd_v4` makes a folder for --model-path"),
     )

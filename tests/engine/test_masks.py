@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[list[dict[str, tuple[int, int]]], list[int]]] = {
     "qwen2_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen2_5_vl_uhd": QWEN,
+    "qwen2_5_vl_points": ([{"picture": (3, 4)}] * 2, [0, 0]),
     "llava": ([{"picture": (4, 4)}] * 2, [0, 0]),
     "llava_next": ([{"tiles": (4, 4), "overview": (2, 2)}, {"tiles": (2, 4), "overview": (2, 2)}], [4, 2]),
     "llava_onevision": ([{"tiles": (6, 3), "overview": (3, 3)}, {"tiles": (3, 6), "overview": (3, 3)}], [6, 3]),

@@ -24,9 +24,13 @@ def test_unknown_name_suggests_the_nearest() -> None:
         models.find("internvl2.5")
 
 
-def test_what_is_trained_by_its_user_is_told_to_be() -> None:
-    with pytest.raises(models.MissingWeights, match=r"'uhd_v4' is at no known place: .*`ivcp lab train uhd_v4`"):
-        models.locate("uhd_v4")
+@pytest.mark.parametrize(
+    ("name", "made_by"),
+    [("uhd_v4", "uhd_v4"), ("points_long", "points_long"), ("points_long_standby", "points_long")],
+)
+def test_what_is_trained_by_its_user_is_told_to_be(name: str, made_by: str) -> None:
+    with pytest.raises(models.MissingWeights, match=rf"'{name}' is at no known place: .*`ivcp lab train {made_by}`"):
+        models.locate(name)
 
 
 def test_missing_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ def test_survivors_are_numbered_as_released(name: str, family: str) -> None:
     model, _ = tiny_models.build(family)
     facts = registry.adapter(family).facts(model.config, family)
     renumbered = {cut.renumber for cut in make_method(name).cuts(facts, 0.5) if cut.ratio < 1}
-    assert renumbered == {family not in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_uhd", "qwen3_vl")}
+    assert renumbered == {not family.startswith("qwen")}
     for asked in (True, False):
         cuts = make_method(name, {"renumber": asked}).cuts(facts, 0.5)
         assert {cut.renumber for cut in cuts if cut.ratio < 1} == {asked}

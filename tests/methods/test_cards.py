@@ -37,7 +37,7 @@ NAMED = {
     "Counterfactual prompting": "2605.01048",
     "Geo3DPruner": "2604.18260",
     "QUOTA": "2604.17320",
-    "POINTS-Long": "",
+    "POINTS-Long": "2604.11627",
     "DeSAP": "2604.11240",
     "HAWK": "2604.07812",
     "CodecSight": "2604.06036",

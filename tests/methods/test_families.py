@@ -22,11 +22,12 @@ UNSUPPORTED = {
     **{
         (method, family): "its vision tower has no class token"
         for method in ("prumerge", "prumerge_plus")
-        for family in ("deepseek_vl2", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen2_5_vl_uhd")
+        for family in tiny_models.names()
+        if family.startswith("qwen") or family in ("deepseek_vl2", "llava_onevision")
     },
     **{
         ("eventprune", family): "a token is no rectangle of them"
-        for family in ("deepseek_vl2", "llava", "llava_next", "llava_onevision")
+        for family in ("deepseek_vl2", "llava", "llava_next", "llava_onevision", "qwen2_5_vl_points")
     },
     **{("tome", family): "a visual token is not one patch" for family in tiny_models.names() if family != "llava"},
 }

@@ -117,12 +117,20 @@ def _of_tiny(split: str, number: int, kinds: Sequence[str]) -> Example:
     from ivcp_eval.lab.tiny import tasks
     from ivcp_eval.lab.tiny.scenes import render, sample_scene, scene_rng
 
+    known = ("box", "list", "sum", *tasks.SHORT_CATEGORIES)
+    if strange := sorted({*kinds} - {*known}):
+        raise ValueError(
+            f"training scenes of tiny have no questions of the kind {', '.join(strange)}; give --config a file whose "
+            f"`kinds` are of {', '.join(known)}"
+        )
     rng = scene_rng(split, FIRST_SCENE + number)
     while True:
         scene, kind = sample_scene(rng), kinds[number % len(kinds)]
         if kind == "box":
             boxes = tasks.plain_references(scene)
             sample = boxes[rng.integers(len(boxes))] if boxes else None
+        elif kind in ("list", "sum"):
+            sample = tasks.list_question(scene) if kind == "list" else tasks.sum_question(scene)
         else:
             sample = tasks.short_question(rng, scene, kind)
         if sample:
@@ -137,8 +145,8 @@ def _of_tiny2(split: str, number: int, kinds: Sequence[str]) -> Example:
     from ivcp_eval.lab.tiny2.scenes import render, sample_scene, scene_rng
 
     rng = scene_rng(split, FIRST_SCENE + number)
-    if kinds[number % len(kinds)] == "clip":
-        return _clip(rng)
+    if of_clips := {"clip": _clip, "event": _event}.get(kinds[number % len(kinds)]):
+        return of_clips(rng)
     while True:
         scene = sample_scene(rng)
         if samples := tasks.pick(rng, scene, [kinds[number % len(kinds)]]):
@@ -159,6 +167,18 @@ def _clip(rng: np.random.Generator) -> Example:
     frames = np.repeat(np.stack([render(scene) for scene in scenes]), 2, axis=0)
     video = {"video": frames, "seconds": [0.5 * step for step in range(len(frames))]}
     return Example((video, {"text": f"What colour is the {asked.shape}?"}), asked.colour)
+
+
+def _event(rng: np.random.Generator) -> Example:
+    """What happens in a clip of the embedded video benchmark's kinds, with options in a drawn order."""
+    from ivcp_eval.lab.tiny2 import clips, tasks
+
+    group, clip, pictures = clips.draw(rng, [*clips.TASKS])
+    sample = clips.choice(rng, group, clip)
+    frames = np.repeat(pictures, clips.FRAMES_A_STEP, axis=0)
+    apart = clips.SECONDS_A_STEP / clips.FRAMES_A_STEP
+    video = {"video": frames, "seconds": [apart * frame for frame in range(len(frames))]}
+    return Example((video, {"text": tasks.prompt_of(sample)}), sample.answer)
 
 
 #: Embedded model -> ``(split, number, kinds)`` gives an example.

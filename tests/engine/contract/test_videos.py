@@ -112,9 +112,11 @@ def test_masks_lead_back_to_clip_frame_row_and_column(family: str) -> None:
             found += masks.kept(image)
             if positions[0].ndim == 3 and at.numel():
                 cells = torch.from_numpy(mask).nonzero().T  # rows, columns
-                origin = positions[0][-2:, row, span.columns[0]]
-                step = getattr(registry.adapter(family), "position_step", 1)
-                assert torch.equal(positions[0][-2:, row, at] - origin[:, None], step * cells)
+                sides = [axis.unique() for axis in positions[0][-2:, row, span.columns]]
+                numbers = [side[cell] for side, cell in zip(sides, cells, strict=True)]
+                assert torch.equal(positions[0][-2:, row, at], torch.stack(numbers))
+                apart = getattr(tiny_models.family(family), "APART", {1})  # how far neighbours may stand
+                assert {int(n) for side in sides for n in side.diff()} <= apart
         pictures = [i for i, image in enumerate(masks.images) if image.frame is None]
         assert found + sum(masks.kept(i) for i in pictures) == run.visual_kept[row]
     with pytest.raises(ValueError, match=r"no frame 0 of clip 2; of its frames clip 0 has \d+, clip 1 has \d+"):

@@ -9,6 +9,7 @@ import yaml
 
 from ivcp_eval.cli import main
 from ivcp_eval.lab.training.command import NUMBERS, configuration
+from ivcp_eval.lab.training.examples import Generated
 from ivcp_eval.lab.training.part import default_config, part_names
 
 
@@ -18,6 +19,20 @@ def test_a_part_ships_a_whole_configuration(name: str) -> None:
     config = yaml.safe_load(default_config(name).read_text(encoding="utf-8"))
     assert {*config, "distinct"} == {*NUMBERS, "kinds", "part"}
     assert all(kind.fits(config[key]) for key, kind in NUMBERS.items() if key in config)
+
+
+@pytest.mark.parametrize("name", part_names())
+def test_the_shipped_kinds_of_questions_are_there(name: str) -> None:
+    """Of every kind an example of `tiny2`; of `tiny`, too, or a refusal that names what there is."""
+    kinds = yaml.safe_load(default_config(name).read_text(encoding="utf-8"))["kinds"]
+    for number, _ in enumerate(kinds):
+        assert Generated("tiny2", kinds).training(number).answer
+    if {*kinds} <= {"box", "list", "colour", "shape", "count"}:
+        for number, _ in enumerate(kinds):
+            assert Generated("tiny", kinds).training(number).answer
+    else:
+        with pytest.raises(ValueError, match=r"tiny have no questions of the kind .* of box, list, sum, colour"):
+            Generated("tiny", kinds).training(0)
 
 
 def test_a_file_says_what_differs(tmp_path: Path) -> None:

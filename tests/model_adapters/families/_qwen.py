@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,28 +30,36 @@ TOKEN_IDS = {
 
 
 def inputs(
-    rows: Rows, seed: int, patch_size: int, stamped: bool = False, paced: bool = False, merge: int = 2
+    rows: Rows,
+    seed: int,
+    patch_size: int,
+    stamped: bool = False,
+    paced: bool = False,
+    merge: int = 2,
+    tokens: Callable[[int, int], int] = operator.mul,
 ) -> dict[str, Any]:
     """<|vision_start|> pads <|vision_end|> for each image and video.
 
     Args:
         stamped: whether text and markers stand around every grid step. paced: whether the inputs tell a step's length.
-        merge: patches a side of a visual token.
+        merge: patches a side of a visual token. tokens: how many a prompt shows of so many rows and columns.
     """
     videos: list[tuple[int, torch.Tensor]] = []
+
+    sizes = [tokens(*grid) for grid in GRIDS]
 
     def patches_of(n: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(merge**2 * n, 3 * 2 * patch_size**2, generator=generator)
 
     def video(kind: int, generator: torch.Generator) -> list[int]:
-        steps = STEPS[kind]
-        videos.append((kind, patches_of(sum(steps), generator)))
+        videos.append((kind, patches_of(sum(STEPS[kind]), generator)))
+        steps = (tokens(*VIDEOS[kind][1:]),) * VIDEOS[kind][0]
         if not stamped:
             return [START, *[VIDEO] * sum(steps), END]
         return [token for n in steps for token in (*draw_text(generator, 2), START, *[VIDEO] * n, END)]
 
     made, patches, kinds = prompts(
-        rows, seed, N_TOKENS, lambda kind, g: patches_of(N_TOKENS[kind], g), before=[START], after=[END], video=video
+        rows, seed, sizes, lambda kind, g: patches_of(N_TOKENS[kind], g), before=[START], after=[END], video=video
     )
     made["mm_token_type_ids"] = (made["input_ids"] == IMAGE).int() + 2 * (made["input_ids"] == VIDEO).int()
     if patches:

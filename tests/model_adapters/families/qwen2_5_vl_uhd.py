@@ -13,6 +13,7 @@ from tests.model_adapters.families._qwen import END, N_TOKENS, PACES, START, STE
 from tests.model_adapters.families._shared import IMAGE
 
 SECOND_TURN_DROPS = qwen2_5_vl.SECOND_TURN_DROPS
+APART = {2}
 
 __all__ = ["END", "IMAGE", "N_TOKENS", "PACES", "SECOND_TURN_DROPS", "START", "STEPS", "VIDEO", "inputs", "model"]
 

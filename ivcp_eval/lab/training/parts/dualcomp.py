@@ -1,8 +1,10 @@
 """DualComp's router: from a picture and a question to the split lambda and the rate rho.
 
-Neither its training nor a differentiable form of its two streams is public, so this is ours: each stream ranks its
-tokens, and the i-th of them stays if i is below rho N (1 - lambda) or rho N lambda. The step there is made of a
-sigmoid for the gradient, and straight through for what the model sees. The loss is the answer's and a price for rho.
+Neither its training nor a differentiable form of its two streams is public, so this is ours. Two numbers decide, so
+their slopes are measured: both are moved up or down together, by signs drawn for each example, and the loss is that of
+the answer under what the two streams keep there and at the opposite point. The loss is the answer's and a price for
+rho. By gradients of the gates of single tokens, as selectors learn, the router came to keep nothing, while the loss
+rose and even where keeping cost nothing (docs/design/training.md).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ivcp_eval.interface import AbstractMethod, Image, Signals, TowerSignal
 from ivcp_eval.interface.ops import unit_rows
 from ivcp_eval.lab.training import part
 from ivcp_eval.lab.training.frozen import Encoded, Frozen
-from ivcp_eval.lab.training.gating import bounded, with_gradient_of
+from ivcp_eval.lab.training.gating import with_gradient_of
 from ivcp_eval.lab.training.part import Loss
 from ivcp_eval.lab.training.parts._selector import Tower
 from ivcp_eval.methods._at_input import embeddings, grid_of, importance, relevance
@@ -34,7 +36,7 @@ class Attention(Tower):
 
 
 class Part(part.Part):
-    """Options: ``price`` of keeping everything; ``soft``, the width of a step as a share of the tokens; ``hidden``."""
+    """Options: ``price`` of keeping everything; ``move``, of lambda, and of rho as a share of it; ``hidden``."""
 
     watch: ClassVar[AbstractMethod] = Attention()
 
@@ -46,38 +48,44 @@ class Part(part.Part):
 
     def loss(self, example: Encoded, rng: np.random.Generator, done: float) -> Loss:
         """The answer's, and the price of what is kept."""
-        del rng, done
-        shares: list[Tensor] = []
-        rates: list[Tensor] = []
+        del done
+        move, price = self.options["move"], self.options["price"]
+        signs = rng.choice((-1.0, 1.0), 2)
+        answers: list[float] = []
+        said: list[tuple[Tensor, Tensor]] = []
+        for way in (1, -1):
+            said.clear()
 
-        def gate(signals: Signals) -> Tensor:
-            gates = torch.ones(signals.n_visual, device=signals.visual.device)
-            for image in signals.images:
-                share, rate = self.net(embeddings(signals, image), signals.hidden[signals.question])
-                shares.append(share)
-                rates.append(rate)
-                gates = gates.index_copy(0, image.tokens, self.kept(signals, image, share, rate))
-            return gates
+            def gate(signals: Signals, way: int = way) -> Tensor:
+                gates = torch.ones(signals.n_visual, device=signals.visual.device)
+                for image in signals.images:
+                    with torch.enable_grad():
+                        said.append(self.net(embeddings(signals, image), signals.hidden[signals.question]))
+                    share, rate = (float(value.detach()) for value in said[-1])
+                    moved = share + way * move * signs[0], rate * (1 + way * move * signs[1])
+                    kept = self.kept(signals, image, *(min(1.0, max(0.0, value)) for value in moved))
+                    gates[image.tokens] = kept
+                return gates
 
-        answer = self.frozen.answer_loss(example, self.watch, 0.5, gate)
-        rate = torch.stack(rates).mean()
-        figures = {"answer": answer.item(), "lambda": torch.stack(shares).mean().item(), "rho": rate.item()}
-        return answer + self.options["price"] * rate, figures
+            with torch.no_grad():
+                answers.append(self.frozen.answer_loss(example, self.watch, 0.5, gate).item())
+        share, rate = (torch.stack(values).mean() for values in zip(*said, strict=True))
+        slope = (answers[0] - answers[1]) / (2 * move)
+        line = slope * signs[0] * share + (slope * signs[1] / rate.detach() + price) * rate
+        answer = sum(answers) / 2
+        figures = {"answer": answer, "lambda": share.item(), "rho": rate.item()}
+        return with_gradient_of(line, answer + price * rate.detach()), figures
 
-    def kept(self, signals: Signals, image: Image, share: Tensor, rate: Tensor) -> Tensor:
-        """(N,) gates of an image's tokens."""
+    def kept(self, signals: Signals, image: Image, share: float, rate: float) -> Tensor:
+        """(N,) gates of an image's tokens, 1 or 0."""
         n = image.tokens.numel()
-        k = min(n, max(1, round(float(rate.detach()) * n)))
-        n_path = round(float(share.detach()) * k)
+        k = min(n, max(1, round(rate * n)))
+        n_path = round(share * k)
         peaks, path = self.ranked(signals, image, k - n_path, n_path)
-        hard = torch.zeros(n, device=share.device)
-        hard[peaks[: k - n_path]] = 1
-        hard[path[:n_path]] = 1
-        soft = torch.zeros_like(hard)
-        for ranked, length in ((peaks, n * rate * (1 - share)), (path, n * rate * share)):
-            places = torch.arange(ranked.numel(), device=share.device) + 0.5
-            soft = soft.index_add(0, ranked, ((length - places) / (self.options["soft"] * n)).sigmoid())
-        return bounded(with_gradient_of(soft, hard))
+        gates = torch.zeros(n, device=signals.visual.device)
+        gates[peaks[: k - n_path]] = 1
+        gates[path[:n_path]] = 1
+        return gates
 
     def ranked(self, signals: Signals, image: Image, n_peaks: int, n_path: int) -> tuple[Tensor, Tensor]:
         """The tokens of the semantic and of the geometric stream, best first, beyond what each keeps."""

@@ -28,7 +28,7 @@ from ivcp_eval.interface.models import Weights, find
 from ivcp_eval.lab.training import part
 from ivcp_eval.lab.training.frozen import Encoded, Example, Frozen
 from ivcp_eval.lab.training.part import Loss
-from ivcp_eval.lab.training_log import write_tensors
+from ivcp_eval.lab.training.parts._checkpoint import stock_of, write
 
 NAME = "uhd_v4"
 DEPTH = 7 / 27  # of the published tower's blocks, those before the compressor
@@ -155,12 +155,7 @@ def begin(frozen: Frozen, folder: Path, after: int, scale: float) -> None:
     """
     from model_adapters.qwen2_5_vl_uhd.modeling import Compressor, UhdV4Config
 
-    if frozen.model.config.model_type != "qwen2_5_vl":
-        raise ValueError(
-            f"{NAME} is made of a model of the family qwen2_5_vl (tiny2, qwen25, ...); "
-            f"{frozen.weights.checkpoint.name} is of {frozen.model.config.model_type}"
-        )
-    stock = frozen.model.config.to_dict()
+    stock = stock_of(NAME, frozen)
     vision = stock["vision_config"]
     vision |= {
         "model_type": "uhd_v4_vision",
@@ -178,14 +173,3 @@ def begin(frozen: Frozen, folder: Path, after: int, scale: float) -> None:
     for pictures in (processor.image_processor, processor.video_processor):
         pictures.merge_size = config.vision_config.spatial_merge_size
     write(folder, state, frozen.model, processor, config)
-
-
-def write(folder: Path, state: Mapping[str, Tensor], model: Any, processor: Any, config: Any = None) -> None:
-    """A checkpoint as `from_pretrained` reads it."""
-    config = config or model.config
-    folder.mkdir(parents=True, exist_ok=True)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    write_tensors(folder / "model.safetensors", {k: v for k, v in state.items() if k not in tied}, {"format": "pt"})
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)

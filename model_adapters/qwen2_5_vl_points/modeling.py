@@ -181,12 +181,12 @@ class Standby(nn.Module):
         patches = [n * self.merge**2 for n in sizes]
         for number, (block, mlp) in enumerate(zip(tower.blocks, self.mlps, strict=True)):
             query, key, value = self._heads(block.attn.qkv(block.norm1(few)), few_rope)
-            _, seen, told = self._heads(heard.qkv[number], heard.rope)
+            _, full_key, full_value = self._heads(heard.qkv[number], heard.rope)
             mixed = [
                 attention(q, torch.cat((s, k), 1), torch.cat((t, v), 1))
                 for q, k, v, s, t in zip(
                     *(part.split(counts, 1) for part in (query, key, value)),
-                    *(part.split(patches, 1) for part in (seen, told)),
+                    *(part.split(patches, 1) for part in (full_key, full_value)),
                     strict=True,
                 )
             ]

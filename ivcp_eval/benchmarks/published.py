@@ -50,7 +50,12 @@ class Average:
         """What the paper prints of a method, in words; empty where it prints nothing."""
         for row in _rows(BASELINES / "ivc_prune_paper.csv"):
             if (row["model"], row["method"], row["benchmark"]) == (checkpoint, method, self.name):
-                return f"{float(row['score']):g} %, with {100 * float(row['ratio_kept_final']):g} % of the tokens kept"
+                score = f"{float(row['score']):g} %"
+                if row["ratio_kept_final"]:
+                    return f"{score}, with {100 * float(row['ratio_kept_final']):g} % of the tokens kept"
+                if row["ratio_layer_mean"]:
+                    return f"{score}, with {100 * float(row['ratio_layer_mean']):g} % of the tokens, mean over layers"
+                return score
         return ""
 
 

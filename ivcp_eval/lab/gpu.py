@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from ivcp_eval.files import CHECKOUT, write_json
+from ivcp_eval.files import CHECKOUT, hold_lock, write_json
 from ivcp_eval.interface.registry import family_names
 from ivcp_eval.runs.planning.numbers import POSITIVE
 
@@ -232,15 +232,15 @@ class Done:
         return self.code not in (0, None)
 
 
-def run_step(step: Step, folder: Path, seconds: float, tries: int = 1) -> Done:
-    """Run one step for at most ``seconds``; what it prints goes to NAME.log."""
+def run_step(step: Step, folder: Path, seconds: float, tries: int = 1, kept_open: Sequence[int] = ()) -> Done:
+    """Run one step for at most ``seconds``; what it prints goes to NAME.log. ``kept_open``: files it inherits."""
     pace = ("--minutes", f"{max(seconds - END_S, START_S) / 60:.2f}") if step.paced else ()
     command = (*step.command, *pace)
     shown = shlex.join(("python" if part == sys.executable else part) for part in command)
     if step.missing:
         return Done(step.name, shown, None, 0.0, f"{LEFT_OUT}: {', '.join(step.missing)} not found here", tries - 1)
     began = time.monotonic()
-    with (folder / f"{step.name}.log").open("a", encoding="utf-8") as log, _group(command, log) as process:
+    with (folder / f"{step.name}.log").open("a", encoding="utf-8") as log, _group(command, log, kept_open) as process:
         try:
             code: int | None = process.wait(seconds)
             note = "" if code == 0 else f"exit code {code}, see {step.name}.log"
@@ -252,16 +252,26 @@ def run_step(step: Step, folder: Path, seconds: float, tries: int = 1) -> Done:
 
 
 @contextmanager
-def _group(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a process group of its own, of which nothing is left after the block, whatever ends that."""
+def _group(command: Sequence[str], log: IO[str], kept_open: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a process group of its own, of which nothing is left after the block, whatever ends that.
+
+    SIGKILL alone leaves it running: it then holds on to the files ``kept_open``, and with them to their locks.
+    """
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)  # a signal to us does not reach another group
 
-    before = signal.signal(signal.SIGTERM, end)
+    ends = signal.SIGTERM, signal.SIGHUP  # the second when a terminal or a connection goes
+    before = [signal.signal(number, end) for number in ends]
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT, process_group=0
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=CHECKOUT,
+            process_group=0,
+            pass_fds=kept_open,
         )
         try:
             yield process
@@ -270,7 +280,8 @@ def _group(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[by
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(ends, before, strict=True):
+            signal.signal(number, handler)
 
 
 def run_all(options: argparse.Namespace) -> int:
@@ -279,11 +290,31 @@ def run_all(options: argparse.Namespace) -> int:
     A step has its own limit, or its part of the time that is left where that is longer.
 
     Raises:
-        ValueError: an unknown stage; or a folder that holds the results of another profile or device.
+        ValueError: an unknown stage; a folder that holds the results of another profile, device, commit or library; or
+            that another call, or what it left running, still works in.
     """
-    folder, end = options.out.resolve(), time.monotonic() + 60 * options.minutes
+    folder = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    _same_run(folder, {"profile": options.profile, "device": options.device})
+    with (folder / ".lock").open("a") as lock:
+        try:
+            hold_lock(lock, folder, wait=False)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder} is worked in by another call, or by a step whose call was killed; wait for it, end it "
+                "(`ps` shows its --out), or choose another --out"
+            ) from None
+        return _run_all(options, folder, lock.fileno())
+
+
+def _run_all(options: argparse.Namespace, folder: Path, lock: int) -> int:
+    from ivcp_eval.lab.bench.kept import SAME
+    from ivcp_eval.lab.bench.report import environment
+
+    end = time.monotonic() + 60 * options.minutes
+    made = environment(options.device, "ivcp lab gpu")
+    card = (made["gpu"] or {}).get("name", "")
+    same = {name: made[name] for name in SAME}
+    _same_run(folder, {"profile": options.profile, "device": options.device, "gpu": card, **same})
     every = list(steps(PROFILES[options.profile], options.device, options.train_minutes, folder))
     stages = list(dict.fromkeys(step.stage for step in every))
     if unknown := set(options.stages or ()) - set(stages):
@@ -297,7 +328,7 @@ def run_all(options: argparse.Namespace) -> int:
             break
         part = time_left / (len(waiting) - number)
         tries = known[step.name].tries + 1 if step.name in known else 1
-        done = known[step.name] = run_step(step, folder, min(max(step.limit_s, part), time_left), tries)
+        done = known[step.name] = run_step(step, folder, min(max(step.limit_s, part), time_left), tries, (lock,))
         write_json(folder / f"{step.name}.done.json", asdict(done))
         sys.stdout.write(f"{step.name}: {done.note or 'done'} ({done.seconds:.0f} s)\n")
         sys.stdout.flush()

@@ -331,7 +331,8 @@ def _what_is_paired(rows: Sequence[ComparedRow], resamples: int) -> list[str]:
 
 
 def _corrections(rows: Sequence[ComparedRow], permutations: int, compared_with: str) -> list[str]:
-    tests = sum(not math.isnan(row.p_value) for row in rows)
+    rows = [row for row in rows if not math.isnan(row.p_holm)]  # the baseline against itself is not corrected for
+    tests = len(rows)
     if not tests:
         return ["No row could be tested."]
     kinds = ", ".join(sorted({row.test for row in rows if row.test}))

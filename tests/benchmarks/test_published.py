@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ivcp_eval.benchmarks.published import AVERAGE, FOLDER, KEPT_MEANS, numbers, range_beside, sources
+from ivcp_eval.benchmarks.published import AVERAGE, AVERAGES, FOLDER, KEPT_MEANS, numbers, range_beside, sources
 from ivcp_eval.cli import main
+from ivcp_eval.files import BASELINES
 from ivcp_eval.interface import models
 from ivcp_eval.interface.registry import method_names
 from ivcp_eval.reports.table import make_row, write_results
@@ -112,3 +113,16 @@ def test_beside_results_a_row_is_held_against_its_own_first_answers(
     assert main(["published", "--beside", str(tmp_path / "r.csv")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
     assert [line[4:7] for line in lines] == [["40.0", "-1.0", "50.0"], ["10.0", "+0.0", "20.0"]]
+
+
+def test_every_average_of_the_paper_can_be_said() -> None:
+    """FastV's rows state tokens as a mean over layers."""
+    said = {
+        (row["model"], row["method"], average.name): average.published(row["model"], row["method"])
+        for average in AVERAGES
+        for row in csv.DictReader((BASELINES / "ivc_prune_paper.csv").open(encoding="utf-8"))
+        if row["benchmark"] == average.name
+    }
+    assert said["qwen25", "fastv", "average_8_grounding"] == "84.7 %, with 54 % of the tokens, mean over layers"
+    assert said["qwen25", "ivc_prune", "average_8_grounding"] == "99.6 %, with 50 % of the tokens kept"
+    assert all(re.match(r"[\d.]+ %, with \d+ % of", text) for text in said.values())

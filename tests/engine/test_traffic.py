@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ivcp_eval.engine.cost import traffic
+from ivcp_eval.engine.cost import clock, traffic
 from ivcp_eval.engine.cost.traffic import Traffic, copy_bandwidth, stored_bytes
 from ivcp_eval.interface.registry import adapter
 from ivcp_eval.lab.bench import models
@@ -42,10 +43,16 @@ def test_shared_tensors_are_stored_once() -> None:
 def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     took = iter([900.0, 500.0, 250.0, 500.0, 700.0])
 
-    def timed(copy: Callable[[], Any], device: torch.device) -> float:
+    def timed(copy: Callable[[], Any], device: torch.device, *, cpu_time: bool) -> float:
         assert copy().sum() == 2**20, "it is really copied"
+        assert cpu_time
         return next(took)
 
     monkeypatch.setattr(traffic, "timed", timed)
     monkeypatch.setattr(traffic, "_COPIED", {"cpu": 2**20})
-    assert copy_bandwidth("cpu") == 2 * 2**20 / 0.25, "the best one"
+    assert copy_bandwidth("cpu", cpu_time=True) == 2 * 2**20 / 0.25, "the best one"
+
+
+def test_processor_time_is_not_elapsed_time() -> None:
+    assert clock.timed(lambda: time.sleep(0.05)) >= 50
+    assert clock.timed(lambda: time.sleep(0.05), cpu_time=True) < 25

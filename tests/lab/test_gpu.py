@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ivcp_eval.files import CHECKOUT
+from ivcp_eval.files import CHECKOUT, hold_lock
 from ivcp_eval.lab import gpu
 
 QUICK = "import sys; open(sys.argv[1] + '.ran', 'a').write('x')"
@@ -35,7 +35,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[gpu.Step]:
     return every
 
 
-def _cell(out: Path, name: str, code: str, stage: str = "try", **options: Any) -> gpu.Step:
+def _step(out: Path, name: str, code: str, stage: str = "try", **options: Any) -> gpu.Step:
     return gpu.Step(stage, name, (sys.executable, "-c", code, str(out / name)), 30, **options)
 
 
@@ -50,12 +50,12 @@ def _done(out: Path, name: str) -> dict[str, Any]:
 def test_cells_fail_alone_and_finished_ones_rest(
     tmp_path: Path, given: list[gpu.Step], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given += [_cell(tmp_path, "fine", QUICK), _cell(tmp_path, "broken", BROKEN), _cell(tmp_path, "after", QUICK)]
+    given += [_step(tmp_path, "fine", QUICK), _step(tmp_path, "broken", BROKEN), _step(tmp_path, "after", QUICK)]
     assert _run(tmp_path) == 1
     shown = capsys.readouterr().out
     assert "broken: exit code 3, see broken.log" in shown
     assert "2 of 3 steps are finished, 0 left; 1 failed or left out" in shown
-    given[1] = _cell(tmp_path, "broken", QUICK)
+    given[1] = _step(tmp_path, "broken", QUICK)
     assert _run(tmp_path) == 0
     assert [(tmp_path / f"{name}.ran").read_text() for name in ("fine", "broken", "after")] == ["x", "x", "x"]
     done = _done(tmp_path, "after")
@@ -67,7 +67,7 @@ def test_what_is_not_installed_is_said_and_is_not_success(
     tmp_path: Path, given: list[gpu.Step], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "NEEDS", {"poor": {"json": "json", "no_such_module": "its-distribution"}})
-    given += [_cell(tmp_path, "absent", QUICK, "poor"), _cell(tmp_path, "fine", QUICK)]
+    given += [_step(tmp_path, "absent", QUICK, "poor"), _step(tmp_path, "fine", QUICK)]
     assert _run(tmp_path) == 1
     assert "absent: left out: its-distribution not found here" in capsys.readouterr().out
     assert not (tmp_path / "absent.ran").exists()
@@ -78,11 +78,11 @@ def test_time_is_kept_and_what_is_left_runs_in_the_next_call(
     tmp_path: Path, given: list[gpu.Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "START_S", 0.5)
-    given += [_cell(tmp_path, "slow", SLOW), _cell(tmp_path, "never", QUICK)]
+    given += [_step(tmp_path, "slow", SLOW), _step(tmp_path, "never", QUICK)]
     assert _run(tmp_path, "--minutes", "0.02") == 75
     assert "stopped after" in _done(tmp_path, "slow")["note"]
     assert not (tmp_path / "never.ran").exists()
-    given[0] = _cell(tmp_path, "slow", QUICK)
+    given[0] = _step(tmp_path, "slow", QUICK)
     assert _run(tmp_path) == 0
     assert (tmp_path / "never.ran").exists()
 
@@ -93,8 +93,8 @@ def test_no_cell_keeps_another_from_its_turn(
     """One that takes all the time of a call, or fails, is not the first of the next call; and calls go on to be asked
     for while any step waits for its turn, whatever failed."""
     monkeypatch.setattr(gpu, "START_S", 0.5)
-    given += [_cell(tmp_path, "broken", BROKEN), _cell(tmp_path, "slow", SLOW), _cell(tmp_path, "other", SLOW)]
-    given += [_cell(tmp_path, "last", QUICK)]
+    given += [_step(tmp_path, "broken", BROKEN), _step(tmp_path, "slow", SLOW), _step(tmp_path, "other", SLOW)]
+    given += [_step(tmp_path, "last", QUICK)]
     assert _run(tmp_path, "--minutes", "0.02") == 75
     assert not (tmp_path / "other.done.json").exists()
     assert _run(tmp_path, "--minutes", "0.02") == 75
@@ -111,16 +111,16 @@ def test_what_is_left_of_the_time_is_shared_by_the_cells_that_are_left(
     """A step's limit gives others their turn; where there are few, a step has more."""
     seconds = list[float]()
 
-    def run_step(step: gpu.Step, folder: Path, limit: float, tries: int = 1) -> gpu.Done:
+    def run_step(step: gpu.Step, folder: Path, limit: float, tries: int, kept_open: Sequence[int]) -> gpu.Done:
         seconds.append(limit)
         return gpu.Done(step.name, "", None, limit, f"stopped after {limit:.0f} s", tries)
 
     monkeypatch.setattr(gpu, "run_step", run_step)
-    given += [_cell(tmp_path, name, SLOW) for name in ("one", "other")]
+    given += [_step(tmp_path, name, SLOW) for name in ("one", "other")]
     assert _run(tmp_path, "--minutes", "3") == 75
     assert seconds == pytest.approx([90, 180], abs=5)
     seconds.clear()
-    given[:] = [_cell(tmp_path, f"{number}", SLOW) for number in range(60)]
+    given[:] = [_step(tmp_path, f"{number}", SLOW) for number in range(60)]
     assert _run(tmp_path, "--minutes", "3") == 75
     assert seconds[0] == 30, "its own limit, where its part is shorter"
 
@@ -158,14 +158,15 @@ def _gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("seconds", [0, 60])
-def test_nothing_of_a_cell_outlives_it(seconds: int, tmp_path: Path) -> None:
+def test_nothing_of_a_step_outlives_it(seconds: int, tmp_path: Path) -> None:
     """Neither of one that ended, nor of one that was stopped."""
-    done = gpu.run_step(_cell(tmp_path, "parent", CHILD.format(seconds)), tmp_path, 3)
+    done = gpu.run_step(_step(tmp_path, "parent", CHILD.format(seconds)), tmp_path, 3)
     assert done.code == (None if seconds else 0)
     assert _gone(int((tmp_path / "parent.pid").read_text()))
 
 
-def test_nothing_of_a_cell_outlives_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_nothing_of_a_step_outlives_the_command(number: signal.Signals, tmp_path: Path) -> None:
     """A limit around the whole command ends its steps too, which are not in its process group."""
     code = (
         "import sys; from pathlib import Path; from ivcp_eval.lab import gpu; out = Path(sys.argv[1])\n"
@@ -177,8 +178,8 @@ def test_nothing_of_a_cell_outlives_the_command(tmp_path: Path) -> None:
         while not (pid.exists() and pid.read_text()):
             assert command.poll() is None
             time.sleep(0.05)
-        command.terminate()
-        assert command.wait(20) == 128 + signal.SIGTERM
+        command.send_signal(number)
+        assert command.wait(20) == 128 + number
     assert _gone(int(pid.read_text()))
 
 
@@ -197,9 +198,9 @@ PRINT = (sys.executable, "-c", "import sys; print(*sys.argv[1:])")
 
 def test_a_cell_that_goes_on_is_finished_by_what_it_leaves(tmp_path: Path, given: list[gpu.Step]) -> None:
     half = "import sys, pathlib; f = pathlib.Path(sys.argv[1]); f.mkdir(exist_ok=True)"
-    given += [_cell(tmp_path, "train", half, until="model")]
+    given += [_step(tmp_path, "train", half, until="model")]
     assert _run(tmp_path) == 75
-    given[0] = _cell(tmp_path, "train", half + "; (f / 'model').mkdir()", until="model")
+    given[0] = _step(tmp_path, "train", half + "; (f / 'model').mkdir()", until="model")
     assert _run(tmp_path) == 0
 
 
@@ -210,7 +211,7 @@ def test_a_cell_that_ends_by_itself_is_told_its_time(tmp_path: Path) -> None:
 
 
 def test_other_settings_need_another_folder(tmp_path: Path, given: list[gpu.Step]) -> None:
-    given += [_cell(tmp_path, "fine", QUICK)]
+    given += [_step(tmp_path, "fine", QUICK)]
     assert _run(tmp_path) == 0
     with pytest.raises(ValueError, match="choose another --out"):
         gpu.main(["--device", "cpu", "--profile", "full", "--out", str(tmp_path)])
@@ -327,3 +328,24 @@ def test_the_full_profile_asks_for_what_the_bench_knows(tmp_path: Path) -> None:
             parsers[arguments[1]].parse_args(arguments[2:])
         elif step.stage == "train":
             assert (CONFIGS / "gpu.yaml").exists()
+
+
+def test_two_calls_do_not_share_a_folder_nor_two_versions(
+    tmp_path: Path, given: list[gpu.Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step whose call was killed holds the folder too; and what another commit or card measured is another run."""
+    given += [_step(tmp_path, "slow", SLOW)]
+    with (tmp_path / ".lock").open("a") as lock:
+        hold_lock(lock, tmp_path)
+        with subprocess.Popen(["sleep", "60"], pass_fds=(lock.fileno(),)) as outlived:
+            lock.close()
+            with pytest.raises(ValueError, match="another call, or by a step whose call was killed"):
+                _run(tmp_path)
+            outlived.kill()
+    given[0] = _step(tmp_path, "slow", QUICK)
+    assert _run(tmp_path) == 0
+    known = json.loads((tmp_path / "run.json").read_text())
+    assert known["transformers"] == metadata.version("transformers")
+    (tmp_path / "run.json").write_text(json.dumps({**known, "commit": "an earlier one"}))
+    with pytest.raises(ValueError, match="choose another --out"):
+        _run(tmp_path)

@@ -241,3 +241,7 @@ def test_nothing_is_said_where_nothing_was_measured(results: Path) -> None:
     assert "A/A" not in write_tables(results)[0].to_markdown()
     assert "A/A" not in decide(results, Policy(1), resamples=100).to_terminal(999)
     assert all(math.isnan(row["again_difference"]) for row in curve_rows(results, resamples=100))
+
+
+def test_the_baseline_against_itself_is_no_test_that_is_corrected_for(results: Path) -> None:
+    assert "Holm's correction over 2 tests" in " ".join(compare(results, resamples=100).to_terminal(999).split())

@@ -75,10 +75,13 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from _parts(getattr(tensor, name))
 
 
-def copy_bandwidth(device: torch.device | str) -> float:
-    """Bytes per second that a device reads and writes while it copies one large tensor, the best of five times."""
+def copy_bandwidth(device: torch.device | str, *, cpu_time: bool = False) -> float:
+    """Bytes per second that a device reads and writes while it copies one large tensor, the best of five times.
+
+    ``cpu_time`` as in `clock.phases`: a bound must be of the same clock as the times that stand beside it.
+    """
     device = torch.device(device)
     source = torch.ones(_COPIED.get(device.type, _COPIED_ELSEWHERE), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = min(timed(lambda: target.copy_(source), device) for _ in range(_COPIES))
+    best = min(timed(lambda: target.copy_(source), device, cpu_time=cpu_time) for _ in range(_COPIES))
     return 2 * source.nbytes / (best / 1e3)

@@ -252,7 +252,7 @@ def measure_all(options: argparse.Namespace, size: Size, report: Report, calls: 
             # A vision tower without blocks: here it only has to deliver embeddings of the right shape.
             model = build_model(configuration(size, vision_depth=0), options.device, dtype, attention)
             wired = adapter("qwen2_5_vl")
-            traffic = Traffic.of(model, wired, copy_bandwidth(options.device))
+            traffic = Traffic.of(model, wired, copy_bandwidth(options.device, cpu_time=options.cpu_time))
             setup = Setup(model, wired, size, options.device, attention, dtype, options.cpu_time, traffic)
             for tokens, batch in cells:
                 row = {"attention": attention, "visual_tokens": tokens, "batch": batch}

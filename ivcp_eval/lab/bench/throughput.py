@@ -404,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = build_model(config, options.device, dtype, options.attention, options.weights)
         arms, unable = usable(model, arms)
         calls = opened(options, before)
-        traffic = Traffic.of(model, adapter("qwen2_5_vl"), copy_bandwidth(options.device))
+        traffic = Traffic.of(model, adapter("qwen2_5_vl"), copy_bandwidth(options.device, cpu_time=options.cpu_time))
         common = {
             "decoder": canonical_json(_decoder(config)),
             "quantised": stored,

@@ -79,7 +79,7 @@ def _score_against_cost(
     x = alt.X("cost:Q", title=f"{COSTS[cost]} (share)", scale=alt.Scale(zero=False, nice=True), axis=axis)
     score = alt.Y("score:Q", title=y, scale=alt.Scale(domain=domain))
     layers: list[alt.Chart] = []
-    # Without any none was measured, or no score moved, which the page says in words.
+    # Without any none was measured, or no benchmark changed its score, which the page says in words.
     if bands := [{"low": level - floor, "high": level + floor} for level, floor in stripes if floor]:
         band = alt.Chart(_inline(bands))
         layers.append(

@@ -95,7 +95,7 @@ class Panel:
 
     @property
     def unmoved(self) -> bool:
-        """Whether second answers were measured and no score moved."""
+        """Whether second answers were measured and no benchmark changed its score."""
         floors = [self.floor, *(floor for _, floor in self.others)]
         return 0 in floors and not any(floor > 0 for floor in floors)
 

@@ -149,7 +149,8 @@ def _floor_words(report: Report) -> str:
     if not report.again:
         return "No noise floor was measured."
     if all(one.unmoved for one in report.panels):
-        return "The noise floor is 0: no score moved when the baseline answered again, so no plot has a grey stripe."
+        unmoved = "no benchmark changed its score when the baseline answered again"
+        return f"The noise floor is 0: {unmoved}, so no plot has a grey stripe."
     return "Grey stripe: the noise floor."
 
 

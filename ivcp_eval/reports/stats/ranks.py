@@ -16,6 +16,9 @@ __all__ = ["SAME_COST", "best_at_equal_cost", "ranked"]
 SAME_COST = 0.02
 
 
+_ROUNDING = 1e-9
+
+
 def ranked(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
     """With ranks among the rows of the same benchmark and metric and their reference, whose difference is exactly 0.
 
@@ -26,7 +29,8 @@ def ranked(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
     for row in rows:
         others = [other for other in rows if _place(other) == _place(row) and other is not row]
         ends = [(other.difference_low, other.difference_high) for other in others] + [(0.0, 0.0)]
-        better = sum(other.difference > row.difference for other in others) + (row.difference < 0)
+        # Equal scores differ by rounding.
+        better = sum(other.difference > row.difference + _ROUNDING for other in others) + (row.difference < -_ROUNDING)
         before = sum(low > row.difference_high for low, _ in ends)  # False where an interval is missing
         behind = sum(high < row.difference_low for _, high in ends)
         with_ranks.append(replace(row, rank=1 + better, rank_low=1 + before, rank_high=1 + len(others) + 1 - behind))
@@ -47,7 +51,7 @@ def best_at_equal_cost(rows: Sequence[ComparedRow], reference: str) -> list[str]
         best = max(alike, key=lambda row: row.difference, default=None)
         if best is None:
             lines.append(f"{where}: no other variant was measured.")
-        elif best.difference <= 0:
+        elif best.difference <= _ROUNDING:
             lines.append(f"{where}: {reference} is best of {len(alike) + 1}.")
         else:
             sure = "significantly" if best.p_holm < 0.05 else "not significantly"

@@ -145,7 +145,7 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         floors = {row["baseline"]: abs(row["again_difference"]) for row in here}
         for score, floor in sorted(floors.items()):
             axis.axhline(score, color="black", linewidth=1, label="unpruned")
-            if floor > 0:  # none was measured, or no score moved
+            if floor > 0:  # none was measured, or no benchmark changed its score
                 axis.axhspan(
                     score - floor, score + floor, color="grey", alpha=0.3, linewidth=0, label="A/A noise floor"
                 )
@@ -192,7 +192,9 @@ def _floor(rows: Sequence[Mapping[str, Any]]) -> str:
     known = [abs(row["again_difference"]) for row in rows if not math.isnan(row["again_difference"])]
     if not known:
         return "no noise floor was measured"
-    return "grey: the unpruned model's second answers" if any(known) else "noise floor: 0, no score moved"
+    return (
+        "grey: the unpruned model's second answers" if any(known) else "noise floor: 0, no benchmark changed its score"
+    )
 
 
 def _key(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:

@@ -165,17 +165,17 @@ def test_plots_draw_intervals_the_floor_and_hollow_marks(report: Report) -> None
 
 
 def test_a_floor_of_no_width_is_said_in_words(report: Report, page: str) -> None:
-    """Where no score moved, a stripe would have no width; where some moved, only those benchmarks have one."""
+    """Where no benchmark changed its score, a stripe would have no width."""
     moved = [panel for panel in report.panels if panel.floor > 0]
     assert moved
     assert "Grey stripe: the noise floor." in page
-    assert page.count("No grey stripe: no score moved") == len(report.panels) - len(moved)
+    assert page.count("No grey stripe: no benchmark changed its score") == len(report.panels) - len(moved)
     still = replace(moved[0], floor=0.0)
     assert "rect" not in [mark["type"] for mark, _ in layers(still, report)]
     again = replace(report, panels=(still,), paretos=tuple(replace(one, floor=0.0) for one in report.paretos))
     text = render.page(again)
-    assert "The noise floor is 0: no score moved when the baseline answered again" in text
-    assert text.count("No grey stripe: no score moved") == 1 + len(report.paretos)
+    assert "The noise floor is 0: no benchmark changed its score when the baseline answered again" in text
+    assert text.count("No grey stripe: no benchmark changed its score") == 1 + len(report.paretos)
     assert "Grey stripe: the noise floor." not in text
     assert "No noise floor was measured." in render.page(replace(report, again=()))
 

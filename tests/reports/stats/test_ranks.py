@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from ivcp_eval.cli import main
 from ivcp_eval.reports.compare import compare
+from ivcp_eval.reports.stats.ranks import ranked
 from ivcp_eval.reports.table import make_row, write_results, write_samples
 
 N = 400
@@ -81,3 +83,9 @@ def test_a_method_without_a_ratio_is_met_at_equal_ratios_and_not_ranked(results:
     rows = compare(results, against="random", resamples=200).rows
     assert {row.variant for row in rows} == {"ivc_prune 0.5", "fastv 0.5", "divprune 0.5"}
     assert all(row.rank is None for row in rows)
+
+
+def test_equal_scores_have_one_rank(results: Path) -> None:
+    """Their difference may be a rounding of the last bit."""
+    rows = [replace(row, difference=-1.4e-14) for row in compare(results, against="ivc_prune:0.5", resamples=100).rows]
+    assert {row.rank for row in ranked(rows)} == {1}

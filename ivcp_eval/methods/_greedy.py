@@ -24,6 +24,7 @@ from ivcp_eval.interface.ops import (
     ranking,
     unit_rows,
 )
+from ivcp_eval.methods._volume import largest_volumes
 
 SLACK = 1e-5  # more than the rounding error of a cosine
 
@@ -76,12 +77,11 @@ def log_determinant(features: Tensor, k: int, ridge: float) -> Tensor:
     The determinant is that of ``ridge * I + F F^T`` restricted to the chosen. Beyond the rank of the features nothing
     adds to it (without a ridge); there the longest of the rest follow.
     """
+    if not ridge:
+        return largest_volumes([features], [k])[0]
     clean = features.float().nan_to_num(0, 0, 0)
     length = clean.square().sum(dim=1).masked_fill(~features.isfinite().all(dim=1), LOWEST)
-    chosen = _greedy(_Determinant(clean, length, ridge), k)
-    taken = torch.zeros_like(length, dtype=torch.bool)
-    taken[chosen] = True
-    return torch.cat((torch.tensor(chosen, device=taken.device).long(), best_of_rest(length, taken, k - len(chosen))))
+    return torch.tensor(_greedy(_Determinant(clean, length, ridge), k), device=length.device)
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ class _Spread(_Round):
 
 
 class _Determinant(_Round):
-    """Gain: the squared length of a feature, plus the ridge, conditional on what is chosen.
+    """Gain: the squared length of a feature, plus the ridge (above 0), conditional on what is chosen.
 
     `rest` is the matrix M of the conditional inner product f_i^T M f_j.
     """
@@ -223,9 +223,6 @@ class _Determinant(_Round):
         self.features, self.ridge, self.chosen = features, ridge, []
         self.rest = torch.eye(features.shape[1], device=features.device)
         self.gain = (length + ridge).clamp_min(LOWEST)
-        self.least = ridge + 1e-6 * float(length.amax().clamp_min(0))
-        if ridge:
-            self.least = -np.inf
 
     def open(self, candidates: Tensor) -> Array:
         own = self.features[candidates]

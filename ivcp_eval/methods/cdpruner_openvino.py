@@ -26,7 +26,7 @@ from torch import Tensor
 from ivcp_eval.interface import Faithfulness, Image, Signals
 from ivcp_eval.interface.ops import unit_rows
 from ivcp_eval.methods._at_input import AtInput, embeddings, relevance
-from ivcp_eval.methods._greedy import log_determinant
+from ivcp_eval.methods._volume import largest_volumes
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,19 @@ class Method(AtInput):
         """Half by half."""
         signals = replace(signals, question=_instruction(signals))
         middle, first = image.tokens.numel() // 2, image.budget // 2
-        halves = (image.tokens[:middle], first, 0), (image.tokens[middle:], image.budget - first, middle)
-        return torch.cat(
-            [start + self._half(signals, replace(image, tokens=half), k) for half, k, start in halves if k]
-        )
+        both = (image.tokens[:middle], first, 0), (image.tokens[middle:], image.budget - first, middle)
+        halves = [half for half in both if half[1]]
+        features = [self._features(signals, replace(image, tokens=tokens)) for tokens, _, _ in halves]
+        chosen = largest_volumes(features, [k for _, k, _ in halves])
+        return torch.cat([start + one for one, (_, _, start) in zip(chosen, halves, strict=True)])
 
-    def _half(self, signals: Signals, image: Image, k: int) -> Tensor:
+    def _features(self, signals: Signals, image: Image) -> Tensor:
         # The kernel's entries are the inner products of two weighted copies of a token side by side.
         unit, weight = unit_rows(embeddings(signals, image)), relevance(signals, image)[:, None]
         both = torch.cat(((1 - self.theta) ** 0.5 * unit, self.theta**0.5 * weight * unit), dim=1)
         # Equal tokens (newlines of tiled families) would be told apart by rounding; the first is to be the larger.
         first_longer = 1 - 1e-5 * torch.linspace(0, 1, len(both), device=both.device)
-        return log_determinant(both * first_longer[:, None], k, ridge=0.0)
+        return both * first_longer[:, None]
 
 
 def _instruction(signals: Signals) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ivcp_eval.methods import _greedy
+from ivcp_eval.methods._volume import largest_volumes
 
 
 def states(n: int, width: int, seed: int, clusters: int = 0) -> Tensor:
@@ -56,6 +57,22 @@ def test_log_determinant(n: int, width: int, k: int, clusters: int, ridge: float
         return float(torch.linalg.slogdet(kernel[own][:, own]).logabsdet)
 
     assert _greedy.log_determinant(x, k, ridge).tolist() == one_by_one(n, k, gain, [])
+
+
+def test_largest_volumes_of_several_groups() -> None:
+    """Many rounds, groups of unequal size and budget; the oracle removes what is chosen from all others."""
+    groups = [states(n, 160, seed) * torch.linspace(1, 1.6, n)[:, None] for n, seed in ((900, 5), (611, 6))]
+    budgets, oracle = [150, 40], []
+    for group, k in zip(groups, budgets, strict=True):
+        rest, chosen = group.double(), []
+        for _ in range(k):
+            gain = rest.square().sum(dim=1)
+            gain[chosen] = -1
+            chosen.append(int(gain.argmax()))
+            axis = rest[chosen[-1]] / rest[chosen[-1]].norm()
+            rest = rest - (rest @ axis)[:, None] * axis
+        oracle.append(chosen)
+    assert [one.tolist() for one in largest_volumes(groups, budgets)] == oracle
 
 
 def test_beyond_the_rank_the_longest_follow() -> None:

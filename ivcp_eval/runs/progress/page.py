@@ -58,15 +58,16 @@ $reasons
 
 
 def render(watch: Watch) -> str:
-    """The page as of the watch's last look; it reads itself anew until the sweep is complete."""
-    total, cells = watch.total, watch.cells()
+    """The page as of the watch's last look; it reads itself anew until the sweep is complete and timed."""
+    total, cells, busy = watch.total, watch.cells(), holders(watch.plan.state / "leases")
+    ended = total.complete and not busy  # times are measured when all is scored
     reasons = [f"{WORDS[c.state]}: {trouble(c)}" for c in cells if c.reason and c.state != "scored"]
     reasons += [f"not here: {problem}" for problem in watch.plan.problems]
     more = [f"and {len(reasons) - MOST_REASONS} more: ivcp sweep status"] if len(reasons) > MOST_REASONS else []
     every = round(EVERY_S)
     return _PAGE.substitute(
-        refresh="" if total.complete else f'<meta http-equiv="refresh" content="{every}">\n',
-        next="" if total.complete else f" Written anew every {every} s while anybody is at work.",
+        refresh="" if ended else f'<meta http-equiv="refresh" content="{every}">\n',
+        next="" if ended else f" Written anew every {every} s while anybody is at work.",
         name=escape(watch.plan.spec.name),
         samples=total.samples,
         answered=total.answered,
@@ -75,7 +76,7 @@ def render(watch: Watch) -> str:
         now=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         grids="\n".join(_grid(model, list(group)) for model, group in groupby(cells, key=lambda cell: cell.model)),
         legend=", ".join(f'<span class="{state}">{LETTERS[state]} {word}</span>' for state, word in WORDS.items()),
-        workers=_listed([worker(holder) for holder in holders(watch.plan.state / "leases")], "Nobody."),
+        workers=_listed([worker(holder) for holder in busy], "Nobody."),
         reasons=_listed([*reasons[:MOST_REASONS], *more], "Nothing."),
     )
 

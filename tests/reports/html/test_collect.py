@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 
 from ivcp_eval.files import file_digest
-from ivcp_eval.interface.records.masks import Masks
+from ivcp_eval.interface.records.masks import CutMask, ImageCells, Masks, View
 from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.html import collect as collecting
+from ivcp_eval.reports.html import samples as pictured
 from ivcp_eval.reports.html.collect import MOST_PICTURES, collect
 from ivcp_eval.reports.html.model import Report
 from ivcp_eval.reports.html.questions import MOST_JPEG, Questions, jpeg
+from ivcp_eval.reports.provenance import variant_key
 from ivcp_eval.reports.table import make_row, read_samples, write_results, write_samples
 from ivcp_eval.reports.views import decision
 from ivcp_eval.reports.views.costs import join
@@ -235,3 +238,22 @@ def test_large_pictures_become_small_files() -> None:
     for bad in ("", "x", "AAAA"):
         with pytest.raises(OSError):
             jpeg(bad)
+
+
+@pytest.mark.parametrize(("difference", "filled"), [(5.0, True), (-5.0, False)])
+def test_a_method_that_is_surely_worse_than_random_is_hollow(report: Report, difference: float, filled: bool) -> None:
+    rows = [row for row in report.comparison.rows if row.method == "fastv"]
+    beside = {variant_key(row): replace(row, p_holm=0.001, difference=difference) for row in rows}
+    panels = collecting._panels(rows, beside)
+    assert {mark.better for panel in panels for mark in panel.marks} == {filled}
+
+
+def test_what_an_early_cut_merged_is_merged_behind_later_cuts_too() -> None:
+    """A later cut that only drops has no targets of its own."""
+    view = View("picture", np.arange(4).reshape(2, 2), (0.0, 0.0, 1.0, 1.0))
+    early = CutMask(2, np.array([True, True, True, False]), np.array([-1, -1, -1, 0]))
+    late = CutMask(3, np.array([True, True, False, False]), None)
+    masks = Masks((ImageCells(4, (view,)),), (early, late))
+    sample = {"masks": masks.to_text(), "box": "", "prediction": "", "score": 1.0, "iou": None}
+    cuts = pictured._shown("pool 0.5", sample).cuts
+    assert [(cut.dropped, cut.merged) for cut in cuts] == [((3,), (3,)), ((2, 3), (3,))]

@@ -138,6 +138,9 @@ def test_workers_keep_the_page_up_to_date(
     assert states[-1] == Page(path.read_text()).cells == ["scored"] * 10
     assert 'http-equiv="refresh"' in pages[0]
     assert 'http-equiv="refresh"' not in path.read_text(), "complete: there is nothing to wait for"
+    plan = make(load(bench.spec), bench.folder / "runs")
+    with claim(lease(plan, "time.tiny.tiny_mcq")):
+        assert 'http-equiv="refresh"' in render(Watch(plan)), "scored, and being timed"
     path.unlink()
     capsys.readouterr()
     assert bench.call("status", "--html", str(path)) == 0

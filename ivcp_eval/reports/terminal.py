@@ -231,16 +231,17 @@ def _rank(row: ComparedRow) -> str:
 
 
 def _noise_floor(row: ComparedRow) -> str:
-    return "; ".join(f"{again.settings} {floor_text(again, _digits(row))}".strip() for again in row.again)
+    return "; ".join(floor_text(again, _digits(row)) for again in row.again)
 
 
 def floor_text(again: NoiseFloor, digits: int, unit: float = 1.0) -> str:
-    """``+0.3 (4)``: difference times ``unit`` and answers whose text changed, where these are known."""
+    """``dtype=bfloat16 +0.3 (4)``: in what the second answers were computed otherwise, the difference times ``unit``,
+    and answers whose text changed, where these are known.
+    """
     if math.isnan(again.difference):
         return ""
-    return f"{unit * again.difference:+.{digits}f}" + (
-        "" if again.answers_changed is None else f" ({again.answers_changed})"
-    )
+    changed = "" if again.answers_changed is None else f" ({again.answers_changed})"
+    return f"{again.settings} {unit * again.difference:+.{digits}f}{changed}".strip()
 
 
 def _seeds(row: ComparedRow) -> str:

@@ -16,6 +16,7 @@ from ivcp_eval.reports.compare import compare
 from ivcp_eval.reports.comparison import NoiseFloor
 from ivcp_eval.reports.html.collect import collect
 from ivcp_eval.reports.table import make_row, write_results, write_samples
+from ivcp_eval.reports.terminal import floor_text
 from ivcp_eval.reports.views import sensitivity
 from ivcp_eval.reports.views.curves import curve_rows, write
 from ivcp_eval.reports.views.decision import Policy, decide
@@ -245,3 +246,8 @@ def test_nothing_is_said_where_nothing_was_measured(results: Path) -> None:
 
 def test_the_baseline_against_itself_is_no_test_that_is_corrected_for(results: Path) -> None:
     assert "Holm's correction over 2 tests" in " ".join(compare(results, resamples=100).to_terminal(999).split())
+
+
+def test_a_floor_of_other_settings_is_named_wherever_it_stands() -> None:
+    assert floor_text(NoiseFloor("dtype=bfloat16", -0.5, 22), 1) == "dtype=bfloat16 -0.5 (22)"
+    assert floor_text(NoiseFloor("", -0.5, None), 1) == "-0.5"

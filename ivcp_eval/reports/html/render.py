@@ -22,7 +22,6 @@ import ivcp_eval
 from ivcp_eval import benchmarks
 from ivcp_eval.files import atomic_write
 from ivcp_eval.reports import terminal
-from ivcp_eval.reports.comparison import NoiseFloor
 from ivcp_eval.reports.html.model import AXES, COSTS, Ability, Picture, Report, Spread
 from ivcp_eval.reports.stats.timing import TimeRatio
 
@@ -228,7 +227,7 @@ def _floor_text(row: ComparedRow) -> str:
 
 
 def _verdict_floor(one: Verdict) -> str:
-    return terminal.floor_text(NoiseFloor("", one.again_difference, one.again_answers_changed), 2) or "-"
+    return terminal.floor_text(one.noise_floor, 2) or "-"
 
 
 def _retained(one: Ability) -> str:

@@ -117,7 +117,8 @@ class Verdict:
         flops, layers: measured shares of the prefill's FLOPs and of visual tokens over layers.
         requests_per_hour: of one device, where a bench was joined (`Costs.best`).
         timed_samples: behind the times, of the benchmark that has fewest.
-        again_difference, again_answers_changed: noise floor on ``benchmark`` (`NoiseFloor`), in percent of the scale.
+        again_difference, again_answers_changed, again_settings: noise floor on ``benchmark`` (`NoiseFloor`), in percent
+            of the scale.
     """
 
     model: str
@@ -143,6 +144,12 @@ class Verdict:
     timed_samples: int = 0
     again_difference: float = math.nan
     again_answers_changed: int | None = None
+    again_settings: str = ""
+
+    @property
+    def noise_floor(self) -> NoiseFloor:
+        """The three of them."""
+        return NoiseFloor(self.again_settings, self.again_difference, self.again_answers_changed)
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class Decision:
             "model": [one.model for one in some],
             "variant": [one.variant for one in some],
             "verdict": [one.word for one in some],
-            "A/A %": [floor_text(NoiseFloor("", one.again_difference, one.again_answers_changed), 2) for one in some],
+            "A/A %": [floor_text(one.noise_floor, 2) for one in some],
             "time: prefill": [_share(one.prefill) for one in some],
             "first token": [_share(one.first_token) for one in some],
             "decode": [_share(one.decode) for one in some],
@@ -424,6 +431,7 @@ class _Candidate:
             timed_samples=min(max(time.n for time in r.times.values()) for r in self.rows),
             again_difference=100 * again.difference / row.score_scale if again else math.nan,
             again_answers_changed=again.answers_changed if again else None,
+            again_settings=again.settings if again else "",
         )
 
     def _more(self, corrected: Corrected, failing: bool) -> dict[str, float]:

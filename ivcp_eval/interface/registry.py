@@ -242,6 +242,8 @@ def _is_any_count(members: list[ast.expr]) -> bool:
 def _in_words(declared: ast.expr) -> str:
     """``float | None``; of a tuple ``3 whole numbers with commas between them``."""
     members = _tuple_of(declared)
+    if isinstance(declared, ast.Subscript) and _name(declared) == "Literal":
+        return f"one of {', '.join(map(ast.unparse, _arguments(declared)))}"
     if members is None:
         return ast.unparse(declared)
     kind = {"int": "whole numbers", "float": "numbers"}.get(_name(members[0]), f"values ({ast.unparse(members[0])})")

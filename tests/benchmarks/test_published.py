@@ -111,7 +111,8 @@ def test_beside_results_a_row_is_held_against_its_own_first_answers(
             rows.append(make_row(**own, ratio_asked=share, ratio_kept_final=share, n_samples=limit or 100))
     write_results(tmp_path / "r.csv", rows)
     assert main(["published", "--beside", str(tmp_path / "r.csv")]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
+    out = capsys.readouterr().out
+    lines = [words for line in out.splitlines() if len(words := line.split()) > 6 and words[0] == "tiny"]
     assert [line[4:7] for line in lines] == [["40.0", "-1.0", "50.0"], ["10.0", "+0.0", "20.0"]]
 
 

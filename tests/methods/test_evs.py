@@ -38,5 +38,5 @@ def test_counts(ratio: float, kept: int) -> None:
 
 
 def test_refused_counts() -> None:
-    with pytest.raises(ValueError, match="counts='all' must be one of 'ratio', 'released'"):
+    with pytest.raises(ValueError, match="counts='all' of method 'evs' must be one of 'ratio', 'released'"):
         make_method("evs", {"counts": "all"})

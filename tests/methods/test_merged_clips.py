@@ -178,7 +178,7 @@ def test_a_still_video_is_merged_over_time() -> None:
     ("name", "parameters", "words"),
     [
         ("fastvid", {"preset": "llava"}, "preset='llava' must be one of llava_onevision, llava_video, qwen2_5_vl"),
-        ("fastvid", {"counts": "all"}, "counts='all' must be one of 'ratio', 'released'"),
+        ("fastvid", {"counts": "all"}, "counts='all' of method 'fastvid' must be one of 'ratio', 'released'"),
         ("fastvid", {"p": 0}, "c=8 and p=0 must be 1 or more"),
         ("fastvid", {"d": 1.5}, "d=1.5 and beta=0.6 must lie in 0..1"),
         ("holitom", {"inside": 0}, r"beta=0.6 must lie in 0..1, inside=0 in \(0, 1\]"),

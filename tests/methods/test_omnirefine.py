@@ -169,8 +169,8 @@ def test_runs() -> None:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"counts": "all"}, "counts='all' must be one of 'ratio', 'released'"),
-        ({"likeness": "most"}, "likeness='most' must be"),
+        ({"counts": "all"}, "counts='all' of method 'omnirefine' must be one of 'ratio', 'released'"),
+        ({"likeness": "most"}, "likeness='most' of method 'omnirefine' must be one of 'least', 'mean'"),
         ({"spatial": 1.5}, "spatial=1.5 and temporal=0.58 must be cosines"),
         ({"longest": 4}, "longest=4 at least twice the shortest less 1"),
         ({"cost": -1.0}, "cost=-1.0 0 or more"),

@@ -119,7 +119,7 @@ def test_the_layer() -> None:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"policy": "auto"}, "policy='auto' must be 'fragment' or 'global'"),
+        ({"policy": "auto"}, "policy='auto' of method 'videorouter' must be one of 'fragment', 'global'"),
         ({"layer": 0}, "layer=0 has no layer before it"),
         ({"relevant": 1.5}, "relevant=1.5 must lie in 0..1"),
         ({"stride": 0.5}, "stride=0.5 be 1 or more"),
